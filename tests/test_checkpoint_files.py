@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from stdit.checkpoint_files import META, newest_whole, publish, step_of, verify, write_manifest
+from stdit.errors import UserError
+
+
+def checkpoint(folder, content=b"weights"):
+    aside = folder.with_name(folder.name + ".tmp")
+    (aside / "model").mkdir(parents=True)
+    (aside / "model" / "a.bin").write_bytes(content)
+    (aside / "b.bin").write_bytes(b"")
+    write_manifest(aside, {"step": step_of(folder)})
+    publish(aside, folder)
+    return folder
+
+
+def test_a_whole_folder_verifies(tmp_path):
+    meta = verify(checkpoint(tmp_path / "step-00000007"))
+    assert meta["step"] == 7
+    assert set(meta["files"]) == {"model/a.bin", "b.bin"}
+    assert meta["files"]["model/a.bin"]["bytes"] == 7
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "model/a.bin").unlink(), "a.bin is missing"),
+        (lambda folder: (folder / "model/a.bin").write_bytes(b"weig"), "has 4 bytes, but 7"),
+        (lambda folder: (folder / "model/a.bin").write_bytes(b"Weights"), "a.bin has changed"),
+        (lambda folder: (folder / META).unlink(), "has no meta.json"),
+        (lambda folder: (folder / META).write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / META).write_text("[]"), "lists no files"),
+        (
+            lambda folder: (folder / META).write_text(json.dumps({"files": {"../x": {}}})),
+            "outside the folder",
+        ),
+    ],
+)
+def test_damage_is_named_and_passed_over(tmp_path, damage, message):
+    older, newer = checkpoint(tmp_path / "step-00000009"), checkpoint(tmp_path / "step-00000010")
+    damage(newer)
+    with pytest.raises(UserError, match=message):
+        verify(newer)
+    newest, passed_over = newest_whole(tmp_path)
+    assert newest == older
+    assert len(passed_over) == 1 and message in passed_over[0]
+
+
+def test_only_needed_files_are_read(tmp_path):
+    folder = checkpoint(tmp_path / "step-00000001")
+    (folder / "b.bin").write_bytes(b"changed")
+    verify(folder, lambda name: name.startswith("model/"))
+
+
+def test_unfinished_folders_do_not_count(tmp_path):
+    (tmp_path / "step-00000003.tmp").mkdir()
+    assert newest_whole(tmp_path) == (None, [])
+    assert newest_whole(tmp_path / "absent") == (None, [])
+
+
+def test_publish_replaces_nothing(tmp_path):
+    folder = checkpoint(tmp_path / "step-00000001")
+    with pytest.raises(FileExistsError):
+        checkpoint(folder)
