@@ -61,13 +61,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """The manifest of a sealed folder, its files unread. Raises UserError naming what is wrong."""
     path = folder / META
     if not folder.is_dir():
-        raise UserError(
-            f"checkpoint {folder} is not a folder: give one such as .../checkpoints/step-00001000."
-        )
+        raise UserError(f"checkpoint {folder} is not a folder: give one like .../checkpoints/step-00001000.")
     if not path.is_file():
-        raise UserError(
-            f"checkpoint {folder} has no {META}: it is empty or was never finished. Use another one."
-        )
+        raise UserError(f"checkpoint {folder} has no {META}: empty, or never finished. Use another one.")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
