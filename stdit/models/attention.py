@@ -1,0 +1,43 @@
+"""Self-attention within rows of tokens, and cross-attention to the caption, by PyTorch's SDPA."""
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from stdit.models.embeddings import rotate
+
+
+class SelfAttention(nn.Module):
+    """Attention among the N tokens of each row of ``x [R N D]``; queries and keys may be normalised and rotated."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "R N (three h d) -> three R h N d", three=3, h=self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return self.proj(rearrange(scaled_dot_product_attention(q, k, v), "R h N d -> R N (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """Tokens ``x [B N D]`` read the caption ``y [B L D]``; ``mask [B L]`` is true where there is a text token."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        q = rearrange(self.q_linear(x), "B N (h d) -> B h N d", h=self.num_heads)
+        k, v = rearrange(self.kv_linear(y), "B L (two h d) -> two B h L d", two=2, h=self.num_heads)
+        visible = None if mask is None else mask[:, None, None, :]  # [B 1 1 L]
+        return self.proj(rearrange(scaled_dot_product_attention(q, k, v, visible), "B h N d -> B N (h d)"))

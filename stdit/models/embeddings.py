@@ -1,0 +1,116 @@
+"""Positions, timesteps and captions as vectors.
+
+Letters: B batch, C channels, T frames, H height, W width, S = H*W patches, D width, L text tokens, E text width.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def frequencies(dim: int, base: float, device: torch.device) -> Tensor:
+    """``base^(-2i / dim)`` for i < dim / 2, in float32.
+
+    At a timestep near 1000 the last bit of a frequency moves the angle by 1e-4, so the rounding of trained
+    models is kept: a float32 exponent, then its exponential.
+    """
+    exponent = -math.log(base) * torch.arange(dim // 2, device=device, dtype=torch.float32) / (dim // 2)
+    return exponent.exp()
+
+
+def sincos(position: Tensor, dim: int, base: float = 10000.0) -> Tensor:
+    """All sines, then all cosines, of ``position [...]`` at ``dim / 2`` frequencies -> ``[..., dim]``.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, with the two halves not interleaved.
+    """
+    angle = position[..., None].float() * frequencies(dim, base, position.device)  # [... dim/2]
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def spatial_positions(rows: int, columns: int, dim: int, area: Tensor, input_sq_size: int) -> Tensor:
+    """2-D sine-cosine positions of a grid of patches -> ``[B S dim]``; the column in the first half.
+
+    The grid is stretched to the square of equal count and divided by the picture's edge, so that one trained size
+    carries over to others (Open-Sora v1.2).
+
+    Args:
+        area: height * width of the video in pixels, ``[B]``.
+        input_sq_size: edge in pixels of the picture whose positions are not scaled.
+    """
+    edge = round((rows * columns) ** 0.5)
+    scale = area.float().sqrt() / input_sq_size  # [B]
+    column = torch.arange(columns, device=area.device) * (edge / columns) / scale[:, None]  # [B W]
+    row = torch.arange(rows, device=area.device) * (edge / rows) / scale[:, None]  # [B H]
+    column = sincos(column, dim // 2)[:, None].expand(-1, rows, -1, -1)
+    row = sincos(row, dim // 2)[:, :, None].expand(-1, -1, columns, -1)
+    return rearrange(torch.cat([column, row], dim=-1), "B H W D -> B (H W) D")
+
+
+def rotary_angles(frames: int, dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
+    """Angles of rotary positions -> ``[T dim/2]`` (Su et al. 2021, arXiv:2104.09864, equation 15)."""
+    return torch.arange(frames, device=device)[:, None] * frequencies(dim, base, device)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn each adjacent pair of channels of ``x [... T dim]`` by ``angles [T dim/2]``."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+class PatchEmbed3D(nn.Module):
+    """``[B C T H W] -> [B T' S D]``: one linear map for each patch of latent frames, rows and columns."""
+
+    def __init__(self, patch_size: tuple[int, int, int], in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pt, ph, pw = self.proj.stride
+        patches = rearrange(x, "B C (T pt) (H ph) (W pw) -> B T (H W) (C pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ScalarEmbedder(nn.Module):
+    """A scalar (timestep, frames per second) as a vector: cosines and sines, then an MLP; ``[...] -> [... D]``."""
+
+    def __init__(self, dim: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, scalar: Tensor) -> Tensor:
+        waves = sincos(scalar, self.frequencies)
+        waves = waves.roll(self.frequencies // 2, dims=-1)  # cosines first, as in DiT
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), linear."""
+
+    def __init__(self, dim_in: int, dim_hidden: int, dim_out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim_in, dim_hidden)
+        self.fc2 = nn.Linear(dim_hidden, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Text states ``[B L E]`` to the model's width, with a learned null caption for classifier-free guidance."""
+
+    def __init__(self, caption_channels: int, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.y_proj = Mlp(caption_channels, dim, dim)
+        self.y_embedding = nn.Parameter(torch.empty(max_length, caption_channels))
+
+    def replace_dropped(self, states: Tensor, drop: Tensor) -> Tensor:
+        """Put the null caption in place of those captions for which ``drop [B]`` is true."""
+        null = self.y_embedding[: states.shape[1]].to(states.dtype)
+        return torch.where(drop[:, None, None], null, states)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.y_proj(states)

@@ -1,0 +1,260 @@
+"""STDiT: a diffusion transformer that attends over space and over time in turn.
+
+The architecture is that of Open-Sora v1.2's STDiT3 (Zheng et al. 2024, arXiv:2412.20404) with adaLN-single
+(PixArt-alpha, Chen et al. 2023, arXiv:2310.00426, section 2.3). Module names are Open-Sora's.
+
+Letters: B batch, C channels, T frames, H height, W width, S = H*W spatial patches, D width, L text tokens,
+E width of the text states, F frames of the modulation (T, or 1 where all frames share one timestep).
+"""
+
+import inspect
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, pad
+
+from stdit.models.attention import CrossAttention, SelfAttention
+from stdit.models.config import STDiTConfig
+from stdit.models.embeddings import (
+    CaptionEmbedder,
+    Mlp,
+    PatchEmbed3D,
+    ScalarEmbedder,
+    rotary_angles,
+    spatial_positions,
+)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without parameters, then ``x * (1 + scale) + shift`` (Peebles & Xie 2023, arXiv:2212.09748)."""
+    return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class STDiTBlock(nn.Module):
+    """Self-attention, cross-attention and MLP on ``[B T S D]``.
+
+    A subclass says which tokens attend to each other; everything else acts on each token by itself, so a block
+    also runs on a shard of the tensor along the other axis.
+    """
+
+    def __init__(self, config: STDiTConfig, cross_attention: bool) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.attn = SelfAttention(dim, config.num_heads, config.qk_norm)
+        self.cross_attn = CrossAttention(dim, config.num_heads) if cross_attention else None
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim)
+        self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
+
+    def self_attention(self, x: Tensor, angles: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, angles: Tensor) -> Tensor:
+        """One block (PixArt-alpha, figure 4): ``x [B T S D]``, caption ``y [B L D]``, ``modulation [B F 6 D]``."""
+        table = self.scale_shift_table.to(x.dtype) + modulation
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, :, :, None].unbind(2)  # each [B F 1 D]
+        x = torch.addcmul(x, gate_a, self.self_attention(modulate(x, shift_a, scale_a), angles))
+        if self.cross_attn is not None:
+            x = x + self.cross_attn(x.flatten(1, 2), y, y_mask).view_as(x)
+        return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
+
+
+class SpatialBlock(STDiTBlock):
+    """The patches of one frame attend to each other."""
+
+    def self_attention(self, x: Tensor, angles: Tensor) -> Tensor:
+        rows = rearrange(x, "B T S D -> (B T) S D")
+        return rearrange(self.attn(rows), "(B T) S D -> B T S D", B=x.shape[0])
+
+
+class TemporalBlock(STDiTBlock):
+    """The frames of one patch attend to each other, with rotary positions."""
+
+    def self_attention(self, x: Tensor, angles: Tensor) -> Tensor:
+        rows = rearrange(x, "B T S D -> (B S) T D")
+        return rearrange(self.attn(rows, angles), "(B S) T D -> B T S D", B=x.shape[0])
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear map from tokens to the values of their patch; ``t [B F D]``."""
+
+    def __init__(self, dim: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, out_features)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table.to(x.dtype) + t[:, :, None])[:, :, :, None].unbind(2)
+        return self.linear(modulate(x, shift, scale))
+
+
+class STDiT(ModelMixin, ConfigMixin):
+    """A text-to-video diffusion transformer of any latent size; its settings are those of :class:`STDiTConfig`."""
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SpatialBlock", "TemporalBlock"]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        config = STDiTConfig(**settings)
+        self.register_to_config(**asdict(config))
+        dim = config.hidden_size
+        self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
+        self.gradient_checkpointing = False
+
+        self.x_embedder = PatchEmbed3D(config.patch_size, config.in_channels, dim)
+        self.t_embedder = ScalarEmbedder(dim)
+        self.fps_embedder = ScalarEmbedder(dim)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.y_embedder = CaptionEmbedder(config.caption_channels, dim, config.model_max_length)
+        self.pooled_embedder = Mlp(config.caption_channels, dim, dim) if config.pooled_text else None
+        everywhere = config.cross_attention == "all"
+        self.spatial_blocks = nn.ModuleList(SpatialBlock(config, True) for _ in range(config.depth))
+        self.temporal_blocks = nn.ModuleList(TemporalBlock(config, everywhere) for _ in range(config.depth))
+        pt, ph, pw = config.patch_size
+        self.final_layer = FinalLayer(dim, pt * ph * pw * self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """All initial weights: Xavier-uniform maps, zero biases, small normal modulation, zero output.
+
+        Temporal blocks begin with zero output projections, so that training may start from an image model. With
+        ``gate_init`` they do not: it is meant for short runs from scratch, where every branch works from the start.
+        """
+        dim = self.config.hidden_size
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for linear in (*self.t_embedder.mlp[::2], *self.fps_embedder.mlp[::2], self.t_block[1]):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5)
+        nn.init.normal_(self.final_layer.scale_shift_table, std=dim**-0.5)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        for block in (*self.spatial_blocks, *self.temporal_blocks):
+            nn.init.normal_(block.scale_shift_table, std=dim**-0.5)
+            with torch.no_grad():
+                block.scale_shift_table[[2, 5]] += self.config.gate_init
+        if self.config.gate_init == 0:
+            for block in self.temporal_blocks:
+                branches = [block.attn.proj, block.mlp.fc2]
+                branches += [block.cross_attn.proj] if block.cross_attn is not None else []
+                for linear in branches:
+                    nn.init.zeros_(linear.weight)
+
+    def blocks(self) -> list[STDiTBlock]:
+        """The blocks in the order in which they run: S T S T ..., or S T T S ... when paired."""
+        pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
+        turn = 2 if self.config.block_order == "paired" else 1
+        return [b for i, (s, t) in enumerate(pairs) for b in ((s, t) if i % turn == 0 else (t, s))]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Let ``torch.compile`` compile every block in place; ``options`` are its own."""
+        for block in self.blocks():
+            block.compile(**options)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        fps: Tensor | None = None,
+        height: Tensor | None = None,
+        width: Tensor | None = None,
+        drop_caption: Tensor | None = None,
+    ) -> Tensor:
+        """Predict, for noisy latents, what the diffusion objective asks for.
+
+        Args:
+            hidden_states: noisy latents ``[B C T H W]``, of any size.
+            timestep: noise level in [0, 1000], ``[B]``, ``[B 1]``, or one for each latent frame ``[B T]`` (0: a
+                given frame).
+            encoder_hidden_states: text states ``[B L E]``, L at most ``model_max_length``.
+            encoder_attention_mask: true or 1 where there is a text token, ``[B L]``; None: everywhere.
+            fps: frames per second of the video, ``[B]``.
+            height: height of the video in pixels, ``[B]``.
+            width: width of the video in pixels, ``[B]``.
+            drop_caption: true where the learned null caption replaces the text, ``[B]``; None: nowhere.
+
+        Returns:
+            ``[B C_out T H W]``, C_out being ``out_channels``.
+
+        Raises:
+            ValueError: if a shape does not fit the model.
+        """
+        if fps is None or height is None or width is None:
+            raise ValueError("STDiT needs fps, height and width [B] (frames per second, pixels)")
+        self._check(hidden_states, timestep, encoder_hidden_states)
+        C, T, H, W = hidden_states.shape[1:]
+        pt, ph, pw = self.config.patch_size
+        padded = pad(hidden_states, (0, -W % pw, 0, -H % ph, 0, -T % pt))
+        rows, columns = padded.shape[3] // ph, padded.shape[4] // pw
+
+        x = self.x_embedder(padded)  # [B T S D]
+        dtype = x.dtype
+        x = x + spatial_positions(
+            rows, columns, x.shape[-1], height * width, self.config.input_sq_size
+        ).to(dtype)[:, None]
+        angles = rotary_angles(x.shape[1], x.shape[-1] // self.config.num_heads, x.device)
+
+        if drop_caption is not None:
+            encoder_hidden_states = self.y_embedder.replace_dropped(encoder_hidden_states, drop_caption)
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
+        y = self.y_embedder(encoder_hidden_states.to(dtype))  # [B L D]
+
+        frames = timestep[:, None] if timestep.ndim == 1 else timestep  # [B F]
+        t = (self.t_embedder(frames) + self.fps_embedder(fps)[:, None]).to(dtype)  # [B F D]
+        if self.pooled_embedder is not None:
+            t = t + self.pooled_embedder(masked_mean(encoder_hidden_states, mask).to(dtype))[:, None]
+        modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
+
+        for block in self.blocks():
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, y, mask, modulation, angles)
+            else:
+                x = block(x, y, mask, modulation, angles)
+
+        x = self.final_layer(x, t)
+        x = rearrange(
+            x, "B T (H W) (pt ph pw C) -> B C (T pt) (H ph) (W pw)", H=rows, W=columns, pt=pt, ph=ph, pw=pw
+        )
+        return x[:, :, :T, :H, :W]
+
+    def _check(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> None:
+        B, C, T = hidden_states.shape[:3]
+        if C != self.config.in_channels:
+            raise ValueError(f"latents have {C} channels, but this model was made for {self.config.in_channels}")
+        L, E = encoder_hidden_states.shape[1:]
+        if E != self.config.caption_channels or L > self.config.model_max_length:
+            raise ValueError(
+                f"text states have {L} tokens of width {E}, but this model was made for at most "
+                f"{self.config.model_max_length} tokens of width {self.config.caption_channels}"
+            )
+        per_frame = self.config.patch_size[0] == 1
+        if timestep.shape not in ((B,), (B, 1)) and not (per_frame and timestep.shape == (B, T)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}: must be [B] or [B 1], or [B T] where patches are one "
+                f"frame long (here B = {B}, T = {T}, patch_size = {tuple(self.config.patch_size)})"
+            )
+
+
+def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the text tokens that ``mask [B L]`` shows: ``[B L E] -> [B E]``."""
+    if mask is None:
+        return states.mean(1)
+    weight = mask.to(states.dtype)[..., None]
+    return (states * weight).sum(1) / weight.sum(1)
+
+
+# diffusers reads a model's settings off the signature of its __init__; the dataclass is the one list of them.
+STDiT.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    + [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(STDiTConfig)]
+)
