@@ -1,0 +1,1 @@
+"""Video data: manifests, decoding, buckets, batches, and the embedded data set."""
