@@ -36,7 +36,8 @@ SEEN: Words = {
     "shape": {
         "circle": _split(
             "circle, ball, dot, sphere, bubble, round shape, circular shape, round spot, filled circle, "
-            "round ball, round blob, solid circle, circular object, perfect circle, round object, simple circle"
+            "round ball, round blob, solid circle, circular object, perfect circle, round object, "
+            "simple circle"
         ),
         "square": _split(
             "square, box, block, tile, square shape, square block, solid square, square tile, filled square, "
@@ -44,14 +45,14 @@ SEEN: Words = {
             "simple square"
         ),
         "triangle": _split(
-            "triangle, cone, tent, triangular shape, three-sided shape, three-cornered shape, solid triangle, "
-            "filled triangle, pointed triangle, triangular block, triangular tile, upright triangle, "
-            "triangular object, triangular piece, perfect triangle, simple triangle"
+            "triangle, cone, tent, triangular shape, three-sided shape, three-cornered shape, "
+            "solid triangle, filled triangle, pointed triangle, triangular block, triangular tile, "
+            "upright triangle, triangular object, triangular piece, perfect triangle, simple triangle"
         ),
         "cross": _split(
             "cross, plus sign, plus, plus shape, cross shape, cross sign, cross-shaped object, thick cross, "
-            "solid cross, plus mark, first-aid cross, medical cross, Greek cross, filled cross, perfect cross, "
-            "simple cross"
+            "solid cross, plus mark, first-aid cross, medical cross, Greek cross, filled cross, "
+            "perfect cross, simple cross"
         ),
     },
     "colour": {
@@ -60,9 +61,9 @@ SEEN: Words = {
             "blood red, fire-engine red, brick red, ruby red, strong red, rose red"
         ),
         "orange": _split(
-            "orange, tangerine, amber, bright orange, deep orange, vivid orange, carrot orange, pumpkin orange, "
-            "burnt orange, safety orange, sunset orange, fiery orange, carrot-coloured, pumpkin-coloured, "
-            "strong orange"
+            "orange, tangerine, amber, bright orange, deep orange, vivid orange, carrot orange, "
+            "pumpkin orange, burnt orange, safety orange, sunset orange, fiery orange, carrot-coloured, "
+            "pumpkin-coloured, strong orange"
         ),
         "yellow": _split(
             "yellow, golden, gold, lemon, canary, bright yellow, vivid yellow, lemon yellow, sunny yellow, "
@@ -77,8 +78,8 @@ SEEN: Words = {
             "azure blue, ink blue, denim blue, marine blue, strong blue, sky blue"
         ),
         "purple": _split(
-            "purple, violet, lavender, grape, orchid, bright purple, deep purple, vivid purple, royal purple, "
-            "grape purple, violet purple, lavender purple, purplish, strong purple, rich purple"
+            "purple, violet, lavender, grape, orchid, bright purple, deep purple, vivid purple, "
+            "royal purple, grape purple, violet purple, lavender purple, purplish, strong purple, rich purple"
         ),
     },
     "motion": {
@@ -86,8 +87,8 @@ SEEN: Words = {
         "left": _combine(_MOVES, _SIDEWAYS.format("left", "right")),
         "up": _combine(
             _MOVES,
-            "up, upward, upwards, straight up, to the top, toward the top, towards the top edge, up the screen, "
-            "from bottom to top, steadily up",
+            "up, upward, upwards, straight up, to the top, toward the top, towards the top edge, "
+            "up the screen, from bottom to top, steadily up",
         )
         + 4
         * _split(
@@ -115,10 +116,11 @@ SEEN: Words = {
         ),
         "shrink": _split(
             "shrinks|shrinking, contracts|contracting, diminishes|diminishing, gets|getting smaller, "
-            "gets|getting tinier, becomes|becoming smaller, becomes|becoming tiny, shrinks|shrinking in size, "
-            "decreases|decreasing in size, reduces|reducing in size, grows|growing smaller, "
-            "scales|scaling down, shrinks|shrinking inward, gets|getting smaller and smaller, "
-            "keeps|keeping shrinking, shrinks|shrinking away, shrinks|shrinking steadily"
+            "gets|getting tinier, becomes|becoming smaller, becomes|becoming tiny, "
+            "shrinks|shrinking in size, decreases|decreasing in size, reduces|reducing in size, "
+            "grows|growing smaller, scales|scaling down, shrinks|shrinking inward, "
+            "gets|getting smaller and smaller, keeps|keeping shrinking, shrinks|shrinking away, "
+            "shrinks|shrinking steadily"
         ),
     },
     "background": {
@@ -131,8 +133,8 @@ SEEN: Words = {
             "concrete grey, slate grey, dull grey, plain gray, simple grey, flat gray"
         ),
         "white": _split(
-            "white, plain white, solid white, pure white, bright white, snow white, clean white, blank white, "
-            "paper white, completely white, simple white, flat white"
+            "white, plain white, solid white, pure white, bright white, snow white, clean white, "
+            "blank white, paper white, completely white, simple white, flat white"
         ),
     },
 }

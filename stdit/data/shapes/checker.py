@@ -1,0 +1,265 @@
+"""Reads shape, colour, motion and background off the pixels of a video, to score generated clips.
+
+It knows the vocabulary of the data set and nothing of the prompt. It means to accept what a person would accept
+(slight blur, faint noise, the blocks of a codec) and to refuse the rest: an attribute is None when it cannot be
+told. Lengths are pixels of a frame whose shorter side is 32; larger frames are averaged down to about that.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stdit.data.shapes.render import BACKGROUNDS, COLOURS, FRAME, SHAPES, coverage
+
+Array = np.ndarray
+ATTRIBUTES = ("shape", "colour", "motion", "background")
+
+PLAIN = 45.0
+"""Distance in RGB (0 to 255) under which a pixel belongs to the background."""
+CLUTTER = 75.0
+"""Distance in RGB from all mixtures of object and background above which a pixel belongs to neither."""
+MIN_BORDER = 0.7
+"""Fraction of the border that must be plain."""
+MIN_AREA = 12.0
+"""Square pixels that an object must cover to be seen (a circle of radius 2)."""
+MIN_PRESENT = 0.9
+"""Fraction of the frames in which the object must be seen."""
+MIN_SATURATION = 0.35
+MAX_HUE_DISTANCE = 25.0
+"""Degrees."""
+MIN_AGREEMENT = 0.75
+"""Fraction of votes (pixels for the colour, frames for the shape) that the winner needs."""
+MIN_TRAVEL = 3.5
+MAX_DRIFT = 0.4
+"""Largest sideways part of a movement, as a fraction of it."""
+MIN_SCALING = 1.4
+"""Least ratio of the radii at the ends of a clip that grows or shrinks."""
+MIN_STEADINESS = 0.9
+"""Least correlation of the track (or radius) with time."""
+MIN_FIT = 0.86
+MIN_MARGIN = 0.02
+"""Least lead of the best shape over the second, in intersection over union."""
+MIN_WHOLE_FRAMES = 3
+"""Frames in which the object is clear of the border, needed to tell its shape."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a video shows; None where that cannot be told, and `reason` says why."""
+
+    shape: str | None = None
+    colour: str | None = None
+    motion: str | None = None
+    background: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Track:
+    """The object over time: softly cut out [T H W], its area, centre and root of the area, each [T]."""
+
+    alpha: Array
+    area: Array
+    x: Array
+    y: Array
+
+    @property
+    def size(self) -> Array:
+        return np.sqrt(self.area)
+
+
+def check(frames: Array) -> Verdict:
+    """Read the attributes of a video.
+
+    Args:
+        frames: uint8 [T H W 3], RGB.
+
+    Raises:
+        ValueError: for another type or number of axes.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}, but must be uint8 [T H W 3]")
+    video = _shrink(frames)
+    plain, background = _background(video)
+    if plain is None:
+        return Verdict(reason="no plain background")
+    distance = np.linalg.norm(video - plain, axis=-1)  # [T H W]
+    if (distance > PLAIN).sum((1, 2)).max() < MIN_AREA:
+        return Verdict(background=background, reason="nothing stands out from the background")
+
+    alpha = _cut_out(video - plain, distance)
+    track = _follow(alpha)
+    colour, colour_reason = _colour(video[alpha > 0.8])
+    present = track.area > MIN_AREA
+    if present.mean() < MIN_PRESENT:
+        reason = f"the object is seen in only {present.sum()} of {len(present)} frames"
+        return Verdict(colour=colour, background=background, reason=reason)
+    motion, motion_reason = _motion(track)
+    shape, shape_reason = _shape(track)
+    background_reason = "" if background else f"background {plain.round()} is none of the known ones"
+    reasons = (shape_reason, colour_reason, motion_reason, background_reason)
+    return Verdict(shape, colour, motion, background, "; ".join(filter(None, reasons)))
+
+
+def score(frames: Array, expected: dict[str, str]) -> dict[str, bool]:
+    """Compare a video (uint8 [T H W 3]) with expected attributes: one boolean for each, and "all" of them."""
+    verdict = check(frames)
+    right = {name: getattr(verdict, name) == expected[name] for name in ATTRIBUTES}
+    return {**right, "all": all(right.values())}
+
+
+def _shrink(frames: Array) -> Array:
+    """Average whole blocks of pixels so that the shorter side is nearly 32: float32 [T H W 3]."""
+    t, h, w, _ = frames.shape
+    k = max(1, min(h, w) // int(FRAME))
+    video = frames[:, : h // k * k, : w // k * k].astype(np.float32)
+    return video.reshape(t, h // k, k, w // k, k, 3).mean((2, 4))
+
+
+def _border(volume: Array) -> Array:
+    """The outermost pixels of every frame: [T, n, ...]."""
+    edges = (volume[:, 0], volume[:, -1], volume[:, 1:-1, 0], volume[:, 1:-1, -1])
+    return np.concatenate(edges, axis=1)
+
+
+def _background(video: Array) -> tuple[Array | None, str | None]:
+    """Colour of a plain background [3] (None when the border is not plain) and its name, if it has one."""
+    border = _border(video)  # [T n 3]
+    plain = np.median(border, axis=(0, 1))
+    close = np.linalg.norm(border - plain, axis=-1) < PLAIN
+    if close.mean() < MIN_BORDER:
+        return None, None
+    distances = {name: float(np.linalg.norm(plain - np.array(rgb))) for name, rgb in BACKGROUNDS.items()}
+    name = min(distances, key=distances.__getitem__)
+    return plain, name if distances[name] < 1.5 * PLAIN else None
+
+
+def _sharpen(alpha: Array) -> Array:
+    """Drop faint traces of noise in the background and inside the object; an edge stays where it is."""
+    return np.clip((alpha - 0.2) / 0.6, 0.0, 1.0)
+
+
+def _cut_out(offset: Array, distance: Array) -> Array:
+    """Soft mask [T H W] of the object, from the pixels' offset [T H W 3] and distance from the background.
+
+    Pixels between the background and the object's typical colour are edges, in proportion. Pixels off that
+    line are clutter of other colours: they count as object, so that they spoil its shape.
+    """
+    clear = distance > PLAIN
+    clear &= distance > 0.7 * np.percentile(distance[clear], 75)
+    typical = np.median(offset[clear], axis=0)
+    contrast = float(np.linalg.norm(typical))
+    along = offset @ (typical / contrast)
+    beside = np.sqrt(np.maximum(distance**2 - along**2, 0.0))
+    return np.where(beside > CLUTTER, 1.0, _sharpen(along / contrast))
+
+
+def _follow(alpha: Array) -> _Track:
+    t, h, w = alpha.shape
+    area = alpha.sum((1, 2))
+    mass = np.maximum(area, 1e-6)
+    x = (alpha.sum(1) @ (np.arange(w) + 0.5)) / mass
+    y = (alpha.sum(2) @ (np.arange(h) + 0.5)) / mass
+    return _Track(alpha, area, x, y)
+
+
+def _hue(rgb: Array) -> tuple[Array, Array]:
+    """Hue in degrees and saturation of HSV, for colours [... 3]."""
+    r, g, b = np.moveaxis(rgb, -1, 0)
+    high, chroma = rgb.max(-1), np.ptp(rgb, axis=-1)
+    hue = np.degrees(np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b)) % 360
+    return hue, chroma / np.maximum(high, 1e-6)
+
+
+def _colour(pixels: Array) -> tuple[str | None, str]:
+    """Every pixel [n 3] votes for the nearest hue; too grey or too far from all, it votes for none."""
+    names = list(COLOURS)
+    known, _ = _hue(np.array([COLOURS[name] for name in names], np.float32))
+    hue, saturation = _hue(pixels)
+    gap = np.abs((hue[:, None] - known + 180) % 360 - 180)  # [n 6]
+    valid = (saturation > MIN_SATURATION) & (gap.min(1) < MAX_HUE_DISTANCE)
+    votes = np.bincount(gap.argmin(1)[valid], minlength=len(names))
+    share = votes.max() / len(pixels)
+    if share < MIN_AGREEMENT:
+        return None, f"no clear colour ({names[votes.argmax()]} {share:.0%})"
+    return names[votes.argmax()], ""
+
+
+def _steadiness(values: Array) -> float:
+    """Absolute correlation with time."""
+    time = np.arange(len(values)) - (len(values) - 1) / 2
+    spread = values - values.mean()
+    scale = np.linalg.norm(time) * np.linalg.norm(spread)
+    return float(abs(time @ spread) / scale) if scale > 0 else 0.0
+
+
+def _motion(track: _Track) -> tuple[str | None, str]:
+    """Direction of a straight, steady movement, or a steady change of size in place."""
+    frames = len(track.x)
+    if frames < MIN_WHOLE_FRAMES:
+        return None, f"no motion in {frames} frames"
+    ends = max(1, frames // 8)
+    dx, dy = (float(a[-ends:].mean() - a[:ends].mean()) for a in (track.x, track.y))
+    ratio = float(track.size[-ends:].mean() / track.size[:ends].mean())
+    travel, drift = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
+    told = f"moved by ({dx:.1f}, {dy:.1f}) pixels, grew by {ratio:.2f}"
+    scaling = max(ratio, 1 / ratio)
+    if travel >= MIN_TRAVEL:
+        along = track.x if abs(dx) > abs(dy) else track.y
+        if drift > MAX_DRIFT * travel or _steadiness(along) < MIN_STEADINESS or scaling > MIN_SCALING:
+            return None, f"no clear motion: {told}"
+        if abs(dx) > abs(dy):
+            return ("right" if dx > 0 else "left"), ""
+        return ("down" if dy > 0 else "up"), ""
+    if scaling >= MIN_SCALING and _steadiness(track.size) >= MIN_STEADINESS:
+        return ("grow" if ratio > 1 else "shrink"), ""
+    return None, f"no clear motion: {told}"
+
+
+def _blur(volume: Array) -> Array:
+    """Blur [T H W] by (1, 2, 1) / 4 along both sides of the frame."""
+    for axis in (1, 2):
+        padded = np.pad(volume, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode="edge")
+        n = volume.shape[axis]
+        before, here, after = (np.take(padded, np.arange(i, i + n), axis) for i in range(3))
+        volume = (before + 2 * here + after) / 4
+    return volume
+
+
+def _fits(track: _Track, shape: str) -> Array:
+    """Intersection over union of the object with a drawn shape of its size and place, per frame: [T].
+
+    The drawn shape may be slightly larger or smaller, or blurred, whatever fits best over all frames.
+    """
+    h, w = track.alpha.shape[1:]
+    centre, one = np.full(1, 64.0), np.full(1, 40.0)
+    unit_area = coverage(shape, centre, centre, one, 128, 128).sum() / 40.0**2  # of radius 1
+    candidates = []
+    for scale in (0.95, 1.0, 1.05):
+        radius = np.sqrt(track.area / unit_area) * scale
+        drawn = coverage(shape, track.x, track.y, radius, h, w)
+        for _ in range(3):
+            template = _sharpen(drawn)
+            overlap = np.minimum(template, track.alpha).sum((1, 2))
+            union = np.maximum(template, track.alpha).sum((1, 2))
+            candidates.append(overlap / np.maximum(union, 1e-6))
+            drawn = _blur(drawn)
+    return max(candidates, key=lambda fit: fit.mean())
+
+
+def _shape(track: _Track) -> tuple[str | None, str]:
+    """The shape that fits best in the frames where the object is clear of the border; larger frames count more."""
+    whole = (_border(track.alpha).max(1) < 0.5) & (track.area > MIN_AREA)
+    if whole.sum() < min(MIN_WHOLE_FRAMES, len(whole)):
+        return None, "the object is cut by the border"
+    seen = _Track(track.alpha[whole], track.area[whole], track.x[whole], track.y[whole])
+    names = list(SHAPES)
+    fits = np.stack([_fits(seen, name) for name in names])  # [shapes T]
+    weight = seen.area / seen.area.sum()
+    mean = fits @ weight
+    second, best = np.argsort(mean)[-2:]
+    agreement = weight[fits.argmax(0) == best].sum()
+    told = f"{names[best]} {mean[best]:.2f}, {names[second]} {mean[second]:.2f}"
+    if mean[best] < MIN_FIT or mean[best] - mean[second] < MIN_MARGIN or agreement < MIN_AGREEMENT:
+        return None, f"no clear shape ({told})"
+    return names[best], ""
