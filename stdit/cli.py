@@ -1,0 +1,218 @@
+"""Settings: YAML files and dotted flags in, one checked dataclass out, plain errors otherwise."""
+
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from stdit.errors import UserError
+
+Config = TypeVar("Config")
+OWN_FLAGS = ("help", "config", "print_config")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call ``main`` and exit: with its code, with 2 after a `UserError`, with 130 after Ctrl-C."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def parse(
+    config_class: type[Config], argv: Sequence[str] | None = None, description: str = "", examples: str = ""
+) -> Config:
+    """Read a config dataclass from the command line.
+
+    ``--config FILE`` may be repeated: later files win over earlier ones, flags (``--group.key value``) over
+    files. ``--help`` shows the docstring below each field; ``--print_config`` prints the result as YAML.
+
+    Args:
+        config_class: a dataclass whose fields may be dataclasses in turn.
+        argv: arguments without the program's name; None: those of the process.
+        description: first lines of ``--help``.
+        examples: last lines of ``--help``.
+
+    Raises:
+        UserError: for an unknown key (naming the nearest one), a wrong type, or a file that cannot be read.
+        SystemExit: with code 0 after ``--help`` and ``--print_config``.
+    """
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        pass
+
+    arguments = _files_first(list(sys.argv[1:] if argv is None else argv))
+    known = dict(_settings(config_class))
+    for argument in arguments:
+        if argument.startswith("--"):
+            _check_key(argument[2:].partition("=")[0].removesuffix("+"), known, "--")
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        usage="%(prog)s [--config FILE ...] [--key value ...]",
+        description=description,
+        epilog=examples,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="YAML file of settings; later ones win, flags win.",
+    )
+    parser.add_class_arguments(config_class)
+    for flag, value in zip(arguments, arguments[1:], strict=False):
+        if flag == "--config":
+            _check_file(Path(value), config_class)
+    try:
+        settings = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), known)) from None
+    return config_class(**{f.name: settings[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested dicts and lists that YAML and JSON hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """The complete config as YAML, to be read again by `parse` with ``--config``."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _files_first(arguments: list[str]) -> list[str]:
+    """Move ``--config FILE`` to the front, so that flags win wherever they stand."""
+    files: list[str] = []
+    rest: list[str] = []
+    iterator = iter(arguments)
+    for argument in iterator:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            rest.append(argument)
+            continue
+        path = value if equals else next(iterator, None)
+        if not path or path.startswith("--"):
+            raise UserError("--config needs a file: --config configs/train/quickstart.yaml")
+        files += ["--config", path]
+    return files + rest
+
+
+def _settings(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its type: groups (dataclasses) and leaves."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        yield prefix + field.name, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _settings(hint, f"{prefix}{field.name}.")
+
+
+def _check_key(key: str, known: dict[str, Any], dashes: str = "", where: str = "") -> None:
+    """Raise UserError naming the nearest key unless ``key`` is a setting (or an entry of a dict setting)."""
+    if key in known or (dashes and key in OWN_FLAGS):
+        return
+    group = key.rpartition(".")[0]
+    while group:
+        if typing.get_origin(known.get(group)) is dict:
+            return
+        group = group.rpartition(".")[0]
+    nearest = _nearest(key, [*known, *(OWN_FLAGS if dashes else ())])
+    hint = f"did you mean {dashes}{nearest}?" if nearest else "see --help for all settings."
+    raise UserError(f"{where}{dashes}{key} is not a setting: {hint}")
+
+
+def _nearest(key: str, keys: list[str]) -> str | None:
+    """The key that was probably meant: same last part elsewhere, or a like spelling."""
+    last = key.rpartition(".")[2]
+    lasts = {other.rpartition(".")[2]: other for other in reversed(keys)}
+    close = difflib.get_close_matches(key, keys, 1, 0.75)
+    close_lasts = difflib.get_close_matches(last, list(lasts), 1, 0.6)
+    for candidate in (*close, lasts.get(last), *(lasts[name] for name in close_lasts)):
+        if candidate:
+            return candidate
+    return next(iter(difflib.get_close_matches(key, keys, 1, 0.5)), None)
+
+
+def _check_file(path: Path, config_class: Any) -> None:
+    """Raise UserError if a YAML file cannot be read or holds an unknown key."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"--config {path}: cannot be read ({reason}).") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must hold settings, such as 'name: first'.")
+    _check_content(content, config_class, "", f"--config {path}: ")
+
+
+def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, where: str) -> None:
+    """Walk a mapping beside the dataclass that it fills."""
+    known = dict(_settings(config_class))
+    for key, value in content.items():
+        _check_key(f"{prefix}{key}", {prefix + name: hint for name, hint in known.items()}, where=where)
+        hint = known.get(str(key))
+        item = next((t for t in typing.get_args(hint) if dataclasses.is_dataclass(t)), None)
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}{prefix}{key} = {value}: must be a group of settings.")
+            _check_content(value, hint, f"{prefix}{key}.", where)
+        elif item is not None and isinstance(value, list):
+            for index, entry in enumerate(value):
+                if isinstance(entry, dict):
+                    _check_content(entry, item, f"{prefix}{key}[{index}].", where)
+
+
+def _explain(message: str, known: dict[str, Any]) -> str:
+    """One line for what jsonargparse says in several."""
+    key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    hint = known.get(key[1]) if key else None
+    if key and value and hint is not None and not dataclasses.is_dataclass(hint):
+        return f"{key[1]} = {value[1].strip()}: must be {_describe(hint)}."
+    return " ".join(message.split())
+
+
+def _describe(hint: Any) -> str:
+    """A type in words."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint in names:
+        return names[hint]
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(value) for value in inner)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(part) for part in inner)
+    if origin is tuple and Ellipsis not in inner:
+        return f"a list of {len(inner)}: [{', '.join(_describe(part) for part in inner)}]"
+    if origin in (list, tuple):
+        return f"a list, each entry {_describe(inner[0])}"
+    if origin is dict:
+        return f"a mapping of names, each to {_describe(inner[1])}"
+    return getattr(hint, "__name__", str(hint))
