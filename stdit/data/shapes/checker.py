@@ -24,8 +24,10 @@ MIN_AREA = 12.0
 """Square pixels that an object must cover to be seen (a circle of radius 2)."""
 MIN_PRESENT = 0.9
 """Fraction of the frames in which the object must be seen."""
-MIN_SATURATION = 0.35
-MAX_HUE_DISTANCE = 25.0
+MIN_SATURATION = 0.45
+MIN_BRIGHTNESS = 0.5
+"""Largest channel, as a fraction of the known colour's: a dark orange is brown."""
+MAX_HUE_DISTANCE = 20.0
 """Degrees."""
 MIN_AGREEMENT = 0.75
 """Fraction of votes (pixels for the colour, frames for the shape) that the winner needs."""
@@ -36,9 +38,11 @@ MIN_SCALING = 1.4
 """Least ratio of the radii at the ends of a clip that grows or shrinks."""
 MIN_STEADINESS = 0.9
 """Least correlation of the track (or radius) with time."""
-MIN_FIT = 0.86
-MIN_MARGIN = 0.02
+MIN_FIT = 0.89
+MIN_MARGIN = 0.03
 """Least lead of the best shape over the second, in intersection over union."""
+BLURS = 3
+"""A drawn shape is blurred once, as the video was against the coarse colours of 4:2:0, up to this often."""
 MIN_WHOLE_FRAMES = 3
 """Frames in which the object is clear of the border, needed to tell its shape."""
 
@@ -87,9 +91,9 @@ def check(frames: Array) -> Verdict:
     if (distance > PLAIN).sum((1, 2)).max() < MIN_AREA:
         return Verdict(background=background, reason="nothing stands out from the background")
 
-    alpha = _cut_out(video - plain, distance)
+    alpha = _cut_out(_blur(video - plain))
     track = _follow(alpha)
-    colour, colour_reason = _colour(video[alpha > 0.8])
+    colour, colour_reason = _colour(video[alpha > 0.9])
     present = track.area > MIN_AREA
     if present.mean() < MIN_PRESENT:
         reason = f"the object is seen in only {present.sum()} of {len(present)} frames"
@@ -139,12 +143,13 @@ def _sharpen(alpha: Array) -> Array:
     return np.clip((alpha - 0.2) / 0.6, 0.0, 1.0)
 
 
-def _cut_out(offset: Array, distance: Array) -> Array:
-    """Soft mask [T H W] of the object, from the pixels' offset [T H W 3] and distance from the background.
+def _cut_out(offset: Array) -> Array:
+    """Soft mask [T H W] of the object, from the pixels' offset [T H W 3] from the background.
 
     Pixels between the background and the object's typical colour are edges, in proportion. Pixels off that
     line are clutter of other colours: they count as object, so that they spoil its shape.
     """
+    distance = np.linalg.norm(offset, axis=-1)
     clear = distance > PLAIN
     clear &= distance > 0.7 * np.percentile(distance[clear], 75)
     typical = np.median(offset[clear], axis=0)
@@ -172,14 +177,16 @@ def _hue(rgb: Array) -> tuple[Array, Array]:
 
 
 def _colour(pixels: Array) -> tuple[str | None, str]:
-    """Every pixel [n 3] votes for the nearest hue; too grey or too far from all, it votes for none."""
+    """Every pixel [n 3] votes for the nearest hue; too grey, too dark or too far from all, it votes for none."""
     names = list(COLOURS)
-    known, _ = _hue(np.array([COLOURS[name] for name in names], np.float32))
+    known = np.array([COLOURS[name] for name in names], np.float32)
     hue, saturation = _hue(pixels)
-    gap = np.abs((hue[:, None] - known + 180) % 360 - 180)  # [n 6]
-    valid = (saturation > MIN_SATURATION) & (gap.min(1) < MAX_HUE_DISTANCE)
-    votes = np.bincount(gap.argmin(1)[valid], minlength=len(names))
-    share = votes.max() / len(pixels)
+    gap = np.abs((hue[:, None] - _hue(known)[0] + 180) % 360 - 180)  # [n 6]
+    nearest = gap.argmin(1)
+    bright = pixels.max(-1) > MIN_BRIGHTNESS * known.max(-1)[nearest]
+    valid = bright & (saturation > MIN_SATURATION) & (gap.min(1) < MAX_HUE_DISTANCE)
+    votes = np.bincount(nearest[valid], minlength=len(names))
+    share = votes.max() / max(1, len(pixels))
     if share < MIN_AGREEMENT:
         return None, f"no clear colour ({names[votes.argmax()]} {share:.0%})"
     return names[votes.argmax()], ""
@@ -217,9 +224,9 @@ def _motion(track: _Track) -> tuple[str | None, str]:
 
 
 def _blur(volume: Array) -> Array:
-    """Blur [T H W] by (1, 2, 1) / 4 along both sides of the frame."""
+    """Blur [T H W ...] by (1, 2, 1) / 4 along both sides of the frame."""
     for axis in (1, 2):
-        padded = np.pad(volume, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode="edge")
+        padded = np.pad(volume, [(1, 1) if a == axis else (0, 0) for a in range(volume.ndim)], mode="edge")
         n = volume.shape[axis]
         before, here, after = (np.take(padded, np.arange(i, i + n), axis) for i in range(3))
         volume = (before + 2 * here + after) / 4
@@ -238,12 +245,12 @@ def _fits(track: _Track, shape: str) -> Array:
     for scale in (0.95, 1.0, 1.05):
         radius = np.sqrt(track.area / unit_area) * scale
         drawn = coverage(shape, track.x, track.y, radius, h, w)
-        for _ in range(3):
+        for _ in range(BLURS):
+            drawn = _blur(drawn)
             template = _sharpen(drawn)
             overlap = np.minimum(template, track.alpha).sum((1, 2))
             union = np.maximum(template, track.alpha).sum((1, 2))
             candidates.append(overlap / np.maximum(union, 1e-6))
-            drawn = _blur(drawn)
     return max(candidates, key=lambda fit: fit.mean())
 
 

@@ -18,15 +18,15 @@ FRAME = 32.0
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 20, 40),
-    "orange": (255, 130, 0),
+    "orange": (255, 140, 0),
     "yellow": (250, 235, 20),
-    "green": (20, 165, 50),
+    "green": (10, 145, 40),
     "blue": (30, 70, 235),
-    "purple": (165, 45, 205),
+    "purple": (150, 40, 195),
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0),
-    "grey": (110, 110, 110),
+    "grey": (128, 128, 128),
     "white": (255, 255, 255),
 }
 DIRECTIONS: dict[str, tuple[float, float]] = {
