@@ -38,7 +38,7 @@ MIN_SCALING = 1.4
 """Least ratio of the radii at the ends of a clip that grows or shrinks."""
 MIN_STEADINESS = 0.9
 """Least correlation of the track (or radius) with time."""
-MIN_FIT = 0.89
+MIN_FIT = 0.9
 MIN_MARGIN = 0.03
 """Least lead of the best shape over the second, in intersection over union."""
 BLURS = 3
