@@ -1,0 +1,122 @@
+"""Settings of ``sample.py``, and the rules for what a video may be asked to be. Imports nothing heavy."""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from stdit.errors import UserError
+
+Format = Literal["mp4", "gif", "png"]
+
+
+@dataclass
+class VideoSettings:
+    """Settings of one call of the pipeline. None: as the pipeline was trained, or as it samples best."""
+
+    num_frames: int | None = None
+    """Length in frames."""
+    height: int | None = None
+    """Height in pixels (with width; or use resolution and aspect_ratio)."""
+    width: int | None = None
+    """Width in pixels."""
+    fps: float | None = None
+    """Frames per second."""
+    num_inference_steps: int | None = None
+    """Euler steps from noise to video."""
+    guidance_scale: float | None = None
+    """1 follows the prompt as trained; more follows it harder, at twice the cost."""
+    shift: float | None = None
+    """Moves the steps towards noise (above 1) or detail (below 1); none: by the size and length."""
+
+    def check(self, where: str = "") -> None:
+        """Raise UserError, naming value, rule and way out, for what no model could follow."""
+        for name in ("num_frames", "height", "width", "num_inference_steps"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or value != int(value) or value < 1):
+                raise UserError(f"{where}{name} = {value}: must be a whole number, at least 1.")
+        if (self.height is None) != (self.width is None):
+            missing = "height" if self.height is None else "width"
+            raise UserError(f"{where}{missing} is missing: give both height and width, or neither.")
+        if self.fps is not None and not 0 < self.fps <= 1000:
+            raise UserError(f"{where}fps = {self.fps}: must be above 0 and at most 1000 frames per second.")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
+            raise UserError(
+                f"{where}guidance_scale = {self.guidance_scale}: must be at least 0; 1 is no guidance."
+            )
+        if self.shift is not None and not 0 < self.shift < float("inf"):
+            raise UserError(f"{where}shift = {self.shift}: must be above 0; 1 is no shift.")
+
+
+SETTINGS = tuple(f.name for f in fields(VideoSettings))
+
+
+@dataclass
+class SampleConfig(VideoSettings):
+    """Generate videos from prompts."""
+
+    checkpoint: str = ""
+    """A run folder (outputs/NAME), one of its checkpoints, or an exported pipeline."""
+    prompt: str | list[str] | None = None
+    """One prompt, or a list of them."""
+    prompts: str | None = None
+    """A file of prompts: .txt (one a line), or .csv or .jsonl (prompt, and settings of its own)."""
+    negative_prompt: str | None = None
+    """What to lead away from (needs guidance_scale other than 1)."""
+    image: str | None = None
+    """A picture that becomes the first frame."""
+    resolution: str | None = None
+    """Size by name, such as 240p, with aspect_ratio."""
+    aspect_ratio: str | None = None
+    """Width to height, such as 16:9."""
+    seed: int = 0
+    """Seed of the first sample of every prompt; the same seed gives the same video."""
+    num_samples: int = 1
+    """Videos a prompt, with seeds seed, seed + 1, ..."""
+    seeds: list[int] | None = None
+    """The seeds themselves, instead of seed and num_samples."""
+    output: str | None = None
+    """Folder for the videos; none: samples/prompts in the run folder, or outputs/samples."""
+    format: Format | list[Format] = field(default_factory=lambda: ["mp4", "png"])
+    """mp4 and gif: one a video; png: one contact sheet of all."""
+    batch_size: int = 8
+    """Most videos at once."""
+    ema: bool = True
+    """Use the averaged weights of a checkpoint."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the transformer."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        self.check()
+        if self.batch_size < 1 or self.num_samples < 1:
+            raise UserError(
+                f"batch_size = {self.batch_size}, num_samples = {self.num_samples}: both must be at least 1."
+            )
+        if self.seeds is not None and not self.seeds:
+            raise UserError("seeds = []: give at least one, or leave it out.")
+        if self.resolution is not None and self.height is not None:
+            raise UserError("both resolution and height/width are given: leave one of them out.")
+        if self.aspect_ratio is not None and self.resolution is None:
+            raise UserError(
+                f"aspect_ratio = {self.aspect_ratio} without a resolution: add --resolution, such as 240p."
+            )
+        if not self.formats():
+            raise UserError("format = []: name at least one of mp4, gif and png.")
+        for seed in self.all_seeds(None):
+            check_seed(seed)
+
+    def formats(self) -> list[Format]:
+        return [self.format] if isinstance(self.format, str) else list(self.format)
+
+    def all_seeds(self, line_seed: int | None) -> list[int]:
+        """Seeds of one prompt, whose own line may set the first."""
+        if line_seed is None and self.seeds is not None:
+            return list(self.seeds)
+        first = self.seed if line_seed is None else line_seed
+        return list(range(first, first + self.num_samples))
+
+
+def check_seed(seed: int, where: str = "") -> None:
+    """Raise UserError for a seed that torch would refuse."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"{where}seed = {seed}: must be from 0 to 2^63 - 1.")

@@ -1,0 +1,180 @@
+"""A pipeline from what a user points at: a run folder, one of its checkpoints, or an exported pipeline."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stdit.checkpoint_files import hash_file, newest_whole, read_meta, step_of, verify
+from stdit.errors import UserError
+
+MODEL_INDEX = "model_index.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from: an exported pipeline, or a checkpoint of a run."""
+
+    path: Path
+    run: Path | None
+    """The run folder that it belongs to, if any."""
+    is_pipeline: bool
+
+
+def find_source(checkpoint: str | Path, ema: bool = True) -> Source:
+    """Decide what ``checkpoint`` names, and check that it is whole. Loads no weights, imports little.
+
+    Of a run folder, the newest whole checkpoint is taken, or its pipeline if that is at least as new.
+
+    Raises:
+        UserError: if there is nothing to sample from, or what there is is damaged.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(
+            f"checkpoint {path}: there is no such folder. Give a run (outputs/NAME), a checkpoint, or a "
+            "pipeline folder."
+        )
+    if (path / MODEL_INDEX).is_file():
+        return Source(path, path.parent if (path.parent / "config.yaml").is_file() else None, True)
+    if step_of(path) is not None or (path / "meta.json").is_file():
+        verify(path, needed=_weights(ema))
+        return Source(path, path.parent.parent, False)
+    newest, passed_over = newest_whole(path / "checkpoints", needed=_weights(ema))
+    for reason in passed_over:
+        logger.warning("passed over: %s", reason)
+    exported = path / "pipeline"
+    has_pipeline = (exported / MODEL_INDEX).is_file()
+    if has_pipeline and (newest is None or (pipeline_step(exported) or 0) >= (step_of(newest) or 0)):
+        return Source(exported, path, True)
+    if newest is None:
+        raise UserError(
+            f"checkpoint {path} holds neither a whole checkpoint (checkpoints/step-...) nor a pipeline: "
+            + (f"{passed_over[0]}" if passed_over else "train first, or give another folder.")
+        )
+    return Source(newest, path, False)
+
+
+def load_pipeline(checkpoint: str | Path | Source, ema: bool = True) -> tuple[Any, str]:
+    """Load a ready `STDiTPipeline`, in fp32 on the CPU, and the hash of the weights that it uses.
+
+    Args:
+        checkpoint: a run, checkpoint or pipeline folder, or what `find_source` made of it.
+        ema: take the averaged weights of a checkpoint (an exported pipeline has those anyway).
+
+    Raises:
+        UserError: as `find_source`; also if the weights are not those of the model beside them.
+    """
+    from stdit.pipelines.pipeline import STDiTPipeline
+
+    source = checkpoint if isinstance(checkpoint, Source) else find_source(checkpoint, ema)
+    if source.is_pipeline:
+        weights = sorted((source.path / "transformer").glob("*.safetensors"))
+        if not weights:
+            raise UserError(f"pipeline {source.path}: transformer/ holds no .safetensors file.")
+        return STDiTPipeline.from_pretrained(source.path), hash_file(weights[0])
+    return _from_checkpoint(source, ema)
+
+
+def pipeline_step(folder: Path) -> int | None:
+    """The training step that an exported pipeline records."""
+    try:
+        return json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8")).get("step")
+    except ValueError as error:
+        raise UserError(f"{folder / MODEL_INDEX} is not valid JSON ({error}).") from None
+
+
+def _weights(ema: bool) -> Any:
+    """Which files of a checkpoint sampling reads; the optimizer's need not be whole."""
+    return lambda name: name.startswith("model/") or (ema and name.startswith("ema"))
+
+
+def _from_checkpoint(source: Source, ema: bool) -> tuple[Any, str]:
+    from stdit.diffusion.flow import RectifiedFlow
+    from stdit.pipelines.pipeline import STDiTPipeline
+
+    assert source.run is not None
+    meta = read_meta(source.path)
+    transformer, used = load_transformer(source.path, meta, ema)
+    config = _read_config(source.run)
+    pipe = STDiTPipeline(
+        transformer=transformer,
+        codec=_load_codec(source.run, config),
+        text_encoder=_load_text_encoder(source.run, config),
+        scheduler=RectifiedFlow.from_pretrained(source.run / "scheduler"),
+        step=meta.get("step"),
+        **meta.get("pipeline", {}),
+    )
+    return pipe, meta["files"][used]["hash"]
+
+
+def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:
+    """The STDiT of a verified checkpoint, and the name of the file whose weights it has."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from stdit.models.stdit import STDiT
+
+    averaged = "ema.safetensors"
+    if ema and averaged not in meta["files"]:
+        logger.warning("checkpoint %s has no averaged weights: using the model's own", folder)
+    used = averaged if ema and averaged in meta["files"] else "model/diffusion_pytorch_model.safetensors"
+    if used not in meta["files"] or "model/config.json" not in meta["files"]:
+        raise UserError(f"checkpoint {folder} lacks model/config.json or {used}: use another checkpoint.")
+    transformer = STDiT.from_config(STDiT.load_config(folder / "model"))
+    try:
+        state = load_file(folder / used)
+    except SafetensorError as error:
+        raise UserError(
+            f"checkpoint {folder}: {used} cannot be read ({error}): use another checkpoint."
+        ) from None
+    expected = {name: tuple(p.shape) for name, p in transformer.state_dict().items()}
+    odd = [
+        name for name in {**expected, **state} if name not in state or expected.get(name) != state[name].shape
+    ]
+    if odd:
+        raise UserError(
+            f"checkpoint {folder}: {used} is not of the model beside it: {len(odd)} tensors differ, "
+            f"such as {odd[0]}. Use another checkpoint."
+        )
+    transformer.load_state_dict(state)
+    return transformer.eval(), used
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    import yaml
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{run} is not a run: it has no config.yaml. Keep checkpoints inside their run's folder."
+        )
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _load_codec(run: Path, config: dict[str, Any]) -> Any:
+    """The codec saved with the run, or the one that the run's config names."""
+    from stdit.codecs import build_codec
+    from stdit.codecs.base import VideoCodec
+    from stdit.codecs.config import CodecConfig
+
+    if (run / "codec").is_dir():
+        return VideoCodec.from_pretrained(run / "codec")
+    return build_codec(CodecConfig(**_tuples(config.get("codec", {}))))
+
+
+def _load_text_encoder(run: Path, config: dict[str, Any]) -> Any:
+    from stdit.codecs.config import TextEncoderConfig
+    from stdit.codecs.text import TextEncoder, build_text_encoder
+
+    if (run / "text_encoder").is_dir():
+        return TextEncoder.from_pretrained(run / "text_encoder")
+    return build_text_encoder(TextEncoderConfig(**_tuples(config.get("text_encoder", {}))))
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """YAML has no tuples; the config dataclasses do."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -1,0 +1,353 @@
+"""STDiTPipeline: prompts and an optional first frame in, video out.
+
+Letters: B prompts, C channels, T latent frames, H height, W width, L text tokens, E width of the text states.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+
+from stdit.codecs.base import VideoCodec
+from stdit.codecs.text import TextEncoder
+from stdit.diffusion.flow import RectifiedFlow
+from stdit.errors import UserError
+from stdit.models.stdit import STDiT
+from stdit.pipelines.config import SETTINGS, VideoSettings
+from stdit.pipelines.images import Image, first_frames
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class STDiTPipelineOutput(BaseOutput):
+    """What a call returns."""
+
+    frames: Any
+    """By output_type: lists of PIL images a prompt; float array ``[B T H W 3]`` or tensor ``[B T 3 H W]`` in
+    [0, 1]; or latents ``[B C T H W]``."""
+
+
+class STDiTPipeline(DiffusionPipeline):
+    """Text (and a first frame) to video with an STDiT.
+
+    The keyword settings of `__init__` are what a call uses unless told otherwise: the shape that the model
+    was trained on, and sampling settings that suit it. ``step`` records the training step of the weights.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->codec"
+    _callback_tensor_inputs = ["latents"]
+
+    transformer: STDiT
+    codec: VideoCodec
+    text_encoder: TextEncoder
+    scheduler: RectifiedFlow
+
+    def __init__(
+        self,
+        transformer: STDiT,
+        codec: VideoCodec,
+        text_encoder: TextEncoder,
+        scheduler: RectifiedFlow,
+        num_frames: int = 16,
+        height: int = 32,
+        width: int = 32,
+        fps: float = 8.0,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 1.5,
+        shift: float | None = None,
+        step: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, codec=codec, text_encoder=text_encoder, scheduler=scheduler
+        )
+        self.register_to_config(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=fps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            shift=shift,
+            step=step,
+        )
+
+    # ---- saving, loading, placing: the codec and the text encoder are not diffusers classes ----
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the components (safetensors and JSON only) and ``model_index.json``, which comes last."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, component in self.components.items():
+            component.save_pretrained(folder / name)
+        self.save_config(folder)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load what `save_pretrained` wrote. Keywords replace a component or a setting; ``torch_dtype`` (or
+        ``dtype``) is the transformer's.
+
+        Raises:
+            UserError: if the folder holds no pipeline.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / cls.config_name).is_file():
+            raise UserError(f"{folder} is not a pipeline: it has no {cls.config_name}.")
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+        loaders: dict[str, Callable[[Path], Any]] = {
+            "transformer": lambda path: STDiT.from_pretrained(path, torch_dtype=dtype, use_safetensors=True),
+            "codec": VideoCodec.from_pretrained,
+            "text_encoder": TextEncoder.from_pretrained,
+            "scheduler": RectifiedFlow.from_pretrained,
+        }
+        for name, load in loaders.items():
+            if name not in kwargs:
+                kwargs[name] = load(folder / name)
+        recorded = cls.load_config(folder)
+        settings = {name: recorded[name] for name in (*SETTINGS, "step") if name in recorded}
+        return cls(**{**settings, **kwargs})
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move everything to a device; a dtype is the transformer's alone (the codec has its own)."""
+        for value in (*args, kwargs.get("device"), kwargs.get("dtype")):
+            if isinstance(value, torch.dtype):
+                torch.nn.Module.to(self.transformer, value)  # diffusers' own would warn about nothing
+            elif value is not None:
+                for component in (self.transformer, self.codec, self.text_encoder):
+                    component.to(value)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    # ---- the call ----
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str | None] | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        image: Image | Sequence[Image | None] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+        | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Generate one video a prompt. A setting left at None takes the pipeline's own (``pipe.config``).
+
+        Args:
+            prompt: one caption, or B of them.
+            negative_prompt: what guidance leads away from; None: the learned null caption.
+            num_frames: length of the videos in frames.
+            height: height in pixels.
+            width: width in pixels.
+            fps: frames per second.
+            num_inference_steps: Euler steps.
+            guidance_scale: 1 follows the caption as trained; more follows it harder (Ho & Salimans 2022,
+                arXiv:2207.12598).
+            shift: moves the steps towards noise; None: as the scheduler finds for the size.
+            generator: one for all prompts (drawn from in turn), or one a prompt, so that a video does not
+                depend on what else is in the batch.
+            image: the first frame, for all prompts or one a prompt: a PIL image; an array ``[H W 3]``, uint8
+                or in [0, 1]; or a tensor ``[3 H W]`` in [-1, 1]. Resized and cropped to the video's size.
+            output_type: pil, np, pt or latent: see `STDiTPipelineOutput`.
+            return_dict: if False, return ``(frames,)``.
+            callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": ...})`` after each
+                step; latents in the dictionary that it returns replace those of the pipeline.
+            callback_on_step_end_tensor_inputs: names of the tensors given to the callback.
+
+        Returns:
+            an `STDiTPipelineOutput`.
+
+        Raises:
+            UserError: if an argument breaks its rule.
+        """
+        given_by_caller: dict[str, Any] = dict(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=fps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            shift=shift,
+        )
+        settings = {name: self.config[name] if v is None else v for name, v in given_by_caller.items()}
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = _for_each(negative_prompt, len(prompts), "negative_prompt")
+        images = _for_each(image, len(prompts), "image")
+        generators = _for_each(generator, len(prompts), "generator")
+        VideoSettings(**settings).check()
+        if not prompts or not all(isinstance(text, str) for text in prompts):
+            raise UserError(f"prompt = {prompt!r}: must be a caption or a list of at least one.")
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type = {output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}.")
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: may only name "
+                f"{self._callback_tensor_inputs}."
+            )
+        num_frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
+        guidance_scale = float(settings["guidance_scale"])
+
+        device = self._execution_device
+        shape = (self.codec.channels, *self.codec.latent_shape(num_frames, height, width))
+        sigmas = self.scheduler.sigmas(
+            int(settings["num_inference_steps"]), shape[1], height, width, shift=settings["shift"]
+        ).to(device)
+        condition = self._encode_prompts(prompts, negatives if guidance_scale != 1 else None, device)
+        if guidance_scale != 1:
+            drop = [False] * len(prompts) + [negative is None for negative in negatives]
+            condition["drop_caption"] = torch.tensor(drop, device=device)
+        rows = len(condition["encoder_hidden_states"])
+        for name, value in (("fps", settings["fps"]), ("height", height), ("width", width)):
+            condition[name] = torch.full((rows,), float(value), device=device)
+
+        latents = torch.stack([_noise(shape, one) for one in generators]).to(device)  # [B C T H W]
+        free = torch.ones(len(prompts), shape[1], device=device)  # [B T]
+        for index, one in enumerate(images):
+            if one is not None:
+                latents[index, :, :1] = self._encode_image(one, height, width, device)
+                free[index, 0] = 0
+        if not free.any():
+            raise UserError(
+                f"num_frames = {num_frames} is one latent frame, which the image fills: ask for more frames "
+                f"than {self.codec.stride[0]}, or leave the image out."
+            )
+
+        latents = self._denoise(
+            latents,
+            free,
+            sigmas,
+            condition,
+            guidance_scale,
+            callback_on_step_end,
+            list(callback_on_step_end_tensor_inputs),
+        )
+        frames = latents if output_type == "latent" else self._decode(latents, settings, output_type)
+        self.maybe_free_model_hooks()
+        return STDiTPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        free: Tensor,
+        sigmas: Tensor,
+        condition: dict[str, Tensor],
+        guidance_scale: float,
+        callback: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None] | None,
+        callback_inputs: list[str],
+    ) -> Tensor:
+        """Euler's method from noise (sigma 1) to data (sigma 0): Liu et al. 2022 (arXiv:2209.03003).
+
+        A frame's own noise level is ``sigma * free``: a given frame (free 0) has none and does not move.
+        """
+        every_frame_free = bool(free.all())
+        for index, (sigma, sigma_next) in enumerate(
+            self.progress_bar(list(zip(sigmas[:-1], sigmas[1:], strict=True)))
+        ):
+            t = sigma * free  # [B T]
+            timestep = 1000 * (
+                t[:, 0] if every_frame_free else t
+            )  # one level a sample is cheaper for the model
+            velocity = self._guided_velocity(latents, t, timestep, condition, guidance_scale)
+            step = (sigma - sigma_next) * free  # [B T]
+            latents = latents + step[:, None, :, None, None] * velocity
+            if callback is not None:
+                tensors = {name: {"latents": latents}[name] for name in callback_inputs}
+                latents = (callback(self, index, 1000 * sigma, tensors) or {}).get("latents", latents)
+        return latents
+
+    def _guided_velocity(
+        self, x_t: Tensor, t: Tensor, timestep: Tensor, condition: dict[str, Tensor], guidance_scale: float
+    ) -> Tensor:
+        """``v_uncond + g (v_cond - v_uncond)`` (Ho & Salimans 2022, equation 6), both in one batch.
+
+        At g = 1 the second half would cancel out, and is left out.
+        """
+        halves = 1 if guidance_scale == 1 else 2
+        x_t, t, timestep = (torch.cat([tensor] * halves) for tensor in (x_t, t, timestep))
+        model_input = self.scheduler.scale_model_input(x_t, t).to(self.transformer.dtype)
+        output = self.transformer(hidden_states=model_input, timestep=timestep, **condition)
+        velocity = self.scheduler.velocity(output.float(), x_t, t)
+        if halves == 1:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _encode_prompts(
+        self, prompts: list[str], negatives: list[str | None] | None, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Text states ``[B L E]`` and mask ``[B L]`` of the prompts, then of what guidance leads away from.
+
+        Where a negative is None, its prompt's states stand in, for the model to replace by the null caption.
+        """
+        texts = list(prompts)
+        if negatives is not None:
+            texts += [p if n is None else n for p, n in zip(prompts, negatives, strict=True)]
+        distinct = list(dict.fromkeys(texts))
+        _onload(self.text_encoder)
+        states, mask = self.text_encoder.encode(distinct)
+        row = [distinct.index(text) for text in texts]
+        return {
+            "encoder_hidden_states": states[row].to(device, self.transformer.dtype),
+            "encoder_attention_mask": mask[row].to(device),
+        }
+
+    def _encode_image(self, image: Image, height: int, width: int, device: torch.device) -> Tensor:
+        """The first latent frame ``[C 1 H W]`` of a video that begins with ``image``.
+
+        Where several frames share a latent frame, the picture stands still for that long.
+        """
+        repeats = 1 if self.codec.causal_first_frame else self.codec.stride[0]
+        video = first_frames(image, height, width).repeat(1, repeats, 1, 1)[None]  # [1 3 T H W]
+        _onload(self.codec)
+        return self.codec.encode(video.to(device))[0, :, :1].float()
+
+    def _decode(self, latents: Tensor, settings: dict[str, Any], output_type: str) -> Any:
+        """Pixels of each video by itself: less memory, and no dependence on the batch."""
+        size = {name: int(settings[name]) for name in ("num_frames", "height", "width")}
+        _onload(self.codec)
+        video = torch.cat([self.codec.decode(one[None], **size) for one in latents])  # [B 3 T H W]
+        return VideoProcessor().postprocess_video(video.float(), output_type=output_type)
+
+
+def _for_each(value: Any, count: int, name: str) -> list[Any]:
+    """``value`` as a list of ``count``: itself repeated, or the list that it is, of that length."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise UserError(f"{len(value)} values of {name} for {count} prompts: give one, or one a prompt.")
+    return list(value)
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Noise of one sample, drawn where its generator lives: batch and model's device do not change it."""
+    device = generator.device if generator is not None else torch.device("cpu")
+    return torch.randn(shape, generator=generator, device=device).cpu()
+
+
+def _onload(module: Any) -> None:
+    """Fetch a component that `enable_model_cpu_offload` put away: its hook only sees calls of `forward`."""
+    if hasattr(module, "_hf_hook"):
+        module._hf_hook.pre_forward(module)

@@ -1,0 +1,149 @@
+"""Files of prompts: .txt, .csv and .jsonl. Imports nothing heavy."""
+
+import csv
+import difflib
+import io
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from stdit.errors import UserError
+from stdit.pipelines.config import VideoSettings, check_seed
+
+
+@dataclass
+class PromptLine(VideoSettings):
+    """One prompt and the settings of its own; None: as for all prompts."""
+
+    prompt: str = ""
+    """The caption."""
+    negative_prompt: str | None = None
+    """What to lead away from."""
+    seed: int | None = None
+    """Seed of this prompt's first sample."""
+    image: str | None = None
+    """Picture that becomes the first frame; a relative path counts from the file's folder."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """Columns of a csv that are no settings: written beside the video, and otherwise unused."""
+
+
+INTEGERS = ("num_frames", "height", "width", "num_inference_steps", "seed")
+NUMBERS = ("fps", "guidance_scale", "shift")
+KEYS = tuple(f.name for f in fields(PromptLine))
+
+
+def read_prompts(file: str | Path) -> list[PromptLine]:
+    """Read prompts and their settings.
+
+    - ``.txt``: one prompt a line; blank lines and lines that begin with # are skipped.
+    - ``.csv``: a header with a column ``prompt``; columns named like settings set them (empty: not set);
+      other columns are kept in ``extra``, unless they look like a misspelt setting.
+    - ``.jsonl``: an object a line, whose keys are ``prompt``, settings, and ``extra``.
+
+    Raises:
+        UserError: for a file that is missing, empty or malformed, with the number of the line.
+    """
+    path = Path(file)
+    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"prompts file {path}: its name must end in {', '.join(readers)}.")
+    if not path.is_file():
+        raise UserError(f"prompts file {path}: there is no such file.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"prompts file {path} is not UTF-8 text ({error.reason}): save it as UTF-8."
+        ) from None
+    lines = readers[path.suffix.lower()](path, text)
+    if not lines:
+        raise UserError(f"prompts file {path} holds no prompt: write at least one.")
+    for line in lines:
+        if line.image is not None:
+            line.image = str(path.parent / line.image)
+    return lines
+
+
+def _read_txt(path: Path, text: str) -> list[PromptLine]:
+    lines = (line.strip() for line in text.splitlines())
+    return [PromptLine(prompt=line) for line in lines if line and not line.startswith("#")]
+
+
+def _read_csv(path: Path, text: str) -> list[PromptLine]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    known = set(KEYS) - {"extra"}
+    result: list[PromptLine] = []
+    try:
+        columns = list(reader.fieldnames or [])
+        if not columns:
+            return []
+        if "prompt" not in columns:
+            raise UserError(f"{path}, line 1: no column 'prompt' among {', '.join(columns)}.")
+        for column in columns:
+            if column not in known and (nearest := difflib.get_close_matches(column, known, 1, 0.8)):
+                raise UserError(f"{path}, line 1: column {column!r}: did you mean {nearest[0]!r}?")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}: "
+            if None in row or None in row.values():
+                raise UserError(f"{where}must have {len(columns)} fields; quote those with commas in them.")
+            values = {
+                name: _number(name, value, where) for name, value in row.items() if name in known and value
+            }
+            extra = {name: value for name, value in row.items() if name not in known}
+            result.append(_line({**values, "extra": extra}, where))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num + 1}: not valid csv ({error}).") from None
+    return result
+
+
+def _read_jsonl(path: Path, text: str) -> list[PromptLine]:
+    result = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        where = f"{path}, line {number}: "
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}not valid JSON ({error}).") from None
+        if not isinstance(values, dict):
+            raise UserError(f'{where}must be an object, such as {{"prompt": "a red ball"}}.')
+        for key in set(values) - set(KEYS):
+            nearest = difflib.get_close_matches(key, KEYS, 1, 0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"use {', '.join(KEYS)}."
+            raise UserError(f"{where}unknown key {key!r}: {hint}")
+        result.append(_line({name: value for name, value in values.items() if value is not None}, where))
+    return result
+
+
+def _number(name: str, value: str, where: str) -> Any:
+    """A csv field as the setting wants it."""
+    if name not in INTEGERS + NUMBERS:
+        return value
+    kind, words = (int, "a whole number") if name in INTEGERS else (float, "a number")
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{where}{name} = {value!r}: must be {words}.") from None
+
+
+def _line(values: dict[str, Any], where: str) -> PromptLine:
+    """Check types and ranges of the settings of one line."""
+    for name, value in values.items():
+        kinds: tuple[type, ...] = (str,)
+        if name in INTEGERS + NUMBERS:
+            kinds = (int,) if name in INTEGERS else (int, float)
+        elif name == "extra":
+            kinds = (dict,)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UserError(
+                f"{where}{name} = {value!r}: must be {' or '.join(kind.__name__ for kind in kinds)}."
+            )
+    if not str(values.get("prompt", "")).strip():
+        raise UserError(f"{where}the prompt is empty: write one, or delete the line.")
+    line = PromptLine(**values)
+    line.check(where)
+    if line.seed is not None:
+        check_seed(line.seed, where)
+    return line

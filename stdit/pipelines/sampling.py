@@ -1,0 +1,271 @@
+"""From prompts to files: what ``sample.py`` does after parsing. Imports what is heavy only when needed."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import stdit
+from stdit.errors import UserError
+from stdit.pipelines.config import SETTINGS, SampleConfig, VideoSettings
+from stdit.pipelines.loading import Source, find_source, load_pipeline
+from stdit.pipelines.prompts import PromptLine, read_prompts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stdit.pipelines.pipeline import STDiTPipeline
+
+__all__ = ["Request", "Source", "load_pipeline", "plan_requests", "sample_to_files", "sample_videos"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to be made."""
+
+    prompt: str
+    seed: int
+    settings: VideoSettings = field(default_factory=VideoSettings)
+    negative_prompt: str | None = None
+    image: Any = None
+    """First frame: a path, or any picture that the pipeline takes."""
+    index: int = 0
+    """Place of the prompt in its file, for the name."""
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+def plan_requests(config: SampleConfig) -> list[Request]:
+    """All videos that a config asks for, prompt by prompt and seed by seed; pictures are checked.
+
+    Raises:
+        UserError: for a prompt, a setting or a picture that will not do.
+    """
+    lines = _prompt_lines(config)
+    size = _named_size(config)
+    requests = []
+    for index, line in enumerate(lines):
+        common = {name: getattr(config, name) for name in SETTINGS} | size
+        own = {name: value for name in SETTINGS if (value := getattr(line, name)) is not None}
+        settings = VideoSettings(**(common | own))
+        settings.check(f"prompt {index}: ")
+        for seed in config.all_seeds(line.seed):
+            requests.append(
+                Request(
+                    prompt=line.prompt,
+                    seed=seed,
+                    settings=settings,
+                    negative_prompt=line.negative_prompt or config.negative_prompt,
+                    image=line.image or config.image,
+                    index=index,
+                    extra=line.extra,
+                )
+            )
+    from stdit.pipelines.images import open_image
+
+    for path in {request.image for request in requests if request.image is not None}:
+        open_image(path)
+    return requests
+
+
+def sample_videos(
+    pipe: "STDiTPipeline", requests: Iterable[Request], batch_size: int = 8
+) -> Iterator[tuple[Request, "np.ndarray"]]:
+    """Generate videos, those with equal settings together; yields ``(request, uint8 [T H W 3])`` in order.
+
+    What a request leaves open is as the pipeline has it.
+    """
+    import torch
+
+    from stdit.pipelines.images import open_image
+    from stdit.pipelines.video_io import to_uint8
+
+    requests = list(requests)
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    done = 0
+    for batch in _batches(requests, batch_size):
+        which = f"videos {done + 1}-{done + len(batch)} of {len(requests)}"
+        pipe.set_progress_bar_config(**(bar | {"desc": which}))
+        done += len(batch)
+        images = [open_image(r.image) if isinstance(r.image, str | Path) else r.image for r in batch]
+        (frames,) = pipe(
+            [r.prompt for r in batch],
+            negative_prompt=[r.negative_prompt for r in batch],
+            image=images,
+            generator=[torch.Generator().manual_seed(r.seed) for r in batch],
+            output_type="np",
+            return_dict=False,
+            **asdict(batch[0].settings),
+        )
+        for request, video in zip(batch, frames, strict=True):
+            yield request, to_uint8(video)
+    pipe.set_progress_bar_config(**bar)
+
+
+def sample_to_files(config: SampleConfig) -> list[Path]:
+    """Do all that a config asks for; returns the files written. Input is checked before a model is loaded.
+
+    Raises:
+        UserError: for input that will not do, and when the disk refuses; no file is left half-written.
+    """
+    requests = plan_requests(config)
+    if not config.checkpoint:
+        raise UserError(
+            "no checkpoint: add --checkpoint with a run folder (outputs/NAME) or a pipeline folder."
+        )
+    source = find_source(config.checkpoint, config.ema)
+    device = _device(config.device)
+    folder = _writable(_output_folder(config, source))
+
+    pipe, weights = load_pipeline(source, config.ema)
+    print(f"sampling from {source.path} (weights {weights})", flush=True)
+    pipe.to(device, _dtype(config.dtype))
+
+    from stdit.pipelines import video_io
+
+    written: list[Path] = []
+    rows: list[Any] = []
+    formats = config.formats()
+    for request, frames in sample_videos(pipe, requests, config.batch_size):
+        metadata = describe(request, pipe, source, weights, config)
+        stem = free_name(folder, f"{request.index:03d}-{slug(request.prompt)}-seed{request.seed}")
+        names = [f"{stem}.{kind}" for kind in ("mp4", "gif") if kind in formats]
+        with _explained(folder):
+            for name in names:
+                write = video_io.write_mp4 if name.endswith(".mp4") else video_io.write_gif
+                write(folder / name, frames, metadata["fps"], metadata)
+            video_io.write_json(folder / f"{stem}.json", {**metadata, "files": names})
+        for name in (*names, f"{stem}.json"):
+            written.append(folder / name)
+            print(folder / name, flush=True)
+        if "png" in formats:
+            rows.append(video_io.sheet_row(frames, f"{request.prompt}  (seed {request.seed})"))
+    if rows:
+        sheet = folder / f"{free_name(folder, 'sheet')}.png"
+        with _explained(folder):
+            video_io.write_rows(sheet, rows)
+        written.append(sheet)
+        print(sheet, flush=True)
+    return written
+
+
+def describe(
+    request: Request, pipe: "STDiTPipeline", source: Source, weights: str, config: SampleConfig
+) -> dict[str, Any]:
+    """All that it takes to make a video again."""
+    own = {name: value for name, value in asdict(request.settings).items() if value is not None}
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        **{name: own.get(name, pipe.config[name]) for name in SETTINGS},
+        "image": None if request.image is None else str(request.image),
+        "dtype": config.dtype,
+        "checkpoint": str(source.path),
+        "checkpoint_hash": weights,
+        "checkpoint_step": pipe.config["step"],
+        "stdit": stdit.__version__,
+        **({"extra": request.extra} if request.extra else {}),
+    }
+
+
+def slug(prompt: str, length: int = 40) -> str:
+    """A prompt as part of a file name: letters and digits of any alphabet, joined by dashes."""
+    return "-".join(re.findall(r"\w+", prompt.lower()))[:length].strip("-_") or "video"
+
+
+def free_name(folder: Path, stem: str) -> str:
+    """``stem``, or with the first number that makes it new, so that no sample replaces another."""
+    number, name = 1, stem
+    while any((folder / f"{name}.{kind}").exists() for kind in ("mp4", "gif", "png", "json")):
+        number += 1
+        name = f"{stem}-{number}"
+    return name
+
+
+def _prompt_lines(config: SampleConfig) -> list[PromptLine]:
+    if config.prompts is not None and config.prompt is not None:
+        raise UserError("both prompt and prompts are given: leave one of them out.")
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or [])
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UserError(
+            'no prompt, or an empty one: add --prompt "..." or --prompts FILE (.txt, .csv or .jsonl).'
+        )
+    return [PromptLine(prompt=prompt) for prompt in prompts]
+
+
+def _named_size(config: SampleConfig) -> dict[str, int]:
+    """Height and width that ``resolution`` and ``aspect_ratio`` (width:height) stand for."""
+    if config.resolution is None:
+        return {}
+    from stdit.data.config import resolve_size
+
+    height, width = resolve_size(config.resolution, config.aspect_ratio or "16:9")
+    return {"height": height, "width": width}
+
+
+def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
+    """Runs of requests with equal settings, at most ``batch_size`` long, in order."""
+    batch: list[Request] = []
+    for request in requests:
+        if batch and (len(batch) == batch_size or request.settings != batch[0].settings):
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch
+
+
+def _output_folder(config: SampleConfig, source: Source) -> Path:
+    if config.output is not None:
+        return Path(config.output)
+    return source.run / "samples" / "prompts" if source.run is not None else Path("outputs/samples")
+
+
+def _writable(folder: Path) -> Path:
+    """Make a folder and prove that files can be written there, before minutes are spent on them."""
+    probe = folder / ".stdit-write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output {folder} cannot be written ({error.strerror}): choose another with --output."
+        ) from None
+    return folder
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """A full disk and the like, in a line of its own."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output {folder}: {error.strerror or error}. Free some space or choose another --output; the files "
+            "named above are whole."
+        ) from error
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device = {name}: not there ({reason}): use cpu, or auto.") from None
+    return device
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -1,0 +1,231 @@
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from stdit.codecs import CodecConfig, build_codec
+from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.errors import UserError
+from stdit.pipelines.images import first_frames
+from stdit.pipelines.pipeline import STDiTPipeline
+from tests.codecs.tiny import save_tiny_vae
+from tests.pipelines.tiny import tiny_pipeline
+
+PROMPTS = ["a red circle moves up", "a blue star on white"]
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def latents(pipe, prompt=PROMPTS[0], seeds=(1,), **settings):
+    return pipe(prompt, generator=seeded(*seeds), output_type="latent", **settings).frames
+
+
+def fitted_pca():
+    codec = build_codec(CodecConfig(name="pca", stride=(2, 4, 4), channels=8))
+    generator = torch.Generator().manual_seed(0)
+    codec.fit(torch.rand(3, 4, 8, 8, generator=generator) * 2 - 1 for _ in range(8))
+    return codec
+
+
+@pytest.fixture(scope="module", params=["pixel", "pca", "AutoencoderKLWan"])
+def any_pipe(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    flow = None
+    if request.param == "pixel":
+        codec = build_codec(CodecConfig())
+    elif request.param == "pca":
+        codec = fitted_pca()
+        flow = RectifiedFlow(FlowConfig(prediction="residual"), codec.latent_variance)
+    else:
+        codec = build_codec(
+            CodecConfig(name=request.param, path=str(save_tiny_vae(request.param, folder / "vae")))
+        )
+    return tiny_pipeline(folder, codec, flow)
+
+
+def test_a_prompt_alone_is_enough(pipe):
+    frames = pipe("a red circle").frames
+    assert len(frames) == 1 and len(frames[0]) == 4
+    assert frames[0][0].size == (8, 8)
+
+
+def test_same_seed_same_pixels(pipe):
+    first, again = (pipe(PROMPTS, generator=seeded(1, 2), output_type="np").frames for _ in range(2))
+    other = pipe(PROMPTS, generator=seeded(3, 4), output_type="np").frames
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(negative_prompt=["a square", None]), dict(guidance_scale=1.0)]
+)
+def test_a_video_does_not_depend_on_its_batch(any_pipe, settings):
+    together = latents(any_pipe, PROMPTS, (1, 2), **settings)
+    negatives = settings.pop("negative_prompt", [None, None])
+    for index, prompt in enumerate(PROMPTS):
+        alone = latents(any_pipe, prompt, (index + 1,), negative_prompt=negatives[index], **settings)
+        torch.testing.assert_close(together[index], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_one_generator_serves_a_batch(pipe):
+    (generator,) = seeded(1)
+    frames = pipe(PROMPTS, generator=generator, output_type="latent").frames
+    torch.testing.assert_close(frames[0], latents(pipe)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_frame_stays(any_pipe):
+    picture = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    result = latents(any_pipe, image=picture, num_frames=8)
+    repeats = 1 if any_pipe.codec.causal_first_frame else any_pipe.codec.stride[0]
+    given = any_pipe.codec.encode(picture[None, :, None].repeat(1, 1, repeats, 1, 1))[0, :, :1]
+    assert torch.equal(result[0, :, :1], given)
+    free = latents(any_pipe, num_frames=8)
+    assert not torch.allclose(result[0, :, 1:], free[0, :, 1:], atol=1e-4)  # the others see it
+
+
+def test_given_and_free_samples_share_a_batch(pipe):
+    picture = torch.zeros(3, 8, 8)
+    together = latents(pipe, PROMPTS, (1, 2), image=[picture, None])
+    torch.testing.assert_close(together[0], latents(pipe, seeds=(1,), image=picture)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[1], latents(pipe, PROMPTS[1], (2,))[0], atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_1_is_no_guidance(pipe, monkeypatch):
+    batches = []
+    forward = pipe.transformer.forward
+    monkeypatch.setattr(
+        pipe.transformer, "forward", lambda **inputs: batches.append(len(inputs["fps"])) or forward(**inputs)
+    )
+    unguided = latents(pipe, guidance_scale=1.0)
+    nearly = latents(pipe, guidance_scale=1.0 + 1e-6)
+    assert batches == [1, 1, 1, 2, 2, 2]
+    torch.testing.assert_close(unguided, nearly, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(unguided, latents(pipe, guidance_scale=3.0), atol=1e-3)
+
+
+def test_guidance_0_is_the_negative_prompt(pipe):
+    away = latents(pipe, guidance_scale=0.0, negative_prompt=PROMPTS[1])
+    torch.testing.assert_close(away, latents(pipe, PROMPTS[1], guidance_scale=1.0), atol=1e-5, rtol=1e-5)
+
+
+def test_the_euler_steps_are_those_of_the_scheduler(pipe):
+    """Against the loop written out for one prompt, without guidance."""
+    states, mask = pipe.text_encoder.encode([PROMPTS[0]])
+    scalar = lambda value: torch.tensor([float(value)])  # noqa: E731
+    x = torch.randn(1, 3, 4, 8, 8, generator=seeded(1)[0])
+    sigmas = pipe.scheduler.sigmas(3, 4, 8, 8, shift=2.0)
+    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        with torch.no_grad():
+            output = pipe.transformer(x, scalar(1000 * now), states, mask, scalar(8), scalar(8), scalar(8))
+        x = x + (now - after) * pipe.scheduler.velocity(output, x, now.expand(1, 4))
+    torch.testing.assert_close(latents(pipe, guidance_scale=1.0, shift=2.0), x, atol=1e-5, rtol=1e-5)
+
+
+def test_output_types(pipe):
+    arrays = pipe(PROMPTS, generator=seeded(1, 2), output_type="np").frames
+    tensors = pipe(PROMPTS, generator=seeded(1, 2), output_type="pt").frames
+    pictures = pipe(PROMPTS, generator=seeded(1, 2), output_type="pil").frames
+    assert arrays.shape == (2, 4, 8, 8, 3) and arrays.min() >= 0 and arrays.max() <= 1
+    assert np.allclose(tensors.permute(0, 1, 3, 4, 2).numpy(), arrays)
+    assert np.abs(np.array(pictures[1][2]) / 255 - arrays[1, 2]).max() <= 0.5 / 255 + 1e-6
+    assert latents(pipe).shape == (1, 3, 4, 8, 8)
+    (frames,) = pipe(PROMPTS[0], generator=seeded(1), output_type="np", return_dict=False)
+    assert frames.shape == (1, 4, 8, 8, 3)
+
+
+def test_sizes_that_nothing_divides(any_pipe):
+    frames = any_pipe("a star", num_frames=5, height=10, width=7, output_type="np").frames
+    assert frames.shape == (1, 5, 10, 7, 3)
+
+
+def test_callback_sees_and_replaces_latents(pipe):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors["latents"].shape))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else None
+
+    assert torch.equal(latents(pipe, callback_on_step_end=callback), torch.zeros(1, 3, 4, 8, 8))
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    assert seen[0][1] == 1000
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(num_frames=0), "num_frames = 0"),
+        (dict(height=0), "height = 0"),
+        (dict(width=-8), "width = -8"),
+        (dict(fps=0), "fps = 0"),
+        (dict(num_inference_steps=0), "num_inference_steps = 0"),
+        (dict(guidance_scale=-1), "guidance_scale = -1"),
+        (dict(guidance_scale=float("nan")), "guidance_scale = nan"),
+        (dict(shift=0.0), "shift = 0"),
+        (dict(prompt=[]), "prompt = "),
+        (dict(prompt=[3]), "prompt = "),
+        (dict(generator=[torch.Generator()] * 3), "3 values of generator for 1 prompts"),
+        (dict(negative_prompt=["a", "b"]), "2 values of negative_prompt"),
+        (dict(output_type="mp4"), "output_type = 'mp4'"),
+        (dict(callback_on_step_end_tensor_inputs=["noise"]), "noise"),
+        (dict(image=torch.zeros(8, 8)), "image is"),
+        (dict(image=torch.full((3, 8, 8), 7.0)), "values from 7"),
+        (dict(image="a.png"), "image is str"),
+        (dict(image=torch.zeros(3, 8, 8), num_frames=1), "one latent frame"),
+    ],
+)
+def test_bad_arguments_are_named(pipe, settings, message):
+    with pytest.raises(UserError, match=message):
+        pipe(**{"prompt": "a star", **settings})
+
+
+def test_pictures_of_any_kind_become_the_same_frame():
+    levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    frame = first_frames(PIL.Image.fromarray(levels), 8, 8)
+    assert frame.shape == (3, 1, 8, 8)
+    assert torch.equal(frame, first_frames(levels, 8, 8))
+    torch.testing.assert_close(frame, first_frames(levels.astype(np.float32) / 255, 8, 8))
+    torch.testing.assert_close(
+        frame, first_frames(torch.from_numpy(levels).permute(2, 0, 1) / 127.5 - 1, 8, 8)
+    )
+
+
+def test_a_picture_of_another_size_is_scaled_and_cropped(caplog):
+    levels = np.zeros((20, 40, 3), dtype=np.uint8)
+    levels[:, 10:30] = 255  # the middle square, which is what remains
+    frame = first_frames(levels, 10, 10)
+    assert frame.shape == (3, 1, 10, 10)
+    assert frame[:, :, :, 1:-1].min() > 0.99
+    assert "40x20" in caplog.text and "10x10" in caplog.text
+
+
+def test_saved_and_loaded_it_gives_the_same(any_pipe, tmp_path):
+    any_pipe.save_pretrained(tmp_path / "pipeline")
+    files = [path for path in (tmp_path / "pipeline").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".model"}
+    assert json.loads((tmp_path / "pipeline/model_index.json").read_text())["_class_name"] == "STDiTPipeline"
+    loaded = STDiTPipeline.from_pretrained(tmp_path / "pipeline")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(loaded), latents(any_pipe))
+    assert loaded.config["num_inference_steps"] == 3 and loaded.config["guidance_scale"] == 2.0
+    changed = STDiTPipeline.from_pretrained(
+        tmp_path / "pipeline", torch_dtype=torch.bfloat16, codec=any_pipe.codec, num_frames=2
+    )
+    assert (
+        changed.codec is any_pipe.codec and changed.dtype == torch.bfloat16 and changed.config.num_frames == 2
+    )
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path):
+    with pytest.raises(UserError, match="model_index.json"):
+        STDiTPipeline.from_pretrained(tmp_path)
+
+
+def test_to_casts_the_transformer_alone(tmp_path):
+    pipe = tiny_pipeline(tmp_path).to("cpu", torch.bfloat16)
+    assert pipe.dtype == torch.bfloat16 and pipe.device.type == "cpu"
+    assert pipe.text_encoder.dtype == torch.float32
+    assert latents(pipe).dtype == torch.float32

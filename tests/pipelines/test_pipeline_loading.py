@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from stdit.errors import UserError
+from stdit.pipelines.loading import find_source, load_pipeline
+from tests.pipelines.tiny import tiny_model, write_run
+
+
+@pytest.fixture
+def run(pipe, tmp_path):
+    return write_run(tmp_path / "run", pipe, steps=(10, 20))
+
+
+def weight(pipe):
+    return pipe.transformer.final_layer.linear.weight
+
+
+def test_a_run_gives_its_newest_checkpoint_with_averaged_weights(pipe, run):
+    loaded, weights = load_pipeline(run)
+    assert loaded.config["step"] == 20 and loaded.config["num_frames"] == 4
+    assert torch.equal(weight(loaded), 2 * weight(pipe))
+    own, own_hash = load_pipeline(run, ema=False)
+    assert torch.equal(weight(own), weight(pipe))
+    assert weights.startswith("xxh3:") and weights != own_hash
+
+
+def test_a_checkpoint_by_name(run):
+    loaded, _ = load_pipeline(run / "checkpoints" / "step-00000010")
+    assert loaded.config["step"] == 10
+
+
+def test_a_broken_checkpoint_is_passed_over_in_a_run_and_refused_by_name(run, caplog):
+    broken = run / "checkpoints" / "step-00000020"
+    (broken / "ema.safetensors").write_bytes(b"half")
+    assert find_source(run).path.name == "step-00000010"
+    assert "ema.safetensors" in caplog.text
+    with pytest.raises(UserError, match="ema.safetensors has 4 bytes"):
+        find_source(broken)
+    assert find_source(broken, ema=False).path == broken
+
+
+@pytest.mark.parametrize("step, chosen", [(5, "step-00000020"), (20, "pipeline"), (30, "pipeline")])
+def test_the_newer_of_checkpoint_and_pipeline(pipe, run, step, chosen):
+    pipe.save_pretrained(run / "pipeline")
+    index = run / "pipeline" / "model_index.json"
+    index.write_text(index.read_text().replace('"step": null', f'"step": {step}'))
+    source = find_source(run)
+    assert source.path.name == chosen and source.run == run
+    load_pipeline(source)
+
+
+def test_a_pipeline_away_from_its_run(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    source = find_source(tmp_path / "pipeline")
+    assert source.is_pipeline and source.run is None
+
+
+def test_folders_with_nothing_in_them(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        find_source(tmp_path / "absent")
+    with pytest.raises(UserError, match="neither a whole checkpoint"):
+        find_source(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(UserError, match="no meta.json"):
+        find_source(tmp_path)
+    with pytest.raises(UserError, match="no meta.json"):
+        find_source(tmp_path / "checkpoints" / "step-00000001")
+
+
+def test_weights_of_another_model(pipe, tmp_path):
+    other = tiny_model(hidden_size=32)
+    kept, pipe.transformer = pipe.transformer, other
+    try:
+        run = write_run(tmp_path / "run", pipe)
+    finally:
+        pipe.transformer = kept
+    checkpoint = run / "checkpoints" / "step-00000010"
+    config = checkpoint / "model" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 16'))
+    from stdit.checkpoint_files import read_meta
+    from stdit.pipelines.loading import load_transformer
+
+    with pytest.raises(UserError, match="tensors differ"):
+        load_transformer(checkpoint, read_meta(checkpoint), ema=True)
+    with pytest.raises(UserError, match="config.json has"):  # and no edited file gets that far
+        load_pipeline(run / "checkpoints" / "step-00000010")
+
+
+def test_a_checkpoint_away_from_its_run(run, tmp_path):
+    moved = tmp_path / "elsewhere" / "here" / "step-00000010"
+    moved.parent.mkdir(parents=True)
+    (run / "checkpoints" / "step-00000010").rename(moved)
+    with pytest.raises(UserError, match="no config.yaml"):
+        load_pipeline(moved)

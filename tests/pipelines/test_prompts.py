@@ -1,0 +1,88 @@
+import pytest
+
+from stdit.errors import UserError
+from stdit.pipelines.prompts import PromptLine, read_prompts
+
+
+def written(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_txt(tmp_path):
+    file = written(tmp_path, "p.txt", "# shapes\n\na red ball\n  ein grüner Stern, groß 圆 \n")
+    assert [line.prompt for line in read_prompts(file)] == ["a red ball", "ein grüner Stern, groß 圆"]
+
+
+def test_csv_sets_settings_and_keeps_other_columns(tmp_path):
+    file = written(
+        tmp_path,
+        "p.csv",
+        "\ufeffprompt,seed,guidance_scale,num_frames,shape,colour,motion,image\n"
+        '"a star, blue",3,1.5,,star,blue,up,first.png\n'
+        "a ball,,,8,ball,red,,\n",
+    )
+    first, second = read_prompts(file)
+    assert (first.prompt, first.seed, first.guidance_scale, first.num_frames) == (
+        "a star, blue",
+        3,
+        1.5,
+        None,
+    )
+    assert first.extra == {"shape": "star", "colour": "blue", "motion": "up"}
+    assert first.image == str(tmp_path / "first.png")
+    assert (second.seed, second.num_frames, second.image) == (None, 8, None)
+
+
+def test_jsonl(tmp_path):
+    content = '{"prompt": "a", "fps": 8, "height": 16, "width": 32, "seed": null}\n\n{"prompt": "b\u2028c"}\n'
+    first, second = read_prompts(written(tmp_path, "p.jsonl", content))
+    assert first == PromptLine(prompt="a", fps=8, height=16, width=32)
+    assert second.prompt == "b\u2028c"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.txt", "", "holds no prompt"),
+        ("p.txt", "# only a remark\n\n", "holds no prompt"),
+        ("p.csv", "", "holds no prompt"),
+        ("p.csv", "prompt\n", "holds no prompt"),
+        ("p.csv", "text,seed\na,1\n", "line 1: no column 'prompt'"),
+        ("p.csv", "prompt,guidance_scal\na,1\n", "line 1: .*did you mean 'guidance_scale'"),
+        ("p.csv", "prompt,seed\na,1\nb,x\n", "line 3: seed = 'x': must be a whole number"),
+        ("p.csv", "prompt,fps\na,fast\n", "line 2: fps = 'fast': must be a number"),
+        ("p.csv", "prompt,seed\na,1,2\n", "line 2: must have 2 fields"),
+        ("p.csv", "prompt,seed\na\n", "line 2: must have 2 fields"),
+        ("p.csv", 'prompt,seed\n"a,1\n', "line 2: not valid csv"),
+        ("p.csv", "prompt,seed\n ,1\n", "line 2: the prompt is empty"),
+        ("p.csv", "prompt,num_frames\na,0\n", "line 2: num_frames = 0"),
+        ("p.csv", "prompt,height\na,8\n", "line 2: width is missing"),
+        ("p.csv", "prompt,seed\na,-1\n", "line 2: seed = -1"),
+        ("p.jsonl", "", "holds no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: not valid JSON"),
+        ("p.jsonl", '["a"]\n', "line 1: must be an object"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "num_frame": 3}\n',
+            "line 1: unknown key 'num_frame': did you mean 'num_frames'",
+        ),
+        ("p.jsonl", '{"prompt": "a", "num_frames": "3"}\n', "line 1: num_frames = '3': must be int"),
+        ("p.jsonl", '{"prompt": "a", "seed": true}\n', "line 1: seed = True"),
+        ("p.jsonl", '{"seed": 3}\n', "line 1: the prompt is empty"),
+        ("p.jsonl", '{"prompt": "a", "guidance_scale": NaN}\n', "line 1: guidance_scale = nan"),
+        ("p.pdf", "a", "must end in .txt, .csv, .jsonl"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        read_prompts(written(tmp_path, name, content))
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_prompts(tmp_path / "absent.txt")
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_prompts(tmp_path / "p.txt")

@@ -1,0 +1,167 @@
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from stdit.checkpoint_files import hash_file
+from stdit.errors import UserError
+from stdit.pipelines.config import SampleConfig, VideoSettings
+from stdit.pipelines.sampling import Request, free_name, plan_requests, sample_to_files, sample_videos, slug
+from stdit.pipelines.video_io import read_metadata
+from tests.pipelines.tiny import write_run
+
+
+def picture(path):
+    PIL.Image.new("RGB", (8, 8), "red").save(path)
+    return str(path)
+
+
+def test_a_line_wins_over_the_command_and_that_over_the_pipeline(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a", "fps": 4, "seed": 9, "negative_prompt": "c"}\n{"prompt": "b"}\n')
+    config = SampleConfig(
+        prompts=str(file), fps=6, num_samples=2, seed=1, negative_prompt="d", resolution="256"
+    )
+    requests = plan_requests(config)
+    assert [(r.prompt, r.seed, r.settings.fps, r.index) for r in requests] == [
+        ("a", 9, 4, 0),
+        ("a", 10, 4, 0),
+        ("b", 1, 6, 1),
+        ("b", 2, 6, 1),
+    ]
+    assert [r.negative_prompt for r in requests] == ["c", "c", "d", "d"]
+    assert requests[0].settings.num_frames is None and requests[0].settings.height == 192
+
+
+def test_seeds_by_name_and_size_by_aspect_ratio():
+    config = SampleConfig(prompt=["a", "b"], seeds=[5, 3], resolution="256", aspect_ratio="1:1")
+    requests = plan_requests(config)
+    assert [r.seed for r in requests] == [5, 3, 5, 3]
+    assert (requests[0].settings.height, requests[0].settings.width) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(), "no prompt"),
+        (dict(prompt="  "), "no prompt"),
+        (dict(prompt="a", prompts="b.txt"), "both prompt and prompts"),
+        (dict(prompts="absent.txt"), "no such file"),
+        (dict(prompt="a", num_frames=0), "num_frames = 0"),
+        (dict(prompt="a", height=8), "width is missing"),
+        (dict(prompt="a", height=8, width=8, resolution="240p"), "both resolution and height/width"),
+        (dict(prompt="a", aspect_ratio="16:9"), "without a resolution"),
+        (dict(prompt="a", resolution="huge"), "resolution 'huge'"),
+        (dict(prompt="a", resolution="240p", aspect_ratio="wide"), "aspect_ratio 'wide'"),
+        (dict(prompt="a", seed=-1), "seed = -1"),
+        (dict(prompt="a", seeds=[]), "seeds = "),
+        (dict(prompt="a", batch_size=0), "batch_size = 0"),
+        (dict(prompt="a", num_samples=0), "num_samples = 0"),
+        (dict(prompt="a", format=[]), "format = "),
+        (dict(prompt="a", image="absent.png"), "no such file"),
+        (dict(prompt="a"), "no checkpoint"),
+        (dict(prompt="a", checkpoint="absent"), "no such folder"),
+    ],
+)
+def test_bad_input_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stdit.pipelines.sampling.load_pipeline", lambda *_: pytest.fail("loaded a model"))
+    with pytest.raises(UserError, match=message):
+        sample_to_files(SampleConfig(**settings))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
+def test_an_image_that_is_none(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UserError, match="a.png cannot be read"):
+        plan_requests(SampleConfig(prompt="a", image=str(tmp_path / "a.png")))
+
+
+def test_an_output_folder_that_cannot_be_written(pipe, tmp_path):
+    run = write_run(tmp_path / "run", pipe)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        sample_to_files(SampleConfig(prompt="a", checkpoint=str(run), output=str(tmp_path / "file" / "out")))
+
+
+def test_a_device_that_is_not_there(pipe, tmp_path):
+    run = write_run(tmp_path / "run", pipe)
+    with pytest.raises(UserError, match="device = cuda:77"):
+        sample_to_files(SampleConfig(prompt="a", checkpoint=str(run), device="cuda:77"))
+
+
+def test_equal_settings_share_a_batch_and_order_is_kept(pipe, monkeypatch):
+    sizes = []
+    encode = pipe._encode_prompts
+    monkeypatch.setattr(
+        pipe, "_encode_prompts", lambda prompts, *rest: sizes.append(len(prompts)) or encode(prompts, *rest)
+    )
+    long = VideoSettings(num_frames=6)
+    requests = [Request("a", 1), Request("b", 2), Request("a", 3), Request("c", 4, long)]
+    results = list(sample_videos(pipe, requests, batch_size=2))
+    assert sizes == [2, 1, 1]
+    assert [request for request, _ in results] == requests
+    assert [frames.shape for _, frames in results] == [(4, 8, 8, 3)] * 3 + [(6, 8, 8, 3)]
+    alone = next(iter(sample_videos(pipe, [requests[1]])))[1]
+    assert np.abs(alone.astype(int) - results[1][1]).max() <= 1  # rounding of a level at most
+
+
+def test_files_are_whole_described_and_never_replaced(pipe, tmp_path, capsys):
+    run = write_run(tmp_path / "run", pipe)
+    prompts = tmp_path / "p.csv"
+    prompts.write_text("prompt,shape,image\nA red Ball: it moves!,ball,\n圆 star,star,first.png\n")
+    picture(tmp_path / "first.png")
+    config = SampleConfig(checkpoint=str(run), prompts=str(prompts), seed=3, format=["mp4", "gif", "png"])
+    written = sample_to_files(config)
+    folder = run / "samples" / "prompts"
+    assert sorted(path.name for path in written) == sorted(path.name for path in folder.iterdir())
+    assert {path.name for path in written} == {
+        "000-a-red-ball-it-moves-seed3.mp4",
+        "000-a-red-ball-it-moves-seed3.gif",
+        "000-a-red-ball-it-moves-seed3.json",
+        "001-圆-star-seed3.mp4",
+        "001-圆-star-seed3.gif",
+        "001-圆-star-seed3.json",
+        "sheet.png",
+    }
+    assert all(str(path) in capsys.readouterr().out for path in written[:1])
+    inside = read_metadata(folder / "000-a-red-ball-it-moves-seed3.mp4")
+    beside = json.loads((folder / "000-a-red-ball-it-moves-seed3.json").read_text())
+    assert inside.items() <= beside.items()
+    assert (
+        inside["prompt"] == "A red Ball: it moves!"
+        and inside["seed"] == 3
+        and inside["extra"] == {"shape": "ball"}
+    )
+    assert (inside["num_frames"], inside["num_inference_steps"], inside["fps"]) == (4, 3, 8.0)
+    weights = run / "checkpoints" / "step-00000010" / "ema.safetensors"
+    assert inside["checkpoint_hash"] == hash_file(weights) and inside["checkpoint_step"] == 10
+
+    before = {path: path.read_bytes() for path in written}
+    again = sample_to_files(config)
+    assert not set(again) & set(written)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    first, second = (folder / f"000-a-red-ball-it-moves-seed3{number}.mp4" for number in ("", "-2"))
+    assert first.read_bytes() == second.read_bytes()  # same seed, same pixels, same file
+
+
+def test_a_full_disk_is_explained(pipe, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    run = write_run(tmp_path / "run", pipe)
+    monkeypatch.setattr("stdit.pipelines.video_io.write_json", full)
+    with pytest.raises(UserError, match="No space left on device. Free some space"):
+        sample_to_files(SampleConfig(prompt="a", checkpoint=str(run)))
+
+
+def test_names():
+    assert slug("A red ball!") == "a-red-ball" and slug("?!") == "video"
+    assert len(slug("long " * 50)) <= 40
+
+
+def test_free_names(tmp_path):
+    (tmp_path / "a.json").write_text("")
+    assert free_name(tmp_path, "a") == "a-2" and free_name(tmp_path, "b") == "b"

@@ -1,0 +1,130 @@
+import json
+import resource
+import signal
+import subprocess
+import sys
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+
+from stdit.errors import UserError
+from stdit.pipelines.video_io import read_metadata, to_uint8, write_gif, write_mp4, write_sheet
+
+METADATA = {"prompt": 'ein "grüner" Ball; = # \\ 圆\nzweite Zeile', "seed": 7, "shift": None, "fps": 8.0}
+
+
+def clip(frames=5, height=32, width=32):
+    """A bright square that moves over a dark ground: smooth enough for h264 to keep."""
+    video = np.full((frames, height, width, 3), (20, 40, 90), dtype=np.uint8)
+    for index, frame in enumerate(video):
+        frame[4:16, 4 + 2 * index : 16 + 2 * index] = (220, 60, 30)
+    return video
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return stream, [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_mp4_keeps_frames_rate_size_and_colours(tmp_path):
+    written = write_mp4(tmp_path / "a.mp4", clip(), 8, METADATA)
+    stream, frames = decode(tmp_path / "a.mp4")
+    assert (stream.codec.name, stream.pix_fmt, stream.width, stream.height) == ("h264", "yuv420p", 32, 32)
+    assert len(frames) == 5 and stream.average_rate == 8
+    assert np.abs(np.stack(frames)[:, 6:14, 20:] - clip().astype(float)[:, 6:14, 20:]).max() < 60
+    assert np.abs(frames[0][8, 8] - np.array([220, 60, 30])).max() < 12
+    assert written == METADATA == read_metadata(tmp_path / "a.mp4")
+    content = (tmp_path / "a.mp4").read_bytes()
+    assert content.find(b"moov") < content.find(b"mdat")  # a browser can start before it has the whole file
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize("fps", [1, 23.976, 29.97, 60, 0.5])
+def test_rates(tmp_path, fps):
+    write_mp4(tmp_path / "a.mp4", clip(3), fps)
+    stream, frames = decode(tmp_path / "a.mp4")
+    assert len(frames) == 3
+    assert float(stream.average_rate) == pytest.approx(fps, rel=1e-4)
+
+
+def test_odd_sizes_are_padded_and_it_is_said(tmp_path):
+    write_mp4(tmp_path / "a.mp4", clip(1, 33, 47), 8, METADATA)
+    _, frames = decode(tmp_path / "a.mp4")
+    assert frames[0].shape == (34, 48, 3)
+    assert read_metadata(tmp_path / "a.mp4") == {**METADATA, "padded_to": {"height": 34, "width": 48}}
+
+
+def test_gif(tmp_path):
+    write_gif(tmp_path / "a.gif", clip(), 8, METADATA)
+    with PIL.Image.open(tmp_path / "a.gif") as image:
+        assert image.n_frames == 5 and image.size == (32, 32) and image.info["duration"] == 120
+    assert read_metadata(tmp_path / "a.gif") == METADATA
+
+
+def test_sheet_enlarges_small_videos(tmp_path):
+    write_sheet(tmp_path / "sheet.png", [clip(16), clip(3), clip(2, 300, 500)], ["one", "two " * 80, "圆"])
+    with PIL.Image.open(tmp_path / "sheet.png") as image:
+        assert image.width >= 8 * 4 * 32
+        assert image.height >= 4 * 32 * 2
+        colours = [colour for _, colour in image.getcolors(1 << 20)]
+        assert (220, 60, 30) in colours and (255, 255, 255) in colours
+
+
+@pytest.mark.parametrize(
+    "frames", [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 3, 8, 8), np.uint8)]
+)
+def test_what_is_no_video_is_refused(tmp_path, frames):
+    with pytest.raises(ValueError, match="uint8"):
+        write_mp4(tmp_path / "a.mp4", frames, 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_without_settings_are_named(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"nothing")
+    for name in ("a.mp4", "absent.gif"):
+        with pytest.raises(UserError, match=name):
+            read_metadata(tmp_path / name)
+
+
+def test_to_uint8_rounds():
+    assert to_uint8(np.array([-1, 0, 0.5, 0.999, 2])).tolist() == [0, 0, 128, 255, 255]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from stdit.pipelines import video_io
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+noise = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
+folder = Path(sys.argv[1])
+for write in (
+    lambda: video_io.write_mp4(folder / "a.mp4", noise, 8),
+    lambda: video_io.write_gif(folder / "a.gif", noise, 8),
+    lambda: video_io.write_sheet(folder / "a.png", [noise], ["noise"]),
+    lambda: video_io.write_json(folder / "a.json", {"a": "x" * 5000}),
+):
+    try:
+        write()
+    except OSError:
+        continue
+    sys.exit("no error")
+"""
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    assert hasattr(signal, "SIGXFSZ") and hasattr(resource, "RLIMIT_FSIZE")
+    result = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_survives_a_failure(tmp_path):
+    (tmp_path / "a.mp4").write_text(json.dumps("old"))
+    with pytest.raises(ValueError):
+        write_mp4(tmp_path / "a.mp4", clip(), float("nan"))
+    assert (tmp_path / "a.mp4").read_text() == '"old"'

@@ -1,0 +1,73 @@
+"""A tiny STDiTPipeline with random weights, none of which is zero, and a run folder around it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stdit.checkpoint_files import publish, write_manifest
+from stdit.codecs.config import TextEncoderConfig
+from stdit.codecs.pixel import PixelCodec
+from stdit.codecs.text import TextEncoder, build_text_encoder
+from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.models.config import STDiTConfig
+from stdit.models.stdit import STDiT
+from stdit.pipelines.pipeline import STDiTPipeline
+from tests.codecs.tiny import save_tiny_bert
+
+SIZE = dict(num_frames=4, height=8, width=8)
+
+
+def tiny_text_encoder(folder: Path) -> TextEncoder:
+    return build_text_encoder(TextEncoderConfig(name="auto", path=str(save_tiny_bert(folder))))
+
+
+def tiny_model(in_channels: int = 3, seed: int = 0, **settings: Any) -> STDiT:
+    config = STDiTConfig(
+        **(dict(depth=2, hidden_size=16, num_heads=2, patch_size=(1, 4, 4), pred_sigma=False) | settings),
+        in_channels=in_channels,
+        caption_channels=16,
+        model_max_length=128,
+    )
+    model = STDiT(**asdict(config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def tiny_pipeline(folder: Path, codec: Any = None, flow: RectifiedFlow | None = None) -> STDiTPipeline:
+    codec = codec if codec is not None else PixelCodec()
+    pipe = STDiTPipeline(
+        transformer=tiny_model(codec.channels),
+        codec=codec,
+        text_encoder=tiny_text_encoder(folder / "tiny_bert"),
+        scheduler=flow or RectifiedFlow(FlowConfig()),
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        fps=8.0,
+        **SIZE,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_run(run: Path, pipe: STDiTPipeline, steps: tuple[int, ...] = (10,)) -> Path:
+    """A run folder as training leaves it: the averaged weights of each checkpoint are the model's doubled."""
+    from safetensors.torch import save_file
+
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("name: tiny\n")
+    pipe.scheduler.save_pretrained(run / "scheduler")
+    pipe.codec.save_pretrained(run / "codec")
+    pipe.text_encoder.save_pretrained(run / "text_encoder")
+    for step in steps:
+        aside = run / "checkpoints" / f"step-{step:08d}.tmp"
+        pipe.transformer.save_pretrained(aside / "model")
+        averaged = {name: 2 * value for name, value in pipe.transformer.state_dict().items()}
+        save_file(averaged, aside / "ema.safetensors")
+        write_manifest(aside, {"step": step, "pipeline": {**SIZE, "num_inference_steps": 3}})
+        publish(aside, aside.with_suffix(""))
+    return run
