@@ -246,8 +246,8 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"output {folder}: {error.strerror or error}. Free some space or choose another --output; the files "
-            "named above are whole."
+            f"output {folder}: {error.strerror or error}. Free some space or choose another --output; "
+            "the files named above are whole."
         ) from error
 
 
