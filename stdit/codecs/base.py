@@ -88,7 +88,7 @@ class VideoCodec(ModelMixin):
         """
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ValueError(f"a video is a float tensor [B 3 T H W], not {video.dtype} {list(video.shape)}")
-        return self._encode(self.padded(video.to(self.device, torch.float32))).float()
+        return self._encode(self.padded(video.to(self.device, torch.float32))).float().contiguous()
 
     @torch.no_grad()
     def decode(
