@@ -1,10 +1,10 @@
 """Captions of the embedded data set: many wordings for training, and paraphrases with words never trained on.
 
-Every attribute has a list of training wordings (`SEEN`) and a list of reserved ones (`UNSEEN`). A paraphrase
-takes all four attributes from the reserved lists and one of the reserved templates, so that what names shape,
-colour, motion and background is new to the model, if not to its text encoder.
+Every attribute value has plain names, which training always uses, and a pool of synonyms, of which a fixed random
+part is held out: neither list is picked by hand for being easy or hard. A paraphrase takes shape, colour and motion
+from the held-out words and its sentence from held-out templates.
 
-Verb phrases are written `moves|moving to the right`: third person, participle, then what follows both.
+Motions are written `moves|moving to the right`: third person, participle, then what follows both.
 """
 
 import numpy as np
@@ -13,114 +13,52 @@ from stdit.data.shapes.render import Scene
 
 Words = dict[str, dict[str, tuple[str, ...]]]
 
+HELD_OUT_SHARE = 0.2
+"""Share of each pool of synonyms that training captions never use."""
+
 
 def _split(words: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in words.split(","))
 
 
-def _combine(verbs: str, places: str) -> tuple[str, ...]:
-    return tuple(f"{verb} {place}" for verb in _split(verbs) for place in _split(places))
+def _combine(verbs: tuple[str, ...], places: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{verb} {place}" for verb in verbs for place in places)
 
 
-_MOVES = (
-    "moves|moving, slides|sliding, goes|going, travels|travelling, drifts|drifting, glides|gliding, "
-    "shifts|shifting, floats|floating, heads|heading"
-)
+_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 _SIDEWAYS = (
     "{0}, to the {0}, towards the {0}, toward the {0}, to the {0} side, toward the {0} edge, off to the {0}, "
     "from {1} to {0}, from the {1} to the {0}, to the {0}-hand side, across to the {0}, steadily {0}"
 )
-_MOVES_UNSEEN = "cruises|cruising, proceeds|proceeding, sails|sailing, journeys|journeying"
 
-SEEN: Words = {
+PLAIN: Words = {
     "shape": {
-        "circle": _split(
-            "circle, ball, dot, sphere, bubble, round shape, circular shape, round spot, filled circle, "
-            "round ball, round blob, solid circle, circular object, perfect circle, round object, "
-            "simple circle"
-        ),
-        "square": _split(
-            "square, box, block, tile, square shape, square block, solid square, square tile, filled square, "
-            "square box, square patch, perfect square, square piece, square object, four-sided box, "
-            "simple square"
-        ),
-        "triangle": _split(
-            "triangle, cone, tent, triangular shape, three-sided shape, three-cornered shape, "
-            "solid triangle, filled triangle, pointed triangle, triangular block, triangular tile, "
-            "upright triangle, triangular object, triangular piece, perfect triangle, simple triangle"
-        ),
-        "cross": _split(
-            "cross, plus sign, plus, plus shape, cross shape, cross sign, cross-shaped object, thick cross, "
-            "solid cross, plus mark, first-aid cross, medical cross, Greek cross, filled cross, "
-            "perfect cross, simple cross"
-        ),
+        "circle": _split("circle, round shape, circular shape, filled circle, solid circle, circular object"),
+        "square": _split("square, square shape, solid square, filled square, perfect square, square object"),
+        "triangle": _split("triangle, triangular shape, three-sided shape, solid triangle, filled triangle"),
+        "cross": _split("cross, plus sign, cross shape, plus shape, thick cross, solid cross, plus"),
     },
-    "colour": {
-        "red": _split(
-            "red, scarlet, ruby, cherry, vermilion, bright red, deep red, vivid red, cherry red, tomato red, "
-            "blood red, fire-engine red, brick red, ruby red, strong red, rose red"
-        ),
-        "orange": _split(
-            "orange, tangerine, amber, bright orange, deep orange, vivid orange, carrot orange, "
-            "pumpkin orange, burnt orange, safety orange, sunset orange, fiery orange, carrot-coloured, "
-            "pumpkin-coloured, strong orange"
-        ),
-        "yellow": _split(
-            "yellow, golden, gold, lemon, canary, bright yellow, vivid yellow, lemon yellow, sunny yellow, "
-            "banana yellow, canary yellow, sunflower yellow, golden yellow, butter yellow, strong yellow"
-        ),
-        "green": _split(
-            "green, emerald, olive, bright green, deep green, vivid green, grass green, forest green, "
-            "leaf green, apple green, emerald green, moss green, jungle green, pea green, strong green"
-        ),
-        "blue": _split(
-            "blue, azure, indigo, bright blue, deep blue, vivid blue, royal blue, ocean blue, electric blue, "
-            "azure blue, ink blue, denim blue, marine blue, strong blue, sky blue"
-        ),
-        "purple": _split(
-            "purple, violet, lavender, grape, orchid, bright purple, deep purple, vivid purple, "
-            "royal purple, grape purple, violet purple, lavender purple, purplish, strong purple, rich purple"
-        ),
-    },
+    "colour": {c: (c, f"bright {c}", f"deep {c}", f"vivid {c}", f"strong {c}", f"pure {c}") for c in _COLOURS},
     "motion": {
-        "right": _combine(_MOVES, _SIDEWAYS.format("right", "left")),
-        "left": _combine(_MOVES, _SIDEWAYS.format("left", "right")),
-        "up": _combine(
-            _MOVES,
-            "up, upward, upwards, straight up, to the top, toward the top, towards the top edge, "
-            "up the screen, from bottom to top, steadily up",
-        )
-        + 4
-        * _split(
-            "rises|rising, climbs|climbing, ascends|ascending, lifts|lifting up, rises|rising up, "
-            "climbs|climbing upward, rises|rising to the top, climbs|climbing to the top, "
-            "rises|rising steadily"
+        "right": _split(_SIDEWAYS.format("right", "left")),
+        "left": _split(_SIDEWAYS.format("left", "right")),
+        "up": _split(
+            "up, upward, upwards, straight up, to the top, toward the top, towards the top edge, up the screen, "
+            "from bottom to top, steadily up"
         ),
-        "down": _combine(
-            _MOVES,
-            "down, downward, downwards, straight down, to the bottom, toward the bottom, "
-            "towards the bottom edge, down the screen, from top to bottom, steadily down",
-        )
-        + 4
-        * _split(
-            "falls|falling, drops|dropping, sinks|sinking, descends|descending, falls|falling down, "
-            "drops|dropping down, sinks|sinking to the bottom, falls|falling to the bottom, "
-            "sinks|sinking steadily"
+        "down": _split(
+            "down, downward, downwards, straight down, to the bottom, toward the bottom, towards the bottom edge, "
+            "down the screen, from top to bottom, steadily down"
         ),
         "grow": _split(
-            "grows|growing, expands|expanding, enlarges|enlarging, swells|swelling, gets|getting bigger, "
-            "gets|getting larger, becomes|becoming bigger, becomes|becoming larger, grows|growing in size, "
-            "increases|increasing in size, grows|growing bigger, grows|growing larger, scales|scaling up, "
-            "expands|expanding outward, gets|getting bigger and bigger, keeps|keeping growing, "
-            "grows|growing steadily"
+            "grows|growing, gets|getting bigger, gets|getting larger, becomes|becoming bigger, "
+            "becomes|becoming larger, grows|growing in size, increases|increasing in size, "
+            "gets|getting bigger and bigger, keeps|keeping growing, grows|growing steadily"
         ),
         "shrink": _split(
-            "shrinks|shrinking, contracts|contracting, diminishes|diminishing, gets|getting smaller, "
-            "gets|getting tinier, becomes|becoming smaller, becomes|becoming tiny, "
-            "shrinks|shrinking in size, decreases|decreasing in size, reduces|reducing in size, "
-            "grows|growing smaller, scales|scaling down, shrinks|shrinking inward, "
-            "gets|getting smaller and smaller, keeps|keeping shrinking, shrinks|shrinking away, "
-            "shrinks|shrinking steadily"
+            "shrinks|shrinking, gets|getting smaller, gets|getting tinier, becomes|becoming smaller, "
+            "becomes|becoming tiny, shrinks|shrinking in size, decreases|decreasing in size, "
+            "gets|getting smaller and smaller, keeps|keeping shrinking, shrinks|shrinking steadily"
         ),
     },
     "background": {
@@ -133,52 +71,134 @@ SEEN: Words = {
             "concrete grey, slate grey, dull grey, plain gray, simple grey, flat gray"
         ),
         "white": _split(
-            "white, plain white, solid white, pure white, bright white, snow white, clean white, "
-            "blank white, paper white, completely white, simple white, flat white"
+            "white, plain white, solid white, pure white, bright white, snow white, clean white, blank white, "
+            "paper white, completely white, simple white, flat white"
         ),
     },
 }
+"""Names that training always uses; of the four directions, the phrases that follow a verb."""
 
-UNSEEN: Words = {
+POOL: Words = {
     "shape": {
-        "circle": _split("disc, orb, coin, bead, globe"),
-        "square": _split("cube, crate, quadrilateral, rectangle, panel"),
-        "triangle": _split("pyramid, wedge, arrowhead, tepee, delta"),
-        "cross": _split("crucifix, crosshair, addition symbol, positive symbol, crossroads"),
+        "circle": _split(
+            "ball, dot, sphere, bubble, disc, orb, coin, bead, globe, roundel, marble, balloon, wheel, pearl, "
+            "pellet, snowball, moon, planet, football, basketball, cannonball, plate, button, lollipop, penny, "
+            "pebble, sun, spot, blob, ring"
+        ),
+        "square": _split(
+            "box, block, tile, cube, crate, quadrilateral, rectangle, panel, brick, dice, slab, pane, window, "
+            "quadrangle, carton, parcel, stamp, package, chest, pixel, napkin, cushion, suitcase, board, container, "
+            "carpet, poster, cabinet"
+        ),
+        "triangle": _split(
+            "cone, tent, pyramid, wedge, arrowhead, tepee, trigon, spike, mountain, pennant, sail, spearhead, "
+            "prism, gable, roof, steeple, volcano, fir, peak, hill, thorn, fang, pizza slice, shark fin, witch hat, "
+            "party cap"
+        ),
+        "cross": _split(
+            "addition symbol, positive marker, crucifix, crosshair, crossroads, hospital emblem, ambulance logo, "
+            "pharmacy badge, intersection, four-armed figure, arithmetic glyph, medical mark, first-aid icon, "
+            "junction, X, crossing bars, church token, swiss flag motif"
+        ),
     },
     "colour": {
-        "red": _split("crimson, carmine, maroon, burgundy, strawberry"),
-        "orange": _split("apricot, mandarin, clementine, marmalade, ginger"),
-        "yellow": _split("mustard, dandelion, buttercup, custard, maize"),
-        "green": _split("jade, mint, shamrock, verdant, fern"),
-        "blue": _split("navy, sapphire, cobalt, ultramarine, cerulean"),
-        "purple": _split("lilac, mauve, plum, amethyst, aubergine"),
+        "red": _split(
+            "scarlet, ruby, cherry, vermilion, crimson, carmine, maroon, burgundy, strawberry, raspberry, tomato, "
+            "brick-coloured, blood-coloured, ruddy, cardinal, garnet, wine-coloured, cranberry, rose-coloured, "
+            "rust-coloured, beetroot, ketchup-coloured, reddish, paprika, poppy-coloured, lobster-coloured, rosy"
+        ),
+        "orange": _split(
+            "tangerine, amber, apricot, mandarin, clementine, marmalade, ginger, pumpkin-coloured, papaya, "
+            "carrot-coloured, persimmon, copper, cantaloupe, orangey, flame-coloured, peachy, sunset-coloured, "
+            "cheddar-coloured, mango-coloured, orangish, satsuma, terracotta, fox-coloured, coral"
+        ),
+        "yellow": _split(
+            "golden, gold, lemon, canary, mustard, dandelion, buttercup, custard, maize, banana-coloured, lemony, "
+            "sunflower-coloured, blonde, sunny, daffodil, honey-coloured, saffron, buttery, yellowish, "
+            "corn-coloured, bumblebee-coloured, taxi-coloured, egg-yolk-coloured, straw-coloured, primrose"
+        ),
+        "green": _split(
+            "emerald, olive, jade, mint, shamrock, verdant, fern-coloured, lime, leafy, grassy, mossy, pea-coloured, "
+            "avocado-coloured, pine-coloured, forest-coloured, greenish, pistachio, basil-coloured, clover, "
+            "cucumber-coloured, frog-coloured, pickle-coloured, kiwi-coloured, ivy-coloured, spinach-coloured"
+        ),
+        "blue": _split(
+            "azure, indigo, navy, sapphire, cobalt, ultramarine, cerulean, sky-coloured, denim, ocean-coloured, "
+            "bluish, sea-coloured, blueberry-coloured, cornflower, lapis, peacock-coloured, jeans-coloured, marine, "
+            "water-coloured, bluebell, prussian, ink-coloured, beryl, lagoon-coloured"
+        ),
+        "purple": _split(
+            "violet, lavender, grape-coloured, orchid, lilac, mauve, plum, amethyst, aubergine, mulberry, purplish, "
+            "eggplant-coloured, heather, iris-coloured, wisteria, periwinkle, fuchsia, magenta, purply, thistle, "
+            "blackcurrant, crocus, fig-coloured, violaceous"
+        ),
     },
     "motion": {
-        "right": _combine(_MOVES_UNSEEN, "rightward, rightwards, eastward, east"),
-        "left": _combine(_MOVES_UNSEEN, "leftward, leftwards, westward, west"),
+        "move": _split(
+            "moves|moving, slides|sliding, goes|going, travels|travelling, drifts|drifting, glides|gliding, "
+            "shifts|shifting, heads|heading, cruises|cruising, proceeds|proceeding, journeys|journeying, "
+            "wanders|wandering, slips|slipping, advances|advancing, creeps|creeping"
+        ),
+        "right": _split("rightward, rightwards, eastward, eastwards, east"),
+        "left": _split("leftward, leftwards, westward, westwards, west"),
         "up": _split(
-            "soars|soaring, levitates|levitating, soars|soaring skyward, sails|sailing skyward, "
-            "cruises|cruising northward, elevates|elevating"
+            "rises|rising, climbs|climbing, ascends|ascending, lifts|lifting, soars|soaring, "
+            "levitates|levitating, elevates|elevating, mounts|mounting, skyrockets|skyrocketing, "
+            "launches|launching, surges|surging, hovers|hovering higher"
         ),
         "down": _split(
-            "plummets|plummeting, plunges|plunging, dives|diving, tumbles|tumbling, "
-            "cruises|cruising southward, lowers|lowering"
+            "falls|falling, drops|dropping, sinks|sinking, descends|descending, plummets|plummeting, "
+            "plunges|plunging, dives|diving, tumbles|tumbling, lowers|lowering, nosedives|nosediving, "
+            "sags|sagging, crashes|crashing"
         ),
         "grow": _split(
-            "inflates|inflating, balloons|ballooning, widens|widening, broadens|broadening, "
-            "magnifies|magnifying"
+            "expands|expanding, enlarges|enlarging, swells|swelling, inflates|inflating, balloons|ballooning, "
+            "widens|widening, broadens|broadening, magnifies|magnifying, stretches|stretching, scales|scaling up, "
+            "fattens|fattening, bulges|bulging, amplifies|amplifying, blooms|blooming"
         ),
         "shrink": _split(
-            "deflates|deflating, dwindles|dwindling, compresses|compressing, lessens|lessening, wanes|waning"
+            "contracts|contracting, diminishes|diminishing, dwindles|dwindling, deflates|deflating, "
+            "compresses|compressing, lessens|lessening, wanes|waning, reduces|reducing, shrivels|shrivelling, "
+            "narrows|narrowing, withers|withering, collapses|collapsing, condenses|condensing, declines|declining"
         ),
     },
-    "background": {
-        "black": _split("ebony, onyx, inky, sooty, unlit"),
-        "grey": _split("ashen, charcoal, pewter, leaden, graphite"),
-        "white": _split("ivory, alabaster, pearly, chalky, porcelain"),
-    },
 }
+"""Synonyms, of which a random part is held out."""
+
+
+def _hold_out(pool: Words, share: float) -> tuple[Words, Words]:
+    """Split every pool at random, by a fixed seed, into (kept, held out)."""
+    rng = np.random.default_rng(0)
+    kept: Words = {}
+    held: Words = {}
+    for attribute, values in pool.items():
+        for value, words in values.items():
+            chosen = set(rng.permutation(len(words))[: max(2, round(share * len(words)))].tolist())
+            kept.setdefault(attribute, {})[value] = tuple(w for i, w in enumerate(words) if i not in chosen)
+            held.setdefault(attribute, {})[value] = tuple(w for i, w in enumerate(words) if i in chosen)
+    return kept, held
+
+
+def _build() -> tuple[Words, Words]:
+    """All wordings of training, and all that are held out."""
+    seen, unseen = _hold_out(POOL, HELD_OUT_SHARE)
+    verbs, unseen_verbs = seen["motion"].pop("move"), unseen["motion"].pop("move")
+    motions, plain = seen["motion"], PLAIN["motion"]
+    for side in ("right", "left"):
+        motions[side] = _combine(verbs, plain[side] + motions[side])
+        unseen["motion"][side] = _combine(unseen_verbs, unseen["motion"][side])
+    for way in ("up", "down"):
+        motions[way] = _combine(verbs, plain[way]) + 10 * motions[way]  # as often the one form as the other
+    for change in ("grow", "shrink"):
+        motions[change] = plain[change] + motions[change]
+    for attribute in ("shape", "colour"):
+        for value, words in PLAIN[attribute].items():
+            seen[attribute][value] = words + seen[attribute][value]
+    seen["background"] = PLAIN["background"]
+    return seen, unseen
+
+
+SEEN, UNSEEN = _build()
 
 # c colour, s shape, m motion in the third person, p motion as a participle, b background.
 TEMPLATES: tuple[str, ...] = (
@@ -201,7 +221,7 @@ TEMPLATES: tuple[str, ...] = (
     "{c} {s} {p} on {b}",
     "{p}: a {c} {s} on a {b} background",
     "a {s} that is {c} {m} on a {b} background",
-    "a {s} coloured {c} {p} across a {b} screen",
+    "a {s}, {c}, {p} across a {b} screen",
     "a {s} in {c} {m}, the background is {b}",
     "the background is {b}; a {c} {s} {m}",
     "a {b} scene where a {c} {s} {m}",
@@ -237,7 +257,7 @@ def _articles(text: str) -> str:
 
 def _fill(scene: Scene, rng: np.random.Generator, words: Words, templates: tuple[str, ...]) -> str:
     values = scene.attributes
-    choice = {name: _pick(rng, options[values[name]]) for name, options in words.items()}
+    choice = {name: _pick(rng, words[name][values[name]]) for name in ("shape", "colour", "motion", "background")}
     third, rest = choice["motion"].split("|")
     participle, _, tail = rest.partition(" ")
     text = _pick(rng, templates).format(
@@ -256,5 +276,5 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def paraphrase(scene: Scene, rng: np.random.Generator) -> str:
-    """Describe a scene so that no word for shape, colour, motion or background occurs in any `caption`."""
-    return _fill(scene, rng, UNSEEN, UNSEEN_TEMPLATES)
+    """Describe a scene so that no word for shape, colour or motion occurs in any `caption`."""
+    return _fill(scene, rng, UNSEEN | {"background": SEEN["background"]}, UNSEEN_TEMPLATES)
