@@ -87,22 +87,20 @@ def parse(
     return config_class(**{f.name: settings[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as nested dicts and lists that YAML and JSON hold."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(dataclasses.asdict(config))
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts, tuples as lists, paths as text: what YAML and JSON hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def to_yaml(config: Any) -> str:
     """The complete config as YAML, to be read again by `parse` with ``--config``."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=110)
 
 
 def _files_first(arguments: list[str]) -> list[str]:

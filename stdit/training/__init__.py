@@ -1,0 +1,1 @@
+"""Training: the step, its optimizers and averages, and the run folder that keeps them."""

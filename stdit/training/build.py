@@ -1,0 +1,181 @@
+"""From settings to the parts of a run: clips, codec, text encoder, objective, model, batches."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stdit.codecs import build_codec
+from stdit.codecs.base import VideoCodec
+from stdit.codecs.text import TextEncoder, build_text_encoder
+from stdit.config import TrainConfig, experiment_key
+from stdit.data.cache import EncodedBatches, precompute
+from stdit.data.dataset import VideoBatches, build_plan, to_video
+from stdit.data.decode import DecodeError, decode_clip
+from stdit.data.plan import BatchPlan, slack_seconds
+from stdit.diffusion.flow import RectifiedFlow
+from stdit.errors import UserError
+from stdit.models.stdit import STDiT
+
+Batches = Callable[[int, int], Iterator[dict[str, Any]]]
+"""From (first step, last step + 1) to batches with latents and text states, in order."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    config: TrainConfig
+    """The settings, with the sizes that the model takes from codec and text encoder."""
+    plan: BatchPlan
+    codec: VideoCodec
+    text_encoder: TextEncoder
+    flow: RectifiedFlow
+    model: STDiT
+
+    def to(self, device: torch.device) -> None:
+        """Move the networks."""
+        for part in (self.codec, self.text_encoder, self.model):
+            part.to(device)
+
+    def experiment(self) -> dict[str, Any]:
+        """What identifies the experiment: settings, and hashes of the clips and of the frozen networks."""
+        return {
+            **experiment_key(self.config),
+            "clips": clips_hash(self.plan, self.config),
+            "codec's weights": self.codec.fingerprint(),
+            "text encoder's weights": self.text_encoder.fingerprint(),
+        }
+
+
+def build_parts(config: TrainConfig, saved_codec: Path | None = None, dry_run: bool = False) -> Parts:
+    """Build everything, on the CPU.
+
+    Args:
+        saved_codec: where an earlier part of the run may have saved its codec.
+        dry_run: make a model without memory for its weights, and leave a codec unfitted.
+
+    Raises:
+        UserError: for data, weights or settings that will not do.
+    """
+    plan = build_plan(config.data, config.seed)
+    if saved_codec is not None and saved_codec.is_dir():
+        codec = VideoCodec.from_pretrained(saved_codec)
+    else:
+        codec = build_codec(config.codec)
+    variance = codec.latent_variance
+    if not getattr(codec, "fitted", True):
+        if dry_run:
+            variance = torch.ones(codec.channels)
+        else:
+            codec.fit(clips_in_order(plan))  # type: ignore[operator]
+            variance = codec.latent_variance
+    text_encoder = build_text_encoder(config.text_encoder)
+    flow = RectifiedFlow(config.flow, variance)
+    model_config = replace(
+        config.model,
+        in_channels=codec.channels,
+        caption_channels=text_encoder.channels,
+        model_max_length=text_encoder.max_length,
+    )
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if dry_run else "cpu"):
+        torch.manual_seed(config.seed)
+        model = STDiT(**asdict(model_config))
+    if config.trainer.activation_checkpointing:
+        model.enable_gradient_checkpointing()
+    return Parts(replace(config, model=model_config), plan, codec, text_encoder, flow, model)
+
+
+def initialise(model: STDiT, source: str) -> None:
+    """Copy weights from a run, checkpoint, pipeline or model folder. Raises UserError if they do not fit."""
+    from stdit.checkpoint_files import read_meta
+    from stdit.pipelines.loading import find_source, load_transformer
+
+    folder = Path(source)
+    if not (folder / "diffusion_pytorch_model.safetensors").is_file():
+        found = find_source(folder)
+        if not found.is_pipeline:
+            other, _ = load_transformer(found.path, read_meta(found.path), ema=True)
+            _copy_weights(model, other, source)
+            return
+        folder = found.path / "transformer"
+    _copy_weights(model, STDiT.from_pretrained(folder, use_safetensors=True), source)
+
+
+def _copy_weights(model: STDiT, other: STDiT, source: str) -> None:
+    weights = other.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    odd = [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]
+    if odd:
+        raise UserError(
+            f"init_from = {source}: its model is another one: {len(odd)} weights differ, such as {odd[0]}, "
+            f"{found.get(odd[0], 'absent')} there and {shapes.get(odd[0], 'absent')} here. Use its settings "
+            "(model.*, codec.*, text_encoder.*), or leave init_from out."
+        )
+    model.load_state_dict(weights)
+
+
+def clips_in_order(plan: BatchPlan) -> Iterator[Tensor]:
+    """Float videos ``[3 T H W]`` of the clips that train, as the manifest has them; not unreadable ones."""
+    assignment = plan.assignment
+    bucket_of = {
+        int(i): b for b, members in zip(assignment.buckets, assignment.members, strict=True) for i in members
+    }
+    for index in sorted(bucket_of):
+        clip, bucket = assignment.clips[index], bucket_of[index]
+        start = slack_seconds(clip, bucket) / 2
+        try:
+            frames = decode_clip(
+                clip.path, bucket.num_frames, bucket.fps, bucket.height, bucket.width, start=start
+            )
+        except DecodeError:
+            continue  # reported, and counted, where it would be trained on
+        yield to_video(frames[None])[0]
+
+
+def clips_hash(plan: BatchPlan, config: TrainConfig) -> str:
+    """Hash of which clips train in which bucket: names inside the data root, captions, lengths, sizes."""
+    root = Path(config.data.root or config.data.manifest).resolve()
+    root = root if root.is_dir() else root.parent
+    digest = hashlib.sha256()
+    for bucket, members in zip(plan.assignment.buckets, plan.assignment.members, strict=True):
+        digest.update(f"{bucket}\n".encode())
+        for index in members:
+            clip = plan.assignment.clips[int(index)]
+            name = clip.path.relative_to(root) if clip.path.is_relative_to(root) else clip.path
+            facts = [name.as_posix(), clip.text, clip.num_frames, clip.fps, clip.height, clip.width]
+            digest.update(json.dumps(facts).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def build_batches(parts: Parts, cache_file: Path, device: torch.device) -> Batches:
+    """Batches of latents: from memory, or decoded and encoded as they are needed.
+
+    Raises:
+        UserError: while encoding, or iterating, when too many clips cannot be read.
+    """
+    data = parts.config.data
+    if data.cache == "memory":
+        cache = precompute(
+            parts.plan, parts.codec, parts.text_encoder, cache_file, device, data.max_skipped_share
+        )
+        return EncodedBatches(parts.plan, cache)
+    videos = VideoBatches(
+        parts.plan, data.workers, data.crop, data.max_skipped_share, pin_memory=device.type == "cuda"
+    )
+    chunk = parts.config.trainer.micro_batch_size
+
+    def encoded(start_step: int, stop_step: int) -> Iterator[dict[str, Any]]:
+        for batch in videos(start_step, stop_step):
+            video = batch.pop("video")
+            latents = torch.cat([parts.codec.encode(part) for part in video.split(chunk or len(video))])
+            states, mask = parts.text_encoder.encode(batch["text"])
+            yield {**batch, "latents": latents, "text_states": states, "text_mask": mask}
+
+    return encoded

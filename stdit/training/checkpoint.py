@@ -1,0 +1,147 @@
+"""Saving and finding the state of a run. What makes a folder whole is in `stdit.checkpoint_files`."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stdit.checkpoint_files import newest_whole, publish, read_meta, step_of, verify, write_manifest
+from stdit.errors import UserError
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state of the run is saved, and for how long."""
+
+    every: int = 1000
+    """Steps between checkpoints; one is saved at the end, too."""
+    keep_last: int = 2
+    """So many of the newest checkpoints stay."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step stay as well."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{name} = {value}: must be at least 1")
+
+
+def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from (None: start anew), and why newer ones were passed over.
+
+    Args:
+        resume: ``auto``: the newest whole one; ``never``: none; else the path of one.
+        checkpoints: where the run keeps its own.
+
+    Raises:
+        UserError: if checkpoints are there but must not be used, or none of them can be.
+    """
+    newest, passed_over = newest_whole(checkpoints)
+    run = checkpoints.parent
+    if resume == "auto":
+        if newest is None and passed_over:
+            raise UserError(
+                f"{run} has checkpoints, but none is whole: {passed_over[0]} To start anew, move {run} away "
+                "or choose another name."
+            )
+        return newest, passed_over
+    if resume == "never":
+        if newest is not None or passed_over:
+            raise UserError(
+                f"resume = never, but {run} has checkpoints: choose another name, or move {run} away."
+            )
+        return None, []
+    chosen = Path(resume)
+    verify(chosen)
+    step = step_of(chosen) or 0
+    newer = [p.name for p in checkpoints.glob("step-*") if p != chosen and (step_of(p) or -1) >= step]
+    if newer:
+        raise UserError(
+            f"resume = {resume}, but {checkpoints} has {sorted(newer)[-1]} already: move that away, or "
+            "choose another name."
+        )
+    return chosen, []
+
+
+def check_same_experiment(checkpoint: Path, experiment: dict[str, Any]) -> None:
+    """Raise UserError naming what differs between the experiment of a checkpoint and this one.
+
+    Keys that only one of them has are not compared: some are known only once the parts are built.
+    """
+    saved = read_meta(checkpoint).get("experiment", {})
+    differing = [
+        f"{key} was {saved[key]}, is {experiment[key]}"
+        for key in experiment
+        if key in saved and saved[key] != experiment[key]
+    ]
+    if differing:
+        raise UserError(
+            f"checkpoint {checkpoint} is of another experiment: {'; '.join(differing)}. Go back to its "
+            f"settings, or choose another name (and start from its weights by --init_from {checkpoint})."
+        )
+
+
+class Checkpoints:
+    """The ``checkpoints`` folder of a run."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        """Make the folder, and remove what an interrupted save left."""
+        self.folder, self.config = folder, config
+        folder.mkdir(parents=True, exist_ok=True)
+        for aside in folder.glob("step-*.tmp"):
+            shutil.rmtree(aside)
+
+    def save(self, step: int, write: Callable[[Path], None], meta: dict[str, Any]) -> Path:
+        """Save the state after ``step`` steps, under its final name only when all of it is on the disk.
+
+        Args:
+            write: writes files into the folder that it is given.
+            meta: what ``meta.json`` holds beside sizes and hashes.
+
+        Raises:
+            UserError: if the disk refuses; nothing is left of the attempt, older checkpoints are as before.
+        """
+        from safetensors import SafetensorError
+
+        folder = self.folder / f"step-{step:08d}"
+        if folder.exists():
+            try:
+                verify(folder)
+                return folder
+            except UserError:
+                folder.rename(_free(folder.with_name(f"{folder.name}.broken")))
+        aside = folder.with_name(f"{folder.name}.tmp")
+        try:
+            aside.mkdir()
+            write(aside)
+            write_manifest(aside, {"step": step, **meta})
+            publish(aside, folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            newest, _ = newest_whole(self.folder)
+            kept = f"{newest} is whole" if newest else "there is none from before"
+            raise UserError(
+                f"checkpoint {folder} could not be written ({error}); {kept}. Make room on the disk and run "
+                "the same command again."
+            ) from error
+        self._prune()
+        return folder
+
+    def _prune(self) -> None:
+        folders = sorted(self.folder.glob("step-*"), key=lambda path: step_of(path) or -1)
+        folders = [path for path in folders if step_of(path) is not None]
+        for path in folders[: -self.config.keep_last]:
+            if self.config.keep_every is None or (step_of(path) or 0) % self.config.keep_every:
+                aside = path.rename(path.with_name(f"{path.name}.tmp"))  # never seen half removed
+                shutil.rmtree(aside)
+
+
+def _free(path: Path) -> Path:
+    """``path``, or with the first number that makes it new."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -1,0 +1,71 @@
+"""Exponential moving average of the weights, which is what samples are made from."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stdit.errors import UserError
+
+
+@dataclass
+class EMAConfig:
+    """How the averaged weights follow the trained ones."""
+
+    decay: float = 0.999
+    """Share of the average that each step keeps; 0 keeps the latest weights only."""
+    warmup: bool = True
+    """Keep less in early steps: min(decay, (1 + step) / (10 + step))."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"ema.decay = {self.decay}: must be at least 0 and below 1")
+
+
+class EMA:
+    """Averages in float32 of a model's weights, by name (Song & Ermon 2020, arXiv:2006.09011, technique 5)."""
+
+    def __init__(self, model: nn.Module, config: EMAConfig) -> None:
+        self.config = config
+        self.average = {name: tensor.float().clone() for name, tensor in model.state_dict().items()}
+
+    def decay(self, step: int) -> float:
+        """Share that is kept in ``step``, counted from 0."""
+        return min(self.config.decay, (1 + step) / (10 + step)) if self.config.warmup else self.config.decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move the averages towards the weights after ``step``."""
+        latest = model.state_dict()
+        torch._foreach_lerp_(
+            list(self.average.values()),
+            [latest[name].float() for name in self.average],
+            1 - self.decay(step),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.average
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over averages. Raises KeyError if a name is missing."""
+        for name, average in self.average.items():
+            average.copy_(tensors[name])
+
+    @contextmanager
+    def swapped_into(self, model: nn.Module) -> Iterator[None]:
+        """While it lasts, ``model`` has the averaged weights; then, bit for bit, its own again."""
+        latest = model.state_dict()
+        own = {name: tensor.clone() for name, tensor in latest.items()}
+        try:
+            self._copy(self.average, latest)
+            yield
+        finally:
+            self._copy(own, latest)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+        for name, tensor in target.items():
+            tensor.copy_(source[name])

@@ -1,0 +1,50 @@
+"""The folder of a run: whose it is, and where the run goes on. Imports nothing heavy: errors come quickly."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stdit.config import TrainConfig, experiment_key
+from stdit.errors import UserError
+from stdit.training.checkpoint import check_same_experiment, find_checkpoint
+
+
+@contextmanager
+def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
+    """Make the run folder, lock it, and find the checkpoint to go on from: ``(folder, checkpoint or None)``.
+
+    Raises:
+        UserError: if the folder cannot be written, another process trains there, or its state is another run's.
+    """
+    folder = config.run_folder
+    checkpoint, passed_over = find_checkpoint(config.resume, folder / "checkpoints")
+    for reason in passed_over:
+        print(f"passed over: {reason}")
+    if checkpoint is not None:
+        check_same_experiment(checkpoint, experiment_key(config))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): choose another with --output_dir or --name."
+        ) from None
+    with lock:
+        if not _lock(lock.fileno()):
+            raise UserError(f"another process trains in {folder}: wait for it, or choose another --name.")
+        yield folder, checkpoint
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file for as long as this process lives; False if another has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True

@@ -1,0 +1,248 @@
+"""Optimizers and their learning rates: AdamW, and Muon for the matrices of the blocks."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from stdit.errors import UserError
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+BLOCK_MATRIX = re.compile(r"(?:spatial|temporal)_blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
+STACKED = {"qkv": 3, "kv_linear": 2}
+
+
+@dataclass
+class OptimizerConfig:
+    """How weights follow gradients."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
+    lr: float = 1e-4
+    """Learning rate of AdamW after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW: decay of the running mean and of the running square."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the running square."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of all matrices, times the learning rate."""
+    muon_lr: float = 5e-3
+    """Learning rate of Muon after warm-up."""
+    muon_momentum: float = 0.95
+    """Muon: momentum (Nesterov's)."""
+    muon_scale: Literal["original", "match_rms_adamw"] = "original"
+    """Muon: step sizes as Jordan's, sqrt(rows / columns), or as large as AdamW's, 0.2 sqrt(larger side)."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the fall of the learning rates at the end."""
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise from 0."""
+    decay_share: float = 1.0
+    """cosine, linear: share of all steps, at the end, over which the rates fall."""
+    final_share: float = 0.0
+    """cosine, linear: share of the rates that is left at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be positive")
+        for name, value in (("muon_momentum", self.muon_momentum), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= value < 1:
+                raise UserError(f"optimizer.{name} = {value}: must be at least 0 and below 1")
+        for name in ("weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must not be negative")
+        for name in ("decay_share", "final_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must lie between 0 and 1")
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
+    """What the learning rates are multiplied by in ``step`` (from 0) of ``steps``: rise, plateau, fall."""
+    rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    length = config.decay_share * steps
+    if config.schedule == "constant" or length == 0:
+        return rise
+    progress = min(max((step - (steps - length)) / length, 0.0), 1.0)  # 0 before the fall, 1 at the end
+    fall = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return rise * (config.final_share + (1 - config.final_share) * fall)
+
+
+def split_parameters(model: nn.Module) -> tuple[dict[str, int], list[str]]:
+    """Which parameters Muon takes: the matrices of attention and MLP in the blocks, known by their names.
+
+    Returns:
+        Names for Muon, each with the number of matrices stacked in it (qkv 3, kv 2); names of all others.
+    """
+    matrices: dict[str, int] = {}
+    others = []
+    for name, parameter in model.named_parameters():
+        match = BLOCK_MATRIX.search(name)
+        if match and parameter.ndim == 2:
+            matrices[name] = STACKED.get(match[1], 1)
+        else:
+            others.append(name)
+    return matrices, others
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> "Optimizers":
+    """The optimizer that a config names, over all parameters of ``model``."""
+    named = dict(model.named_parameters())
+    matrices, others = split_parameters(model) if config.name == "muon" else ({}, list(named))
+    decayed = [named[name] for name in others if named[name].ndim >= 2]
+    plain = [named[name] for name in others if named[name].ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    adamw = AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    optimizers: list[Optimizer] = [adamw]
+    if matrices:
+        by_parts: dict[int, list[nn.Parameter]] = defaultdict(list)
+        for name, parts in matrices.items():
+            by_parts[parts].append(named[name])
+        optimizers.append(
+            Muon(
+                [{"params": params, "parts": parts} for parts, params in by_parts.items()],
+                lr=config.muon_lr,
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+                scale=config.muon_scale,
+            )
+        )
+    return Optimizers(named, optimizers)
+
+
+class Optimizers:
+    """Several optimizers over one model, as one; its state is a flat dict of tensors by parameter name."""
+
+    def __init__(self, named_parameters: dict[str, nn.Parameter], optimizers: list[Optimizer]) -> None:
+        self.named_parameters = named_parameters
+        self.optimizers = optimizers
+        self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    def step(self, factor: float) -> None:
+        """Take one step at ``factor`` times the learning rates."""
+        for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``<parameter>.<quantity>`` to tensor, such as ``t_block.1.bias.exp_avg``."""
+        return {f"{name}.{key}": value for name, state in self._states() for key, value in state.items()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave. Raises KeyError for a parameter that the model does not have."""
+        owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in tensors.items():
+            name, _, quantity = key.rpartition(".")
+            parameter = self.named_parameters[name]
+            states[name][quantity] = value.to(parameter.device)
+        for name, state in states.items():
+            parameter = self.named_parameters[name]
+            owners[parameter].state[parameter] = state
+
+    def _states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, parameter in self.named_parameters.items():
+            for optimizer in self.optimizers:
+                if parameter in optimizer.state:
+                    yield name, optimizer.state[parameter]
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz iterations, for matrices only.
+
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the scaling ``match_rms_adamw`` is that of Liu et
+    al. 2025 (arXiv:2502.16982, section 2.2). The update rule is ``torch.optim.Muon``'s, differing in what
+    matters on a CPU: float32 instead of bfloat16, and all matrices of equal shape at once. Parameters that stack
+    several matrices (``parts`` of a group, along the rows) have them orthogonalised one by one.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 5e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        scale: Literal["original", "match_rms_adamw"] = "original",
+        iterations: int = 5,
+    ) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale, iterations=iterations, parts=1
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        batches: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            gradients = [p.grad for p in params]
+            momenta = [self._momentum(p) for p in params]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for p, update in zip(params, updates, strict=True):
+                for matrix, direction in zip(
+                    p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True
+                ):
+                    key = (matrix.shape, group["lr"], group["scale"], group["iterations"])
+                    batches[key].append((matrix, direction))
+        for ((rows, columns), lr, scale, iterations), pairs in batches.items():
+            steps = orthogonalise(torch.stack([direction for _, direction in pairs]), iterations)
+            size = max(1, rows / columns) ** 0.5 if scale == "original" else 0.2 * max(rows, columns) ** 0.5
+            torch._foreach_add_([matrix for matrix, _ in pairs], list(steps.unbind()), alpha=-lr * size)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Bring all singular values of ``matrices [N R C]`` near 1 (0.7 to 1.2), keeping their singular vectors.
+
+    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T (Jordan et al. 2024).
+    """
+    X = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    tall = X.shape[1] > X.shape[2]
+    X = X.mT if tall else X
+    if X.shape[2] < 2 * X.shape[1]:
+        for _ in range(iterations):
+            X = _polynomial(X @ X.mT) @ X
+    else:  # all factors are polynomials of the first A and commute, so iterate on the small side only
+        A = X @ X.mT
+        Q = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
+        for _ in range(iterations):
+            M = _polynomial(A)
+            Q, A = M @ Q, M @ A @ M
+        X = Q @ X
+    return X.mT if tall else X
+
+
+def _polynomial(A: Tensor) -> Tensor:
+    """``a + b A + c A^2`` for ``[N R R]``."""
+    a, b, c = NEWTON_SCHULZ
+    M = torch.baddbmm(A, A, A, beta=b, alpha=c)
+    M.diagonal(dim1=1, dim2=2).add_(a)
+    return M

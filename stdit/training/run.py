@@ -1,0 +1,137 @@
+"""A run in its folder: what it writes there, how it goes on and how it ends."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import stdit
+from stdit.checkpoint_files import read_meta
+from stdit.cli import plain, to_yaml
+from stdit.training.build import Parts, initialise
+from stdit.training.checkpoint import Checkpoints, check_same_experiment
+from stdit.training.report import tokens
+from stdit.training.tracking import TRACKERS, MetricsFile
+from stdit.training.trainer import Trainer
+from stdit.training.validation import default_settings, write_samples
+
+
+class Run:
+    """A run in its folder: writes what it is, goes on from a checkpoint, records steps, saves, ends."""
+
+    def __init__(self, folder: Path, parts: Parts, trainer: Trainer, checkpoint: Path | None) -> None:
+        """Write settings, schedule and fitted codec, and load the checkpoint.
+
+        Raises:
+            UserError: if the checkpoint is of another experiment.
+        """
+        self.folder, self.parts, self.trainer = folder, parts, trainer
+        self.config = parts.config
+        self.experiment = parts.experiment()
+        self.settings = default_settings(self.config.validation, parts.plan.assignment)
+        self.checkpoints = Checkpoints(folder / "checkpoints", self.config.checkpoint)
+        self.start = 0
+        if checkpoint is not None:
+            check_same_experiment(checkpoint, self.experiment)
+            meta = read_meta(checkpoint)
+            trainer.read(checkpoint, meta)
+            self.start = meta["step"]
+        elif self.config.init_from is not None:
+            initialise(parts.model, self.config.init_from)
+        self._write_what_it_is()
+        self.metrics = MetricsFile(folder / "metrics.jsonl", self.start)
+        self.tracker = TRACKERS[self.config.tracker.name](self.config.tracker, folder, plain(self.config))
+
+    def _write_what_it_is(self) -> None:
+        (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.parts.flow.save_pretrained(self.folder / "scheduler")
+        if hasattr(self.parts.codec, "fitted") and not (self.folder / "codec").is_dir():
+            aside = self.folder / "codec.tmp"
+            self.parts.codec.save_pretrained(aside)
+            aside.rename(self.folder / "codec")
+
+    def record(
+        self, batch: dict[str, Any], values: dict[str, Any], seconds: float, wait: float
+    ) -> dict[str, Any]:
+        """Write and return the line of a step that took ``seconds`` after ``wait`` seconds for its data."""
+        clips = len(batch["latents"])
+        each = tokens(batch["latents"].shape[2:], self.config.model.patch_size)
+        rate = clips / (seconds + wait)
+        line = {
+            "step": batch["step"],
+            **values,
+            "clips": clips,
+            "seconds": round(seconds, 4),
+            "data_seconds": round(wait, 4),
+            "clips_per_second": round(rate, 3),
+            "tokens_per_second": round(rate * each, 1),
+            "replaced": batch["replaced"],
+        }
+        self.metrics.write(line)
+        if batch["step"] % self.config.tracker.every == 0:
+            numbers = {f"train/{key}": value for key, value in line.items() if value is not None}
+            self.tracker.log(numbers, batch["step"])
+        return line
+
+    def save(self, step: int) -> Path:
+        """Save the state after ``step`` steps. Raises UserError if the disk refuses."""
+        meta = {
+            "experiment": self.experiment,
+            "pipeline": self.settings,
+            "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+            "stdit": stdit.__version__,
+        }
+        return self.checkpoints.save(step, self.trainer.write, meta)
+
+    def pipeline(self, step: int) -> Any:
+        """A pipeline around the model as it is now."""
+        from stdit.pipelines.pipeline import STDiTPipeline
+
+        parts = self.parts
+        return STDiTPipeline(
+            parts.model, parts.codec, parts.text_encoder, parts.flow, **self.settings, step=step
+        )
+
+    def validate(self, step: int) -> None:
+        """Write videos of the fixed prompts, made with the averaged weights after ``step`` steps."""
+        prompts = self.config.validation.prompts
+        with self.trainer.ema.swapped_into(self.parts.model):
+            folder = self.folder / "samples" / f"step-{step:08d}"
+            videos, sheet = write_samples(self.pipeline(step), prompts, self.config.validation.seed, folder)
+        self.tracker.log_videos(videos, prompts, sheet, step)
+
+    def export(self, step: int) -> Path:
+        """Write ``pipeline/`` with the averaged weights, replacing an earlier one only when it is whole."""
+        target, aside, old = (self.folder / f"pipeline{suffix}" for suffix in ("", ".tmp", ".old"))
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with self.trainer.ema.swapped_into(self.parts.model):
+            self.pipeline(step).save_pretrained(aside)
+        if target.exists():
+            target.rename(old)
+        os.rename(aside, target)
+        shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def finish(self) -> str:
+        """Export the pipeline, unless an earlier part of the run did; says where it is and how to use it."""
+        step = max(self.start, self.config.trainer.steps)
+        target = self.folder / "pipeline"
+        if self._exported_step() != step:
+            self.export(step)
+        return f'{target} is written. Sample: python sample.py --checkpoint {self.folder} --prompt "..."'
+
+    def _exported_step(self) -> int | None:
+        """The step of the pipeline that an earlier part of the run exported; None if there is none."""
+        from stdit.pipelines.loading import MODEL_INDEX, pipeline_step
+
+        folder = self.folder / "pipeline"
+        return pipeline_step(folder) if (folder / MODEL_INDEX).is_file() else None
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, is to happen after ``step``."""
+        return step % every == 0 or step == self.config.trainer.steps
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.tracker.finish()

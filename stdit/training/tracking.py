@@ -1,0 +1,161 @@
+"""Where measurements go: ``metrics.jsonl`` always, and TensorBoard or Weights & Biases when asked."""
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stdit.errors import UserError
+
+
+@dataclass
+class TrackerConfig:
+    """A tracker beside ``metrics.jsonl``."""
+
+    name: Literal["none", "tensorboard", "wandb"] = "none"
+    """tensorboard writes to the run folder; wandb sends to wandb.ai, or writes there too when offline."""
+    project: str = "stdit"
+    """wandb: project of the run."""
+    mode: Literal["online", "offline"] = "online"
+    """wandb: offline writes to the run folder, for `wandb sync`; so does online without key or network."""
+    every: int = 10
+    """Steps between measurements sent to the tracker; metrics.jsonl has them all."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"tracker.every = {self.every}: must be at least 1")
+
+
+class MetricsFile:
+    """A JSON object a line, one for each step; on disk as soon as it is written."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Open for appending, and cut off lines of steps from ``first_step`` on: they will be done again."""
+        if path.exists():
+            kept = [
+                line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step
+            ]
+            aside = path.with_name(f"{path.name}.tmp")
+            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(aside, path)
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line. Raises UserError when the disk is full."""
+        try:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(
+                f"{self.file.name} could not be written ({error.strerror}): make room on the disk and run "
+                "the same command again."
+            ) from error
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinite for what a killed process left of one."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class Tracker:
+    """Tracks nothing; the others do as it does, and more."""
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Numbers of one step, by name."""
+
+    def log_videos(self, videos: Sequence[Path], prompts: Sequence[str], sheet: Path, step: int) -> None:
+        """Validation videos (mp4) and the picture that shows them all."""
+
+    def finish(self) -> None:
+        """Send what is left."""
+
+
+class TensorBoard(Tracker):
+    """Through accelerate's tracker, to ``tensorboard/`` in the run folder. Videos go in as their sheet."""
+
+    def __init__(self, config: TrackerConfig, run: Path, settings: dict[str, Any]) -> None:
+        from accelerate.tracking import TensorBoardTracker
+
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"tracker.name = tensorboard: {error}: pip install tensorboard") from None
+        self.tracker = TensorBoardTracker("tensorboard", logging_dir=run)
+        self.tracker.start()
+        self.tracker.writer.add_text("config", f"```\n{json.dumps(settings, indent=1)}\n```")
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.tracker.log(values, step=step)
+
+    def log_videos(self, videos: Sequence[Path], prompts: Sequence[str], sheet: Path, step: int) -> None:
+        import numpy as np
+        import PIL.Image
+
+        with PIL.Image.open(sheet) as picture:
+            self.tracker.log_images({"samples": np.array(picture)[None]}, step=step, dataformats="NHWC")
+        self.tracker.writer.flush()
+
+    def finish(self) -> None:
+        self.tracker.finish()
+
+
+class WandB(Tracker):
+    """Through accelerate's tracker. Goes offline, and says so, when there is no key or no network."""
+
+    def __init__(self, config: TrackerConfig, run: Path, settings: dict[str, Any]) -> None:
+        import wandb
+        from accelerate.tracking import WandBTracker
+
+        mode = config.mode
+        if mode == "online" and not wandb.api.api_key:
+            print("wandb has no key (WANDB_API_KEY or `wandb login`): writing offline, for `wandb sync`.")
+            mode = "offline"
+        identity = run / "wandb_id.txt"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        options = dict(
+            name=run.name,
+            id=identity.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=run,
+            config=settings,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self.tracker = WandBTracker(config.project, mode=mode, **options)
+        try:
+            self.tracker.start()
+        except wandb.errors.Error as error:
+            print(f"wandb cannot be reached ({error}): writing offline, for `wandb sync`.")
+            self.tracker = WandBTracker(config.project, mode="offline", **options)
+            self.tracker.start()
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.tracker.log(values, step=step)
+
+    def log_videos(self, videos: Sequence[Path], prompts: Sequence[str], sheet: Path, step: int) -> None:
+        import wandb
+
+        clips = [wandb.Video(str(v), caption=p, format="mp4") for v, p in zip(videos, prompts, strict=True)]
+        self.tracker.log({"samples": clips, "sheet": wandb.Image(str(sheet))}, step=step)
+
+    def finish(self) -> None:
+        self.tracker.finish()
+
+
+TRACKERS: dict[str, Callable[[TrackerConfig, Path, dict[str, Any]], Tracker]] = {
+    "none": lambda config, run, settings: Tracker(),
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+}

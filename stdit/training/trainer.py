@@ -1,0 +1,161 @@
+"""One training step: a pure function of (seed, step) and of the state."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from stdit.diffusion.draws import draw_batch
+from stdit.diffusion.flow import RectifiedFlow
+from stdit.errors import UserError
+from stdit.training.ema import EMA, EMAConfig
+from stdit.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MODEL_WEIGHTS = "model/diffusion_pytorch_model.safetensors"
+EMA_WEIGHTS = "ema.safetensors"
+OPTIMIZER_STATE = "optimizer.safetensors"
+
+
+@dataclass
+class TrainerConfig:
+    """How long and how a run trains."""
+
+    steps: int = 10000
+    """Steps of the whole run; a resumed run goes on up to this."""
+    micro_batch_size: int | None = None
+    """Clips in one pass; the gradients of the passes add up to the batch's. None: the whole batch at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the model; weights, optimizer and loss stay in float32."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are scaled down to this; .inf leaves them alone."""
+    max_nonfinite_steps: int = 10
+    """A step without a finite loss and gradient is skipped; so many in a row stop the run."""
+    activation_checkpointing: bool = False
+    """Compute activations twice rather than keep them: less memory, a third more time."""
+    compile: bool = False
+    """Let torch.compile compile the blocks: slow to start, and worth it on GPUs."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU if there is one."""
+    num_threads: int | None = None
+    """CPU threads; none: as PyTorch chooses."""
+    keep_freed_memory: bool = True
+    """On CPUs, keep freed memory for the next step rather than return it to the system: faster."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "micro_batch_size", "max_nonfinite_steps", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"trainer.{name} = {value}: must be at least 1")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"trainer.max_grad_norm = {self.max_grad_norm}: must be positive; .inf for none")
+
+
+class Trainer:
+    """The model with its optimizer and average, and the step that moves them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        flow: RectifiedFlow,
+        accelerator: "Accelerator",
+        config: TrainerConfig,
+        optimizer: OptimizerConfig,
+        ema: EMAConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.optimizer_config, self.seed = config, optimizer, seed
+        self.accelerator, self.flow = accelerator, flow
+        self.model = model.to(accelerator.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(model, optimizer)
+        self.ema = EMA(model, ema)
+        self.nonfinite_in_a_row = 0
+
+    def step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
+        """Train on the global batch of ``step`` (from 0) and return measurements.
+
+        Args:
+            batch: latents ``[B C T H W]``, text_states ``[B L E]``, text_mask ``[B L]``, and fps, height
+                and width ``[B]`` in frames per second and pixels.
+
+        Raises:
+            UserError: after ``max_nonfinite_steps`` steps in a row without a finite loss and gradient.
+        """
+        size = len(batch["latents"])
+        micro = self.config.micro_batch_size or size
+        total = torch.zeros((), device=self.accelerator.device)
+        for start in range(0, size, micro):
+            loss = self._losses(step, batch, slice(start, start + micro)).sum() / size
+            loss.backward()
+            total += loss.detach()
+        gradient_norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
+        finite = math.isfinite(total) and math.isfinite(gradient_norm)
+        if finite:
+            self.optimizer.step(factor)
+            self.ema.update(self.model, step)
+        self.optimizer.zero_grad()
+        self._count(step, finite)
+        return {
+            "loss": float(total) if finite else None,
+            "lr": self.optimizer_config.lr * factor,
+            "grad_norm": gradient_norm if finite else None,
+            "skipped": not finite,
+        }
+
+    def _losses(self, step: int, batch: dict[str, Any], rows: slice) -> Tensor:
+        """Loss of each sample of a part of the batch."""
+        device = self.accelerator.device
+        names = ("latents", "text_states", "text_mask", "fps", "height", "width")
+        x, states, mask, fps, height, width = (batch[name][rows].to(device) for name in names)
+        size = (int(batch["height"][0]), int(batch["width"][0]))
+        indices = range(len(batch["latents"]))[rows]
+        draws = draw_batch(self.flow, self.seed, step, indices, tuple(x.shape[1:]), *size).to(device)
+        x_t = self.flow.add_noise(x, draws.noise, draws.t)
+        with self.accelerator.autocast():
+            output = self.model(
+                hidden_states=self.flow.scale_model_input(x_t, draws.t),
+                timestep=1000 * draws.t,
+                encoder_hidden_states=states,
+                encoder_attention_mask=mask,
+                fps=fps,
+                height=height,
+                width=width,
+                drop_caption=draws.drop_caption,
+            )
+        return self.flow.loss(output, x, draws.noise, x_t, draws.t, draws.given)
+
+    def _count(self, step: int, finite: bool) -> None:
+        self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
+        if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+            raise UserError(
+                f"loss or gradient not finite in {self.nonfinite_in_a_row} steps in a row, until step {step}: "
+                "lower optimizer.lr (and muon_lr), lengthen optimizer.warmup_steps, or look for broken clips."
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write model, average and optimizer state, as safetensors. Raises OSError or SafetensorError."""
+        from safetensors.torch import save_file
+
+        self.model.save_pretrained(folder / "model", max_shard_size="1TB")  # type: ignore[operator]
+        for name, tensors in (
+            (EMA_WEIGHTS, self.ema.state_dict()),
+            (OPTIMIZER_STATE, self.optimizer.state_dict()),
+        ):
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
+
+    def read(self, folder: Path, meta: dict[str, Any]) -> None:
+        """Take over the state that `write` wrote into a folder whose manifest is ``meta``."""
+        from safetensors.torch import load_file
+
+        self.model.load_state_dict(load_file(folder / MODEL_WEIGHTS))
+        self.ema.load_state_dict(load_file(folder / EMA_WEIGHTS))
+        self.optimizer.load_state_dict(load_file(folder / OPTIMIZER_STATE))
+        self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]

@@ -1,0 +1,87 @@
+"""Videos for fixed prompts while training goes on, and the settings with which the run samples by default."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stdit.errors import UserError
+from stdit.pipelines.config import VideoSettings, check_seed
+
+if TYPE_CHECKING:
+    from stdit.data.buckets import Assignment
+    from stdit.pipelines.pipeline import STDiTPipeline
+
+
+@dataclass
+class ValidationConfig:
+    """Which videos to make while training, and how. The settings are those of the exported pipeline, too."""
+
+    prompts: list[str] = field(default_factory=list)
+    """A video of each is written to samples/ in the run folder; none: no validation."""
+    every: int = 1000
+    """Steps between validations; there is one at the end, too."""
+    seed: int = 0
+    """Seed of every video."""
+    num_inference_steps: int = 30
+    """Euler steps."""
+    guidance_scale: float = 1.5
+    """1 follows the prompt as trained; more follows it harder, at twice the cost."""
+    num_frames: int | None = None
+    """Length in frames; none: as the bucket with the most clips. Likewise height, width and fps."""
+    height: int | None = None
+    """Height in pixels."""
+    width: int | None = None
+    """Width in pixels."""
+    fps: float | None = None
+    """Frames per second."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"validation.every = {self.every}: must be at least 1; for none, give no prompts")
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise UserError("validation.prompts has an empty one: write it, or delete it")
+        check_seed(self.seed, "validation.")
+        self.settings().check("validation.")
+
+    def settings(self) -> VideoSettings:
+        names = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
+        return VideoSettings(**{name: getattr(self, name) for name in names})
+
+
+def default_settings(config: ValidationConfig, assignment: "Assignment") -> dict[str, Any]:
+    """Settings of the pipeline: those given, the rest as the bucket with the most clips."""
+    sizes = [len(members) for members in assignment.members]
+    bucket = assignment.buckets[sizes.index(max(sizes))]
+    trained = {name: getattr(bucket, name) for name in ("num_frames", "height", "width", "fps")}
+    given = {name: value for name, value in asdict(config.settings()).items() if value is not None}
+    return {**trained, **given}
+
+
+def write_samples(
+    pipe: "STDiTPipeline", prompts: Sequence[str], seed: int, folder: Path
+) -> tuple[list[Path], Path]:
+    """Make a video of each prompt with the pipeline's own settings, and write them with a contact sheet.
+
+    Returns the mp4 files in the order of the prompts, and the sheet. What is there already is replaced.
+    """
+    from stdit.pipelines.sampling import Request, sample_videos, slug
+    from stdit.pipelines.video_io import write_mp4, write_sheet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe.set_progress_bar_config(disable=True)
+    videos, paths = [], []
+    for index, (request, frames) in enumerate(sample_videos(pipe, [Request(text, seed) for text in prompts])):
+        settings = {name: pipe.config[name] for name in asdict(request.settings)}
+        metadata = {
+            "prompt": request.prompt,
+            "seed": seed,
+            **settings,
+            "checkpoint_step": pipe.config["step"],
+        }
+        paths.append(folder / f"{index:02d}-{slug(request.prompt)}.mp4")
+        write_mp4(paths[-1], frames, pipe.config["fps"], metadata)
+        videos.append(frames)
+    sheet = folder / "sheet.png"
+    write_sheet(sheet, videos, prompts)
+    return paths, sheet

@@ -1,0 +1,51 @@
+"""A run that takes seconds: a few small clips on disk, and settings for a tiny model."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from stdit.pipelines.video_io import write_mp4
+from tests.codecs.tiny import save_tiny_bert
+
+
+def save_clips(folder: Path, count: int = 5, frames: int = 4, size: int = 8) -> Path:
+    """Write clips of a square that moves, with captions, and return their manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(count):
+        video = np.full((frames, size, size, 3), 40 * index % 256, dtype=np.uint8)
+        for frame in range(frames):
+            video[frame, 2:5, frame : frame + 3] = [250, 60, 10 * index]
+        write_mp4(folder / f"clip-{index}.mp4", video, fps=8)
+        rows.append(
+            {"path": f"clip-{index}.mp4", "text": f"the red square moves {'right left'.split()[index % 2]}"}
+        )
+    with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["path", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "manifest.csv"
+
+
+def tiny_settings(folder: Path) -> list[str]:
+    """Arguments of ``train.py`` for a run under ``folder``; clips and text encoder are made if need be."""
+    if not (folder / "clips").exists():
+        save_clips(folder / "clips")
+        save_tiny_bert(folder / "bert")
+    text = f"""
+name: tiny
+output_dir: {folder / "outputs"}
+data:
+  manifest: {folder / "clips" / "manifest.csv"}
+  buckets: [{{num_frames: 4, height: 8, width: 8, fps: 8, batch_size: 2}}]
+codec: {{name: pixel}}
+text_encoder: {{name: auto, path: {folder / "bert"}, max_length: 12}}
+model: {{depth: 1, hidden_size: 32, num_heads: 2, patch_size: [1, 4, 4], input_sq_size: 8}}
+flow: {{conditioning: {{first: 0.3}}}}
+trainer: {{steps: 6, device: cpu}}
+optimizer: {{name: muon, lr: 1.0e-3}}
+checkpoint: {{every: 2}}
+"""
+    (folder / "tiny.yaml").write_text(text, encoding="utf-8")
+    return ["--config", str(folder / "tiny.yaml")]

@@ -1,0 +1,97 @@
+"""Train a text-to-video ST-DiT.
+
+    python train.py --config configs/train/quickstart.yaml                 # runs on a CPU
+    python train.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv --name clips
+    python train.py --config configs/train/quickstart.yaml --dry_run true  # what it would train on, and take
+    python train.py --help                                                 # every setting
+
+The run is kept in outputs/<name>. The same command again goes on from the newest whole checkpoint. Ctrl-C and
+SIGTERM finish the step, save, and exit with 130 and 0.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from stdit.cli import run
+from stdit.config import TrainConfig, parse_train
+from stdit.training.folder import claimed
+
+if TYPE_CHECKING:
+    from stdit.training.build import Batches
+    from stdit.training.run import Run
+
+Item = TypeVar("Item")
+
+
+def main() -> int:
+    config = parse_train()
+    if config.dry_run:
+        from stdit.training.build import build_parts
+        from stdit.training.report import report
+
+        print(report(build_parts(config, config.run_folder / "codec", dry_run=True)))
+        return 0
+    return train(config)
+
+
+def train(config: TrainConfig) -> int:
+    """Train until the last step, or until a signal; returns the exit code."""
+    with claimed(config) as (folder, checkpoint):
+        from stdit.training.build import build_batches, build_parts
+        from stdit.training.report import start_line
+        from stdit.training.run import Run
+        from stdit.training.system import prepare_process
+        from stdit.training.trainer import Trainer
+
+        accelerator = prepare_process(config.trainer)
+        parts = build_parts(config, folder / "codec")
+        parts.to(accelerator.device)
+        print(start_line(parts), *parts.plan.assignment.left_out(), *parts.plan.notes, sep="\n", flush=True)
+        trainer = Trainer(
+            parts.model, parts.flow, accelerator, config.trainer, config.optimizer, config.ema, config.seed
+        )
+        work = Run(folder, parts, trainer, checkpoint)
+        try:
+            return loop(work, build_batches(parts, folder / "cache.safetensors", accelerator.device))
+        finally:
+            work.close()
+
+
+def loop(work: "Run", batches: "Batches") -> int:
+    """Do the steps that are left, and between them what is due; returns the exit code."""
+    from stdit.training.system import interrupts, progress_bar
+
+    config = work.config
+    with interrupts() as signals, progress_bar(work.start, config.trainer.steps) as bar:
+        for wait, batch in timed(batches(work.start, config.trainer.steps)):
+            begin = time.perf_counter()
+            values = work.trainer.step(batch["step"], batch)
+            line = work.record(batch, values, time.perf_counter() - begin, wait)
+            bar.show(line)
+            done = batch["step"] + 1
+            if signals.caught or work.is_due(done, config.checkpoint.every):
+                saved = work.save(done)
+            if signals.caught:
+                bar.write(f"{signals}: {saved} is saved, and the same command goes on from there")
+                return signals.exit_code
+            if config.validation.prompts and work.is_due(done, config.validation.every):
+                work.validate(done)
+    print(f"trained for {config.trainer.steps} steps: {work.finish()}")
+    return 0
+
+
+def timed(items: Iterable[Item]) -> Iterator[tuple[float, Item]]:
+    """Each item with the seconds that it took to come."""
+    iterator = iter(items)
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield time.perf_counter() - start, item
+
+
+if __name__ == "__main__":
+    run(main)
