@@ -7,6 +7,8 @@ from the held-out words and its sentence from held-out templates.
 Motions are written `moves|moving to the right`: third person, participle, then what follows both.
 """
 
+import itertools
+
 import numpy as np
 
 from stdit.data.shapes.render import Scene
@@ -38,16 +40,20 @@ PLAIN: Words = {
         "triangle": _split("triangle, triangular shape, three-sided shape, solid triangle, filled triangle"),
         "cross": _split("cross, plus sign, cross shape, plus shape, thick cross, solid cross, plus"),
     },
-    "colour": {c: (c, f"bright {c}", f"deep {c}", f"vivid {c}", f"strong {c}", f"pure {c}") for c in _COLOURS},
+    "colour": {
+        c: (c, f"bright {c}", f"deep {c}", f"vivid {c}", f"strong {c}", f"pure {c}") for c in _COLOURS
+    },
     "motion": {
         "right": _split(_SIDEWAYS.format("right", "left")),
         "left": _split(_SIDEWAYS.format("left", "right")),
         "up": _split(
-            "up, upward, upwards, straight up, to the top, toward the top, towards the top edge, up the screen, "
+            "up, upward, upwards, straight up, to the top, toward the top, towards the top edge, up the "
+            "screen,"
             "from bottom to top, steadily up"
         ),
         "down": _split(
-            "down, downward, downwards, straight down, to the bottom, toward the bottom, towards the bottom edge, "
+            "down, downward, downwards, straight down, to the bottom, toward the bottom, towards the bottom "
+            "edge,"
             "down the screen, from top to bottom, steadily down"
         ),
         "grow": _split(
@@ -71,66 +77,101 @@ PLAIN: Words = {
             "concrete grey, slate grey, dull grey, plain gray, simple grey, flat gray"
         ),
         "white": _split(
-            "white, plain white, solid white, pure white, bright white, snow white, clean white, blank white, "
+            "white, plain white, solid white, pure white, bright white, snow white, clean white, blank "
+            "white,"
             "paper white, completely white, simple white, flat white"
         ),
     },
 }
 """Names that training always uses; of the four directions, the phrases that follow a verb."""
 
-POOL: Words = {
+THINGS: Words = {
     "shape": {
         "circle": _split(
-            "ball, dot, sphere, bubble, disc, orb, coin, bead, globe, roundel, marble, balloon, wheel, pearl, "
-            "pellet, snowball, moon, planet, football, basketball, cannonball, plate, button, lollipop, penny, "
-            "pebble, sun, spot, blob, ring"
+            "balloon, wheel, pearl, pellet, snowball, moon, planet, football, basketball, cannonball, "
+            "plate, button, lollipop, penny, pebble, sun, blob"
         ),
         "square": _split(
-            "box, block, tile, cube, crate, quadrilateral, rectangle, panel, brick, dice, slab, pane, window, "
-            "quadrangle, carton, parcel, stamp, package, chest, pixel, napkin, cushion, suitcase, board, container, "
-            "carpet, poster, cabinet"
+            "pane, window, stamp, chest, pixel, napkin, cushion, suitcase, board, carpet, poster, "
+            "cabinet, parcel, package"
         ),
         "triangle": _split(
-            "cone, tent, pyramid, wedge, arrowhead, tepee, trigon, spike, mountain, pennant, sail, spearhead, "
-            "prism, gable, roof, steeple, volcano, fir, peak, hill, thorn, fang, pizza slice, shark fin, witch hat, "
-            "party cap"
+            "mountain, pennant, sail, gable, roof, steeple, volcano, fir, peak, hill, thorn, fang, "
+            "pizza slice, shark fin, witch hat, party cap"
         ),
         "cross": _split(
-            "addition symbol, positive marker, crucifix, crosshair, crossroads, hospital emblem, ambulance logo, "
-            "pharmacy badge, intersection, four-armed figure, arithmetic glyph, medical mark, first-aid icon, "
-            "junction, X, crossing bars, church token, swiss flag motif"
+            "hospital emblem, ambulance logo, pharmacy badge, junction, church token, swiss flag motif, "
+            "first-aid icon, medical mark"
         ),
     },
     "colour": {
         "red": _split(
-            "scarlet, ruby, cherry, vermilion, crimson, carmine, maroon, burgundy, strawberry, raspberry, tomato, "
-            "brick-coloured, blood-coloured, ruddy, cardinal, garnet, wine-coloured, cranberry, rose-coloured, "
-            "rust-coloured, beetroot, ketchup-coloured, reddish, paprika, poppy-coloured, lobster-coloured, rosy"
+            "tomato, strawberry, raspberry, beetroot, paprika, cranberry, brick-coloured, blood- "
+            "coloured, wine-coloured, rose-coloured, rust-coloured, ketchup-coloured, poppy-coloured, "
+            "lobster-coloured"
         ),
         "orange": _split(
-            "tangerine, amber, apricot, mandarin, clementine, marmalade, ginger, pumpkin-coloured, papaya, "
-            "carrot-coloured, persimmon, copper, cantaloupe, orangey, flame-coloured, peachy, sunset-coloured, "
-            "cheddar-coloured, mango-coloured, orangish, satsuma, terracotta, fox-coloured, coral"
+            "papaya, persimmon, cantaloupe, clementine, satsuma, pumpkin-coloured, carrot-coloured, "
+            "flame-coloured, sunset-coloured, cheddar-coloured, mango-coloured, fox-coloured"
         ),
         "yellow": _split(
-            "golden, gold, lemon, canary, mustard, dandelion, buttercup, custard, maize, banana-coloured, lemony, "
-            "sunflower-coloured, blonde, sunny, daffodil, honey-coloured, saffron, buttery, yellowish, "
-            "corn-coloured, bumblebee-coloured, taxi-coloured, egg-yolk-coloured, straw-coloured, primrose"
+            "custard, dandelion, buttercup, banana-coloured, sunflower-coloured, honey-coloured, corn- "
+            "coloured, bumblebee-coloured, taxi-coloured, egg-yolk-coloured, straw-coloured"
         ),
         "green": _split(
-            "emerald, olive, jade, mint, shamrock, verdant, fern-coloured, lime, leafy, grassy, mossy, pea-coloured, "
-            "avocado-coloured, pine-coloured, forest-coloured, greenish, pistachio, basil-coloured, clover, "
-            "cucumber-coloured, frog-coloured, pickle-coloured, kiwi-coloured, ivy-coloured, spinach-coloured"
+            "clover, fern-coloured, pea-coloured, avocado-coloured, pine-coloured, forest-coloured, "
+            "basil-coloured, cucumber-coloured, frog-coloured, pickle-coloured, kiwi-coloured, ivy- "
+            "coloured, spinach-coloured"
         ),
         "blue": _split(
-            "azure, indigo, navy, sapphire, cobalt, ultramarine, cerulean, sky-coloured, denim, ocean-coloured, "
-            "bluish, sea-coloured, blueberry-coloured, cornflower, lapis, peacock-coloured, jeans-coloured, marine, "
-            "water-coloured, bluebell, prussian, ink-coloured, beryl, lagoon-coloured"
+            "bluebell, sky-coloured, ocean-coloured, sea-coloured, blueberry-coloured, peacock- "
+            "coloured, jeans-coloured, water-coloured, ink-coloured, lagoon-coloured"
         ),
         "purple": _split(
-            "violet, lavender, grape-coloured, orchid, lilac, mauve, plum, amethyst, aubergine, mulberry, purplish, "
-            "eggplant-coloured, heather, iris-coloured, wisteria, periwinkle, fuchsia, magenta, purply, thistle, "
-            "blackcurrant, crocus, fig-coloured, violaceous"
+            "blackcurrant, crocus, thistle, grape-coloured, eggplant-coloured, iris-coloured, fig- coloured"
+        ),
+    },
+}
+"""Things that have the shape or the colour: always in training, since they are no names for it."""
+
+POOL: Words = {
+    "shape": {
+        "circle": _split(
+            "ball, dot, sphere, bubble, disc, orb, coin, bead, globe, roundel, marble, spot, ring"
+        ),
+        "square": _split(
+            "box, block, tile, cube, crate, quadrilateral, rectangle, panel, brick, dice, slab, "
+            "quadrangle, carton, container"
+        ),
+        "triangle": _split("cone, tent, pyramid, wedge, arrowhead, tepee, trigon, spike, spearhead, prism"),
+        "cross": _split(
+            "addition symbol, crucifix, crosshair, crossroads, intersection, four-armed figure, "
+            "arithmetic glyph, crossing bars, X"
+        ),
+    },
+    "colour": {
+        "red": _split(
+            "scarlet, ruby, cherry, vermilion, crimson, carmine, maroon, burgundy, ruddy, cardinal, "
+            "garnet, reddish, rosy"
+        ),
+        "orange": _split(
+            "tangerine, amber, apricot, mandarin, marmalade, ginger, orangey, copper, peachy, orangish, "
+            "terracotta, coral"
+        ),
+        "yellow": _split(
+            "golden, gold, lemon, canary, mustard, maize, blonde, sunny, daffodil, saffron, buttery, "
+            "yellowish, lemony, primrose"
+        ),
+        "green": _split(
+            "emerald, olive, jade, mint, shamrock, verdant, lime, leafy, grassy, mossy, greenish, pistachio"
+        ),
+        "blue": _split(
+            "azure, indigo, navy, sapphire, cobalt, ultramarine, cerulean, denim, bluish, cornflower, "
+            "lapis, marine, prussian, beryl"
+        ),
+        "purple": _split(
+            "violet, lavender, orchid, lilac, mauve, plum, amethyst, aubergine, mulberry, purplish, "
+            "heather, wisteria, periwinkle, fuchsia, magenta"
         ),
     },
     "motion": {
@@ -152,14 +193,18 @@ POOL: Words = {
             "sags|sagging, crashes|crashing"
         ),
         "grow": _split(
-            "expands|expanding, enlarges|enlarging, swells|swelling, inflates|inflating, balloons|ballooning, "
-            "widens|widening, broadens|broadening, magnifies|magnifying, stretches|stretching, scales|scaling up, "
+            "expands|expanding, enlarges|enlarging, swells|swelling, inflates|inflating, "
+            "balloons|ballooning,"
+            "widens|widening, broadens|broadening, magnifies|magnifying, stretches|stretching, "
+            "scales|scaling up,"
             "fattens|fattening, bulges|bulging, amplifies|amplifying, blooms|blooming"
         ),
         "shrink": _split(
             "contracts|contracting, diminishes|diminishing, dwindles|dwindling, deflates|deflating, "
-            "compresses|compressing, lessens|lessening, wanes|waning, reduces|reducing, shrivels|shrivelling, "
-            "narrows|narrowing, withers|withering, collapses|collapsing, condenses|condensing, declines|declining"
+            "compresses|compressing, lessens|lessening, wanes|waning, reduces|reducing, "
+            "shrivels|shrivelling,"
+            "narrows|narrowing, withers|withering, collapses|collapsing, condenses|condensing, "
+            "declines|declining"
         ),
     },
 }
@@ -193,7 +238,7 @@ def _build() -> tuple[Words, Words]:
         motions[change] = plain[change] + motions[change]
     for attribute in ("shape", "colour"):
         for value, words in PLAIN[attribute].items():
-            seen[attribute][value] = words + seen[attribute][value]
+            seen[attribute][value] = words + THINGS[attribute][value] + seen[attribute][value]
     seen["background"] = PLAIN["background"]
     return seen, unseen
 
@@ -249,7 +294,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 def _articles(text: str) -> str:
     """Turn "a" into "an" before a vowel."""
     words = text.split(" ")
-    for i, (word, following) in enumerate(zip(words, words[1:], strict=False)):
+    for i, (word, following) in enumerate(itertools.pairwise(words)):
         if word == "a" and following[0].lower() in "aeiou":
             words[i] = "an"
     return " ".join(words)
@@ -257,7 +302,9 @@ def _articles(text: str) -> str:
 
 def _fill(scene: Scene, rng: np.random.Generator, words: Words, templates: tuple[str, ...]) -> str:
     values = scene.attributes
-    choice = {name: _pick(rng, words[name][values[name]]) for name in ("shape", "colour", "motion", "background")}
+    choice = {
+        name: _pick(rng, words[name][values[name]]) for name in ("shape", "colour", "motion", "background")
+    }
     third, rest = choice["motion"].split("|")
     participle, _, tail = rest.partition(" ")
     text = _pick(rng, templates).format(
@@ -275,6 +322,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return _fill(scene, rng, SEEN, TEMPLATES)
 
 
-def paraphrase(scene: Scene, rng: np.random.Generator) -> str:
-    """Describe a scene so that no word for shape, colour or motion occurs in any `caption`."""
-    return _fill(scene, rng, UNSEEN | {"background": SEEN["background"]}, UNSEEN_TEMPLATES)
+def paraphrase(scene: Scene, rng: np.random.Generator, strict: bool = False) -> str:
+    """Describe a scene in a held-out sentence with held-out words.
+
+    Shape, colour and motion are each named by a word that occurs in no `caption`: all three if `strict`, else a
+    random choice of them, at least one.
+    """
+    attributes = ("shape", "colour", "motion")
+    replaced = rng.integers(1, 2 ** len(attributes))  # a subset, as bits
+    words = SEEN | {a: UNSEEN[a] for i, a in enumerate(attributes) if strict or replaced >> i & 1}
+    return _fill(scene, rng, words, UNSEEN_TEMPLATES)
