@@ -1,7 +1,8 @@
 """Saving and finding the state of a run. What makes a folder whole is in `stdit.checkpoint_files`."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,6 @@ class Checkpoints:
         Raises:
             UserError: if the disk refuses; nothing is left of the attempt, older checkpoints are as before.
         """
-        from safetensors import SafetensorError
-
         folder = self.folder / f"step-{step:08d}"
         if folder.exists():
             try:
@@ -113,19 +112,11 @@ class Checkpoints:
             except UserError:
                 folder.rename(_free(folder.with_name(f"{folder.name}.broken")))
         aside = folder.with_name(f"{folder.name}.tmp")
-        try:
+        with written(f"checkpoint {folder}", aside):
             aside.mkdir()
             write(aside)
             write_manifest(aside, {"step": step, **meta})
             publish(aside, folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            newest, _ = newest_whole(self.folder)
-            kept = f"{newest} is whole" if newest else "there is none from before"
-            raise UserError(
-                f"checkpoint {folder} could not be written ({error}); {kept}. Make room on the disk and run "
-                "the same command again."
-            ) from error
         self._prune()
         return folder
 
@@ -136,6 +127,21 @@ class Checkpoints:
             if self.config.keep_every is None or (step_of(path) or 0) % self.config.keep_every:
                 aside = path.rename(path.with_name(f"{path.name}.tmp"))  # never seen half removed
                 shutil.rmtree(aside)
+
+
+@contextmanager
+def written(what: str, aside: Path) -> Iterator[None]:
+    """Turn what a disk refuses while it lasts into a UserError, and remove the folder ``aside``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"{what} could not be written ({error}); what was there before is as it was. Make room on the "
+            "disk and run the same command again."
+        ) from error
 
 
 def _free(path: Path) -> Path:

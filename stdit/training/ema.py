@@ -25,7 +25,7 @@ class EMAConfig:
 
 
 class EMA:
-    """Averages in float32 of a model's weights, by name (Song & Ermon 2020, arXiv:2006.09011, technique 5)."""
+    """Averages of the weights in float32 (Song & Ermon 2020, arXiv:2006.09011, technique 5), by name."""
 
     def __init__(self, model: nn.Module, config: EMAConfig) -> None:
         self.config = config

@@ -14,7 +14,7 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
     """Make the run folder, lock it, and find the checkpoint to go on from: ``(folder, checkpoint or None)``.
 
     Raises:
-        UserError: if the folder cannot be written, another process trains there, or its state is another run's.
+        UserError: if the folder cannot be written, another process trains there, or it is another run's.
     """
     folder = config.run_folder
     checkpoint, passed_over = find_checkpoint(config.resume, folder / "checkpoints")

@@ -169,8 +169,8 @@ class Muon(Optimizer):
 
     Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the scaling ``match_rms_adamw`` is that of Liu et
     al. 2025 (arXiv:2502.16982, section 2.2). The update rule is ``torch.optim.Muon``'s, differing in what
-    matters on a CPU: float32 instead of bfloat16, and all matrices of equal shape at once. Parameters that stack
-    several matrices (``parts`` of a group, along the rows) have them orthogonalised one by one.
+    matters on a CPU: float32 instead of bfloat16, and all matrices of equal shape at once. Parameters that
+    stack several matrices (``parts`` of a group, along the rows) have them orthogonalised one by one.
     """
 
     def __init__(

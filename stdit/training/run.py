@@ -9,7 +9,7 @@ import stdit
 from stdit.checkpoint_files import read_meta
 from stdit.cli import plain, to_yaml
 from stdit.training.build import Parts, initialise
-from stdit.training.checkpoint import Checkpoints, check_same_experiment
+from stdit.training.checkpoint import Checkpoints, check_same_experiment, written
 from stdit.training.report import tokens
 from stdit.training.tracking import TRACKERS, MetricsFile
 from stdit.training.trainer import Trainer
@@ -105,7 +105,7 @@ class Run:
         target, aside, old = (self.folder / f"pipeline{suffix}" for suffix in ("", ".tmp", ".old"))
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        with self.trainer.ema.swapped_into(self.parts.model):
+        with written(f"pipeline {target}", aside), self.trainer.ema.swapped_into(self.parts.model):
             self.pipeline(step).save_pretrained(aside)
         if target.exists():
             target.rename(old)

@@ -44,7 +44,7 @@ def prepare_process(config: TrainerConfig) -> "Accelerator":
     )
     if accelerator.num_processes > 1:
         raise UserError(
-            f"{accelerator.num_processes} processes started, but this version trains on one: leave the launcher out"
+            f"{accelerator.num_processes} processes, but this version trains on one: run python train.py"
         )
     if accelerator.device.type == "cpu" and config.keep_freed_memory:
         keep_freed_memory()

@@ -136,7 +136,7 @@ class Trainer:
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
             raise UserError(
-                f"loss or gradient not finite in {self.nonfinite_in_a_row} steps in a row, until step {step}: "
+                f"loss or gradient not finite in {self.nonfinite_in_a_row} steps in a row, up to {step}: "
                 "lower optimizer.lr (and muon_lr), lengthen optimizer.warmup_steps, or look for broken clips."
             )
 

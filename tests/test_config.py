@@ -1,0 +1,87 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stdit.cli import to_yaml
+from stdit.config import experiment_key, parse_train
+from stdit.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+GIVEN = ["--data.manifest", "clips.csv"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "train").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_training_configs_are_right(path: Path) -> None:
+    config = parse_train(["--config", str(path), *GIVEN])
+    assert config.name == path.stem
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "models").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_model_configs_are_right(path: Path) -> None:
+    config = parse_train(["--config", str(path), *GIVEN])
+    for key, value in yaml.safe_load(path.read_text())["model"].items():
+        found = getattr(config.model, key)
+        assert (list(found) if isinstance(found, tuple) else found) == value
+
+
+def test_a_written_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = parse_train(
+        [*GIVEN, "--name", "é", "--flow.conditioning.first", "0.2", "--trainer.max_grad_norm", ".inf"]
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "data.manifest is empty"),
+        ([*GIVEN, "--name", "../x"], "name = '../x'"),
+        ([*GIVEN, "--name", ""], "name = ''"),
+        ([*GIVEN, "--seed", "-1"], "seed = -1"),
+        ([*GIVEN, "--flow.prediction", "residual"], "use codec.name = pca"),
+        ([*GIVEN, "--data.cache", "memory", "--data.crop", "random"], "data.cache = memory"),
+        ([*GIVEN, "--model.num_heads", "7"], "model.num_heads = 7"),
+        ([*GIVEN, "--data.buckets", "[{num_frames: 0, height: 8, width: 8}]"], "num_frames is 0"),
+        ([*GIVEN, "--trainer.steps", "0"], "trainer.steps = 0"),
+        ([*GIVEN, "--tracker.name", "wandbb"], "must be one of none, tensorboard, wandb"),
+        ([*GIVEN, "--optimizer.learning_rate", "1"], "--optimizer.learning_rate is not a setting"),
+    ],
+)
+def test_settings_that_do_not_go_together(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_train(argv)
+    assert message in str(error.value)
+
+
+def test_the_experiment_is_what_decides_the_numbers() -> None:
+    config = parse_train(GIVEN)
+    key = experiment_key(config)
+    assert {"seed", "model.depth", "codec.name", "flow.prediction", "data.buckets", "optimizer.lr"} <= set(
+        key
+    )
+    free = {
+        "data.manifest": "moved.csv", "data.workers": "2", "trainer.steps": "7", "validation.every": "3",
+        "tracker.name": "wandb", "checkpoint.every": "9",
+    }  # fmt: skip
+    other = parse_train([part for key, value in free.items() for part in (f"--{key}", value)])
+    assert experiment_key(other) == key
+    assert experiment_key(replace(config, seed=1)) != key
+    assert experiment_key(parse_train([*GIVEN, "--flow.conditioning.first", "0.1"])) != key
+
+
+def test_reading_settings_imports_nothing_heavy() -> None:
+    heavy = {"diffusers", "transformers", "accelerate", "wandb", "av", "PIL"}
+    code = f"import sys, train; train.parse_train({GIVEN}); print({heavy} & {{*sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == "set()"

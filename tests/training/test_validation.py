@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+
+from stdit.data.buckets import Assignment, Bucket
+from stdit.errors import UserError
+from stdit.training.validation import ValidationConfig, default_settings
+
+
+def test_videos_are_as_the_bucket_with_the_most_clips() -> None:
+    buckets = [Bucket(1, 64, 64, 8.0), Bucket(16, 32, 48, 8.0)]
+    assignment = Assignment([], buckets, [np.arange(2), np.arange(5)], [])
+    config = ValidationConfig(num_inference_steps=7, guidance_scale=2.0, fps=4.0)
+    assert default_settings(config, assignment) == {
+        "num_frames": 16, "height": 32, "width": 48, "fps": 4.0,
+        "num_inference_steps": 7, "guidance_scale": 2.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": 0}, "validation.every = 0"),
+        ({"prompts": ["a", " "]}, "validation.prompts has an empty one"),
+        ({"num_frames": 0}, "validation.num_frames = 0"),
+        ({"height": 8}, "validation.width is missing"),
+        ({"seed": -1}, "validation.seed = -1"),
+    ],
+)
+def test_impossible_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ValidationConfig(**settings)  # type: ignore[arg-type]
