@@ -106,7 +106,7 @@ THINGS: Words = {
     },
     "colour": {
         "red": _split(
-            "tomato, strawberry, raspberry, beetroot, paprika, cranberry, brick-coloured, blood- "
+            "tomato, strawberry, raspberry, beetroot, paprika, cranberry, brick-coloured, blood-"
             "coloured, wine-coloured, rose-coloured, rust-coloured, ketchup-coloured, poppy-coloured, "
             "lobster-coloured"
         ),
@@ -115,20 +115,20 @@ THINGS: Words = {
             "flame-coloured, sunset-coloured, cheddar-coloured, mango-coloured, fox-coloured"
         ),
         "yellow": _split(
-            "custard, dandelion, buttercup, banana-coloured, sunflower-coloured, honey-coloured, corn- "
+            "custard, dandelion, buttercup, banana-coloured, sunflower-coloured, honey-coloured, corn-"
             "coloured, bumblebee-coloured, taxi-coloured, egg-yolk-coloured, straw-coloured"
         ),
         "green": _split(
             "clover, fern-coloured, pea-coloured, avocado-coloured, pine-coloured, forest-coloured, "
-            "basil-coloured, cucumber-coloured, frog-coloured, pickle-coloured, kiwi-coloured, ivy- "
+            "basil-coloured, cucumber-coloured, frog-coloured, pickle-coloured, kiwi-coloured, ivy-"
             "coloured, spinach-coloured"
         ),
         "blue": _split(
-            "bluebell, sky-coloured, ocean-coloured, sea-coloured, blueberry-coloured, peacock- "
+            "bluebell, sky-coloured, ocean-coloured, sea-coloured, blueberry-coloured, peacock-"
             "coloured, jeans-coloured, water-coloured, ink-coloured, lagoon-coloured"
         ),
         "purple": _split(
-            "blackcurrant, crocus, thistle, grape-coloured, eggplant-coloured, iris-coloured, fig- coloured"
+            "blackcurrant, crocus, thistle, grape-coloured, eggplant-coloured, iris-coloured, fig-coloured"
         ),
     },
 }
