@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -125,9 +126,14 @@ def draw_prompts(
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int, crf: int) -> None:
-    """Write uint8 [T H W 3] as h264 in mp4. One thread, so that the same frames give the same bytes."""
+    """Write uint8 [T H W 3] as h264 in mp4; the same frames give the same bytes.
+
+    That takes one thread, and no macroblock tree: for frames as small as these, x264's vectorised code for it
+    reads memory that nobody wrote.
+    """
+    options = {"crf": str(crf), "x264-params": "mbtree=0"}
     with av.open(path, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf)})
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:
@@ -167,8 +173,9 @@ def _write_clips(folder: Path, config: ShapesConfig, workers: int) -> Iterator[R
     if workers < 2:
         yield from progress(map(job, range(config.num_clips)))
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from progress(pool.imap(job, range(config.num_clips), chunksize=16))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        yield from progress(pool.map(job, range(config.num_clips), chunksize=16))
 
 
 def _varied(combos: list[Combo], count: int) -> list[Combo]:

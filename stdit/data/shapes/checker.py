@@ -1,10 +1,12 @@
 """Reads shape, colour, motion and background off the pixels of a video, to score generated clips.
 
-It knows the vocabulary of the data set and nothing of the prompt. It means to accept what a person would accept
-(slight blur, faint noise, the blocks of a codec) and to refuse the rest: an attribute is None when it cannot be
-told. Lengths are pixels of a frame whose shorter side is 32; larger frames are averaged down to about that.
+It knows the vocabulary of the data set and nothing of the prompt. It means to accept what a person would
+accept (slight blur, faint noise, the blocks of a codec) and to refuse the rest: an attribute is None when it
+cannot be told. Lengths are pixels of a frame whose shorter side is 32; larger frames are averaged down to
+about that.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,9 +107,13 @@ def check(frames: Array) -> Verdict:
     return Verdict(shape, colour, motion, background, "; ".join(filter(None, reasons)))
 
 
-def score(frames: Array, expected: dict[str, str]) -> dict[str, bool]:
+def score(frames: Array, expected: Mapping[str, str]) -> dict[str, bool]:
     """Compare a video (uint8 [T H W 3]) with expected attributes: one boolean for each, and "all" of them."""
-    verdict = check(frames)
+    return compare(check(frames), expected)
+
+
+def compare(verdict: Verdict, expected: Mapping[str, str]) -> dict[str, bool]:
+    """As `score`, for a video that was checked already."""
     right = {name: getattr(verdict, name) == expected[name] for name in ATTRIBUTES}
     return {**right, "all": all(right.values())}
 
@@ -177,7 +183,7 @@ def _hue(rgb: Array) -> tuple[Array, Array]:
 
 
 def _colour(pixels: Array) -> tuple[str | None, str]:
-    """Every pixel [n 3] votes for the nearest hue; too grey, too dark or too far from all, it votes for none."""
+    """Every pixel [n 3] votes for the nearest hue; too grey, dark or far from all, it votes for none."""
     names = list(COLOURS)
     known = np.array([COLOURS[name] for name in names], np.float32)
     hue, saturation = _hue(pixels)
@@ -255,7 +261,7 @@ def _fits(track: _Track, shape: str) -> Array:
 
 
 def _shape(track: _Track) -> tuple[str | None, str]:
-    """The shape that fits best in the frames where the object is clear of the border; larger frames count more."""
+    """The shape that fits best where the object is clear of the border; where it is larger counts more."""
     whole = (_border(track.alpha).max(1) < 0.5) & (track.area > MIN_AREA)
     if whole.sum() < min(MIN_WHOLE_FRAMES, len(whole)):
         return None, "the object is cut by the border"

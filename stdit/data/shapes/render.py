@@ -143,8 +143,8 @@ def render(scene: Scene, num_frames: int = 16, size: int = 32) -> Array:
 
 def sample_scene(rng: np.random.Generator, combos: Sequence[Combo]) -> Scene:
     """Draw a scene: one of `combos`, any background, and place, travel and radius in their full ranges."""
-    shape, colour, motion = combos[rng.integers(len(combos))]
-    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    shape, colour, motion = combos[int(rng.integers(len(combos)))]
+    background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     x, y = FRAME / 2 + START_RANGE * rng.uniform(-1, 1, 2)
     travel, radius = np.array([TRAVEL, RADIUS]) * (1 + SPREAD * rng.uniform(-1, 1, 2))
     return Scene(shape, colour, motion, background, float(x), float(y), float(travel), float(radius))

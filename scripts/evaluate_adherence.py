@@ -1,0 +1,166 @@
+"""Score how well videos follow their prompts: shape, colour, motion and background, read off the pixels.
+
+    python scripts/evaluate_adherence.py --videos outputs/quickstart/samples
+    python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --output scores.json
+    python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --prompts my_prompts.csv
+
+--videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples
+each prompt of the files itself. Files of prompts (columns prompt,shape,colour,motion,background) say what is
+expected.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from stdit.cli import run
+from stdit.data.shapes.checker import ATTRIBUTES, Verdict, check, compare
+from stdit.errors import UserError
+
+DATA = Path("data/shapes")
+SETS = ("heldout", "paraphrase", "seen")
+COLUMNS = ("prompt", *ATTRIBUTES)
+
+Expected = dict[str, Any]
+"""One prompt: its text, its attributes and the name of its set."""
+
+
+def read_expected(files: list[Path]) -> list[Expected]:
+    """Prompts of all files; a set is named like its file, without "prompts_"."""
+    expected = []
+    for path in files:
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; scripts/make_shapes.py writes such files") from error
+        if not rows or any(row.get(name) in (None, "") for row in rows for name in COLUMNS):
+            raise UserError(f"{path} must be a CSV with rows, and with the columns {','.join(COLUMNS)}")
+        name = path.stem.removeprefix("prompts_")
+        expected += [{"set": name, **{column: row[column] for column in COLUMNS}} for row in rows]
+    return expected
+
+
+def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expected, str, np.ndarray]]:
+    """Every video of a folder whose prompt is expected, as uint8 [T H W 3], with its file's name."""
+    from stdit.data.decode import decode_clip, probe
+
+    by_prompt = {row["prompt"]: row for row in reversed(expected)}
+    paths = sorted(folder.glob("*.mp4"))
+    if not paths:
+        raise UserError(f"{folder} holds no .mp4: --videos takes the output folder of sample.py")
+    left_out = []
+    for path in tqdm(paths, desc="checking", unit="video", disable=None):
+        try:
+            row = by_prompt[json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["prompt"]]
+        except (OSError, ValueError, KeyError):
+            left_out.append(path.name)
+            continue
+        info = probe(path)
+        frames = decode_clip(path, info.num_frames, info.fps, info.height, info.width)
+        yield row, path.name, frames.permute(0, 2, 3, 1).numpy()
+    if len(left_out) == len(paths):
+        raise UserError(f"{folder}: no video has a .json beside it with a prompt of the --prompts files")
+    if left_out:
+        print(f"{len(left_out)} of {len(paths)} videos have no known prompt: {', '.join(left_out[:3])}, ...")
+
+
+def sample_videos(
+    args: argparse.Namespace, expected: list[Expected]
+) -> Iterator[tuple[Expected, str, np.ndarray]]:
+    """Sample every prompt: uint8 [T H W 3]. Prompt i starts from noise of seed `args.seed` + i."""
+    import torch
+
+    from stdit.pipelines.loading import load_pipeline
+
+    pipe, _ = load_pipeline(args.checkpoint)
+    pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    progress = tqdm(total=len(expected), desc="sampling", unit="video", disable=None)
+    for start in range(0, len(expected), args.batch_size):
+        rows = expected[start : start + args.batch_size]
+        seeds = range(args.seed + start, args.seed + start + len(rows))
+        videos = pipe(
+            prompt=[row["prompt"] for row in rows],
+            num_frames=args.num_frames,
+            height=args.size,
+            width=args.size,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np",
+            **settings,
+        ).frames  # [B T H W 3]
+        for row, seed, video in zip(rows, seeds, videos, strict=True):
+            yield row, f"seed {seed}", (np.asarray(video) * 255).round().clip(0, 255).astype(np.uint8)
+        progress.update(len(rows))
+    progress.close()
+
+
+def judge(row: Expected, source: str, frames: np.ndarray) -> dict[str, Any]:
+    """What was expected, what was seen, and which of it is right."""
+    verdict: Verdict = check(frames)
+    return {**row, "source": source, "seen": asdict(verdict), "right": compare(verdict, row)}
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Fraction right of every attribute, of all, and of all but the background, for each set."""
+    summary: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(result["set"] for result in results):
+        rights = [result["right"] for result in results if result["set"] == name]
+        fractions = {key: sum(right[key] for right in rights) / len(rights) for key in rights[0]}
+        foreground = sum(right["shape"] and right["colour"] and right["motion"] for right in rights)
+        summary[name] = {"n": len(rights), **fractions, "foreground": foreground / len(rights)}
+    return summary
+
+
+def print_table(summary: dict[str, dict[str, float]]) -> None:
+    keys = [key for key in next(iter(summary.values())) if key != "n"]
+    print(f"{'set':<12} {'n':>4}" + "".join(f" {key:>11}" for key in keys))
+    for name, row in summary.items():
+        print(f"{name:<12} {row['n']:>4}" + "".join(f" {row[key]:>11.1%}" for key in keys))
+
+
+def main() -> None:
+    assert __doc__ is not None
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--videos", type=Path, metavar="DIR", help="output folder of sample.py")
+    source.add_argument("--checkpoint", type=Path, metavar="RUN", help="run, checkpoint or pipeline folder")
+    parser.add_argument("--prompts", type=Path, nargs="+", metavar="CSV", help=f"default: those of {DATA}")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write scores and every verdict here")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt (%(default)s)")
+    parser.add_argument("--num_frames", type=int, default=16, help="%(default)s")
+    parser.add_argument("--size", type=int, default=32, help="height and width in pixels (%(default)s)")
+    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
+    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (%(default)s)")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    args = parser.parse_args()
+
+    names = ("sample", *SETS) if args.videos else SETS
+    expected = read_expected(args.prompts or [DATA / f"prompts_{name}.csv" for name in names])
+    videos = read_videos(args.videos, expected) if args.videos else sample_videos(args, expected)
+    results = [judge(*video) for video in videos]
+    scores = summarise(results)
+    print_table(scores)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"scores": scores, "videos": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
