@@ -1,0 +1,137 @@
+"""Settings of the data: which clips, in which sizes, read how. Light to import: no decoder, no torch."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stdit.errors import UserError
+
+
+@dataclass
+class BucketConfig:
+    """One size of clip, and how many of them make a batch."""
+
+    num_frames: int = 16
+    """Frames of a clip; 1 trains on single images."""
+    fps: float = 8.0
+    """Frames per second that clips are resampled to."""
+    height: int | None = None
+    """Pixels; give height and width, or resolution."""
+    width: int | None = None
+    """Pixels; give height and width, or resolution."""
+    resolution: str | None = None
+    """"240p" (the area of 240 lines at 16:9, as in Open-Sora) or "256" (the area of 256 x 256 pixels)."""
+    aspect_ratio: str = "16:9"
+    """width:height, with `resolution`."""
+    batch_size: int = 1
+    """Clips in one step, over all ranks."""
+    keep_probability: float = 1.0
+    """Share of the clips that could fill this bucket that it takes; the others go to a smaller one."""
+
+    def validate(self) -> None:
+        """Raises UserError for an impossible value."""
+        for name in ("num_frames", "batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise UserError(f"data.buckets: {name} is {value}; it must be at least 1")
+        if not (self.fps > 0 and math.isfinite(self.fps)):
+            raise UserError(f"data.buckets: fps is {self.fps}; it must be above 0")
+        if not 0 < self.keep_probability <= 1:
+            raise UserError(
+                f"data.buckets: keep_probability is {self.keep_probability}; it must be above 0 and "
+                "at most 1 "
+                "(remove the bucket to take none)"
+            )
+        self.size()
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels. Raises UserError."""
+        if self.resolution is not None:
+            if self.height is not None or self.width is not None:
+                raise UserError(
+                    f"data.buckets: resolution {self.resolution!r} beside height {self.height} and width "
+                    f"{self.width}; give either resolution or both of height and width"
+                )
+            return resolve_size(self.resolution, self.aspect_ratio)
+        if self.height is None or self.width is None:
+            raise UserError(
+                f"data.buckets: height is {self.height} and width is {self.width};  give both, or "
+                "a resolution "
+                'such as "240p"'
+            )
+        if self.height < 1 or self.width < 1:
+            raise UserError(
+                f"data.buckets: frames of {self.width}x{self.height} pixels (width x height); "
+                "each must be at least 1"
+            )
+        return self.height, self.width
+
+
+@dataclass
+class DataConfig:
+    """Which clips to train on and how to read them."""
+
+    manifest: str = ""
+    """CSV with the columns path,text[,num_frames,fps,height,width], or a folder of videos with .txt
+    captions."""
+    root: str | None = None
+    """Folder that paths are relative to and that no file may lie outside; default: the manifest's folder."""
+    buckets: list[BucketConfig] = field(default_factory=lambda: [BucketConfig(height=256, width=256)])
+    """Sizes to train on; a clip goes to the largest that it can fill."""
+    allow_upscale: bool = False
+    """Let clips with fewer pixels, or a lower frame rate, than the bucket's fill it."""
+    crop: Literal["center", "random"] = "center"
+    """Where to cut what does not fit the bucket's aspect ratio."""
+    workers: int = 0
+    """Loader processes; 0 reads in the training process."""
+    max_skipped_share: float = 0.1
+    """Share of the clips that may fail to decode in training before the run stops."""
+    cache: Literal["none", "memory"] = "none"
+    """memory: encode every clip and caption once, keep them in memory, and never decode while training."""
+
+    def validate(self) -> None:
+        """Raises UserError for an impossible value."""
+        if not self.manifest:
+            raise UserError(
+                "data.manifest is empty: give a CSV with the columns path,text, or a folder of videos with "
+                ".txt "
+                "captions beside them"
+            )
+        if not self.buckets:
+            raise UserError(
+                "data.buckets is empty: give at least one, with num_frames, fps, height, width, batch_size"
+            )
+        for bucket in self.buckets:
+            bucket.validate()
+        if self.workers < 0:
+            raise UserError(f"data.workers is {self.workers}; it must be 0 (in process) or more")
+        if not 0 <= self.max_skipped_share <= 1:
+            raise UserError(f"data.max_skipped_share is {self.max_skipped_share}; it must be between 0 and 1")
+
+
+def resolve_size(resolution: str, aspect_ratio: str = "16:9", multiple: int = 2) -> tuple[int, int]:
+    """(height, width) in pixels of the named area and aspect ratio (width:height), each a multiple of
+    `multiple`.
+
+    "240p" is the area of 240 lines at 16:9 whatever the ratio, so that one resolution costs about the same in
+    every ratio (the buckets of Open-Sora v1.2); "256" is the area of 256 x 256. Raises UserError.
+    """
+    lines = resolution.removesuffix("p")
+    if not (lines.isascii() and lines.isdigit() and int(lines) > 0):
+        raise UserError(
+            f'resolution {resolution!r} is unknown: give lines with a p, such as "144p", "240p" or '
+            '"720p", or a square side such as "256"'
+        )
+    width_part, _, height_part = aspect_ratio.partition(":")
+    try:
+        ratio = float(width_part) / float(height_part)
+    except (ValueError, ZeroDivisionError):
+        ratio = 0.0
+    if not (ratio > 0 and math.isfinite(ratio)):
+        raise UserError(
+            f'aspect_ratio {aspect_ratio!r} is unknown: give width:height, such as "16:9" or "1:1"'
+        )
+    area = int(lines) ** 2 * (16 / 9 if resolution.endswith("p") else 1)
+    sides = (math.sqrt(area / ratio), math.sqrt(area * ratio))
+    height, width = (max(multiple, round(side / multiple) * multiple) for side in sides)
+    return height, width

@@ -1,0 +1,189 @@
+"""Batches of video by step number, read by worker processes.
+
+Letters: B batch, T frames, H height, W width.
+"""
+
+import itertools
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from stdit.data.buckets import Assignment, Bucket, assign
+from stdit.data.config import BucketConfig, DataConfig
+from stdit.data.decode import DecodeError, decode_clip
+from stdit.data.manifest import Skipped, read_manifest, summarise
+from stdit.data.plan import BatchPlan, PlannedBatch
+from stdit.errors import UserError
+
+__all__ = ["BucketConfig", "DataConfig", "VideoBatches", "build_plan"]
+
+Batch = dict[str, Any]
+
+
+def build_assignment(config: DataConfig, seed: int = 0) -> Assignment:
+    """Reads the manifest and sorts its clips into the buckets. Raises UserError."""
+    config.validate()
+    clips, skipped = read_manifest(Path(config.manifest), Path(config.root) if config.root else None)
+    buckets = [Bucket.from_config(bucket) for bucket in config.buckets]
+    return assign(clips, buckets, seed, config.allow_upscale, skipped)
+
+
+def build_plan(config: DataConfig, seed: int = 0) -> BatchPlan:
+    """From the settings to the plan of all batches; `plan.report()` is what to show. Raises UserError."""
+    return BatchPlan(build_assignment(config, seed), seed)
+
+
+class SkipTally:
+    """Counts clips that fail in training, and stops the run when they are more than a share of all."""
+
+    def __init__(self, kept: int, max_share: float) -> None:
+        self.kept, self.max_share = kept, max_share
+        self.failed: dict[str, str] = {}
+
+    @property
+    def limit(self) -> int:
+        """The number of clips that may fail."""
+        return int(self.max_share * self.kept)
+
+    def add(self, skipped: Iterable[Skipped]) -> None:
+        """Raises UserError when too many different clips have failed so far."""
+        self.failed.update(skipped)
+        if len(self.failed) > self.limit:
+            raise self.error(
+                f"more than data.max_skipped_share = {self.max_share:g}: repair or remove the files, or "
+                "raise the share"
+            )
+
+    def error(self, rule: str) -> UserError:
+        failed = [Skipped(path, f"cannot be read: {reason}") for path, reason in self.failed.items()]
+        message = f"{len(failed)} of {self.kept} clips failed to decode, {rule}"
+        return UserError("\n".join([message, *summarise(failed)]))
+
+
+class _StepDataset(Dataset):
+    """Item `step` is the whole batch of that step; frames stay uint8, a quarter of the bytes to hand over."""
+
+    def __init__(self, plan: BatchPlan, crop: Literal["center", "random"], limit: int) -> None:
+        self.plan, self.crop, self.limit = plan, crop, limit
+
+    def __getitem__(self, step: int) -> Batch:
+        planned = self.plan.batch(step)
+        failed: dict[Path, Skipped] = {}
+        read = [self._read(planned, index, failed) for index in range(len(planned.items))]
+        whole = [sample for sample in read if sample is not None]
+        skipped = list(failed.values())
+        if len(whole) < len(read):
+            return {"skipped": skipped}
+        used, frames = zip(*whole, strict=True)
+        return describe(self.plan, planned, list(used)) | {"frames": torch.stack(frames), "skipped": skipped}
+
+    def _read(
+        self, planned: PlannedBatch, index: int, failed: dict[Path, Skipped]
+    ) -> tuple[int, torch.Tensor] | None:
+        """The clip that item `index` is made of and its frames uint8 [T 3 H W]; adds failures to `failed`.
+
+        None when too many fail, or all that could stand in.
+        """
+        bucket = planned.bucket
+        generator = torch.Generator().manual_seed(self.plan.crop_seed(planned.step, index))
+        stand_ins = self.plan.replacements(planned.step, index)
+        for clip_index in itertools.chain([planned.indices[index]], stand_ins):
+            if len(failed) > self.limit:
+                return None
+            clip, start = self.plan.item(planned.step, planned.bucket_index, index, clip_index)
+            if clip.path in failed:
+                continue
+            try:
+                frames = decode_clip(
+                    clip.path,
+                    bucket.num_frames,
+                    bucket.fps,
+                    bucket.height,
+                    bucket.width,
+                    start=start,
+                    crop=self.crop,
+                    generator=generator,
+                )
+            except DecodeError as error:
+                failed[clip.path] = Skipped(error.path, error.reason)
+            else:
+                return clip_index, frames
+        return None
+
+
+class VideoBatches:
+    """`for batch in batches(start_step)`: the batches of the steps from start_step on, in order, without end.
+
+    A batch is a dict: video float32 [B 3 T H W] in [-1, 1]; text, a list of B captions; fps, height, width,
+    float32 [B] (frames per second, pixels); clip_indices int64 [B], places in `plan.assignment.clips`; step;
+    replaced, how many of the planned clips could not be read and gave way to the next of their bucket;
+    skipped, [(path, reason)] of clips that failed while this batch was made.
+
+    The same for any number of workers. Raises UserError while iterating when more than max_skipped_share of
+    all clips have failed, or none of a bucket is left.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        workers: int = 0,
+        crop: Literal["center", "random"] = "center",
+        max_skipped_share: float = 0.1,
+        pin_memory: bool = False,
+    ) -> None:
+        self.plan, self.workers, self.pin_memory = plan, workers, pin_memory
+        self.tally = SkipTally(plan.assignment.kept, max_skipped_share)
+        self._dataset = _StepDataset(plan, crop, self.tally.limit)
+
+    def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """Batches of the steps in [start_step, stop_step)."""
+        steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=steps,
+            num_workers=self.workers,
+            worker_init_fn=_start_worker,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # its own, so that torch's global random state is left alone
+        )
+        for batch in loader:
+            self.tally.add(batch["skipped"])
+            if "frames" not in batch:
+                raise self.tally.error("and none of a bucket is left: repair or remove the files")
+            yield batch | {"video": to_video(batch.pop("frames"))}
+
+
+def to_video(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 [B T 3 H W] to float32 [B 3 T H W] in [-1, 1]."""
+    return frames.transpose(1, 2).float().div_(127.5).sub_(1)
+
+
+def describe(plan: BatchPlan, planned: PlannedBatch, used: list[int]) -> Batch:
+    """What a batch says about itself: everything but its frames or latents."""
+    bucket = planned.bucket
+    size = len(used)
+    return {
+        "step": planned.step,
+        "text": [plan.assignment.clips[index].text for index in used],
+        "fps": torch.full((size,), float(bucket.fps)),
+        "height": torch.full((size,), float(bucket.height)),
+        "width": torch.full((size,), float(bucket.width)),
+        "clip_indices": torch.tensor(used, dtype=torch.int64),
+        "replaced": sum(a != b for a, b in zip(used, planned.indices, strict=True)),
+    }
+
+
+def _start_worker(_: int) -> None:
+    """Workers share the cores, and leave Ctrl-C and group-wide signals to the main process, which stops
+    them."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

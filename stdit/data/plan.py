@@ -1,0 +1,145 @@
+"""The batch plan: which clips make up the global batch of any step.
+ A pure function of (seed, manifest, buckets, step) with random access, so that a resume needs the step and
+nothing else, and any number of ranks or workers sees the same data.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from stdit.data.buckets import Assignment, Bucket
+from stdit.data.manifest import Clip
+
+# Names of independent random streams under one seed; those of buckets are their numbers.
+ORDER_STREAM = 0x6F726472
+WINDOW_STREAM = 0x77696E64
+CROP_STREAM = 0x63726F70
+
+
+class PlannedItem(NamedTuple):
+    """One sample: which clip, and where in it its frames begin."""
+
+    clip: Clip
+    start: float
+    """Seconds after the first frame."""
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """The global batch of one step: `bucket.batch_size` clips of one bucket."""
+
+    step: int
+    epoch: int
+    bucket: Bucket
+    bucket_index: int
+    items: list[PlannedItem]
+    indices: list[int]
+    """Places of the items' clips in `Assignment.clips`."""
+
+
+@dataclass
+class BatchPlan:
+    """Batches by step. An epoch is a shuffle of the batches of all buckets, each bucket's clips shuffled
+    anew.
+
+    The last batch of a bucket in an epoch is filled up from the start of its order, so that batches are
+    always full; a bucket smaller than its batch repeats clips within one (`notes` says so), with windows of
+    their own.
+    """
+
+    assignment: Assignment
+    seed: int = 0
+    _cache: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        assert self.assignment.kept > 0, "assign() leaves at least one clip"
+        counts = [self.assignment.steps(k) for k in range(len(self.assignment.buckets))]
+        self._ends = np.cumsum(counts)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about buckets that are too small for their batch."""
+        return [
+            f"bucket {bucket}: {len(members)} clips for batches of {bucket.batch_size}, "
+            "so every batch repeats clips"
+            for bucket, members in zip(self.assignment.buckets, self.assignment.members, strict=True)
+            if 0 < len(members) < bucket.batch_size
+        ]
+
+    def report(self) -> str:
+        """The table of buckets with the notes, for people."""
+        return "\n".join([self.assignment.table(), *self.notes])
+
+    def batch(self, step: int) -> PlannedBatch:
+        """The global batch of a step, counted from 0, without walking through the steps before it."""
+        epoch, k, first = self._locate(step)
+        bucket = self.assignment.buckets[k]
+        indices = [self._clip_index(epoch, k, first + i) for i in range(bucket.batch_size)]
+        items = [self.item(step, k, i, index) for i, index in enumerate(indices)]
+        return PlannedBatch(step, epoch, bucket, k, items, indices)
+
+    def replacements(self, step: int, index: int) -> Iterator[int]:
+        """Places in `Assignment.clips` of those that stand in, in turn, for item `index` of a batch that
+        fails.
+
+        They are the other clips of the bucket, in the epoch's order from the failed one on.
+        """
+        epoch, k, first = self._locate(step)
+        for i in range(1, len(self.assignment.members[k])):
+            yield self._clip_index(epoch, k, first + index + i)
+
+    def item(self, step: int, bucket_index: int, index: int, clip_index: int) -> PlannedItem:
+        """A clip as item `index` of a step's batch."""
+        clip = self.assignment.clips[clip_index]
+        return PlannedItem(
+            clip, window_start_seconds(clip, self.assignment.buckets[bucket_index], self.seed, step, index)
+        )
+
+    def crop_seed(self, step: int, index: int) -> int:
+        """Seed of the random crop of item `index` of a step's batch."""
+        return int(
+            np.random.SeedSequence([self.seed, CROP_STREAM, step, index]).generate_state(1, np.uint64)[0] >> 1
+        )
+
+    def _locate(self, step: int) -> tuple[int, int, int]:
+        """(epoch, bucket, place of the batch's first clip in the bucket's order)."""
+        assert step >= 0, step
+        epoch, within = divmod(step, self.steps_per_epoch)
+        slot = int(self._permutation(self.steps_per_epoch, epoch, ORDER_STREAM)[within])
+        k = int(np.searchsorted(self._ends, slot, side="right"))
+        number = slot - (int(self._ends[k - 1]) if k else 0)
+        return epoch, k, number * self.assignment.buckets[k].batch_size
+
+    def _clip_index(self, epoch: int, k: int, place: int) -> int:
+        members = self.assignment.members[k]
+        return int(members[self._permutation(len(members), epoch, k)[place % len(members)]])
+
+    def _permutation(self, length: int, epoch: int, stream: int) -> np.ndarray:
+        """Of one epoch; only the latest epoch of each stream is kept."""
+        if stream not in self._cache or self._cache[stream][0] != epoch:
+            rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, stream]))
+            self._cache[stream] = (epoch, rng.permutation(length))
+        return self._cache[stream][1]
+
+
+def slack_seconds(clip: Clip, bucket: Bucket) -> float:
+    """How much longer than the bucket's window the clip is; 0 when it fits to within half a frame."""
+    slack = clip.seconds - bucket.seconds
+    return slack if slack >= 0.5 / bucket.fps and clip.num_frames > 1 else 0.0
+
+
+def window_start_seconds(clip: Clip, bucket: Bucket, seed: int, step: int, index: int) -> float:
+    """Where the window of item `index` of a step's batch begins, drawn evenly; 0 when the clip fits
+    exactly."""
+    slack = slack_seconds(clip, bucket)
+    if slack == 0:
+        return 0.0
+    return slack * float(
+        np.random.default_rng(np.random.SeedSequence([seed, WINDOW_STREAM, step, index])).random()
+    )

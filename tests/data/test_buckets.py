@@ -1,0 +1,156 @@
+from pathlib import Path
+
+import pytest
+
+from stdit.data.buckets import Bucket, assign, resampled_frames, resolve_size
+from stdit.data.config import BucketConfig, DataConfig
+from stdit.data.manifest import Clip, Skipped
+from stdit.errors import UserError
+
+
+def clip(num_frames=16, fps=8.0, height=64, width=64, name="a.mp4"):
+    return Clip(Path("/data") / name, "text", num_frames, fps, height, width)
+
+
+def places(clips, buckets, **options):
+    """For each clip the place of its bucket, None where it was dropped."""
+    assignment = assign(clips, buckets, **options)
+    found = {int(index): k for k, members in enumerate(assignment.members) for index in members}
+    assert len(found) + len(assignment.dropped) == len(clips)
+    return [found.get(index) for index in range(len(clips))]
+
+
+@pytest.mark.parametrize(
+    ("resolution", "aspect_ratio", "size"),
+    [("240p", "16:9", (240, 426)), ("240p", "9:16", (426, 240)), ("240p", "1:1", (320, 320)),
+     ("480p", "16:9", (480, 854)), ("720p", "16:9", (720, 1280)), ("144p", "16:9", (144, 256)),
+     ("256", "1:1", (256, 256))],
+)  # fmt: skip
+def test_named_resolutions(resolution, aspect_ratio, size):
+    assert resolve_size(resolution, aspect_ratio) == size
+
+
+def test_sizes_are_multiples():
+    assert resolve_size("240p", "16:9", multiple=16) == (240, 432)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_frames": 0}, "num_frames is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"fps": 0.0}, "fps is 0.0"),
+        ({"fps": float("nan")}, "fps is nan"),
+        ({"keep_probability": 0.0}, "keep_probability is 0.0"),
+        ({"keep_probability": 1.5}, "keep_probability is 1.5"),
+        ({"height": 0}, "at least 1"),
+        ({"width": None}, "give both"),
+        ({"resolution": "240p"}, "give either"),
+        ({"height": None, "width": None, "resolution": "24op"}, "'24op' is unknown"),
+        ({"height": None, "width": None, "resolution": "0p"}, "'0p' is unknown"),
+        ({"height": None, "width": None, "resolution": "240p", "aspect_ratio": "wide"}, "'wide' is unknown"),
+        ({"height": None, "width": None, "resolution": "240p", "aspect_ratio": "16:0"}, "'16:0' is unknown"),
+    ],
+)
+def test_impossible_buckets(values, message):
+    with pytest.raises(UserError, match=message):
+        Bucket.from_config(BucketConfig(**{"height": 32, "width": 32, **values}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"manifest": ""}, "data.manifest is empty"),
+        ({"buckets": []}, "data.buckets is empty"),
+        ({"workers": -1}, "data.workers is -1"),
+        ({"max_skipped_share": 2.0}, "data.max_skipped_share is 2.0"),
+    ],
+)
+def test_impossible_data(values, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(**{"manifest": "a.csv", **values}).validate()
+
+
+def test_frames_after_resampling():
+    assert resampled_frames(16, 8, 8) == 16
+    assert resampled_frames(250, 25, 8) == 80
+    assert resampled_frames(120, 30000 / 1001, 30) == 120
+    assert resampled_frames(120, 30, 30000 / 1001) == 120
+    assert resampled_frames(1, 30, 8) == 1
+
+
+def test_largest_bucket_that_can_be_filled():
+    buckets = [Bucket(8, 32, 32, 8), Bucket(16, 64, 64, 8), Bucket(16, 32, 32, 8), Bucket(1, 32, 32, 8)]
+    clips = [
+        clip(),
+        clip(num_frames=100, height=720, width=1280),
+        clip(height=63, width=300),  # more pixels than 64x64, but it would be enlarged
+        clip(height=40, width=40),
+        clip(num_frames=15),
+        clip(num_frames=1, fps=1.0),
+        clip(num_frames=48, fps=24.0),
+    ]
+    assert places(clips, buckets) == [1, 1, 1, 2, 0, 3, 1]
+
+
+def test_reasons_for_dropping():
+    buckets = [Bucket(16, 64, 64, 8), Bucket(32, 32, 32, 8)]
+    clips = [
+        clip(num_frames=48, height=80, width=80),
+        clip(num_frames=12),
+        clip(height=16, width=16),
+        clip(num_frames=40, fps=5.0),
+        clip(num_frames=16, height=40, width=40),
+    ]
+    reasons = [reason for _, reason in assign(clips, buckets).dropped]
+    assert reasons[0] == "too short: 12 frames at 8 fps, the shortest bucket needs 16"
+    assert reasons[1].startswith("too small: 16x16 pixels (width x height), the smallest bucket needs 32x32")
+    assert reasons[2].startswith("frame rate too low: 5 fps, the slowest bucket needs 8")
+    assert reasons[3].startswith("no bucket is short, small and slow enough at once: 16 frames of 40x40")
+
+
+def test_upscaling_is_an_option():
+    buckets = [Bucket(16, 64, 64, 8)]
+    clips = [clip(), clip(height=16, width=16), clip(num_frames=40, fps=5.0), clip(num_frames=4)]
+    assert places(clips, buckets) == [0, None, None, None]
+    assert places(clips, buckets, allow_upscale=True) == [0, 0, 0, None]
+
+
+def test_standard_sizes_just_below_fit():
+    assert (
+        places([clip(height=240, width=424), clip(fps=29.97, num_frames=120)], [Bucket(16, 240, 426, 8)])[0]
+        == 0
+    )
+    assert places([clip(fps=29.97, num_frames=120)], [Bucket(120, 64, 64, 30)]) == [0]
+
+
+def test_nearest_aspect_ratio_of_a_resolution():
+    buckets = [Bucket(16, *resolve_size("240p", ratio), 8) for ratio in ("1:1", "16:9", "9:16")]
+    clips = [clip(height=h, width=w) for h, w in [(720, 1280), (1280, 720), (700, 720), (500, 600)]]
+    assert places(clips, buckets) == [1, 2, 0, 0]
+
+
+def test_keep_probability_is_drawn_from_seed_and_passes_clips_on():
+    clips = [clip(name=f"{i}.mp4") for i in range(400)]
+    buckets = [Bucket(16, 64, 64, 8, keep_probability=0.25), Bucket(16, 32, 32, 8, keep_probability=0.5)]
+    found = places(clips, buckets, seed=3)
+    assert found == places(clips, buckets, seed=3) != places(clips, buckets, seed=4)
+    assert 60 < found.count(0) < 140 and 110 < found.count(1) < 190
+    reasons = {reason for _, reason in assign(clips, buckets, seed=3).dropped}
+    assert reasons == {"left out by keep_probability"}
+
+
+def test_table_says_what_is_kept_and_what_is_not():
+    clips = [clip(name=f"{i}.mp4") for i in range(5)] + [clip(num_frames=12, name="short.mp4")]
+    buckets = [Bucket(16, 64, 64, 8, batch_size=2), Bucket(32, 64, 64, 8)]
+    table = assign(clips, buckets, skipped=[Skipped("gone.mp4", "file missing")]).table().splitlines()
+    assert table[1].split() == ["16x64x64", "at", "8", "fps", "5", "2", "3"]
+    assert table[2].split() == ["32x64x64", "at", "8", "fps", "0", "1", "0"]
+    rest = "\n".join(table[3:])
+    assert "1 x too short: /data/short.mp4 (12 frames at 8 fps, the shortest bucket needs 16)" in rest
+    assert "1 x file missing: gone.mp4" in rest
+
+
+def test_nothing_left_is_an_error_with_the_reasons():
+    with pytest.raises(UserError, match=r"(?s)no clip is left.*1 x too short: .*1 x file missing: gone"):
+        assign([clip(num_frames=2)], [Bucket(16, 32, 32, 8)], skipped=[Skipped("gone", "file missing")])

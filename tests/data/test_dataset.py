@@ -1,0 +1,180 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
+from stdit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, write_video):
+    """Nine clips of random frames, so that every window and crop is another tensor."""
+    root = tmp_path_factory.mktemp("videos")
+    rng = np.random.default_rng(0)
+    rows = ["path,text"]
+    for i in range(9):
+        size, length = (32, 16) if i < 6 else (48, 20)
+        coarse = rng.integers(0, 255, (length, size // 8, size // 8, 3), np.uint8)
+        write_video(root / f"{i}.mp4", frames=coarse.repeat(8, axis=1).repeat(8, axis=2))
+        rows.append(f"{i}.mp4,clip {i}")
+    (root / "manifest.csv").write_text("\n".join(rows))
+    return root
+
+
+def config(folder, **values):
+    buckets = [
+        BucketConfig(num_frames=8, fps=8, height=24, width=32, batch_size=3),
+        BucketConfig(num_frames=16, fps=8, height=48, width=48, batch_size=2),
+    ]
+    return DataConfig(manifest=str(folder / "manifest.csv"), buckets=buckets, **values)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], key
+    return True
+
+
+def test_batches_are_complete(folder):
+    plan = build_plan(config(folder))
+    seen = set()
+    for step, batch in enumerate(VideoBatches(plan)(0, plan.steps_per_epoch)):
+        bucket = plan.batch(step).bucket
+        shape = (bucket.batch_size, 3, bucket.num_frames, bucket.height, bucket.width)
+        assert batch["video"].shape == shape and batch["video"].dtype == torch.float32
+        assert -1 <= batch["video"].min() < -0.5 and 0.5 < batch["video"].max() <= 1
+        assert batch["text"] == [f"clip {i}" for i in batch["clip_indices"].tolist()]
+        assert batch["fps"].tolist() == [8.0] * len(batch["text"])
+        assert batch["height"].tolist() == [float(bucket.height)] * len(batch["text"])
+        assert batch["width"].tolist() == [float(bucket.width)] * len(batch["text"])
+        assert (batch["step"], batch["replaced"], batch["skipped"]) == (step, 0, [])
+        seen.update(batch["text"])
+    assert len(seen) == 9
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_for_any_number_of_workers(folder, workers):
+    plan = build_plan(config(folder), seed=5)
+    here = list(VideoBatches(plan, crop="random")(0, 6))
+    there = list(VideoBatches(plan, workers=workers, crop="random")(0, 6))
+    assert len(here) == len(there) == 6
+    assert all(same(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_starting_at_a_step_equals_walking_there(folder):
+    walked = list(VideoBatches(build_plan(config(folder)), crop="random")(0, 9))
+    resumed = VideoBatches(build_plan(config(folder)), crop="random")(7)
+    assert same(next(resumed), walked[7]) and same(next(resumed), walked[8])
+
+
+def test_leaves_the_global_random_state_alone(folder):
+    before = torch.get_rng_state()
+    list(VideoBatches(build_plan(config(folder)), crop="random")(0, 2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.fixture
+def breaking(tmp_path, write_video):
+    """Ten clips and a plan; clip 4 is damaged after the plan was made."""
+    rows = ["path,text"]
+    for i in range(10):
+        write_video(tmp_path / f"{i}.mp4")
+        rows.append(f"{i}.mp4,clip {i}")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    bucket = BucketConfig(num_frames=16, fps=8, height=32, width=32, batch_size=5)
+    plan = build_plan(DataConfig(manifest=str(tmp_path / "manifest.csv"), buckets=[bucket]))
+    (tmp_path / "4.mp4").write_bytes(b"damaged")
+    return plan, tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_that_fails_gives_way_to_the_next(breaking, workers):
+    plan, folder = breaking
+    loader = VideoBatches(plan, workers=workers)
+    for batch in loader(0, 2):
+        planned = plan.batch(batch["step"]).indices
+        used = batch["clip_indices"].tolist()
+        if 4 not in planned:
+            assert used == planned and not batch["skipped"]
+            continue
+        index = planned.index(4)
+        expected = planned[:index] + [next(plan.replacements(batch["step"], index))] + planned[index + 1 :]
+        assert used == expected and batch["replaced"] == 1
+        ((path, reason),) = batch["skipped"]
+        assert path == str(folder / "4.mp4") and "not a readable video" in reason
+    assert list(loader.tally.failed) == [str(folder / "4.mp4")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_failures_stop_the_run(breaking, workers):
+    plan, folder = breaking
+    (folder / "7.mp4").unlink()
+    with pytest.raises(
+        UserError, match=r"(?s)^2 of 10 clips failed to decode, more than data.max_skipped_share = 0.1"
+    ):
+        list(VideoBatches(plan, workers=workers)(0, 2))
+    (folder / "manifest.csv").unlink()
+    for i in range(10):
+        (folder / f"{i}.mp4").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="10 of 10 clips failed to decode, and none of a bucket is left"):
+        list(VideoBatches(plan, workers=workers, max_skipped_share=1.0)(0, 2))
+
+
+def test_every_kind_of_bad_entry_is_reported_and_the_rest_trains(tmp_path, write_video):
+    write_video(tmp_path / "good.mp4")
+    write_video(tmp_path / "short.mp4", num_frames=5)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("hello")
+    rows = ["good.mp4,a", "short.mp4,b", "empty.mp4,c", "text.mp4,d", "gone.mp4,e", "good.mp4,", "../x.mp4,f"]
+    (tmp_path / "manifest.csv").write_text("\n".join(["path,text", *rows]))
+    bucket = BucketConfig(num_frames=16, fps=8, height=32, width=32, batch_size=2)
+    plan = build_plan(DataConfig(manifest=str(tmp_path / "manifest.csv"), buckets=[bucket]))
+    assert next(VideoBatches(plan)(0))["text"] == ["a", "a"]
+    report = plan.report()
+    for words in [
+        "too short",
+        "0 bytes",
+        "not a readable video",
+        "file missing",
+        "caption missing",
+        "outside the data root",
+    ]:
+        assert words in report
+    assert "so every batch repeats clips" in report
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (72, 128)])
+def test_real_clips_make_batches(tmp_path, real_clips, height, width):
+    root = real_clips[0].parent
+    rows = [f"{path.name},{path.stem}" for path in real_clips]
+    (tmp_path / "manifest.csv").write_text("\n".join(["path,text", *rows]))
+    bucket = BucketConfig(num_frames=9, fps=8, height=height, width=width, batch_size=3)
+    plan = build_plan(DataConfig(manifest=str(tmp_path / "manifest.csv"), root=str(root), buckets=[bucket]))
+    batch = next(VideoBatches(plan)(0))
+    assert batch["video"].shape == (3, 3, 9, height, width)
+    assert sorted(batch["text"]) == ["bigbuckbunny", "bikes", "carphone_pristine"]
+
+
+SCRIPT = """
+import sys
+from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
+bucket = BucketConfig(num_frames=8, fps=8, height=24, width=32, batch_size=3)
+batches = VideoBatches(build_plan(DataConfig(manifest=sys.argv[1], buckets=[bucket])), workers=2)(0)
+print(next(batches)["step"])
+"""
+
+
+def test_a_process_ends_with_workers_still_reading(folder):
+    command = [sys.executable, "-c", SCRIPT, str(folder / "manifest.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_light_to_import():
+    code = "import sys, stdit.data.cache; print({'diffusers', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,106 @@
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from stdit.data.buckets import Bucket, assign
+from stdit.data.manifest import Clip
+from stdit.data.plan import BatchPlan
+
+
+def make_plan(counts=(10, 3), batch_sizes=(4, 2), seed=0, seconds=2.0):
+    """One bucket of 16 frames for each count, with sizes 32, 64, ... and that many clips."""
+    sizes = [32 * (k + 1) for k in range(len(counts))]
+    clips = [
+        Clip(Path(f"/data/{k}-{i}.mp4"), f"{k} {i}", int(8 * seconds), 8.0, size, size)
+        for k, (count, size) in enumerate(zip(counts, sizes, strict=True))
+        for i in range(count)
+    ]
+    buckets = [Bucket(16, size, size, 8, batch) for size, batch in zip(sizes, batch_sizes, strict=True)]
+    return BatchPlan(assign(clips, buckets), seed)
+
+
+def batches(plan, steps):
+    return [
+        (batch.bucket_index, batch.indices, [item.start for item in batch.items])
+        for batch in map(plan.batch, steps)
+    ]
+
+
+def test_an_epoch_holds_every_clip_in_full_batches():
+    plan = make_plan()
+    assert plan.steps_per_epoch == 3 + 2 and not plan.notes
+    for epoch in range(3):
+        seen: Counter[int] = Counter()
+        for step in range(epoch * 5, epoch * 5 + 5):
+            batch = plan.batch(step)
+            assert (batch.step, batch.epoch) == (step, epoch)
+            assert len(batch.items) == batch.bucket.batch_size == len(set(batch.indices))
+            assert all(
+                item.clip is plan.assignment.clips[i]
+                for item, i in zip(batch.items, batch.indices, strict=True)
+            )
+            assert all(i in plan.assignment.members[batch.bucket_index] for i in batch.indices)
+            seen.update(batch.indices)
+        assert set(seen) == set(range(13)) and sum(seen.values()) == 3 * 4 + 2 * 2
+
+
+def test_a_step_is_a_pure_function():
+    walked = batches(make_plan(), range(40))
+    assert batches(make_plan(), [37]) == [walked[37]]
+    plan = make_plan()
+    jumps = [39, 0, 17, 18, 3, 17]
+    assert batches(plan, jumps) == [walked[step] for step in jumps]
+    assert batches(pickle.loads(pickle.dumps(plan)), range(40)) == walked
+
+
+def test_epochs_and_seeds_are_shuffled_apart():
+    plan = make_plan(counts=(40, 40))
+    first, second = batches(plan, range(plan.steps_per_epoch)), batches(plan, range(30, 60))
+    other = batches(make_plan(counts=(40, 40), seed=1), range(30))
+    assert plan.steps_per_epoch == 30
+    assert first != second and first != other
+    orders = [[bucket for bucket, _, _ in part] for part in (first, second, other)]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+    assert orders[0] not in (sorted(orders[0]), sorted(orders[0], reverse=True)), "buckets are mixed"
+
+
+def test_a_bucket_smaller_than_its_batch_wraps_round_and_says_so():
+    plan = make_plan(counts=(3,), batch_sizes=(8,))
+    assert plan.steps_per_epoch == 1
+    assert sorted(Counter(plan.batch(0).indices).values()) == [2, 3, 3]
+    assert plan.notes == ["bucket 16x32x32 at 8 fps: 3 clips for batches of 8, so every batch repeats clips"]
+    assert plan.notes[0] in plan.report()
+
+
+def test_an_empty_bucket_has_no_batches():
+    plan = make_plan(counts=(4, 0, 2), batch_sizes=(2, 2, 2))
+    assert plan.steps_per_epoch == 3
+    assert {plan.batch(step).bucket_index for step in range(9)} == {0, 2}
+
+
+def test_windows_are_drawn_within_the_clip_and_alike_each_time():
+    plan = make_plan(counts=(3,), batch_sizes=(6,), seconds=5.0)
+    starts = [item.start for step in range(50) for item in plan.batch(step).items]
+    assert all(0 <= start <= 3.0 for start in starts)
+    assert min(starts) < 0.2 and max(starts) > 2.8 and len(set(starts)) == len(starts)
+    assert starts[:6] == [item.start for item in plan.batch(0).items]
+
+
+def test_clips_that_fit_exactly_start_at_zero():
+    assert all(item.start == 0 for step in range(5) for item in make_plan().batch(step).items)
+
+
+def test_replacements_are_the_other_clips_of_the_bucket_from_the_next_on():
+    plan = make_plan(counts=(10,), batch_sizes=(4,))
+    batch = plan.batch(0)
+    stand_ins = list(plan.replacements(0, 1))
+    assert stand_ins[:2] == batch.indices[2:]
+    assert sorted([batch.indices[1], *stand_ins]) == list(range(10))
+
+
+@pytest.mark.parametrize("step", [10**6, 10**12])
+def test_far_steps_are_found_without_walking(step):
+    plan = make_plan(counts=(1000, 500), batch_sizes=(4, 2))
+    assert batches(plan, [step]) == batches(make_plan(counts=(1000, 500), batch_sizes=(4, 2)), [step])
