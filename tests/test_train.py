@@ -257,7 +257,8 @@ def test_training_on_real_videos_at_two_resolutions(settings: Settings, tmp_path
     flags = {
         "data.manifest": tmp_path / "real.csv", "data.root": videos, "output_dir": tmp_path / "outputs",
         "trainer.steps": 4, "model.depth": 1, "model.hidden_size": 32, "model.num_heads": 2,
-        "codec.channels": 16, "text_encoder.name": "auto", "text_encoder.path": bert, "text_encoder.max_length": 16,
+        "codec.channels": 16, "text_encoder.name": "auto", "text_encoder.path": bert,
+        "text_encoder.max_length": 16,
     }  # fmt: skip
     config = str(ROOT / "configs" / "train" / "finetune.yaml")
     argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]

@@ -77,6 +77,8 @@ class Trainer:
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, ema)
         self.nonfinite_in_a_row = 0
+        if config.compile:
+            model.compile_blocks()  # type: ignore[operator]
 
     def step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
         """Train on the global batch of ``step`` (from 0) and return measurements.

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 
 from stdit.errors import UserError
 from stdit.pipelines.video_io import write_mp4, write_sheet
@@ -36,6 +37,7 @@ def test_a_full_disk_is_said() -> None:
 
 
 def track(name: str, run: Path, config: TrackerConfig) -> None:
+    PartialState(cpu=True)  # a run has an Accelerator by then
     video = np.zeros((4, 16, 16, 3), dtype=np.uint8)
     write_mp4(run / "a.mp4", video, 8)
     write_sheet(run / "sheet.png", [video], ["a prompt"])

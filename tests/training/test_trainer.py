@@ -11,7 +11,7 @@ from stdit.errors import UserError
 from stdit.training.ema import EMAConfig
 from stdit.training.optim import OptimizerConfig
 from stdit.training.trainer import Trainer, TrainerConfig
-from tests.training.test_optim import tiny_model
+from tests.training.tiny import tiny_model
 
 
 def trainer(**settings: Any) -> Trainer:
@@ -109,6 +109,19 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32() -> None:
     assert {p.dtype for p in one.model.parameters()} == {torch.float32}
 
 
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    plain, checkpointed = trainer(), trainer()
+    checkpointed.model.enable_gradient_checkpointing()  # type: ignore[operator]
+    expected, found = gradients(plain, 0), gradients(checkpointed, 0)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_compile_compiles_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr("stdit.models.stdit.STDiT.compile_blocks", lambda self: compiled.append(self))
+    assert compiled == [trainer(compile=True).model]
+
+
 def test_gradients_are_clipped() -> None:
     seen = gradients(trainer(max_grad_norm=0.01), 0)
     norm = sum(float(g.square().sum()) for g in seen.values()) ** 0.5
@@ -118,4 +131,4 @@ def test_gradients_are_clipped() -> None:
 @pytest.mark.parametrize("name", ["steps", "micro_batch_size", "max_nonfinite_steps", "max_grad_norm"])
 def test_impossible_settings(name: str) -> None:
     with pytest.raises(UserError, match=f"trainer.{name} = 0"):
-        TrainerConfig(**{name: 0})
+        TrainerConfig(**{name: 0})  # type: ignore[arg-type]

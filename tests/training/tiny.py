@@ -4,9 +4,20 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from stdit.models.stdit import STDiT
 from stdit.pipelines.video_io import write_mp4
 from tests.codecs.tiny import save_tiny_bert
+
+
+def tiny_model(**settings: object) -> STDiT:
+    """A model whose every branch works from the start."""
+    torch.manual_seed(0)
+    defaults = dict(
+        depth=1, hidden_size=32, num_heads=2, caption_channels=16, model_max_length=8, gate_init=0.5
+    )
+    return STDiT(**{**defaults, **settings})
 
 
 def save_clips(folder: Path, count: int = 5, frames: int = 4, size: int = 8) -> Path:
