@@ -380,6 +380,15 @@ def test_build_reuses_and_replaces(tmp_path: Path) -> None:
     ]
 
 
+def test_build_starts_over_when_the_words_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ShapesConfig(num_clips=1)
+    assert build(tmp_path / "shapes", config, workers=1)
+    monkeypatch.setitem(SEEN["colour"], "red", ("reddish",))
+    assert build(tmp_path / "shapes", config, workers=1)
+
+
 def test_interrupted_build_leaves_nothing_and_starts_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

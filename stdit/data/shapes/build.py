@@ -12,6 +12,7 @@ Everything is a function of the seed: each clip and prompt draws from a generato
 """
 
 import csv
+import hashlib
 import json
 import multiprocessing
 import os
@@ -27,8 +28,16 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from stdit.data.shapes.captions import caption, paraphrase
-from stdit.data.shapes.render import BACKGROUNDS, Combo, Scene, render, sample_scene, split_combinations
+from stdit.data.shapes.captions import SEEN, TEMPLATES, UNSEEN, UNSEEN_TEMPLATES, caption, paraphrase
+from stdit.data.shapes.render import (
+    BACKGROUNDS,
+    COLOURS,
+    Combo,
+    Scene,
+    render,
+    sample_scene,
+    split_combinations,
+)
 from stdit.errors import UserError
 
 VERSION = 1
@@ -73,7 +82,7 @@ def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) ->
     """
     config = config or ShapesConfig()
     output = Path(output).absolute()
-    meta = {"version": VERSION, **asdict(config)}
+    meta = {"version": VERSION, "vocabulary": _fingerprint(), **asdict(config)}
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         found = _read_meta(output)
         if found is None:
@@ -193,6 +202,12 @@ def _write_csv(path: Path, rows: list[Row]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _fingerprint() -> str:
+    """Hash of all words and colours, so that files made of others are not taken for these."""
+    vocabulary = [SEEN, UNSEEN, TEMPLATES, UNSEEN_TEMPLATES, COLOURS, BACKGROUNDS]
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def _read_meta(folder: Path) -> Row | None:
