@@ -13,7 +13,7 @@ from stdit.data.config import BucketConfig, resolve_size
 from stdit.data.manifest import Clip, Skipped, summarise
 from stdit.errors import UserError
 
-__all__ = ["Assignment", "Bucket", "assign", "resolve_size", "resampled_frames"]
+__all__ = ["Assignment", "Bucket", "assign", "resampled_frames", "resolve_size"]
 
 # Clips of 424 x 240 serve a bucket of 426 x 240, and 29.97 fps one of 30.
 SIZE_SLACK = 1.02

@@ -5,6 +5,7 @@ header before a frame is decoded.
 """
 
 import contextlib
+import errno
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,9 +192,9 @@ def _open_video(path: Path, threads: int = 1) -> Iterator[tuple[av.container.Inp
             context.options = {"max_pixels": str(MAX_PIXELS)}
             context.thread_count, context.thread_type = threads, "AUTO" if threads > 1 else "NONE"
             yield container, stream
-    except av.ArgumentError as error:
-        raise DecodeError(path, "not a video in a format that is read here, or damaged") from error
     except av.FFmpegError as error:
+        if error.errno == errno.EINVAL:  # what the whitelist of formats answers
+            raise DecodeError(path, "not a video in a format that is read here, or damaged") from error
         raise DecodeError(path, f"not a readable video, or damaged ({error.strerror})") from error
     except OSError as error:
         raise DecodeError(path, error.strerror or str(error)) from error

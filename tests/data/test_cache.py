@@ -149,7 +149,7 @@ def test_a_damaged_file_is_made_anew(plan, tmp_path):
 def test_a_clip_that_fails_gives_way_and_is_remembered(plan, tmp_path):
     (tmp_path / "2.mp4").write_bytes(b"damaged")
     file = tmp_path / "cache.safetensors"
-    with pytest.raises(UserError, match="1 of 7 clips failed to decode, more than data.max_skipped_share"):
+    with pytest.raises(UserError, match=r"1 of 7 clips failed to decode, more than data.max_skipped_share"):
         compute(plan, file)
     assert not file.exists()
     for _ in range(2):
@@ -170,6 +170,6 @@ def test_a_full_disk_leaves_nothing_half_written(plan, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache_module, "save_file", full)
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="cannot write the cache .*No space left.*make room"):
+    with pytest.raises(UserError, match=r"cannot write the cache .*No space left.*make room"):
         compute(plan, tmp_path / "out" / "cache.safetensors")
     assert not os.listdir(tmp_path / "out")

@@ -102,7 +102,8 @@ def test_a_clip_that_fails_gives_way_to_the_next(breaking, workers):
             assert used == planned and not batch["skipped"]
             continue
         index = planned.index(4)
-        expected = planned[:index] + [next(plan.replacements(batch["step"], index))] + planned[index + 1 :]
+        stand_in = next(plan.replacements(batch["step"], index))
+        expected = [*planned[:index], stand_in, *planned[index + 1 :]]
         assert used == expected and batch["replaced"] == 1
         ((path, reason),) = batch["skipped"]
         assert path == str(folder / "4.mp4") and "not a readable video" in reason
