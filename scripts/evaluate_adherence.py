@@ -25,7 +25,7 @@ from stdit.data.shapes.checker import ATTRIBUTES, Verdict, check, compare
 from stdit.errors import UserError
 
 DATA = Path("data/shapes")
-SETS = ("heldout", "paraphrase", "seen")
+SETS = ("heldout", "paraphrase", "paraphrase_strict", "seen")
 COLUMNS = ("prompt", *ATTRIBUTES)
 
 Expected = dict[str, Any]
@@ -123,9 +123,9 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def print_table(summary: dict[str, dict[str, float]]) -> None:
     keys = [key for key in next(iter(summary.values())) if key != "n"]
-    print(f"{'set':<12} {'n':>4}" + "".join(f" {key:>11}" for key in keys))
+    print(f"{'set':<18} {'n':>4}" + "".join(f" {key:>11}" for key in keys))
     for name, row in summary.items():
-        print(f"{name:<12} {row['n']:>4}" + "".join(f" {row[key]:>11.1%}" for key in keys))
+        print(f"{name:<18} {row['n']:>4}" + "".join(f" {row[key]:>11.1%}" for key in keys))
 
 
 def main() -> None:

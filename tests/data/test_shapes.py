@@ -131,14 +131,19 @@ def test_unseen_words_never_occur_in_training_captions() -> None:
         assert spoken <= trained
 
 
-def test_paraphrases_use_unseen_words_for_shape_colour_and_motion() -> None:
+def unseen_names(text: str, scene: Scene) -> set[str]:
+    """The attributes that a text names by a held-out word."""
+    forms = {name: [f for o in UNSEEN[name][scene.attributes[name]] for f in _forms(o)] for name in UNSEEN}
+    return {name for name in forms if any(re.search(rf"\b{form}\b", text) for form in forms[name])}
+
+
+def test_paraphrases_use_unseen_words() -> None:
     rng = np.random.default_rng(0)
+    some = [unseen_names(paraphrase(scene, rng), scene) for scene in scenes(300)]
+    assert all(some) and {len(names) for names in some} == {1, 2, 3}
     for scene in scenes(300):
-        text = paraphrase(scene, rng)
-        for name in UNSEEN:
-            value = scene.attributes[name]
-            forms = [form for option in UNSEEN[name][value] for form in _forms(option)]
-            assert any(re.search(rf"\b{form}\b", text) for form in forms), (text, value)
+        text = paraphrase(scene, rng, strict=True)
+        assert unseen_names(text, scene) == {"shape", "colour", "motion"}, text
 
 
 def _forms(option: str) -> list[str]:
@@ -325,12 +330,22 @@ def test_build_writes_clips_that_show_their_captions(built: Path) -> None:
 def test_build_writes_prompts(built: Path) -> None:
     train, held_out = split_combinations(SMALL.seed)
     trained = {row["text"] for row in read(built / "manifest.csv")}
-    for name, combos in (("heldout", held_out), ("paraphrase", held_out), ("seen", train)):
+    for name, combos in (
+        ("heldout", held_out),
+        ("paraphrase", held_out),
+        ("paraphrase_strict", held_out),
+        ("seen", train),
+    ):
         rows = read(built / f"prompts_{name}.csv")
         assert len(rows) >= 96 and len({row["prompt"] for row in rows}) == len(rows)
         assert {(row["shape"], row["colour"], row["motion"]) for row in rows} == set(combos)
         assert {row["background"] for row in rows} == set(BACKGROUNDS)
         assert not trained & {row["prompt"] for row in rows}
+        for row in rows:
+            scene = Scene(row["shape"], row["colour"], row["motion"], row["background"])
+            unseen = len(unseen_names(row["prompt"], scene))
+            least, most = {"paraphrase": (1, 3), "paraphrase_strict": (3, 3)}.get(name, (0, 0))
+            assert least <= unseen <= most, row
     sample = (built / "prompts.txt").read_text().splitlines()
     rows = read(built / "prompts_sample.csv")
     assert sample == [row["prompt"] for row in rows] and len(sample) == 8

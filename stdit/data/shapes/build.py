@@ -3,7 +3,8 @@
     videos/00000.mp4 ...     the clips, of the training combinations only
     manifest.csv             path,text,num_frames,fps,height,width and the attributes of every clip
     prompts_heldout.csv      prompts in training wording on combinations that no clip shows
-    prompts_paraphrase.csv   the same combinations in words that no caption uses
+    prompts_paraphrase.csv   the same combinations with some words that no caption uses (shape, colour, motion)
+    prompts_paraphrase_strict.csv   the same, shape, colour and motion all in such words
     prompts_seen.csv         prompts on training combinations, which are no caption of a clip
     prompts_sample.csv, prompts.txt   eight varied prompts on held-out combinations
     shapes.json              what was built; written last
@@ -43,7 +44,7 @@ from stdit.errors import UserError
 VERSION = 1
 """To be raised when the same seed is to give other files."""
 META = "shapes.json"
-STREAMS = {"clips": 0, "seen": 1, "heldout": 2, "paraphrase": 3, "sample": 4}
+STREAMS = {"clips": 0, "seen": 1, "heldout": 2, "paraphrase": 3, "sample": 4, "paraphrase_strict": 5}
 """Each kind of draw has its own stream of random numbers."""
 
 Row = dict[str, Any]
@@ -116,10 +117,13 @@ def draw_prompts(
     """Prompts with their expected attributes, each combination on that many backgrounds.
 
     Args:
-        kind: a name of `STREAMS`; "paraphrase" draws unseen words.
+        kind: a name of `STREAMS`; it decides the wording.
         avoid: texts that must not come up, such as the captions of the clips.
     """
-    describe: Callable[[Scene, np.random.Generator], str] = paraphrase if kind == "paraphrase" else caption
+    describe: Callable[[Scene, np.random.Generator], str] = {
+        "paraphrase": paraphrase,
+        "paraphrase_strict": partial(paraphrase, strict=True),
+    }.get(kind, caption)
     rows: list[Row] = []
     used = set(avoid)
     for i, combo in enumerate(combos):
@@ -167,6 +171,7 @@ def _write_all(folder: Path, config: ShapesConfig, workers: int) -> None:
     sets = {
         "heldout": draw_prompts("heldout", held_out, 3, config.seed, texts),
         "paraphrase": draw_prompts("paraphrase", held_out, 3, config.seed, texts),
+        "paraphrase_strict": draw_prompts("paraphrase_strict", held_out, 3, config.seed, texts),
         "seen": draw_prompts("seen", train, 1, config.seed, texts),
         "sample": draw_prompts("sample", _varied(held_out, 8), 1, config.seed, texts),
     }
