@@ -3,8 +3,8 @@
     videos/00000.mp4 ...     the clips, of the training combinations only
     manifest.csv             path,text,num_frames,fps,height,width and the attributes of every clip
     prompts_heldout.csv      prompts in training wording on combinations that no clip shows
-    prompts_paraphrase.csv   the same combinations with some words that no caption uses (shape, colour, motion)
-    prompts_paraphrase_strict.csv   the same, shape, colour and motion all in such words
+    prompts_paraphrase.csv   the same combinations, some words used by no caption
+    prompts_paraphrase_strict.csv   the same, such words for shape, colour and motion
     prompts_seen.csv         prompts on training combinations, which are no caption of a clip
     prompts_sample.csv, prompts.txt   eight varied prompts on held-out combinations
     shapes.json              what was built; written last
@@ -120,10 +120,11 @@ def draw_prompts(
         kind: a name of `STREAMS`; it decides the wording.
         avoid: texts that must not come up, such as the captions of the clips.
     """
-    describe: Callable[[Scene, np.random.Generator], str] = {
+    wordings: dict[str, Callable[[Scene, np.random.Generator], str]] = {
         "paraphrase": paraphrase,
         "paraphrase_strict": partial(paraphrase, strict=True),
-    }.get(kind, caption)
+    }
+    describe = wordings.get(kind, caption)
     rows: list[Row] = []
     used = set(avoid)
     for i, combo in enumerate(combos):
