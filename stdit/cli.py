@@ -8,6 +8,7 @@ import types
 import typing
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -77,7 +78,7 @@ def parse(
         help="YAML file of settings; later ones win, flags win.",
     )
     parser.add_class_arguments(config_class)
-    for flag, value in zip(arguments, arguments[1:], strict=False):
+    for flag, value in pairwise(arguments):
         if flag == "--config":
             _check_file(Path(value), config_class)
     try:

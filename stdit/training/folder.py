@@ -24,7 +24,7 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
         check_same_experiment(checkpoint, experiment_key(config))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
+        lock = open(folder / ".lock", "w")
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): choose another with --output_dir or --name."

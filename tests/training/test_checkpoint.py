@@ -40,7 +40,7 @@ def test_a_refusing_disk_leaves_older_checkpoints_as_they_were(tmp_path: Path) -
         write(folder)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="step-00000002 could not be written .*No space.*as it was"):
+    with pytest.raises(UserError, match=r"step-00000002 could not be written .*No space.*as it was"):
         checkpoints.save(2, refuse, {})
     assert names(tmp_path) == ["step-00000001"]
     verify(tmp_path / "step-00000001")
@@ -66,7 +66,7 @@ def test_auto_passes_over_broken_ones(tmp_path: Path) -> None:
     assert found == folders[1] and len(reasons) == 1 and "step-00000003" in reasons[0]
     for folder in folders:
         (folder / "meta.json").unlink()
-    with pytest.raises(UserError, match="none is whole"):
+    with pytest.raises(UserError, match=r"none is whole"):
         find_checkpoint("auto", tmp_path)
     assert newest_whole(tmp_path)[0] is None
 
@@ -75,16 +75,16 @@ def test_never_and_paths(tmp_path: Path) -> None:
     run, other = tmp_path / "run" / "checkpoints", tmp_path / "other" / "checkpoints"
     assert find_checkpoint("never", run) == (None, [])
     old, new = (Checkpoints(run, CheckpointConfig()).save(step, write, {}) for step in (1, 2))
-    with pytest.raises(UserError, match="resume = never, but .*run has checkpoints"):
+    with pytest.raises(UserError, match=r"resume = never, but .*run has checkpoints"):
         find_checkpoint("never", run)
     assert find_checkpoint(str(new), run) == (new, [])
     assert find_checkpoint(str(old), other) == (old, [])
-    with pytest.raises(UserError, match="step-00000002 already"):
+    with pytest.raises(UserError, match=r"step-00000002 already"):
         find_checkpoint(str(old), run)
     with pytest.raises(UserError, match="not a folder"):
         find_checkpoint(str(tmp_path / "nowhere"), run)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no meta.json"):
+    with pytest.raises(UserError, match=r"no meta.json"):
         find_checkpoint(str(tmp_path / "empty"), run)
 
 
@@ -92,11 +92,11 @@ def test_another_experiment_is_named(tmp_path: Path) -> None:
     saved = {"model.depth": 2, "seed": 0, "gone": 1}
     folder = Checkpoints(tmp_path, CheckpointConfig()).save(1, write, {"experiment": saved})
     check_same_experiment(folder, {"model.depth": 2, "new": 3})
-    with pytest.raises(UserError, match="model.depth was 2, is 3; seed was 0, is 1"):
+    with pytest.raises(UserError, match=r"model.depth was 2, is 3; seed was 0, is 1"):
         check_same_experiment(folder, {"model.depth": 3, "seed": 1})
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"keep_last": 0}, {"keep_every": 0}])
 def test_impossible_settings(settings: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=f"checkpoint.{next(iter(settings))} = 0"):
+    with pytest.raises(UserError, match=rf"checkpoint.{next(iter(settings))} = 0"):
         CheckpointConfig(**settings)

@@ -48,5 +48,5 @@ def test_state_round_trip() -> None:
 
 
 def test_impossible_decay() -> None:
-    with pytest.raises(UserError, match="ema.decay"):
+    with pytest.raises(UserError, match=r"ema.decay"):
         EMAConfig(decay=1.0)

@@ -127,5 +127,5 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     "settings", [{"lr": 0}, {"muon_lr": -1}, {"betas": (0.9, 1.0)}, {"warmup_steps": -1}, {"decay_share": 2}]
 )
 def test_impossible_settings(settings: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=f"optimizer.{next(iter(settings))}"):
+    with pytest.raises(UserError, match=rf"optimizer.{next(iter(settings))}"):
         OptimizerConfig(**settings)  # type: ignore[arg-type]

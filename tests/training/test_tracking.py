@@ -31,7 +31,7 @@ def test_a_full_disk_is_said() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     metrics = MetricsFile.__new__(MetricsFile)
-    metrics.file = open("/dev/full", "w")  # noqa: SIM115
+    metrics.file = open("/dev/full", "w")
     with pytest.raises(UserError, match="/dev/full could not be written"):
         metrics.write({"step": 0})
 
@@ -72,6 +72,7 @@ def test_wandb_without_a_key_writes_offline(
     for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     track("wandb", tmp_path, TrackerConfig(name="wandb"))
+    wandb.teardown()  # as at the end of a process: waits until all is on disk
     assert capsys.readouterr().out.count("wandb has no key") == 1
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     content = written.read_bytes()

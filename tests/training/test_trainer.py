@@ -95,7 +95,7 @@ def test_nonfinite_steps_are_skipped_counted_and_stop_the_run() -> None:
     assert not one.step(1, batch(1))["skipped"] and one.nonfinite_in_a_row == 0
     one.step(2, broken)
     one.step(3, broken)
-    with pytest.raises(UserError, match="not finite in 3 steps in a row, up to 4: lower"):
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row, up to 4: lower"):
         one.step(4, broken)
 
 
@@ -130,5 +130,5 @@ def test_gradients_are_clipped() -> None:
 
 @pytest.mark.parametrize("name", ["steps", "micro_batch_size", "max_nonfinite_steps", "max_grad_norm"])
 def test_impossible_settings(name: str) -> None:
-    with pytest.raises(UserError, match=f"trainer.{name} = 0"):
+    with pytest.raises(UserError, match=rf"trainer.{name} = 0"):
         TrainerConfig(**{name: 0})  # type: ignore[arg-type]
