@@ -79,8 +79,8 @@ def read_manifest(manifest: Path, root: Path | None = None) -> tuple[list[Clip],
     resolved_root = root.resolve()
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda row: _read_row(row, resolved_root), rows)
-        results = tqdm(results, total=len(rows), desc="reading clips", unit="clip", delay=3, disable=None)
-        outcomes = list(results)
+        bar = tqdm(results, total=len(rows), desc="reading clips", unit="clip", delay=3, disable=None)
+        outcomes = list(bar)
     clips = [outcome for outcome in outcomes if isinstance(outcome, Clip)]
     skipped = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
     if not clips:

@@ -18,7 +18,9 @@ from torch import Generator, Tensor
 from stdit.diffusion.conditioning import MASK_STRATEGIES
 from stdit.errors import UserError
 
-SMALLEST_T = 0.02  # a sample prediction is divided by t; below this level the division only amplifies rounding
+SMALLEST_T = (
+    0.02  # a sample prediction is divided by t; below this level the division only amplifies rounding
+)
 
 
 @dataclass
@@ -52,11 +54,15 @@ class FlowConfig:
             raise UserError(f"flow.caption_dropout = {self.caption_dropout}: must lie between 0 and 1")
         for name, share in self.conditioning.items():
             if name not in MASK_STRATEGIES:
-                raise UserError(f"flow.conditioning has {name!r}: must be one of {', '.join(MASK_STRATEGIES)}")
+                raise UserError(
+                    f"flow.conditioning has {name!r}: must be one of {', '.join(MASK_STRATEGIES)}"
+                )
             if share < 0:
                 raise UserError(f"flow.conditioning.{name} = {share}: must not be negative")
         if sum(self.conditioning.values()) > 1 + 1e-9:
-            raise UserError(f"flow.conditioning adds up to {sum(self.conditioning.values())}: must be at most 1")
+            raise UserError(
+                f"flow.conditioning adds up to {sum(self.conditioning.values())}: must be at most 1"
+            )
 
 
 def per_frame(t: Tensor) -> Tensor:
@@ -163,7 +169,12 @@ class RectifiedFlow:
         return shift_levels(t, self.size_shift(latent_frames, height, width))
 
     def sigmas(
-        self, num_inference_steps: int, latent_frames: int, height: int, width: int, shift: float | None = None
+        self,
+        num_inference_steps: int,
+        latent_frames: int,
+        height: int,
+        width: int,
+        shift: float | None = None,
     ) -> Tensor:
         """Noise levels of a sampling run, ``[steps + 1]``, from 1 (noise) to 0 (data).
 
@@ -176,7 +187,9 @@ class RectifiedFlow:
         """Write ``scheduler_config.json``; takes and needs none of the options that diffusers gives components."""
         variance = None if self.latent_variance is None else self.latent_variance.tolist()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"_class_name": "RectifiedFlow", **asdict(self.config), "latent_variance": variance})
+        text = json.dumps(
+            {"_class_name": "RectifiedFlow", **asdict(self.config), "latent_variance": variance}
+        )
         (Path(folder) / "scheduler_config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod

@@ -42,7 +42,14 @@ class STDiTConfig:
     """Value around which the gates of the residual branches start."""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "hidden_size", "num_heads", "in_channels", "caption_channels", "model_max_length"):
+        for name in (
+            "depth",
+            "hidden_size",
+            "num_heads",
+            "in_channels",
+            "caption_channels",
+            "model_max_length",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} = {getattr(self, name)}: must be at least 1")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:

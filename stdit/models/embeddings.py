@@ -84,7 +84,7 @@ class ScalarEmbedder(nn.Module):
     def forward(self, scalar: Tensor) -> Tensor:
         waves = sincos(scalar, self.frequencies)
         waves = waves.roll(self.frequencies // 2, dims=-1)  # cosines first, as in DiT
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class Mlp(nn.Module):

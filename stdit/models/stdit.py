@@ -52,7 +52,9 @@ class STDiTBlock(nn.Module):
     def self_attention(self, x: Tensor, angles: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, angles: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, angles: Tensor
+    ) -> Tensor:
         """One block (PixArt-alpha, figure 4): ``x [B T S D]``, caption ``y [B L D]``, ``modulation [B F 6 D]``."""
         table = self.scale_shift_table.to(x.dtype) + modulation
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, :, :, None].unbind(2)  # each [B F 1 D]
@@ -127,13 +129,14 @@ class STDiT(ModelMixin, ConfigMixin):
         """
         dim = self.config.hidden_size
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for linear in (*self.t_embedder.mlp[::2], *self.fps_embedder.mlp[::2], self.t_block[1]):
-            nn.init.normal_(linear.weight, std=0.02)
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for small in (self.t_embedder.mlp, self.fps_embedder.mlp, self.t_block):
+            for parameter in small.parameters():
+                if parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=0.02)
         nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5)
         nn.init.normal_(self.final_layer.scale_shift_table, std=dim**-0.5)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -142,17 +145,17 @@ class STDiT(ModelMixin, ConfigMixin):
             with torch.no_grad():
                 block.scale_shift_table[[2, 5]] += self.config.gate_init
         if self.config.gate_init == 0:
-            for block in self.temporal_blocks:
-                branches = [block.attn.proj, block.mlp.fc2]
-                branches += [block.cross_attn.proj] if block.cross_attn is not None else []
-                for linear in branches:
-                    nn.init.zeros_(linear.weight)
+            for name, parameter in self.temporal_blocks.named_parameters():
+                if name.endswith((".proj.weight", "mlp.fc2.weight")):
+                    nn.init.zeros_(parameter)
 
     def blocks(self) -> list[STDiTBlock]:
         """The blocks in the order in which they run: S T S T ..., or S T T S ... when paired."""
-        pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
         turn = 2 if self.config.block_order == "paired" else 1
-        return [b for i, (s, t) in enumerate(pairs) for b in ((s, t) if i % turn == 0 else (t, s))]
+        order: list[Any] = []
+        for i, (spatial, temporal) in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
+            order += [spatial, temporal] if i % turn == 0 else [temporal, spatial]
+        return order
 
     def compile_blocks(self, **options: Any) -> None:
         """Let ``torch.compile`` compile every block in place; ``options`` are its own."""
@@ -199,9 +202,12 @@ class STDiT(ModelMixin, ConfigMixin):
 
         x = self.x_embedder(padded)  # [B T S D]
         dtype = x.dtype
-        x = x + spatial_positions(
-            rows, columns, x.shape[-1], height * width, self.config.input_sq_size
-        ).to(dtype)[:, None]
+        x = (
+            x
+            + spatial_positions(rows, columns, x.shape[-1], height * width, self.config.input_sq_size).to(
+                dtype
+            )[:, None]
+        )
         angles = rotary_angles(x.shape[1], x.shape[-1] // self.config.num_heads, x.device)
 
         if drop_caption is not None:
@@ -230,7 +236,9 @@ class STDiT(ModelMixin, ConfigMixin):
     def _check(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> None:
         B, C, T = hidden_states.shape[:3]
         if C != self.config.in_channels:
-            raise ValueError(f"latents have {C} channels, but this model was made for {self.config.in_channels}")
+            raise ValueError(
+                f"latents have {C} channels, but this model was made for {self.config.in_channels}"
+            )
         L, E = encoder_hidden_states.shape[1:]
         if E != self.config.caption_channels or L > self.config.model_max_length:
             raise ValueError(
@@ -256,5 +264,8 @@ def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
 # diffusers reads a model's settings off the signature of its __init__; the dataclass is the one list of them.
 STDiT.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    + [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(STDiTConfig)]
+    + [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
+        for f in fields(STDiTConfig)
+    ]
 )

@@ -322,7 +322,7 @@ def test_build_writes_clips_that_show_their_captions(built: Path) -> None:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.average_rate) == ("h264", 8)
             frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
-        assert frames.shape == tuple(int(row[key]) for key in ("num_frames", "height", "width")) + (3,)
+        assert frames.shape == (*(int(row[key]) for key in ("num_frames", "height", "width")), 3)
         assert score(frames, row)["all"]
     assert not list(built.parent.glob("*.tmp"))
 

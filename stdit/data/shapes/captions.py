@@ -1,8 +1,8 @@
 """Captions of the embedded data set: many wordings for training, and paraphrases with words never trained on.
 
-Every attribute value has plain names, which training always uses, and a pool of synonyms, of which a fixed random
-part is held out: neither list is picked by hand for being easy or hard. A paraphrase takes shape, colour and motion
-from the held-out words and its sentence from held-out templates.
+Every attribute value has plain names, which training always uses, and a pool of synonyms, of which a fixed
+random part is held out. A paraphrase takes some or all of shape, colour and motion from the held-out words, and
+its sentence from held-out templates.
 
 Motions are written `moves|moving to the right`: third person, participle, then what follows both.
 """
@@ -325,8 +325,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 def paraphrase(scene: Scene, rng: np.random.Generator, strict: bool = False) -> str:
     """Describe a scene in a held-out sentence with held-out words.
 
-    Shape, colour and motion are each named by a word that occurs in no `caption`: all three if `strict`, else a
-    random choice of them, at least one.
+    Shape, colour and motion are each named by a word that occurs in no `caption`: all three if `strict`,
+    else a random choice of them, at least one.
     """
     attributes = ("shape", "colour", "motion")
     replaced = rng.integers(1, 2 ** len(attributes))  # a subset, as bits

@@ -166,7 +166,7 @@ def _cut_out(offset: Array) -> Array:
 
 
 def _follow(alpha: Array) -> _Track:
-    t, h, w = alpha.shape
+    h, w = alpha.shape[1:]
     area = alpha.sum((1, 2))
     mass = np.maximum(area, 1e-6)
     x = (alpha.sum(1) @ (np.arange(w) + 0.5)) / mass

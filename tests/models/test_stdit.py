@@ -1,0 +1,232 @@
+"""STDiT against the reference tensors of Open-Sora v1.2, and the promises of its own options."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stdit.errors import UserError
+from stdit.models.config import STDiTConfig
+from stdit.models.stdit import STDiT, TemporalBlock
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+PARAMETERS = {
+    "tiny": 1_785_248,
+    "S": 61_150_880,
+    "B": 236_970_272,
+    "XL-2": 1_208_872_736,
+    "3B-2": 3_183_440_336,
+}
+"""As in the table of configs/models/README.md; tiny with the quickstart's codec and text encoder."""
+
+
+def small(**settings) -> STDiT:
+    """A small model in which no weight is zero."""
+    base = {"depth": 3, "hidden_size": 32, "num_heads": 2, "caption_channels": 12, "model_max_length": 7}
+    torch.manual_seed(0)
+    model = STDiT(**{**base, **settings})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(frames: int = 4, rows: int = 5, columns: int = 6, batch: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(batch, 7, dtype=torch.bool)
+    mask[0, 3:] = False
+    return {
+        "hidden_states": torch.randn(batch, 4, frames, rows, columns, generator=generator),
+        "timestep": torch.linspace(100, 900, batch),
+        "encoder_hidden_states": torch.randn(batch, 7, 12, generator=generator),
+        "encoder_attention_mask": mask,
+        "fps": torch.full((batch,), 24.0),
+        "height": torch.full((batch,), 8.0 * rows),
+        "width": torch.full((batch,), 8.0 * columns),
+    }
+
+
+@pytest.mark.parametrize("case", ["plain", "odd_ragged", "pad_xmask"])
+def test_equals_open_sora(case: str) -> None:
+    tensors = load_file(GOLDEN / f"{case}.safetensors")
+    settings = json.loads((GOLDEN / f"{case}.json").read_text())["model"]
+    del settings["class_dropout_prob"]
+    model = STDiT(**settings)
+    weights = {
+        key[2:]: value for key, value in tensors.items() if key.startswith("w.") and key != "w.rope.freqs"
+    }
+    model.load_state_dict(weights)
+    x = tensors["in.x"].requires_grad_()
+    generated = tensors.get("in.x_mask", torch.ones(x.shape[0], x.shape[2], dtype=torch.bool))
+    out = model(
+        hidden_states=x,
+        timestep=tensors["in.timestep"][:, None] * generated,
+        encoder_hidden_states=tensors["in.y"][:, 0],
+        encoder_attention_mask=tensors.get("in.mask"),
+        fps=tensors["in.fps"],
+        height=tensors["in.height"],
+        width=tensors["in.width"],
+    )
+    free = generated[:, None, :, None, None]
+    torch.testing.assert_close(out * free, tensors["out"] * free, atol=1e-5, rtol=0)
+
+    (out * free).square().mean().backward()
+    found = {"x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+    gradients = {key[5:]: value for key, value in tensors.items() if key.startswith("grad.")}
+    assert gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_presets(name: str) -> None:
+    settings = yaml.safe_load((ROOT / "configs" / "models" / f"{name}.yaml").read_text())["model"]
+    if name == "tiny":
+        settings |= {"in_channels": 160, "caption_channels": 384, "model_max_length": 64}
+    with torch.device("meta"):
+        model = STDiT(**settings)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    table = (ROOT / "configs" / "models" / "README.md").read_text()
+    assert f"{PARAMETERS[name]:,}" in table
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"block_order": "paired", "cross_attention": "spatial", "pooled_text": True}]
+)
+def test_equal_timesteps_of_frames_are_one_timestep(settings: dict) -> None:
+    model, batch = small(**settings), inputs()
+    expected = model(**batch)
+    batch["timestep"] = batch["timestep"][:, None].expand(-1, 4)
+    torch.testing.assert_close(model(**batch), expected)
+    batch["timestep"] = batch["timestep"] * torch.tensor([0, 1, 1, 1])
+    assert (model(**batch) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("settings", [{}, {"pooled_text": True}])
+def test_padding_tokens_are_not_read(settings: dict) -> None:
+    model, batch = small(**settings), inputs()
+    expected = model(**batch)
+    batch["encoder_hidden_states"] = batch["encoder_hidden_states"].clone()
+    batch["encoder_hidden_states"][0, 3:] = 1e3
+    torch.testing.assert_close(model(**batch), expected)
+    batch["encoder_hidden_states"][0, 2] += 1
+    assert (model(**batch)[0] - expected[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 2, 2), (1, 1, 1), (5, 7, 9), (2, 3, 4)])
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 2), (1, 1, 1)])
+def test_any_size(frames: int, rows: int, columns: int, patch: tuple) -> None:
+    batch = inputs(frames, rows, columns)
+    out = small(patch_size=patch)(**batch)
+    assert out.shape == (2, 8, frames, rows, columns)
+    assert out.isfinite().all()
+
+
+def test_samples_of_a_batch_are_independent() -> None:
+    model, batch = small(), inputs()
+    batch["height"] = torch.tensor([40.0, 80.0])
+    batch["fps"] = torch.tensor([8.0, 30.0])
+    whole = model(**batch)
+    for i in range(2):
+        torch.testing.assert_close(model(**{k: v[i : i + 1] for k, v in batch.items()})[0], whole[i])
+    assert (model(**batch | {"fps": torch.tensor([8.0, 8.0])})[1] - whole[1]).abs().max() > 1e-3
+    assert (model(**batch | {"height": torch.tensor([40.0, 40.0])})[1] - whole[1]).abs().max() > 1e-3
+
+
+def test_null_caption_replaces_the_text_and_learns() -> None:
+    model, batch = small(pooled_text=True), inputs()
+    drop = torch.tensor([True, False])
+    out = model(**batch, drop_caption=drop)
+    torch.testing.assert_close(out[1], model(**batch)[1])
+    other = batch | {"encoder_hidden_states": batch["encoder_hidden_states"] + 1}
+    torch.testing.assert_close(model(**other, drop_caption=drop)[0], out[0])
+    out.square().mean().backward()
+    assert model.y_embedder.y_embedding.grad.abs().max() > 0
+
+
+def test_block_orders() -> None:
+    def kinds(order: str) -> str:
+        return "".join(
+            "T" if isinstance(b, TemporalBlock) else "S" for b in small(block_order=order).blocks()
+        )
+
+    assert kinds("alternate") == "STSTST"
+    assert kinds("paired") == "STTSST"
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "compile"])
+def test_same_numbers_and_gradients(how: str) -> None:
+    plain, other, batch = small(), small(), inputs() | {"drop_caption": torch.tensor([True, False])}
+    if how == "checkpointing":
+        other.enable_gradient_checkpointing()
+    else:
+        other.compile_blocks(backend="aot_eager", fullgraph=True)
+    for model in (plain, other):
+        model(**batch).square().mean().backward()
+    torch.testing.assert_close(other(**batch), plain(**batch))
+    for (name, a), b in zip(plain.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
+        assert a.grad is not None and a.grad.abs().max() > 0, name
+
+
+def test_compiled_by_inductor_is_the_same() -> None:
+    model, batch = small(depth=1), inputs()
+    expected = model(**batch)
+    model.compile_blocks()
+    torch.testing.assert_close(model(**batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model, batch = small(pooled_text=True, block_order="paired"), inputs()
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    again = STDiT.from_pretrained(tmp_path)
+    assert again.config.block_order == "paired"
+    torch.testing.assert_close(again(**batch), model(**batch), atol=0, rtol=0)
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    model = STDiT(depth=2, hidden_size=32, num_heads=2, caption_channels=12, model_max_length=7)
+    assert model(**inputs()).abs().max() == 0
+    assert all(block.attn.proj.weight.abs().max() == 0 for block in model.temporal_blocks)
+    gates = STDiT(depth=2, hidden_size=1024, num_heads=2, caption_channels=12, gate_init=0.5)
+    assert abs(float(gates.spatial_blocks[0].scale_shift_table[2].mean()) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size": 100, "num_heads": 3}, "num_heads = 3.*use 2"),
+        ({"hidden_size": 6, "num_heads": 1}, "multiple of 4; use 8|multiple of 4"),
+        ({"depth": 0}, "depth = 0: must be at least 1"),
+        ({"patch_size": (1, 0, 2)}, "patch_size"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio"),
+    ],
+)
+def test_impossible_settings(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        STDiTConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": torch.zeros(2, 3, 4, 5, 6)}, "3 channels"),
+        ({"timestep": torch.zeros(2, 3)}, "timestep has shape"),
+        ({"encoder_hidden_states": torch.zeros(2, 7, 5)}, "width 5"),
+        ({"encoder_hidden_states": torch.zeros(2, 9, 12)}, "9 tokens"),
+        ({"fps": None}, "needs fps"),
+    ],
+)
+def test_inputs_that_do_not_fit(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small()(**inputs() | change)
