@@ -1,8 +1,8 @@
 """Captions of the embedded data set: many wordings for training, and paraphrases with words never trained on.
 
 Every attribute value has plain names, which training always uses, and a pool of synonyms, of which a fixed
-random part is held out. A paraphrase takes some or all of shape, colour and motion from the held-out words, and
-its sentence from held-out templates.
+random part is held out. A paraphrase takes some or all of shape, colour and motion from the held-out words,
+and its sentence from held-out templates.
 
 Motions are written `moves|moving to the right`: third person, participle, then what follows both.
 """
