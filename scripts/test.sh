@@ -2,7 +2,7 @@
 # The whole check: format, lint, types, tests. Sets up .venv first. Arguments go to pytest, such as: -m slow
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/environment.sh dev
+. scripts/environment.sh '[dev]'
 
 ruff format --check .
 ruff check .
