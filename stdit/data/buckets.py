@@ -1,5 +1,6 @@
 """Buckets: the sizes of clip that are trained on, and which clip goes into which.
- A batch has one size, so clips are sorted into buckets of frames x height x width before training. Letters: N
+
+A batch has one size, so clips are sorted into buckets of frames x height x width before training. Letters: N
 clips, K buckets.
 """
 

@@ -1,5 +1,6 @@
 """Every clip and caption encoded once, kept in memory and in one file, so that training reads no video.
- Letters: N clips of a bucket, B batch, C T' H' W' latents, U different captions, L text tokens, E width of
+
+Letters: N clips of a bucket, B batch, C T' H' W' latents, U different captions, L text tokens, E width of
 text states.
 """
 

@@ -39,8 +39,7 @@ class BucketConfig:
         if not 0 < self.keep_probability <= 1:
             raise UserError(
                 f"data.buckets: keep_probability is {self.keep_probability}; it must be above 0 and "
-                "at most 1 "
-                "(remove the bucket to take none)"
+                "at most 1 (remove the bucket to take none)"
             )
         self.size()
 
@@ -55,9 +54,8 @@ class BucketConfig:
             return resolve_size(self.resolution, self.aspect_ratio)
         if self.height is None or self.width is None:
             raise UserError(
-                f"data.buckets: height is {self.height} and width is {self.width};  give both, or "
-                "a resolution "
-                'such as "240p"'
+                f"data.buckets: height is {self.height} and width is {self.width}; give both, or "
+                'a resolution such as "240p"'
             )
         if self.height < 1 or self.width < 1:
             raise UserError(
@@ -72,8 +70,7 @@ class DataConfig:
     """Which clips to train on and how to read them."""
 
     manifest: str = ""
-    """CSV with the columns path,text[,num_frames,fps,height,width], or a folder of videos with .txt
-    captions."""
+    """CSV with columns path,text[,num_frames,fps,height,width], or a folder of videos with .txt captions."""
     root: str | None = None
     """Folder that paths are relative to and that no file may lie outside; default: the manifest's folder."""
     buckets: list[BucketConfig] = field(default_factory=lambda: [BucketConfig(height=256, width=256)])
@@ -94,8 +91,7 @@ class DataConfig:
         if not self.manifest:
             raise UserError(
                 "data.manifest is empty: give a CSV with the columns path,text, or a folder of videos with "
-                ".txt "
-                "captions beside them"
+                ".txt captions beside them"
             )
         if not self.buckets:
             raise UserError(

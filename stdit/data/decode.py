@@ -1,5 +1,6 @@
 """From a file to frames: look at the header, seek, choose frames by presentation time, resize and crop.
- Letters: T frames, H height, W width. Files are untrusted: only the demuxers of `FORMATS` may open them (a
+
+Letters: T frames, H height, W width. Files are untrusted: only the demuxers of `FORMATS` may open them (a
 text file that names other files is not one of them), only local files are read, and sizes are checked in the
 header before a frame is decoded.
 """

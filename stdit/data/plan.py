@@ -1,5 +1,6 @@
 """The batch plan: which clips make up the global batch of any step.
- A pure function of (seed, manifest, buckets, step) with random access, so that a resume needs the step and
+
+A pure function of (seed, manifest, buckets, step) with random access, so that a resume needs the step and
 nothing else, and any number of ranks or workers sees the same data.
 """
 
