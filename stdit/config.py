@@ -100,6 +100,11 @@ class TrainConfig:
                 f"flow.prediction = residual and codec.name = {self.codec.name}: residual needs a codec that "
                 "knows the variance of its latents: use codec.name = pca, or flow.prediction = velocity"
             )
+        if self.flow.conditioning and self.model.patch_size[0] > 1:
+            raise UserError(
+                f"flow.conditioning and model.patch_size = {list(self.model.patch_size)}: a frame can only be given "
+                "where patches are one frame long: leave flow.conditioning out, or use a patch_size of [1, ...]"
+            )
         if self.data.cache == "memory" and self.data.crop == "random":
             raise UserError(
                 "data.cache = memory encodes each clip once, so it cannot crop at random: use "

@@ -49,6 +49,7 @@ def test_a_written_config_reads_back_the_same(tmp_path: Path) -> None:
         ([*GIVEN, "--seed", "-1"], "seed = -1"),
         ([*GIVEN, "--flow.prediction", "residual"], "use codec.name = pca"),
         ([*GIVEN, "--data.cache", "memory", "--data.crop", "random"], "data.cache = memory"),
+        ([*GIVEN, "--flow.conditioning.first", "0.1", "--model.patch_size", "[2, 2, 2]"], "one frame long"),
         ([*GIVEN, "--model.num_heads", "7"], "model.num_heads = 7"),
         ([*GIVEN, "--data.buckets", "[{num_frames: 0, height: 8, width: 8}]"], "num_frames is 0"),
         ([*GIVEN, "--trainer.steps", "0"], "trainer.steps = 0"),

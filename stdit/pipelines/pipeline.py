@@ -229,6 +229,10 @@ class STDiTPipeline(DiffusionPipeline):
             if one is not None:
                 latents[index, :, :1] = self._encode_image(one, height, width, device)
                 free[index, 0] = 0
+        if not free.all() and self.transformer.config.patch_size[0] > 1:
+            raise UserError(
+                "this model joins frames in its patches, so no single one can be given: leave the image out."
+            )
         if not free.any():
             raise UserError(
                 f"num_frames = {num_frames} is one latent frame, which the image fills: ask for more frames "

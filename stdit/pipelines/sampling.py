@@ -1,5 +1,6 @@
 """From prompts to files: what ``sample.py`` does after parsing. Imports what is heavy only when needed."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from stdit.pipelines.pipeline import STDiTPipeline
 
 __all__ = ["Request", "Source", "load_pipeline", "plan_requests", "sample_to_files", "sample_videos"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,10 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
 
     pipe, weights = load_pipeline(source, config.ema)
     print(f"sampling from {source.path} (weights {weights})", flush=True)
+    if any(request.image for request in requests) and not pipe.scheduler.config.conditioning:
+        logger.warning(
+            "the model never saw given frames in training (flow.conditioning): it may ignore the image"
+        )
     pipe.to(device, _dtype(config.dtype))
 
     from stdit.pipelines import video_io

@@ -11,7 +11,7 @@ from stdit.errors import UserError
 from stdit.pipelines.images import first_frames
 from stdit.pipelines.pipeline import STDiTPipeline
 from tests.codecs.tiny import save_tiny_vae
-from tests.pipelines.tiny import tiny_pipeline
+from tests.pipelines.tiny import tiny_model, tiny_pipeline
 
 PROMPTS = ["a red circle moves up", "a blue star on white"]
 
@@ -92,6 +92,14 @@ def test_given_and_free_samples_share_a_batch(pipe):
     together = latents(pipe, PROMPTS, (1, 2), image=[picture, None])
     torch.testing.assert_close(together[0], latents(pipe, seeds=(1,), image=picture)[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together[1], latents(pipe, PROMPTS[1], (2,))[0], atol=1e-5, rtol=1e-5)
+
+
+def test_no_frame_can_be_given_to_patches_of_several(tmp_path):
+    pipe = tiny_pipeline(tmp_path)
+    pipe.transformer = tiny_model(patch_size=(2, 4, 4))
+    assert latents(pipe).shape == (1, 3, 4, 8, 8)
+    with pytest.raises(UserError, match="joins frames"):
+        latents(pipe, image=torch.zeros(3, 8, 8))
 
 
 def test_guidance_1_is_no_guidance(pipe, monkeypatch):

@@ -108,7 +108,7 @@ def test_equal_settings_share_a_batch_and_order_is_kept(pipe, monkeypatch):
     assert np.abs(alone.astype(int) - results[1][1]).max() <= 1  # rounding of a level at most
 
 
-def test_files_are_whole_described_and_never_replaced(pipe, tmp_path, capsys):
+def test_files_are_whole_described_and_never_replaced(pipe, tmp_path, capsys, caplog):
     run = write_run(tmp_path / "run", pipe)
     prompts = tmp_path / "p.csv"
     prompts.write_text("prompt,shape,image\nA red Ball: it moves!,ball,\n圆 star,star,first.png\n")
@@ -139,6 +139,7 @@ def test_files_are_whole_described_and_never_replaced(pipe, tmp_path, capsys):
     weights = run / "checkpoints" / "step-00000010" / "ema.safetensors"
     assert inside["checkpoint_hash"] == hash_file(weights) and inside["checkpoint_step"] == 10
 
+    assert caplog.text.count("never saw given frames") == 1
     before = {path: path.read_bytes() for path in written}
     again = sample_to_files(config)
     assert not set(again) & set(written)
