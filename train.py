@@ -30,7 +30,7 @@ def main() -> int:
         from stdit.training.build import build_parts
         from stdit.training.report import report
 
-        print(report(build_parts(config, config.run_folder / "codec", dry_run=True)))
+        print(report(build_parts(config, dry_run=True)))
         return 0
     return train(config)
 
@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> int:
         from stdit.training.trainer import Trainer
 
         accelerator = prepare_process(config.trainer)
-        parts = build_parts(config, folder / "codec")
+        parts = build_parts(config, checkpoint and checkpoint.parent.parent / "codec")
         parts.to(accelerator.device)
         print(start_line(parts), *parts.plan.assignment.left_out(), *parts.plan.notes, sep="\n", flush=True)
         trainer = Trainer(

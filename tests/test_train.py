@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,25 @@ def test_a_fitted_codec_and_the_cache_survive_a_resume(
     assert numbers(straight) == numbers(resumed)
     assert (resumed / "codec" / "codec.json").is_file()
     assert load_pipeline(resumed / "checkpoints" / "step-00000006")[0].codec.fitted
+
+
+def test_a_new_run_does_not_take_what_one_without_a_checkpoint_left(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pca = {"codec__name": "pca", "codec__stride": "[2, 4, 4]", "model__patch_size": "[1, 1, 1]"}
+    run = tmp_path / "outputs" / "tiny"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Trainer, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        do(settings(**pca, codec__channels=8))
+    assert json.loads((run / "codec" / "codec.json").read_text())["channels"] == 8
+    assert do(settings(**pca, codec__channels=4, trainer__steps=1)) == 0
+    assert load_pipeline(run)[0].transformer.config.in_channels == 4
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="a trained pipeline, but no checkpoint"):
+        do(settings(**pca, codec__channels=4))
+    shutil.rmtree(run / "pipeline")
+    assert do(settings(trainer__steps=1)) == 0
+    assert load_pipeline(run / "checkpoints" / "step-00000001")[0].codec.name == "pixel"
 
 
 def test_starting_from_the_weights_of_another_run(settings: Settings, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def build_parts(config: TrainConfig, saved_codec: Path | None = None, dry_run: b
     """Build everything, on the CPU.
 
     Args:
-        saved_codec: where an earlier part of the run may have saved its codec.
+        saved_codec: where the run to go on from may have saved its codec; None: make the codec anew.
         dry_run: make a model without memory for its weights, and leave a codec unfitted.
 
     Raises:

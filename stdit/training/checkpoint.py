@@ -57,7 +57,11 @@ def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[s
     chosen = Path(resume)
     verify(chosen)
     step = step_of(chosen) or 0
-    newer = [p.name for p in checkpoints.glob("step-*") if p != chosen and (step_of(p) or -1) >= step]
+    newer = [
+        p.name
+        for p in checkpoints.glob("step-*")
+        if p.resolve() != chosen.resolve() and (step_of(p) or -1) >= step
+    ]
     if newer:
         raise UserError(
             f"resume = {resume}, but {checkpoints} has {sorted(newer)[-1]} already: move that away, or "

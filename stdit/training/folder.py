@@ -22,6 +22,11 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
         print(f"passed over: {reason}")
     if checkpoint is not None:
         check_same_experiment(checkpoint, experiment_key(config))
+    if (folder / "pipeline").exists() and not any((folder / "checkpoints").glob("step-*")):
+        raise UserError(
+            f"{folder} has a trained pipeline, but no checkpoint to go on from: choose another --name (and "
+            f"start from its weights by --init_from {folder}), or move {folder} away."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")

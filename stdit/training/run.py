@@ -8,6 +8,7 @@ from typing import Any
 import stdit
 from stdit.checkpoint_files import read_meta
 from stdit.cli import plain, to_yaml
+from stdit.pipelines.video_io import written_aside
 from stdit.training.build import Parts, initialise
 from stdit.training.checkpoint import Checkpoints, check_same_experiment, written
 from stdit.training.report import tokens
@@ -38,17 +39,24 @@ class Run:
             self.start = meta["step"]
         elif self.config.init_from is not None:
             initialise(parts.model, self.config.init_from)
-        self._write_what_it_is()
+        self._write_what_it_is(new=checkpoint is None)
         self.metrics = MetricsFile(folder / "metrics.jsonl", self.start)
         self.tracker = TRACKERS[self.config.tracker.name](self.config.tracker, folder, plain(self.config))
 
-    def _write_what_it_is(self) -> None:
-        (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        self.parts.flow.save_pretrained(self.folder / "scheduler")
-        if hasattr(self.parts.codec, "fitted") and not (self.folder / "codec").is_dir():
-            aside = self.folder / "codec.tmp"
-            self.parts.codec.save_pretrained(aside)
-            aside.rename(self.folder / "codec")
+    def _write_what_it_is(self, new: bool) -> None:
+        """Write settings, schedule and fitted codec; a new run replaces what one without a checkpoint left."""
+        aside = self.folder / "part.tmp"
+        parts: dict[str, Any] = {"scheduler": self.parts.flow, "codec": self.parts.codec}
+        with written(f"run {self.folder}", aside):
+            for name, part in parts.items():
+                target = self.folder / name
+                for old in (aside, target) if new else (aside,):
+                    shutil.rmtree(old, ignore_errors=True)
+                if not target.is_dir() and (name == "scheduler" or hasattr(part, "fitted")):
+                    part.save_pretrained(aside)
+                    aside.rename(target)
+            with written_aside(self.folder / "config.yaml") as file:
+                Path(file).write_text(to_yaml(self.config), encoding="utf-8")
 
     def record(
         self, batch: dict[str, Any], values: dict[str, Any], seconds: float, wait: float

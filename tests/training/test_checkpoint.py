@@ -78,6 +78,8 @@ def test_never_and_paths(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"resume = never, but .*run has checkpoints"):
         find_checkpoint("never", run)
     assert find_checkpoint(str(new), run) == (new, [])
+    indirect = run / ".." / "checkpoints" / new.name
+    assert find_checkpoint(str(indirect), run) == (indirect, [])
     assert find_checkpoint(str(old), other) == (old, [])
     with pytest.raises(UserError, match=r"step-00000002 already"):
         find_checkpoint(str(old), run)
