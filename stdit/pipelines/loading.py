@@ -1,6 +1,5 @@
 """A pipeline from what a user points at: a run folder, one of its checkpoints, or an exported pipeline."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +80,9 @@ def load_pipeline(checkpoint: str | Path | Source, ema: bool = True) -> tuple[An
 
 def pipeline_step(folder: Path) -> int | None:
     """The training step that an exported pipeline records."""
-    try:
-        return json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8")).get("step")
-    except ValueError as error:
-        raise UserError(f"{folder / MODEL_INDEX} is not valid JSON ({error}).") from None
+    from stdit.codecs.loading import read_json
+
+    return read_json(folder / MODEL_INDEX, "a pipeline").get("step")
 
 
 def _weights(ema: bool) -> Any:
@@ -93,6 +91,7 @@ def _weights(ema: bool) -> Any:
 
 
 def _from_checkpoint(source: Source, ema: bool) -> tuple[Any, str]:
+    from stdit.codecs import loading as files
     from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
 
@@ -100,11 +99,14 @@ def _from_checkpoint(source: Source, ema: bool) -> tuple[Any, str]:
     meta = read_meta(source.path)
     transformer, used = load_transformer(source.path, meta, ema)
     config = _read_config(source.run)
+    schedule = source.run / "scheduler"
+    with files.loading("the run's schedule", files.Source(str(schedule), None, local=True)):
+        flow = RectifiedFlow.from_pretrained(schedule)
     pipe = STDiTPipeline(
         transformer=transformer,
         codec=_load_codec(source.run, config),
         text_encoder=_load_text_encoder(source.run, config),
-        scheduler=RectifiedFlow.from_pretrained(source.run / "scheduler"),
+        scheduler=flow,
         step=meta.get("step"),
         **meta.get("pipeline", {}),
     )
@@ -152,7 +154,10 @@ def _read_config(run: Path) -> dict[str, Any]:
         raise UserError(
             f"{run} is not a run: it has no config.yaml. Keep checkpoints inside their run's folder."
         )
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): write it anew.") from None
 
 
 def _load_codec(run: Path, config: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ Letters: B prompts, C channels, T latent frames, H height, W width, L text token
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from stdit.codecs.base import VideoCodec
+from stdit.codecs.loading import Source, check_complete, loading, read_json
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
@@ -95,22 +97,21 @@ class STDiTPipeline(DiffusionPipeline):
         ``dtype``) is the transformer's.
 
         Raises:
-            UserError: if the folder holds no pipeline.
+            UserError: if the folder holds no pipeline, or a damaged one.
         """
         folder = Path(pretrained_model_name_or_path)
-        if not (folder / cls.config_name).is_file():
-            raise UserError(f"{folder} is not a pipeline: it has no {cls.config_name}.")
+        recorded = read_json(folder / cls.config_name, "a pipeline")
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
         loaders: dict[str, Callable[[Path], Any]] = {
-            "transformer": lambda path: STDiT.from_pretrained(path, torch_dtype=dtype, use_safetensors=True),
+            "transformer": partial(read_transformer, dtype=dtype),
             "codec": VideoCodec.from_pretrained,
             "text_encoder": TextEncoder.from_pretrained,
             "scheduler": RectifiedFlow.from_pretrained,
         }
         for name, load in loaders.items():
             if name not in kwargs:
-                kwargs[name] = load(folder / name)
-        recorded = cls.load_config(folder)
+                with loading(f"the pipeline's {name}", Source(str(folder / name), None, local=True)):
+                    kwargs[name] = load(folder / name)
         settings = {name: recorded[name] for name in (*SETTINGS, "step") if name in recorded}
         return cls(**{**settings, **kwargs})
 
@@ -334,6 +335,17 @@ class STDiTPipeline(DiffusionPipeline):
         _onload(self.codec)
         video = torch.cat([self.codec.decode(one[None], **size) for one in latents])  # [B 3 T H W]
         return VideoProcessor().postprocess_video(video.float(), output_type=output_type)
+
+
+def read_transformer(folder: Path, dtype: torch.dtype | None = None) -> STDiT:
+    """The STDiT that a folder holds. Raises UserError if it is damaged, or its weights are not its config's."""
+    source = Source(str(folder), None, local=True)
+    with loading("the transformer", source):
+        model, info = STDiT.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    check_complete("the transformer", source, [*info["missing_keys"], *info["unexpected_keys"]])
+    return model
 
 
 def _for_each(value: Any, count: int, name: str) -> list[Any]:

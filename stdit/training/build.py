@@ -95,6 +95,7 @@ def initialise(model: STDiT, source: str) -> None:
     """Copy weights from a run, checkpoint, pipeline or model folder. Raises UserError if they do not fit."""
     from stdit.checkpoint_files import read_meta
     from stdit.pipelines.loading import find_source, load_transformer
+    from stdit.pipelines.pipeline import read_transformer
 
     folder = Path(source)
     if not (folder / "diffusion_pytorch_model.safetensors").is_file():
@@ -104,7 +105,7 @@ def initialise(model: STDiT, source: str) -> None:
             _copy_weights(model, other, source)
             return
         folder = found.path / "transformer"
-    _copy_weights(model, STDiT.from_pretrained(folder, use_safetensors=True), source)
+    _copy_weights(model, read_transformer(folder), source)
 
 
 def _copy_weights(model: STDiT, other: STDiT, source: str) -> None:

@@ -49,6 +49,44 @@ def test_the_newer_of_checkpoint_and_pipeline(pipe, run, step, chosen):
     load_pipeline(source)
 
 
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("model_index.json", lambda text: "{", "is not JSON"),
+        ("model_index.json", lambda text: "[]", "holds no JSON object"),
+        ("scheduler/scheduler_config.json", lambda text: "{}", "pipeline's scheduler could not be read"),
+        ("transformer/config.json", lambda text: text.replace('"depth": 2', '"depth": 3'), "lacks"),
+        (
+            "transformer/config.json",
+            lambda text: text.replace('"depth": 2', '"depth": 1'),
+            "of another class",
+        ),
+        (
+            "transformer/config.json",
+            lambda text: text.replace('"hidden_size": 16', '"hidden_size": 32'),
+            "shape",
+        ),
+        ("transformer/diffusion_pytorch_model.safetensors", lambda text: "", "transformer could not be read"),
+    ],
+)
+def test_a_damaged_pipeline_is_named(pipe, tmp_path, name, damage, message):
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / name
+    file.write_text(damage(file.read_text(errors="replace")))
+    with pytest.raises(UserError, match=message):
+        load_pipeline(tmp_path)
+
+
+def test_a_damaged_run_is_named(run):
+    (run / "config.yaml").write_text("name: [")
+    with pytest.raises(UserError, match="config.yaml is damaged"):
+        load_pipeline(run)
+    (run / "config.yaml").write_text("name: tiny")
+    (run / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(UserError, match="schedule could not be read"):
+        load_pipeline(run)
+
+
 def test_a_pipeline_away_from_its_run(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     source = find_source(tmp_path / "pipeline")
