@@ -72,7 +72,7 @@ def precompute(
     text_encoder: "TextEncoder",
     cache_file: Path,
     device: torch.device | str = "cpu",
-    max_skipped_share: float = 0.1,
+    max_skipped_share: float = 1.0,
     progress: bool = True,
 ) -> MemoryCache:
     """Encodes every clip of the plan, or reads them from `cache_file` when that was made from the same

@@ -81,8 +81,8 @@ class DataConfig:
     """Where to cut what does not fit the bucket's aspect ratio."""
     workers: int = 0
     """Loader processes; 0 reads in the training process."""
-    max_skipped_share: float = 0.1
-    """Share of the clips that may fail to decode in training before the run stops."""
+    max_skipped_share: float = 1.0
+    """Share of the clips that may fail to decode in training before the run stops; 1: it stops when none is left."""
     cache: Literal["none", "memory"] = "none"
     """memory: encode every clip and caption once, keep them in memory, and never decode while training."""
 

@@ -4,6 +4,7 @@ Letters: B batch, T frames, H height, W width.
 """
 
 import itertools
+import logging
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ from stdit.errors import UserError
 __all__ = ["BucketConfig", "DataConfig", "VideoBatches", "build_plan"]
 
 Batch = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 def build_assignment(config: DataConfig, seed: int = 0) -> Assignment:
@@ -52,7 +55,10 @@ class SkipTally:
 
     def add(self, skipped: Iterable[Skipped]) -> None:
         """Raises UserError when too many different clips have failed so far."""
-        self.failed.update(skipped)
+        for path, reason in skipped:
+            if path not in self.failed:
+                logger.warning("left out: %s cannot be read: %s", path, reason)
+            self.failed[path] = reason
         if len(self.failed) > self.limit:
             raise self.error(
                 f"more than data.max_skipped_share = {self.max_share:g}: repair or remove the files, or "
@@ -133,7 +139,7 @@ class VideoBatches:
         plan: BatchPlan,
         workers: int = 0,
         crop: Literal["center", "random"] = "center",
-        max_skipped_share: float = 0.1,
+        max_skipped_share: float = 1.0,
         pin_memory: bool = False,
     ) -> None:
         self.plan, self.workers, self.pin_memory = plan, workers, pin_memory
