@@ -193,6 +193,12 @@ def _explain(message: str, known: dict[str, Any]) -> str:
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     hint = known.get(key[1]) if key else None
+    item = next((t for t in typing.get_args(hint) if dataclasses.is_dataclass(t)), None)
+    option = re.search(r"Option '(\w+)' is not accepted", message)
+    if key and item is not None and option:
+        nearest = _nearest(option[1], [field.name for field in dataclasses.fields(item)])
+        hint_text = f"did you mean {nearest}?" if nearest else "see --help for all settings."
+        return f"{key[1]} has {option[1]!r}, which is not a setting: {hint_text}"
     if key and value and hint is not None and not dataclasses.is_dataclass(hint):
         return f"{key[1]} = {value[1].strip()}: must be {_describe(hint)}."
     return " ".join(message.split())

@@ -78,6 +78,7 @@ def test_yaml_is_read_back_the_same(tmp_path: Path) -> None:
         (["--model.kind", "tiny"], "model.kind = tiny: must be one of small, large"),
         (["--model.patch", "[1]"], "model.patch = [1]: must be a list of 2"),
         (["--rate", "fast"], "rate = fast: must be a number or null"),
+        (["--entries", "[{widht: 3}]"], "entries has 'widht', which is not a setting: did you mean width?"),
         (["--name"], "expected one argument"),
         (["stray"], "unrecognized arguments: stray"),
         (["--config"], "--config needs a file"),

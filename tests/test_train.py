@@ -165,6 +165,10 @@ def test_a_full_disk_says_so_and_leaves_the_older_checkpoint(settings: Settings,
     def limit() -> None:  # Python ignores SIGXFSZ, so that writes beyond the limit fail
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
+    shown = {"validation__prompts": '["a"]', "validation__height": 512, "validation__width": 512}
+    result = command(settings(name="shown", validation__every=1, **shown), preexec_fn=limit)
+    assert (result.returncode, "samples/step-00000001 could not be written" in result.stderr) == (2, True)
+    assert not list((tmp_path / "outputs" / "shown" / "samples").iterdir())
     result = command(settings(trainer__steps=4), preexec_fn=limit)
     assert result.returncode == 2
     error = result.stderr.splitlines()[-1]
@@ -308,9 +312,12 @@ def test_dry_run_reports_and_writes_nothing(settings: Settings, tmp_path: Path) 
         ({"output_dir": "/dev/null/x"}, "/dev/null/x/tiny cannot be written"),
     ],
 )
-def test_errors_are_one_line_and_exit_with_2(settings: Settings, flags: dict[str, Any], message: str) -> None:
+def test_errors_are_one_line_and_exit_with_2(
+    settings: Settings, tmp_path: Path, flags: dict[str, Any], message: str
+) -> None:
     result = command(settings(**flags))
     assert result.returncode == 2
+    assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").iterdir())
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert "Traceback" not in result.stderr
 

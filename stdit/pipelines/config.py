@@ -36,8 +36,8 @@ class VideoSettings:
         if (self.height is None) != (self.width is None):
             missing = "height" if self.height is None else "width"
             raise UserError(f"{where}{missing} is missing: give both height and width, or neither.")
-        if self.fps is not None and not 0 < self.fps <= 1000:
-            raise UserError(f"{where}fps = {self.fps}: must be above 0 and at most 1000 frames per second.")
+        if self.fps is not None and not 0.01 <= self.fps <= 1000:
+            raise UserError(f"{where}fps = {self.fps}: must be from 0.01 to 1000 frames per second.")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
             raise UserError(
                 f"{where}guidance_scale = {self.guidance_scale}: must be at least 0; 1 is no guidance."

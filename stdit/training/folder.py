@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, and where the run goes on. Imports nothing heavy: errors come quickly."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,11 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
     with lock:
         if not _lock(lock.fileno()):
             raise UserError(f"another process trains in {folder}: wait for it, or choose another --name.")
-        yield folder, checkpoint
+        try:
+            yield folder, checkpoint
+        finally:
+            if [path.name for path in folder.iterdir()] == [".lock"]:  # it ended before it began
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(descriptor: int) -> bool:

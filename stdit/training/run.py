@@ -103,8 +103,8 @@ class Run:
     def validate(self, step: int) -> None:
         """Write videos of the fixed prompts, made with the averaged weights after ``step`` steps."""
         prompts = self.config.validation.prompts
-        with self.trainer.ema.swapped_into(self.parts.model):
-            folder = self.folder / "samples" / f"step-{step:08d}"
+        folder = self.folder / "samples" / f"step-{step:08d}"
+        with written(f"samples {folder}", folder), self.trainer.ema.swapped_into(self.parts.model):
             videos, sheet = write_samples(self.pipeline(step), prompts, self.config.validation.seed, folder)
         self.tracker.log_videos(videos, prompts, sheet, step)
 

@@ -169,6 +169,7 @@ def test_callback_sees_and_replaces_latents(pipe):
         (dict(height=0), "height = 0"),
         (dict(width=-8), "width = -8"),
         (dict(fps=0), "fps = 0"),
+        (dict(fps=1e-4), "fps = 0.0001"),
         (dict(num_inference_steps=0), "num_inference_steps = 0"),
         (dict(guidance_scale=-1), "guidance_scale = -1"),
         (dict(guidance_scale=float("nan")), "guidance_scale = nan"),
