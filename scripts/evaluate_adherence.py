@@ -23,6 +23,8 @@ from tqdm import tqdm
 from stdit.cli import run
 from stdit.data.shapes.checker import ATTRIBUTES, Verdict, check, compare
 from stdit.errors import UserError
+from stdit.pipelines.sampling import find_device, writable
+from stdit.pipelines.video_io import write_json
 
 DATA = Path("data/shapes")
 SETS = ("heldout", "paraphrase", "paraphrase_strict", "seen")
@@ -80,8 +82,9 @@ def sample_videos(
 
     from stdit.pipelines.loading import load_pipeline
 
+    device = find_device(args.device)
     pipe, _ = load_pipeline(args.checkpoint)
-    pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -148,8 +151,12 @@ def main() -> None:
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (%(default)s)")
-    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--device", default="auto", help="auto: a GPU if there is one")
     args = parser.parse_args()
+    if args.batch_size < 1:
+        raise UserError(f"batch_size = {args.batch_size}: must be at least 1")
+    if args.output:
+        writable(args.output.absolute().parent)
 
     names = ("sample", *SETS) if args.videos else SETS
     expected = read_expected(args.prompts or [DATA / f"prompts_{name}.csv" for name in names])
@@ -158,8 +165,7 @@ def main() -> None:
     scores = summarise(results)
     print_table(scores)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"scores": scores, "videos": results}, indent=2) + "\n")
+        write_json(args.output, {"scores": scores, "videos": results})
 
 
 if __name__ == "__main__":

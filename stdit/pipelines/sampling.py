@@ -118,8 +118,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
             "no checkpoint: add --checkpoint with a run folder (outputs/NAME) or a pipeline folder."
         )
     source = find_source(config.checkpoint, config.ema)
-    device = _device(config.device)
-    folder = _writable(_output_folder(config, source))
+    device = find_device(config.device)
+    folder = writable(_output_folder(config, source))
 
     pipe, weights = load_pipeline(source, config.ema)
     print(f"sampling from {source.path} (weights {weights})", flush=True)
@@ -232,7 +232,7 @@ def _output_folder(config: SampleConfig, source: Source) -> Path:
     return source.run / "samples" / "prompts" if source.run is not None else Path("outputs/samples")
 
 
-def _writable(folder: Path) -> Path:
+def writable(folder: Path) -> Path:
     """Make a folder and prove that files can be written there, before minutes are spent on them."""
     probe = folder / ".stdit-write-test"
     try:
@@ -258,7 +258,8 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _device(name: str) -> Any:
+def find_device(name: str) -> Any:
+    """The device of that name; auto: a GPU if there is one. Raises UserError if it is not there."""
     import torch
 
     if name == "auto":

@@ -464,7 +464,9 @@ def test_evaluate_scores_a_folder_of_videos(built: Path, tmp_path: Path) -> None
     assert [video["right"]["colour"] for video in saved["videos"]] == [False, True, True, True]
 
 
-@pytest.mark.parametrize("case", ["no videos", "no prompts file", "wrong columns", "nothing known"])
+@pytest.mark.parametrize(
+    "case", ["no videos", "no prompts file", "wrong columns", "nothing known", "no output"]
+)
 def test_evaluate_answers_bad_input(case: str, built: Path, tmp_path: Path) -> None:
     prompts = built / ("missing.csv" if case == "no prompts file" else "prompts_heldout.csv")
     if case == "wrong columns":
@@ -472,7 +474,8 @@ def test_evaluate_answers_bad_input(case: str, built: Path, tmp_path: Path) -> N
     if case == "nothing known":
         write_video(tmp_path / "a.mp4", render(BASE), fps=8, crf=12)
         (tmp_path / "a.json").write_text(json.dumps({"prompt": "a cat"}))
-    done = evaluate("--videos", tmp_path, "--prompts", prompts)
+    output = ["--output", prompts / "scores.json"] if case == "no output" else []
+    done = evaluate("--videos", tmp_path, "--prompts", prompts, *output)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
