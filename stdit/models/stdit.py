@@ -9,7 +9,7 @@ E width of the text states, F frames of the modulation (T, or 1 where all frames
 
 import inspect
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -34,50 +34,80 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
+class Grid(NamedTuple):
+    """Where the tokens lie."""
+
+    columns: int
+    """Patches in a row of a frame."""
+    angles: Tensor
+    """Rotary angles of the frames, ``[T dim/2]``."""
+
+
 class STDiTBlock(nn.Module):
     """Self-attention, cross-attention and MLP on ``[B T S D]``.
 
-    A subclass says which tokens attend to each other; everything else acts on each token by itself, so a block
-    also runs on a shard of the tensor along the other axis.
+    A subclass says which tokens see each other; everything else acts on each token by itself, so a block also
+    runs on a shard of the tensor along the other axis.
     """
 
-    def __init__(self, config: STDiTConfig, cross_attention: bool) -> None:
+    def __init__(self, config: STDiTConfig, cross_attention: bool, conv: type[nn.Conv1d | nn.Conv2d]) -> None:
         super().__init__()
         dim = config.hidden_size
         self.attn = SelfAttention(dim, config.num_heads, config.qk_norm)
         self.cross_attn = CrossAttention(dim, config.num_heads) if cross_attention else None
+        self.mlp_conv = conv(dim, dim, 3, padding=1, groups=dim, bias=False) if config.mlp_conv else None
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim)
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
-    def self_attention(self, x: Tensor, angles: Tensor) -> Tensor:
+    def self_attention(self, x: Tensor, grid: Grid) -> Tensor:
         raise NotImplementedError
 
-    def forward(
-        self, x: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, angles: Tensor
-    ) -> Tensor:
+    def mix(self, x: Tensor, grid: Grid) -> Tensor:
+        """Add to each token a depthwise convolution over its neighbours, if the model has one."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: Grid) -> Tensor:
         """One block (PixArt-alpha, figure 4): ``x [B T S D]``, caption ``y [B L D]``, ``modulation [B F 6 D]``."""
         table = self.scale_shift_table.to(x.dtype) + modulation
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, :, :, None].unbind(2)  # each [B F 1 D]
-        x = torch.addcmul(x, gate_a, self.self_attention(modulate(x, shift_a, scale_a), angles))
+        x = torch.addcmul(x, gate_a, self.self_attention(modulate(x, shift_a, scale_a), grid))
         if self.cross_attn is not None:
             x = x + self.cross_attn(x.flatten(1, 2), y, y_mask).view_as(x)
-        return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
+        return torch.addcmul(x, gate_m, self.mlp(self.mix(modulate(x, shift_m, scale_m), grid)))
 
 
 class SpatialBlock(STDiTBlock):
-    """The patches of one frame attend to each other."""
+    """The patches of one frame see each other."""
 
-    def self_attention(self, x: Tensor, angles: Tensor) -> Tensor:
+    def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
+        super().__init__(config, cross_attention, nn.Conv2d)
+
+    def self_attention(self, x: Tensor, grid: Grid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B T) S D")
         return rearrange(self.attn(rows), "(B T) S D -> B T S D", B=x.shape[0])
 
+    def mix(self, x: Tensor, grid: Grid) -> Tensor:
+        if self.mlp_conv is None:
+            return x
+        frames = rearrange(x, "B T (H W) D -> (B T) D H W", W=grid.columns)
+        return x + rearrange(self.mlp_conv(frames), "(B T) D H W -> B T (H W) D", B=x.shape[0])
+
 
 class TemporalBlock(STDiTBlock):
-    """The frames of one patch attend to each other, with rotary positions."""
+    """The frames of one patch see each other, with rotary positions."""
 
-    def self_attention(self, x: Tensor, angles: Tensor) -> Tensor:
+    def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
+        super().__init__(config, cross_attention, nn.Conv1d)
+
+    def self_attention(self, x: Tensor, grid: Grid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B S) T D")
-        return rearrange(self.attn(rows, angles), "(B S) T D -> B T S D", B=x.shape[0])
+        return rearrange(self.attn(rows, grid.angles), "(B S) T D -> B T S D", B=x.shape[0])
+
+    def mix(self, x: Tensor, grid: Grid) -> Tensor:
+        if self.mlp_conv is None:
+            return x
+        tracks = rearrange(x, "B T S D -> (B S) D T")
+        return x + rearrange(self.mlp_conv(tracks), "(B S) D T -> B T S D", B=x.shape[0])
 
 
 class FinalLayer(nn.Module):
@@ -115,7 +145,7 @@ class STDiT(ModelMixin, ConfigMixin):
         self.y_embedder = CaptionEmbedder(config.caption_channels, dim, config.model_max_length)
         self.pooled_embedder = Mlp(config.caption_channels, dim, dim) if config.pooled_text else None
         everywhere = config.cross_attention == "all"
-        self.spatial_blocks = nn.ModuleList(SpatialBlock(config, True) for _ in range(config.depth))
+        self.spatial_blocks = nn.ModuleList(SpatialBlock(config) for _ in range(config.depth))
         self.temporal_blocks = nn.ModuleList(TemporalBlock(config, everywhere) for _ in range(config.depth))
         pt, ph, pw = config.patch_size
         self.final_layer = FinalLayer(dim, pt * ph * pw * self.out_channels)
@@ -144,6 +174,8 @@ class STDiT(ModelMixin, ConfigMixin):
             nn.init.normal_(block.scale_shift_table, std=dim**-0.5)
             with torch.no_grad():
                 block.scale_shift_table[[2, 5]] += self.config.gate_init
+            if block.mlp_conv is not None:
+                nn.init.normal_(block.mlp_conv.weight, std=0.1)
         if self.config.gate_init == 0:
             for name, parameter in self.temporal_blocks.named_parameters():
                 if name.endswith((".proj.weight", "mlp.fc2.weight")):
@@ -208,7 +240,7 @@ class STDiT(ModelMixin, ConfigMixin):
                 dtype
             )[:, None]
         )
-        angles = rotary_angles(x.shape[1], x.shape[-1] // self.config.num_heads, x.device)
+        grid = Grid(columns, rotary_angles(x.shape[1], x.shape[-1] // self.config.num_heads, x.device))
 
         if drop_caption is not None:
             encoder_hidden_states = self.y_embedder.replace_dropped(encoder_hidden_states, drop_caption)
@@ -223,9 +255,9 @@ class STDiT(ModelMixin, ConfigMixin):
 
         for block in self.blocks():
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, y, mask, modulation, angles)
+                x = self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
             else:
-                x = block(x, y, mask, modulation, angles)
+                x = block(x, y, mask, modulation, grid)
 
         x = self.final_layer(x, t)
         x = rearrange(

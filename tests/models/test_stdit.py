@@ -11,12 +11,12 @@ from torch import Tensor
 
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
-from stdit.models.stdit import STDiT, TemporalBlock
+from stdit.models.stdit import Grid, STDiT, TemporalBlock
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 PARAMETERS = {
-    "tiny": 1_785_248,
+    "tiny": 1_765_184,
     "S": 61_150_880,
     "B": 236_970_272,
     "XL-2": 1_208_872_736,
@@ -87,7 +87,7 @@ def test_equals_open_sora(case: str) -> None:
 def test_parameters_of_presets(name: str) -> None:
     settings = yaml.safe_load((ROOT / "configs" / "models" / f"{name}.yaml").read_text())["model"]
     if name == "tiny":
-        settings |= {"in_channels": 160, "caption_channels": 384, "model_max_length": 64}
+        settings |= {"in_channels": 64, "caption_channels": 384, "model_max_length": 64}
     with torch.device("meta"):
         model = STDiT(**settings)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
@@ -149,6 +149,22 @@ def test_null_caption_replaces_the_text_and_learns() -> None:
     assert model.y_embedder.y_embedding.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("axis", ["space", "time"])
+def test_convolution_sees_neighbours_along_the_attended_axis_only(axis: str) -> None:
+    model = small(mlp_conv=True)
+    block = (model.spatial_blocks if axis == "space" else model.temporal_blocks)[0]
+    grid = Grid(5, torch.zeros(4, 8))
+    x = torch.zeros(1, 4, 15, 32)
+    x[0, 2, 7] = 1  # frame 2, row 1, column 2 of 3 rows and 5 columns
+    frames, patches = block.mix(x, grid).abs().sum(-1)[0].nonzero().unbind(1)
+    if axis == "space":
+        assert set(frames.tolist()) == {2}
+        assert set(patches.tolist()) == {1, 2, 3, 6, 7, 8, 11, 12, 13}
+    else:
+        assert set(frames.tolist()) == {1, 2, 3}
+        assert set(patches.tolist()) == {7}
+
+
 def test_block_orders() -> None:
     def kinds(order: str) -> str:
         return "".join(
@@ -161,7 +177,11 @@ def test_block_orders() -> None:
 
 @pytest.mark.parametrize("how", ["checkpointing", "compile"])
 def test_same_numbers_and_gradients(how: str) -> None:
-    plain, other, batch = small(), small(), inputs() | {"drop_caption": torch.tensor([True, False])}
+    plain, other, batch = (
+        small(mlp_conv=True),
+        small(mlp_conv=True),
+        inputs() | {"drop_caption": torch.tensor([True, False])},
+    )
     if how == "checkpointing":
         other.enable_gradient_checkpointing()
     else:
