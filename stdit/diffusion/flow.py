@@ -75,6 +75,12 @@ def shift_levels(t: Tensor, r: float) -> Tensor:
     return r * t / (1 + (r - 1) * t)
 
 
+def frame_weights(given: Tensor) -> Tensor:
+    """Weights of the frames in the loss: alike for those that are not ``given [B T]``, with sum 1."""
+    free = (~given).float()
+    return free / free.sum(1, keepdim=True)
+
+
 class RectifiedFlow:
     """The objective and the sampling schedule; no weights.
 
@@ -141,17 +147,18 @@ class RectifiedFlow:
         return (1 - per_frame(t)) ** 2 * self._lambda(t) + per_frame(t) ** 2
 
     def loss(
-        self, model_output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, given: Tensor
+        self, model_output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, weight: Tensor
     ) -> Tensor:
-        """Mean squared error of the velocity over the frames that are not given, for each sample -> ``[B]``.
+        """Mean squared error of the velocity, averaged over frames by ``weight``, for each sample -> ``[B]``.
+
+        Frames may be left out on all arguments alike: the losses of the parts add up to that of the whole.
 
         Args:
             t: noise levels ``[B F]``.
-            given: true for given frames ``[B T]``.
+            weight: of each frame, ``[B T]``: see :func:`frame_weights`.
         """
-        error = self.velocity(model_output, x_t, t).float() - (x - noise).float()
-        free = (~given).float()  # [B T]
-        return (error.square().mean(dim=(1, 3, 4)) * free).sum(1) / free.sum(1)
+        error = self.velocity(model_output, x_t, t) - (x - noise)
+        return (error.square().mean(dim=(1, 3, 4)) * weight).sum(1)
 
     def size_shift(self, latent_frames: int, height: int, width: int) -> float:
         """The shift r for a video of this length (latent frames) and size (pixels)."""

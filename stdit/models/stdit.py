@@ -9,7 +9,7 @@ E width of the text states, F frames of the modulation (T, or 1 where all frames
 
 import inspect
 from dataclasses import asdict, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -27,6 +27,8 @@ from stdit.models.embeddings import (
     rotary_angles,
     spatial_positions,
 )
+from stdit.parallel.group import Group
+from stdit.parallel.layout import Layout, Shards
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -40,15 +42,17 @@ class Grid(NamedTuple):
     columns: int
     """Patches in a row of a frame."""
     angles: Tensor
-    """Rotary angles of the frames, ``[T dim/2]``."""
+    """Rotary angles of all frames, ``[T dim/2]``."""
 
 
 class STDiTBlock(nn.Module):
     """Self-attention, cross-attention and MLP on ``[B T S D]``.
 
     A subclass says which tokens see each other; everything else acts on each token by itself, so a block also
-    runs on a shard of the tensor along the other axis.
+    runs on a shard of the tensor along the other axis: in ``layout``.
     """
+
+    layout: ClassVar[Layout]
 
     def __init__(self, config: STDiTConfig, cross_attention: bool, conv: type[nn.Conv1d | nn.Conv2d]) -> None:
         super().__init__()
@@ -79,6 +83,8 @@ class STDiTBlock(nn.Module):
 class SpatialBlock(STDiTBlock):
     """The patches of one frame see each other."""
 
+    layout = "frames"
+
     def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
         super().__init__(config, cross_attention, nn.Conv2d)
 
@@ -95,6 +101,8 @@ class SpatialBlock(STDiTBlock):
 
 class TemporalBlock(STDiTBlock):
     """The frames of one patch see each other, with rotary positions."""
+
+    layout = "tracks"
 
     def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
         super().__init__(config, cross_attention, nn.Conv1d)
@@ -204,11 +212,12 @@ class STDiT(ModelMixin, ConfigMixin):
         height: Tensor | None = None,
         width: Tensor | None = None,
         drop_caption: Tensor | None = None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """Predict, for noisy latents, what the diffusion objective asks for.
 
         Args:
-            hidden_states: noisy latents ``[B C T H W]``, of any size.
+            hidden_states: noisy latents ``[B C T H W]``, of any size; with ``shards``, this rank's frames of them.
             timestep: noise level in [0, 1000], ``[B]``, ``[B 1]``, or one for each latent frame ``[B T]`` (0: a
                 given frame).
             encoder_hidden_states: text states ``[B L E]``, L at most ``model_max_length``.
@@ -217,22 +226,24 @@ class STDiT(ModelMixin, ConfigMixin):
             height: height of the video in pixels, ``[B]``.
             width: width of the video in pixels, ``[B]``.
             drop_caption: true where the learned null caption replaces the text, ``[B]``; None: nowhere.
+            shards: how the ranks of a group share the videos, from :meth:`shards`; None: this rank has them whole.
 
         Returns:
-            ``[B C_out T H W]``, C_out being ``out_channels``.
+            ``[B C_out T H W]``, C_out being ``out_channels``, of the frames that were given.
 
         Raises:
             ValueError: if a shape does not fit the model.
         """
         if fps is None or height is None or width is None:
             raise ValueError("STDiT needs fps, height and width [B] (frames per second, pixels)")
-        self._check(hidden_states, timestep, encoder_hidden_states)
         C, T, H, W = hidden_states.shape[1:]
+        shards = shards or self.shards(Group(), T, H, W)
+        self._check(hidden_states, timestep, encoder_hidden_states, shards)
         pt, ph, pw = self.config.patch_size
         padded = pad(hidden_states, (0, -W % pw, 0, -H % ph, 0, -T % pt))
         rows, columns = padded.shape[3] // ph, padded.shape[4] // pw
 
-        x = self.x_embedder(padded)  # [B T S D]
+        x = self.x_embedder(padded)  # [B T S D], of this rank's frames
         dtype = x.dtype
         x = (
             x
@@ -240,7 +251,7 @@ class STDiT(ModelMixin, ConfigMixin):
                 dtype
             )[:, None]
         )
-        grid = Grid(columns, rotary_angles(x.shape[1], x.shape[-1] // self.config.num_heads, x.device))
+        grid = Grid(columns, rotary_angles(shards.frames, x.shape[-1] // self.config.num_heads, x.device))
 
         if drop_caption is not None:
             encoder_hidden_states = self.y_embedder.replace_dropped(encoder_hidden_states, drop_caption)
@@ -253,20 +264,31 @@ class STDiT(ModelMixin, ConfigMixin):
             t = t + self.pooled_embedder(masked_mean(encoder_hidden_states, mask).to(dtype))[:, None]
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
 
+        layout: Layout = "frames"
         for block in self.blocks():
+            x, layout = shards.switch(x, layout, block.layout), block.layout
+            local = shards.per_frame(modulation, layout)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
+                x = self._gradient_checkpointing_func(block, x, y, mask, local, grid)
             else:
-                x = block(x, y, mask, modulation, grid)
+                x = block(x, y, mask, local, grid)
 
-        x = self.final_layer(x, t)
+        x = shards.switch(self.final_layer(x, shards.per_frame(t, layout)), layout, "frames")
         x = rearrange(
             x, "B T (H W) (pt ph pw C) -> B C (T pt) (H ph) (W pw)", H=rows, W=columns, pt=pt, ph=ph, pw=pw
         )
         return x[:, :, :T, :H, :W]
 
-    def _check(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> None:
-        B, C, T = hidden_states.shape[:3]
+    def shards(self, group: Group, latent_frames: int, height: int, width: int) -> Shards:
+        """How a group shares latents of this size: ``latent_frames``, and height and width in latents."""
+        pt, ph, pw = self.config.patch_size
+        return Shards(group, -(-latent_frames // pt), -(-height // ph) * -(-width // pw), pt)
+
+    def _check(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, shards: Shards
+    ) -> None:
+        B, C = hidden_states.shape[:2]
+        T = shards.frames
         if C != self.config.in_channels:
             raise ValueError(
                 f"latents have {C} channels, but this model was made for {self.config.in_channels}"

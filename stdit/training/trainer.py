@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from stdit.diffusion.draws import draw_batch
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
 from stdit.training.ema import EMA, EMAConfig
 from stdit.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
@@ -132,7 +132,7 @@ class Trainer:
                 width=width,
                 drop_caption=draws.drop_caption,
             )
-        return self.flow.loss(output, x, draws.noise, x_t, draws.t, draws.given)
+        return self.flow.loss(output, x, draws.noise, x_t, draws.t, frame_weights(draws.given))
 
     def _count(self, step: int, finite: bool) -> None:
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.diffusion.flow import FlowConfig, RectifiedFlow, frame_weights
 from stdit.errors import UserError
 
 VARIANCE = torch.tensor([4.0, 1.0, 0.01])
@@ -39,9 +39,9 @@ def test_perfect_output_has_no_loss(prediction: str) -> None:
     x_t = flow.add_noise(x, noise, t)
     torch.testing.assert_close(x_t, (1 - t[:, None, :, None, None]) * x + t[:, None, :, None, None] * noise)
     output = perfect_output(prediction, x, noise, x_t, t)
-    given = torch.zeros(2, 4, dtype=torch.bool)
-    assert flow.loss(output, x, noise, x_t, t, given).max() < 1e-9
-    assert flow.loss(output + 0.1, x, noise, x_t, t, given).min() > 1e-4
+    weight = frame_weights(torch.zeros(2, 4, dtype=torch.bool))
+    assert flow.loss(output, x, noise, x_t, t, weight).max() < 1e-9
+    assert flow.loss(output + 0.1, x, noise, x_t, t, weight).min() > 1e-4
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "sample", "residual"])
@@ -63,10 +63,10 @@ def test_given_frames_do_not_count() -> None:
     x_t = flow.add_noise(x, noise, t * ~given)
     torch.testing.assert_close(x_t[0, :, 0], x[0, :, 0])
     output = x - noise
-    expected = flow.loss(output, x, noise, x_t, t, given)
+    expected = flow.loss(output, x, noise, x_t, t, frame_weights(given))
     output[0, :, 0] += 100
     output[1, :, 2:] += 100
-    torch.testing.assert_close(flow.loss(output, x, noise, x_t, t, given), expected)
+    torch.testing.assert_close(flow.loss(output, x, noise, x_t, t, frame_weights(given)), expected)
 
 
 def test_residual_is_the_best_linear_estimate() -> None:

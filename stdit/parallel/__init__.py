@@ -1,0 +1,1 @@
+"""Dynamic sequence parallelism: one video on many ranks."""

@@ -1,0 +1,30 @@
+"""Runs a function on several ranks: processes on gloo, that end together."""
+
+import datetime
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from stdit.parallel.group import Group
+
+TIMEOUT = datetime.timedelta(seconds=120)
+
+
+def run_on_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
+    """Call ``function(group, *args)`` on each of so many ranks; an error on one is raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_start, (ranks, Path(folder) / "store", function, args), nprocs=ranks)
+
+
+def _start(rank: int, ranks: int, store: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", TIMEOUT, ranks, rank)
+    function(Group.of(dist.group.WORLD), *args)
+    dist.destroy_process_group()
