@@ -11,6 +11,7 @@ SIGTERM finish the step, save, and exit with 130 and 0.
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 from stdit.cli import run
@@ -37,25 +38,40 @@ def main() -> int:
 
 def train(config: TrainConfig) -> int:
     """Train until the last step, or until a signal; returns the exit code."""
-    with claimed(config) as (folder, checkpoint):
+    from stdit.parallel.mesh import build_mesh
+    from stdit.training.system import prepare_process
+
+    accelerator = prepare_process(config.trainer, config.parallel.timeout)
+    mesh = build_mesh(config.parallel.sp, accelerator.device)
+    for bucket in config.data.buckets:
+        mesh.rows(bucket.batch_size)  # raises for a batch that cannot be split
+    with ExitStack() as stack:
+        folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
         from stdit.training.build import build_batches, build_parts
         from stdit.training.report import start_line
         from stdit.training.run import Run
-        from stdit.training.system import prepare_process
         from stdit.training.trainer import Trainer
 
-        accelerator = prepare_process(config.trainer)
-        parts = build_parts(config, checkpoint and checkpoint.parent.parent / "codec")
+        parts = mesh.everywhere(
+            lambda: build_parts(config, checkpoint and checkpoint.parent.parent / "codec")
+        )
+        mesh.check_same("the experiment", str(parts.experiment()))
         parts.to(accelerator.device)
         print(start_line(parts), *parts.plan.assignment.left_out(), *parts.plan.notes, sep="\n", flush=True)
         trainer = Trainer(
-            parts.model, parts.flow, accelerator, config.trainer, config.optimizer, config.ema, config.seed
+            parts.model,
+            parts.flow,
+            accelerator,
+            mesh,
+            config.trainer,
+            config.optimizer,
+            config.ema,
+            config.seed,
         )
-        work = Run(folder, parts, trainer, checkpoint)
-        try:
-            return loop(work, build_batches(parts, folder / "cache.safetensors", accelerator.device))
-        finally:
-            work.close()
+        work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint))
+        stack.callback(work.close)
+        cache = folder / "cache.safetensors"
+        return loop(work, mesh.in_turn(lambda: build_batches(parts, cache, accelerator.device)))
 
 
 def loop(work: "Run", batches: "Batches") -> int:
@@ -63,16 +79,19 @@ def loop(work: "Run", batches: "Batches") -> int:
     from stdit.training.system import interrupts, progress_bar
 
     config = work.config
-    with interrupts() as signals, progress_bar(work.start, config.trainer.steps) as bar:
+    with interrupts() as signals, progress_bar(
+        work.start, config.trainer.steps, work.mesh.is_first
+    ) as bar:
         for wait, batch in timed(batches(work.start, config.trainer.steps)):
             begin = time.perf_counter()
             values = work.trainer.step(batch["step"], batch)
             line = work.record(batch, values, time.perf_counter() - begin, wait)
             bar.show(line)
             done = batch["step"] + 1
-            if signals.caught or work.is_due(done, config.checkpoint.every):
+            signals.agree(work.mesh)
+            if signals.agreed or work.is_due(done, config.checkpoint.every):
                 saved = work.save(done)
-            if signals.caught:
+            if signals.agreed:
                 bar.write(f"{signals}: {saved} is saved, and the same command goes on from there")
                 return signals.exit_code
             if config.validation.prompts and work.is_due(done, config.validation.every):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import types
@@ -14,23 +15,36 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from stdit.errors import UserError
+from stdit.errors import OtherRankError, UserError
 
 Config = TypeVar("Config")
 OWN_FLAGS = ("help", "config", "print_config")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and exit: with its code, with 2 after a `UserError`, with 130 after Ctrl-C."""
+    """Call ``main`` and exit: with its code, with 2 after a `UserError`, with 130 after Ctrl-C.
+
+    Of several processes that fail alike, the first on each machine speaks.
+    """
     try:
         code = main() or 0
+    except OtherRankError:
+        code = 2
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _speaks() -> bool:
+    """Whether errors of this process are for people to read: once the ranks agree on errors, any of them."""
+    distributed = sys.modules.get("torch.distributed")
+    agreeing = distributed is not None and distributed.is_initialized()
+    return agreeing or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def parse(

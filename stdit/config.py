@@ -11,6 +11,7 @@ from stdit.data.config import DataConfig
 from stdit.diffusion.flow import FlowConfig
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
+from stdit.parallel.config import ParallelConfig
 from stdit.training.checkpoint import CheckpointConfig
 from stdit.training.ema import EMAConfig
 from stdit.training.optim import OptimizerConfig
@@ -72,6 +73,8 @@ class TrainConfig:
     """The clips."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Length and arithmetic."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Several processes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How weights follow gradients."""
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -12,13 +12,16 @@ from stdit.pipelines.video_io import written_aside
 from stdit.training.build import Parts, initialise
 from stdit.training.checkpoint import Checkpoints, check_same_experiment, written
 from stdit.training.report import tokens
-from stdit.training.tracking import TRACKERS, MetricsFile
+from stdit.training.tracking import TRACKERS, Metrics, MetricsFile, Tracker
 from stdit.training.trainer import Trainer
 from stdit.training.validation import default_settings, write_samples
 
 
 class Run:
-    """A run in its folder: writes what it is, goes on from a checkpoint, records steps, saves, ends."""
+    """A run in its folder: writes what it is, goes on from a checkpoint, records steps, saves, ends.
+
+    Every rank has one and calls it alike; the first one writes.
+    """
 
     def __init__(self, folder: Path, parts: Parts, trainer: Trainer, checkpoint: Path | None) -> None:
         """Write settings, schedule and fitted codec, and load the checkpoint.
@@ -26,7 +29,7 @@ class Run:
         Raises:
             UserError: if the checkpoint is of another experiment.
         """
-        self.folder, self.parts, self.trainer = folder, parts, trainer
+        self.folder, self.parts, self.trainer, self.mesh = folder, parts, trainer, trainer.mesh
         self.config = parts.config
         self.experiment = parts.experiment()
         self.settings = default_settings(self.config.validation, parts.plan.assignment)
@@ -39,9 +42,13 @@ class Run:
             self.start = meta["step"]
         elif self.config.init_from is not None:
             initialise(parts.model, self.config.init_from)
-        self._write_what_it_is(new=checkpoint is None)
-        self.metrics = MetricsFile(folder / "metrics.jsonl", self.start)
-        self.tracker = TRACKERS[self.config.tracker.name](self.config.tracker, folder, plain(self.config))
+        self.metrics, self.tracker = Metrics(), Tracker()
+        if self.mesh.is_first:
+            self._write_what_it_is(new=checkpoint is None)
+            self.metrics = MetricsFile(folder / "metrics.jsonl", self.start)
+            self.tracker = TRACKERS[self.config.tracker.name](
+                self.config.tracker, folder, plain(self.config)
+            )
 
     def _write_what_it_is(self, new: bool) -> None:
         """Write settings, schedule and fitted codec; a new run replaces what one without a checkpoint left."""
@@ -89,7 +96,7 @@ class Run:
             "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
             "stdit": stdit.__version__,
         }
-        return self.checkpoints.save(step, self.trainer.write, meta)
+        return self.mesh.on_first(lambda: self.checkpoints.save(step, self.trainer.write, meta))
 
     def pipeline(self, step: int) -> Any:
         """A pipeline around the model as it is now."""
@@ -102,6 +109,9 @@ class Run:
 
     def validate(self, step: int) -> None:
         """Write videos of the fixed prompts, made with the averaged weights after ``step`` steps."""
+        self.mesh.on_first(lambda: self._validate(step))
+
+    def _validate(self, step: int) -> None:
         prompts = self.config.validation.prompts
         folder = self.folder / "samples" / f"step-{step:08d}"
         with written(f"samples {folder}", folder), self.trainer.ema.swapped_into(self.parts.model):
@@ -125,8 +135,8 @@ class Run:
         """Export the pipeline, unless an earlier part of the run did; says where it is and how to use it."""
         step = max(self.start, self.config.trainer.steps)
         target = self.folder / "pipeline"
-        if self._exported_step() != step:
-            self.export(step)
+        if self.mesh.on_first(self._exported_step) != step:
+            self.mesh.on_first(lambda: self.export(step))
         return f'{target} is written. Sample: python sample.py --checkpoint {self.folder} --prompt "..."'
 
     def _exported_step(self) -> int | None:

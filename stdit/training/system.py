@@ -1,18 +1,20 @@
 """What a run asks of the process that it lives in: signals, memory, devices."""
 
 import ctypes
+import os
 import platform
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
-from stdit.errors import UserError
+from stdit.parallel.mesh import Mesh
 from stdit.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
@@ -33,19 +35,23 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def prepare_process(config: TrainerConfig) -> "Accelerator":
-    """Set threads and memory, and choose the device. Raises UserError if several processes were started."""
-    from accelerate import Accelerator
+def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
+    """Set threads and memory, choose the device, and meet the other processes, if any were started.
+
+    Args:
+        timeout: seconds that a process waits for the others.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     accelerator = Accelerator(
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision], cpu=config.device == "cpu"
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision],
+        cpu=config.device == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
     )
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"{accelerator.num_processes} processes, but this version trains on one: run python train.py"
-        )
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # one process speaks
     if accelerator.device.type == "cpu" and config.keep_freed_memory:
         keep_freed_memory()
     return accelerator
@@ -55,14 +61,21 @@ class Interrupts:
     """Which signal asked the run to stop, if any."""
 
     caught: signal.Signals | None = None
+    agreed: signal.Signals | None = None
+    """The signal that any rank caught: all stop after the same step."""
+
+    def agree(self, mesh: Mesh) -> None:
+        """Tell the other ranks, and hear from them."""
+        number = mesh.largest(0 if self.caught is None else self.caught.value)
+        self.agreed = signal.Signals(number) if number else None
 
     @property
     def exit_code(self) -> int:
         """130 after Ctrl-C, as shells expect; 0 after SIGTERM: the run was preempted and has saved itself."""
-        return 130 if self.caught == signal.SIGINT else 0
+        return 130 if self.agreed == signal.SIGINT else 0
 
     def __str__(self) -> str:
-        return "interrupted" if self.caught == signal.SIGINT else "preempted"
+        return "interrupted" if self.agreed == signal.SIGINT else "preempted"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.caught == signal.SIGINT == number:
@@ -98,12 +111,13 @@ class ProgressBar(tqdm):
         self.update()
 
 
-def progress_bar(start: int, steps: int) -> ProgressBar:
+def progress_bar(start: int, steps: int, shown: bool) -> ProgressBar:
     """On a terminal it moves; in a log file it writes every half minute."""
     return ProgressBar(
         initial=start,
         total=steps,
         unit="step",
         dynamic_ncols=True,
+        disable=not shown,
         mininterval=0.2 if sys.stderr.isatty() else 30,
     )

@@ -30,7 +30,17 @@ class TrackerConfig:
             raise UserError(f"tracker.every = {self.every}: must be at least 1")
 
 
-class MetricsFile:
+class Metrics:
+    """Keeps nothing: the metrics of ranks that do not write."""
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One step."""
+
+    def close(self) -> None:
+        """No more steps."""
+
+
+class MetricsFile(Metrics):
     """A JSON object a line, one for each step; on disk as soon as it is written."""
 
     def __init__(self, path: Path, first_step: int) -> None:

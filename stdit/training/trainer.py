@@ -1,17 +1,20 @@
 """One training step: a pure function of (seed, step) and of the state."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from stdit.diffusion.draws import draw_batch
 from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
+from stdit.parallel.mesh import Mesh
 from stdit.training.ema import EMA, EMAConfig
 from stdit.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
 
@@ -65,13 +68,14 @@ class Trainer:
         model: nn.Module,
         flow: RectifiedFlow,
         accelerator: "Accelerator",
+        mesh: Mesh,
         config: TrainerConfig,
         optimizer: OptimizerConfig,
         ema: EMAConfig,
         seed: int,
     ) -> None:
         self.config, self.optimizer_config, self.seed = config, optimizer, seed
-        self.accelerator, self.flow = accelerator, flow
+        self.accelerator, self.mesh, self.flow = accelerator, mesh, flow
         self.model = model.to(accelerator.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, optimizer)
@@ -79,9 +83,10 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         if config.compile:
             model.compile_blocks()  # type: ignore[operator]
+        self.network = DistributedDataParallel(model) if mesh.size > 1 else model
 
     def step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
-        """Train on the global batch of ``step`` (from 0) and return measurements.
+        """Train on this rank's share of the global batch of ``step`` (from 0) and return measurements of all of it.
 
         Args:
             batch: latents ``[B C T H W]``, text_states ``[B L E]``, text_mask ``[B L]``, and fps, height
@@ -91,12 +96,17 @@ class Trainer:
             UserError: after ``max_nonfinite_steps`` steps in a row without a finite loss and gradient.
         """
         size = len(batch["latents"])
-        micro = self.config.micro_batch_size or size
+        rows = self.mesh.rows(size)
+        micro = self.config.micro_batch_size or len(rows)
         total = torch.zeros((), device=self.accelerator.device)
-        for start in range(0, size, micro):
-            loss = self._losses(step, batch, slice(start, start + micro)).sum() / size
-            loss.backward()
+        for start in range(rows.start, rows.stop, micro):
+            stop = min(start + micro, rows.stop)
+            with self._gradients_meet(stop == rows.stop):
+                # Ranks average their gradients, and each has a part of the sum: hence the factor.
+                loss = self._losses(step, batch, slice(start, stop)).sum() * (self.mesh.size / size)
+                loss.backward()
             total += loss.detach()
+        total = self.mesh.average(total)
         gradient_norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
         finite = math.isfinite(total) and math.isfinite(gradient_norm)
@@ -113,7 +123,7 @@ class Trainer:
         }
 
     def _losses(self, step: int, batch: dict[str, Any], rows: slice) -> Tensor:
-        """Loss of each sample of a part of the batch."""
+        """Loss of each sample of a part of the batch, over this rank's frames of it."""
         device = self.accelerator.device
         names = ("latents", "text_states", "text_mask", "fps", "height", "width")
         x, states, mask, fps, height, width = (batch[name][rows].to(device) for name in names)
@@ -121,9 +131,12 @@ class Trainer:
         indices = range(len(batch["latents"]))[rows]
         draws = draw_batch(self.flow, self.seed, step, indices, tuple(x.shape[1:]), *size).to(device)
         x_t = self.flow.add_noise(x, draws.noise, draws.t)
+        shards = self.model.shards(self.mesh.sequence, *x.shape[2:])  # type: ignore[operator]
+        x, noise, x_t = (shards.split(value, dim=2) for value in (x, draws.noise, x_t))
+        t, weight = (shards.split(value, dim=1) for value in (draws.t, frame_weights(draws.given)))
         with self.accelerator.autocast():
-            output = self.model(
-                hidden_states=self.flow.scale_model_input(x_t, draws.t),
+            output = self.network(
+                hidden_states=self.flow.scale_model_input(x_t, t),
                 timestep=1000 * draws.t,
                 encoder_hidden_states=states,
                 encoder_attention_mask=mask,
@@ -131,8 +144,15 @@ class Trainer:
                 height=height,
                 width=width,
                 drop_caption=draws.drop_caption,
+                shards=shards,
             )
-        return self.flow.loss(output, x, draws.noise, x_t, draws.t, frame_weights(draws.given))
+        return self.flow.loss(output, x, noise, x_t, t, weight)
+
+    def _gradients_meet(self, last: bool) -> AbstractContextManager[None]:
+        """Let the ranks average their gradients in the backward pass of the last part of a batch only."""
+        if last or self.mesh.size == 1:
+            return nullcontext()
+        return self.network.no_sync()  # type: ignore[operator]
 
     def _count(self, step: int, finite: bool) -> None:
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1

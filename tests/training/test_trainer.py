@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 
 from stdit.diffusion.flow import FlowConfig, RectifiedFlow
 from stdit.errors import UserError
+from stdit.parallel.mesh import Mesh
 from stdit.training.ema import EMAConfig
 from stdit.training.optim import OptimizerConfig
 from stdit.training.trainer import Trainer, TrainerConfig
@@ -21,6 +22,7 @@ def trainer(**settings: Any) -> Trainer:
         tiny_model(in_channels=3),
         RectifiedFlow(FlowConfig(conditioning={"first": 0.5}), None),
         Accelerator(cpu=True, mixed_precision="bf16" if config.precision == "bf16" else "no"),
+        Mesh(),
         config,
         OptimizerConfig(name="muon", lr=1e-3),
         EMAConfig(),

@@ -93,7 +93,10 @@ def check(frames: Array) -> Verdict:
     if (distance > PLAIN).sum((1, 2)).max() < MIN_AREA:
         return Verdict(background=background, reason="nothing stands out from the background")
 
-    alpha = _cut_out(_blur(video - plain))
+    offset = _blur(video - plain)
+    if not (np.linalg.norm(offset, axis=-1) > PLAIN).any():
+        return Verdict(background=background, reason="only specks stand out from the background")
+    alpha = _cut_out(offset)
     track = _follow(alpha)
     colour, colour_reason = _colour(video[alpha > 0.9])
     present = track.area > MIN_AREA

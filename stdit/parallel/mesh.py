@@ -1,0 +1,148 @@
+"""All processes of a run as a grid, dp x sp: dp ranks split the batch, sp ranks share each video.
+
+Rank r is (r // sp, r % sp), so that the ranks of a sequence are neighbours, on one machine where that can be.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stdit.errors import OtherRankError, UserError
+from stdit.parallel.group import Group
+from stdit.parallel.layout import shares
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One process's place among all; with the defaults, it is alone."""
+
+    rank: int = 0
+    size: int = 1
+    sequence: Group = field(default_factory=Group)
+    """The ranks that share this rank's videos."""
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def dp(self) -> int:
+        """Parts of the batch."""
+        return self.size // self.sequence.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int) -> range:
+        """Which samples of the global batch are this rank's. Raises UserError if some rank would have none."""
+        if batch_size < self.dp:
+            raise UserError(
+                f"batch_size = {batch_size}, but {self.size} processes with parallel.sp = {self.sequence.size} "
+                f"split each batch into {self.dp} parts: use a batch_size of at least {self.dp}, fewer "
+                "processes, or a larger parallel.sp"
+            )
+        parts = shares(batch_size, self.dp)
+        place = self.rank // self.sequence.size
+        start = sum(parts[:place])
+        return range(start, start + parts[place])
+
+    def average(self, values: Tensor) -> Tensor:
+        """Mean over all ranks."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def largest(self, value: int) -> int:
+        """Over all ranks."""
+        if self.size == 1:
+            return value
+        box = torch.tensor([value], device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
+
+    def everywhere(self, action: Callable[[], Result]) -> Result:
+        """Do it on every rank; if it fails on one, that one raises its error, and the others `OtherRankError`."""
+        return self._together(action, range(self.size))
+
+    def in_turn(self, action: Callable[[], Result]) -> Result:
+        """As `everywhere`, first on the first rank, so that the others find what it wrote."""
+        if self.size == 1:
+            return action()
+        first = self._together(action if self.is_first else _nothing, range(1))
+        rest = self._together(_nothing if self.is_first else action, range(1, self.size))
+        return first if self.is_first else rest  # type: ignore[return-value]
+
+    def on_first(self, action: Callable[[], Result]) -> Result:
+        """Do it on the first rank alone; every rank gets its result, or raises when it fails."""
+        if self.size == 1:
+            return action()
+        box = [self._together(action if self.is_first else _nothing, range(1))]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def check_same(self, what: str, value: str) -> None:
+        """Raise UserError on every rank if ``value`` differs between ranks."""
+        values = self._gather(value)
+        odd = [rank for rank, other in enumerate(values) if other != values[0]]
+        if odd:
+            raise UserError(
+                f"{what} of rank {odd[0]} differs from those of rank 0: start every process with the same "
+                "command, on machines that have the same files"
+            )
+
+    def _together(self, action: Callable[[], Any], ranks: range) -> Any:
+        if self.size == 1:
+            return action()
+        error: Exception | None = None
+        result = None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        messages = self._gather(None if error is None else str(error))
+        failed = [rank for rank in ranks if messages[rank] is not None]
+        if not failed:
+            return result
+        if error is not None and self.rank == failed[0]:
+            raise error
+        raise OtherRankError(f"rank {failed[0]} failed: {messages[failed[0]]}")
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _nothing() -> None:
+    return None
+
+
+def build_mesh(sp: int, device: torch.device) -> Mesh:
+    """The grid of the processes that were started. Raises UserError if they do not form one.
+
+    Args:
+        device: of this rank; its type decides how the ranks talk.
+    """
+    started = dist.is_initialized()
+    size = dist.get_world_size() if started else 1
+    if size % sp:
+        fitting = [n for n in range(1, size + 1) if size % n == 0]
+        raise UserError(
+            f"parallel.sp = {sp}, but {size} {'process was' if size == 1 else 'processes were'} started: sp must "
+            f"divide their number; use parallel.sp {', '.join(map(str, fitting))}, or start a multiple of {sp} "
+            f"(torchrun --nproc_per_node {sp} ...)"
+        )
+    if not started:
+        return Mesh()
+    grid = dist.init_device_mesh(device.type, (size // sp, sp), mesh_dim_names=("dp", "sp"))
+    sequence = Group.of(grid.get_group("sp")) if sp > 1 else Group()
+    return Mesh(dist.get_rank(), size, sequence, device)
