@@ -43,8 +43,7 @@ def train(config: TrainConfig) -> int:
 
     accelerator = prepare_process(config.trainer, config.parallel.timeout)
     mesh = build_mesh(config.parallel.sp, accelerator.device)
-    for bucket in config.data.buckets:
-        mesh.rows(bucket.batch_size)  # raises for a batch that cannot be split
+    mesh.check_batches(bucket.batch_size for bucket in config.data.buckets)
     with ExitStack() as stack:
         folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
         from stdit.training.build import build_batches, build_parts
@@ -79,9 +78,7 @@ def loop(work: "Run", batches: "Batches") -> int:
     from stdit.training.system import interrupts, progress_bar
 
     config = work.config
-    with interrupts() as signals, progress_bar(
-        work.start, config.trainer.steps, work.mesh.is_first
-    ) as bar:
+    with interrupts() as signals, progress_bar(work.start, config.trainer.steps, work.mesh.is_first) as bar:
         for wait, batch in timed(batches(work.start, config.trainer.steps)):
             begin = time.perf_counter()
             values = work.trainer.step(batch["step"], batch)

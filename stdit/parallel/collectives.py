@@ -55,6 +55,6 @@ def _exchange(
     in_sizes, out_sizes = [part.numel() for part in sent], [prod(shape) for shape in shapes]
     if not torch.compiler.is_compiling():
         group.traffic.add("all_to_all", nbytes(flat) - nbytes(sent[group.rank]))
-    received = wait_tensor(all_to_all_single(flat, out_sizes, in_sizes, group.name))
+    received = wait_tensor(all_to_all_single(flat, out_sizes, in_sizes, group.name))  # type: ignore[arg-type]
     parts = received.split(out_sizes)
     return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim=shard)

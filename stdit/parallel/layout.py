@@ -11,7 +11,7 @@ from stdit.parallel.collectives import reshard
 from stdit.parallel.group import Group
 
 Layout = Literal["frames", "tracks"]
-"""frames: each rank holds whole frames, ``[B T_n S D]``; tracks: each rank holds whole time lines, ``[B T S_n D]``."""
+"""frames: each rank holds whole frames, ``[B T_n S D]``; tracks: whole time lines, ``[B T S_n D]``."""
 
 
 def shares(total: int, ranks: int) -> list[int]:
@@ -41,7 +41,7 @@ class Shards:
         return slice(start, start + self.frames_of[self.group.rank])
 
     def switch(self, x: Tensor, source: Layout, target: Layout) -> Tensor:
-        """Bring ``x``, ``[B T_n S D]`` or ``[B T S_n D]``, from one layout to the other; every rank must call this."""
+        """Bring ``x``, ``[B T_n S D]`` or ``[B T S_n D]``, to another layout; every rank must call this."""
         if source == target:
             return x
         if target == "tracks":

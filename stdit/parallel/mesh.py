@@ -3,9 +3,9 @@
 Rank r is (r // sp, r % sp), so that the ranks of a sequence are neighbours, on one machine where that can be.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,14 +38,21 @@ class Mesh:
         """Whether this is the rank that writes and speaks."""
         return self.rank == 0
 
+    def check_batches(self, batch_sizes: Iterable[int]) -> None:
+        """Raise UserError, on every rank, if some rank would have no part of a batch."""
+        smallest = min(batch_sizes)
+        if smallest < self.dp:
+            self.everywhere(lambda: self._refuse(smallest))
+
+    def _refuse(self, batch_size: int) -> NoReturn:
+        raise UserError(
+            f"batch_size = {batch_size}, but {self.size} processes with parallel.sp = {self.sequence.size} "
+            f"split each batch into {self.dp} parts: use a batch_size of at least {self.dp}, fewer "
+            "processes, or a larger parallel.sp"
+        )
+
     def rows(self, batch_size: int) -> range:
-        """Which samples of the global batch are this rank's. Raises UserError if some rank would have none."""
-        if batch_size < self.dp:
-            raise UserError(
-                f"batch_size = {batch_size}, but {self.size} processes with parallel.sp = {self.sequence.size} "
-                f"split each batch into {self.dp} parts: use a batch_size of at least {self.dp}, fewer "
-                "processes, or a larger parallel.sp"
-            )
+        """Which samples of the global batch are this rank's."""
         parts = shares(batch_size, self.dp)
         place = self.rank // self.sequence.size
         start = sum(parts[:place])
@@ -132,8 +139,17 @@ def build_mesh(sp: int, device: torch.device) -> Mesh:
     Args:
         device: of this rank; its type decides how the ranks talk.
     """
-    started = dist.is_initialized()
-    size = dist.get_world_size() if started else 1
+    if not dist.is_initialized():
+        _check_divides(sp, 1)
+        return Mesh()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    Mesh(rank, size, device=device).everywhere(lambda: _check_divides(sp, size))
+    grid = dist.init_device_mesh(device.type, (size // sp, sp), mesh_dim_names=("dp", "sp"))
+    sequence = Group.of(grid.get_group("sp")) if sp > 1 else Group()
+    return Mesh(rank, size, sequence, device)
+
+
+def _check_divides(sp: int, size: int) -> None:
     if size % sp:
         fitting = [n for n in range(1, size + 1) if size % n == 0]
         raise UserError(
@@ -141,8 +157,3 @@ def build_mesh(sp: int, device: torch.device) -> Mesh:
             f"divide their number; use parallel.sp {', '.join(map(str, fitting))}, or start a multiple of {sp} "
             f"(torchrun --nproc_per_node {sp} ...)"
         )
-    if not started:
-        return Mesh()
-    grid = dist.init_device_mesh(device.type, (size // sp, sp), mesh_dim_names=("dp", "sp"))
-    sequence = Group.of(grid.get_group("sp")) if sp > 1 else Group()
-    return Mesh(dist.get_rank(), size, sequence, device)

@@ -46,9 +46,7 @@ class Run:
         if self.mesh.is_first:
             self._write_what_it_is(new=checkpoint is None)
             self.metrics = MetricsFile(folder / "metrics.jsonl", self.start)
-            self.tracker = TRACKERS[self.config.tracker.name](
-                self.config.tracker, folder, plain(self.config)
-            )
+            self.tracker = TRACKERS[self.config.tracker.name](self.config.tracker, folder, plain(self.config))
 
     def _write_what_it_is(self, new: bool) -> None:
         """Write settings, schedule and fitted codec; a new run replaces what one without a checkpoint left."""

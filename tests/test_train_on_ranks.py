@@ -1,0 +1,160 @@
+"""Training under torchrun and accelerate launch, against one process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.test_train import ROOT, metrics
+from tests.training.tiny import tiny_settings
+
+STEPS = 20
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(ranks: int, argv: list[str], launcher: str = "torchrun") -> subprocess.Popen[str]:
+    """Start ``train.py`` on so many processes of this machine."""
+    port = str(free_port())
+    commands = {
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
+        + ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        + ["--main_process_port", port],
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", *commands[launcher], "train.py", *argv],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def launch(ranks: int, argv: list[str], launcher: str = "torchrun") -> tuple[int, str, str]:
+    """Run ``train.py`` to its end -> (exit code, output, errors)."""
+    process = start(ranks, argv, launcher)
+    try:
+        output, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dict[str, Any]], Path]:
+    """Settings of a run, and what it does on one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    settings = [
+        *tiny_settings(folder),
+        *("--trainer.steps", str(STEPS), "--checkpoint.every", "10"),
+        *("--data.buckets", json.dumps([dict(num_frames=3, height=8, width=8, fps=8, batch_size=3)])),
+        *("--model.patch_size", "[1, 3, 4]"),
+    ]
+    subprocess.run(
+        [sys.executable, "train.py", *settings, "--name", "alone"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    run = folder / "outputs" / "alone"
+    return settings, metrics(run), run
+
+
+@pytest.mark.parametrize(
+    "ranks, sp, launcher",
+    [(2, 1, "torchrun"), (2, 2, "accelerate"), (4, 2, "torchrun"), (3, 3, "torchrun")],
+)
+def test_losses_are_those_of_one_process(alone: Any, ranks: int, sp: int, launcher: str) -> None:
+    settings, expected, run = alone
+    name = f"{launcher}-{ranks}-{sp}"
+    code, _, errors = launch(ranks, [*settings, "--name", name, "--parallel.sp", str(sp)], launcher)
+    assert code == 0, errors
+    assert (run.with_name(name) / "pipeline" / "model_index.json").is_file()
+    check_losses(run.with_name(name), expected)
+
+
+def check_losses(run: Path, expected: list[dict[str, Any]]) -> None:
+    found = metrics(run)
+    assert [line["step"] for line in found] == list(range(STEPS))
+    for one, other in zip(expected, found, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_a_run_goes_on_with_another_split(alone: Any) -> None:
+    settings, expected, run = alone
+    settings = [*settings, "--name", "moved"]
+    for ranks, sp, steps in ((2, 2, 10), (3, 1, STEPS)):
+        code, _, errors = launch(ranks, [*settings, "--parallel.sp", str(sp), "--trainer.steps", str(steps)])
+        assert code == 0, errors
+    check_losses(run.with_name("moved"), expected)
+
+
+@pytest.mark.parametrize(
+    "ranks, flags, message",
+    [
+        (2, ["--parallel.sp", "3"], "parallel.sp = 3, but 2 processes were started"),
+        (4, [], "batch_size = 3, but 4 processes with parallel.sp = 1 split each batch into 4 parts"),
+        (2, ["--data.manifest", "missing.csv"], "missing.csv"),
+        (2, ["--modle.depth", "3"], "--modle.depth is not a setting"),
+    ],
+)
+def test_all_ranks_end_with_one_message(alone: Any, ranks: int, flags: list[str], message: str) -> None:
+    settings, _, run = alone
+    code, _, errors = launch(ranks, [*settings, "--name", "refused", *flags])
+    assert code != 0
+    assert errors.count("error: ") == 1 and message in errors
+    assert not run.with_name("refused").exists()
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(alone: Any) -> None:
+    settings, _, run = alone
+    settings = [*settings, "--name", "stopped", "--trainer.steps", "100000", "--parallel.sp", "2"]
+    process = start(2, settings)
+    try:
+        worker = wait_for_workers(process, run.with_name("stopped"))[1]
+        worker.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    steps = len(metrics(run.with_name("stopped")))
+    assert (run.with_name("stopped") / "checkpoints" / f"step-{steps:08d}" / "meta.json").is_file()
+
+
+def test_when_a_rank_dies_all_end(alone: Any) -> None:
+    settings, _, run = alone
+    process = start(2, [*settings, "--name", "dead", "--trainer.steps", "100000"])
+    try:
+        wait_for_workers(process, run.with_name("dead"))[1].kill()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "local_rank: 1" in errors and "SIGKILL" in errors
+
+
+def wait_for_workers(process: subprocess.Popen[str], run: Path) -> list[psutil.Process]:
+    """The processes of the ranks, in order, as soon as the run has done a few steps."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len(metrics(run)) > 2:
+            workers = [p for p in psutil.Process(process.pid).children() if "train.py" in p.cmdline()]
+            return sorted(workers, key=lambda worker: int(worker.environ()["RANK"]))
+        time.sleep(0.2)
+    raise AssertionError(process.communicate()[1])
