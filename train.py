@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> int:
     from stdit.training.system import prepare_process
 
     accelerator = prepare_process(config.trainer, config.parallel.timeout)
-    mesh = build_mesh(config.parallel.sp, accelerator.device)
+    mesh = build_mesh(config.parallel, accelerator.device)
     mesh.check_batches(bucket.batch_size for bucket in config.data.buckets)
     with ExitStack() as stack:
         folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,45 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.test_train import ROOT, metrics
+from tests.launch import ROOT, launch, start
+from tests.test_train import metrics
 from tests.training.tiny import tiny_settings
 
 STEPS = 20
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def start(ranks: int, argv: list[str], launcher: str = "torchrun") -> subprocess.Popen[str]:
-    """Start ``train.py`` on so many processes of this machine."""
-    port = str(free_port())
-    commands = {
-        "torchrun": ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port],
-        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
-        + ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        + ["--main_process_port", port],
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", *commands[launcher], "train.py", *argv],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def launch(ranks: int, argv: list[str], launcher: str = "torchrun") -> tuple[int, str, str]:
-    """Run ``train.py`` to its end -> (exit code, output, errors)."""
-    process = start(ranks, argv, launcher)
-    try:
-        output, errors = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return process.returncode, output, errors
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +47,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
 def test_losses_are_those_of_one_process(alone: Any, ranks: int, sp: int, launcher: str) -> None:
     settings, expected, run = alone
     name = f"{launcher}-{ranks}-{sp}"
-    code, _, errors = launch(ranks, [*settings, "--name", name, "--parallel.sp", str(sp)], launcher)
+    code, _, errors = launch(
+        "train.py", ranks, [*settings, "--name", name, "--parallel.sp", str(sp)], launcher
+    )
     assert code == 0, errors
     assert (run.with_name(name) / "pipeline" / "model_index.json").is_file()
     check_losses(run.with_name(name), expected)
@@ -100,7 +67,9 @@ def test_a_run_goes_on_with_another_split(alone: Any) -> None:
     settings, expected, run = alone
     settings = [*settings, "--name", "moved"]
     for ranks, sp, steps in ((2, 2, 10), (3, 1, STEPS)):
-        code, _, errors = launch(ranks, [*settings, "--parallel.sp", str(sp), "--trainer.steps", str(steps)])
+        code, _, errors = launch(
+            "train.py", ranks, [*settings, "--parallel.sp", str(sp), "--trainer.steps", str(steps)]
+        )
         assert code == 0, errors
     check_losses(run.with_name("moved"), expected)
 
@@ -108,7 +77,7 @@ def test_a_run_goes_on_with_another_split(alone: Any) -> None:
 @pytest.mark.parametrize(
     "ranks, flags, message",
     [
-        (2, ["--parallel.sp", "3"], "parallel.sp = 3, but 2 processes were started"),
+        (2, ["--parallel.sp", "3"], "parallel.sp = 3, but 2 processes were started: start a multiple of 3"),
         (4, [], "batch_size = 3, but 4 processes with parallel.sp = 1 split each batch into 4 parts"),
         (2, ["--data.manifest", "missing.csv"], "missing.csv"),
         (2, ["--modle.depth", "3"], "--modle.depth is not a setting"),
@@ -116,7 +85,7 @@ def test_a_run_goes_on_with_another_split(alone: Any) -> None:
 )
 def test_all_ranks_end_with_one_message(alone: Any, ranks: int, flags: list[str], message: str) -> None:
     settings, _, run = alone
-    code, _, errors = launch(ranks, [*settings, "--name", "refused", *flags])
+    code, _, errors = launch("train.py", ranks, [*settings, "--name", "refused", *flags])
     assert code != 0
     assert errors.count("error: ") == 1 and message in errors
     assert not run.with_name("refused").exists()
@@ -125,7 +94,7 @@ def test_all_ranks_end_with_one_message(alone: Any, ranks: int, flags: list[str]
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(alone: Any) -> None:
     settings, _, run = alone
     settings = [*settings, "--name", "stopped", "--trainer.steps", "100000", "--parallel.sp", "2"]
-    process = start(2, settings)
+    process = start("train.py", 2, settings)
     try:
         worker = wait_for_workers(process, run.with_name("stopped"))[1]
         worker.send_signal(signal.SIGTERM)
@@ -139,7 +108,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(alone: Any) -> None:
 
 def test_when_a_rank_dies_all_end(alone: Any) -> None:
     settings, _, run = alone
-    process = start(2, [*settings, "--name", "dead", "--trainer.steps", "100000"])
+    process = start("train.py", 2, [*settings, "--name", "dead", "--trainer.steps", "100000"])
     try:
         wait_for_workers(process, run.with_name("dead"))[1].kill()
         _, errors = process.communicate(timeout=60)

@@ -39,6 +39,8 @@ class VideoCodec(ModelMixin):
 
     causal_first_frame: bool = False
     """The first latent frame stands for one frame, each later one for `stride[0]`."""
+    frames_alone: bool = False
+    """Each latent frame decodes by itself, whatever is beside it."""
 
     latent_frame_group: int = 1
     """Latent frames (after the first, if causal) come in groups of so many."""

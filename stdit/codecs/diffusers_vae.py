@@ -80,6 +80,7 @@ class DiffusersCodec(VideoCodec):
         self.kind = VAES[self.name]
         self.stride = self.kind.stride(vae)
         self.causal_first_frame = self.kind.causal_first_frame
+        self.frames_alone = self.kind.per_frame
         self.latent_frame_group = self.kind.latent_frame_group
         shift, factor = _normalisation(vae)
         self.channels = len(shift)

@@ -37,6 +37,7 @@ class PCACodec(VideoCodec):
     """
 
     name = "pca"
+    frames_alone = True
     mean: Tensor  # [P]
     basis: Tensor  # [C P], orthonormal rows, largest variance first
     scale: Tensor  # [], standard deviation of the projections, mean over components

@@ -16,6 +16,7 @@ class PixelCodec(VideoCodec):
     """Latents [B 3 T H W] are the video itself, in [-1, 1]."""
 
     name = "pixel"
+    frames_alone = True
     stride = (1, 1, 1)
     channels = 3
 

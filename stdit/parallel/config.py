@@ -10,7 +10,7 @@ class ParallelConfig:
     """Use of the processes that torchrun or accelerate launch starts."""
 
     sp: int = 1
-    """Ranks that share each video (sequence-parallel); what is left of the processes splits the batch."""
+    """Ranks that share each video (sequence-parallel); in training, what is left of them splits the batch."""
     timeout: float = 1800.0
     """Seconds that a rank waits for the others before it gives up."""
 
@@ -19,3 +19,16 @@ class ParallelConfig:
             raise UserError(f"parallel.sp = {self.sp}: must be at least 1")
         if not self.timeout > 0:
             raise UserError(f"parallel.timeout = {self.timeout}: must be positive")
+
+
+@dataclass
+class SamplingParallelConfig(ParallelConfig):
+    """The same for sampling, where what is left of the processes shares out the prompts."""
+
+    cfg: int = 1
+    """2: the two halves of classifier-free guidance run on different ranks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cfg not in (1, 2):
+            raise UserError(f"parallel.cfg = {self.cfg}: must be 1 or 2, the halves of guidance")

@@ -3,11 +3,12 @@
 Letters: B batch, T frames of tokens, S tokens of a frame, D width, N ranks; T_n and S_n are a rank's share.
 """
 
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from torch import Tensor
 
-from stdit.parallel.collectives import reshard
+from stdit.parallel.collectives import gather, reshard
 from stdit.parallel.group import Group
 
 Layout = Literal["frames", "tracks"]
@@ -56,6 +57,13 @@ class Shards:
         """This rank's share of something that has latent frames along ``dim``; one for all frames is left alone."""
         if self.group.size == 1 or latents.shape[dim] == 1 < self.frames:
             return latents
-        local = self.local_frames
-        start, stop = (min(i * self.patch_frames, latents.shape[dim]) for i in (local.start, local.stop))
-        return latents.narrow(dim, start, stop - start)
+        return latents.split(self.latent_frames_of(latents.shape[dim]), dim)[self.group.rank]
+
+    def gather(self, latents: Tensor, dim: int, latent_frames: int) -> Tensor:
+        """All ``latent_frames`` of something of which each rank has its share along ``dim``."""
+        return gather(latents, self.group, dim, self.latent_frames_of(latent_frames))
+
+    def latent_frames_of(self, latent_frames: int) -> list[int]:
+        """Latent frames of each rank, of so many in all: whole patches, but for the last."""
+        ends = [min(end * self.patch_frames, latent_frames) for end in accumulate(self.frames_of, initial=0)]
+        return [end - start for start, end in pairwise(ends)]

@@ -1,10 +1,12 @@
-"""All processes of a run as a grid, dp x sp: dp ranks split the batch, sp ranks share each video.
+"""All processes of a run as a grid, dp x cfg x sp.
 
-Rank r is (r // sp, r % sp), so that the ranks of a sequence are neighbours, on one machine where that can be.
+dp parts split the batch, or the prompts; in each, cfg ranks split the halves of guidance (in sampling), and sp ranks
+share each video. The last runs fastest: the ranks of a sequence are neighbours, on one machine where that can be.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stdit.errors import OtherRankError, UserError
+from stdit.parallel.config import ParallelConfig, SamplingParallelConfig
 from stdit.parallel.group import Group
 from stdit.parallel.layout import shares
 
@@ -26,12 +29,19 @@ class Mesh:
     size: int = 1
     sequence: Group = field(default_factory=Group)
     """The ranks that share this rank's videos."""
+    guidance: Group = field(default_factory=Group)
+    """The ranks that compute the halves of guidance for this rank's videos."""
     device: torch.device = torch.device("cpu")
 
     @property
     def dp(self) -> int:
         """Parts of the batch."""
-        return self.size // self.sequence.size
+        return self.size // (self.sequence.size * self.guidance.size)
+
+    @property
+    def part(self) -> int:
+        """Which part of the batch is this rank's."""
+        return self.rank // (self.sequence.size * self.guidance.size)
 
     @property
     def is_first(self) -> bool:
@@ -54,9 +64,8 @@ class Mesh:
     def rows(self, batch_size: int) -> range:
         """Which samples of the global batch are this rank's."""
         parts = shares(batch_size, self.dp)
-        place = self.rank // self.sequence.size
-        start = sum(parts[:place])
-        return range(start, start + parts[place])
+        start = sum(parts[: self.part])
+        return range(start, start + parts[self.part])
 
     def average(self, values: Tensor) -> Tensor:
         """Mean over all ranks."""
@@ -93,6 +102,15 @@ class Mesh:
         box = [self._together(action if self.is_first else _nothing, range(1))]
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
+
+    def parts_on_first(self, value: Result) -> list[Result]:
+        """The value of each part of the batch, in order, on the first rank; an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        leads = self.sequence.rank == self.guidance.rank == 0
+        dist.gather_object(value if leads else None, values)
+        return values[:: self.size // self.dp] if values else []
 
     def check_same(self, what: str, value: str) -> None:
         """Raise UserError on every rank if ``value`` differs between ranks."""
@@ -133,27 +151,32 @@ def _nothing() -> None:
     return None
 
 
-def build_mesh(sp: int, device: torch.device) -> Mesh:
+def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     """The grid of the processes that were started. Raises UserError if they do not form one.
 
     Args:
         device: of this rank; its type decides how the ranks talk.
     """
+    sizes = {"sp": config.sp}
+    if isinstance(config, SamplingParallelConfig):
+        sizes = {"cfg": config.cfg, "sp": config.sp}
     if not dist.is_initialized():
-        _check_divides(sp, 1)
-        return Mesh()
+        _check_divides(sizes, 1)
+        return Mesh(device=device)
     rank, size = dist.get_rank(), dist.get_world_size()
-    Mesh(rank, size, device=device).everywhere(lambda: _check_divides(sp, size))
-    grid = dist.init_device_mesh(device.type, (size // sp, sp), mesh_dim_names=("dp", "sp"))
-    sequence = Group.of(grid.get_group("sp")) if sp > 1 else Group()
-    return Mesh(rank, size, sequence, device)
+    Mesh(rank, size, device=device).everywhere(lambda: _check_divides(sizes, size))
+    shape = (size // prod(sizes.values()), *sizes.values())
+    grid = dist.init_device_mesh(device.type, shape, mesh_dim_names=("dp", *sizes))
+    groups = {name: Group.of(grid.get_group(name)) for name, ranks in sizes.items() if ranks > 1}
+    return Mesh(rank, size, groups.get("sp", Group()), groups.get("cfg", Group()), device)
 
 
-def _check_divides(sp: int, size: int) -> None:
-    if size % sp:
-        fitting = [n for n in range(1, size + 1) if size % n == 0]
+def _check_divides(sizes: dict[str, int], started: int) -> None:
+    """Raise UserError unless so many processes make whole groups."""
+    needed = prod(sizes.values())
+    if started % needed:
+        flags = " and ".join(f"parallel.{name} = {ranks}" for name, ranks in sizes.items() if ranks > 1)
         raise UserError(
-            f"parallel.sp = {sp}, but {size} {'process was' if size == 1 else 'processes were'} started: sp must "
-            f"divide their number; use parallel.sp {', '.join(map(str, fitting))}, or start a multiple of {sp} "
-            f"(torchrun --nproc_per_node {sp} ...)"
+            f"{flags}, but {started} {'process was' if started == 1 else 'processes were'} started: start a multiple "
+            f"of {needed} (torchrun --nproc_per_node {needed} ...), or lower the setting"
         )

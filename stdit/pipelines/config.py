@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from stdit.errors import UserError
+from stdit.parallel.config import SamplingParallelConfig
 
 Format = Literal["mp4", "gif", "png"]
 
@@ -85,6 +86,8 @@ class SampleConfig(VideoSettings):
     """Precision of the transformer."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+    parallel: SamplingParallelConfig = field(default_factory=SamplingParallelConfig)
+    """Several processes."""
 
     def __post_init__(self) -> None:
         self.check()

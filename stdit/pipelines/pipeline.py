@@ -21,6 +21,9 @@ from stdit.codecs.text import TextEncoder
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
+from stdit.parallel.collectives import gather
+from stdit.parallel.layout import Shards
+from stdit.parallel.mesh import Mesh
 from stdit.pipelines.config import SETTINGS, VideoSettings
 from stdit.pipelines.images import Image, first_frames
 
@@ -80,6 +83,14 @@ class STDiTPipeline(DiffusionPipeline):
             shift=shift,
             step=step,
         )
+        self.mesh = Mesh()
+
+    def share(self, mesh: Mesh) -> None:
+        """Share each video of a call, and the halves of its guidance, with the ranks that ``mesh`` names.
+
+        These ranks must then make the same calls, and all get the whole result. Callbacks see a rank's frames.
+        """
+        self.mesh = mesh
 
     # ---- saving, loading, placing: the codec and the text encoder are not diffusers classes ----
 
@@ -240,16 +251,21 @@ class STDiTPipeline(DiffusionPipeline):
                 f"than {self.codec.stride[0]}, or leave the image out."
             )
 
+        shards = self.transformer.shards(self.mesh.sequence, *shape[1:])
         latents = self._denoise(
-            latents,
+            shards.split(latents, dim=2),
             free,
+            shards,
             sigmas,
             condition,
             guidance_scale,
             callback_on_step_end,
             list(callback_on_step_end_tensor_inputs),
         )
-        frames = latents if output_type == "latent" else self._decode(latents, settings, output_type)
+        if output_type == "latent":
+            frames = shards.gather(latents, 2, shape[1])
+        else:
+            frames = self._decode(latents, shards, shape[1], settings, output_type)
         self.maybe_free_model_hooks()
         return STDiTPipelineOutput(frames=frames) if return_dict else (frames,)
 
@@ -257,6 +273,7 @@ class STDiTPipeline(DiffusionPipeline):
         self,
         latents: Tensor,
         free: Tensor,
+        shards: Shards,
         sigmas: Tensor,
         condition: dict[str, Tensor],
         guidance_scale: float,
@@ -265,18 +282,16 @@ class STDiTPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Euler's method from noise (sigma 1) to data (sigma 0): Liu et al. 2022 (arXiv:2209.03003).
 
-        A frame's own noise level is ``sigma * free``: a given frame (free 0) has none and does not move.
+        A frame's own noise level is ``sigma * free [B T]``: a given frame (free 0) has none and does not move.
+        ``latents`` are this rank's frames.
         """
-        every_frame_free = bool(free.all())
+        if free.all():
+            free = free[:, :1]  # one level a sample is cheaper for the model
         for index, (sigma, sigma_next) in enumerate(
             self.progress_bar(list(zip(sigmas[:-1], sigmas[1:], strict=True)))
         ):
-            t = sigma * free  # [B T]
-            timestep = 1000 * (
-                t[:, 0] if every_frame_free else t
-            )  # one level a sample is cheaper for the model
-            velocity = self._guided_velocity(latents, t, timestep, condition, guidance_scale)
-            step = (sigma - sigma_next) * free  # [B T]
+            velocity = self._guided_velocity(latents, sigma * free, shards, condition, guidance_scale)
+            step = shards.split((sigma - sigma_next) * free, dim=1)  # [B F]
             latents = latents + step[:, None, :, None, None] * velocity
             if callback is not None:
                 tensors = {name: {"latents": latents}[name] for name in callback_inputs}
@@ -284,21 +299,28 @@ class STDiTPipeline(DiffusionPipeline):
         return latents
 
     def _guided_velocity(
-        self, x_t: Tensor, t: Tensor, timestep: Tensor, condition: dict[str, Tensor], guidance_scale: float
+        self, x_t: Tensor, t: Tensor, shards: Shards, condition: dict[str, Tensor], guidance_scale: float
     ) -> Tensor:
-        """``v_uncond + g (v_cond - v_uncond)`` (Ho & Salimans 2022, equation 6), both in one batch.
+        """``v_uncond + g (v_cond - v_uncond)`` (Ho & Salimans 2022, equation 6); both in one batch, or on two ranks.
 
-        At g = 1 the second half would cancel out, and is left out.
+        At g = 1 the second half would cancel out, and is left out. ``t [B F]`` is of all frames.
         """
-        halves = 1 if guidance_scale == 1 else 2
-        x_t, t, timestep = (torch.cat([tensor] * halves) for tensor in (x_t, t, timestep))
-        model_input = self.scheduler.scale_model_input(x_t, t).to(self.transformer.dtype)
-        output = self.transformer(hidden_states=model_input, timestep=timestep, **condition)
-        velocity = self.scheduler.velocity(output.float(), x_t, t)
-        if halves == 1:
-            return velocity
-        conditional, unconditional = velocity.chunk(2)
+        if guidance_scale == 1:
+            return self._velocity(x_t, t, shards, condition)
+        group = self.mesh.guidance
+        if group.size == 1:
+            both = self._velocity(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), shards, condition)
+        else:
+            own = {name: value.chunk(2)[group.rank] for name, value in condition.items()}
+            both = gather(self._velocity(x_t, t, shards, own), group, 0, [len(x_t)] * 2)
+        conditional, unconditional = both.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _velocity(self, x_t: Tensor, t: Tensor, shards: Shards, condition: dict[str, Tensor]) -> Tensor:
+        level = shards.split(t, dim=1)
+        model_input = self.scheduler.scale_model_input(x_t, level).to(self.transformer.dtype)
+        output = self.transformer(hidden_states=model_input, timestep=1000 * t, **condition, shards=shards)
+        return self.scheduler.velocity(output.float(), x_t, level)
 
     def _encode_prompts(
         self, prompts: list[str], negatives: list[str | None] | None, device: torch.device
@@ -329,12 +351,23 @@ class STDiTPipeline(DiffusionPipeline):
         _onload(self.codec)
         return self.codec.encode(video.to(device))[0, :, :1].float()
 
-    def _decode(self, latents: Tensor, settings: dict[str, Any], output_type: str) -> Any:
-        """Pixels of each video by itself: less memory, and no dependence on the batch."""
-        size = {name: int(settings[name]) for name in ("num_frames", "height", "width")}
+    def _decode(
+        self, latents: Tensor, shards: Shards, latent_frames: int, settings: dict[str, Any], output_type: str
+    ) -> Any:
+        """Pixels of each video by itself: less memory, and no dependence on the batch.
+
+        ``latents`` are this rank's frames; each rank decodes its own where the codec lets frames stand alone.
+        """
+        size = [int(settings[name]) for name in ("num_frames", "height", "width")]
         _onload(self.codec)
-        video = torch.cat([self.codec.decode(one[None], **size) for one in latents])  # [B 3 T H W]
-        return VideoProcessor().postprocess_video(video.float(), output_type=output_type)
+        if not self.codec.frames_alone:
+            latents = shards.gather(latents, 2, latent_frames)
+        video = [self.codec.decode(one[None], height=size[1], width=size[2]) for one in latents]
+        pixels = torch.cat(video)  # [B 3 T H W]
+        if self.codec.frames_alone:
+            each = [frames * self.codec.stride[0] for frames in shards.latent_frames_of(latent_frames)]
+            pixels = gather(pixels, shards.group, 2, each)
+        return VideoProcessor().postprocess_video(pixels[:, :, : size[0]].float(), output_type=output_type)
 
 
 def read_transformer(folder: Path, dtype: torch.dtype | None = None) -> STDiT:

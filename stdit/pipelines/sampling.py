@@ -1,10 +1,14 @@
 """From prompts to files: what ``sample.py`` does after parsing. Imports what is heavy only when needed."""
 
 import logging
+import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +21,7 @@ from stdit.pipelines.prompts import PromptLine, read_prompts
 if TYPE_CHECKING:
     import numpy as np
 
+    from stdit.parallel.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
 
 __all__ = ["Request", "Source", "load_pipeline", "plan_requests", "sample_to_files", "sample_videos"]
@@ -79,35 +84,61 @@ def sample_videos(
 
     What a request leaves open is as the pipeline has it.
     """
+    requests = list(requests)
+    done = 0
+    for batch in _batches(requests, batch_size):
+        done += len(batch)
+        yield from _sample(pipe, batch, f"videos {done - len(batch) + 1}-{done} of {len(requests)}")
+
+
+def _sample(
+    pipe: "STDiTPipeline", batch: Sequence[Request], which: str
+) -> list[tuple[Request, "np.ndarray"]]:
+    """The videos of requests with equal settings, in one call of the pipeline."""
     import torch
 
     from stdit.pipelines.images import open_image
     from stdit.pipelines.video_io import to_uint8
 
-    requests = list(requests)
+    if not batch:
+        return []
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    done = 0
-    for batch in _batches(requests, batch_size):
-        which = f"videos {done + 1}-{done + len(batch)} of {len(requests)}"
-        pipe.set_progress_bar_config(**(bar | {"desc": which}))
-        done += len(batch)
-        images = [open_image(r.image) if isinstance(r.image, str | Path) else r.image for r in batch]
-        (frames,) = pipe(
-            [r.prompt for r in batch],
-            negative_prompt=[r.negative_prompt for r in batch],
-            image=images,
-            generator=[torch.Generator().manual_seed(r.seed) for r in batch],
-            output_type="np",
-            return_dict=False,
-            **asdict(batch[0].settings),
-        )
-        for request, video in zip(batch, frames, strict=True):
-            yield request, to_uint8(video)
+    pipe.set_progress_bar_config(**(bar | {"desc": which}))
+    images = [open_image(r.image) if isinstance(r.image, str | Path) else r.image for r in batch]
+    (frames,) = pipe(
+        [r.prompt for r in batch],
+        negative_prompt=[r.negative_prompt for r in batch],
+        image=images,
+        generator=[torch.Generator().manual_seed(r.seed) for r in batch],
+        output_type="np",
+        return_dict=False,
+        **asdict(batch[0].settings),
+    )
     pipe.set_progress_bar_config(**bar)
+    return [(request, to_uint8(video)) for request, video in zip(batch, frames, strict=True)]
+
+
+def _rounds(
+    pipe: "STDiTPipeline", requests: Sequence[Request], batch_size: int, mesh: "Mesh"
+) -> Iterator[list[tuple[Request, "np.ndarray"]]]:
+    """As `sample_videos` on all ranks: in each round every part of the mesh makes a batch, and the first gets all.
+
+    The other ranks get empty lists, as many.
+    """
+    batches = list(_batches(requests, min(batch_size, math.ceil(len(requests) / mesh.dp))))
+    for start in range(0, len(batches), mesh.dp):
+        now = batches[start : start + mesh.dp]
+        before = sum(map(len, batches[:start]))
+        which = f"videos {before + 1}-{before + sum(map(len, now))} of {len(requests)}"
+        mine = now[mesh.part] if mesh.part < len(now) else []
+        videos = mesh.everywhere(partial(_sample, pipe, mine, which))
+        yield [video for part in mesh.parts_on_first(videos) for video in part]
 
 
 def sample_to_files(config: SampleConfig) -> list[Path]:
     """Do all that a config asks for; returns the files written. Input is checked before a model is loaded.
+
+    With several processes, each calls this, and the first writes.
 
     Raises:
         UserError: for input that will not do, and when the disk refuses; no file is left half-written.
@@ -118,43 +149,76 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
             "no checkpoint: add --checkpoint with a run folder (outputs/NAME) or a pipeline folder."
         )
     source = find_source(config.checkpoint, config.ema)
-    device = find_device(config.device)
-    folder = writable(_output_folder(config, source))
+    device = join_processes(config)
+    from stdit.parallel.mesh import build_mesh
 
-    pipe, weights = load_pipeline(source, config.ema)
-    print(f"sampling from {source.path} (weights {weights})", flush=True)
-    if any(request.image for request in requests) and not pipe.scheduler.config.conditioning:
-        logger.warning(
-            "the model never saw given frames in training (flow.conditioning): it may ignore the image"
-        )
+    mesh = build_mesh(config.parallel, device)
+    folder = mesh.on_first(lambda: writable(_output_folder(config, source)))
+
+    pipe, weights = mesh.everywhere(lambda: load_pipeline(source, config.ema))
+    mesh.check_same("the model", weights)
     pipe.to(device, _dtype(config.dtype))
+    pipe.share(mesh)
+    if mesh.is_first:
+        print(f"sampling from {source.path} (weights {weights})", flush=True)
+        if any(request.image for request in requests) and not pipe.scheduler.config.conditioning:
+            logger.warning(
+                "the model never saw given frames in training (flow.conditioning): it may ignore the image"
+            )
+    else:
+        pipe.set_progress_bar_config(disable=True)
 
-    from stdit.pipelines import video_io
+    writer = _Writer(folder, pipe, source, weights, config)
+    for videos in _rounds(pipe, requests, config.batch_size, mesh):
+        mesh.on_first(partial(writer.write, videos))
+    return mesh.on_first(writer.finish)
 
-    written: list[Path] = []
-    rows: list[Any] = []
-    formats = config.formats()
-    for request, frames in sample_videos(pipe, requests, config.batch_size):
-        metadata = describe(request, pipe, source, weights, config)
-        stem = free_name(folder, f"{request.index:03d}-{slug(request.prompt)}-seed{request.seed}")
-        names = [f"{stem}.{kind}" for kind in ("mp4", "gif") if kind in formats]
-        with _explained(folder):
-            for name in names:
-                write = video_io.write_mp4 if name.endswith(".mp4") else video_io.write_gif
-                write(folder / name, frames, metadata["fps"], metadata)
-            video_io.write_json(folder / f"{stem}.json", {**metadata, "files": names})
-        for name in (*names, f"{stem}.json"):
-            written.append(folder / name)
-            print(folder / name, flush=True)
-        if "png" in formats:
-            rows.append(video_io.sheet_row(frames, f"{request.prompt}  (seed {request.seed})"))
-    if rows:
-        sheet = folder / f"{free_name(folder, 'sheet')}.png"
-        with _explained(folder):
-            video_io.write_rows(sheet, rows)
-        written.append(sheet)
-        print(sheet, flush=True)
-    return written
+
+@dataclass
+class _Writer:
+    """Puts videos into a folder, each whole with its settings beside it, and in the end their sheet."""
+
+    folder: Path
+    pipe: "STDiTPipeline"
+    source: Source
+    weights: str
+    config: SampleConfig
+    written: list[Path] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+
+    def write(self, videos: Iterable[tuple[Request, "np.ndarray"]]) -> None:
+        """Raises UserError when the disk refuses."""
+        from stdit.pipelines import video_io
+
+        formats, folder = self.config.formats(), self.folder
+        for request, frames in videos:
+            metadata = describe(request, self.pipe, self.source, self.weights, self.config)
+            stem = free_name(folder, f"{request.index:03d}-{slug(request.prompt)}-seed{request.seed}")
+            names = [f"{stem}.{kind}" for kind in ("mp4", "gif") if kind in formats]
+            with _explained(folder):
+                for name in names:
+                    write = video_io.write_mp4 if name.endswith(".mp4") else video_io.write_gif
+                    write(folder / name, frames, metadata["fps"], metadata)
+                video_io.write_json(folder / f"{stem}.json", {**metadata, "files": names})
+            for name in (*names, f"{stem}.json"):
+                self._tell(folder / name)
+            if "png" in formats:
+                self.rows.append(video_io.sheet_row(frames, f"{request.prompt}  (seed {request.seed})"))
+
+    def finish(self) -> list[Path]:
+        """All files written, the sheet last. Raises UserError when the disk refuses."""
+        from stdit.pipelines import video_io
+
+        if self.rows:
+            sheet = self.folder / f"{free_name(self.folder, 'sheet')}.png"
+            with _explained(self.folder):
+                video_io.write_rows(sheet, self.rows)
+            self._tell(sheet)
+        return self.written
+
+    def _tell(self, path: Path) -> None:
+        self.written.append(path)
+        print(path, flush=True)
 
 
 def describe(
@@ -256,6 +320,16 @@ def _explained(folder: Path) -> Iterator[None]:
             f"output {folder}: {error.strerror or error}. Free some space or choose another --output; "
             "the files named above are whole."
         ) from error
+
+
+def join_processes(config: SampleConfig) -> Any:
+    """The device of this process, which meets the others if torchrun or accelerate launch started any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return find_device(config.device)
+    from accelerate import PartialState
+
+    timeout = timedelta(seconds=config.parallel.timeout)
+    return PartialState(cpu=config.device == "cpu", timeout=timeout).device
 
 
 def find_device(name: str) -> Any:

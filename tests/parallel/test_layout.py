@@ -211,3 +211,23 @@ def compile_a_switch_and_a_block(group: Group) -> None:
 
 def test_switch_and_block_compile_to_one_graph() -> None:
     run_on_ranks(2, compile_a_switch_and_a_block)
+
+
+def gather_and_look(group: Group) -> None:
+    """The adjoint of gathering: a rank's gradient is the sum of what all ranks do with its part."""
+    frames, patch_frames = 7, 2
+    shards = Shards(group, 4, 5, patch_frames)
+    whole = torch.randn(2, frames, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.randn(
+        group.size, 2, frames, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    mine = shards.split(whole, dim=1).clone().requires_grad_()
+    gathered = shards.gather(mine, 1, frames)
+    torch.testing.assert_close(gathered, whole)
+    (gathered * weights[group.rank]).sum().backward()
+    torch.testing.assert_close(mine.grad, shards.split(weights.sum(0), dim=1))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gather_and_its_adjoint(ranks: int) -> None:
+    run_on_ranks(ranks, gather_and_look)

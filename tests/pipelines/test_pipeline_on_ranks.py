@@ -1,0 +1,114 @@
+"""Videos made on several ranks against those of one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stdit.codecs import build_codec
+from stdit.codecs.config import CodecConfig
+from stdit.data.decode import decode_clip
+from stdit.parallel.config import SamplingParallelConfig
+from stdit.parallel.group import Group
+from stdit.parallel.mesh import Mesh, build_mesh
+from stdit.pipelines.pipeline import STDiTPipeline
+from tests.codecs.tiny import save_tiny_vae
+from tests.launch import launch
+from tests.parallel.ranks import run_on_ranks
+from tests.pipelines.tiny import tiny_pipeline, write_run
+
+PICTURE = np.full((8, 8, 3), 0.8, np.float32)
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {"prompt": "a red circle", "num_frames": 5},
+    "without guidance": {"prompt": ["a red circle", "a blue square"], "guidance_scale": 1.0},
+    "image": {"prompt": "a red circle", "num_frames": 2, "height": 8, "width": 8},
+    "fewer frames than ranks": {"prompt": "a red circle", "num_frames": 1},
+    "first frame, negative prompt": {
+        "prompt": ["a red circle", "a blue square"],
+        "negative_prompt": [None, "grey"],
+        "image": [PICTURE, None],
+        "num_frames": 5,
+        "height": 12,
+        "width": 8,
+    },
+}
+
+
+def compare(group: Group, sp: int, cfg: int, folder: Path) -> None:
+    mesh = build_mesh(SamplingParallelConfig(sp=sp, cfg=cfg), torch.device("cpu"))
+    pipe = STDiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    for name, arguments in CALLS.items():
+        for output_type in ("pt", "latent"):
+            frames = []
+            for one in (Mesh(), mesh):
+                pipe.share(one)
+                generators = [
+                    torch.Generator().manual_seed(seed)
+                    for seed in range(1 if isinstance(arguments["prompt"], str) else 2)
+                ]
+                result = pipe(**arguments, generator=generators, output_type=output_type)
+                frames.append(result.frames)
+            torch.testing.assert_close(
+                frames[1], frames[0], atol=1e-5, rtol=1e-4, msg=f"{name} {output_type}"
+            )
+
+
+@pytest.mark.parametrize(
+    "sp, cfg, codec", [(2, 1, "AutoencoderKLWan"), (1, 2, "pixel"), (2, 2, "pixel"), (3, 1, "pixel")]
+)
+def test_equals_one_process(tmp_path: Path, sp: int, cfg: int, codec: str) -> None:
+    config = CodecConfig(name=codec)
+    if codec != "pixel":
+        config = CodecConfig(name=codec, path=str(save_tiny_vae(codec, tmp_path / "vae")))
+    tiny_pipeline(tmp_path, build_codec(config)).save_pretrained(tmp_path / "pipeline")
+    run_on_ranks(sp * cfg, compare, sp, cfg, tmp_path / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    return write_run(folder / "outputs" / "tiny", tiny_pipeline(folder))
+
+
+def videos(folder: Path) -> dict[str, torch.Tensor]:
+    return {path.name: decode_clip(path, 4, 8, 8, 8) for path in sorted(folder.glob("*.mp4"))}
+
+
+@pytest.mark.parametrize(
+    "ranks, sp, cfg, launcher", [(2, 1, 1, "torchrun"), (4, 2, 2, "torchrun"), (4, 1, 2, "accelerate")]
+)
+def test_command_writes_the_files_of_one_process(
+    run: Path, tmp_path: Path, ranks: int, sp: int, cfg: int, launcher: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\na green cross\n")
+    common = ["--checkpoint", str(run), "--prompts", str(prompts), "--guidance_scale", "2"]
+    many = ["--parallel.sp", str(sp), "--parallel.cfg", str(cfg), "--output", str(tmp_path / "many")]
+    code, output, errors = launch("sample.py", ranks, [*common, *many], launcher)
+    assert code == 0, errors
+    code, alone, errors = launch("sample.py", 1, [*common, "--output", str(tmp_path / "one")])
+    assert code == 0, errors
+    assert output.replace("/many/", "/one/") == alone
+    expected, found = videos(tmp_path / "one"), videos(tmp_path / "many")
+    assert len(expected) == 3 and expected.keys() == found.keys()
+    for name, video in expected.items():
+        assert (found[name].float() - video.float()).abs().max() <= 2, "of 255, after h264"
+    assert (tmp_path / "many" / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompts", "absent.txt"], "absent.txt"),
+        (["--prompt", "a", "--output", "/dev/null/x"], "cannot be written"),
+        (["--prompt", "a", "--parallel.cfg", "2", "--parallel.sp", "2"], "start a multiple of 4"),
+        (["--prompt", "a", "--num_frames", "1", "--image", "absent.png"], "absent.png"),
+    ],
+)
+def test_all_ranks_end_with_one_message(run: Path, flags: list[str], message: str) -> None:
+    code, _, errors = launch("sample.py", 2, ["--checkpoint", str(run), *flags])
+    assert code != 0
+    assert errors.count("error: ") == 1 and message in errors
