@@ -114,7 +114,7 @@ class Mesh:
 
     def check_same(self, what: str, value: str) -> None:
         """Raise UserError on every rank if ``value`` differs between ranks."""
-        values = self._gather(value)
+        values = self.gather(value)
         odd = [rank for rank, other in enumerate(values) if other != values[0]]
         if odd:
             raise UserError(
@@ -131,7 +131,7 @@ class Mesh:
             result = action()
         except Exception as caught:
             error = caught
-        messages = self._gather(None if error is None else str(error))
+        messages = self.gather(None if error is None else str(error))
         failed = [rank for rank in ranks if messages[rank] is not None]
         if not failed:
             return result
@@ -139,7 +139,8 @@ class Mesh:
             raise error
         raise OtherRankError(f"rank {failed[0]} failed: {messages[failed[0]]}")
 
-    def _gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size

@@ -326,10 +326,11 @@ def join_processes(config: SampleConfig) -> Any:
     """The device of this process, which meets the others if torchrun or accelerate launch started any."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return find_device(config.device)
+    import torch
     from accelerate import PartialState
 
-    timeout = timedelta(seconds=config.parallel.timeout)
-    return PartialState(cpu=config.device == "cpu", timeout=timeout).device
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(seconds=config.parallel.timeout)).device
 
 
 def find_device(name: str) -> Any:

@@ -47,7 +47,7 @@ def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
         torch.set_num_threads(config.num_threads)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision],
-        cpu=config.device == "cpu",
+        cpu=config.device == "cpu" or not torch.accelerator.is_available(),  # else it would start no group
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
     )
     if not accelerator.is_main_process:

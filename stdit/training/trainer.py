@@ -95,18 +95,7 @@ class Trainer:
         Raises:
             UserError: after ``max_nonfinite_steps`` steps in a row without a finite loss and gradient.
         """
-        size = len(batch["latents"])
-        rows = self.mesh.rows(size)
-        micro = self.config.micro_batch_size or len(rows)
-        total = torch.zeros((), device=self.accelerator.device)
-        for start in range(rows.start, rows.stop, micro):
-            stop = min(start + micro, rows.stop)
-            with self._gradients_meet(stop == rows.stop):
-                # Ranks average their gradients, and each has a part of the sum: hence the factor.
-                loss = self._losses(step, batch, slice(start, stop)).sum() * (self.mesh.size / size)
-                loss.backward()
-            total += loss.detach()
-        total = self.mesh.average(total)
+        total = self.accumulate(step, batch)
         gradient_norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
         finite = math.isfinite(total) and math.isfinite(gradient_norm)
@@ -121,6 +110,21 @@ class Trainer:
             "grad_norm": gradient_norm if finite else None,
             "skipped": not finite,
         }
+
+    def accumulate(self, step: int, batch: dict[str, Any]) -> Tensor:
+        """The loss of the global batch; its gradients are left in the parameters, the same on all ranks."""
+        size = len(batch["latents"])
+        rows = self.mesh.rows(size)
+        micro = self.config.micro_batch_size or len(rows)
+        total = torch.zeros((), device=self.accelerator.device)
+        for start in range(rows.start, rows.stop, micro):
+            stop = min(start + micro, rows.stop)
+            with self._gradients_meet(stop == rows.stop):
+                # Ranks average their gradients, and each has a part of the sum: hence the factor.
+                loss = self._losses(step, batch, slice(start, stop)).sum() * (self.mesh.size / size)
+                loss.backward()
+            total += loss.detach()
+        return self.mesh.average(total)
 
     def _losses(self, step: int, batch: dict[str, Any], rows: slice) -> Tensor:
         """Loss of each sample of a part of the batch, over this rank's frames of it."""

@@ -1,0 +1,183 @@
+"""Does training and sampling on these processes give the numbers of one?
+
+    torchrun --nproc_per_node 4 scripts/parity.py --config configs/train/quickstart.yaml --parallel.sp 2
+
+Takes the settings of train.py. Every rank computes the whole by itself and then its share, on random latents and
+weights without zeros, and compares output, loss, gradients, weights after five steps, and a sample. Differences are
+relative to the largest value of a tensor. Exits with 1 if one is above --tolerance (default 1e-5), and names it.
+
+Weights may differ by --step_tolerance (default 1e-3): AdamW divides each gradient by its own size, so where it is but
+rounding (the biases of keys, which softmax cancels) the weight moves at full rate, and in a direction of chance.
+"""
+
+import argparse
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stdit.cli import run
+from stdit.config import TrainConfig, parse_train
+from stdit.data.buckets import Bucket
+from stdit.parallel.layout import Shards
+from stdit.parallel.mesh import Mesh, build_mesh
+
+STEPS = 5
+
+
+def main() -> int:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser.add_argument("--tolerance", type=float, default=1e-5)
+    parser.add_argument("--step_tolerance", type=float, default=1e-3)
+    own, rest = parser.parse_known_args()
+    if not rest or "--help" in rest:
+        print(__doc__)
+        return 0
+    config = parse_train(rest)
+    from stdit.training.system import prepare_process
+
+    accelerator = prepare_process(config.trainer, config.parallel.timeout)
+    mesh = build_mesh(config.parallel, accelerator.device)
+    mesh.check_batches([config.data.buckets[0].batch_size])
+    ok = True
+    for what, name, difference in compare(config, accelerator, mesh):
+        allowed = own.step_tolerance if "weights" in what else own.tolerance
+        ok = ok and difference <= allowed
+        verdict = "" if difference <= allowed else f"  ABOVE {allowed:g}"
+        print(f"{what:<24} {difference:.1e}  {name}{verdict}", flush=True)
+    print(
+        "the numbers are those of one process" if ok else "the numbers are NOT those of one process",
+        flush=True,
+    )
+    return 0 if ok else 1
+
+
+def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple[str, str, float]]:
+    """(what, name of the worst tensor, its difference) for each thing that is compared, over all ranks."""
+    from stdit.diffusion.draws import draw_batch
+    from stdit.training.trainer import Trainer
+
+    model, flow, pipe = build(config)
+    batch = random_batch(config, pipe)
+    parts = (accelerator, config.trainer, config.optimizer, config.ema, config.seed)
+    whole, shared = (Trainer(deepcopy(model), flow, parts[0], one, *parts[1:]) for one in (Mesh(), mesh))
+
+    x, size = batch["latents"].to(accelerator.device), len(batch["latents"])
+    shape = (int(batch["height"][0]), int(batch["width"][0]))
+    draws = draw_batch(flow, config.seed, 0, range(size), tuple(x.shape[1:]), *shape).to(x.device)
+    x_t = flow.scale_model_input(flow.add_noise(x, draws.noise, draws.t), draws.t)
+    shards: Shards = model.shards(mesh.sequence, *x.shape[2:])
+    condition = {
+        "timestep": 1000 * draws.t,
+        "encoder_hidden_states": batch["text_states"].to(x.device),
+        "encoder_attention_mask": batch["text_mask"].to(x.device),
+        **{name: batch[name].to(x.device) for name in ("fps", "height", "width")},
+    }
+    with torch.no_grad():
+        expected = shards.split(whole.model(x_t, **condition), dim=2)
+        found = shared.model(shards.split(x_t, dim=2), **condition, shards=shards)
+    yield "output", *largest(mesh, {"": (found, expected)})
+
+    losses = [one.accumulate(0, batch)[None] for one in (shared, whole)]
+    yield "loss", *largest(mesh, {"": (losses[0], losses[1])})
+    names = [name for name, _ in model.named_parameters()]
+    gradients = [{name: one.model.get_parameter(name).grad for name in names} for one in (shared, whole)]
+    yield "gradients", *largest(mesh, pairs(*gradients))
+    for one in (shared, whole):
+        one.optimizer.zero_grad()
+        for step in range(STEPS):
+            one.step(step, batch)
+    weights = [one.model.state_dict() for one in (shared, whole)]
+    yield f"weights after {STEPS} steps", *largest(mesh, pairs(*weights))
+    yield "averaged weights", *largest(mesh, pairs(shared.ema.average, whole.ema.average))
+
+    samples = []
+    pipe.transformer = whole.model.eval()
+    for ranks in (mesh, Mesh()):
+        pipe.share(ranks)
+        generator = torch.Generator().manual_seed(config.seed)
+        samples.append(pipe("a red circle", generator=generator, output_type="latent").frames)
+    yield "sample", *largest(mesh, {"": (samples[0], samples[1])})
+
+
+def build(config: TrainConfig) -> tuple[Any, Any, Any]:
+    """A model of these settings in which no weight is zero, the objective, and a pipeline of both."""
+    from stdit.codecs import build_codec
+    from stdit.codecs.text import build_text_encoder
+    from stdit.diffusion.flow import RectifiedFlow
+    from stdit.models.stdit import STDiT
+    from stdit.pipelines.pipeline import STDiTPipeline
+
+    codec, text_encoder = build_codec(config.codec), build_text_encoder(config.text_encoder)
+    variance = codec.latent_variance
+    if variance is None and config.flow.prediction == "residual":  # not fitted
+        variance = torch.linspace(2, 0.1, codec.channels)
+    flow = RectifiedFlow(config.flow, variance)
+    torch.manual_seed(config.seed)
+    sizes = replace(
+        config.model,
+        in_channels=codec.channels,
+        caption_channels=text_encoder.channels,
+        model_max_length=text_encoder.max_length,
+    )
+    model = STDiT(**asdict(sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.where(parameter == 0, 0.02 * torch.randn_like(parameter), 0.0))
+    if config.trainer.activation_checkpointing:
+        model.enable_gradient_checkpointing()
+    bucket = Bucket.from_config(config.data.buckets[0])
+    pipe = STDiTPipeline(
+        model,
+        codec,
+        text_encoder,
+        flow,
+        num_frames=bucket.num_frames,
+        height=bucket.height,
+        width=bucket.width,
+        fps=bucket.fps,
+        num_inference_steps=STEPS,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return model, flow, pipe
+
+
+def random_batch(config: TrainConfig, pipe: Any) -> dict[str, Any]:
+    """A global batch of the first bucket's size, the same on every rank."""
+    bucket = Bucket.from_config(config.data.buckets[0])
+    size, generator = bucket.batch_size, torch.Generator().manual_seed(config.seed)
+    shape = pipe.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+    length = min(12, pipe.text_encoder.max_length)
+    mask = torch.arange(length)[None] < torch.randint(1, length + 1, (size, 1), generator=generator)
+    return {
+        "latents": torch.randn(size, pipe.codec.channels, *shape, generator=generator),
+        "text_states": torch.randn(size, length, pipe.text_encoder.channels, generator=generator),
+        "text_mask": mask,
+        "fps": torch.full((size,), float(bucket.fps)),
+        "height": torch.full((size,), float(bucket.height)),
+        "width": torch.full((size,), float(bucket.width)),
+    }
+
+
+def pairs(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tensors of one name beside each other."""
+    return {name: (found[name], expected[name]) for name in expected}
+
+
+def largest(mesh: Mesh, compared: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, float]:
+    """Name and size of the largest relative difference, over all tensors and ranks; nan counts as infinite."""
+    differences = [("", 0.0)]
+    for name, (found, expected) in compared.items():
+        if expected.numel():
+            gap = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+            differences.append((name, float(gap.nan_to_num(nan=float("inf")))))
+    every = [worst for rank in mesh.gather(differences) for worst in rank]
+    return max(every, key=lambda one: one[1])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,21 @@
+"""The parity command: says that the numbers agree, and notices where they do not."""
+
+from pathlib import Path
+
+from tests.launch import launch
+from tests.training.tiny import tiny_settings
+
+
+def test_parity_and_its_absence(tmp_path: Path) -> None:
+    settings = [*tiny_settings(tmp_path), "--parallel.sp", "2"]
+    code, output, errors = launch("scripts/parity.py", 4, settings)
+    assert code == 0, output + errors
+    assert output.count("the numbers are those of one process") == 1
+    for what in ("output", "loss", "gradients", "weights after 5 steps", "averaged weights", "sample"):
+        assert f"\n{what} " in f"\n{output}"
+
+    code, output, _ = launch("scripts/parity.py", 2, [*settings, "--tolerance", "1e-30"])
+    assert code == 1
+    worst = next(line for line in output.splitlines() if line.startswith("gradients"))
+    assert "ABOVE 1e-30" in worst and ".weight" in worst
+    assert "NOT those of one process" in output
