@@ -158,7 +158,7 @@ def _nearest(key: str, keys: list[str]) -> str | None:
 
 
 def _check_file(path: Path, config_class: Any) -> None:
-    """Raise UserError if a YAML file cannot be read or holds an unknown key."""
+    """Raise UserError if a YAML file cannot be read, or holds an unknown key or a null that may not be one."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -182,6 +182,8 @@ def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, wher
             if not isinstance(value, dict):
                 raise UserError(f"{where}{prefix}{key} = {value}: must be a group of settings.")
             _check_content(value, hint, f"{prefix}{key}.", where)
+        elif value is None and hint is not None and type(None) not in typing.get_args(hint):
+            raise UserError(f"{where}{prefix}{key} = null: must be {_describe(hint)}.")
         elif item is not None and isinstance(value, list):
             for index, entry in enumerate(value):
                 if isinstance(entry, dict):

@@ -100,6 +100,8 @@ def test_bad_flags(argv: list[str], message: str) -> None:
         ("entries: [{widht: 3}]", "entries[0].widht is not a setting: did you mean entries[0].width?"),
         ("model: 4", "model = 4: must be a group of settings"),
         ("model: {depth: x}", "model.depth = x: must be a whole number"),
+        ("model: {depth: null}", "model.depth = null: must be a whole number"),
+        ("entries: [{width: null}]", "entries[0].width = null: must be a whole number"),
         ("name: [", "not valid YAML"),
         ("- 1", "must hold settings"),
         ("", "must hold settings"),
