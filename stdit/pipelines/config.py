@@ -55,11 +55,11 @@ class SampleConfig(VideoSettings):
 
     checkpoint: str = ""
     """A run folder (outputs/NAME), one of its checkpoints, or an exported pipeline."""
-    prompt: str | list[str] | None = None
-    """One prompt, or a list of them."""
+    prompt: str = ""
+    """What to show, taken as it stands; several prompts go into a file."""
     prompts: str | None = None
     """A file of prompts: .txt (one a line), or .csv or .jsonl (prompt, and settings of its own)."""
-    negative_prompt: str | None = None
+    negative_prompt: str = ""
     """What to lead away from (needs guidance_scale other than 1)."""
     image: str | None = None
     """A picture that becomes the first frame."""

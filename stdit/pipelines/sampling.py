@@ -59,7 +59,7 @@ def plan_requests(config: SampleConfig) -> list[Request]:
                     prompt=line.prompt,
                     seed=seed,
                     settings=settings,
-                    negative_prompt=line.negative_prompt or config.negative_prompt,
+                    negative_prompt=line.negative_prompt or config.negative_prompt or None,
                     image=line.image or config.image,
                     index=index,
                     extra=line.extra,
@@ -192,16 +192,15 @@ def free_name(folder: Path, stem: str) -> str:
 
 
 def _prompt_lines(config: SampleConfig) -> list[PromptLine]:
-    if config.prompts is not None and config.prompt is not None:
+    if config.prompts is not None and config.prompt:
         raise UserError("both prompt and prompts are given: leave one of them out.")
     if config.prompts is not None:
         return read_prompts(config.prompts)
-    prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or [])
-    if not prompts or not all(prompt.strip() for prompt in prompts):
+    if not config.prompt.strip():
         raise UserError(
             'no prompt, or an empty one: add --prompt "..." or --prompts FILE (.txt, .csv or .jsonl).'
         )
-    return [PromptLine(prompt=prompt) for prompt in prompts]
+    return [PromptLine(prompt=config.prompt)]
 
 
 def _named_size(config: SampleConfig) -> dict[str, int]:

@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 
 from stdit.checkpoint_files import hash_file
+from stdit.cli import parse
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig, VideoSettings
 from stdit.pipelines.sampling import Request, free_name, plan_requests, sample_to_files, sample_videos, slug
@@ -35,10 +36,18 @@ def test_a_line_wins_over_the_command_and_that_over_the_pipeline(tmp_path):
 
 
 def test_seeds_by_name_and_size_by_aspect_ratio():
-    config = SampleConfig(prompt=["a", "b"], seeds=[5, 3], resolution="256", aspect_ratio="1:1")
-    requests = plan_requests(config)
-    assert [r.seed for r in requests] == [5, 3, 5, 3]
+    requests = plan_requests(SampleConfig(prompt="a", seeds=[5, 3], resolution="256", aspect_ratio="1:1"))
+    assert [(r.seed, r.negative_prompt) for r in requests] == [(5, None), (3, None)]
     assert (requests[0].settings.height, requests[0].settings.width) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    "text", ["[a b]", "[a, b]", "null", "123", "true", "{a}", "a: b", "- a", "# a", "&a", '"a"']
+)
+def test_a_prompt_is_taken_as_it_stands(text):
+    config = parse(SampleConfig, ["--prompt", text, f"--negative_prompt={text}"])
+    (request,) = plan_requests(config)
+    assert request.prompt == request.negative_prompt == text
 
 
 @pytest.mark.parametrize(
