@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from stdit.data.config import LARGEST
 from stdit.errors import UserError
 
 Format = Literal["mp4", "gif", "png"]
@@ -31,8 +32,9 @@ class VideoSettings:
         """Raise UserError, naming value, rule and way out, for what no model could follow."""
         for name in ("num_frames", "height", "width", "num_inference_steps"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value != int(value) or value < 1):
-                raise UserError(f"{where}{name} = {value}: must be a whole number, at least 1.")
+            whole = value is None or (1 <= value <= LARGEST and value == int(value))
+            if not whole or isinstance(value, bool):
+                raise UserError(f"{where}{name} = {value}: must be a whole number from 1 to {LARGEST}.")
         if (self.height is None) != (self.width is None):
             missing = "height" if self.height is None else "width"
             raise UserError(f"{where}{missing} is missing: give both height and width, or neither.")
@@ -88,10 +90,9 @@ class SampleConfig(VideoSettings):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.batch_size < 1 or self.num_samples < 1:
-            raise UserError(
-                f"batch_size = {self.batch_size}, num_samples = {self.num_samples}: both must be at least 1."
-            )
+        for name in ("batch_size", "num_samples"):
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"{name} = {getattr(self, name)}: must be from 1 to {LARGEST}.")
         if self.seeds is not None and not self.seeds:
             raise UserError("seeds = []: give at least one, or leave it out.")
         if self.resolution is not None and self.height is not None:

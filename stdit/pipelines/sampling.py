@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stdit
+from stdit.data.config import resolve_size
 from stdit.errors import UserError
 from stdit.pipelines.config import SETTINGS, SampleConfig, VideoSettings
 from stdit.pipelines.loading import Source, find_source, load_pipeline
@@ -92,15 +93,16 @@ def sample_videos(
         pipe.set_progress_bar_config(**(bar | {"desc": which}))
         done += len(batch)
         images = [open_image(r.image) if isinstance(r.image, str | Path) else r.image for r in batch]
-        (frames,) = pipe(
-            [r.prompt for r in batch],
-            negative_prompt=[r.negative_prompt for r in batch],
-            image=images,
-            generator=[torch.Generator().manual_seed(r.seed) for r in batch],
-            output_type="np",
-            return_dict=False,
-            **asdict(batch[0].settings),
-        )
+        with _enough_memory(len(batch)):
+            (frames,) = pipe(
+                [r.prompt for r in batch],
+                negative_prompt=[r.negative_prompt for r in batch],
+                image=images,
+                generator=[torch.Generator().manual_seed(r.seed) for r in batch],
+                output_type="np",
+                return_dict=False,
+                **asdict(batch[0].settings),
+            )
         for request, video in zip(batch, frames, strict=True):
             yield request, to_uint8(video)
     pipe.set_progress_bar_config(**bar)
@@ -207,8 +209,6 @@ def _named_size(config: SampleConfig) -> dict[str, int]:
     """Height and width that ``resolution`` and ``aspect_ratio`` (width:height) stand for."""
     if config.resolution is None:
         return {}
-    from stdit.data.config import resolve_size
-
     height, width = resolve_size(config.resolution, config.aspect_ratio or "16:9")
     return {"height": height, "width": width}
 
@@ -254,6 +254,20 @@ def _explained(folder: Path) -> Iterator[None]:
         raise UserError(
             f"output {folder}: {error.strerror or error}. Free some space or choose another --output; "
             "the files named above are whole."
+        ) from error
+
+
+@contextmanager
+def _enough_memory(videos: int) -> Iterator[None]:
+    """A request that the memory does not hold, in a line of its own."""
+    try:
+        yield
+    except RuntimeError as error:  # torch has a class for it on GPUs only
+        if "memory" not in str(error):
+            raise
+        raise UserError(
+            f"{videos} videos at once need more memory than there is: lower batch_size, num_frames, or height "
+            "and width."
         ) from error
 
 

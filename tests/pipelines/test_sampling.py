@@ -1,8 +1,10 @@
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from stdit.checkpoint_files import hash_file
 from stdit.cli import parse
@@ -58,6 +60,8 @@ def test_a_prompt_is_taken_as_it_stands(text):
         (dict(prompt="a", prompts="b.txt"), "both prompt and prompts"),
         (dict(prompts="absent.txt"), "no such file"),
         (dict(prompt="a", num_frames=0), "num_frames = 0"),
+        (dict(prompt="a", num_frames=10**20), "num_frames = 1.*must be a whole number from 1 to 16384"),
+        (dict(prompt="a", resolution="16384", aspect_ratio="99:1"), "prompt 0: width = 163018"),
         (dict(prompt="a", height=8), "width is missing"),
         (dict(prompt="a", height=8, width=8, resolution="240p"), "both resolution and height/width"),
         (dict(prompt="a", aspect_ratio="16:9"), "without a resolution"),
@@ -67,6 +71,7 @@ def test_a_prompt_is_taken_as_it_stands(text):
         (dict(prompt="a", seeds=[]), "seeds = "),
         (dict(prompt="a", batch_size=0), "batch_size = 0"),
         (dict(prompt="a", num_samples=0), "num_samples = 0"),
+        (dict(prompt="a", num_samples=10**20), "num_samples = 1"),
         (dict(prompt="a", format=[]), "format = "),
         (dict(prompt="a", image="absent.png"), "no such file"),
         (dict(prompt="a"), "no checkpoint"),
@@ -165,6 +170,16 @@ def test_a_full_disk_is_explained(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("stdit.pipelines.video_io.write_json", full)
     with pytest.raises(UserError, match="No space left on device. Free some space"):
         sample_to_files(SampleConfig(prompt="a", checkpoint=str(run)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("out of memory")],
+)
+def test_too_little_memory_is_explained(pipe, monkeypatch, error):
+    monkeypatch.setattr(pipe, "_denoise", Mock(side_effect=error))
+    with pytest.raises(UserError, match="2 videos at once need more memory than there is: lower batch_size"):
+        next(sample_videos(pipe, [Request("a", 1), Request("a", 2)]))
 
 
 def test_names():
