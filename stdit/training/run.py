@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import stdit
-from stdit.checkpoint_files import read_meta
 from stdit.cli import plain, to_yaml
 from stdit.pipelines.video_io import written_aside
 from stdit.training.build import Parts, initialise
@@ -33,8 +32,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", self.config.checkpoint)
         self.start = 0
         if checkpoint is not None:
-            check_same_experiment(checkpoint, self.experiment)
-            meta = read_meta(checkpoint)
+            meta = check_same_experiment(checkpoint, self.experiment)
             trainer.read(checkpoint, meta)
             self.start = meta["step"]
         elif self.config.init_from is not None:
