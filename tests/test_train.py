@@ -310,6 +310,10 @@ def test_dry_run_reports_and_writes_nothing(settings: Settings, tmp_path: Path) 
         ({"trainer__step": 3}, "--trainer.step is not a setting: did you mean --trainer.steps?"),
         ({"data__manifest": "nowhere.csv"}, "manifest nowhere.csv does not exist"),
         ({"output_dir": "/dev/null/x"}, "/dev/null/x/tiny cannot be written"),
+        (
+            {"init_from": "nowhere", "text_encoder__path": "unread"},
+            "init_from = nowhere: checkpoint nowhere: there is no",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_with_2(
