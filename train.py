@@ -6,7 +6,8 @@
     python train.py --help                                                 # every setting
 
 The run is kept in outputs/<name>. The same command again goes on from the newest whole checkpoint. Ctrl-C and
-SIGTERM finish the step, save, and exit with 130 and 0.
+SIGTERM finish the step, save, and exit with 130 and 0; before the first step, and at a second Ctrl-C, the run stops
+where it is.
 """
 
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from stdit.cli import run
 from stdit.config import TrainConfig, parse_train
 from stdit.training.folder import claimed
+from stdit.training.system import Interrupts, interrupts, prepare_process, progress_bar
 
 if TYPE_CHECKING:
     from stdit.training.build import Batches
@@ -37,11 +39,10 @@ def main() -> int:
 
 def train(config: TrainConfig) -> int:
     """Train until the last step, or until a signal; returns the exit code."""
-    with claimed(config) as (folder, checkpoint):
+    with interrupts() as signals, claimed(config) as (folder, checkpoint):
         from stdit.training.build import build_batches, build_parts
         from stdit.training.report import start_line
         from stdit.training.run import Run
-        from stdit.training.system import prepare_process
         from stdit.training.trainer import Trainer
 
         accelerator = prepare_process(config.trainer)
@@ -53,17 +54,20 @@ def train(config: TrainConfig) -> int:
         )
         work = Run(folder, parts, trainer, checkpoint)
         try:
-            return loop(work, build_batches(parts, folder / "cache.safetensors", accelerator.device))
+            batches = build_batches(parts, folder / "cache.safetensors", accelerator.device)
+            return loop(work, batches, signals)
         finally:
             work.close()
+    print(f"{signals}: stopped at once, and the same command goes on from what was saved before")
+    return signals.exit_code
 
 
-def loop(work: "Run", batches: "Batches") -> int:
-    """Do the steps that are left, and between them what is due; returns the exit code."""
-    from stdit.training.system import interrupts, progress_bar
-
+def loop(work: "Run", batches: "Batches", signals: Interrupts) -> int:
+    """Do the steps that are left, and what is due between them and at the end; returns the exit code."""
     config = work.config
-    with interrupts() as signals, progress_bar(work.start, config.trainer.steps) as bar:
+    work.make_up_validation()
+    signals.patient = True
+    with progress_bar(work.start, config.trainer.steps) as bar:
         for wait, batch in timed(batches(work.start, config.trainer.steps)):
             begin = time.perf_counter()
             values = work.trainer.step(batch["step"], batch)
@@ -75,10 +79,10 @@ def loop(work: "Run", batches: "Batches") -> int:
             if signals.caught:
                 bar.write(f"{signals}: {saved} is saved, and the same command goes on from there")
                 return signals.exit_code
-            if config.validation.prompts and work.is_due(done, config.validation.every):
+            if work.validation_is_due(done):
                 work.validate(done)
     print(f"trained for {config.trainer.steps} steps: {work.finish()}")
-    return 0
+    return signals.exit_code
 
 
 def timed(items: Iterable[Item]) -> Iterator[tuple[float, Item]]:

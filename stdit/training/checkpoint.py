@@ -153,17 +153,33 @@ class Checkpoints:
 
 @contextmanager
 def written(what: str, aside: Path) -> Iterator[None]:
-    """Turn what a disk refuses while it lasts into a UserError, and remove the folder ``aside``."""
+    """Turn what a disk refuses while it lasts into a UserError, and leave nothing of the folder ``aside``."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"{what} could not be written ({error}); what was there before is as it was. Make room on the "
             "disk and run the same command again."
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # which has its name by now, if all went well
+
+
+@contextmanager
+def replaced(what: str, folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name ``folder`` when it is whole; an older one of that name goes."""
+    aside, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with written(what, aside):
+        aside.mkdir(parents=True)
+        yield aside
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _free(path: Path) -> Path:
