@@ -20,7 +20,7 @@ import train
 from stdit.checkpoint_files import verify
 from stdit.cli import run as run_main
 from stdit.config import parse_train
-from stdit.data import cache
+from stdit.data import cache as cache_module
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
@@ -174,7 +174,7 @@ def test_a_signal_before_the_first_step_stops_at_once(
     assert f"{word}: stopped at once" in "".join(capfd.readouterr())
     assert not run.exists()
     with monkeypatch.context() as patch:
-        signal_at(patch, cache, "_encode_captions", number)
+        signal_at(patch, cache_module, "_encode_captions", number)
         assert do(settings(data__cache="memory")) == code
     assert f"{word}: stopped at once" in "".join(capfd.readouterr())
     assert {path.name for path in run.iterdir()} == {
@@ -371,6 +371,23 @@ def test_training_on_real_videos_at_two_resolutions(settings: Settings, tmp_path
     assert do(["--config", config, *argv]) == 0
     shapes = {line["clips"] for line in metrics(tmp_path / "outputs" / "finetune")}
     assert shapes == {2, 4}  # batches of both buckets
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_a_bucket_that_cannot_be_read_is_left_out(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: str
+) -> None:
+    argv = settings(data__cache=cache, trainer__steps=3, data__buckets=json.dumps(
+        [dict(num_frames=4, fps=8, batch_size=2, height=side, width=side) for side in (8, 16)]
+    ))  # fmt: skip
+    for name in ("dead-0.mp4", "dead-1.mp4"):
+        (tmp_path / "clips" / name).write_bytes(b"damaged")
+    (tmp_path / "clips" / "manifest.csv").write_text(
+        "path,text,num_frames,fps,height,width\nclip-0.mp4,a,4,8,8,8\ndead-0.mp4,b,4,8,16,16\ndead-1.mp4,c,4,8,16,16\n"
+    )
+    assert do(argv) == 0
+    assert "2 x no clip of bucket 4x16x16 at 8 fps can be read" in capsys.readouterr().out
+    assert len(metrics(tmp_path / "outputs" / "tiny")) == 3
 
 
 def test_dry_run_reports_and_writes_nothing(settings: Settings, tmp_path: Path) -> None:

@@ -87,7 +87,8 @@ class DataConfig:
     workers: int = 0
     """Loader processes; 0 reads in the training process."""
     max_skipped_share: float = 1.0
-    """Share of the clips that may fail to decode in training before the run stops; 1: it stops when none is left."""
+    """Share of the clips that may fail to decode before the run stops; 1: it stops when none of a bucket is left
+    (a bucket of which none can be read at the start is left out)."""
     cache: Literal["none", "memory"] = "none"
     """memory: encode every clip and caption once, keep them in memory, and never decode while training."""
 

@@ -16,9 +16,9 @@ from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder, build_text_encoder
 from stdit.config import TrainConfig, experiment_key
 from stdit.data.cache import EncodedBatches, precompute
-from stdit.data.dataset import VideoBatches, build_plan, to_video
-from stdit.data.decode import DecodeError, decode_clip
-from stdit.data.plan import BatchPlan, slack_seconds
+from stdit.data.dataset import VideoBatches, build_plan, middle_window, to_video
+from stdit.data.decode import DecodeError
+from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
@@ -127,12 +127,8 @@ def clips_in_order(plan: BatchPlan) -> Iterator[Tensor]:
         int(i): b for b, members in zip(assignment.buckets, assignment.members, strict=True) for i in members
     }
     for index in sorted(bucket_of):
-        clip, bucket = assignment.clips[index], bucket_of[index]
-        start = slack_seconds(clip, bucket) / 2
         try:
-            frames = decode_clip(
-                clip.path, bucket.num_frames, bucket.fps, bucket.height, bucket.width, start=start
-            )
+            frames = middle_window(assignment.clips[index], bucket_of[index])
         except DecodeError:
             continue  # reported, and counted, where it would be trained on
         yield to_video(frames[None])[0]
