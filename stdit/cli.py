@@ -192,6 +192,8 @@ def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, wher
 
 def _explain(message: str, known: dict[str, Any]) -> str:
     """One line for what jsonargparse says in several."""
+    if flag := re.search(r"argument (--[\w.]+): expected one argument", message):
+        return f"{flag[1]} needs a value; one that begins with a dash is joined to it: {flag[1]}=-x"
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     hint = known.get(key[1]) if key else None
