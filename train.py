@@ -6,7 +6,8 @@
     python train.py --help                                                 # every setting
 
 The run is kept in outputs/<name>. The same command again goes on from the newest whole checkpoint. Ctrl-C and
-SIGTERM finish the step, save, and exit with 130 and 0.
+SIGTERM finish the step, save, and exit with 130 and 0; before the first step, and at a second Ctrl-C, the run stops
+where it is.
 """
 
 import time
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from stdit.cli import run
 from stdit.config import TrainConfig, parse_train
 from stdit.training.folder import claimed
+from stdit.training.system import Interrupts, interrupts, prepare_process, progress_bar
 
 if TYPE_CHECKING:
     from stdit.training.build import Batches
@@ -38,13 +40,12 @@ def main() -> int:
 
 def train(config: TrainConfig) -> int:
     """Train until the last step, or until a signal; returns the exit code."""
-    from stdit.parallel.mesh import build_mesh
-    from stdit.training.system import prepare_process
+    with interrupts() as signals, ExitStack() as stack:
+        from stdit.parallel.mesh import build_mesh
 
-    accelerator = prepare_process(config.trainer, config.parallel.timeout)
-    mesh = build_mesh(config.parallel, accelerator.device)
-    mesh.check_batches(bucket.batch_size for bucket in config.data.buckets)
-    with ExitStack() as stack:
+        accelerator = prepare_process(config.trainer, config.parallel.timeout)
+        mesh = build_mesh(config.parallel, accelerator.device)
+        mesh.check_batches(bucket.batch_size for bucket in config.data.buckets)
         folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
         from stdit.training.build import build_batches, build_parts
         from stdit.training.report import start_line
@@ -70,15 +71,18 @@ def train(config: TrainConfig) -> int:
         work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint))
         stack.callback(work.close)
         cache = folder / "cache.safetensors"
-        return loop(work, mesh.in_turn(lambda: build_batches(parts, cache, accelerator.device)))
+        batches = mesh.in_turn(lambda: build_batches(parts, cache, accelerator.device))
+        return loop(work, batches, signals)
+    print(f"{signals}: stopped at once, and the same command goes on from what was saved before")
+    return signals.exit_code
 
 
-def loop(work: "Run", batches: "Batches") -> int:
-    """Do the steps that are left, and between them what is due; returns the exit code."""
-    from stdit.training.system import interrupts, progress_bar
-
+def loop(work: "Run", batches: "Batches", signals: Interrupts) -> int:
+    """Do the steps that are left, and what is due between them and at the end; returns the exit code."""
     config = work.config
-    with interrupts() as signals, progress_bar(work.start, config.trainer.steps, work.mesh.is_first) as bar:
+    work.make_up_validation()
+    signals.patient = True
+    with progress_bar(work.start, config.trainer.steps, work.mesh.is_first) as bar:
         for wait, batch in timed(batches(work.start, config.trainer.steps)):
             begin = time.perf_counter()
             values = work.trainer.step(batch["step"], batch)
@@ -91,10 +95,10 @@ def loop(work: "Run", batches: "Batches") -> int:
             if signals.agreed:
                 bar.write(f"{signals}: {saved} is saved, and the same command goes on from there")
                 return signals.exit_code
-            if config.validation.prompts and work.is_due(done, config.validation.every):
+            if work.validation_is_due(done):
                 work.validate(done)
     print(f"trained for {config.trainer.steps} steps: {work.finish()}")
-    return 0
+    return signals.exit_code
 
 
 def timed(items: Iterable[Item]) -> Iterator[tuple[float, Item]]:

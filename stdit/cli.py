@@ -172,7 +172,7 @@ def _nearest(key: str, keys: list[str]) -> str | None:
 
 
 def _check_file(path: Path, config_class: Any) -> None:
-    """Raise UserError if a YAML file cannot be read or holds an unknown key."""
+    """Raise UserError if a YAML file cannot be read, or holds an unknown key or a null that may not be one."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -196,6 +196,8 @@ def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, wher
             if not isinstance(value, dict):
                 raise UserError(f"{where}{prefix}{key} = {value}: must be a group of settings.")
             _check_content(value, hint, f"{prefix}{key}.", where)
+        elif value is None and hint is not None and type(None) not in typing.get_args(hint):
+            raise UserError(f"{where}{prefix}{key} = null: must be {_describe(hint)}.")
         elif item is not None and isinstance(value, list):
             for index, entry in enumerate(value):
                 if isinstance(entry, dict):
@@ -204,6 +206,8 @@ def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, wher
 
 def _explain(message: str, known: dict[str, Any]) -> str:
     """One line for what jsonargparse says in several."""
+    if flag := re.search(r"argument (--[\w.]+): expected one argument", message):
+        return f"{flag[1]} needs a value; one that begins with a dash is joined to it: {flag[1]}=-x"
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     hint = known.get(key[1]) if key else None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,8 +20,12 @@ import train
 from stdit.checkpoint_files import verify
 from stdit.cli import run as run_main
 from stdit.config import parse_train
+from stdit.data import cache as cache_module
 from stdit.errors import UserError
+from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
+from stdit.pipelines.pipeline import STDiTPipeline
+from stdit.training.run import Run
 from stdit.training.trainer import Trainer
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae
 from tests.training.tiny import save_clips, tiny_settings
@@ -77,6 +82,23 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Si
     monkeypatch.setattr(Trainer, "step", stepping)
 
 
+def signal_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *numbers: signal.Signals) -> None:
+    """Let this process receive signals where a function is called."""
+    original = getattr(owner, name)
+
+    def called(*args: Any, **options: Any) -> Any:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+SIGNALS = pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 0, "preempted"), (signal.SIGINT, 130, "interrupted")]
+)
+
+
 def test_a_run_leaves_what_it_promises(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,9 +141,7 @@ def test_a_run_leaves_what_it_promises(
     assert len(metrics(run)) == 6
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGTERM, 0, "preempted"), (signal.SIGINT, 130, "interrupted")]
-)
+@SIGNALS
 def test_a_signal_saves_and_the_resumed_run_is_the_straight_one(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
     number: signal.Signals, code: int, word: str,
@@ -140,6 +160,67 @@ def test_a_signal_saves_and_the_resumed_run_is_the_straight_one(
     assert do(settings(name="resumed")) == 0
     assert numbers(straight) == numbers(resumed)
     assert same_state(*(run / "checkpoints" / "step-00000006" for run in (straight, resumed)))
+
+
+@SIGNALS
+def test_a_signal_before_the_first_step_stops_at_once(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    number: signal.Signals, code: int, word: str,
+) -> None:  # fmt: skip
+    run = tmp_path / "outputs" / "tiny"
+    with monkeypatch.context() as patch:
+        signal_at(patch, STDiT, "__init__", number)
+        assert do(settings(data__cache="memory")) == code
+    assert f"{word}: stopped at once" in "".join(capfd.readouterr())
+    assert not run.exists()
+    with monkeypatch.context() as patch:
+        signal_at(patch, cache_module, "_encode_captions", number)
+        assert do(settings(data__cache="memory")) == code
+    assert f"{word}: stopped at once" in "".join(capfd.readouterr())
+    assert {path.name for path in run.iterdir()} == {
+        ".lock", "checkpoints", "config.yaml", "metrics.jsonl", "scheduler"
+    }  # fmt: skip
+    assert do(settings(data__cache="memory")) == 0
+    assert len(metrics(run)) == 6
+
+
+@SIGNALS
+def test_a_signal_during_the_export_lets_it_finish(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+    word: str,
+) -> None:
+    signal_at(monkeypatch, STDiTPipeline, "save_pretrained", number)
+    assert do(settings(trainer__steps=2)) == code
+    assert load_pipeline(tmp_path / "outputs" / "tiny" / "pipeline")[0].config["step"] == 2
+
+
+def test_what_an_end_after_the_last_step_left_out_is_made_up_for(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {
+        "trainer__steps": 4, "validation__prompts": '["a red square"]', "validation__num_inference_steps": 2,
+        "validation__every": 2,
+    }  # fmt: skip
+    assert do(settings(name="straight", **flags)) == 0
+    straight, resumed = (tmp_path / "outputs" / name for name in ("straight", "resumed"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Run, "validate", Mock(side_effect=RuntimeError("killed")))
+        do(settings(name="resumed", **flags))
+    assert not (resumed / "samples").exists()
+    with monkeypatch.context() as patch:
+        signal_at(patch, STDiTPipeline, "save_pretrained", signal.SIGINT, signal.SIGINT)
+        assert do(settings(name="resumed", **flags)) == 130
+    assert not list(resumed.glob("pipeline*"))
+    shutil.rmtree(resumed / "samples" / "step-00000004")
+    assert do(settings(name="resumed", **flags)) == 0
+    assert load_pipeline(resumed / "pipeline")[0].config["step"] == 4
+    for step in ("step-00000002", "step-00000004"):
+        one, other = (run / "samples" / step / "00-a-red-square.mp4" for run in (straight, resumed))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_killed_run_resumes_bit_for_bit(settings: Settings, tmp_path: Path) -> None:
@@ -166,6 +247,7 @@ def test_a_full_disk_says_so_and_leaves_the_older_checkpoint(settings: Settings,
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     shown = {"validation__prompts": '["a"]', "validation__height": 512, "validation__width": 512}
+    shown |= {"validation__num_inference_steps": 1}
     result = command(settings(name="shown", validation__every=1, **shown), preexec_fn=limit)
     assert (result.returncode, "samples/step-00000001 could not be written" in result.stderr) == (2, True)
     assert not list((tmp_path / "outputs" / "shown" / "samples").iterdir())
@@ -291,6 +373,23 @@ def test_training_on_real_videos_at_two_resolutions(settings: Settings, tmp_path
     assert shapes == {2, 4}  # batches of both buckets
 
 
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_a_bucket_that_cannot_be_read_is_left_out(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: str
+) -> None:
+    argv = settings(data__cache=cache, trainer__steps=3, data__buckets=json.dumps(
+        [dict(num_frames=4, fps=8, batch_size=2, height=side, width=side) for side in (8, 16)]
+    ))  # fmt: skip
+    for name in ("dead-0.mp4", "dead-1.mp4"):
+        (tmp_path / "clips" / name).write_bytes(b"damaged")
+    (tmp_path / "clips" / "manifest.csv").write_text(
+        "path,text,num_frames,fps,height,width\nclip-0.mp4,a,4,8,8,8\ndead-0.mp4,b,4,8,16,16\ndead-1.mp4,c,4,8,16,16\n"
+    )
+    assert do(argv) == 0
+    assert "2 x no clip of bucket 4x16x16 at 8 fps can be read" in capsys.readouterr().out
+    assert len(metrics(tmp_path / "outputs" / "tiny")) == 3
+
+
 def test_dry_run_reports_and_writes_nothing(settings: Settings, tmp_path: Path) -> None:
     save_clips(tmp_path / "clips", count=1, frames=2)
     (tmp_path / "clips" / "manifest.csv").write_text(
@@ -310,6 +409,10 @@ def test_dry_run_reports_and_writes_nothing(settings: Settings, tmp_path: Path) 
         ({"trainer__step": 3}, "--trainer.step is not a setting: did you mean --trainer.steps?"),
         ({"data__manifest": "nowhere.csv"}, "manifest nowhere.csv does not exist"),
         ({"output_dir": "/dev/null/x"}, "/dev/null/x/tiny cannot be written"),
+        (
+            {"init_from": "nowhere", "text_encoder__path": "unread"},
+            "init_from = nowhere: checkpoint nowhere: there is no",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_with_2(

@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from stdit.data.buckets import Bucket
-from stdit.data.dataset import Batch, SkipTally, describe, to_video
-from stdit.data.decode import DecodeError, decode_clip
-from stdit.data.manifest import Clip, Skipped
-from stdit.data.plan import BatchPlan, slack_seconds
+from stdit.data.dataset import Batch, SkipTally, describe, middle_window, to_video
+from stdit.data.decode import DecodeError
+from stdit.data.manifest import Skipped
+from stdit.data.plan import BatchPlan
 from stdit.errors import UserError
 
 if TYPE_CHECKING:  # these import diffusers, which takes seconds
@@ -156,7 +155,7 @@ def _encode_clips(
                 frames = []
                 for index in chunk.tolist():
                     try:
-                        frames.append(_middle(plan.assignment.clips[index], bucket))
+                        frames.append(middle_window(plan.assignment.clips[index], bucket))
                         done.append(index)
                     except DecodeError as error:
                         skipped.append(Skipped(error.path, error.reason))
@@ -168,12 +167,6 @@ def _encode_clips(
             latents.append(encoded[: len(done)])
             rows.append(torch.tensor(done, dtype=torch.int64))
     return latents, rows, skipped
-
-
-def _middle(clip: Clip, bucket: Bucket) -> torch.Tensor:
-    """The middle window of a clip, uint8 [T 3 H W]."""
-    start = slack_seconds(clip, bucket) / 2
-    return decode_clip(clip.path, bucket.num_frames, bucket.fps, bucket.height, bucket.width, start=start)
 
 
 def _encode_captions(

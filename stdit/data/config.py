@@ -6,6 +6,9 @@ from typing import Literal
 
 from stdit.errors import UserError
 
+LARGEST = 16384
+"""Frames of a clip, pixels of a side, clips of a batch: more of any is a slip of the keyboard."""
+
 
 @dataclass
 class BucketConfig:
@@ -32,10 +35,12 @@ class BucketConfig:
         """Raises UserError for an impossible value."""
         for name in ("num_frames", "batch_size"):
             value = getattr(self, name)
-            if value < 1:
-                raise UserError(f"data.buckets: {name} is {value}; it must be at least 1")
-        if not (self.fps > 0 and math.isfinite(self.fps)):
-            raise UserError(f"data.buckets: fps is {self.fps}; it must be above 0")
+            if not 1 <= value <= LARGEST:
+                raise UserError(f"data.buckets: {name} is {value}; it must be from 1 to {LARGEST}")
+        if not 0.01 <= self.fps <= 1000:
+            raise UserError(
+                f"data.buckets: fps is {self.fps}; it must be from 0.01 to 1000 frames per second"
+            )
         if not 0 < self.keep_probability <= 1:
             raise UserError(
                 f"data.buckets: keep_probability is {self.keep_probability}; it must be above 0 and "
@@ -45,24 +50,24 @@ class BucketConfig:
 
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels. Raises UserError."""
+        height, width = self.height, self.width
         if self.resolution is not None:
-            if self.height is not None or self.width is not None:
+            if height is not None or width is not None:
                 raise UserError(
-                    f"data.buckets: resolution {self.resolution!r} beside height {self.height} and width "
-                    f"{self.width}; give either resolution or both of height and width"
+                    f"data.buckets: resolution {self.resolution!r} beside height {height} and width {width}; "
+                    "give either resolution or both of height and width"
                 )
-            return resolve_size(self.resolution, self.aspect_ratio)
-        if self.height is None or self.width is None:
+            height, width = resolve_size(self.resolution, self.aspect_ratio)
+        if height is None or width is None:
             raise UserError(
-                f"data.buckets: height is {self.height} and width is {self.width}; give both, or "
-                'a resolution such as "240p"'
+                f"data.buckets: height is {height} and width is {width}; give both, or a resolution such as "
+                '"240p"'
             )
-        if self.height < 1 or self.width < 1:
+        if not (1 <= height <= LARGEST and 1 <= width <= LARGEST):
             raise UserError(
-                f"data.buckets: frames of {self.width}x{self.height} pixels (width x height); "
-                "each must be at least 1"
+                f"data.buckets: frames of {width}x{height} pixels (width x height); each must be from 1 to {LARGEST}"
             )
-        return self.height, self.width
+        return height, width
 
 
 @dataclass
@@ -82,7 +87,8 @@ class DataConfig:
     workers: int = 0
     """Loader processes; 0 reads in the training process."""
     max_skipped_share: float = 1.0
-    """Share of the clips that may fail to decode in training before the run stops; 1: it stops when none is left."""
+    """Share of the clips that may fail to decode before the run stops; 1: it stops when none of a bucket is left
+    (a bucket of which none can be read at the start is left out)."""
     cache: Literal["none", "memory"] = "none"
     """memory: encode every clip and caption once, keep them in memory, and never decode while training."""
 
@@ -113,7 +119,7 @@ def resolve_size(resolution: str, aspect_ratio: str = "16:9", multiple: int = 2)
     every ratio (the buckets of Open-Sora v1.2); "256" is the area of 256 x 256. Raises UserError.
     """
     lines = resolution.removesuffix("p")
-    if not (lines.isascii() and lines.isdigit() and int(lines) > 0):
+    if not (lines.isascii() and lines.isdigit() and 0 < float(lines) <= LARGEST):
         raise UserError(
             f'resolution {resolution!r} is unknown: give lines with a p, such as "144p", "240p" or '
             '"720p", or a square side such as "256"'
@@ -123,7 +129,7 @@ def resolve_size(resolution: str, aspect_ratio: str = "16:9", multiple: int = 2)
         ratio = float(width_part) / float(height_part)
     except (ValueError, ZeroDivisionError):
         ratio = 0.0
-    if not (ratio > 0 and math.isfinite(ratio)):
+    if not 0.01 <= ratio <= 100:
         raise UserError(
             f'aspect_ratio {aspect_ratio!r} is unknown: give width:height, such as "16:9" or "1:1"'
         )

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from stdit.data.buckets import Assignment, Bucket, assign
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.data.decode import DecodeError, decode_clip
-from stdit.data.manifest import Skipped, read_manifest, summarise
-from stdit.data.plan import BatchPlan, PlannedBatch
+from stdit.data.manifest import Clip, Skipped, read_manifest, summarise
+from stdit.data.plan import BatchPlan, PlannedBatch, slack_seconds
 from stdit.errors import UserError
 
 __all__ = ["BucketConfig", "DataConfig", "VideoBatches", "build_plan"]
@@ -38,7 +39,49 @@ def build_assignment(config: DataConfig, seed: int = 0) -> Assignment:
 
 def build_plan(config: DataConfig, seed: int = 0) -> BatchPlan:
     """From the settings to the plan of all batches; `plan.report()` is what to show. Raises UserError."""
-    return BatchPlan(build_assignment(config, seed), seed)
+    return BatchPlan(without_dead_buckets(build_assignment(config, seed), config.max_skipped_share), seed)
+
+
+def without_dead_buckets(assignment: Assignment, max_skipped_share: float) -> Assignment:
+    """An assignment without the clips of those buckets in which none can be read.
+
+    A clip that fails gives way to another of its bucket; a bucket cannot give way while training goes on without
+    changing which batch every later step has. So a clip of each is read before there is a plan.
+
+    Raises UserError when no bucket is left, or more than max_skipped_share of all clips go with theirs.
+    """
+    members, skipped = list(assignment.members), list(assignment.skipped)
+    tally = SkipTally(assignment.kept, max_skipped_share)
+    for k, bucket in enumerate(assignment.buckets):
+        failed = _failures_of_all([assignment.clips[index] for index in members[k].tolist()], bucket)
+        if failed:
+            tally.add(failed)
+            skipped += [
+                Skipped(path, f"no clip of bucket {bucket} can be read: {why}") for path, why in failed
+            ]
+            members[k] = members[k][:0]
+    if not any(map(len, members)):
+        raise tally.error("and none is left: repair or replace the files")
+    return replace(assignment, members=members, skipped=skipped)
+
+
+def _failures_of_all(clips: list[Clip], bucket: Bucket) -> list[Skipped]:
+    """Why each clip of a bucket cannot be read; nothing as soon as one can."""
+    failed = []
+    for clip in clips:
+        try:
+            middle_window(clip, bucket)
+        except DecodeError as error:
+            failed.append(Skipped(error.path, error.reason))
+        else:
+            return []
+    return failed
+
+
+def middle_window(clip: Clip, bucket: Bucket) -> torch.Tensor:
+    """The middle of a clip that is longer than its bucket's window, uint8 [T 3 H W]. Raises DecodeError."""
+    start = slack_seconds(clip, bucket) / 2
+    return decode_clip(clip.path, bucket.num_frames, bucket.fps, bucket.height, bucket.width, start=start)
 
 
 class SkipTally:
@@ -84,7 +127,7 @@ class _StepDataset(Dataset):
         whole = [sample for sample in read if sample is not None]
         skipped = list(failed.values())
         if len(whole) < len(read):
-            return {"skipped": skipped}
+            return {"skipped": skipped, "bucket": str(planned.bucket)}
         used, frames = zip(*whole, strict=True)
         return describe(self.plan, planned, list(used)) | {"frames": torch.stack(frames), "skipped": skipped}
 
@@ -161,7 +204,10 @@ class VideoBatches:
         for batch in loader:
             self.tally.add(batch["skipped"])
             if "frames" not in batch:
-                raise self.tally.error("and none of a bucket is left: repair or remove the files")
+                raise self.tally.error(
+                    f"and none of bucket {batch['bucket']} is left: repair the files and run the same command "
+                    "again; a new run (--name, --init_from) leaves the bucket out"
+                )
             yield batch | {"video": to_video(batch.pop("frames"))}
 
 

@@ -22,12 +22,13 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
+from stdit.data.config import LARGEST
+
 FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf,ivf"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".ts", ".mpg", ".mpeg", ".flv"}
 )
-MAX_SIDE = 16384
 MAX_PIXELS = 8192 * 8192
 
 # A frame counts as shown at a target time that it misses by less than this share of the target interval:
@@ -213,10 +214,10 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
-    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
+    if not (0 < width <= LARGEST and 0 < height <= LARGEST and width * height <= MAX_PIXELS):
         raise DecodeError(
             path,
-            f"frames of {width}x{height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS} in all are read",
+            f"frames of {width}x{height} pixels; at most {LARGEST} a side and {MAX_PIXELS} in all are read",
         )
 
 

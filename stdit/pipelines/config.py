@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from stdit.data.config import LARGEST
 from stdit.errors import UserError
 from stdit.parallel.config import SamplingParallelConfig
 
@@ -32,8 +33,9 @@ class VideoSettings:
         """Raise UserError, naming value, rule and way out, for what no model could follow."""
         for name in ("num_frames", "height", "width", "num_inference_steps"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value != int(value) or value < 1):
-                raise UserError(f"{where}{name} = {value}: must be a whole number, at least 1.")
+            whole = value is None or (1 <= value <= LARGEST and value == int(value))
+            if not whole or isinstance(value, bool):
+                raise UserError(f"{where}{name} = {value}: must be a whole number from 1 to {LARGEST}.")
         if (self.height is None) != (self.width is None):
             missing = "height" if self.height is None else "width"
             raise UserError(f"{where}{missing} is missing: give both height and width, or neither.")
@@ -56,11 +58,11 @@ class SampleConfig(VideoSettings):
 
     checkpoint: str = ""
     """A run folder (outputs/NAME), one of its checkpoints, or an exported pipeline."""
-    prompt: str | list[str] | None = None
-    """One prompt, or a list of them."""
+    prompt: str = ""
+    """What to show, taken as it stands; several prompts go into a file."""
     prompts: str | None = None
     """A file of prompts: .txt (one a line), or .csv or .jsonl (prompt, and settings of its own)."""
-    negative_prompt: str | None = None
+    negative_prompt: str = ""
     """What to lead away from (needs guidance_scale other than 1)."""
     image: str | None = None
     """A picture that becomes the first frame."""
@@ -91,10 +93,9 @@ class SampleConfig(VideoSettings):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.batch_size < 1 or self.num_samples < 1:
-            raise UserError(
-                f"batch_size = {self.batch_size}, num_samples = {self.num_samples}: both must be at least 1."
-            )
+        for name in ("batch_size", "num_samples"):
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"{name} = {getattr(self, name)}: must be from 1 to {LARGEST}.")
         if self.seeds is not None and not self.seeds:
             raise UserError("seeds = []: give at least one, or leave it out.")
         if self.resolution is not None and self.height is not None:

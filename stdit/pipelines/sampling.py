@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stdit
+from stdit.data.config import resolve_size
 from stdit.errors import UserError
 from stdit.pipelines.config import SETTINGS, SampleConfig, VideoSettings
 from stdit.pipelines.loading import Source, find_source, load_pipeline
@@ -64,7 +65,7 @@ def plan_requests(config: SampleConfig) -> list[Request]:
                     prompt=line.prompt,
                     seed=seed,
                     settings=settings,
-                    negative_prompt=line.negative_prompt or config.negative_prompt,
+                    negative_prompt=line.negative_prompt or config.negative_prompt or None,
                     image=line.image or config.image,
                     index=index,
                     extra=line.extra,
@@ -105,15 +106,16 @@ def _sample(
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**(bar | {"desc": which}))
     images = [open_image(r.image) if isinstance(r.image, str | Path) else r.image for r in batch]
-    (frames,) = pipe(
-        [r.prompt for r in batch],
-        negative_prompt=[r.negative_prompt for r in batch],
-        image=images,
-        generator=[torch.Generator().manual_seed(r.seed) for r in batch],
-        output_type="np",
-        return_dict=False,
-        **asdict(batch[0].settings),
-    )
+    with _enough_memory(len(batch)):
+        (frames,) = pipe(
+            [r.prompt for r in batch],
+            negative_prompt=[r.negative_prompt for r in batch],
+            image=images,
+            generator=[torch.Generator().manual_seed(r.seed) for r in batch],
+            output_type="np",
+            return_dict=False,
+            **asdict(batch[0].settings),
+        )
     pipe.set_progress_bar_config(**bar)
     return [(request, to_uint8(video)) for request, video in zip(batch, frames, strict=True)]
 
@@ -256,24 +258,21 @@ def free_name(folder: Path, stem: str) -> str:
 
 
 def _prompt_lines(config: SampleConfig) -> list[PromptLine]:
-    if config.prompts is not None and config.prompt is not None:
+    if config.prompts is not None and config.prompt:
         raise UserError("both prompt and prompts are given: leave one of them out.")
     if config.prompts is not None:
         return read_prompts(config.prompts)
-    prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or [])
-    if not prompts or not all(prompt.strip() for prompt in prompts):
+    if not config.prompt.strip():
         raise UserError(
             'no prompt, or an empty one: add --prompt "..." or --prompts FILE (.txt, .csv or .jsonl).'
         )
-    return [PromptLine(prompt=prompt) for prompt in prompts]
+    return [PromptLine(prompt=config.prompt)]
 
 
 def _named_size(config: SampleConfig) -> dict[str, int]:
     """Height and width that ``resolution`` and ``aspect_ratio`` (width:height) stand for."""
     if config.resolution is None:
         return {}
-    from stdit.data.config import resolve_size
-
     height, width = resolve_size(config.resolution, config.aspect_ratio or "16:9")
     return {"height": height, "width": width}
 
@@ -319,6 +318,20 @@ def _explained(folder: Path) -> Iterator[None]:
         raise UserError(
             f"output {folder}: {error.strerror or error}. Free some space or choose another --output; "
             "the files named above are whole."
+        ) from error
+
+
+@contextmanager
+def _enough_memory(videos: int) -> Iterator[None]:
+    """A request that the memory does not hold, in a line of its own."""
+    try:
+        yield
+    except RuntimeError as error:  # torch has a class for it on GPUs only
+        if "memory" not in str(error):
+            raise
+        raise UserError(
+            f"{videos} videos at once need more memory than there is: lower batch_size, num_frames, or height "
+            "and width."
         ) from error
 
 

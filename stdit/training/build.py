@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stdit.checkpoint_files import META, read_meta
 from stdit.codecs import build_codec
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder, build_text_encoder
 from stdit.config import TrainConfig, experiment_key
 from stdit.data.cache import EncodedBatches, precompute
-from stdit.data.dataset import VideoBatches, build_plan, to_video
-from stdit.data.decode import DecodeError, decode_clip
-from stdit.data.plan import BatchPlan, slack_seconds
+from stdit.data.dataset import VideoBatches, build_plan, middle_window, to_video
+from stdit.data.decode import DecodeError
+from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
+from stdit.training.folder import find_weights
 
 Batches = Callable[[int, int], Iterator[dict[str, Any]]]
 """From (first step, last step + 1) to batches with latents and text states, in order."""
@@ -93,19 +95,15 @@ def build_parts(config: TrainConfig, saved_codec: Path | None = None, dry_run: b
 
 def initialise(model: STDiT, source: str) -> None:
     """Copy weights from a run, checkpoint, pipeline or model folder. Raises UserError if they do not fit."""
-    from stdit.checkpoint_files import read_meta
-    from stdit.pipelines.loading import find_source, load_transformer
+    from stdit.pipelines.loading import load_transformer
     from stdit.pipelines.pipeline import read_transformer
 
-    folder = Path(source)
-    if not (folder / "diffusion_pytorch_model.safetensors").is_file():
-        found = find_source(folder)
-        if not found.is_pipeline:
-            other, _ = load_transformer(found.path, read_meta(found.path), ema=True)
-            _copy_weights(model, other, source)
-            return
-        folder = found.path / "transformer"
-    _copy_weights(model, read_transformer(folder), source)
+    folder = find_weights(source)
+    if (folder / META).is_file():
+        other, _ = load_transformer(folder, read_meta(folder), ema=True)
+    else:
+        other = read_transformer(folder)
+    _copy_weights(model, other, source)
 
 
 def _copy_weights(model: STDiT, other: STDiT, source: str) -> None:
@@ -129,12 +127,8 @@ def clips_in_order(plan: BatchPlan) -> Iterator[Tensor]:
         int(i): b for b, members in zip(assignment.buckets, assignment.members, strict=True) for i in members
     }
     for index in sorted(bucket_of):
-        clip, bucket = assignment.clips[index], bucket_of[index]
-        start = slack_seconds(clip, bucket) / 2
         try:
-            frames = decode_clip(
-                clip.path, bucket.num_frames, bucket.fps, bucket.height, bucket.width, start=start
-            )
+            frames = middle_window(assignment.clips[index], bucket_of[index])
         except DecodeError:
             continue  # reported, and counted, where it would be trained on
         yield to_video(frames[None])[0]

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import newest_whole, publish, read_meta, step_of, verify, write_manifest
+from stdit.checkpoint_files import META, newest_whole, publish, read_meta, step_of, verify, write_manifest
 from stdit.errors import UserError
+
+NEEDED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int}
+"""What a run takes from the manifest of the checkpoint that it goes on from."""
 
 
 @dataclass
@@ -39,8 +42,12 @@ def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[s
     Raises:
         UserError: if checkpoints are there but must not be used, or none of them can be.
     """
-    newest, passed_over = newest_whole(checkpoints)
     run = checkpoints.parent
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise UserError(
+            f"{checkpoints} is a file, in the place of a folder: move it away, or choose another name."
+        )
+    newest, passed_over = newest_whole(checkpoints)
     if resume == "auto":
         if newest is None and passed_over:
             raise UserError(
@@ -70,12 +77,22 @@ def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[s
     return chosen, []
 
 
-def check_same_experiment(checkpoint: Path, experiment: dict[str, Any]) -> None:
-    """Raise UserError naming what differs between the experiment of a checkpoint and this one.
+def check_same_experiment(checkpoint: Path, experiment: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a checkpoint that this experiment may go on from.
 
-    Keys that only one of them has are not compared: some are known only once the parts are built.
+    Keys that only one of the experiments has are not compared: some are known only once the parts are built.
+
+    Raises:
+        UserError: naming what differs, or what the manifest lacks.
     """
-    saved = read_meta(checkpoint).get("experiment", {})
+    meta = read_meta(checkpoint)
+    for key, kind in NEEDED.items():
+        if not isinstance(meta.get(key), kind):
+            raise UserError(
+                f"checkpoint {checkpoint}: {META} has no {key} that can be read: use another checkpoint, or delete "
+                "this folder to go on from the one before it."
+            )
+    saved = meta["experiment"]
     differing = [
         f"{key} was {saved[key]}, is {experiment[key]}"
         for key in experiment
@@ -86,6 +103,7 @@ def check_same_experiment(checkpoint: Path, experiment: dict[str, Any]) -> None:
             f"checkpoint {checkpoint} is of another experiment: {'; '.join(differing)}. Go back to its "
             f"settings, or choose another name (and start from its weights by --init_from {checkpoint})."
         )
+    return meta
 
 
 class Checkpoints:
@@ -135,17 +153,33 @@ class Checkpoints:
 
 @contextmanager
 def written(what: str, aside: Path) -> Iterator[None]:
-    """Turn what a disk refuses while it lasts into a UserError, and remove the folder ``aside``."""
+    """Turn what a disk refuses while it lasts into a UserError, and leave nothing of the folder ``aside``."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"{what} could not be written ({error}); what was there before is as it was. Make room on the "
             "disk and run the same command again."
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # which has its name by now, if all went well
+
+
+@contextmanager
+def replaced(what: str, folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name ``folder`` when it is whole; an older one of that name goes."""
+    aside, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with written(what, aside):
+        aside.mkdir(parents=True)
+        yield aside
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _free(path: Path) -> Path:

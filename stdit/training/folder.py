@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stdit.config import TrainConfig, experiment_key
 from stdit.errors import UserError
+from stdit.pipelines.loading import find_source
 from stdit.training.checkpoint import check_same_experiment, find_checkpoint
 
 
@@ -15,7 +16,8 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
     """Make the run folder, lock it, and find the checkpoint to go on from: ``(folder, checkpoint or None)``.
 
     Raises:
-        UserError: if the folder cannot be written, another process trains there, or it is another run's.
+        UserError: if the folder cannot be written, another process trains there, it is another run's, or there
+            are no weights to start from where ``init_from`` says.
     """
     folder = config.run_folder
     checkpoint, passed_over = find_checkpoint(config.resume, folder / "checkpoints")
@@ -23,6 +25,8 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
         print(f"passed over: {reason}")
     if checkpoint is not None:
         check_same_experiment(checkpoint, experiment_key(config))
+    elif config.init_from is not None:
+        find_weights(config.init_from)
     if (folder / "pipeline").exists() and not any((folder / "checkpoints").glob("step-*")):
         raise UserError(
             f"{folder} has a trained pipeline, but no checkpoint to go on from: choose another --name (and "
@@ -43,6 +47,18 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
         finally:
             if [path.name for path in folder.iterdir()] == [".lock"]:  # it ended before it began
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_weights(init_from: str) -> Path:
+    """The model's folder, or the checkpoint, whose weights a run starts from. Raises UserError if there is none."""
+    folder = Path(init_from)
+    if (folder / "diffusion_pytorch_model.safetensors").is_file():
+        return folder
+    try:
+        source = find_source(folder)
+    except UserError as error:
+        raise UserError(f"init_from = {init_from}: {error}") from None
+    return source.path / "transformer" if source.is_pipeline else source.path
 
 
 def _lock(descriptor: int) -> bool:

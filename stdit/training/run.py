@@ -1,16 +1,15 @@
 """A run in its folder: what it writes there, how it goes on and how it ends."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import stdit
-from stdit.checkpoint_files import read_meta
 from stdit.cli import plain, to_yaml
 from stdit.pipelines.video_io import written_aside
 from stdit.training.build import Parts, initialise
-from stdit.training.checkpoint import Checkpoints, check_same_experiment, written
+from stdit.training.checkpoint import Checkpoints, check_same_experiment, replaced, written
+from stdit.training.ema import EMA
 from stdit.training.report import tokens
 from stdit.training.tracking import TRACKERS, Metrics, MetricsFile, Tracker
 from stdit.training.trainer import Trainer
@@ -36,12 +35,12 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", self.config.checkpoint)
         self.start = 0
         if checkpoint is not None:
-            check_same_experiment(checkpoint, self.experiment)
-            meta = read_meta(checkpoint)
+            meta = check_same_experiment(checkpoint, self.experiment)
             trainer.read(checkpoint, meta)
             self.start = meta["step"]
         elif self.config.init_from is not None:
             initialise(parts.model, self.config.init_from)
+            trainer.ema = EMA(parts.model, self.config.ema)
         self.metrics, self.tracker = Metrics(), Tracker()
         if self.mesh.is_first:
             self._write_what_it_is(new=checkpoint is None)
@@ -105,28 +104,32 @@ class Run:
             parts.model, parts.codec, parts.text_encoder, parts.flow, **self.settings, step=step
         )
 
+    def make_up_validation(self) -> None:
+        """Write the validation videos of the step to go on from, if the run ended between saving it and them."""
+        if self.start and self.validation_is_due(self.start):
+            folder = self._samples(self.start)
+            self.mesh.on_first(lambda: None if folder.exists() else self._validate(self.start))
+
     def validate(self, step: int) -> None:
         """Write videos of the fixed prompts, made with the averaged weights after ``step`` steps."""
         self.mesh.on_first(lambda: self._validate(step))
 
     def _validate(self, step: int) -> None:
-        prompts = self.config.validation.prompts
-        folder = self.folder / "samples" / f"step-{step:08d}"
-        with written(f"samples {folder}", folder), self.trainer.ema.swapped_into(self.parts.model):
-            videos, sheet = write_samples(self.pipeline(step), prompts, self.config.validation.seed, folder)
+        prompts, seed, folder = (
+            self.config.validation.prompts,
+            self.config.validation.seed,
+            self._samples(step),
+        )
+        with replaced(f"samples {folder}", folder) as aside, self.trainer.ema.swapped_into(self.parts.model):
+            names = write_samples(self.pipeline(step), prompts, seed, aside)
+        *videos, sheet = (folder / name for name in names)
         self.tracker.log_videos(videos, prompts, sheet, step)
 
     def export(self, step: int) -> Path:
         """Write ``pipeline/`` with the averaged weights, replacing an earlier one only when it is whole."""
-        target, aside, old = (self.folder / f"pipeline{suffix}" for suffix in ("", ".tmp", ".old"))
-        for leftover in (aside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with written(f"pipeline {target}", aside), self.trainer.ema.swapped_into(self.parts.model):
+        target = self.folder / "pipeline"
+        with replaced(f"pipeline {target}", target) as aside, self.trainer.ema.swapped_into(self.parts.model):
             self.pipeline(step).save_pretrained(aside)
-        if target.exists():
-            target.rename(old)
-        os.rename(aside, target)
-        shutil.rmtree(old, ignore_errors=True)
         return target
 
     def finish(self) -> str:
@@ -147,6 +150,13 @@ class Run:
     def is_due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, is to happen after ``step``."""
         return step % every == 0 or step == self.config.trainer.steps
+
+    def validation_is_due(self, step: int) -> bool:
+        """Whether there are to be validation videos after ``step``."""
+        return bool(self.config.validation.prompts) and self.is_due(step, self.config.validation.every)
+
+    def _samples(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:08d}"
 
     def close(self) -> None:
         self.metrics.close()

@@ -63,6 +63,8 @@ class Interrupts:
     caught: signal.Signals | None = None
     agreed: signal.Signals | None = None
     """The signal that any rank caught: all stop after the same step."""
+    patient = False
+    """Whether the run finishes its step first; otherwise a signal ends it where it is."""
 
     def agree(self, mesh: Mesh) -> None:
         """Tell the other ranks, and hear from them."""
@@ -71,25 +73,33 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, as shells expect; 0 after SIGTERM: the run was preempted and has saved itself."""
-        return 130 if self.agreed == signal.SIGINT else 0
+        """130 after Ctrl-C, as shells expect; 0 after SIGTERM: the run was preempted and can go on."""
+        return 130 if (self.agreed or self.caught) == signal.SIGINT else 0
 
     def __str__(self) -> str:
-        return "interrupted" if self.agreed == signal.SIGINT else "preempted"
+        return "interrupted" if self.exit_code else "preempted"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.caught == signal.SIGINT == number:
-            raise KeyboardInterrupt  # asked twice: stop now
+        at_once = self.caught is None and not self.patient
+        asked_twice = self.caught == signal.SIGINT == number
         self.caught = signal.Signals(number)
+        if at_once or asked_twice:
+            raise KeyboardInterrupt
 
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """While it lasts, SIGTERM and Ctrl-C are noted rather than obeyed (a second Ctrl-C is obeyed)."""
+    """While it lasts, SIGTERM and Ctrl-C end the block, as if it were done.
+
+    Once the run is patient they are noted instead, and only a second Ctrl-C ends the block.
+    """
     state = Interrupts()
     before = {number: signal.signal(number, state._handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield state
+    except KeyboardInterrupt:
+        if state.caught is None:
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

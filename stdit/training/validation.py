@@ -58,19 +58,16 @@ def default_settings(config: ValidationConfig, assignment: "Assignment") -> dict
     return {**trained, **given}
 
 
-def write_samples(
-    pipe: "STDiTPipeline", prompts: Sequence[str], seed: int, folder: Path
-) -> tuple[list[Path], Path]:
-    """Make a video of each prompt with the pipeline's own settings, and write them with a contact sheet.
+def write_samples(pipe: "STDiTPipeline", prompts: Sequence[str], seed: int, folder: Path) -> list[str]:
+    """Write a video of each prompt, made with the pipeline's own settings, into an empty folder.
 
-    Returns the mp4 files in the order of the prompts, and the sheet. What is there already is replaced.
+    Returns the names of the mp4 files, in the order of the prompts, and of the contact sheet.
     """
     from stdit.pipelines.sampling import Request, sample_videos, slug
     from stdit.pipelines.video_io import write_mp4, write_sheet
 
-    folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
-    videos, paths = [], []
+    videos, names = [], []
     for index, (request, frames) in enumerate(sample_videos(pipe, [Request(text, seed) for text in prompts])):
         settings = {name: pipe.config[name] for name in asdict(request.settings)}
         metadata = {
@@ -79,9 +76,8 @@ def write_samples(
             **settings,
             "checkpoint_step": pipe.config["step"],
         }
-        paths.append(folder / f"{index:02d}-{slug(request.prompt)}.mp4")
-        write_mp4(paths[-1], frames, pipe.config["fps"], metadata)
+        names.append(f"{index:02d}-{slug(request.prompt)}.mp4")
+        write_mp4(folder / names[-1], frames, pipe.config["fps"], metadata)
         videos.append(frames)
-    sheet = folder / "sheet.png"
-    write_sheet(sheet, videos, prompts)
-    return paths, sheet
+    write_sheet(folder / "sheet.png", videos, prompts)
+    return [*names, "sheet.png"]

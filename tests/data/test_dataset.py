@@ -122,8 +122,32 @@ def test_too_many_failures_stop_the_run(breaking, workers):
     (folder / "manifest.csv").unlink()
     for i in range(10):
         (folder / f"{i}.mp4").unlink(missing_ok=True)
-    with pytest.raises(UserError, match="10 of 10 clips failed to decode, and none of a bucket is left"):
+    with pytest.raises(
+        UserError, match="10 of 10 clips failed to decode, and none of bucket 16x32x32 at 8 fps"
+    ):
         list(VideoBatches(plan, workers=workers)(0, 2))
+
+
+def test_a_bucket_without_a_readable_clip_is_left_out_before_there_is_a_plan(folder, tmp_path):
+    for name in ("0.mp4", "1.mp4"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for name in ("2.mp4", "3.mp4", "4.mp4"):
+        (tmp_path / name).write_bytes(b"damaged")
+    rows = [f"{i}.mp4,clip {i},16,8,{side},{side}" for i, side in enumerate([32, 32, 48, 48, 32])]
+    (tmp_path / "manifest.csv").write_text("\n".join(["path,text,num_frames,fps,height,width", *rows]))
+    plan = build_plan(config(tmp_path))
+    assert "2 entries of the manifest skipped" in plan.report()
+    assert "2 x no clip of bucket 16x48x48 at 8 fps can be read" in plan.report()
+    used = {i for batch in VideoBatches(plan)(0, 6) for i in batch["clip_indices"].tolist()}
+    assert used == {0, 1}  # 4 gives way within its bucket
+    with pytest.raises(
+        UserError, match=r"2 of 5 clips failed to decode, more than data.max_skipped_share = 0.3"
+    ):
+        build_plan(config(tmp_path, max_skipped_share=0.3))
+    for name in ("0.mp4", "1.mp4"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"(?s)5 of 5 clips failed to decode, and none is left: .*0.mp4"):
+        build_plan(config(tmp_path))
 
 
 def test_every_kind_of_bad_entry_is_reported_and_the_rest_trains(tmp_path, write_video):

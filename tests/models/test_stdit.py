@@ -86,13 +86,18 @@ def test_equals_open_sora(case: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_of_presets(name: str) -> None:
     settings = yaml.safe_load((ROOT / "configs" / "models" / f"{name}.yaml").read_text())["model"]
+    table = (ROOT / "configs" / "models" / "README.md").read_text()
+    (row,) = (line for line in table.splitlines() if line.startswith(f"| `{name}`"))
     if name == "tiny":
-        settings |= {"in_channels": 64, "caption_channels": 384, "model_max_length": 64}
+        quickstart = yaml.safe_load((ROOT / "configs" / "train" / "quickstart.yaml").read_text())
+        channels = quickstart["codec"]["channels"]
+        assert quickstart["model"] == settings and quickstart["text_encoder"] == {"name": "minilm"}
+        assert f"{channels} latent channels, text of width 384" in row
+        settings |= {"in_channels": channels, "caption_channels": 384, "model_max_length": 64}
     with torch.device("meta"):
         model = STDiT(**settings)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
-    table = (ROOT / "configs" / "models" / "README.md").read_text()
-    assert f"{PARAMETERS[name]:,}" in table
+    assert f"| {PARAMETERS[name]:,} |" in row
 
 
 @pytest.mark.parametrize(

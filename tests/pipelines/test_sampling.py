@@ -1,10 +1,13 @@
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from stdit.checkpoint_files import hash_file
+from stdit.cli import parse
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig, VideoSettings
 from stdit.pipelines.sampling import Request, free_name, plan_requests, sample_to_files, sample_videos, slug
@@ -35,10 +38,18 @@ def test_a_line_wins_over_the_command_and_that_over_the_pipeline(tmp_path):
 
 
 def test_seeds_by_name_and_size_by_aspect_ratio():
-    config = SampleConfig(prompt=["a", "b"], seeds=[5, 3], resolution="256", aspect_ratio="1:1")
-    requests = plan_requests(config)
-    assert [r.seed for r in requests] == [5, 3, 5, 3]
+    requests = plan_requests(SampleConfig(prompt="a", seeds=[5, 3], resolution="256", aspect_ratio="1:1"))
+    assert [(r.seed, r.negative_prompt) for r in requests] == [(5, None), (3, None)]
     assert (requests[0].settings.height, requests[0].settings.width) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    "text", ["[a b]", "[a, b]", "null", "123", "true", "{a}", "a: b", "- a", "# a", "&a", '"a"']
+)
+def test_a_prompt_is_taken_as_it_stands(text):
+    config = parse(SampleConfig, ["--prompt", text, f"--negative_prompt={text}"])
+    (request,) = plan_requests(config)
+    assert request.prompt == request.negative_prompt == text
 
 
 @pytest.mark.parametrize(
@@ -49,6 +60,8 @@ def test_seeds_by_name_and_size_by_aspect_ratio():
         (dict(prompt="a", prompts="b.txt"), "both prompt and prompts"),
         (dict(prompts="absent.txt"), "no such file"),
         (dict(prompt="a", num_frames=0), "num_frames = 0"),
+        (dict(prompt="a", num_frames=10**20), "num_frames = 1.*must be a whole number from 1 to 16384"),
+        (dict(prompt="a", resolution="16384", aspect_ratio="99:1"), "prompt 0: width = 163018"),
         (dict(prompt="a", height=8), "width is missing"),
         (dict(prompt="a", height=8, width=8, resolution="240p"), "both resolution and height/width"),
         (dict(prompt="a", aspect_ratio="16:9"), "without a resolution"),
@@ -58,6 +71,7 @@ def test_seeds_by_name_and_size_by_aspect_ratio():
         (dict(prompt="a", seeds=[]), "seeds = "),
         (dict(prompt="a", batch_size=0), "batch_size = 0"),
         (dict(prompt="a", num_samples=0), "num_samples = 0"),
+        (dict(prompt="a", num_samples=10**20), "num_samples = 1"),
         (dict(prompt="a", format=[]), "format = "),
         (dict(prompt="a", image="absent.png"), "no such file"),
         (dict(prompt="a"), "no checkpoint"),
@@ -156,6 +170,16 @@ def test_a_full_disk_is_explained(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("stdit.pipelines.video_io.write_json", full)
     with pytest.raises(UserError, match="No space left on device. Free some space"):
         sample_to_files(SampleConfig(prompt="a", checkpoint=str(run)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("out of memory")],
+)
+def test_too_little_memory_is_explained(pipe, monkeypatch, error):
+    monkeypatch.setattr(pipe, "_denoise", Mock(side_effect=error))
+    with pytest.raises(UserError, match="2 videos at once need more memory than there is: lower batch_size"):
+        next(sample_videos(pipe, [Request("a", 1), Request("a", 2)]))
 
 
 def test_names():

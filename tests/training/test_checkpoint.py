@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -91,11 +92,29 @@ def test_never_and_paths(tmp_path: Path) -> None:
 
 
 def test_another_experiment_is_named(tmp_path: Path) -> None:
-    saved = {"model.depth": 2, "seed": 0, "gone": 1}
-    folder = Checkpoints(tmp_path, CheckpointConfig()).save(1, write, {"experiment": saved})
-    check_same_experiment(folder, {"model.depth": 2, "new": 3})
+    meta = {"experiment": {"model.depth": 2, "seed": 0, "gone": 1}, "nonfinite_in_a_row": 0}
+    folder = Checkpoints(tmp_path, CheckpointConfig()).save(1, write, meta)
+    assert check_same_experiment(folder, {"model.depth": 2, "new": 3})["step"] == 1
     with pytest.raises(UserError, match=r"model.depth was 2, is 3; seed was 0, is 1"):
         check_same_experiment(folder, {"model.depth": 3, "seed": 1})
+
+
+@pytest.mark.parametrize("key", ["step", "experiment", "nonfinite_in_a_row"])
+def test_a_manifest_that_lacks_something_is_named(tmp_path: Path, key: str) -> None:
+    folder = Checkpoints(tmp_path, CheckpointConfig()).save(
+        1, write, {"experiment": {}, "nonfinite_in_a_row": 0}
+    )
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta[key]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=f"meta.json has no {key} that can be read: use another"):
+        check_same_experiment(folder, {})
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints is a file, in the place of a folder: move it away"):
+        find_checkpoint("auto", tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"keep_last": 0}, {"keep_every": 0}])
