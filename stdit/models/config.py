@@ -38,6 +38,8 @@ class STDiTConfig:
     """Blocks that attend to the caption."""
     pooled_text: bool = False
     """Add the mean of the caption's states to the timestep embedding."""
+    frame_positions: bool = False
+    """Add sine-cosine positions of the frames: by rotary ones alone, frames of like content cannot be told apart."""
     mlp_conv: bool = False
     """Before each MLP, mix every token with its neighbours along the axes that the block attends over."""
     gate_init: float = 0.0

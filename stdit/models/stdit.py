@@ -25,6 +25,7 @@ from stdit.models.embeddings import (
     PatchEmbed3D,
     ScalarEmbedder,
     rotary_angles,
+    sincos,
     spatial_positions,
 )
 from stdit.parallel.group import Group
@@ -251,6 +252,9 @@ class STDiT(ModelMixin, ConfigMixin):
                 dtype
             )[:, None]
         )
+        if self.config.frame_positions:
+            frames_of_all = sincos(torch.arange(shards.frames, device=x.device), x.shape[-1])  # [T D]
+            x = x + frames_of_all[shards.local_frames, None].to(dtype)
         grid = Grid(columns, rotary_angles(shards.frames, x.shape[-1] // self.config.num_heads, x.device))
 
         if drop_caption is not None:

@@ -16,7 +16,7 @@ from stdit.models.stdit import Grid, STDiT, TemporalBlock
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 PARAMETERS = {
-    "tiny": 1_765_184,
+    "tiny": 1_316_864,
     "S": 61_150_880,
     "B": 236_970_272,
     "XL-2": 1_208_872_736,
@@ -168,6 +168,15 @@ def test_convolution_sees_neighbours_along_the_attended_axis_only(axis: str) -> 
     else:
         assert set(frames.tolist()) == {1, 2, 3}
         assert set(patches.tolist()) == {7}
+
+
+@pytest.mark.parametrize("frame_positions", [False, True])
+def test_frame_positions_tell_frames_of_like_content_apart(frame_positions: bool) -> None:
+    batch = inputs()
+    batch["hidden_states"] = batch["hidden_states"][:, :, :1].expand(-1, -1, 4, -1, -1)
+    out = small(frame_positions=frame_positions)(**batch)
+    alike = torch.allclose(out, out[:, :, :1].expand_as(out), atol=1e-5)
+    assert alike == (not frame_positions)
 
 
 def test_block_orders() -> None:

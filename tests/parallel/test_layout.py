@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "every option": {
         "frames": 5,
         "mlp_conv": True,
+        "frame_positions": True,
         "pooled_text": True,
         "cross_attention": "spatial",
         "gate_init": 0.5,

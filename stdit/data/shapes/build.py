@@ -54,7 +54,7 @@ Row = dict[str, Any]
 class ShapesConfig:
     """What to build."""
 
-    num_clips: int = 6000
+    num_clips: int = 10000
     seed: int = 0
     num_frames: int = 16
     fps: int = 8
