@@ -33,7 +33,7 @@ class TrainerConfig:
     steps: int = 10000
     """Steps of the whole run; a resumed run goes on up to this."""
     micro_batch_size: int | None = None
-    """Clips in one pass; the gradients of the passes add up to the batch's. None: the whole batch at once."""
+    """Clips in one pass of a process; the gradients of the passes add up. None: its whole share of the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model; weights, optimizer and loss stay in float32."""
     max_grad_norm: float = 1.0

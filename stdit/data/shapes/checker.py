@@ -195,10 +195,11 @@ def _colour(pixels: Array) -> tuple[str | None, str]:
     bright = pixels.max(-1) > MIN_BRIGHTNESS * known.max(-1)[nearest]
     valid = bright & (saturation > MIN_SATURATION) & (gap.min(1) < MAX_HUE_DISTANCE)
     votes = np.bincount(nearest[valid], minlength=len(names))
-    share = votes.max() / max(1, len(pixels))
+    winner = int(np.argmax(votes))
+    share = votes[winner] / max(1, len(pixels))
     if share < MIN_AGREEMENT:
-        return None, f"no clear colour ({names[votes.argmax()]} {share:.0%})"
-    return names[votes.argmax()], ""
+        return None, f"no clear colour ({names[winner]} {share:.0%})"
+    return names[winner], ""
 
 
 def _steadiness(values: Array) -> float:
