@@ -52,10 +52,8 @@ def train(config: TrainConfig) -> int:
         from stdit.training.run import Run
         from stdit.training.trainer import Trainer
 
-        parts = mesh.everywhere(
-            lambda: build_parts(config, checkpoint and checkpoint.parent.parent / "codec")
-        )
-        mesh.check_same("the experiment", str(parts.experiment()))
+        parts = mesh.everywhere(lambda: build_parts(config, checkpoint))
+        mesh.check_same("the experiment", str(parts.experiment))
         parts.to(accelerator.device)
         print(start_line(parts), *parts.plan.assignment.left_out(), *parts.plan.notes, sep="\n", flush=True)
         trainer = Trainer(

@@ -13,7 +13,6 @@ rounding (the biases of keys, which softmax cancels) the weight moves at full ra
 import argparse
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -109,27 +108,19 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
     from stdit.codecs import build_codec
     from stdit.codecs.text import build_text_encoder
     from stdit.diffusion.flow import RectifiedFlow
-    from stdit.models.stdit import STDiT
     from stdit.pipelines.pipeline import STDiTPipeline
+    from stdit.training.build import build_model, sized
 
     codec, text_encoder = build_codec(config.codec), build_text_encoder(config.text_encoder)
     variance = codec.latent_variance
     if variance is None and config.flow.prediction == "residual":  # not fitted
         variance = torch.linspace(2, 0.1, codec.channels)
     flow = RectifiedFlow(config.flow, variance)
+    model = build_model(sized(config, codec, text_encoder))
     torch.manual_seed(config.seed)
-    sizes = replace(
-        config.model,
-        in_channels=codec.channels,
-        caption_channels=text_encoder.channels,
-        model_max_length=text_encoder.max_length,
-    )
-    model = STDiT(**asdict(sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.where(parameter == 0, 0.02 * torch.randn_like(parameter), 0.0))
-    if config.trainer.activation_checkpointing:
-        model.enable_gradient_checkpointing()
     bucket = Bucket.from_config(config.data.buckets[0])
     pipe = STDiTPipeline(
         model,

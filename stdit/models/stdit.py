@@ -253,8 +253,10 @@ class STDiT(ModelMixin, ConfigMixin):
             )[:, None]
         )
         if self.config.frame_positions:
-            frames_of_all = sincos(torch.arange(shards.frames, device=x.device), x.shape[-1])  # [T D]
-            x = x + frames_of_all[shards.local_frames, None].to(dtype)
+            positions = sincos(torch.arange(shards.frames, device=x.device), x.shape[-1])[
+                None, :, None
+            ]  # [1 T 1 D]
+            x = x + shards.per_frame(positions, "frames").to(dtype)
         grid = Grid(columns, rotary_angles(shards.frames, x.shape[-1] // self.config.num_heads, x.device))
 
         if drop_caption is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
-from stdit.parallel.group import Group, nbytes
+from stdit.parallel.group import Group
 
 
 def reshard(
@@ -83,6 +83,6 @@ def _swap(sent: Sequence[Tensor], shapes: list[list[int]], group: Group) -> list
     flat = torch.cat([part.flatten() for part in sent])
     in_sizes, out_sizes = [part.numel() for part in sent], [prod(shape) for shape in shapes]
     if not torch.compiler.is_compiling():
-        group.traffic.add("all_to_all", nbytes(flat) - nbytes(sent[group.rank]))
+        group.traffic.add("all_to_all", flat.nbytes - sent[group.rank].nbytes)
     received = wait_tensor(all_to_all_single(flat, out_sizes, in_sizes, group.name))  # type: ignore[arg-type]
     return [part.view(shape) for part, shape in zip(received.split(out_sizes), shapes, strict=True)]

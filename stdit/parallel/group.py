@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from torch import Tensor
 from torch.distributed import ProcessGroup, get_rank, get_world_size
 
 
@@ -40,7 +39,3 @@ class Group:
     def of(cls, process_group: ProcessGroup) -> "Group":
         """The group whose ranks are those of a process group."""
         return cls(get_rank(process_group), get_world_size(process_group), process_group.group_name)
-
-
-def nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -35,12 +35,6 @@ class Shards:
         self.group, self.frames, self.tracks, self.patch_frames = group, frames, tracks, patch_frames
         self.frames_of, self.tracks_of = shares(frames, group.size), shares(tracks, group.size)
 
-    @property
-    def local_frames(self) -> slice:
-        """Which frames of tokens are this rank's in the layout "frames"."""
-        start = sum(self.frames_of[: self.group.rank])
-        return slice(start, start + self.frames_of[self.group.rank])
-
     def switch(self, x: Tensor, source: Layout, target: Layout) -> Tensor:
         """Bring ``x``, ``[B T_n S D]`` or ``[B T S_n D]``, to another layout; every rank must call this."""
         if source == target:
@@ -51,7 +45,9 @@ class Shards:
 
     def per_frame(self, values: Tensor, layout: Layout) -> Tensor:
         """Of ``values [B F ...]`` for all frames (F = T, or 1 for all alike), those of the frames in ``layout``."""
-        return values if layout == "tracks" or values.shape[1] == 1 else values[:, self.local_frames]
+        if layout == "tracks" or values.shape[1] == 1:
+            return values
+        return values.split(self.frames_of, dim=1)[self.group.rank]
 
     def split(self, latents: Tensor, dim: int) -> Tensor:
         """This rank's share of something that has latent frames along ``dim``; one for all frames is left alone."""

@@ -89,8 +89,6 @@ class Mesh:
 
     def in_turn(self, action: Callable[[], Result]) -> Result:
         """As `everywhere`, first on the first rank, so that the others find what it wrote."""
-        if self.size == 1:
-            return action()
         first = self._together(action if self.is_first else _nothing, range(1))
         rest = self._together(_nothing if self.is_first else action, range(1, self.size))
         return first if self.is_first else rest  # type: ignore[return-value]
@@ -150,6 +148,11 @@ class Mesh:
 
 def _nothing() -> None:
     return None
+
+
+def runs_on_cpu(device: str) -> bool:
+    """Whether accelerate must be told to use the CPU: with no accelerator and no word of it, it starts no group."""
+    return device == "cpu" or not torch.accelerator.is_available()
 
 
 def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:

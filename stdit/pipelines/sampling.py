@@ -85,11 +85,10 @@ def sample_videos(
 
     What a request leaves open is as the pipeline has it.
     """
-    requests = list(requests)
-    done = 0
-    for batch in _batches(requests, batch_size):
-        done += len(batch)
-        yield from _sample(pipe, batch, f"videos {done - len(batch) + 1}-{done} of {len(requests)}")
+    from stdit.parallel.mesh import Mesh
+
+    for videos in _rounds(pipe, list(requests), batch_size, Mesh()):
+        yield from videos
 
 
 def _sample(
@@ -339,11 +338,12 @@ def join_processes(config: SampleConfig) -> Any:
     """The device of this process, which meets the others if torchrun or accelerate launch started any."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return find_device(config.device)
-    import torch
     from accelerate import PartialState
 
-    cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, timeout=timedelta(seconds=config.parallel.timeout)).device
+    from stdit.parallel.mesh import runs_on_cpu
+
+    timeout = timedelta(seconds=config.parallel.timeout)
+    return PartialState(cpu=runs_on_cpu(config.device), timeout=timeout).device
 
 
 def find_device(name: str) -> Any:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Parts:
         for part in (self.codec, self.text_encoder, self.model):
             part.to(device)
 
+    @cached_property
     def experiment(self) -> dict[str, Any]:
         """What identifies the experiment: settings, and hashes of the clips and of the frozen networks."""
         return {
@@ -55,19 +57,20 @@ class Parts:
         }
 
 
-def build_parts(config: TrainConfig, saved_codec: Path | None = None, dry_run: bool = False) -> Parts:
+def build_parts(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> Parts:
     """Build everything, on the CPU.
 
     Args:
-        saved_codec: where the run to go on from may have saved its codec; None: make the codec anew.
+        checkpoint: what the run goes on from, and beside what it may have saved its codec; None: begin, with the
+            weights of ``init_from`` if that is set.
         dry_run: make a model without memory for its weights, and leave a codec unfitted.
 
     Raises:
         UserError: for data, weights or settings that will not do.
     """
     plan = build_plan(config.data, config.seed)
-    if saved_codec is not None and saved_codec.is_dir():
-        codec = VideoCodec.from_pretrained(saved_codec)
+    if checkpoint is not None and (saved := checkpoint.parent.parent / "codec").is_dir():
+        codec = VideoCodec.from_pretrained(saved)
     else:
         codec = build_codec(config.codec)
     variance = codec.latent_variance
@@ -79,18 +82,32 @@ def build_parts(config: TrainConfig, saved_codec: Path | None = None, dry_run: b
             variance = codec.latent_variance
     text_encoder = build_text_encoder(config.text_encoder)
     flow = RectifiedFlow(config.flow, variance)
-    model_config = replace(
+    config = sized(config, codec, text_encoder)
+    model = build_model(config, "meta" if dry_run else "cpu")
+    if checkpoint is None and config.init_from is not None and not dry_run:
+        initialise(model, config.init_from)
+    return Parts(config, plan, codec, text_encoder, flow, model)
+
+
+def sized(config: TrainConfig, codec: VideoCodec, text_encoder: TextEncoder) -> TrainConfig:
+    """The settings with the sizes that the model takes from codec and text encoder."""
+    model = replace(
         config.model,
         in_channels=codec.channels,
         caption_channels=text_encoder.channels,
         model_max_length=text_encoder.max_length,
     )
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if dry_run else "cpu"):
+    return replace(config, model=model)
+
+
+def build_model(config: TrainConfig, device: str = "cpu") -> STDiT:
+    """A new model of `sized` settings, a function of the seed; torch's global random state is left alone."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(config.seed)
-        model = STDiT(**asdict(model_config))
+        model = STDiT(**asdict(config.model))
     if config.trainer.activation_checkpointing:
         model.enable_gradient_checkpointing()
-    return Parts(replace(config, model=model_config), plan, codec, text_encoder, flow, model)
+    return model
 
 
 def initialise(model: STDiT, source: str) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import stdit
 from stdit.cli import plain, to_yaml
 from stdit.pipelines.video_io import written_aside
-from stdit.training.build import Parts, initialise
+from stdit.training.build import Parts
 from stdit.training.checkpoint import Checkpoints, check_same_experiment, replaced, written
-from stdit.training.ema import EMA
 from stdit.training.report import tokens
 from stdit.training.tracking import TRACKERS, Metrics, MetricsFile, Tracker
 from stdit.training.trainer import Trainer
@@ -30,7 +29,7 @@ class Run:
         """
         self.folder, self.parts, self.trainer, self.mesh = folder, parts, trainer, trainer.mesh
         self.config = parts.config
-        self.experiment = parts.experiment()
+        self.experiment = parts.experiment
         self.settings = default_settings(self.config.validation, parts.plan.assignment)
         self.checkpoints = Checkpoints(folder / "checkpoints", self.config.checkpoint)
         self.start = 0
@@ -38,9 +37,6 @@ class Run:
             meta = check_same_experiment(checkpoint, self.experiment)
             trainer.read(checkpoint, meta)
             self.start = meta["step"]
-        elif self.config.init_from is not None:
-            initialise(parts.model, self.config.init_from)
-            trainer.ema = EMA(parts.model, self.config.ema)
         self.metrics, self.tracker = Metrics(), Tracker()
         if self.mesh.is_first:
             self._write_what_it_is(new=checkpoint is None)
@@ -115,15 +111,11 @@ class Run:
         self.mesh.on_first(lambda: self._validate(step))
 
     def _validate(self, step: int) -> None:
-        prompts, seed, folder = (
-            self.config.validation.prompts,
-            self.config.validation.seed,
-            self._samples(step),
-        )
+        config, folder = self.config.validation, self._samples(step)
         with replaced(f"samples {folder}", folder) as aside, self.trainer.ema.swapped_into(self.parts.model):
-            names = write_samples(self.pipeline(step), prompts, seed, aside)
+            names = write_samples(self.pipeline(step), config.prompts, config.seed, aside)
         *videos, sheet = (folder / name for name in names)
-        self.tracker.log_videos(videos, prompts, sheet, step)
+        self.tracker.log_videos(videos, config.prompts, sheet, step)
 
     def export(self, step: int) -> Path:
         """Write ``pipeline/`` with the averaged weights, replacing an earlier one only when it is whole."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.mesh import Mesh, runs_on_cpu
 from stdit.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
         torch.set_num_threads(config.num_threads)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision],
-        cpu=config.device == "cpu" or not torch.accelerator.is_available(),  # else it would start no group
+        cpu=runs_on_cpu(config.device),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
     )
     if not accelerator.is_main_process:
