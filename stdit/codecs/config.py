@@ -67,9 +67,14 @@ class TextEncoderConfig:
     max_length: int | None = None
     """Captions are cut after so many tokens. Nothing: 64 for minilm, else 300 or what the model can."""
 
+    layers: list[int] | None = None
+    """Hidden states by number (0: the word embeddings), joined along their width. None: the last ones only."""
+
     dtype: Precision = "fp32"
     """Precision of weights and arithmetic. States come out in fp32 whatever it is."""
 
     def __post_init__(self) -> None:
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise UserError(f"text_encoder.layers is {self.layers}: name at least one layer, and each once")
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"text_encoder.max_length is {self.max_length}, but it must be at least 2 tokens")

@@ -38,22 +38,28 @@ log = logging.getLogger(__name__)
 
 
 class TextEncoder(ModelMixin):
-    """A tokenizer and a frozen model. Give captions, get the last hidden states and a mask.
+    """A tokenizer and a frozen model. Give captions, get hidden states and a mask.
 
     It is a diffusers `ModelMixin` only so that a diffusers pipeline saves and loads it as a component.
     """
 
     def __init__(
-        self, name: str, tokenizer: Any, model: torch.nn.Module, max_length: int | None = None
+        self,
+        name: str,
+        tokenizer: Any,
+        model: torch.nn.Module,
+        max_length: int | None = None,
+        layers: list[int] | None = None,
     ) -> None:
         """Wrap a loaded tokenizer and model.
 
         Args:
             name: minilm, t5 or auto.
             max_length: captions are cut after so many tokens; None for the default of `name`.
+            layers: hidden states that make up the result, joined along their width; None for the last.
 
         Raises:
-            UserError: the model has no positions for so many tokens.
+            UserError: the model has no positions for so many tokens, or no such layer.
         """
         super().__init__()
         text_config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -63,11 +69,17 @@ class TextEncoder(ModelMixin):
                 f"text_encoder.max_length is {max_length}, but this model reads at most {positions} tokens: "
                 f"choose 2 to {positions}"
             )
+        last: int = text_config.num_hidden_layers
+        if layers is not None and not all(0 <= layer <= last for layer in layers):
+            raise UserError(
+                f"text_encoder.layers is {layers}, but this model has the layers 0 (its word embeddings) to {last}"
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.name, self.tokenizer = name, tokenizer
         self.model: Any = model.eval().requires_grad_(False)
-        self.channels: int = text_config.hidden_size
+        self.layers = layers
+        self.channels: int = text_config.hidden_size * len(layers or [last])
         self.max_length: int = max_length or min(DEFAULT_MAX_LENGTH[name], positions)
         self.truncated = 0
         """Captions cut at `max_length` so far; the first time is logged."""
@@ -98,9 +110,15 @@ class TextEncoder(ModelMixin):
             part = mask[chosen, :longest]
             ids = torch.full(part.shape, self.tokenizer.pad_token_id or 0)
             ids[part.cpu()] = torch.tensor([token for index in chosen.tolist() for token in tokens[index]])
-            output = self.model(input_ids=ids.to(self.device), attention_mask=part.long()).last_hidden_state
+            output = self._states(ids.to(self.device), part)  # [B L E]
             states[chosen, :longest] = output.float() * part[..., None]
         return states, mask
+
+    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        if self.layers is None:
+            return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+        return torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """At least one and at most `max_length` tokens for each text."""
@@ -119,6 +137,8 @@ class TextEncoder(ModelMixin):
     def fingerprint(self) -> str:
         """Hash of settings, vocabulary and weights: equal fingerprints give equal states."""
         facts = {"max_length": self.max_length, "vocabulary": self.tokenizer.get_vocab()}
+        if self.layers is not None:
+            facts["layers"] = self.layers
         return fingerprint(facts, self.model.state_dict())
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
@@ -129,7 +149,8 @@ class TextEncoder(ModelMixin):
             self.model.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
         facts = {"class": "TextEncoder", "name": self.name, "max_length": self.max_length}
-        write_json(directory / TEXT_ENCODER_FILE, facts | {"dtype": dtype_name(self.dtype)})
+        facts |= {"layers": self.layers, "dtype": dtype_name(self.dtype)}
+        write_json(directory / TEXT_ENCODER_FILE, facts)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -156,7 +177,7 @@ class TextEncoder(ModelMixin):
             raise UserError(f"{str(directory)!r} holds no text encoder that this version knows")
         source = find_source("the saved text encoder", str(directory), None)
         tokenizer, model = _load(facts["name"], source, dtype or torch_dtype or named_dtype(facts["dtype"]))
-        return cls(facts["name"], tokenizer, model, facts["max_length"])
+        return cls(facts["name"], tokenizer, model, facts["max_length"], facts.get("layers"))
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
@@ -171,7 +192,7 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         path = str(minilm_folder())
     source = find_source("text_encoder.path", path, config.subfolder)
     tokenizer, model = _load(config.name, source, DTYPES[config.dtype])
-    return TextEncoder(config.name, tokenizer, model, config.max_length)
+    return TextEncoder(config.name, tokenizer, model, config.max_length, config.layers)
 
 
 def minilm_folder() -> Path:

@@ -87,6 +87,35 @@ def test_defaults_and_limits_of_length(t5: Path, bert: Path) -> None:
         TextEncoderConfig(max_length=1)
 
 
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_states_of_several_layers(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = request.getfixturevalue(kind)
+    texts = ["a red circle", "blue"]
+    plain = build("auto", folder)
+    last = plain.model.config.num_hidden_layers
+    states, mask = plain.encode(texts)
+    width = plain.channels
+
+    encoder = build("auto", folder, layers=[0, last])
+    joined, same_mask = encoder.encode(texts)
+    assert encoder.channels == joined.shape[-1] == 2 * width
+    assert torch.equal(mask, same_mask)
+    torch.testing.assert_close(joined[..., width:], states)
+    assert not torch.allclose(joined[..., :width], states)
+    assert encoder.fingerprint() != plain.fingerprint()
+
+    encoder.save_pretrained(tmp_path)
+    assert torch.equal(TextEncoder.from_pretrained(tmp_path).encode(texts)[0], joined)
+
+
+def test_layers_that_are_not_there(bert: Path) -> None:
+    with pytest.raises(UserError, match=r"layers is \[0, 9\], but this model has the layers 0 .* to 2"):
+        build("auto", bert, layers=[0, 9])
+    for layers in ([], [1, 1]):
+        with pytest.raises(UserError, match="at least one layer, and each once"):
+            TextEncoderConfig(layers=layers)
+
+
 def test_no_texts(t5: Path) -> None:
     with pytest.raises(ValueError, match="at least one text"):
         build("t5", t5).encode([])
