@@ -9,6 +9,7 @@ E width of the text states, F frames of the modulation (T, or 1 where all frames
 
 import inspect
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -270,20 +271,24 @@ class STDiT(ModelMixin, ConfigMixin):
             t = t + self.pooled_embedder(masked_mean(encoder_hidden_states, mask).to(dtype))[:, None]
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
 
-        layout: Layout = "frames"
-        for block in self.blocks():
-            x, layout = shards.switch(x, layout, block.layout), block.layout
-            local = shards.per_frame(modulation, layout)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, y, mask, local, grid)
-            else:
-                x = block(x, y, mask, local, grid)
-
-        x = shards.switch(self.final_layer(x, shards.per_frame(t, layout)), layout, "frames")
+        blocks = self.blocks()
+        layouts = [block.layout for block in blocks]
+        x = shards.switch(x, "frames", layouts[0])
+        for block, following in zip(blocks, [*layouts[1:], layouts[-1]], strict=True):
+            stage = partial(self._run, block, y, mask, grid)
+            x = shards.through(stage, x, modulation, block.layout, following)
+        x = shards.through(self.final_layer, x, t, layouts[-1], "frames")
         x = rearrange(
             x, "B T (H W) (pt ph pw C) -> B C (T pt) (H ph) (W pw)", H=rows, W=columns, pt=pt, ph=ph, pw=pw
         )
         return x[:, :, :T, :H, :W]
+
+    def _run(
+        self, block: STDiTBlock, y: Tensor, mask: Tensor | None, grid: Grid, x: Tensor, modulation: Tensor
+    ) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
+        return block(x, y, mask, modulation, grid)
 
     def shards(self, group: Group, latent_frames: int, height: int, width: int) -> Shards:
         """How a group shares latents of this size: ``latent_frames``, and height and width in latents."""

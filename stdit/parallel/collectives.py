@@ -4,9 +4,9 @@ It calls the functional collectives, which torch.compile traces. Whether they ma
 in PyTorch's public interface, so the derivative is written here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,91 @@ class _Reshard(torch.autograd.Function):
         return back, None, None, None, None, None
 
 
+def reshard_pieces(
+    pieces: Iterable[Tensor],
+    group: Group,
+    whole: int,
+    whole_sizes: list[int],
+    shard: int,
+    shard_sizes: list[list[int]],
+) -> Tensor:
+    """As `reshard`, for a part that comes in pieces along axis ``shard``: each travels while the next is made.
+
+    Backward sends all pieces of the gradient at once, and the work on each begins when it is there.
+
+    Args:
+        pieces: made one after the other; the same number on all ranks.
+        shard_sizes: how much of axis ``shard`` each rank has in each of its pieces.
+    """
+    travel = _Travel(group, whole, whole_sizes, shard, shard_sizes)
+    tokens = [_Send.apply(piece, travel, index) for index, piece in enumerate(pieces)]
+    return _Join.apply(travel, *tokens)
+
+
+class _Travel:
+    """Pieces on their way. Autograd sees a token for each piece, and the data pass through here."""
+
+    def __init__(
+        self, group: Group, whole: int, whole_sizes: list[int], shard: int, shard_sizes: list[list[int]]
+    ) -> None:
+        self.group, self.whole, self.whole_sizes = group, whole, whole_sizes
+        self.shard, self.shard_sizes = shard, shard_sizes
+        self.arriving: dict[int, _Arriving] = {}
+        self.returning: dict[int, _Arriving] = {}
+
+    def send(self, index: int, piece: Tensor) -> None:
+        """Start to send a piece of this rank's shard, and to receive those of the others."""
+        sizes = [of_rank[index] for of_rank in self.shard_sizes]
+        self.arriving[index] = _start_exchange(
+            piece, self.group, self.whole, self.whole_sizes, self.shard, sizes
+        )
+
+    def join(self) -> Tensor:
+        """Wait for all pieces of all ranks, and put them in order: by rank, then by piece."""
+        received = [self.arriving.pop(index).wait() for index in sorted(self.arriving)]
+        return torch.cat([part for of_rank in zip(*received, strict=True) for part in of_rank], self.shard)
+
+    def send_back(self, grad: Tensor) -> None:
+        """Start to return the gradients of all pieces."""
+        sizes = [size for of_rank in self.shard_sizes for size in of_rank]
+        parts = grad.split(sizes, self.shard)
+        count = len(self.shard_sizes[0])
+        for index in range(count):
+            sent = parts[index::count]  # to each rank what it sent
+            shapes = [list(sent[self.group.rank].shape) for _ in self.whole_sizes]
+            for shape, size in zip(shapes, self.whole_sizes, strict=True):
+                shape[self.whole] = size
+            self.returning[index] = _Arriving.start(sent, shapes, self.group)
+
+    def returned(self, index: int) -> Tensor:
+        """Wait for the gradient of a piece."""
+        return torch.cat(self.returning.pop(index).wait(), self.whole)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, piece: Tensor, travel: _Travel, index: int) -> Tensor:
+        ctx.travel, ctx.index = travel, index
+        travel.send(index, piece)
+        return piece.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return ctx.travel.returned(ctx.index), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, travel: _Travel, *tokens: Tensor) -> Tensor:
+        ctx.travel, ctx.tokens = travel, len(tokens)
+        return travel.join()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.travel.send_back(grad)
+        return None, *(grad.new_zeros(()) for _ in range(ctx.tokens))
+
+
 def gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
     """Give every rank the whole of an axis of which rank r has ``sizes[r]``."""
     if group.size == 1:
@@ -71,18 +156,40 @@ class _Gather(torch.autograd.Function):
 def _exchange(
     x: Tensor, group: Group, whole: int, whole_sizes: list[int], shard: int, shard_sizes: list[int]
 ) -> Tensor:
+    return torch.cat(_start_exchange(x, group, whole, whole_sizes, shard, shard_sizes).wait(), dim=shard)
+
+
+def _start_exchange(
+    x: Tensor, group: Group, whole: int, whole_sizes: list[int], shard: int, shard_sizes: list[int]
+) -> "_Arriving":
     sent = x.split(whole_sizes, dim=whole)
     shapes = [list(sent[group.rank].shape) for _ in shard_sizes]
     for shape, size in zip(shapes, shard_sizes, strict=True):
         shape[shard] = size
-    return torch.cat(_swap(sent, shapes, group), dim=shard)
+    return _Arriving.start(sent, shapes, group)
 
 
 def _swap(sent: Sequence[Tensor], shapes: list[list[int]], group: Group) -> list[Tensor]:
     """Send each rank its tensor, and receive one of the given shape from each."""
-    flat = torch.cat([part.flatten() for part in sent])
-    in_sizes, out_sizes = [part.numel() for part in sent], [prod(shape) for shape in shapes]
-    if not torch.compiler.is_compiling():
-        group.traffic.add("all_to_all", flat.nbytes - sent[group.rank].nbytes)
-    received = wait_tensor(all_to_all_single(flat, out_sizes, in_sizes, group.name))  # type: ignore[arg-type]
-    return [part.view(shape) for part, shape in zip(received.split(out_sizes), shapes, strict=True)]
+    return _Arriving.start(sent, shapes, group).wait()
+
+
+class _Arriving(NamedTuple):
+    """An all-to-all that has begun."""
+
+    flat: Tensor
+    shapes: list[list[int]]
+
+    @classmethod
+    def start(cls, sent: Sequence[Tensor], shapes: list[list[int]], group: Group) -> "_Arriving":
+        """Send each rank its tensor, to receive one of the given shape from each."""
+        flat = torch.cat([part.flatten() for part in sent])
+        in_sizes, out_sizes = [part.numel() for part in sent], [prod(shape) for shape in shapes]
+        if not torch.compiler.is_compiling():
+            group.traffic.add("all_to_all", flat.nbytes - sent[group.rank].nbytes)
+        return cls(all_to_all_single(flat, out_sizes, in_sizes, group.name), shapes)  # type: ignore[arg-type]
+
+    def wait(self) -> list[Tensor]:
+        """What came from each rank."""
+        received = wait_tensor(self.flat).split([prod(shape) for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(received, self.shapes, strict=True)]

@@ -11,12 +11,15 @@ class ParallelConfig:
 
     sp: int = 1
     """Ranks that share each video (sequence-parallel); in training, what is left of them splits the batch."""
+    overlap_chunks: int = 1
+    """Pieces in which a block's result is computed, so that one travels while the next is computed; 1: whole."""
     timeout: float = 1800.0
     """Seconds that a rank waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
-        if self.sp < 1:
-            raise UserError(f"parallel.sp = {self.sp}: must be at least 1")
+        for name in ("sp", "overlap_chunks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name} = {getattr(self, name)}: must be at least 1")
         if not self.timeout > 0:
             raise UserError(f"parallel.timeout = {self.timeout}: must be positive")
 

@@ -33,9 +33,11 @@ class Group:
     """N."""
     name: str = ""
     """By which collectives know the group."""
+    chunks: int = 1
+    """Pieces in which the result of a block is computed and sent: each travels while the next is computed."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @classmethod
-    def of(cls, process_group: ProcessGroup) -> "Group":
+    def of(cls, process_group: ProcessGroup, chunks: int = 1) -> "Group":
         """The group whose ranks are those of a process group."""
-        return cls(get_rank(process_group), get_world_size(process_group), process_group.group_name)
+        return cls(get_rank(process_group), get_world_size(process_group), process_group.group_name, chunks)

@@ -3,12 +3,13 @@
 Letters: B batch, T frames of tokens, S tokens of a frame, D width, N ranks; T_n and S_n are a rank's share.
 """
 
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from typing import Literal
 
 from torch import Tensor
 
-from stdit.parallel.collectives import gather, reshard
+from stdit.parallel.collectives import gather, reshard, reshard_pieces
 from stdit.parallel.group import Group
 
 Layout = Literal["frames", "tracks"]
@@ -42,6 +43,47 @@ class Shards:
         if target == "tracks":
             return reshard(x, self.group, 2, self.tracks_of, 1, self.frames_of)
         return reshard(x, self.group, 1, self.frames_of, 2, self.tracks_of)
+
+    def through(
+        self,
+        stage: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        values: Tensor,
+        layout: Layout,
+        following: Layout,
+    ) -> Tensor:
+        """Run a stage of the model, and bring its result to the layout of the stage that follows.
+
+        With ``group.chunks`` above 1 the stage runs on pieces of the sharded axis, along which its rows know
+        nothing of each other, and each result is on its way while the next is computed.
+
+        Args:
+            stage: from tokens and their share of ``values`` to tokens.
+            x: tokens in ``layout``.
+            values: something for all frames, ``[B F ...]``, see `per_frame`.
+        """
+        pieces = min(self.group.chunks, max(self._sharded(layout)))
+        if layout == following or pieces == 1 or self.group.size == 1:
+            return self.switch(stage(x, self.per_frame(values, layout)), layout, following)
+        results = (stage(*piece) for piece in self._pieces(x, values, layout, pieces))
+        sizes = [shares(share, pieces) for share in self._sharded(layout)]
+        whole, shard = (2, 1) if layout == "frames" else (1, 2)
+        return reshard_pieces(results, self.group, whole, self._sharded(following), shard, sizes)
+
+    def _sharded(self, layout: Layout) -> list[int]:
+        """What each rank has of the axis that is sharded in a layout."""
+        return self.frames_of if layout == "frames" else self.tracks_of
+
+    def _pieces(
+        self, x: Tensor, values: Tensor, layout: Layout, pieces: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens with their share of per-frame values, in pieces of the sharded axis."""
+        sizes = shares(self._sharded(layout)[self.group.rank], pieces)
+        local = self.per_frame(values, layout)
+        if layout == "tracks":
+            return ((piece, local) for piece in x.split(sizes, dim=2))
+        parts = [local] * pieces if values.shape[1] == 1 else local.split(sizes, dim=1)
+        return zip(x.split(sizes, dim=1), parts, strict=True)
 
     def per_frame(self, values: Tensor, layout: Layout) -> Tensor:
         """Of ``values [B F ...]`` for all frames (F = T, or 1 for all alike), those of the frames in ``layout``."""

@@ -171,7 +171,10 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     Mesh(rank, size, device=device).everywhere(lambda: _check_divides(sizes, size))
     shape = (size // prod(sizes.values()), *sizes.values())
     grid = dist.init_device_mesh(device.type, shape, mesh_dim_names=("dp", *sizes))
-    groups = {name: Group.of(grid.get_group(name)) for name, ranks in sizes.items() if ranks > 1}
+    chunks = {"sp": config.overlap_chunks, "cfg": 1}
+    groups = {
+        name: Group.of(grid.get_group(name), chunks[name]) for name, ranks in sizes.items() if ranks > 1
+    }
     return Mesh(rank, size, groups.get("sp", Group()), groups.get("cfg", Group()), device)
 
 
