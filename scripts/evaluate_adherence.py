@@ -114,21 +114,20 @@ def judge(row: Expected, source: str, frames: np.ndarray) -> dict[str, Any]:
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Fraction right of every attribute, of all, and of all but the background, for each set."""
+    """Fraction of videos of each set in which an attribute, or all of them, is right; see `checker.compare`."""
     summary: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(result["set"] for result in results):
         rights = [result["right"] for result in results if result["set"] == name]
         fractions = {key: sum(right[key] for right in rights) / len(rights) for key in rights[0]}
-        foreground = sum(right["shape"] and right["colour"] and right["motion"] for right in rights)
-        summary[name] = {"n": len(rights), **fractions, "foreground": foreground / len(rights)}
+        summary[name] = {"n": len(rights), **fractions}
     return summary
 
 
 def print_table(summary: dict[str, dict[str, float]]) -> None:
     keys = [key for key in next(iter(summary.values())) if key != "n"]
-    print(f"{'set':<18} {'n':>4}" + "".join(f" {key:>11}" for key in keys))
+    print(f"{'set':<18} {'n':>4}" + "".join(f" {key:>13}" for key in keys))
     for name, row in summary.items():
-        print(f"{name:<18} {row['n']:>4}" + "".join(f" {row[key]:>11.1%}" for key in keys))
+        print(f"{name:<18} {row['n']:>4}" + "".join(f" {row[key]:>13.1%}" for key in keys))
 
 
 def main() -> None:

@@ -243,8 +243,18 @@ def test_checker_refuses_every_other_value() -> None:
             for value in set(options) - {scene.attributes[name]}:
                 change: dict[str, Any] = {name: value}
                 wrong = score(render(replace(scene, **change)), scene.attributes)
-                assert not wrong[name] and not wrong["all"], (scene, name, value)
+                assert not (wrong[name] or wrong["all"] or wrong["all_nearest"]), (scene, name, value)
                 assert all(wrong[other] for other in values if other != name)
+                assert wrong["nearest_shape"] == (name != "shape")
+
+
+def test_checker_names_the_nearest_shape_of_what_it_refuses() -> None:
+    for shape in SHAPES:
+        scene = replace(BASE, shape=shape)
+        frames = render(scene).astype(np.float32)
+        frames[:, :, 1::2] = np.roll(frames[:, :, 1::2], 1, axis=1)  # jagged: every second column one pixel lower
+        verdict = check(frames.astype(np.uint8))
+        assert (verdict.shape, verdict.nearest_shape) == (None, shape), verdict.reason
 
 
 @pytest.mark.parametrize("stranger", ["diamond", "ring", "ellipse", "rectangle", "upside down", "two"])

@@ -54,6 +54,9 @@ class Verdict:
     """What a video shows; None where that cannot be told, and `reason` says why."""
 
     shape: str | None = None
+    """The shape that fits clearly best, if its outline fits well in itself."""
+    nearest_shape: str | None = None
+    """The shape that fits best, however soft or lopsided its outline."""
     colour: str | None = None
     motion: str | None = None
     background: str | None = None
@@ -104,21 +107,33 @@ def check(frames: Array) -> Verdict:
         reason = f"the object is seen in only {present.sum()} of {len(present)} frames"
         return Verdict(colour=colour, background=background, reason=reason)
     motion, motion_reason = _motion(track)
-    shape, shape_reason = _shape(track)
+    shape, nearest_shape, shape_reason = _shape(track)
     background_reason = "" if background else f"background {plain.round()} is none of the known ones"
     reasons = (shape_reason, colour_reason, motion_reason, background_reason)
-    return Verdict(shape, colour, motion, background, "; ".join(filter(None, reasons)))
+    return Verdict(shape, nearest_shape, colour, motion, background, "; ".join(filter(None, reasons)))
 
 
 def score(frames: Array, expected: Mapping[str, str]) -> dict[str, bool]:
-    """Compare a video (uint8 [T H W 3]) with expected attributes: one boolean for each, and "all" of them."""
+    """Compare a video (uint8 [T H W 3]) with expected attributes.
+
+    Returns:
+        One boolean for each attribute, and for "all" of them; "nearest_shape" is whether the expected shape fits
+        better than the others, even if not well, and "all_nearest" the same with the other attributes.
+    """
     return compare(check(frames), expected)
 
 
 def compare(verdict: Verdict, expected: Mapping[str, str]) -> dict[str, bool]:
     """As `score`, for a video that was checked already."""
     right = {name: getattr(verdict, name) == expected[name] for name in ATTRIBUTES}
-    return {**right, "all": all(right.values())}
+    nearest = verdict.nearest_shape == expected["shape"]
+    others = all(right[name] for name in ATTRIBUTES if name != "shape")
+    return {
+        **right,
+        "all": right["shape"] and others,
+        "nearest_shape": nearest,
+        "all_nearest": nearest and others,
+    }
 
 
 def _shrink(frames: Array) -> Array:
@@ -264,11 +279,14 @@ def _fits(track: _Track, shape: str) -> Array:
     return max(candidates, key=lambda fit: fit.mean())
 
 
-def _shape(track: _Track) -> tuple[str | None, str]:
-    """The shape that fits best where the object is clear of the border; where it is larger counts more."""
+def _shape(track: _Track) -> tuple[str | None, str | None, str]:
+    """The shape that fits well, the one that fits best, and why there is none.
+
+    Looks at the frames where the object is clear of the border; where it is larger counts more.
+    """
     whole = (_border(track.alpha).max(1) < 0.5) & (track.area > MIN_AREA)
     if whole.sum() < min(MIN_WHOLE_FRAMES, len(whole)):
-        return None, "the object is cut by the border"
+        return None, None, "the object is cut by the border"
     seen = _Track(track.alpha[whole], track.area[whole], track.x[whole], track.y[whole])
     names = list(SHAPES)
     fits = np.stack([_fits(seen, name) for name in names])  # [shapes T]
@@ -278,5 +296,5 @@ def _shape(track: _Track) -> tuple[str | None, str]:
     agreement = weight[fits.argmax(0) == best].sum()
     told = f"{names[best]} {mean[best]:.2f}, {names[second]} {mean[second]:.2f}"
     if mean[best] < MIN_FIT or mean[best] - mean[second] < MIN_MARGIN or agreement < MIN_AGREEMENT:
-        return None, f"no clear shape ({told})"
-    return names[best], ""
+        return None, names[best], f"no clear shape ({told})"
+    return names[best], names[best], ""
