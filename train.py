@@ -45,6 +45,7 @@ def train(config: TrainConfig) -> int:
 
         accelerator = prepare_process(config.trainer, config.parallel.timeout)
         mesh = build_mesh(config.parallel, accelerator.device)
+        mesh.check_same("the configuration", str(config))
         mesh.check_batches(bucket.batch_size for bucket in config.data.buckets)
         folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
         from stdit.training.build import build_batches, build_parts
@@ -69,7 +70,7 @@ def train(config: TrainConfig) -> int:
         work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint))
         stack.callback(work.close)
         cache = folder / "cache.safetensors"
-        batches = mesh.in_turn(lambda: build_batches(parts, cache, accelerator.device))
+        batches = mesh.in_turn(lambda: build_batches(parts, cache, mesh))
         return loop(work, batches, signals)
     print(f"{signals}: stopped at once, and the same command goes on from what was saved before")
     return signals.exit_code

@@ -81,15 +81,18 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
         found = shared.model(shards.split(x_t, dim=2), **condition, shards=shards)
     yield "output", *largest(mesh, {"": (found, expected)})
 
-    losses = [one.accumulate(0, batch)[None] for one in (shared, whole)]
+    rows = mesh.rows(size)
+    part = {name: value[rows.start : rows.stop] for name, value in batch.items()}
+    runs = ((shared, part | {"size": size}), (whole, batch | {"size": size}))
+    losses = [one.accumulate(0, data)[None] for one, data in runs]
     yield "loss", *largest(mesh, {"": (losses[0], losses[1])})
     names = [name for name, _ in model.named_parameters()]
     gradients = [{name: one.model.get_parameter(name).grad for name in names} for one in (shared, whole)]
     yield "gradients", *largest(mesh, pairs(*gradients))
-    for one in (shared, whole):
+    for one, data in runs:
         one.optimizer.zero_grad()
         for step in range(STEPS):
-            one.step(step, batch)
+            one.step(step, data)
     weights = [one.model.state_dict() for one in (shared, whole)]
     yield f"weights after {STEPS} steps", *largest(mesh, pairs(*weights))
     yield "averaged weights", *largest(mesh, pairs(shared.ema.average, whole.ema.average))

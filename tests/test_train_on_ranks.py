@@ -91,6 +91,21 @@ def test_all_ranks_end_with_one_message(alone: Any, ranks: int, flags: list[str]
     assert not run.with_name("refused").exists()
 
 
+@pytest.mark.parametrize("setting", ["parallel.sp", "trainer.steps"])
+def test_ranks_with_different_settings_end_with_one_message(alone: Any, tmp_path: Path, setting: str) -> None:
+    settings, _, run = alone
+    script = tmp_path / "uneven.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"sys.argv += ['--{setting}', str(1 + int(os.environ['RANK']))]\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    code, _, errors = launch(str(script), 2, [*settings, "--name", "uneven"])
+    assert code != 0
+    assert errors.count("error: ") == 1 and "of rank 1 differs from what rank 0 has" in errors
+    assert not run.with_name("uneven").exists()
+
+
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(alone: Any) -> None:
     settings, _, run = alone
     settings = [*settings, "--name", "stopped", "--trainer.steps", "100000", "--parallel.sp", "2"]

@@ -25,6 +25,7 @@ from stdit.data.decode import DecodeError
 from stdit.data.manifest import Skipped
 from stdit.data.plan import BatchPlan
 from stdit.errors import UserError
+from stdit.parallel.mesh import Mesh
 
 if TYPE_CHECKING:  # these import diffusers, which takes seconds
     from stdit.codecs.base import VideoCodec
@@ -106,8 +107,8 @@ class EncodedBatches:
     gives way to the next of its bucket.
     """
 
-    def __init__(self, plan: BatchPlan, cache: MemoryCache) -> None:
-        self.plan, self.cache = plan, cache
+    def __init__(self, plan: BatchPlan, cache: MemoryCache, mesh: Mesh = Mesh()) -> None:  # noqa: B008
+        self.plan, self.cache, self.mesh = plan, cache, mesh
         self._places = [{int(row): place for place, row in enumerate(rows)} for rows in cache.rows]
 
     def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
@@ -127,10 +128,12 @@ class EncodedBatches:
                     f"bucket {planned.bucket}: none of its clips can be read: remove it, or repair them"
                 )
             used.append(stand_in)
-        batch = describe(self.plan, planned, used)
+        replaced = sum(a != b for a, b in zip(used, planned.indices, strict=True))
+        mine = [used[row] for row in self.mesh.rows(len(used))]
+        batch = describe(self.plan, planned, mine) | {"replaced": replaced}
         states, mask = self.cache.text(batch["text"])
-        latents = self.cache.latents[planned.bucket_index][[places[index] for index in used]]
-        return batch | {"latents": latents, "text_states": states, "text_mask": mask, "skipped": []}
+        latents = self.cache.latents[planned.bucket_index][[places[index] for index in mine]]
+        return batch | {"latents": latents, "text_states": states, "text_mask": mask}
 
 
 def _captions(plan: BatchPlan) -> list[str]:

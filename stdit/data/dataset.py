@@ -7,10 +7,11 @@ import itertools
 import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +22,7 @@ from stdit.data.decode import DecodeError, decode_clip
 from stdit.data.manifest import Clip, Skipped, read_manifest, summarise
 from stdit.data.plan import BatchPlan, PlannedBatch, slack_seconds
 from stdit.errors import UserError
+from stdit.parallel.mesh import Mesh
 
 __all__ = ["BucketConfig", "DataConfig", "VideoBatches", "build_plan"]
 
@@ -114,22 +116,33 @@ class SkipTally:
         return UserError("\n".join([message, *summarise(failed)]))
 
 
-class _StepDataset(Dataset):
-    """Item `step` is the whole batch of that step; frames stay uint8, a quarter of the bytes to hand over."""
+class _Failures(NamedTuple):
+    """What went wrong with a part of a batch."""
 
-    def __init__(self, plan: BatchPlan, crop: Literal["center", "random"], limit: int) -> None:
-        self.plan, self.crop, self.limit = plan, crop, limit
+    skipped: list[Skipped]
+    replaced: int
+    lacking: str | None
+    """The bucket of which too few clips are left."""
+
+
+class _StepDataset(Dataset):
+    """Item `step` is this rank's part of its batch; frames stay uint8, a quarter of the bytes to hand over."""
+
+    def __init__(self, plan: BatchPlan, crop: Literal["center", "random"], limit: int, mesh: Mesh) -> None:
+        self.plan, self.crop, self.limit, self.mesh = plan, crop, limit, mesh
 
     def __getitem__(self, step: int) -> Batch:
         planned = self.plan.batch(step)
         failed: dict[Path, Skipped] = {}
-        read = [self._read(planned, index, failed) for index in range(len(planned.items))]
+        rows = self.mesh.rows(len(planned.items))
+        read = [self._read(planned, index, failed) for index in rows]
         whole = [sample for sample in read if sample is not None]
-        skipped = list(failed.values())
         if len(whole) < len(read):
-            return {"skipped": skipped, "bucket": str(planned.bucket)}
+            return {"failures": _Failures(list(failed.values()), 0, str(planned.bucket))}
         used, frames = zip(*whole, strict=True)
-        return describe(self.plan, planned, list(used)) | {"frames": torch.stack(frames), "skipped": skipped}
+        replaced = sum(planned.indices[row] != clip for row, clip in zip(rows, used, strict=True))
+        failures = _Failures(list(failed.values()), replaced, None) if failed else None
+        return describe(self.plan, planned, used) | {"frames": torch.stack(frames), "failures": failures}
 
     def _read(
         self, planned: PlannedBatch, index: int, failed: dict[Path, Skipped]
@@ -170,11 +183,12 @@ class VideoBatches:
 
     A batch is a dict: video float32 [B 3 T H W] in [-1, 1]; text, a list of B captions; fps, height, width,
     float32 [B] (frames per second, pixels); clip_indices int64 [B], places in `plan.assignment.clips`; step;
-    replaced, how many of the planned clips could not be read and gave way to the next of their bucket;
-    skipped, [(path, reason)] of clips that failed while this batch was made.
+    size, samples in the global batch, of which these B are this rank's part; replaced, how many of all its planned
+    clips could not be read and gave way to the next of their bucket.
 
-    The same for any number of workers. Raises UserError while iterating when more than max_skipped_share of
-    all clips have failed, or none of a bucket is left.
+    The same for any number of workers and ranks; every rank reads its own part, and must iterate as the others do.
+    Raises UserError while iterating when more than max_skipped_share of all clips have failed, or none of a bucket
+    is left: on every rank, wherever they failed.
     """
 
     def __init__(
@@ -184,10 +198,11 @@ class VideoBatches:
         crop: Literal["center", "random"] = "center",
         max_skipped_share: float = 1.0,
         pin_memory: bool = False,
+        mesh: Mesh = Mesh(),  # noqa: B008 (it is frozen)
     ) -> None:
-        self.plan, self.workers, self.pin_memory = plan, workers, pin_memory
+        self.plan, self.workers, self.pin_memory, self.mesh = plan, workers, pin_memory, mesh
         self.tally = SkipTally(plan.assignment.kept, max_skipped_share)
-        self._dataset = _StepDataset(plan, crop, self.tally.limit)
+        self._dataset = _StepDataset(plan, crop, self.tally.limit, mesh)
 
     def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches of the steps in [start_step, stop_step)."""
@@ -202,13 +217,22 @@ class VideoBatches:
             generator=torch.Generator(),  # its own, so that torch's global random state is left alone
         )
         for batch in loader:
-            self.tally.add(batch["skipped"])
-            if "frames" not in batch:
-                raise self.tally.error(
-                    f"and none of bucket {batch['bucket']} is left: repair the files and run the same command "
-                    "again; a new run (--name, --init_from) leaves the bucket out"
-                )
-            yield batch | {"video": to_video(batch.pop("frames"))}
+            failures = self.mesh.heard(batch.pop("failures"))
+            if failures:
+                self.mesh.everywhere(partial(self._count, failures))
+            replaced = sum(part.replaced for part in failures)
+            yield batch | {"video": to_video(batch.pop("frames")), "replaced": replaced}
+
+    def _count(self, failures: list[_Failures]) -> None:
+        """Raises UserError when too many clips have failed on all ranks together."""
+        for part in failures:
+            self.tally.add(part.skipped)
+        lacking = [part.lacking for part in failures if part.lacking]
+        if lacking:
+            raise self.tally.error(
+                f"and none of bucket {lacking[0]} is left: repair the files and run the same command "
+                "again; a new run (--name, --init_from) leaves the bucket out"
+            )
 
 
 def to_video(frames: torch.Tensor) -> torch.Tensor:
@@ -216,18 +240,18 @@ def to_video(frames: torch.Tensor) -> torch.Tensor:
     return frames.transpose(1, 2).float().div_(127.5).sub_(1)
 
 
-def describe(plan: BatchPlan, planned: PlannedBatch, used: list[int]) -> Batch:
-    """What a batch says about itself: everything but its frames or latents."""
+def describe(plan: BatchPlan, planned: PlannedBatch, used: Sequence[int]) -> Batch:
+    """What a rank's part of a batch, made of the clips `used`, says about itself: all but its frames or latents."""
     bucket = planned.bucket
     size = len(used)
     return {
         "step": planned.step,
+        "size": len(planned.items),
         "text": [plan.assignment.clips[index].text for index in used],
         "fps": torch.full((size,), float(bucket.fps)),
         "height": torch.full((size,), float(bucket.height)),
         "width": torch.full((size,), float(bucket.width)),
         "clip_indices": torch.tensor(used, dtype=torch.int64),
-        "replaced": sum(a != b for a, b in zip(used, planned.indices, strict=True)),
     }
 
 

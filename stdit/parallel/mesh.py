@@ -52,14 +52,15 @@ class Mesh:
         """Raise UserError, on every rank, if some rank would have no part of a batch."""
         smallest = min(batch_sizes)
         if smallest < self.dp:
-            self.everywhere(lambda: self._refuse(smallest))
+            self.fail(
+                f"batch_size = {smallest}, but {self.size} processes with parallel.sp = {self.sequence.size} "
+                f"split each batch into {self.dp} parts: use a batch_size of at least {self.dp}, fewer "
+                "processes, or a larger parallel.sp"
+            )
 
-    def _refuse(self, batch_size: int) -> NoReturn:
-        raise UserError(
-            f"batch_size = {batch_size}, but {self.size} processes with parallel.sp = {self.sequence.size} "
-            f"split each batch into {self.dp} parts: use a batch_size of at least {self.dp}, fewer "
-            "processes, or a larger parallel.sp"
-        )
+    def fail(self, message: str) -> NoReturn:
+        """Raise UserError; every rank calls this alike, and the first one speaks."""
+        raise (UserError if self.is_first else OtherRankError)(message)
 
     def rows(self, batch_size: int) -> range:
         """Which samples of the global batch are this rank's."""
@@ -101,6 +102,23 @@ class Mesh:
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
 
+    def heard(self, news: Result | None) -> list[Result]:
+        """The news of each part of the batch that has some, on every rank; while none has, one number travels.
+
+        Raises:
+            UserError: on every rank, if those that share their part tell different news.
+        """
+        if self.largest(news is not None) == 0:
+            return []
+        told, each = self.gather(news), self.size // self.dp
+        for rank, one in enumerate(told):
+            if one != told[lead := rank // each * each]:
+                self.fail(
+                    f"rank {rank} shares the videos of rank {lead}, but does not read them alike ({one}, not "
+                    f"{told[lead]}): start every process on machines that have the same files"
+                )
+        return [one for one in told[::each] if one is not None]
+
     def parts_on_first(self, value: Result) -> list[Result]:
         """The value of each part of the batch, in order, on the first rank; an empty list on the others."""
         if self.size == 1:
@@ -115,8 +133,8 @@ class Mesh:
         values = self.gather(value)
         odd = [rank for rank, other in enumerate(values) if other != values[0]]
         if odd:
-            raise UserError(
-                f"{what} of rank {odd[0]} differs from those of rank 0: start every process with the same "
+            self.fail(
+                f"{what} of rank {odd[0]} differs from what rank 0 has: start every process with the same "
                 "command, on machines that have the same files"
             )
 
@@ -168,7 +186,9 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
         _check_divides(sizes, 1)
         return Mesh(device=device)
     rank, size = dist.get_rank(), dist.get_world_size()
-    Mesh(rank, size, device=device).everywhere(lambda: _check_divides(sizes, size))
+    everyone = Mesh(rank, size, device=device)
+    everyone.check_same("parallel.*", str(config))
+    everyone.everywhere(lambda: _check_divides(sizes, size))
     shape = (size // prod(sizes.values()), *sizes.values())
     grid = dist.init_device_mesh(device.type, shape, mesh_dim_names=("dp", *sizes))
     chunks = {"sp": config.overlap_chunks, "cfg": 1}

@@ -154,6 +154,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     from stdit.parallel.mesh import build_mesh
 
     mesh = build_mesh(config.parallel, device)
+    mesh.check_same("the configuration or the prompts", f"{config} {requests}")
     folder = mesh.on_first(lambda: writable(_output_folder(config, source)))
 
     pipe, weights = mesh.everywhere(lambda: load_pipeline(source, config.ema))

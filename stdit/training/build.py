@@ -23,6 +23,7 @@ from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
+from stdit.parallel.mesh import Mesh
 from stdit.training.folder import find_weights
 
 Batches = Callable[[int, int], Iterator[dict[str, Any]]]
@@ -166,8 +167,8 @@ def clips_hash(plan: BatchPlan, config: TrainConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def build_batches(parts: Parts, cache_file: Path, device: torch.device) -> Batches:
-    """Batches of latents: from memory, or decoded and encoded as they are needed.
+def build_batches(parts: Parts, cache_file: Path, mesh: Mesh) -> Batches:
+    """This rank's part of each batch, as latents: from memory, or decoded and encoded as they are needed.
 
     Raises:
         UserError: while encoding, or iterating, when too many clips cannot be read.
@@ -175,12 +176,11 @@ def build_batches(parts: Parts, cache_file: Path, device: torch.device) -> Batch
     data = parts.config.data
     if data.cache == "memory":
         cache = precompute(
-            parts.plan, parts.codec, parts.text_encoder, cache_file, device, data.max_skipped_share
+            parts.plan, parts.codec, parts.text_encoder, cache_file, mesh.device, data.max_skipped_share
         )
-        return EncodedBatches(parts.plan, cache)
-    videos = VideoBatches(
-        parts.plan, data.workers, data.crop, data.max_skipped_share, pin_memory=device.type == "cuda"
-    )
+        return EncodedBatches(parts.plan, cache, mesh)
+    pin_memory = mesh.device.type == "cuda"
+    videos = VideoBatches(parts.plan, data.workers, data.crop, data.max_skipped_share, pin_memory, mesh)
     chunk = parts.config.trainer.micro_batch_size
 
     def encoded(start_step: int, stop_step: int) -> Iterator[dict[str, Any]]:

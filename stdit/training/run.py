@@ -62,7 +62,7 @@ class Run:
         self, batch: dict[str, Any], values: dict[str, Any], seconds: float, wait: float
     ) -> dict[str, Any]:
         """Write and return the line of a step that took ``seconds`` after ``wait`` seconds for its data."""
-        clips = len(batch["latents"])
+        clips = batch["size"]
         each = tokens(batch["latents"].shape[2:], self.config.model.patch_size)
         rate = clips / (seconds + wait)
         line = {

@@ -1,6 +1,7 @@
 """What a run asks of the process that it lives in: signals, memory, devices."""
 
 import ctypes
+import logging
 import os
 import platform
 import signal
@@ -52,6 +53,7 @@ def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
     )
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
+        logging.getLogger("stdit").setLevel(logging.ERROR)
     if accelerator.device.type == "cpu" and config.keep_freed_memory:
         keep_freed_memory()
     return accelerator

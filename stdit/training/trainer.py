@@ -86,11 +86,12 @@ class Trainer:
         self.network = DistributedDataParallel(model) if mesh.size > 1 else model
 
     def step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
-        """Train on this rank's share of the global batch of ``step`` (from 0) and return measurements of all of it.
+        """Train on this rank's part of the global batch of ``step`` (from 0) and return measurements of all of it.
 
         Args:
             batch: latents ``[B C T H W]``, text_states ``[B L E]``, text_mask ``[B L]``, and fps, height
-                and width ``[B]`` in frames per second and pixels.
+                and width ``[B]`` in frames per second and pixels, of the samples that `Mesh.rows` gives this
+                rank; size, of the global batch.
 
         Raises:
             UserError: after ``max_nonfinite_steps`` steps in a row without a finite loss and gradient.
@@ -113,26 +114,25 @@ class Trainer:
 
     def accumulate(self, step: int, batch: dict[str, Any]) -> Tensor:
         """The loss of the global batch; its gradients are left in the parameters, the same on all ranks."""
-        size = len(batch["latents"])
-        rows = self.mesh.rows(size)
-        micro = self.config.micro_batch_size or len(rows)
+        clips = len(batch["latents"])
+        micro = self.config.micro_batch_size or clips
         total = torch.zeros((), device=self.accelerator.device)
-        for start in range(rows.start, rows.stop, micro):
-            stop = min(start + micro, rows.stop)
-            with self._gradients_meet(stop == rows.stop):
+        for start in range(0, clips, micro):
+            with self._gradients_meet(start + micro >= clips):
                 # Ranks average their gradients, and each has a part of the sum: hence the factor.
-                loss = self._losses(step, batch, slice(start, stop)).sum() * (self.mesh.size / size)
+                losses = self._losses(step, batch, slice(start, start + micro))
+                loss = losses.sum() * (self.mesh.size / batch["size"])
                 loss.backward()
             total += loss.detach()
         return self.mesh.average(total)
 
     def _losses(self, step: int, batch: dict[str, Any], rows: slice) -> Tensor:
-        """Loss of each sample of a part of the batch, over this rank's frames of it."""
+        """Loss of some samples of this rank's part of the batch, over this rank's frames of them."""
         device = self.accelerator.device
         names = ("latents", "text_states", "text_mask", "fps", "height", "width")
         x, states, mask, fps, height, width = (batch[name][rows].to(device) for name in names)
         size = (int(batch["height"][0]), int(batch["width"][0]))
-        indices = range(len(batch["latents"]))[rows]
+        indices = self.mesh.rows(batch["size"])[rows]
         draws = draw_batch(self.flow, self.seed, step, indices, tuple(x.shape[1:]), *size).to(device)
         x_t = self.flow.add_noise(x, draws.noise, draws.t)
         shards = self.model.shards(self.mesh.sequence, *x.shape[2:])  # type: ignore[operator]

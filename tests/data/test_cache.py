@@ -10,6 +10,7 @@ import stdit.data.cache as cache_module
 from stdit.data.cache import EncodedBatches, precompute
 from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
 from stdit.errors import UserError
+from stdit.parallel.mesh import Mesh
 
 
 class TinyCodec:
@@ -98,6 +99,16 @@ def test_batches_equal_those_from_video(plan, tmp_path):
             assert states[mask].tolist() == [[len(word), place] for place, word in enumerate(caption.split())]
             assert not states[~mask].any()
     assert compared > 2
+
+
+def test_each_rank_gets_its_part_of_a_batch(plan, tmp_path):
+    cache = compute(plan, tmp_path / "cache.safetensors")
+    for step in range(plan.steps_per_epoch):
+        whole = EncodedBatches(plan, cache).batch(step)
+        parts = [EncodedBatches(plan, cache, Mesh(rank, 2)).batch(step) for rank in (0, 1)]
+        assert torch.equal(torch.cat([part["latents"] for part in parts]), whole["latents"])
+        assert [caption for part in parts for caption in part["text"]] == whole["text"]
+        assert [part["size"] for part in parts] == [whole["size"]] * 2 == [2, 2]
 
 
 def test_each_clip_and_each_caption_is_encoded_once(plan, tmp_path):

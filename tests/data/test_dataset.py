@@ -1,12 +1,16 @@
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
-from stdit.errors import UserError
+from stdit.errors import OtherRankError, UserError
+from stdit.parallel.mesh import Mesh
+from tests.parallel.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def test_batches_are_complete(folder):
         assert batch["fps"].tolist() == [8.0] * len(batch["text"])
         assert batch["height"].tolist() == [float(bucket.height)] * len(batch["text"])
         assert batch["width"].tolist() == [float(bucket.width)] * len(batch["text"])
-        assert (batch["step"], batch["replaced"], batch["skipped"]) == (step, 0, [])
+        assert (batch["step"], batch["size"], batch["replaced"]) == (step, bucket.batch_size, 0)
         seen.update(batch["text"])
     assert len(seen) == 9
 
@@ -99,15 +103,14 @@ def test_a_clip_that_fails_gives_way_to_the_next(breaking, workers, caplog):
         planned = plan.batch(batch["step"]).indices
         used = batch["clip_indices"].tolist()
         if 4 not in planned:
-            assert used == planned and not batch["skipped"]
+            assert used == planned and batch["replaced"] == 0
             continue
         index = planned.index(4)
         stand_in = next(plan.replacements(batch["step"], index))
         expected = [*planned[:index], stand_in, *planned[index + 1 :]]
         assert used == expected and batch["replaced"] == 1
-        ((path, reason),) = batch["skipped"]
-        assert path == str(folder / "4.mp4") and "not a readable video" in reason
-    assert list(loader.tally.failed) == [str(folder / "4.mp4")]
+    ((path, reason),) = loader.tally.failed.items()
+    assert path == str(folder / "4.mp4") and "not a readable video" in reason
     assert caplog.text.count(f"left out: {folder / '4.mp4'} cannot be read") == 1
 
 
@@ -126,6 +129,49 @@ def test_too_many_failures_stop_the_run(breaking, workers):
         UserError, match="10 of 10 clips failed to decode, and none of bucket 16x32x32 at 8 fps"
     ):
         list(VideoBatches(plan, workers=workers)(0, 2))
+
+
+def test_each_rank_reads_its_part_and_hears_of_all_failures(breaking):
+    plan, folder = breaking
+    run_on_ranks(2, read_parts, plan, list(VideoBatches(plan, crop="random")(0, 4)))
+    (folder / "7.mp4").unlink()
+    run_on_ranks(2, fail_together, plan)
+
+
+def read_parts(group, plan, expected):
+    mesh = Mesh(group.rank, group.size)
+    loader = VideoBatches(plan, crop="random", mesh=mesh)
+    for part, whole in zip(loader(0, 4), expected, strict=True):
+        rows = mesh.rows(5)
+        assert len(part["video"]) == len(rows) == (3, 2)[group.rank]
+        assert torch.equal(part["video"], whole["video"][rows.start : rows.stop])
+        assert part["text"] == whole["text"][rows.start : rows.stop]
+        assert (part["size"], part["replaced"]) == (5, whole["replaced"])
+    assert [Path(path).name for path in loader.tally.failed] == ["4.mp4"]
+
+
+def fail_together(group, plan):
+    """Of two clips that cannot be read each rank may meet one, and both stop at the same step."""
+    seen = []
+    with pytest.raises((UserError, OtherRankError), match="2 of 10 clips failed to decode, more than"):
+        for batch in VideoBatches(plan, max_skipped_share=0.1, mesh=Mesh(group.rank, group.size))(0, 9):
+            seen.append(batch["step"])
+    assert seen == [step for step in (0,) if {4, 7} - set(plan.batch(0).indices)]
+
+
+def test_ranks_that_share_a_video_must_read_it_alike(breaking, tmp_path_factory):
+    plan, folder = breaking
+    whole = tmp_path_factory.mktemp("whole") / "clips"
+    shutil.copytree(folder, whole)
+    shutil.copy(whole / "3.mp4", whole / "4.mp4")
+    buckets = [BucketConfig(num_frames=16, fps=8, height=32, width=32, batch_size=5)]
+    other = build_plan(DataConfig(manifest=str(whole / "manifest.csv"), buckets=buckets))
+    run_on_ranks(2, read_otherwise, [plan, other])
+
+
+def read_otherwise(group, plans):
+    with pytest.raises((UserError, OtherRankError), match="rank 1 shares the videos of rank 0, but"):
+        list(VideoBatches(plans[group.rank], mesh=Mesh(group.rank, group.size, group))(0, 4))
 
 
 def test_a_bucket_without_a_readable_clip_is_left_out_before_there_is_a_plan(folder, tmp_path):

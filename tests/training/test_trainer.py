@@ -34,6 +34,7 @@ def batch(step: int, size: int = 4) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(step)
     mask = torch.arange(5)[None] < torch.randint(1, 6, (size, 1), generator=generator)
     return {
+        "size": size,
         "latents": torch.randn(size, 3, 2, 4, 4, generator=generator),
         "text_states": torch.randn(size, 5, 16, generator=generator),
         "text_mask": mask,
