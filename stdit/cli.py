@@ -53,7 +53,8 @@ def parse(
     """Read a config dataclass from the command line.
 
     ``--config FILE`` may be repeated: later files win over earlier ones, flags (``--group.key value``) over
-    files. ``--help`` shows the docstring below each field; ``--print_config`` prints the result as YAML.
+    files. A list of texts takes its entries one by one, too. ``--help`` shows the docstring below each field;
+    ``--print_config`` prints the result as YAML.
 
     Args:
         config_class: a dataclass whose fields may be dataclasses in turn.
@@ -75,6 +76,7 @@ def parse(
     for argument in arguments:
         if argument.startswith("--"):
             _check_key(argument[2:].partition("=")[0].removesuffix("+"), known, "--")
+    arguments = _one_by_one(arguments, {name for name, hint in known.items() if hint == list[str]})
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -133,6 +135,17 @@ def _files_first(arguments: list[str]) -> list[str]:
             raise UserError("--config needs a file: --config configs/train/quickstart.yaml")
         files += ["--config", path]
     return files + rest
+
+
+def _one_by_one(arguments: list[str], lists: set[str]) -> list[str]:
+    """Let ``--name a --name b`` append to a list of texts, which ``--name '[a, b]'`` sets."""
+    result = list(arguments)
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        first = value if equals else next(iter(arguments[place + 1 :]), "")
+        if argument.startswith("--") and name in lists and not first.startswith("["):
+            result[place] = f"--{name}+{equals}{value}"
+    return result
 
 
 def _settings(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -54,6 +54,12 @@ def test_prompt_to_video(run, tmp_path):
         (["--prompts", "absent.txt"], "absent.txt"),
         (["--prompt", "a", "--checkpoint", "absent"], "absent"),
         (["--prompt", "a", "--image", "absent.png"], "absent.png"),
+        (["--prompt", "a", "--condition", "absent.png@0"], "absent.png"),
+        (["--prompt", "a", "--condition", "a.png"], "FILE@frame"),
+        (
+            ["--prompt", "a", "--num_frames", "8", "--condition", "a.png@0", "--condition", "a.png@8"],
+            "a.png@8",
+        ),
         (["--prompt", "a", "--format", "avi"], "format"),
         (["--prompt", "a"], "no checkpoint"),
     ],

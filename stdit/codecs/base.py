@@ -64,6 +64,11 @@ class VideoCodec(ModelMixin):
         first = int(self.causal_first_frame)
         return first + (num_frames - first) * self.stride[0], height * self.stride[1], width * self.stride[2]
 
+    def latent_index(self, frame: int) -> int:
+        """The latent frame that holds a frame of a video."""
+        first = int(self.causal_first_frame)
+        return frame if frame < first else first + (frame - first) // self.stride[0]
+
     def padded(self, video: Tensor) -> Tensor:
         """A video [B 3 T H W] with its last frame, row and column repeated up to a size that fits."""
         size = video.shape[2:]

@@ -124,7 +124,7 @@ def decode_clip(
         if num_frames != 1:
             raise DecodeError(path, f"an image has one frame, not {num_frames}")
         with _open_image(path) as image:
-            pixels = np.asarray(image)
+            pixels = np.array(image)
         return _fill(pixels, 1.0, height, width, place)[None]  # [1 3 H W]
 
     times = [start + k / fps for k in range(num_frames)]

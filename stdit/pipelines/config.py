@@ -66,6 +66,9 @@ class SampleConfig(VideoSettings):
     """What to lead away from (needs guidance_scale other than 1)."""
     image: str | None = None
     """A picture that becomes the first frame."""
+    condition: list[str] = field(default_factory=list)
+    """Given frames, FILE@frame[:length][:strength], one flag each: where a picture or video stands in the video
+    (frame -1: the last), how many of its frames, and how strictly (below 1 they are partly made anew)."""
     resolution: str | None = None
     """Size by name, such as 240p, with aspect_ratio."""
     aspect_ratio: str | None = None

@@ -1,11 +1,9 @@
-"""Pictures given as first frames."""
+"""Pictures given as frames."""
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -17,40 +15,32 @@ Image = PIL.Image.Image | np.ndarray | Tensor
 logger = logging.getLogger(__name__)
 
 
-def open_image(path: str | Path) -> PIL.Image.Image:
-    """Read a picture from a file, upright and RGB. Raises UserError if it is not one."""
-    if not Path(path).is_file():
-        raise UserError(f"image {path}: there is no such file.")
-    try:
-        with PIL.Image.open(path) as image:
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(
-            f"image {path} cannot be read ({error}): give a whole PNG, JPEG or WebP picture."
-        ) from None
-
-
 def first_frames(image: Image, height: int, width: int) -> Tensor:
     """A picture as one frame ``[3 1 H W]`` in [-1, 1], scaled and centre-cropped to that many pixels.
 
     Takes a PIL image; an array ``[H W 3]`` or ``[H W]``, uint8 or in [0, 1]; or a tensor ``[3 H W]`` in
     [-1, 1]. Says so when the size differs. Raises UserError for anything else.
     """
-    picture = _to_tensor(image)  # [3 H W]
-    if picture.shape[1:] != (height, width):
-        logger.warning(
-            "image is %dx%d pixels: scaled and cropped to %dx%d",
-            picture.shape[2],
-            picture.shape[1],
-            width,
-            height,
-        )
-        scale = max(height / picture.shape[1], width / picture.shape[2])
-        size = [max(height, round(picture.shape[1] * scale)), max(width, round(picture.shape[2] * scale))]
-        picture = interpolate(picture[None], size=size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        picture = picture[:, top : top + height, left : left + width]
-    return picture[:, None]
+    return fit(_to_tensor(image)[:, None], height, width)
+
+
+def fit(video: Tensor, height: int, width: int) -> Tensor:
+    """Frames ``[3 T H W]`` in [-1, 1], scaled and centre-cropped to that many pixels, which it says."""
+    rows, columns = video.shape[2:]
+    if (rows, columns) == (height, width):
+        return video
+    tell_size("image", rows, columns, height, width)
+    scale = max(height / rows, width / columns)
+    size = [max(height, round(rows * scale)), max(width, round(columns * scale))]
+    frames = interpolate(video.transpose(0, 1), size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return frames.transpose(0, 1)[:, :, top : top + height, left : left + width]
+
+
+def tell_size(what: str, rows: int, columns: int, height: int, width: int) -> None:
+    """Say that something is not of the size of the video."""
+    if (rows, columns) != (height, width):
+        logger.warning("%s is %dx%d pixels: scaled and cropped to %dx%d", what, columns, rows, width, height)
 
 
 def _to_tensor(image: Image) -> Tensor:

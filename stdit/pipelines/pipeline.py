@@ -1,4 +1,4 @@
-"""STDiTPipeline: prompts and an optional first frame in, video out.
+"""STDiTPipeline: prompts and given frames in, video out.
 
 Letters: B prompts, C channels, T latent frames, H height, W width, L text tokens, E width of the text states.
 """
@@ -18,14 +18,15 @@ from torch import Tensor
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.loading import Source, check_complete, loading, read_json
 from stdit.codecs.text import TextEncoder
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import RectifiedFlow, per_frame
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.collectives import gather
 from stdit.parallel.layout import Shards
 from stdit.parallel.mesh import Mesh
+from stdit.pipelines.conditions import Condition, given_frames
 from stdit.pipelines.config import SETTINGS, VideoSettings
-from stdit.pipelines.images import Image, first_frames
+from stdit.pipelines.images import Image
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -40,7 +41,7 @@ class STDiTPipelineOutput(BaseOutput):
 
 
 class STDiTPipeline(DiffusionPipeline):
-    """Text (and a first frame) to video with an STDiT.
+    """Text (and given frames) to video with an STDiT.
 
     The keyword settings of `__init__` are what a call uses unless told otherwise: the shape that the model
     was trained on, and sampling settings that suit it. ``step`` records the training step of the weights.
@@ -160,6 +161,7 @@ class STDiTPipeline(DiffusionPipeline):
         shift: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         image: Image | Sequence[Image | None] | None = None,
+        conditions: Sequence[Condition] | Sequence[Sequence[Condition]] = (),
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -183,6 +185,7 @@ class STDiTPipeline(DiffusionPipeline):
                 depend on what else is in the batch.
             image: the first frame, for all prompts or one a prompt: a PIL image; an array ``[H W 3]``, uint8
                 or in [0, 1]; or a tensor ``[3 H W]`` in [-1, 1]. Resized and cropped to the video's size.
+            conditions: frames given anywhere in the video, for all prompts or a list for each; later ones win.
             output_type: pil, np, pt or latent: see `STDiTPipelineOutput`.
             return_dict: if False, return ``(frames,)``.
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": ...})`` after each
@@ -208,6 +211,14 @@ class STDiTPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = _for_each(negative_prompt, len(prompts), "negative_prompt")
         images = _for_each(image, len(prompts), "image")
+        shared = not conditions or isinstance(conditions[0], Condition)
+        given = _for_each(
+            [list(conditions)] * len(prompts) if shared else conditions, len(prompts), "conditions"
+        )
+        given = [
+            [*([] if one is None else [Condition(one, 0, 1)]), *others]
+            for one, others in zip(images, given, strict=True)
+        ]
         generators = _for_each(generator, len(prompts), "generator")
         VideoSettings(**settings).check()
         if not prompts or not all(isinstance(text, str) for text in prompts):
@@ -235,26 +246,27 @@ class STDiTPipeline(DiffusionPipeline):
         for name, value in (("fps", settings["fps"]), ("height", height), ("width", width)):
             condition[name] = torch.full((rows,), float(value), device=device)
 
-        latents = torch.stack([_noise(shape, one) for one in generators]).to(device)  # [B C T H W]
-        free = torch.ones(len(prompts), shape[1], device=device)  # [B T]
-        for index, one in enumerate(images):
-            if one is not None:
-                latents[index, :, :1] = self._encode_image(one, height, width, device)
-                free[index, 0] = 0
-        if not free.all() and self.transformer.config.patch_size[0] > 1:
+        noise = torch.stack([_noise(shape, one) for one in generators]).to(device)  # [B C T H W]
+        latents, ceiling = torch.zeros_like(noise), torch.ones(len(prompts), shape[1], device=device)  # [B T]
+        for index, some in enumerate(given):
+            for one in some:
+                self._lay_in(one, latents[index], ceiling[index], num_frames, settings)
+        if (ceiling < 1).any() and self.transformer.config.patch_size[0] > 1:
             raise UserError(
-                "this model joins frames in its patches, so no single one can be given: leave the image out."
+                "this model joins frames in its patches, so no single one can be given: leave the image and the "
+                "conditions out."
             )
-        if not free.any():
+        if (ceiling == 0).all(1).any():
             raise UserError(
-                f"num_frames = {num_frames} is one latent frame, which the image fills: ask for more frames "
-                f"than {self.codec.stride[0]}, or leave the image out."
+                f"num_frames = {num_frames} is {shape[1]} latent {'frame' if shape[1] == 1 else 'frames'}, and all "
+                "are given, which leaves nothing to make: ask for more frames, or give fewer."
             )
 
         shards = self.transformer.shards(self.mesh.sequence, *shape[1:])
         latents = self._denoise(
             shards.split(latents, dim=2),
-            free,
+            shards.split(noise, dim=2),
+            ceiling,
             shards,
             sigmas,
             condition,
@@ -272,7 +284,8 @@ class STDiTPipeline(DiffusionPipeline):
     def _denoise(
         self,
         latents: Tensor,
-        free: Tensor,
+        noise: Tensor,
+        ceiling: Tensor,
         shards: Shards,
         sigmas: Tensor,
         condition: dict[str, Tensor],
@@ -282,17 +295,22 @@ class STDiTPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Euler's method from noise (sigma 1) to data (sigma 0): Liu et al. 2022 (arXiv:2209.03003).
 
-        A frame's own noise level is ``sigma * free [B T]``: a given frame (free 0) has none and does not move.
-        ``latents`` are this rank's frames.
+        A frame is given, without noise, until sigma has come down to its ``ceiling [B T]``; from there on it is made
+        as the others are. So 1 is a free frame, which begins as noise, and 0 one that stays as it is.
+        ``latents`` and ``noise`` are this rank's frames.
         """
-        if free.all():
-            free = free[:, :1]  # one level a sample is cheaper for the model
+        if (ceiling == 1).all():
+            ceiling = ceiling[:, :1]  # one level a sample is cheaper for the model
+        free = torch.zeros_like(ceiling, dtype=torch.bool)
         for index, (sigma, sigma_next) in enumerate(
             self.progress_bar(list(zip(sigmas[:-1], sigmas[1:], strict=True)))
         ):
+            new, free = (sigma <= ceiling) & ~free, sigma <= ceiling  # [B F]
+            joins = per_frame(shards.split(new, dim=1))
+            latents = torch.where(joins, torch.lerp(latents, noise, sigma), latents)
             velocity = self._guided_velocity(latents, sigma * free, shards, condition, guidance_scale)
-            step = shards.split((sigma - sigma_next) * free, dim=1)  # [B F]
-            latents = latents + step[:, None, :, None, None] * velocity
+            step = shards.split((sigma - sigma_next) * free, dim=1)
+            latents = latents + per_frame(step) * velocity
             if callback is not None:
                 tensors = {name: {"latents": latents}[name] for name in callback_inputs}
                 latents = (callback(self, index, 1000 * sigma, tensors) or {}).get("latents", latents)
@@ -341,15 +359,26 @@ class STDiTPipeline(DiffusionPipeline):
             "encoder_attention_mask": mask[row].to(device),
         }
 
-    def _encode_image(self, image: Image, height: int, width: int, device: torch.device) -> Tensor:
-        """The first latent frame ``[C 1 H W]`` of a video that begins with ``image``.
+    def _lay_in(
+        self,
+        condition: Condition,
+        latents: Tensor,
+        ceiling: Tensor,
+        num_frames: int,
+        settings: dict[str, Any],
+    ) -> None:
+        """Put given frames into ``latents [C T H W]``, and into ``ceiling [T]`` the level from which they are made.
 
-        Where several frames share a latent frame, the picture stands still for that long.
+        They are encoded by themselves; where several frames share a latent frame, the last one stands still in it.
         """
-        repeats = 1 if self.codec.causal_first_frame else self.codec.stride[0]
-        video = first_frames(image, height, width).repeat(1, repeats, 1, 1)[None]  # [1 3 T H W]
+        start, room = condition.span(num_frames)
+        size = (float(settings["fps"]), int(settings["height"]), int(settings["width"]))
+        video = given_frames(condition, room, *size)[None]  # [1 3 T H W]
+        first = self.codec.latent_index(start)
+        count = min(self.codec.latent_index(video.shape[2] - 1) + 1, len(ceiling) - first)
         _onload(self.codec)
-        return self.codec.encode(video.to(device))[0, :, :1].float()
+        latents[:, first : first + count] = self.codec.encode(video.to(latents.device))[0, :, :count].float()
+        ceiling[first : first + count] = 1 - condition.strength
 
     def _decode(
         self, latents: Tensor, shards: Shards, latent_frames: int, settings: dict[str, Any], output_type: str

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
+from stdit.pipelines.conditions import Condition, parse_condition
 from stdit.pipelines.config import VideoSettings, check_seed
 
 
@@ -24,13 +25,17 @@ class PromptLine(VideoSettings):
     """Seed of this prompt's first sample."""
     image: str | None = None
     """Picture that becomes the first frame; a relative path counts from the file's folder."""
+    condition: list[str] = field(default_factory=list)
+    """Given frames, see `parse_condition`, of files whose relative paths count from the file's folder, too."""
+    conditions: tuple[Condition, ...] = ()
+    """The same, read."""
     extra: dict[str, str] = field(default_factory=dict)
     """Columns of a csv that are no settings: written beside the video, and otherwise unused."""
 
 
 INTEGERS = ("num_frames", "height", "width", "num_inference_steps", "seed")
 NUMBERS = ("fps", "guidance_scale", "shift")
-KEYS = tuple(f.name for f in fields(PromptLine))
+KEYS = tuple(f.name for f in fields(PromptLine) if f.name != "conditions")
 
 
 def read_prompts(file: str | Path) -> list[PromptLine]:
@@ -62,6 +67,7 @@ def read_prompts(file: str | Path) -> list[PromptLine]:
     for line in lines:
         if line.image is not None:
             line.image = str(path.parent / line.image)
+        line.conditions = tuple(parse_condition(text, path.parent) for text in line.condition)
     return lines
 
 
@@ -130,13 +136,16 @@ def _number(name: str, value: str, where: str) -> Any:
 
 def _line(values: dict[str, Any], where: str) -> PromptLine:
     """Check types and ranges of the settings of one line."""
+    if isinstance(values.get("condition"), str):
+        values["condition"] = [values["condition"]]
     for name, value in values.items():
         kinds: tuple[type, ...] = (str,)
         if name in INTEGERS + NUMBERS:
             kinds = (int,) if name in INTEGERS else (int, float)
-        elif name == "extra":
-            kinds = (dict,)
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        elif name in ("extra", "condition"):
+            kinds = (dict,) if name == "extra" else (list,)
+        texts = name != "condition" or all(isinstance(entry, str) for entry in value)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not texts:
             raise UserError(
                 f"{where}{name} = {value!r}: must be {' or '.join(kind.__name__ for kind in kinds)}."
             )

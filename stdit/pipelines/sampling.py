@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import stdit
 from stdit.data.config import resolve_size
 from stdit.errors import UserError
+from stdit.pipelines.conditions import Condition, check_source, parse_condition
 from stdit.pipelines.config import SETTINGS, SampleConfig, VideoSettings
 from stdit.pipelines.loading import Source, find_source, load_pipeline
 from stdit.pipelines.prompts import PromptLine, read_prompts
@@ -40,6 +41,8 @@ class Request:
     negative_prompt: str | None = None
     image: Any = None
     """First frame: a path, or any picture that the pipeline takes."""
+    conditions: tuple[Condition, ...] = ()
+    """Frames that are given elsewhere."""
     index: int = 0
     """Place of the prompt in its file, for the name."""
     extra: dict[str, str] = field(default_factory=dict)
@@ -59,6 +62,10 @@ def plan_requests(config: SampleConfig) -> list[Request]:
         own = {name: value for name in SETTINGS if (value := getattr(line, name)) is not None}
         settings = VideoSettings(**(common | own))
         settings.check(f"prompt {index}: ")
+        conditions = line.conditions or tuple(map(parse_condition, config.condition))
+        for condition in conditions:
+            if settings.num_frames is not None:
+                condition.span(settings.num_frames)
         for seed in config.all_seeds(line.seed):
             requests.append(
                 Request(
@@ -67,14 +74,14 @@ def plan_requests(config: SampleConfig) -> list[Request]:
                     settings=settings,
                     negative_prompt=line.negative_prompt or config.negative_prompt or None,
                     image=line.image or config.image,
+                    conditions=conditions,
                     index=index,
                     extra=line.extra,
                 )
             )
-    from stdit.pipelines.images import open_image
-
-    for path in {request.image for request in requests if request.image is not None}:
-        open_image(path)
+    given = {r.image for r in requests if r.image} | {c.source for r in requests for c in r.conditions}
+    for path in sorted(given):
+        check_source(path)
     return requests
 
 
@@ -97,19 +104,18 @@ def _sample(
     """The videos of requests with equal settings, in one call of the pipeline."""
     import torch
 
-    from stdit.pipelines.images import open_image
     from stdit.pipelines.video_io import to_uint8
 
     if not batch:
         return []
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**(bar | {"desc": which}))
-    images = [open_image(r.image) if isinstance(r.image, str | Path) else r.image for r in batch]
     with _enough_memory(len(batch)):
         (frames,) = pipe(
             [r.prompt for r in batch],
             negative_prompt=[r.negative_prompt for r in batch],
-            image=images,
+            image=[r.image for r in batch],
+            conditions=[r.conditions for r in batch],
             generator=[torch.Generator().manual_seed(r.seed) for r in batch],
             output_type="np",
             return_dict=False,
@@ -163,9 +169,12 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     pipe.share(mesh)
     if mesh.is_first:
         print(f"sampling from {source.path} (weights {weights})", flush=True)
-        if any(request.image for request in requests) and not pipe.scheduler.config.conditioning:
+        if (
+            any(request.image or request.conditions for request in requests)
+            and not pipe.scheduler.config.conditioning
+        ):
             logger.warning(
-                "the model never saw given frames in training (flow.conditioning): it may ignore the image"
+                "the model never saw given frames in training (flow.conditioning): it may ignore them"
             )
     else:
         pipe.set_progress_bar_config(disable=True)
@@ -234,6 +243,7 @@ def describe(
         "seed": request.seed,
         **{name: own.get(name, pipe.config[name]) for name in SETTINGS},
         "image": None if request.image is None else str(request.image),
+        "conditions": [str(condition) for condition in request.conditions],
         "dtype": config.dtype,
         "checkpoint": str(source.path),
         "checkpoint_hash": weights,

@@ -1,6 +1,7 @@
 import pytest
 
 from stdit.errors import UserError
+from stdit.pipelines.conditions import Condition
 from stdit.pipelines.prompts import PromptLine, read_prompts
 
 
@@ -42,6 +43,15 @@ def test_jsonl(tmp_path):
     assert second.prompt == "b\u2028c"
 
 
+def test_given_frames_are_of_the_folder_of_the_file(tmp_path):
+    content = '{"prompt": "a", "condition": ["b.png@0", "c.mp4@-8:8"]}\n{"prompt": "b"}\n'
+    first, second = read_prompts(written(tmp_path, "p.jsonl", content))
+    expected = (Condition(str(tmp_path / "b.png")), Condition(str(tmp_path / "c.mp4"), -8, 8))
+    assert first.conditions == expected and second.conditions == ()
+    (line,) = read_prompts(written(tmp_path, "p.csv", "prompt,condition\na,b.png@0\n"))
+    assert line.conditions == expected[:1]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -72,6 +82,8 @@ def test_jsonl(tmp_path):
         ("p.jsonl", '{"prompt": "a", "seed": true}\n', "line 1: seed = True"),
         ("p.jsonl", '{"seed": 3}\n', "line 1: the prompt is empty"),
         ("p.jsonl", '{"prompt": "a", "guidance_scale": NaN}\n', "line 1: guidance_scale = nan"),
+        ("p.jsonl", '{"prompt": "a", "condition": [3]}\n', r"line 1: condition = \[3\]"),
+        ("p.jsonl", '{"prompt": "a", "condition": ["b.png"]}\n', "condition 'b.png': must be FILE@frame"),
         ("p.pdf", "a", "must end in .txt, .csv, .jsonl"),
     ],
 )

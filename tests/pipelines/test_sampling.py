@@ -89,7 +89,7 @@ def test_bad_input_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, sett
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
 def test_an_image_that_is_none(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(UserError, match="a.png cannot be read"):
+    with pytest.raises(UserError, match="a.png: not a readable image"):
         plan_requests(SampleConfig(prompt="a", image=str(tmp_path / "a.png")))
 
 

@@ -1,0 +1,143 @@
+"""Given frames: the syntax, the files, and what the pipeline makes of them."""
+
+import PIL.Image
+import pytest
+import torch
+
+from stdit.errors import UserError
+from stdit.pipelines.conditions import Condition, check_source, given_frames, parse_condition
+from stdit.pipelines.video_io import write_mp4
+from tests.pipelines.test_pipeline import any_pipe, fitted_pca, latents  # noqa: F401 (a fixture)
+from tests.pipelines.tiny import tiny_pipeline
+
+
+def video(frames, seed=0):
+    return torch.rand(3, frames, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a.png@0", Condition("a.png", 0)),
+        ("a.png@-1", Condition("a.png", -1)),
+        ("b@home/clip.mp4@8:4", Condition("b@home/clip.mp4", 8, 4)),
+        ("clip.mp4@8:4:0.5", Condition("clip.mp4", 8, 4, 0.5)),
+        ("clip.mp4@8::.5", Condition("clip.mp4", 8, None, 0.5)),
+        (r"C:\clip.mp4@0:2", Condition(r"C:\clip.mp4", 0, 2)),
+    ],
+)
+def test_syntax(text, expected):
+    assert parse_condition(text) == expected
+    assert parse_condition(str(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a.png", "must be FILE@frame"),
+        ("a.png@first", "must be FILE@frame"),
+        ("@3", "must be FILE@frame"),
+        ("a.png@0:0", "length must be at least 1"),
+        ("a.png@0::0", "strength must be above 0"),
+        ("a.png@0::1.5", "strength must be above 0"),
+        ("a.png@0::1.2.3", "'1.2.3' is no strength"),
+    ],
+)
+def test_bad_syntax_is_named(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_condition(text)
+
+
+def test_places():
+    assert Condition("a", -1).span(16) == (15, 1)
+    assert Condition("a", 4).span(16) == (4, 12)
+    assert Condition("a", 4, 3).span(16) == (4, 3)
+    with pytest.raises(UserError, match="frames 0 to 15, or -16 to -1"):
+        Condition("a", 16).span(16)
+    with pytest.raises(UserError, match="from frame 12 on the video has 4 frames, not 5"):
+        Condition("a", -4, 5).span(16)
+
+
+def test_frames_of_files(tmp_path, caplog):
+    levels = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 16, 16, 3) * 20
+    write_mp4(tmp_path / "clip.mp4", levels.numpy(), fps=8)
+    frames = given_frames(Condition(tmp_path / "clip.mp4"), 99, 8, 8, 8)
+    assert frames.shape == (3, 12, 8, 8) and "16x16" in caplog.text and "8x8" in caplog.text
+    torch.testing.assert_close(frames.mean((0, 2, 3)), torch.arange(12) * 20 / 127.5 - 1, atol=0.03, rtol=0)
+    slower = given_frames(Condition(tmp_path / "clip.mp4"), 99, 4, 8, 8)
+    torch.testing.assert_close(slower, frames[:, ::2])
+    assert given_frames(Condition(tmp_path / "clip.mp4"), 5, 8, 8, 8).shape[1] == 5
+    with pytest.raises(UserError, match="has 6 frames at 4 a second, not 9"):
+        given_frames(Condition(tmp_path / "clip.mp4", 0, 9), 9, 4, 8, 8)
+    PIL.Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
+    assert given_frames(Condition(tmp_path / "red.png"), 3, 8, 8, 8)[:, 0, 0, 0].tolist() == [1, -1, -1]
+    assert given_frames(Condition(video(6)), 4, 8, 4, 4).shape == (3, 4, 4, 4)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="absent.mp4: there is no such file"):
+        check_source(tmp_path / "absent.mp4")
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match="clip.mp4: not a"):
+        check_source(tmp_path / "clip.mp4")
+
+
+def test_given_frames_stay_where_they_are_put(any_pipe):  # noqa: F811
+    codec = any_pipe.codec
+    conditions = [Condition(video(4)), Condition(video(1, 7), -1)]
+    found = latents(any_pipe, conditions=conditions, num_frames=16)
+    start, end = (codec.encode(one.source[None])[0] for one in conditions)
+    assert torch.equal(found[0, :, : start.shape[1]], start)
+    assert torch.equal(found[0, :, -1:], end[:, :1])
+    middle = slice(start.shape[1], -1)
+    free = latents(any_pipe, num_frames=16)
+    assert not torch.allclose(found[0, :, middle], free[0, :, middle], atol=1e-4)  # the others see them
+    alone = latents(any_pipe, conditions=[conditions[0]], num_frames=16)
+    assert not torch.allclose(found[0, :, middle], alone[0, :, middle], atol=1e-4)
+
+
+def test_in_the_middle_and_the_later_one_wins(pipe):
+    found = latents(pipe, conditions=[Condition(video(4)), Condition(video(2, 1), 1)], num_frames=8)
+    assert torch.equal(found[0, :, 0], video(4)[:, 0]) and torch.equal(found[0, :, 3], video(4)[:, 3])
+    assert torch.equal(found[0, :, 1:3], video(2, 1))
+
+
+def test_each_prompt_has_its_own(pipe):
+    conditions = [[Condition(video(1), 2)], []]
+    both = latents(pipe, ["a", "b"], (1, 2), conditions=conditions)
+    torch.testing.assert_close(both[0], latents(pipe, "a", (1,), conditions=conditions[0])[0])
+    torch.testing.assert_close(both[1], latents(pipe, "b", (2,))[0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_is_a_condition_on_the_first_frame(pipe):
+    assert torch.equal(
+        latents(pipe, image=video(1)[:, 0]), latents(pipe, conditions=[Condition(video(1), 0)])
+    )
+
+
+def test_partial_strength_begins_from_the_noised_frames(pipe):
+    """Against the steps below the level, written out."""
+    clip, sigmas = video(4), pipe.scheduler.sigmas(8, 4, 8, 8)
+    settings = {"num_inference_steps": 8, "guidance_scale": 1.0}
+    found = latents(pipe, conditions=[Condition(clip, strength=0.5)], **settings)
+    states, mask = pipe.text_encoder.encode(["a red circle moves up"])
+    noise = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.lerp(clip[None], noise, 0.5)
+    size = torch.tensor([8.0])
+    for now, after in zip(sigmas[4:-1], sigmas[5:], strict=True):
+        with torch.no_grad():
+            output = pipe.transformer(x, 1000 * now[None], states, mask, size, size, size)
+        x = x + (now - after) * pipe.scheduler.velocity(output, x, now[None, None])
+    torch.testing.assert_close(found, x, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_left_to_make(pipe):
+    with pytest.raises(UserError, match="4 latent frames, and all are given"):
+        latents(pipe, conditions=[Condition(video(4))])
+
+
+def test_a_picture_fills_the_latent_frame_that_it_lies_in(tmp_path):
+    pipe = tiny_pipeline(tmp_path, fitted_pca())
+    found = latents(pipe, conditions=[Condition(video(1), 3)], num_frames=8)  # inside latent frame 1
+    still = pipe.codec.encode(video(1)[None].repeat(1, 1, 2, 1, 1))
+    assert torch.equal(found[0, :, 1:2], still[0])
