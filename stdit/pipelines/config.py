@@ -1,13 +1,14 @@
 """Settings of ``sample.py``, and the rules for what a video may be asked to be. Imports nothing heavy."""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from stdit.data.config import LARGEST
 from stdit.errors import UserError
 from stdit.parallel.config import SamplingParallelConfig
 
 Format = Literal["mp4", "gif", "png"]
+GuidanceSchedule = Literal["constant", "linear", "interval", "oscillating"]
 
 
 @dataclass
@@ -26,6 +27,13 @@ class VideoSettings:
     """Euler steps from noise to video."""
     guidance_scale: float | None = None
     """1 follows the prompt as trained; more follows it harder, at twice the cost."""
+    guidance_schedule: GuidanceSchedule | None = None
+    """How guidance changes from step to step: constant; linear, rising from none; interval, only at noise levels in
+    guidance_interval; oscillating, in every second step."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels between which the schedule interval guides, such as [0.2, 0.8]; 1 is noise, 0 the video."""
+    guidance_rescale: float | None = None
+    """0 to 1: how far guidance may not raise contrast; about 0.7 tames scales above 7."""
     shift: float | None = None
     """Moves the steps towards noise (above 1) or detail (below 1); none: by the size and length."""
 
@@ -45,6 +53,18 @@ class VideoSettings:
             raise UserError(
                 f"{where}guidance_scale = {self.guidance_scale}: must be at least 0; 1 is no guidance."
             )
+        schedules = get_args(GuidanceSchedule)
+        if self.guidance_schedule is not None and self.guidance_schedule not in schedules:
+            raise UserError(
+                f"{where}guidance_schedule = {self.guidance_schedule}: must be one of {', '.join(schedules)}."
+            )
+        interval = self.guidance_interval
+        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1):
+            raise UserError(
+                f"{where}guidance_interval = {list(interval)}: must be two rising noise levels from 0 to 1."
+            )
+        if self.guidance_rescale is not None and not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"{where}guidance_rescale = {self.guidance_rescale}: must be from 0 to 1.")
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise UserError(f"{where}shift = {self.shift}: must be above 0; 1 is no shift.")
 

@@ -19,13 +19,14 @@ from stdit.codecs.base import VideoCodec
 from stdit.codecs.loading import Source, check_complete, loading, read_json
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.flow import RectifiedFlow, per_frame
+from stdit.diffusion.guidance import GUIDANCE_SCHEDULES, moments, rescale, spread
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.collectives import gather
 from stdit.parallel.layout import Shards
 from stdit.parallel.mesh import Mesh
 from stdit.pipelines.conditions import Condition, given_frames
-from stdit.pipelines.config import SETTINGS, VideoSettings
+from stdit.pipelines.config import SETTINGS, GuidanceSchedule, VideoSettings
 from stdit.pipelines.images import Image
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -67,6 +68,9 @@ class STDiTPipeline(DiffusionPipeline):
         fps: float = 8.0,
         num_inference_steps: int = 30,
         guidance_scale: float = 1.5,
+        guidance_schedule: GuidanceSchedule = "constant",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
         shift: float | None = None,
         step: int | None = None,
     ) -> None:
@@ -81,6 +85,9 @@ class STDiTPipeline(DiffusionPipeline):
             fps=fps,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
             shift=shift,
             step=step,
         )
@@ -158,6 +165,9 @@ class STDiTPipeline(DiffusionPipeline):
         fps: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
         shift: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         image: Image | Sequence[Image | None] | None = None,
@@ -180,6 +190,9 @@ class STDiTPipeline(DiffusionPipeline):
             num_inference_steps: Euler steps.
             guidance_scale: 1 follows the caption as trained; more follows it harder (Ho & Salimans 2022,
                 arXiv:2207.12598).
+            guidance_schedule: how the scale changes from step to step: see `stdit.diffusion.guidance`.
+            guidance_interval: the noise levels between which the schedule "interval" guides.
+            guidance_rescale: 0 to 1, how far the guided velocity is brought back to the spread of the unguided.
             shift: moves the steps towards noise; None: as the scheduler finds for the size.
             generator: one for all prompts (drawn from in turn), or one a prompt, so that a video does not
                 depend on what else is in the batch.
@@ -205,6 +218,9 @@ class STDiTPipeline(DiffusionPipeline):
             fps=fps,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
             shift=shift,
         )
         settings = {name: self.config[name] if v is None else v for name, v in given_by_caller.items()}
@@ -231,15 +247,16 @@ class STDiTPipeline(DiffusionPipeline):
                 f"{self._callback_tensor_inputs}."
             )
         num_frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
-        guidance_scale = float(settings["guidance_scale"])
 
         device = self._execution_device
         shape = (self.codec.channels, *self.codec.latent_shape(num_frames, height, width))
         sigmas = self.scheduler.sigmas(
             int(settings["num_inference_steps"]), shape[1], height, width, shift=settings["shift"]
         ).to(device)
-        condition = self._encode_prompts(prompts, negatives if guidance_scale != 1 else None, device)
-        if guidance_scale != 1:
+        scales = _guidance_scales(sigmas, settings)
+        guided = any(scale != 1 for scale in scales)
+        condition = self._encode_prompts(prompts, negatives if guided else None, device)
+        if guided:
             drop = [False] * len(prompts) + [negative is None for negative in negatives]
             condition["drop_caption"] = torch.tensor(drop, device=device)
         rows = len(condition["encoder_hidden_states"])
@@ -270,7 +287,8 @@ class STDiTPipeline(DiffusionPipeline):
             shards,
             sigmas,
             condition,
-            guidance_scale,
+            scales,
+            float(settings["guidance_rescale"]),
             callback_on_step_end,
             list(callback_on_step_end_tensor_inputs),
         )
@@ -289,7 +307,8 @@ class STDiTPipeline(DiffusionPipeline):
         shards: Shards,
         sigmas: Tensor,
         condition: dict[str, Tensor],
-        guidance_scale: float,
+        scales: list[float],
+        rescaled: float,
         callback: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None] | None,
         callback_inputs: list[str],
     ) -> Tensor:
@@ -308,7 +327,9 @@ class STDiTPipeline(DiffusionPipeline):
             new, free = (sigma <= ceiling) & ~free, sigma <= ceiling  # [B F]
             joins = per_frame(shards.split(new, dim=1))
             latents = torch.where(joins, torch.lerp(latents, noise, sigma), latents)
-            velocity = self._guided_velocity(latents, sigma * free, shards, condition, guidance_scale)
+            velocity = self._guided_velocity(
+                latents, sigma * free, shards, condition, scales[index], rescaled
+            )
             step = shards.split((sigma - sigma_next) * free, dim=1)
             latents = latents + per_frame(step) * velocity
             if callback is not None:
@@ -317,14 +338,21 @@ class STDiTPipeline(DiffusionPipeline):
         return latents
 
     def _guided_velocity(
-        self, x_t: Tensor, t: Tensor, shards: Shards, condition: dict[str, Tensor], guidance_scale: float
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        shards: Shards,
+        condition: dict[str, Tensor],
+        scale: float,
+        rescaled: float,
     ) -> Tensor:
         """``v_uncond + g (v_cond - v_uncond)`` (Ho & Salimans 2022, equation 6); both in one batch, or on two ranks.
 
         At g = 1 the second half would cancel out, and is left out. ``t [B F]`` is of all frames.
         """
-        if guidance_scale == 1:
-            return self._velocity(x_t, t, shards, condition)
+        if scale == 1:
+            own = {name: value[: len(x_t)] for name, value in condition.items()}
+            return self._velocity(x_t, t, shards, own)
         group = self.mesh.guidance
         if group.size == 1:
             both = self._velocity(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), shards, condition)
@@ -332,7 +360,12 @@ class STDiTPipeline(DiffusionPipeline):
             own = {name: value.chunk(2)[group.rank] for name, value in condition.items()}
             both = gather(self._velocity(x_t, t, shards, own), group, 0, [len(x_t)] * 2)
         conditional, unconditional = both.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        velocity = unconditional + scale * (conditional - unconditional)
+        if not rescaled:
+            return velocity
+        parts = torch.stack([moments(conditional), moments(velocity)])[None]
+        sums = gather(parts, shards.group, 0, [1] * shards.group.size).sum(0)  # over the ranks' frames
+        return rescale(velocity, spread(sums[0]), spread(sums[1]), rescaled)
 
     def _velocity(self, x_t: Tensor, t: Tensor, shards: Shards, condition: dict[str, Tensor]) -> Tensor:
         level = shards.split(t, dim=1)
@@ -417,6 +450,13 @@ def _for_each(value: Any, count: int, name: str) -> list[Any]:
     if len(value) != count:
         raise UserError(f"{len(value)} values of {name} for {count} prompts: give one, or one a prompt.")
     return list(value)
+
+
+def _guidance_scales(sigmas: Tensor, settings: dict[str, Any]) -> list[float]:
+    """The guidance scale of each step."""
+    scale, (low, high) = float(settings["guidance_scale"]), settings["guidance_interval"]
+    schedule = GUIDANCE_SCHEDULES[settings["guidance_schedule"]]
+    return [schedule(scale, sigma, step, (low, high)) for step, sigma in enumerate(sigmas[:-1].tolist())]
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -34,7 +34,15 @@ class PromptLine(VideoSettings):
 
 
 INTEGERS = ("num_frames", "height", "width", "num_inference_steps", "seed")
-NUMBERS = ("fps", "guidance_scale", "shift")
+NUMBERS = ("fps", "guidance_scale", "guidance_rescale", "shift")
+ENTRIES: dict[str, tuple[type, ...]] = {"condition": (str,), "guidance_interval": (int, float)}
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(INTEGERS, (int,)),
+    **dict.fromkeys(NUMBERS, (int, float)),
+    **dict.fromkeys(ENTRIES, (list,)),
+    "extra": (dict,),
+}
+"""Types of the values in a .jsonl file; what is not named is text."""
 KEYS = tuple(f.name for f in fields(PromptLine) if f.name != "conditions")
 
 
@@ -134,21 +142,20 @@ def _number(name: str, value: str, where: str) -> Any:
         raise UserError(f"{where}{name} = {value!r}: must be {words}.") from None
 
 
+def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
 def _line(values: dict[str, Any], where: str) -> PromptLine:
     """Check types and ranges of the settings of one line."""
     if isinstance(values.get("condition"), str):
         values["condition"] = [values["condition"]]
     for name, value in values.items():
-        kinds: tuple[type, ...] = (str,)
-        if name in INTEGERS + NUMBERS:
-            kinds = (int,) if name in INTEGERS else (int, float)
-        elif name in ("extra", "condition"):
-            kinds = (dict,) if name == "extra" else (list,)
-        texts = name != "condition" or all(isinstance(entry, str) for entry in value)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not texts:
-            raise UserError(
-                f"{where}{name} = {value!r}: must be {' or '.join(kind.__name__ for kind in kinds)}."
-            )
+        kinds = KINDS.get(name, (str,))
+        if not _is(value, kinds) or (name in ENTRIES and not all(_is(one, ENTRIES[name]) for one in value)):
+            words = " or ".join(kind.__name__ for kind in kinds)
+            of = " of " + " or ".join(kind.__name__ for kind in ENTRIES[name]) if name in ENTRIES else ""
+            raise UserError(f"{where}{name} = {value!r}: must be {words}{of}.")
     if not str(values.get("prompt", "")).strip():
         raise UserError(f"{where}the prompt is empty: write one, or delete the line.")
     line = PromptLine(**values)

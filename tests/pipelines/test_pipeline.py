@@ -120,6 +120,38 @@ def test_guidance_0_is_the_negative_prompt(pipe):
     torch.testing.assert_close(away, latents(pipe, PROMPTS[1], guidance_scale=1.0), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings, halves",
+    [
+        (dict(guidance_schedule="oscillating"), [2, 1, 2, 1]),
+        (dict(guidance_schedule="interval", guidance_interval=(0.4, 0.8)), [1, 2, 2, 1]),
+        (dict(guidance_schedule="linear"), [1, 2, 2, 2]),
+    ],
+)
+def test_guidance_follows_its_schedule(pipe, monkeypatch, settings, halves):
+    batches = []
+    velocity = pipe._velocity
+    monkeypatch.setattr(pipe, "_velocity", lambda x, *rest: batches.append(len(x)) or velocity(x, *rest))
+    scheduled = latents(pipe, guidance_scale=4.0, num_inference_steps=4, **settings)
+    assert batches == halves
+    constant = latents(pipe, guidance_scale=4.0, num_inference_steps=4)
+    assert not torch.allclose(scheduled, constant, atol=1e-3)
+
+
+def test_rescaled_guidance_has_the_spread_of_none(pipe, monkeypatch):
+    seen = []
+    velocity = pipe._velocity
+    monkeypatch.setattr(pipe, "_velocity", lambda *args: seen.append(velocity(*args)) or seen[-1])
+    found = latents(pipe, guidance_scale=9.0, guidance_rescale=1.0, num_inference_steps=1, shift=1.0)
+    start = torch.randn(1, 3, 4, 8, 8, generator=seeded(1)[0])
+    step, (conditional, unconditional) = found - start, seen[0].chunk(2)
+    torch.testing.assert_close(step.std(), conditional.std(), rtol=1e-4, atol=0)
+    guided = unconditional + 9 * (conditional - unconditional)
+    torch.testing.assert_close(step, guided * conditional.std() / guided.std(), rtol=1e-4, atol=1e-5)
+    half = latents(pipe, guidance_scale=9.0, guidance_rescale=0.5, num_inference_steps=1, shift=1.0) - start
+    torch.testing.assert_close(half, (step + guided) / 2, rtol=1e-4, atol=1e-5)
+
+
 def test_the_euler_steps_are_those_of_the_scheduler(pipe):
     """Against the loop written out for one prompt, without guidance."""
     states, mask = pipe.text_encoder.encode([PROMPTS[0]])
@@ -173,6 +205,9 @@ def test_callback_sees_and_replaces_latents(pipe):
         (dict(num_inference_steps=0), "num_inference_steps = 0"),
         (dict(guidance_scale=-1), "guidance_scale = -1"),
         (dict(guidance_scale=float("nan")), "guidance_scale = nan"),
+        (dict(guidance_schedule="cosine"), "guidance_schedule = cosine: must be one of constant, linear"),
+        (dict(guidance_interval=(0.5, 0.2)), r"guidance_interval = \[0.5, 0.2\]"),
+        (dict(guidance_rescale=1.5), "guidance_rescale = 1.5"),
         (dict(shift=0.0), "shift = 0"),
         (dict(prompt=[]), "prompt = "),
         (dict(prompt=[3]), "prompt = "),

@@ -23,6 +23,13 @@ PICTURE = np.full((8, 8, 3), 0.8, np.float32)
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {"prompt": "a red circle", "num_frames": 5},
     "without guidance": {"prompt": ["a red circle", "a blue square"], "guidance_scale": 1.0},
+    "rescaled, not in every step": {
+        "prompt": ["a red circle", "a blue square"],
+        "num_frames": 5,
+        "guidance_scale": 4.0,
+        "guidance_schedule": "oscillating",
+        "guidance_rescale": 0.7,
+    },
     "image": {"prompt": "a red circle", "num_frames": 2, "height": 8, "width": 8},
     "fewer frames than ranks": {"prompt": "a red circle", "num_frames": 1},
     "first frame, negative prompt": {

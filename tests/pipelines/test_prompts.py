@@ -82,6 +82,18 @@ def test_given_frames_are_of_the_folder_of_the_file(tmp_path):
         ("p.jsonl", '{"prompt": "a", "seed": true}\n', "line 1: seed = True"),
         ("p.jsonl", '{"seed": 3}\n', "line 1: the prompt is empty"),
         ("p.jsonl", '{"prompt": "a", "guidance_scale": NaN}\n', "line 1: guidance_scale = nan"),
+        ("p.csv", "prompt,guidance_interval\na,0.2\n", "line 2: guidance_interval = '0.2': must be list of"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "guidance_interval": [0.2]}\n',
+            "line 1: guidance_interval = .0.2.: must",
+        ),
+        ("p.jsonl", '{"prompt": "a", "guidance_interval": [0.2, "1"]}\n', "line 1: guidance_interval = "),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "guidance_schedule": "cosine"}\n',
+            "line 1: guidance_schedule = cosine: ",
+        ),
         ("p.jsonl", '{"prompt": "a", "condition": [3]}\n', r"line 1: condition = \[3\]"),
         ("p.jsonl", '{"prompt": "a", "condition": ["b.png"]}\n', "condition 'b.png': must be FILE@frame"),
         ("p.pdf", "a", "must end in .txt, .csv, .jsonl"),
