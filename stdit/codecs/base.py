@@ -69,6 +69,11 @@ class VideoCodec(ModelMixin):
         first = int(self.causal_first_frame)
         return frame if frame < first else first + (frame - first) // self.stride[0]
 
+    def first_frame(self, index: int) -> int:
+        """The first frame that a latent frame holds: the number of frames in all before it."""
+        first = int(self.causal_first_frame)
+        return index if index < first else first + (index - first) * self.stride[0]
+
     def padded(self, video: Tensor) -> Tensor:
         """A video [B 3 T H W] with its last frame, row and column repeated up to a size that fits."""
         size = video.shape[2:]

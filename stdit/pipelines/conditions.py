@@ -4,7 +4,9 @@ Letters: T frames, H height, W width in pixels.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ class Condition:
     """How many of the source's first frames are taken; None: all that the video has room for."""
     strength: float = 1.0
     """1: kept as they are. Below: noised to level 1 - strength, and made anew from there."""
+    skip: int = 0
+    """Frames of the source before the first that is taken."""
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
@@ -60,11 +64,8 @@ class Condition:
         return start, self.length or room
 
 
-def parse_condition(text: str, folder: Path = Path()) -> Condition:
+def parse_condition(text: str) -> Condition:
     """Read ``FILE@frame[:length][:strength]``, such as ``end.png@-1`` or ``clip.mp4@0:8:0.5``.
-
-    Args:
-        folder: from which a relative path counts.
 
     Raises:
         UserError: if it is not of that form.
@@ -81,57 +82,80 @@ def parse_condition(text: str, folder: Path = Path()) -> Condition:
             f"condition {text!r}: {strength!r} is no strength: write a number up to 1, such as 0.5."
         )
     length = int(found["length"]) if found["length"] else None
-    return Condition(str(folder / found["source"]), int(found["frame"]), length, float(strength))
+    return Condition(found["source"], int(found["frame"]), length, float(strength))
 
 
 def check_source(path: str) -> None:
     """Raise UserError if no picture or video can be read from a file."""
-    from stdit.data.decode import DecodeError, probe
-
     if not Path(path).is_file():
         raise UserError(f"given frames {path}: there is no such file.")
-    try:
-        probe(Path(path))
-    except DecodeError as error:
-        raise UserError(f"given frames {error}: use a whole picture or video.") from None
+    _count(Path(path), fps=1)
 
 
-def given_frames(condition: Condition, room: int, fps: float, height: int, width: int) -> "Tensor":
-    """The frames ``[3 T H W]`` in [-1, 1] of a condition, scaled and centre-cropped; T at most ``room``.
-
-    Of a file, they are those on screen at that many frames per second.
+def settled(condition: Condition, num_frames: int, fps: float) -> Condition:
+    """A condition with its length in a video of so many frames, at so many a second.
 
     Raises:
-        UserError: if the source cannot be read, or has fewer frames than the condition's length.
+        UserError: if it lies outside, or its source cannot be read or has fewer frames than its length.
     """
     from torch import Tensor
 
-    from stdit.pipelines.images import first_frames, fit
-
+    _, room = condition.span(num_frames)
     source = condition.source
     if isinstance(source, str | Path):
-        frames = _read(Path(source), room, fps, height, width)
-    elif isinstance(source, Tensor) and source.ndim == 4:
-        frames = fit(source, height, width)[:, :room]
+        has = _count(Path(source), fps)
     else:
-        frames = first_frames(source, height, width)
-    if condition.length is not None and frames.shape[1] < condition.length:
+        has = source.shape[1] if isinstance(source, Tensor) and source.ndim == 4 else 1
+    if has - condition.skip < (condition.length or 1):
+        after = f", of which the first {condition.skip} are left out" if condition.skip else ""
         raise UserError(
-            f"condition {condition}: {source if isinstance(source, str | Path) else 'the source'} has "
-            f"{frames.shape[1]} frames at {fps:g} a second, not {condition.length}: leave the length out to take all."
+            f"condition {condition}: its source has {has} frames at {fps:g} a second{after}, not "
+            f"{condition.length or 1}: leave the length out to take all."
         )
-    return frames
+    return replace(condition, length=condition.length or min(has - condition.skip, room))
 
 
-def _read(path: Path, room: int, fps: float, height: int, width: int) -> "Tensor":
+def given_frames(condition: Condition, fps: float, height: int, width: int) -> "Tensor":
+    """The frames ``[3 T H W]`` in [-1, 1] of a `settled` condition, scaled and centre-cropped.
+
+    Of a file, they are those on screen at that many frames a second.
+
+    Raises:
+        UserError: if the source cannot be read.
+    """
+    from torch import Tensor
+
     from stdit.data.dataset import to_video
-    from stdit.data.decode import DecodeError, decode_clip, probe
-    from stdit.pipelines.images import tell_size
+    from stdit.data.decode import decode_clip, probe
+    from stdit.pipelines.images import first_frames, fit, tell_size
+
+    source, skip, length = condition.source, condition.skip, condition.length
+    assert length is not None
+    if isinstance(source, Tensor) and source.ndim == 4:
+        return fit(source[:, skip : skip + length], height, width)
+    if not isinstance(source, str | Path):
+        return first_frames(source, height, width)
+    with _readable():
+        info = probe(Path(source))
+        tell_size(f"given frames {source}", info.height, info.width, height, width)
+        return to_video(decode_clip(Path(source), length, fps, height, width, start=skip / fps)[None])[0]
+
+
+def _count(path: Path, fps: float) -> int:
+    """Frames of a file at so many a second."""
+    from stdit.data.decode import probe
+
+    with _readable():
+        info = probe(path)
+    return max(1, round(info.num_frames / info.fps * fps)) if info.num_frames > 1 else 1
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """A file that is no picture or video, in words for people."""
+    from stdit.data.decode import DecodeError
 
     try:
-        info = probe(path)
-        tell_size(f"given frames {path}", info.height, info.width, height, width)
-        count = max(1, round(info.num_frames / info.fps * fps)) if info.num_frames > 1 else 1
-        return to_video(decode_clip(path, min(count, room), fps, height, width)[None])[0]
+        yield
     except DecodeError as error:
         raise UserError(f"given frames {error}: use a whole picture or video.") from None

@@ -73,7 +73,37 @@ SETTINGS = tuple(f.name for f in fields(VideoSettings))
 
 
 @dataclass
-class SampleConfig(VideoSettings):
+class PromptSettings(VideoSettings):
+    """What can be said of one prompt. None, or empty: not set."""
+
+    negative_prompt: str = ""
+    """What to lead away from (needs guidance_scale other than 1)."""
+    image: str | None = None
+    """A picture that becomes the first frame."""
+    condition: list[str] = field(default_factory=list)
+    """Given frames, FILE@frame[:length][:strength], one flag each: where a picture or video stands in the video
+    (frame -1: the last), how many of its frames, and how strictly (below 1 they are partly made anew)."""
+    reference_path: str | None = None
+    """Files for mask_strategy, with ; between them."""
+    mask_strategy: str | None = None
+    """Given frames as Open-Sora writes them, counted in latent frames: part,reference,start in it,start,length,edit
+    ratio; and so on."""
+    then: list[str] = field(default_factory=list)
+    """Prompts of the parts that follow the first, one flag each: for a video longer than num_frames."""
+    parts: int | None = None
+    """Parts of the video, each num_frames long; none: one for each prompt. The last prompt holds for all further
+    ones."""
+    overlap: int | None = None
+    """Frames that a part is given from the one before; none: a quarter of num_frames."""
+    close: bool | None = None
+    """Let the last part lead back to the first frame, for a video that can be played in a loop."""
+
+
+PROMPT_SETTINGS = tuple(f.name for f in fields(PromptSettings))
+
+
+@dataclass
+class SampleConfig(PromptSettings):
     """Generate videos from prompts."""
 
     checkpoint: str = ""
@@ -82,13 +112,12 @@ class SampleConfig(VideoSettings):
     """What to show, taken as it stands; several prompts go into a file."""
     prompts: str | None = None
     """A file of prompts: .txt (one a line), or .csv or .jsonl (prompt, and settings of its own)."""
-    negative_prompt: str = ""
-    """What to lead away from (needs guidance_scale other than 1)."""
-    image: str | None = None
-    """A picture that becomes the first frame."""
-    condition: list[str] = field(default_factory=list)
-    """Given frames, FILE@frame[:length][:strength], one flag each: where a picture or video stands in the video
-    (frame -1: the last), how many of its frames, and how strictly (below 1 they are partly made anew)."""
+    aesthetic: float | None = None
+    """Adds "aesthetic score: 6.5." to the prompts, for models that were trained with such captions."""
+    motion: float | None = None
+    """Adds "motion score: 5."."""
+    camera: str | None = None
+    """Adds "camera motion: pan left."."""
     resolution: str | None = None
     """Size by name, such as 240p, with aspect_ratio."""
     aspect_ratio: str | None = None
@@ -131,6 +160,12 @@ class SampleConfig(VideoSettings):
             raise UserError("format = []: name at least one of mp4, gif and png.")
         for seed in self.all_seeds(None):
             check_seed(seed)
+
+    def scores(self) -> str:
+        """What is added to the prompts, with a space before it."""
+        named = {"aesthetic score": self.aesthetic, "motion score": self.motion, "camera motion": self.camera}
+        texts = {name: f"{value:g}" if isinstance(value, float) else value for name, value in named.items()}
+        return "".join(f" {name}: {value}." for name, value in texts.items() if value is not None)
 
     def formats(self) -> list[Format]:
         return [self.format] if isinstance(self.format, str) else list(self.format)

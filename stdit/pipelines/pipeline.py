@@ -25,7 +25,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.collectives import gather
 from stdit.parallel.layout import Shards
 from stdit.parallel.mesh import Mesh
-from stdit.pipelines.conditions import Condition, given_frames
+from stdit.pipelines.conditions import Condition, given_frames, settled
 from stdit.pipelines.config import SETTINGS, GuidanceSchedule, VideoSettings
 from stdit.pipelines.images import Image
 
@@ -404,10 +404,10 @@ class STDiTPipeline(DiffusionPipeline):
 
         They are encoded by themselves; where several frames share a latent frame, the last one stands still in it.
         """
-        start, room = condition.span(num_frames)
-        size = (float(settings["fps"]), int(settings["height"]), int(settings["width"]))
-        video = given_frames(condition, room, *size)[None]  # [1 3 T H W]
-        first = self.codec.latent_index(start)
+        fps, height, width = float(settings["fps"]), int(settings["height"]), int(settings["width"])
+        condition = settled(condition, num_frames, fps)
+        video = given_frames(condition, fps, height, width)[None]  # [1 3 T H W]
+        first = self.codec.latent_index(condition.span(num_frames)[0])
         count = min(self.codec.latent_index(video.shape[2] - 1) + 1, len(ceiling) - first)
         _onload(self.codec)
         latents[:, first : first + count] = self.codec.encode(video.to(latents.device))[0, :, :count].float()

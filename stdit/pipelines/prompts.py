@@ -9,41 +9,37 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
-from stdit.pipelines.conditions import Condition, parse_condition
-from stdit.pipelines.config import VideoSettings, check_seed
+from stdit.pipelines.config import PromptSettings, check_seed
 
 
 @dataclass
-class PromptLine(VideoSettings):
-    """One prompt and the settings of its own; None: as for all prompts."""
+class PromptLine(PromptSettings):
+    """One prompt and the settings of its own; what is not set is as for all prompts."""
 
     prompt: str = ""
     """The caption."""
-    negative_prompt: str | None = None
-    """What to lead away from."""
     seed: int | None = None
     """Seed of this prompt's first sample."""
-    image: str | None = None
-    """Picture that becomes the first frame; a relative path counts from the file's folder."""
-    condition: list[str] = field(default_factory=list)
-    """Given frames, see `parse_condition`, of files whose relative paths count from the file's folder, too."""
-    conditions: tuple[Condition, ...] = ()
-    """The same, read."""
     extra: dict[str, str] = field(default_factory=dict)
     """Columns of a csv that are no settings: written beside the video, and otherwise unused."""
 
 
-INTEGERS = ("num_frames", "height", "width", "num_inference_steps", "seed")
+INTEGERS = ("num_frames", "height", "width", "num_inference_steps", "seed", "parts", "overlap")
 NUMBERS = ("fps", "guidance_scale", "guidance_rescale", "shift")
-ENTRIES: dict[str, tuple[type, ...]] = {"condition": (str,), "guidance_interval": (int, float)}
+ENTRIES: dict[str, tuple[type, ...]] = {
+    "condition": (str,),
+    "then": (str,),
+    "guidance_interval": (int, float),
+}
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(INTEGERS, (int,)),
     **dict.fromkeys(NUMBERS, (int, float)),
     **dict.fromkeys(ENTRIES, (list,)),
+    "close": (bool,),
     "extra": (dict,),
 }
 """Types of the values in a .jsonl file; what is not named is text."""
-KEYS = tuple(f.name for f in fields(PromptLine) if f.name != "conditions")
+KEYS = tuple(f.name for f in fields(PromptLine))
 
 
 def read_prompts(file: str | Path) -> list[PromptLine]:
@@ -73,10 +69,17 @@ def read_prompts(file: str | Path) -> list[PromptLine]:
     if not lines:
         raise UserError(f"prompts file {path} holds no prompt: write at least one.")
     for line in lines:
-        if line.image is not None:
-            line.image = str(path.parent / line.image)
-        line.conditions = tuple(parse_condition(text, path.parent) for text in line.condition)
+        _count_from(path.parent, line)
     return lines
+
+
+def _count_from(folder: Path, line: PromptLine) -> None:
+    """Let the relative paths of given frames count from a folder."""
+    if line.image is not None:
+        line.image = str(folder / line.image)
+    if line.reference_path is not None:
+        line.reference_path = ";".join(str(folder / path.strip()) for path in line.reference_path.split(";"))
+    line.condition = [str(folder / text) for text in line.condition]
 
 
 def _read_txt(path: Path, text: str) -> list[PromptLine]:
@@ -143,13 +146,14 @@ def _number(name: str, value: str, where: str) -> Any:
 
 
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
 def _line(values: dict[str, Any], where: str) -> PromptLine:
     """Check types and ranges of the settings of one line."""
-    if isinstance(values.get("condition"), str):
-        values["condition"] = [values["condition"]]
+    for name in ("condition", "then"):
+        if isinstance(values.get(name), str):
+            values[name] = [values[name]]
     for name, value in values.items():
         kinds = KINDS.get(name, (str,))
         if not _is(value, kinds) or (name in ENTRIES and not all(_is(one, ENTRIES[name]) for one in value)):

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import stdit
 from stdit.data.config import resolve_size
 from stdit.errors import UserError
-from stdit.pipelines.conditions import Condition, check_source, parse_condition
-from stdit.pipelines.config import SETTINGS, SampleConfig, VideoSettings
+from stdit.pipelines.conditions import Condition, check_source, parse_condition, settled
+from stdit.pipelines.config import PROMPT_SETTINGS, SETTINGS, PromptSettings, SampleConfig, VideoSettings
 from stdit.pipelines.loading import Source, find_source, load_pipeline
+from stdit.pipelines.mask_strategy import MaskEntry, parse_mask_strategy, translate_masks
+from stdit.pipelines.parts import Parts, make_in_parts
 from stdit.pipelines.prompts import PromptLine, read_prompts
 
 if TYPE_CHECKING:
@@ -42,7 +44,13 @@ class Request:
     image: Any = None
     """First frame: a path, or any picture that the pipeline takes."""
     conditions: tuple[Condition, ...] = ()
-    """Frames that are given elsewhere."""
+    """Frames that are given, counted in the whole video."""
+    masks: tuple[MaskEntry, ...] = ()
+    """The same as Open-Sora writes them."""
+    then: tuple[str, ...] = ()
+    """Prompts of the parts after the first."""
+    parts: Parts = Parts()
+    """How the video is put together."""
     index: int = 0
     """Place of the prompt in its file, for the name."""
     extra: dict[str, str] = field(default_factory=dict)
@@ -55,33 +63,43 @@ def plan_requests(config: SampleConfig) -> list[Request]:
         UserError: for a prompt, a setting or a picture that will not do.
     """
     lines = _prompt_lines(config)
-    size = _named_size(config)
+    common = {name: getattr(config, name) for name in PROMPT_SETTINGS} | _named_size(config)
     requests = []
     for index, line in enumerate(lines):
-        common = {name: getattr(config, name) for name in SETTINGS} | size
-        own = {name: value for name in SETTINGS if (value := getattr(line, name)) is not None}
-        settings = VideoSettings(**(common | own))
+        own = {
+            name: value for name in PROMPT_SETTINGS if (value := getattr(line, name)) not in (None, [], "")
+        }
+        prompt = PromptSettings(**(common | own))
+        settings = VideoSettings(**{name: getattr(prompt, name) for name in SETTINGS})
         settings.check(f"prompt {index}: ")
-        conditions = line.conditions or tuple(map(parse_condition, config.condition))
-        for condition in conditions:
-            if settings.num_frames is not None:
-                condition.span(settings.num_frames)
-        for seed in config.all_seeds(line.seed):
-            requests.append(
-                Request(
-                    prompt=line.prompt,
-                    seed=seed,
-                    settings=settings,
-                    negative_prompt=line.negative_prompt or config.negative_prompt or None,
-                    image=line.image or config.image,
-                    conditions=conditions,
-                    index=index,
-                    extra=line.extra,
-                )
+        needed = 1 + len(prompt.then)
+        parts = Parts(needed if prompt.parts is None else prompt.parts, prompt.overlap, bool(prompt.close))
+        parts.check(f"prompt {index}: ", needed)
+        conditions = [parse_condition(text) for text in prompt.condition]
+        if settings.num_frames is not None:
+            total = parts.total(settings.num_frames)
+            for condition in conditions:
+                condition.span(total)
+        references = [path.strip() for path in (prompt.reference_path or "").split(";") if path.strip()]
+        masks = parse_mask_strategy(prompt.mask_strategy or "", references)
+        for path in {prompt.image, *(one.source for one in conditions), *references} - {None}:
+            check_source(path)
+        requests += [
+            Request(
+                prompt=line.prompt + config.scores(),
+                seed=seed,
+                settings=settings,
+                negative_prompt=prompt.negative_prompt or None,
+                image=prompt.image,
+                conditions=tuple(conditions),
+                masks=tuple(masks),
+                then=tuple(text + config.scores() for text in prompt.then),
+                parts=parts,
+                index=index,
+                extra=line.extra,
             )
-    given = {r.image for r in requests if r.image} | {c.source for r in requests for c in r.conditions}
-    for path in sorted(given):
-        check_source(path)
+            for seed in config.all_seeds(line.seed)
+        ]
     return requests
 
 
@@ -101,27 +119,42 @@ def sample_videos(
 def _sample(
     pipe: "STDiTPipeline", batch: Sequence[Request], which: str
 ) -> list[tuple[Request, "np.ndarray"]]:
-    """The videos of requests with equal settings, in one call of the pipeline."""
+    """The videos of requests with equal settings and parts, all together."""
     import torch
 
     from stdit.pipelines.video_io import to_uint8
 
     if not batch:
         return []
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**(bar | {"desc": which}))
-    with _enough_memory(len(batch)):
+    settings, parts = batch[0].settings, batch[0].parts
+    num_frames = settings.num_frames or int(pipe.config["num_frames"])
+    generators = [torch.Generator().manual_seed(r.seed) for r in batch]  # each part draws on
+    total, fps = parts.total(num_frames), settings.fps or float(pipe.config["fps"])
+    given = []
+    for r in batch:
+        first = [] if r.image is None else [Condition(r.image, 0, 1)]
+        translated = translate_masks(r.masks, pipe.codec, parts, num_frames)
+        given.append([settled(one, total, fps) for one in (*first, *r.conditions, *translated)])
+
+    def make(part: int, conditions: list[list[Condition]]) -> torch.Tensor:
+        of_parts = "" if parts.count == 1 else f", part {part + 1} of {parts.count}"
+        pipe.set_progress_bar_config(**(bar | {"desc": which + of_parts}))
         (frames,) = pipe(
-            [r.prompt for r in batch],
+            [(r.prompt, *r.then)[min(part, len(r.then))] for r in batch],
             negative_prompt=[r.negative_prompt for r in batch],
-            image=[r.image for r in batch],
-            conditions=[r.conditions for r in batch],
-            generator=[torch.Generator().manual_seed(r.seed) for r in batch],
-            output_type="np",
+            conditions=conditions,
+            generator=generators,
+            output_type="pt",
             return_dict=False,
-            **asdict(batch[0].settings),
+            **asdict(settings),
         )
+        return frames
+
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    with _enough_memory(len(batch)):
+        videos = make_in_parts(make, parts, given, num_frames)
     pipe.set_progress_bar_config(**bar)
+    frames = videos.permute(0, 1, 3, 4, 2).float().cpu().numpy()  # [B T H W 3]
     return [(request, to_uint8(video)) for request, video in zip(batch, frames, strict=True)]
 
 
@@ -170,7 +203,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     if mesh.is_first:
         print(f"sampling from {source.path} (weights {weights})", flush=True)
         if (
-            any(request.image or request.conditions for request in requests)
+            any(r.image or r.conditions or r.masks or r.parts.count > 1 for r in requests)
             and not pipe.scheduler.config.conditioning
         ):
             logger.warning(
@@ -244,6 +277,9 @@ def describe(
         **{name: own.get(name, pipe.config[name]) for name in SETTINGS},
         "image": None if request.image is None else str(request.image),
         "conditions": [str(condition) for condition in request.conditions],
+        "mask_strategy": [asdict(entry) for entry in request.masks],
+        "then": list(request.then),
+        **{f"parts_{name}": value for name, value in asdict(request.parts).items()},
         "dtype": config.dtype,
         "checkpoint": str(source.path),
         "checkpoint_hash": weights,
@@ -291,7 +327,8 @@ def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Requ
     """Runs of requests with equal settings, at most ``batch_size`` long, in order."""
     batch: list[Request] = []
     for request in requests:
-        if batch and (len(batch) == batch_size or request.settings != batch[0].settings):
+        alike = not batch or (request.settings, request.parts) == (batch[0].settings, batch[0].parts)
+        if len(batch) == batch_size or not alike:
             yield batch
             batch = []
         batch.append(request)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stdit.errors import UserError
-from stdit.pipelines.conditions import Condition, check_source, given_frames, parse_condition
+from stdit.pipelines.conditions import Condition, check_source, given_frames, parse_condition, settled
 from stdit.pipelines.video_io import write_mp4
 from tests.pipelines.test_pipeline import any_pipe, fitted_pca, latents  # noqa: F401 (a fixture)
 from tests.pipelines.tiny import tiny_pipeline
@@ -58,20 +58,33 @@ def test_places():
         Condition("a", -4, 5).span(16)
 
 
+def frames_of(condition, num_frames=99, fps=8.0, height=8, width=8):
+    return given_frames(settled(condition, num_frames, fps), fps, height, width)
+
+
 def test_frames_of_files(tmp_path, caplog):
     levels = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 16, 16, 3) * 20
-    write_mp4(tmp_path / "clip.mp4", levels.numpy(), fps=8)
-    frames = given_frames(Condition(tmp_path / "clip.mp4"), 99, 8, 8, 8)
+    clip = tmp_path / "clip.mp4"
+    write_mp4(clip, levels.numpy(), fps=8)
+    frames = frames_of(Condition(clip))
     assert frames.shape == (3, 12, 8, 8) and "16x16" in caplog.text and "8x8" in caplog.text
     torch.testing.assert_close(frames.mean((0, 2, 3)), torch.arange(12) * 20 / 127.5 - 1, atol=0.03, rtol=0)
-    slower = given_frames(Condition(tmp_path / "clip.mp4"), 99, 4, 8, 8)
-    torch.testing.assert_close(slower, frames[:, ::2])
-    assert given_frames(Condition(tmp_path / "clip.mp4"), 5, 8, 8, 8).shape[1] == 5
+    assert torch.equal(frames_of(Condition(clip), fps=4), frames[:, ::2])
+    assert torch.equal(frames_of(Condition(clip), num_frames=5), frames[:, :5])
+    assert torch.equal(frames_of(Condition(clip, -3, 2, skip=4), num_frames=5), frames[:, 4:6])
     with pytest.raises(UserError, match="has 6 frames at 4 a second, not 9"):
-        given_frames(Condition(tmp_path / "clip.mp4", 0, 9), 9, 4, 8, 8)
+        frames_of(Condition(clip, 0, 9), fps=4)
+    with pytest.raises(
+        UserError, match="has 12 frames at 8 a second, of which the first 9 are left out, not 4"
+    ):
+        frames_of(Condition(clip, 0, 4, skip=9))
     PIL.Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
-    assert given_frames(Condition(tmp_path / "red.png"), 3, 8, 8, 8)[:, 0, 0, 0].tolist() == [1, -1, -1]
-    assert given_frames(Condition(video(6)), 4, 8, 4, 4).shape == (3, 4, 4, 4)
+    assert frames_of(Condition(tmp_path / "red.png"))[:, 0, 0, 0].tolist() == [1, -1, -1]
+
+
+def test_frames_of_another_size_are_fitted_and_it_is_said(caplog):
+    assert frames_of(Condition(video(6)), num_frames=4, height=4, width=6).shape == (3, 4, 4, 6)
+    assert "8x8" in caplog.text and "6x4" in caplog.text
 
 
 def test_files_that_are_none(tmp_path):

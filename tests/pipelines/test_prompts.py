@@ -1,7 +1,6 @@
 import pytest
 
 from stdit.errors import UserError
-from stdit.pipelines.conditions import Condition
 from stdit.pipelines.prompts import PromptLine, read_prompts
 
 
@@ -44,12 +43,16 @@ def test_jsonl(tmp_path):
 
 
 def test_given_frames_are_of_the_folder_of_the_file(tmp_path):
-    content = '{"prompt": "a", "condition": ["b.png@0", "c.mp4@-8:8"]}\n{"prompt": "b"}\n'
+    content = (
+        '{"prompt": "a", "condition": ["b.png@0", "/c.mp4@-8:8"], "reference_path": "d.png; e.png"}\n'
+        '{"prompt": "b", "then": ["c", "d"], "parts": 4, "overlap": 2, "close": true}\n'
+    )
     first, second = read_prompts(written(tmp_path, "p.jsonl", content))
-    expected = (Condition(str(tmp_path / "b.png")), Condition(str(tmp_path / "c.mp4"), -8, 8))
-    assert first.conditions == expected and second.conditions == ()
+    assert first.condition == [f"{tmp_path}/b.png@0", "/c.mp4@-8:8"]
+    assert first.reference_path == f"{tmp_path}/d.png;{tmp_path}/e.png"
+    assert (second.then, second.parts, second.overlap, second.close) == (["c", "d"], 4, 2, True)
     (line,) = read_prompts(written(tmp_path, "p.csv", "prompt,condition\na,b.png@0\n"))
-    assert line.conditions == expected[:1]
+    assert line.condition == first.condition[:1]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_given_frames_are_of_the_folder_of_the_file(tmp_path):
             "line 1: guidance_schedule = cosine: ",
         ),
         ("p.jsonl", '{"prompt": "a", "condition": [3]}\n', r"line 1: condition = \[3\]"),
-        ("p.jsonl", '{"prompt": "a", "condition": ["b.png"]}\n', "condition 'b.png': must be FILE@frame"),
+        ("p.jsonl", '{"prompt": "a", "close": 1}\n', "line 1: close = 1: must be bool"),
         ("p.pdf", "a", "must end in .txt, .csv, .jsonl"),
     ],
 )
