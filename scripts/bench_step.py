@@ -1,0 +1,227 @@
+"""How long a pass through the model takes, what it holds, and what share of the machine's arithmetic it uses.
+
+    python scripts/bench_step.py
+    python scripts/bench_step.py --sizes reference S --compile true --threads 2 --output step.json
+    python scripts/bench_step.py --device cuda --precision bf16 --sizes XL-2
+
+For each size: forward alone; forward and backward; the same with a given first frame, and with activation
+checkpointing. Each runs in a process of its own. "GiB" is the peak above the built model and its inputs;
+"of matmul" is the model's arithmetic (matrix products and attention, without recomputation) a second, as a share of
+what a large matrix product reaches there in the same precision.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from stdit.cli import run
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and a batch; the text has ``tokens`` tokens of width ``text_width``."""
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+    frames: int
+    """Latent frames."""
+    side: int
+    """Rows and columns of latents; patches are 2 x 2."""
+    tokens: int
+    text_width: int
+    batch: int = 1
+
+
+SIZES = {
+    "reference": Size(384, 4, 6, 16, 32, 64, 512),
+    "small": Size(128, 4, 4, 8, 16, 16, 384, batch=4),
+    "S": Size(384, 12, 6, 8, 32, 120, 4096),
+    "B": Size(768, 12, 12, 8, 32, 120, 4096),
+    "XL-2": Size(1152, 28, 16, 15, 32, 300, 4096),
+}
+CASES: dict[str, dict[str, bool]] = {
+    "forward": {"backward": False},
+    "forward + backward": {},
+    "with a given frame": {"given": True},
+    "checkpointing": {"checkpointing": True},
+}
+
+
+def main() -> None:
+    assert __doc__ is not None
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "reference"])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--compile", choices=["true", "false"], default="false", help="measure compiled, too")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--steps", type=int, default=5, help="passes, of which the median counts")
+    parser.add_argument("--output", type=Path, help="a JSON file of all figures")
+    args = parser.parse_args()
+
+    results = []
+    for name in args.sizes:
+        print(f"{name}: {SIZES[name]}")
+        for compiled in (False, True) if args.compile == "true" else (False,):
+            for case, options in CASES.items():
+                settings = {**options, "compiled": compiled, "device": args.device, "steps": args.steps}
+                figures = alone(measure, SIZES[name], args.precision, args.threads, **settings)
+                results.append({"size": name, "case": case, **settings, **figures})
+                what = case + (", compiled" if compiled else "")
+                print(
+                    f"  {what:<32} {figures['seconds']:8.3f} s  {figures['gib']:6.2f} GiB"
+                    f"  {100 * figures['of_matmul']:5.1f}% of matmul ({figures['matmul_gflops']:.0f} GFLOP/s)",
+                    flush=True,
+                )
+    if args.output:
+        args.output.write_text(
+            json.dumps({"sizes": {n: asdict(SIZES[n]) for n in args.sizes}, "results": results}, indent=1)
+        )
+
+
+def alone(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function in a process of its own, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+def measure(
+    size: Size,
+    precision: str,
+    threads: int | None,
+    device: str,
+    steps: int,
+    compiled: bool,
+    backward: bool = True,
+    given: bool = False,
+    checkpointing: bool = False,
+) -> dict[str, float]:
+    """Median seconds of a pass, peak GiB above model and inputs, and the share of a matrix product's speed."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, inputs = build(size, given, device)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    before = memory(device)
+    if compiled:
+        model.compile_blocks()
+    seconds = [timed(model, inputs, backward, precision) for _ in range(1 + steps)][1:]
+    peak = memory(device, peak=True)
+    with FlopCounterMode(display=False) as counter:
+        one_pass(*build(size, given, "meta"), backward, "fp32")
+    rate = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return {
+        "seconds": statistics.median(seconds),
+        "gib": (peak - before) / 2**30,
+        "flops": counter.get_total_flops(),
+        "matmul_gflops": rate / 1e9,
+        "of_matmul": counter.get_total_flops() / statistics.median(seconds) / rate,
+    }
+
+
+def build(size: Size, given: bool, device: str) -> tuple[Any, dict[str, Any]]:
+    """A model without zeros, and inputs for it; with a frame at level 0 if one is given."""
+    import torch
+
+    from stdit.models.stdit import STDiT
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = STDiT(
+            hidden_size=size.hidden_size,
+            depth=size.depth,
+            num_heads=size.num_heads,
+            caption_channels=size.text_width,
+            model_max_length=size.tokens,
+        )
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        inputs = {
+            "hidden_states": torch.randn(size.batch, 4, size.frames, size.side, size.side),
+            "timestep": torch.full((size.batch, size.frames if given else 1), 500.0),
+            "encoder_hidden_states": torch.randn(size.batch, size.tokens, size.text_width),
+            "encoder_attention_mask": torch.ones(size.batch, size.tokens, dtype=torch.bool),
+            **{name: torch.full((size.batch,), 24.0) for name in ("fps", "height", "width")},
+        }
+    if given:
+        inputs["timestep"][:, 0] = 0
+    return model, inputs
+
+
+def one_pass(model: Any, inputs: dict[str, Any], backward: bool, precision: str) -> None:
+    """Forward, and backward from a loss if asked."""
+    import torch
+
+    kind = inputs["hidden_states"].device.type
+    with (
+        torch.set_grad_enabled(backward),
+        torch.autocast(kind if kind != "meta" else "cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        output = model(**inputs)
+    if backward:
+        output.float().square().mean().backward()
+        model.zero_grad()
+
+
+def timed(model: Any, inputs: dict[str, Any], backward: bool, precision: str) -> float:
+    """Seconds of one pass."""
+    import torch
+
+    on_gpu = inputs["hidden_states"].device.type == "cuda"
+    begin = time.perf_counter()
+    one_pass(model, inputs, backward, precision)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def memory(device: str, peak: bool = False) -> int:
+    """Bytes in use: of the GPU, or of this process; or the most that there were."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    import resource
+
+    import psutil  # type: ignore[import-untyped]
+
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if peak
+        else psutil.Process().memory_info().rss
+    )
+
+
+def matmul_rate(device: str, dtype: Any, side: int = 2048) -> float:
+    """Floating-point operations a second of a large matrix product, the best of a few."""
+    import torch
+
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        a @ a
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * side**3 / best
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,38 @@
+"""The benchmark of one pass, on a size that takes no time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import bench_step
+from scripts.bench_step import CASES, Size, measure
+
+TINY = Size(hidden_size=16, depth=1, num_heads=2, frames=2, side=4, tokens=3, text_width=8)
+
+
+def test_the_arithmetic_of_a_pass_is_counted() -> None:
+    results = {
+        name: measure(TINY, "fp32", None, device="cpu", steps=1, compiled=False, **options)
+        for name, options in CASES.items()
+    }
+    forward, both = results["forward"]["flops"], results["forward + backward"]["flops"]
+    assert 2.8 < both / forward < 3.2
+    assert results["checkpointing"]["flops"] == both  # what is computed again is not counted
+    assert all(found["seconds"] > 0 and 0 < found["of_matmul"] < 1 for found in results.values())
+
+
+def test_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "step.json"
+    monkeypatch.setitem(bench_step.SIZES, "small", TINY)
+    monkeypatch.setattr(bench_step, "CASES", {"forward": {"backward": False}})
+    monkeypatch.setattr(
+        sys, "argv", ["bench_step.py", "--sizes", "small", "--steps", "1", "--output", str(output)]
+    )
+    bench_step.main()
+    assert "forward" in capsys.readouterr().out
+    (result,) = json.loads(output.read_text())["results"]
+    assert result["size"] == "small" and result["seconds"] > 0
