@@ -1,7 +1,7 @@
 """Settings of the data: which clips, in which sizes, read how. Light to import: no decoder, no torch."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stdit.errors import UserError
@@ -24,8 +24,8 @@ class BucketConfig:
     """Pixels; give height and width, or resolution."""
     resolution: str | None = None
     """"240p" (the area of 240 lines at 16:9, as in Open-Sora) or "256" (the area of 256 x 256 pixels)."""
-    aspect_ratio: str = "16:9"
-    """width:height, with `resolution`."""
+    aspect_ratio: str | list[str] = "16:9"
+    """width:height, with `resolution`; a list makes a bucket for each."""
     batch_size: int = 1
     """Clips in one step, over all ranks."""
     keep_probability: float = 1.0
@@ -57,6 +57,7 @@ class BucketConfig:
                     f"data.buckets: resolution {self.resolution!r} beside height {height} and width {width}; "
                     "give either resolution or both of height and width"
                 )
+            assert isinstance(self.aspect_ratio, str), "DataConfig makes a bucket for each"
             height, width = resolve_size(self.resolution, self.aspect_ratio)
         if height is None or width is None:
             raise UserError(
@@ -91,6 +92,15 @@ class DataConfig:
     (a bucket of which none can be read at the start is left out)."""
     cache: Literal["none", "memory"] = "none"
     """memory: encode every clip and caption once, keep them in memory, and never decode while training."""
+
+    def __post_init__(self) -> None:
+        self.buckets = [
+            replace(bucket, aspect_ratio=ratio)
+            for bucket in self.buckets
+            for ratio in (
+                [bucket.aspect_ratio] if isinstance(bucket.aspect_ratio, str) else bucket.aspect_ratio
+            )
+        ]
 
     def validate(self) -> None:
         """Raises UserError for an impossible value."""

@@ -66,6 +66,11 @@ def quarter(frames: int, generator: Generator) -> Tensor:
     return _span(frames, _uniform(0, frames - length, generator), length)
 
 
+def image(frames: int, generator: Generator) -> Tensor:
+    """One frame anywhere is given."""
+    return _span(frames, _uniform(0, frames - 1, generator), min(1, frames - 1))
+
+
 def first(frames: int, generator: Generator) -> Tensor:
     """The first frame is given: image-to-video."""
     return _span(frames, 0, min(1, frames - 1))
@@ -84,5 +89,5 @@ def first_last(frames: int, generator: Generator) -> Tensor:
 
 MASK_STRATEGIES: dict[str, Callable[[int, Generator], Tensor]] = {
     f.__name__: f
-    for f in (none, random, interpolate, head, tail, head_tail, quarter, first, last, first_last)
+    for f in (none, random, interpolate, head, tail, head_tail, quarter, image, first, last, first_last)
 }

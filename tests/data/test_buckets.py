@@ -130,6 +130,13 @@ def test_standard_sizes_just_below_fit():
     assert places([clip(fps=29.97, num_frames=120)], [Bucket(120, 64, 64, 30)]) == [0]
 
 
+def test_a_bucket_for_each_aspect_ratio():
+    config = DataConfig(buckets=[BucketConfig(resolution="240p", aspect_ratio=["16:9", "1:1"], batch_size=3)])
+    assert [bucket.size() for bucket in config.buckets] == [(240, 426), (320, 320)]
+    assert {bucket.batch_size for bucket in config.buckets} == {3}
+    assert DataConfig(buckets=config.buckets).buckets == config.buckets
+
+
 def test_nearest_aspect_ratio_of_a_resolution():
     buckets = [Bucket(16, *resolve_size("240p", ratio), 8) for ratio in ("1:1", "16:9", "9:16")]
     clips = [clip(height=h, width=w) for h, w in [(720, 1280), (1280, 720), (700, 720), (500, 600)]]

@@ -26,6 +26,7 @@ def test_one_frame_is_free_and_draws_repeat(name: str, frames: int) -> None:
         ("none", {""}),
         ("first", {"0"}),
         ("last", {"7"}),
+        ("image", set("01234567")),
         ("first_last", {"07"}),
         ("head", {"0", "01"}),
         ("tail", {"7", "67"}),
