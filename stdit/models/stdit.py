@@ -8,9 +8,12 @@ E width of the text states, F frames of the modulation (T, or 1 where all frames
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -18,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
 
+from stdit.models import opensora
 from stdit.models.attention import CrossAttention, SelfAttention
 from stdit.models.config import STDiTConfig
 from stdit.models.embeddings import (
@@ -160,6 +164,29 @@ class STDiT(ModelMixin, ConfigMixin):
         pt, ph, pw = config.patch_size
         self.final_layer = FinalLayer(dim, pt * ph * pw * self.out_channels)
         self.initialize_weights()
+
+    @classmethod
+    def from_opensora(cls, source: str | PathLike[str] | Mapping[str, Tensor], **config: Any) -> Self:
+        """The model that a checkpoint of Open-Sora v1.2's STDiT3 holds, in the checkpoint's precision.
+
+        Args:
+            source: folder or file (see `stdit.models.opensora.read_checkpoint`), or a state dict, whose tensors the
+                model then shares.
+            config: settings in place of those that the source's config.json, or else its shapes, tell.
+
+        Raises:
+            UserError: if it cannot be read, or its keys and shapes are not exactly the model's: they are listed.
+        """
+        state, recorded = (
+            (source, {}) if isinstance(source, Mapping) else opensora.read_checkpoint(Path(source))
+        )
+        settings = opensora.infer_settings(state) | recorded | config
+        weights = opensora.to_stdit(state)
+        with torch.device("meta"):  # no time and memory for weights that are replaced
+            model = cls(**settings)
+        opensora.check_keys(weights, model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
 
     def initialize_weights(self) -> None:
         """All initial weights: Xavier-uniform maps, zero biases, small normal modulation, zero output.

@@ -1,20 +1,18 @@
 """STDiT against the reference tensors of Open-Sora v1.2, and the promises of its own options."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
 from stdit.models.stdit import Grid, STDiT, TemporalBlock
+from tests.models.golden import GOLDEN, golden, weights
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden"
 PARAMETERS = {
     "tiny": 1_316_864,
     "S": 61_150_880,
@@ -51,16 +49,10 @@ def inputs(frames: int = 4, rows: int = 5, columns: int = 6, batch: int = 2) -> 
     }
 
 
-@pytest.mark.parametrize("case", ["plain", "odd_ragged", "pad_xmask"])
+@pytest.mark.parametrize("case", GOLDEN)
 def test_equals_open_sora(case: str) -> None:
-    tensors = load_file(GOLDEN / f"{case}.safetensors")
-    settings = json.loads((GOLDEN / f"{case}.json").read_text())["model"]
-    del settings["class_dropout_prob"]
-    model = STDiT(**settings)
-    weights = {
-        key[2:]: value for key, value in tensors.items() if key.startswith("w.") and key != "w.rope.freqs"
-    }
-    model.load_state_dict(weights)
+    tensors = golden(case)
+    model = STDiT.from_opensora(weights(tensors))
     x = tensors["in.x"].requires_grad_()
     generated = tensors.get("in.x_mask", torch.ones(x.shape[0], x.shape[2], dtype=torch.bool))
     out = model(

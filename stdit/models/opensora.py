@@ -1,0 +1,254 @@
+"""Checkpoints of Open-Sora v1.2's STDiT3: their files, their settings, their keys. No model is built here.
+
+An STDiT names its weights as STDiT3 does. A checkpoint of STDiT3 has one tensor more, the frequencies of the
+rotary positions, which are a constant: it is left out, and written again on the way back.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stdit.errors import UserError
+from stdit.models.config import STDiTConfig
+
+ROTARY = "rope.freqs"
+"""The one tensor of a checkpoint that holds no weights, ``[head size / 2]``."""
+
+SETTINGS = (
+    "depth hidden_size num_heads mlp_ratio patch_size in_channels pred_sigma caption_channels model_max_length "
+    "qk_norm input_sq_size"
+).split()
+"""Settings that STDiT3 has, too, and under the same name."""
+
+TELLING = {
+    "x_embedder.proj.weight": 5,
+    "y_embedder.y_embedding": 2,
+    "spatial_blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+}
+"""Weights whose shapes tell the settings, with their number of axes."""
+
+KINDS_OF_FILES = (
+    ("*.safetensors.index.json",),
+    ("*.safetensors",),
+    ("*.bin.index.json",),
+    ("*.pth", "*.pt", "*.bin"),
+)
+"""What a folder may hold; the first kind that is there is read."""
+
+LFS_POINTER = b"version https://git-lfs"
+LISTED = 20
+"""So many keys of a kind are listed in an error."""
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict of a file or folder, and the settings in the ``config.json`` there (none without one).
+
+    Args:
+        path: a .safetensors; a .pth, .pt or .bin, read as weights only; the index of either in shards; or the
+            folder of one of them.
+
+    Raises:
+        UserError: if that is not there, is damaged, is more than weights, or is of another model.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder: give an Open-Sora checkpoint.")
+    settings = _read_settings((path if path.is_dir() else path.parent) / "config.json")
+    return read_weights(path), settings
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors alone of a file or folder that is there. Raises UserError as `read_checkpoint` does."""
+    state: dict[str, Tensor] = {}
+    for file in _weight_files(path):
+        state |= _read_tensors(file)
+    return state
+
+
+def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings that the shapes of a checkpoint tell.
+
+    They do not tell ``input_sq_size``, and ``num_heads`` only by the norm of the heads or the rotary frequencies.
+
+    Raises:
+        UserError: if it is no checkpoint of STDiT3.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    lacking = [name for name, axes in TELLING.items() if len(shapes.get(name, ())) != axes]
+    if lacking:
+        raise UserError(
+            f"this is no checkpoint of Open-Sora v1.2's STDiT3: it lacks {', '.join(lacking)}, and has "
+            f"{len(state)} tensors such as {', '.join(sorted(state)[:3]) or 'none'}. Give the model's own weights."
+        )
+    hidden_size, in_channels, *patch_size = shapes["x_embedder.proj.weight"]
+    max_length, caption_channels = shapes["y_embedder.y_embedding"]
+    patch_values = in_channels * patch_size[0] * patch_size[1] * patch_size[2]
+    settings = {
+        "depth": len({name.split(".")[1] for name in state if name.startswith("spatial_blocks.")}),
+        "hidden_size": hidden_size,
+        "mlp_ratio": shapes["spatial_blocks.0.mlp.fc1.weight"][0] / hidden_size,
+        "patch_size": tuple(patch_size),
+        "in_channels": in_channels,
+        "pred_sigma": shapes["final_layer.linear.weight"][0] == 2 * patch_values,
+        "caption_channels": caption_channels,
+        "model_max_length": max_length,
+        "qk_norm": "spatial_blocks.0.attn.q_norm.weight" in state,
+    }
+    if settings["qk_norm"]:
+        settings["num_heads"] = hidden_size // shapes["spatial_blocks.0.attn.q_norm.weight"][0]
+    elif ROTARY in state:
+        settings["num_heads"] = hidden_size // (2 * shapes[ROTARY][0])
+    return settings
+
+
+def to_stdit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint: all but the rotary frequencies.
+
+    Raises:
+        UserError: if those are others than this model turns by.
+    """
+    if ROTARY in state:
+        found = state[ROTARY]
+        expected = rotary_frequencies(2 * found.numel())
+        if found.ndim != 1 or not torch.allclose(found.cpu().float(), expected, rtol=1e-2):
+            raise UserError(
+                f"{ROTARY} holds other frequencies than 10000^(-2i / head size), which is all that STDiT has: "
+                "this model cannot be converted."
+            )
+    return {name: tensor for name, tensor in state.items() if name != ROTARY}
+
+
+def to_opensora(
+    weights: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and ``config.json`` of an STDiT3 with the weights and settings of an STDiT.
+
+    Raises:
+        UserError: if the model uses an option that STDiT3 does not have.
+    """
+    own = {
+        f.name: settings[f.name]
+        for f in fields(STDiTConfig)
+        if f.name not in (*SETTINGS, "gate_init") and settings[f.name] != f.default
+    }
+    if own:
+        used = ", ".join(f"{name} = {value}" for name, value in own.items())
+        raise UserError(
+            f"this model has {used}, which Open-Sora's STDiT3 does not know: it cannot be converted."
+        )
+    frequencies = rotary_frequencies(settings["hidden_size"] // settings["num_heads"])
+    dtype = weights["x_embedder.proj.weight"].dtype
+    config = {"model_type": "STDiT3", "architectures": ["STDiT3"]} | {
+        name: settings[name] for name in SETTINGS
+    }
+    return {**weights, ROTARY: frequencies.to(dtype)}, config
+
+
+def rotary_frequencies(head_size: int) -> Tensor:
+    """``10000^(-2i / head size)``, rounded as the package that Open-Sora takes them from rounds."""
+    return 1.0 / (10000 ** (torch.arange(0, head_size, 2).float() / head_size))
+
+
+def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise UserError that lists what a model lacks in ``found``, what it has no place for, and unlike shapes."""
+    shape = {name: list(tensor.shape) for name, tensor in (*expected.items(), *found.items())}
+    missing = [f"missing: {name} {shape[name]}" for name in expected if name not in found]
+    surplus = [f"surplus: {name} {shape[name]}" for name in found if name not in expected]
+    unlike = [
+        f"of another shape: {name} {shape[name]}, not {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    lines = [
+        line
+        for kind in (missing, surplus, unlike)
+        for line in (*kind[:LISTED], *([f"... and {len(kind) - LISTED} more"] if len(kind) > LISTED else []))
+    ]
+    if lines:
+        rule = "the checkpoint does not fit the model that its config and shapes describe"
+        way_out = "Give the whole checkpoint, and the settings that it was made with."
+        raise UserError("\n  ".join([f"{rule}:", *lines]) + f"\n{way_out}")
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    config = _read_json(file)
+    kind = config.get("model_type") or config.get("_class_name")
+    if kind not in (None, "STDiT3"):
+        raise UserError(f"{file} is that of a {kind}, not of Open-Sora's STDiT3: give a checkpoint of that.")
+    return {name: config[name] for name in SETTINGS if name in config}
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files of a checkpoint: itself, its shards, or what the folder holds."""
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(map(str, _read_json(path).get("weight_map", {}).values())))
+        absent = [name for name in shards if Path(name).name != name or not (path.parent / name).is_file()]
+        if absent or not shards:
+            what = f"names {absent[0]}, which is not beside it" if absent else "names no files"
+            raise UserError(f"{path} {what}: fetch the whole checkpoint.")
+        return [path.parent / name for name in shards]
+    if path.is_file():
+        return [path]
+    for patterns in KINDS_OF_FILES:
+        files = sorted(file for pattern in patterns for file in path.glob(pattern))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise UserError(f"{path} holds {names}, and no index that joins them: give one of these files.")
+        if files:
+            return _weight_files(files[0])
+    raise UserError(
+        f"{path} holds no .safetensors, .pth, .pt or .bin: give the folder, or file, of the weights."
+    )
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    with open(file, "rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{file} is only a pointer of Git LFS: fetch the weights themselves (git lfs pull)."
+            )
+    try:
+        if file.suffix == ".safetensors":
+            # Copied: they would be a view of the file, and gone if somebody wrote a new one in its place.
+            return {name: tensor.clone() for name, tensor in load_file(file).items()}
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error):
+            raise UserError(
+                f"{file} is a pickle of more than tensors, and reading one can run anything: save the state dict "
+                "alone, best as .safetensors."
+            ) from error
+        raise UserError(f"{file} is no checkpoint of PyTorch, or damaged: fetch it again.") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise UserError(
+            f"{file} cannot be read ({reason}): it is damaged or cut short, fetch it again."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        what = (
+            f"a dict with the keys {', '.join(map(str, list(state)[:5]))}"
+            if isinstance(state, dict)
+            else "no dict"
+        )
+        raise UserError(f"{file} holds {what}, not a plain state dict: save that alone, and give its file.")
+    return state
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): fetch it again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object: fetch it again.")
+    return content
