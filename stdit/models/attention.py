@@ -24,13 +24,14 @@ class SelfAttention(nn.Module):
         self.q_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
+        self.attend = scaled_dot_product_attention  # stdit/parallel/baselines.py puts others here
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "R N (three h d) -> three R h N d", three=3, h=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        return self.proj(rearrange(scaled_dot_product_attention(q, k, v), "R h N d -> R N (h d)"))
+        return self.proj(rearrange(self.attend(q, k, v), "R h N d -> R N (h d)"))
 
 
 class CrossAttention(nn.Module):

@@ -4,7 +4,7 @@ It calls the functional collectives, which torch.compile traces. Whether they ma
 in PyTorch's public interface, so the derivative is written here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -96,9 +96,7 @@ class _Travel:
         count = len(self.shard_sizes[0])
         for index in range(count):
             sent = parts[index::count]  # to each rank what it sent
-            shapes = [list(sent[self.group.rank].shape) for _ in self.whole_sizes]
-            for shape, size in zip(shapes, self.whole_sizes, strict=True):
-                shape[self.whole] = size
+            shapes = _shapes(sent[self.group.rank], self.whole, self.whole_sizes)
             self.returning[index] = _Arriving.start(sent, shapes, self.group)
 
     def returned(self, index: int) -> Tensor:
@@ -134,23 +132,51 @@ def gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
     """Give every rank the whole of an axis of which rank r has ``sizes[r]``."""
     if group.size == 1:
         return x
-    return _Gather.apply(x, group, dim, sizes)
+    return _WithAdjoint.apply(x, _all_gather, _reduce_scatter, group, dim, sizes)
 
 
-class _Gather(torch.autograd.Function):
-    """Its adjoint adds up what all ranks say of this rank's part."""
+def add_up(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
+    """Add up what all ranks have of the whole; rank r gets ``sizes[r]`` of an axis. The adjoint of `gather`."""
+    if group.size == 1:
+        return x
+    return _WithAdjoint.apply(x, _reduce_scatter, _all_gather, group, dim, sizes)
+
+
+class _WithAdjoint(torch.autograd.Function):
+    """An exchange, and one that is its adjoint and takes the same arguments."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
-        ctx.group, ctx.dim, ctx.sizes = group, dim, sizes
-        shapes = [[*x.shape[:dim], size, *x.shape[dim + 1 :]] for size in sizes]
-        return torch.cat(_swap([x] * group.size, shapes, group), dim)
+    def forward(ctx: Any, x: Tensor, exchange: Callable[..., Tensor], adjoint: Any, *args: Any) -> Tensor:
+        ctx.adjoint, ctx.args = adjoint, args
+        return exchange(x, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        parts = grad.split(ctx.sizes, ctx.dim)
-        mine = list(parts[ctx.group.rank].shape)
-        return sum(_swap(parts, [mine] * ctx.group.size, ctx.group)), None, None, None  # type: ignore[return-value]
+        return ctx.adjoint(grad, *ctx.args), None, None, *(None for _ in ctx.args)
+
+
+def _all_gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
+    arriving = _Arriving.start([x] * group.size, _shapes(x, dim, sizes), group, "all_gather")
+    return torch.cat(arriving.wait(), dim)
+
+
+def _reduce_scatter(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
+    parts = x.split(sizes, dim)
+    shapes = [list(parts[group.rank].shape)] * group.size
+    return torch.stack(_Arriving.start(parts, shapes, group, "reduce_scatter").wait()).sum(0)
+
+
+def pass_on(x: Tensor, group: Group, dim: int, size: int) -> Callable[[], Tensor]:
+    """Start to send ``x`` to the next rank of a ring; not differentiable.
+
+    Returns:
+        What waits for the tensor that the rank before has sent, with ``size`` along axis ``dim``.
+    """
+    following, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    sent = [x if rank == following else x.narrow(dim, 0, 0) for rank in range(group.size)]
+    sizes = [size if rank == before else 0 for rank in range(group.size)]
+    arriving = _Arriving.start(sent, _shapes(x, dim, sizes), group, "ring")
+    return lambda: arriving.wait()[before]
 
 
 def _exchange(
@@ -163,15 +189,12 @@ def _start_exchange(
     x: Tensor, group: Group, whole: int, whole_sizes: list[int], shard: int, shard_sizes: list[int]
 ) -> "_Arriving":
     sent = x.split(whole_sizes, dim=whole)
-    shapes = [list(sent[group.rank].shape) for _ in shard_sizes]
-    for shape, size in zip(shapes, shard_sizes, strict=True):
-        shape[shard] = size
-    return _Arriving.start(sent, shapes, group)
+    return _Arriving.start(sent, _shapes(sent[group.rank], shard, shard_sizes), group)
 
 
-def _swap(sent: Sequence[Tensor], shapes: list[list[int]], group: Group) -> list[Tensor]:
-    """Send each rank its tensor, and receive one of the given shape from each."""
-    return _Arriving.start(sent, shapes, group).wait()
+def _shapes(x: Tensor, dim: int, sizes: list[int]) -> list[list[int]]:
+    """The shape of ``x``, with each of the sizes along an axis."""
+    return [[*x.shape[:dim], size, *x.shape[dim + 1 :]] for size in sizes]
 
 
 class _Arriving(NamedTuple):
@@ -181,12 +204,14 @@ class _Arriving(NamedTuple):
     shapes: list[list[int]]
 
     @classmethod
-    def start(cls, sent: Sequence[Tensor], shapes: list[list[int]], group: Group) -> "_Arriving":
-        """Send each rank its tensor, to receive one of the given shape from each."""
+    def start(
+        cls, sent: Sequence[Tensor], shapes: list[list[int]], group: Group, kind: str = "all_to_all"
+    ) -> "_Arriving":
+        """Send each rank its tensor, to receive one of the given shape from each; counted as ``kind``."""
         flat = torch.cat([part.flatten() for part in sent])
         in_sizes, out_sizes = [part.numel() for part in sent], [prod(shape) for shape in shapes]
         if not torch.compiler.is_compiling():
-            group.traffic.add("all_to_all", flat.nbytes - sent[group.rank].nbytes)
+            group.traffic.add(kind, flat.nbytes - sent[group.rank].nbytes)
         return cls(all_to_all_single(flat, out_sizes, in_sizes, group.name), shapes)  # type: ignore[arg-type]
 
     def wait(self) -> list[Tensor]:

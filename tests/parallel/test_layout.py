@@ -81,16 +81,15 @@ def make_batch(frames: int, rows: int, columns: int, batch: int, given: bool, dt
 
 
 def run(
-    model: STDiT, group: Group, x: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: Any
+    model: STDiT, shards: Shards, x: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: Any
 ) -> tuple[Tensor, Tensor]:
     """Output of this rank's frames, and its part of the loss times the number of ranks; leaves gradients."""
     flow = RectifiedFlow(FlowConfig())
-    shards = model.shards(group, *x.shape[2:])
     x_t = flow.add_noise(x, noise, t)
     x, noise, x_t = (shards.split(value, dim=2) for value in (x, noise, x_t))
     output = model(x_t, 1000 * t, **condition, shards=shards)
     weight, level = shards.split(weight, dim=1), shards.split(t, dim=1)
-    loss = flow.loss(output[:, :4], x, noise, x_t, level, weight).mean() * group.size
+    loss = flow.loss(output[:, :4], x, noise, x_t, level, weight).mean() * shards.group.size
     loss.backward()
     return output.detach(), loss.detach()
 
@@ -99,16 +98,20 @@ def compare(group: Group, name: str, dtype: torch.dtype, tolerance: float) -> No
     case = {"rows": 5, "columns": 6, "batch": 3, "given": False, "checkpointing": False, **CASES[name]}
     sizes = [case.pop(key) for key in ("frames", "rows", "columns", "batch", "given")]
     checkpointing = case.pop("checkpointing")
-    results = []
-    for here in (Group(), group):
-        model = make_model(dtype, **case)
+    models, batch = [], make_batch(*sizes, dtype)
+    for _ in range(2):
+        models.append(make_model(dtype, **case))
         if checkpointing:
-            model.enable_gradient_checkpointing()
-        batch = make_batch(*sizes, dtype)
-        results.append((model, *run(model, here, *batch)))
-    (whole, expected, loss), (sharded, output, part) = results
+            models[-1].enable_gradient_checkpointing()
+    compare_models(*models, models[1].shards(group, *sizes[:3]), batch, tolerance, name)
 
-    shards = sharded.shards(group, *expected.shape[2:])
+
+def compare_models(
+    whole: STDiT, sharded: STDiT, shards: Shards, batch: Any, tolerance: float, name: str
+) -> None:
+    """A model on one rank, and another of the same weights on a group."""
+    expected, loss = run(whole, whole.shards(Group(), *batch[0].shape[2:]), *batch)
+    output, part = run(sharded, shards, *batch)
     close(output, shards.split(expected, dim=2), tolerance, f"{name}: output")
     close(average(part), loss, tolerance, f"{name}: loss")
     for key, parameter in sharded.named_parameters():
@@ -172,7 +175,8 @@ def count_traffic(group: Group, block_order: str, checkpointing: bool) -> None:
     if checkpointing:
         model.enable_gradient_checkpointing()
     group.traffic.clear()
-    run(model, group, *make_batch(frames, rows, columns, batch, False, torch.float32))
+    shards = model.shards(group, frames, rows, columns)
+    run(model, shards, *make_batch(frames, rows, columns, batch, False, torch.float32))
 
     tokens = batch * frames * (rows // 2) * (columns // 2)
     M, output = 4 * tokens * dim, 4 * tokens * model.out_channels * 2 * 2  # bytes
