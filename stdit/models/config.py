@@ -1,9 +1,14 @@
 """What an STDiT is made of. Kept apart from the model, so that reading a config imports no diffusers."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from stdit.errors import UserError
+
+LARGEST = 10_000_000
+"""More of anything is a slip of the keyboard."""
 
 
 @dataclass
@@ -54,8 +59,8 @@ class STDiTConfig:
             "caption_channels",
             "model_max_length",
         ):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"model.{name} = {getattr(self, name)}: must be from 1 to {LARGEST:,}")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             raise UserError(
                 f"model.patch_size = {self.patch_size}: must be three sizes (frames, rows, columns), each at least 1"
@@ -73,5 +78,18 @@ class STDiTConfig:
                 f"model.hidden_size = {self.hidden_size}: must be a multiple of 4 (sines and cosines of rows and "
                 f"columns); use {self.hidden_size + 4 - self.hidden_size % 4}"
             )
-        if self.mlp_ratio <= 0:
+        if not 0 < self.mlp_ratio < math.inf:
             raise UserError(f"model.mlp_ratio = {self.mlp_ratio}: must be positive")
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+
+def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int]:
+    """Frames of tokens, and tokens of a frame, of latents of (T, H, W), which are padded to whole patches."""
+    frames, rows, columns = (
+        math.ceil(size / patch) for size, patch in zip(latent_shape, patch_size, strict=True)
+    )
+    return frames, rows * columns

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import partial
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -23,7 +24,7 @@ from torch.nn.functional import layer_norm, pad
 
 from stdit.models import opensora
 from stdit.models.attention import CrossAttention, SelfAttention
-from stdit.models.config import STDiTConfig
+from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.embeddings import (
     CaptionEmbedder,
     Mlp,
@@ -34,7 +35,7 @@ from stdit.models.embeddings import (
     spatial_positions,
 )
 from stdit.parallel.group import Group
-from stdit.parallel.layout import Layout, Shards
+from stdit.parallel.layout import Layout, Shards, block_layouts
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class STDiT(ModelMixin, ConfigMixin):
         config = STDiTConfig(**settings)
         self.register_to_config(**asdict(config))
         dim = config.hidden_size
-        self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
+        self.out_channels = config.out_channels
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed3D(config.patch_size, config.in_channels, dim)
@@ -161,8 +162,7 @@ class STDiT(ModelMixin, ConfigMixin):
         everywhere = config.cross_attention == "all"
         self.spatial_blocks = nn.ModuleList(SpatialBlock(config) for _ in range(config.depth))
         self.temporal_blocks = nn.ModuleList(TemporalBlock(config, everywhere) for _ in range(config.depth))
-        pt, ph, pw = config.patch_size
-        self.final_layer = FinalLayer(dim, pt * ph * pw * self.out_channels)
+        self.final_layer = FinalLayer(dim, prod(config.patch_size) * self.out_channels)
         self.initialize_weights()
 
     @classmethod
@@ -219,12 +219,9 @@ class STDiT(ModelMixin, ConfigMixin):
                     nn.init.zeros_(parameter)
 
     def blocks(self) -> list[STDiTBlock]:
-        """The blocks in the order in which they run: S T S T ..., or S T T S ... when paired."""
-        turn = 2 if self.config.block_order == "paired" else 1
-        order: list[Any] = []
-        for i, (spatial, temporal) in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
-            order += [spatial, temporal] if i % turn == 0 else [temporal, spatial]
-        return order
+        """The blocks in the order in which they run."""
+        rest: dict[Layout, Any] = {"frames": iter(self.spatial_blocks), "tracks": iter(self.temporal_blocks)}
+        return [next(rest[layout]) for layout in block_layouts(self.config.depth, self.config.block_order)]
 
     def compile_blocks(self, **options: Any) -> None:
         """Let ``torch.compile`` compile every block in place; ``options`` are its own."""
@@ -319,8 +316,8 @@ class STDiT(ModelMixin, ConfigMixin):
 
     def shards(self, group: Group, latent_frames: int, height: int, width: int) -> Shards:
         """How a group shares latents of this size: ``latent_frames``, and height and width in latents."""
-        pt, ph, pw = self.config.patch_size
-        return Shards(group, -(-latent_frames // pt), -(-height // ph) * -(-width // pw), pt)
+        patch = self.config.patch_size
+        return Shards(group, *token_grid((latent_frames, height, width), patch), patch[0])
 
     def _check(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, shards: Shards

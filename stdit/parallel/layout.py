@@ -22,6 +22,13 @@ def shares(total: int, ranks: int) -> list[int]:
     return [each + (rank < rest) for rank in range(ranks)]
 
 
+def block_layouts(depth: int, order: str) -> list[Layout]:
+    """Layouts of the blocks in the order in which they run: S T S T ..., or S T T S ... when paired."""
+    pair: tuple[Layout, Layout] = ("frames", "tracks")
+    turn = -1 if order == "paired" else 1
+    return [layout for index in range(depth) for layout in pair[:: turn**index]]
+
+
 class Shards:
     """The tokens of one batch of videos, spread over a group.
 

@@ -233,7 +233,7 @@ def test_initial_weights() -> None:
     [
         ({"hidden_size": 100, "num_heads": 3}, "num_heads = 3.*use 2"),
         ({"hidden_size": 6, "num_heads": 1}, "multiple of 4; use 8|multiple of 4"),
-        ({"depth": 0}, "depth = 0: must be at least 1"),
+        ({"depth": 0}, "depth = 0: must be from 1 to 10,000,000"),
         ({"patch_size": (1, 0, 2)}, "patch_size"),
         ({"mlp_ratio": 0.0}, "mlp_ratio"),
     ],

@@ -1,0 +1,56 @@
+"""How large a model is, and what a batch asks of it, without building it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from stdit.errors import UserError
+from stdit.models.config import STDiTConfig, token_grid
+from stdit.models.stdit import STDiT
+from stdit.parallel.layout import block_layouts
+from stdit.parallel.planner import Load
+
+
+def batch_load(config: STDiTConfig, latent_shape: Sequence[int], clips: int, **options: Any) -> Load:
+    """What a batch of clips, whose latents are (T, H, W), asks of a model; ``options`` are those of `Load`."""
+    return Load(
+        clips,
+        *token_grid(latent_shape, config.patch_size),
+        width=config.hidden_size,
+        layouts=tuple(block_layouts(config.depth, config.block_order)),
+        out_features=prod(config.patch_size) * config.out_channels,
+        **options,
+    )
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_unbuilt(config: STDiTConfig, count: Callable[[STDiT], int] = parameter_count) -> int:
+    """What ``count`` gives for a model of any size, from two shallow ones without memory: all blocks are alike.
+
+    Raises:
+        UserError: if a single weight would have more bytes than can be counted.
+    """
+    try:
+        one, two = (count(without_memory(replace(config, depth=depth))) for depth in (1, 2))
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise UserError(
+            f"a weight of this model would exceed 2^63 bytes: lower model.hidden_size = {config.hidden_size}, "
+            f"model.mlp_ratio = {config.mlp_ratio:g}, or model.patch_size = {list(config.patch_size)}"
+        ) from None
+    return one + (config.depth - 1) * (two - one)
+
+
+def without_memory(config: STDiTConfig) -> STDiT:
+    """A model whose weights have shapes only; torch's random state is left alone."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return STDiT(**asdict(config))

@@ -1,0 +1,203 @@
+"""What it takes to share videos among ranks, and among how many to share them. Pure functions: no process is needed.
+
+Letters: B clips, T frames of tokens, S tokens of a frame, D width, N ranks that share a video (sp).
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import ceil
+from typing import Literal, NamedTuple
+
+from stdit.parallel.layout import Layout, shares
+from stdit.parallel.parameters import FLOAT
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Load:
+    """A batch of videos and the model that it passes through."""
+
+    clips: int
+    """B, of all ranks together."""
+    frames: int
+    """T."""
+    tracks: int
+    """S."""
+    width: int
+    """D."""
+    layouts: tuple[Layout, ...]
+    """Of the blocks, in the order in which they run."""
+    out_features: int
+    """Numbers that the last layer gives for a token."""
+    element: int = FLOAT
+    """Bytes of a number."""
+    micro: int | None = None
+    """Most clips of a rank in one pass; None: its whole share."""
+    kept: Literal["blocks", "inputs", "nothing"] = "blocks"
+    """For the backward pass: what blocks computed, only what entered them (checkpointing), or nothing (sampling)."""
+
+    @cached_property
+    def blocks(self) -> Counter[Layout]:
+        """Number of blocks, by layout."""
+        return Counter(self.layouts)
+
+    @cached_property
+    def switches(self) -> Counter[tuple[Layout, int]]:
+        """How often a pass brings the tokens to a layout, with so many numbers each; the last carries the output."""
+        stages: tuple[Layout, ...] = ("frames", *self.layouts, "frames")
+        widths = [self.width] * len(self.layouts) + [self.out_features]
+        return Counter(
+            (target, width)
+            for (source, target), width in zip(pairwise(stages), widths, strict=True)
+            if source != target
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Processes, of which each ``sp`` neighbours share their videos."""
+
+    processes: int
+    sp: int
+    chunks: int = 1
+    """Pieces in which the result of a block travels."""
+
+    @property
+    def dp(self) -> int:
+        """Parts of the batch."""
+        return self.processes // self.sp
+
+    def clips(self, load: Load) -> list[int]:
+        """Clips of each part of the batch."""
+        return shares(load.clips, self.dp)
+
+    def frames(self, load: Load) -> list[int]:
+        """Frames of each rank of a sequence, where a layout shards them."""
+        return shares(load.frames, self.sp)
+
+    def tracks(self, load: Load) -> list[int]:
+        """Tracks of each rank of a sequence, where a layout shards them."""
+        return shares(load.tracks, self.sp)
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending: the numbers of ranks that may share a video, of so many."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def balance(load: Load, split: Split) -> float:
+    """Tokens of a rank, on average, over those of the busiest, for which the others wait; 1.0: all have as many.
+
+    Spatial blocks take as long as the largest share of frames, temporal ones as the largest of tracks.
+    """
+    busiest = max(split.frames(load)) * load.tracks + load.frames * max(split.tracks(load))
+    tokens = 2 * load.clips * load.frames * load.tracks
+    return tokens / (split.processes * max(split.clips(load)) * busiest)
+
+
+class Sent(NamedTuple):
+    """What a rank sends to those that share its videos, in one step."""
+
+    forward: int
+    """Bytes."""
+    backward: int
+    """Bytes."""
+    calls: int
+    """All-to-alls, forward and backward."""
+
+
+def sent(load: Load, split: Split, rank: int) -> Sent:
+    """Exactly what one of ``split.processes`` ranks sends (arXiv:2403.10266, section 3).
+
+    Of its T_n frames it sends the tracks of the others, or of its S_n tracks the frames of the others; backward
+    returns what forward brought.
+    """
+    part, place = divmod(rank, split.sp)
+    clips, T, S = split.clips(load)[part], split.frames(load), split.tracks(load)
+    numbers = {"tracks": T[place] * (load.tracks - S[place]), "frames": S[place] * (load.frames - T[place])}
+    sharded = {"tracks": max(T), "frames": max(S)}  # where tokens on their way to a layout come from
+    other: dict[Layout, Layout] = {"tracks": "frames", "frames": "tracks"}
+    forward = backward = pieces = 0
+    for (target, width), count in load.switches.items():
+        forward += count * width * numbers[target]
+        backward += count * width * numbers[other[target]]
+        pieces += count * min(split.chunks, sharded[target])
+    passes = ceil(clips / (load.micro or clips)) if split.sp > 1 else 0
+    return Sent(clips * load.element * forward, clips * load.element * backward, 2 * passes * pieces)
+
+
+def block_bytes(element: int) -> int:
+    """What a block keeps for the backward pass, for a token and a unit of width, when numbers have so many bytes.
+
+    Counted at autograd (`tests/parallel/test_planner.py`) in a block that attends to the caption, with an MLP four
+    times as wide: 112 bytes in float32, 68 under autocast to bfloat16, which leaves the norms in float32. SDPA keeps
+    no attention matrix.
+    """
+    return 22 * element + 6 * FLOAT
+
+
+def activation_bytes(load: Load, split: Split) -> int:
+    """Estimate of the most that a rank holds of a pass: the first one, which has the largest share of everything."""
+    clips = max(split.clips(load))
+    tokens: dict[Layout, int] = {
+        "frames": max(split.frames(load)) * load.tracks,
+        "tracks": load.frames * max(split.tracks(load)),
+    }
+    in_all_blocks = sum(count * tokens[layout] for layout, count in load.blocks.items())
+    one_block = block_bytes(load.element) * max(tokens.values())
+    kept = {
+        "blocks": block_bytes(load.element) * in_all_blocks,
+        "inputs": load.element * in_all_blocks + one_block,
+        "nothing": one_block,
+    }[load.kept]
+    return min(load.micro or clips, clips) * load.width * kept
+
+
+class Choice(NamedTuple):
+    """Ranks that share each video, and why so many."""
+
+    sp: int
+    reason: str
+    fits: bool
+
+
+def choose(needs: Mapping[int, int], available: int) -> Choice:
+    """The smallest number of ranks with which a process has memory enough; if none has, that which needs least.
+
+    Args:
+        needs: bytes of a process, by the number of ranks that share a video.
+        available: bytes of a process.
+    """
+    fitting = [sp for sp in sorted(needs) if needs[sp] <= available]
+    sp = fitting[0] if fitting else min(needs, key=lambda sp: (needs[sp], sp))
+    amount = f"about {needs[sp] / GIB:.2f} of {available / GIB:.2f} GiB a process"
+    tried = ", ".join(map(str, sorted(needs)))
+    if fitting:
+        return Choice(sp, f"the smallest of {tried} that fits, with {amount}", True)
+    return Choice(sp, f"none of {tried} fits, and this takes the least, {amount}", False)
+
+
+def choice_line(choice: Choice, processes: int) -> str:
+    """What was chosen and why, for people."""
+    line = f"parallel.sp = auto: {choice.sp} of {processes} processes share each video: {choice.reason}"
+    if choice.fits:
+        return line
+    return (
+        f"warning: {line}: expect it to run out; more processes, smaller batches or smaller videos would help"
+    )
+
+
+def idle_warning(what: str, frames: int, split: Split) -> list[str]:
+    """A line that says which ranks have nothing to do, if ``what`` has fewer frames of tokens than ranks share it."""
+    if frames >= split.sp:
+        return []
+    fitting = max(n for n in divisors(split.processes) if n <= frames)
+    return [
+        f"warning: parallel.sp = {split.sp}, but {what} has {frames} {'frame' if frames == 1 else 'frames'} of "
+        f"tokens: ranks {frames} to {split.sp - 1} of each {split.sp} hold none, and idle in spatial blocks. "
+        f"The result is right; --parallel.sp {fitting} or longer videos waste less"
+    ]
