@@ -14,7 +14,7 @@ from tests.models.golden import GOLDEN, golden, weights
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {
-    "tiny": 1_316_864,
+    "tiny": 1_439_744,
     "S": 61_150_880,
     "B": 236_970_272,
     "XL-2": 1_208_872_736,
@@ -83,9 +83,10 @@ def test_parameters_of_presets(name: str) -> None:
     if name == "tiny":
         quickstart = yaml.safe_load((ROOT / "configs" / "train" / "quickstart.yaml").read_text())
         channels = quickstart["codec"]["channels"]
-        assert quickstart["model"] == settings and quickstart["text_encoder"] == {"name": "minilm"}
-        assert f"{channels} latent channels, text of width 384" in row
-        settings |= {"in_channels": channels, "caption_channels": 384, "model_max_length": 64}
+        width = 384 * len(quickstart["text_encoder"]["layers"])
+        assert quickstart["model"] == settings
+        assert f"{channels} latent channels, text of width {width}" in row
+        settings |= {"in_channels": channels, "caption_channels": width, "model_max_length": 64}
     with torch.device("meta"):
         model = STDiT(**settings)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
