@@ -59,7 +59,7 @@ def count_what_is_sent(_: Group) -> None:
             for begin in range(0, mine := len(mesh.rows(clips)), 2):
                 batch = make_batch(*shape, min(2, mine - begin), False, F32)
                 with torch.autocast("cpu", BF16, enabled=dtype == BF16):
-                    run(model, group, *batch)
+                    run(model, model.shards(group, *shape), *batch)
             load = batch_load(
                 STDiTConfig(**{**BASE, **settings}), shape, clips, element=dtype.itemsize, micro=2
             )
