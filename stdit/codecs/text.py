@@ -5,6 +5,7 @@ Letters: B batch, L text tokens, E width of the text states.
 
 import importlib
 import logging
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -50,6 +51,7 @@ class TextEncoder(ModelMixin):
         model: torch.nn.Module,
         max_length: int | None = None,
         layers: list[int] | None = None,
+        clean_captions: bool = False,
     ) -> None:
         """Wrap a loaded tokenizer and model.
 
@@ -57,6 +59,7 @@ class TextEncoder(ModelMixin):
             name: minilm, t5 or auto.
             max_length: captions are cut after so many tokens; None for the default of `name`.
             layers: hidden states that make up the result, joined along their width; None for the last.
+            clean_captions: see `clean_caption`.
 
         Raises:
             UserError: the model has no positions for so many tokens, or no such layer.
@@ -78,11 +81,14 @@ class TextEncoder(ModelMixin):
             tokenizer.pad_token = tokenizer.eos_token
         self.name, self.tokenizer = name, tokenizer
         self.model: Any = model.eval().requires_grad_(False)
-        self.layers = layers
+        self.layers, self.clean_captions = layers, clean_captions
         self.channels: int = text_config.hidden_size * len(layers or [last])
         self.max_length: int = max_length or min(DEFAULT_MAX_LENGTH[name], positions)
         self.truncated = 0
         """Captions cut at `max_length` so far; the first time is logged."""
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Raise UserError for texts that it cannot encode; there are none."""
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -122,6 +128,8 @@ class TextEncoder(ModelMixin):
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """At least one and at most `max_length` tokens for each text."""
+        if self.clean_captions:
+            texts = [clean_caption(text) for text in texts]
         whole = self.tokenizer(texts, verbose=False)["input_ids"]
         if too_long := sum(len(ids) > self.max_length for ids in whole):
             if not self.truncated:
@@ -139,6 +147,8 @@ class TextEncoder(ModelMixin):
         facts = {"max_length": self.max_length, "vocabulary": self.tokenizer.get_vocab()}
         if self.layers is not None:
             facts["layers"] = self.layers
+        if self.clean_captions:
+            facts["clean_captions"] = True
         return fingerprint(facts, self.model.state_dict())
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
@@ -149,7 +159,11 @@ class TextEncoder(ModelMixin):
             self.model.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
         facts = {"class": "TextEncoder", "name": self.name, "max_length": self.max_length}
-        facts |= {"layers": self.layers, "dtype": dtype_name(self.dtype)}
+        facts |= {
+            "layers": self.layers,
+            "dtype": dtype_name(self.dtype),
+            "clean_captions": self.clean_captions,
+        }
         write_json(directory / TEXT_ENCODER_FILE, facts)
 
     @classmethod
@@ -173,11 +187,14 @@ class TextEncoder(ModelMixin):
         check_options(diffusers_options)
         directory = Path(pretrained_model_name_or_path)
         facts = read_json(directory / TEXT_ENCODER_FILE, "the folder of a saved text encoder")
+        if facts.get("name") == "stored":
+            return _stored(facts.get("folder", ""))  # type: ignore[return-value]
         if facts.get("name") not in DEFAULT_MAX_LENGTH or not {"max_length", "dtype"} <= facts.keys():
             raise UserError(f"{str(directory)!r} holds no text encoder that this version knows")
         source = find_source("the saved text encoder", str(directory), None)
         tokenizer, model = _load(facts["name"], source, dtype or torch_dtype or named_dtype(facts["dtype"]))
-        return cls(facts["name"], tokenizer, model, facts["max_length"], facts.get("layers"))
+        clean = bool(facts.get("clean_captions"))
+        return cls(facts["name"], tokenizer, model, facts["max_length"], facts.get("layers"), clean)
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
@@ -188,11 +205,37 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
             weights, or a kind of model that the name does not stand for.
     """
     path = config.path
+    if config.name == "stored":
+        return _stored(path or "")
     if config.name == "minilm" and path is None:
         path = str(minilm_folder())
     source = find_source("text_encoder.path", path, config.subfolder)
     tokenizer, model = _load(config.name, source, DTYPES[config.dtype])
-    return TextEncoder(config.name, tokenizer, model, config.max_length, config.layers)
+    if config.clean_captions:
+        clean_caption("")  # says now what it lacks
+    return TextEncoder(config.name, tokenizer, model, config.max_length, config.layers, config.clean_captions)
+
+
+def clean_caption(text: str) -> str:
+    """A caption as PixArt-alpha and Open-Sora clean it for T5: lower case, no addresses, tags or odd punctuation.
+
+    Raises:
+        UserError: if the packages that it takes are not installed.
+    """
+    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    if not (is_bs4_available() and is_ftfy_available()):
+        raise UserError("text_encoder.clean_captions needs two packages: pip install beautifulsoup4 ftfy")
+    for _ in range(2):  # what one pass uncovers, another removes
+        text = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, text)
+    return text
+
+
+def _stored(folder: str) -> TextEncoder:
+    from stdit.codecs.stored_text import StoredText
+
+    return StoredText(folder)
 
 
 def minilm_folder() -> Path:

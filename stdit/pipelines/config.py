@@ -134,6 +134,8 @@ class SampleConfig(PromptSettings):
     """mp4 and gif: one a video; png: one contact sheet of all."""
     batch_size: int = 8
     """Most videos at once."""
+    text: str | None = None
+    """Folder of text states of all prompts (scripts/encode_text.py), so that no text encoder is loaded."""
     ema: bool = True
     """Use the averaged weights of a checkpoint."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"

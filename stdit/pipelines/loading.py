@@ -57,12 +57,15 @@ def find_source(checkpoint: str | Path, ema: bool = True) -> Source:
     return Source(newest, path, False)
 
 
-def load_pipeline(checkpoint: str | Path | Source, ema: bool = True) -> tuple[Any, str]:
+def load_pipeline(
+    checkpoint: str | Path | Source, ema: bool = True, text: str | None = None
+) -> tuple[Any, str]:
     """Load a ready `STDiTPipeline`, in fp32 on the CPU, and the hash of the weights that it uses.
 
     Args:
         checkpoint: a run, checkpoint or pipeline folder, or what `find_source` made of it.
         ema: take the averaged weights of a checkpoint (an exported pipeline has those anyway).
+        text: folder of stored text states, in place of the text encoder.
 
     Raises:
         UserError: as `find_source`; also if the weights are not those of the model beside them.
@@ -74,8 +77,9 @@ def load_pipeline(checkpoint: str | Path | Source, ema: bool = True) -> tuple[An
         weights = sorted((source.path / "transformer").glob("*.safetensors"))
         if not weights:
             raise UserError(f"pipeline {source.path}: transformer/ holds no .safetensors file.")
-        return STDiTPipeline.from_pretrained(source.path), hash_file(weights[0])
-    return _from_checkpoint(source, ema)
+        replaced = {} if text is None else {"text_encoder": _stored(text)}
+        return STDiTPipeline.from_pretrained(source.path, **replaced), hash_file(weights[0])
+    return _from_checkpoint(source, ema, text)
 
 
 def pipeline_step(folder: Path) -> int | None:
@@ -90,7 +94,7 @@ def _weights(ema: bool) -> Any:
     return lambda name: name.startswith("model/") or (ema and name.startswith("ema"))
 
 
-def _from_checkpoint(source: Source, ema: bool) -> tuple[Any, str]:
+def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, str]:
     from stdit.codecs import loading as files
     from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
@@ -99,13 +103,19 @@ def _from_checkpoint(source: Source, ema: bool) -> tuple[Any, str]:
     meta = read_meta(source.path)
     transformer, used = load_transformer(source.path, meta, ema)
     config = _read_config(source.run)
+    text_encoder = _load_text_encoder(source.run, config) if text is None else _stored(text)
+    trained_with = meta.get("experiment", {}).get("text encoder's weights")
+    if text is not None and trained_with not in (None, text_encoder.fingerprint()):
+        raise UserError(
+            f"text = {text}: its states are not of the encoder that {source.run} was trained with."
+        )
     schedule = source.run / "scheduler"
     with files.loading("the run's schedule", files.Source(str(schedule), None, local=True)):
         flow = RectifiedFlow.from_pretrained(schedule)
     pipe = STDiTPipeline(
         transformer=transformer,
         codec=_load_codec(source.run, config),
-        text_encoder=_load_text_encoder(source.run, config),
+        text_encoder=text_encoder,
         scheduler=flow,
         step=meta.get("step"),
         **meta.get("pipeline", {}),
@@ -178,6 +188,13 @@ def _load_text_encoder(run: Path, config: dict[str, Any]) -> Any:
     if (run / "text_encoder").is_dir():
         return TextEncoder.from_pretrained(run / "text_encoder")
     return build_text_encoder(TextEncoderConfig(**_tuples(config.get("text_encoder", {}))))
+
+
+def _stored(folder: str) -> Any:
+    from stdit.codecs.config import TextEncoderConfig
+    from stdit.codecs.text import build_text_encoder
+
+    return build_text_encoder(TextEncoderConfig(name="stored", path=folder))
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -196,7 +196,9 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh.check_same("the configuration or the prompts", f"{config} {requests}")
     folder = mesh.on_first(lambda: writable(_output_folder(config, source)))
 
-    pipe, weights = mesh.everywhere(lambda: load_pipeline(source, config.ema))
+    pipe, weights = mesh.everywhere(lambda: load_pipeline(source, config.ema, config.text))
+    texts = [text for r in requests for text in (r.prompt, *r.then, r.negative_prompt or r.prompt)]
+    mesh.everywhere(lambda: pipe.text_encoder.check(texts))
     mesh.check_same("the model", weights)
     pipe.to(device, _dtype(config.dtype))
     pipe.share(mesh)

@@ -82,6 +82,8 @@ def build_parts(config: TrainConfig, checkpoint: Path | None = None, dry_run: bo
             codec.fit(clips_in_order(plan))  # type: ignore[operator]
             variance = codec.latent_variance
     text_encoder = build_text_encoder(config.text_encoder)
+    captions = (plan.assignment.clips[index].text for members in plan.assignment.members for index in members)
+    text_encoder.check([*captions, *config.validation.prompts])
     flow = RectifiedFlow(config.flow, variance)
     config = sized(config, codec, text_encoder)
     model = build_model(config, "meta" if dry_run else "cpu")

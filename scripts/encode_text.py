@@ -1,0 +1,84 @@
+"""Encode captions and prompts once, so that training and sampling need not hold the text encoder.
+
+    python scripts/encode_text.py --output text --encoder.name t5 --encoder.path T5_FOLDER \
+        --captions clips/manifest.csv --captions prompts.txt
+    python train.py --config ... --text_encoder.name stored --text_encoder.path text
+    python sample.py --checkpoint ... --prompts prompts.txt --text text
+
+--captions takes manifests (CSV with a column text, or a folder of videos with .txt captions) and files of prompts,
+whose negative prompts and prompts of further parts are taken, too. What the folder has already is not encoded again.
+Training needs the captions of its clips and validation.prompts.
+"""
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from stdit.cli import parse, run
+from stdit.codecs.config import DTYPES, TextEncoderConfig
+from stdit.errors import UserError
+
+
+@dataclass
+class EncodeConfig:
+    """What to encode, with which encoder."""
+
+    output: str = ""
+    """Folder of the states; new ones are added to those that it has."""
+    captions: list[str] = field(default_factory=list)
+    """Files of captions or prompts, one flag each."""
+    encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    """The text encoder."""
+    store: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the states on disk."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.encoder.name == "stored":
+            raise UserError("encoder.name = stored: name an encoder that computes states, such as t5.")
+
+
+def main() -> None:
+    assert __doc__ is not None
+    description, _, examples = __doc__.partition("\n\n")
+    config = parse(EncodeConfig, description=description, examples=examples)
+    if not config.output or not config.captions:
+        raise UserError("--output FOLDER and at least one --captions FILE are needed: see --help.")
+    texts = list(dict.fromkeys(text for file in config.captions for text in read_captions(Path(file))))
+
+    from tqdm import tqdm
+
+    from stdit.codecs.stored_text import store_text
+    from stdit.codecs.text import build_text_encoder
+    from stdit.pipelines.sampling import find_device
+
+    encoder = build_text_encoder(config.encoder).to(find_device(config.device))
+    done = 0
+    with tqdm(total=len(texts), unit="caption", disable=None) as bar:
+        for count in store_text(encoder, texts, Path(config.output), DTYPES[config.store]):
+            done += count
+            bar.update(count)
+    print(f"{config.output}: {done} captions encoded, {len(texts) - done} were there already")
+
+
+def read_captions(path: Path) -> list[str]:
+    """All texts of a manifest or a file of prompts. Raises UserError."""
+    from stdit.pipelines.prompts import read_prompts
+
+    if not path.exists():
+        raise UserError(f"captions {path}: there is no such file or folder.")
+    if path.is_dir():
+        return [file.read_text(encoding="utf-8-sig").strip() for file in sorted(path.rglob("*.txt"))]
+    if path.suffix.lower() == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if "text" in (rows.fieldnames or []):
+                return [row["text"].strip() for row in rows]
+    lines = read_prompts(path)
+    return [text for line in lines for text in (line.prompt, line.negative_prompt, *line.then) if text]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,153 @@
+"""Text states that were computed before, so that neither training nor sampling holds the encoder.
+
+A folder has `text_states.json`, which says whose states they are, and files of many captions each. Captions may be
+added at any time. Letters: B batch, L text tokens, E width of the text states, N tokens of one file.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stdit.codecs.loading import dtype_name, read_json, write_json
+from stdit.codecs.text import TEXT_ENCODER_FILE, TextEncoder
+from stdit.errors import UserError
+
+FACTS_FILE = "text_states.json"
+CAPTIONS_A_FILE = 1024
+
+
+class StoredText(TextEncoder):
+    """Looks up the states of captions in a folder that `store_text` wrote."""
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        """Read which captions there are.
+
+        Raises:
+            UserError: not such a folder, or damaged.
+        """
+        ModelMixin.__init__(self)
+        self.name, self.folder, self.layers, self.truncated = "stored", Path(folder), None, 0
+        facts = read_json(
+            self.folder / FACTS_FILE, "a folder of text states (scripts/encode_text.py makes one)"
+        )
+        self.channels, self.max_length = int(facts["channels"]), int(facts["max_length"])
+        self._fingerprint = str(facts["fingerprint"])
+        self.register_buffer(
+            "place", torch.zeros(()), persistent=False
+        )  # says on which device states are wanted
+        self._places: dict[str, tuple[Any, int, int]] = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            self._places |= _captions(file)
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._places
+
+    def check(self, texts: Iterable[str]) -> None:
+        if missing := [text for text in texts if text not in self]:
+            raise UserError(
+                f"{self.folder} has no states of {len(missing)} captions, such as {missing[0]!r}: add them with "
+                f"scripts/encode_text.py --output {self.folder}, and the same encoder."
+            )
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        if not texts:
+            raise ValueError("encode() wants at least one text")
+        self.check(texts)
+        places = [self._places[text] for text in texts]
+        lengths = torch.tensor([end - begin for _, begin, end in places], device=self.device)
+        mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
+        states = torch.zeros(*mask.shape, self.channels, device=self.device)
+        for row, (file, begin, end) in enumerate(places):
+            states[row, : end - begin] = file.get_slice("states")[begin:end].float()
+        return states, mask
+
+    def fingerprint(self) -> str:
+        """That of the encoder that computed the states."""
+        return self._fingerprint
+
+    def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
+        """Write down where the states lie."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / TEXT_ENCODER_FILE, {"name": self.name, "folder": str(self.folder.resolve())})
+
+
+def _captions(file: Path) -> dict[str, tuple[Any, int, int]]:
+    """For each caption of a file, the open file and where its tokens begin and end."""
+    try:
+        opened = safe_open(file, framework="pt")
+        captions = json.loads(opened.metadata()["captions"])
+        offsets = opened.get_tensor("offsets").tolist()
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"text states {file} cannot be read ({error}): delete it, and encode again."
+        ) from error
+    return {
+        caption: (opened, begin, end)
+        for caption, begin, end in zip(captions, offsets[:-1], offsets[1:], strict=True)
+    }
+
+
+def store_text(
+    encoder: TextEncoder, texts: Iterable[str], folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[int]:
+    """Encode what a folder does not have yet, file by file; yields how many captions each time are done.
+
+    Each file is written aside and renamed, so a call that was cut off loses one file at most.
+
+    Args:
+        dtype: of the states on disk.
+
+    Raises:
+        UserError: if the folder holds states of another encoder, or the disk refuses.
+    """
+    facts = {
+        "channels": encoder.channels,
+        "max_length": encoder.max_length,
+        "fingerprint": encoder.fingerprint(),
+        "dtype": dtype_name(dtype),
+    }
+    known: set[str] = set()
+    try:
+        if (folder / FACTS_FILE).exists():
+            if (found := read_json(folder / FACTS_FILE, "a folder of text states")) != facts:
+                odd = [name for name, value in facts.items() if found.get(name) != value]
+                raise UserError(
+                    f"{folder} holds states of another encoder (another {', '.join(odd)}): use another folder."
+                )
+            known = set(StoredText(folder)._places)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / FACTS_FILE, facts)
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        number = len(list(folder.glob("*.safetensors")))
+        for start in range(0, len(new), CAPTIONS_A_FILE):
+            some = new[start : start + CAPTIONS_A_FILE]
+            _write(encoder, some, folder / f"states-{number:05d}.safetensors", dtype)
+            number += 1
+            yield len(some)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}): make room, or choose another folder."
+        ) from error
+
+
+def _write(encoder: TextEncoder, texts: list[str], file: Path, dtype: torch.dtype) -> None:
+    states, mask = encoder.encode(texts)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cpu().cumsum(0)])
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    tensors = {"states": states[mask].to("cpu", dtype), "offsets": offsets}
+    try:
+        save_file(tensors, aside, {"captions": json.dumps(texts)})
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)

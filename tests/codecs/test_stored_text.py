@@ -1,0 +1,91 @@
+"""Text states computed before, against the encoder that computed them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stdit.codecs import stored_text
+from stdit.codecs.config import TextEncoderConfig
+from stdit.codecs.stored_text import StoredText, store_text
+from stdit.codecs.text import TextEncoder, build_text_encoder, clean_caption
+from stdit.errors import UserError
+from tests.codecs.tiny import save_tiny_bert, save_tiny_t5
+
+CAPTIONS = ["a red circle", "", "blue", "a red circle moves to the left", "圆 star"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+    path = save_tiny_t5(tmp_path_factory.mktemp("t5"))
+    return build_text_encoder(TextEncoderConfig(name="t5", path=str(path), max_length=12))
+
+
+def stored(
+    encoder: TextEncoder, folder: Path, captions: list[str] = CAPTIONS, **options: object
+) -> StoredText:
+    list(store_text(encoder, captions, folder, torch.float32, **options))  # type: ignore[arg-type]
+    return StoredText(folder)
+
+
+def test_gives_what_the_encoder_gives(encoder: TextEncoder, tmp_path: Path) -> None:
+    found = stored(encoder, tmp_path)
+    for texts in (CAPTIONS, CAPTIONS[::-1], ["blue", "blue"]):
+        for one, other in zip(found.encode(texts), encoder.encode(texts), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert (found.channels, found.max_length) == (encoder.channels, encoder.max_length)
+    assert found.fingerprint() == encoder.fingerprint()
+
+
+def test_adds_what_is_new(encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_text, "CAPTIONS_A_FILE", 2)
+    assert list(store_text(encoder, CAPTIONS[:3], tmp_path)) == [2, 1]
+    assert list(store_text(encoder, CAPTIONS, tmp_path)) == [2]
+    assert list(store_text(encoder, CAPTIONS, tmp_path)) == []
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    states, _ = StoredText(tmp_path).encode(CAPTIONS)
+    torch.testing.assert_close(states, encoder.encode(CAPTIONS)[0], atol=0.02, rtol=0.01)  # bf16 on disk
+
+
+def test_saved_it_knows_where_the_states_lie(encoder: TextEncoder, tmp_path: Path) -> None:
+    found = stored(encoder, tmp_path / "text")
+    found.save_pretrained(tmp_path / "pipeline")
+    loaded = TextEncoder.from_pretrained(tmp_path / "pipeline")
+    assert isinstance(loaded, StoredText)
+    assert torch.equal(loaded.encode(CAPTIONS)[0], found.encode(CAPTIONS)[0])
+    again = build_text_encoder(TextEncoderConfig(name="stored", path=str(tmp_path / "text")))
+    assert again.fingerprint() == encoder.fingerprint()
+
+
+def test_what_is_missing_or_wrong_is_named(encoder: TextEncoder, tmp_path: Path) -> None:
+    found = stored(encoder, tmp_path / "text")
+    with pytest.raises(UserError, match="no states of 1 captions, such as 'green'"):
+        found.encode(["blue", "green"])
+    bert = save_tiny_bert(tmp_path / "bert")
+    other = build_text_encoder(TextEncoderConfig(name="auto", path=str(bert)))
+    with pytest.raises(UserError, match="states of another encoder"):
+        list(store_text(other, CAPTIONS, tmp_path / "text"))
+    with pytest.raises(UserError, match="text_states.json"):
+        StoredText(tmp_path)
+    with pytest.raises(UserError, match="text_encoder.path is not set"):
+        TextEncoderConfig(name="stored")
+    (file,) = (tmp_path / "text").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(UserError, match="cannot be read"):
+        StoredText(tmp_path / "text")
+
+
+def test_a_disk_that_refuses(encoder: TextEncoder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        list(store_text(encoder, CAPTIONS, tmp_path / "file"))
+
+
+def test_captions_are_cleaned_for_t5(encoder: TextEncoder) -> None:
+    assert clean_caption("A DOG on https://a.com &amp; its <person>!!") == clean_caption(
+        "a dog on & its person!!"
+    )
+    clean = TextEncoder("t5", encoder.tokenizer, encoder.model, 12, clean_captions=True)
+    assert clean.fingerprint() != encoder.fingerprint()
+    states, _ = clean.encode(["A   RED circle"])
+    assert torch.equal(states, encoder.encode(["a red circle"])[0])

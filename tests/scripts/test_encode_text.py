@@ -1,0 +1,55 @@
+"""Captions encoded in a step of their own; training and sampling without the encoder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.launch import ROOT
+from tests.training.tiny import tiny_settings
+
+
+def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, script, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a blue star", "negative_prompt": "grey", "then": ["it stops"]}\n')
+    text = str(tmp_path / "text")
+    encode = [
+        *("scripts/encode_text.py", "--output", text, "--encoder.name", "auto", "--store", "fp32"),
+        *("--encoder.path", str(tmp_path / "bert"), "--encoder.max_length", "12"),
+        *("--captions", str(tmp_path / "clips" / "manifest.csv")),
+    ]
+    result = call(*encode)
+    assert result.returncode == 0, result.stderr
+    assert "2 captions encoded, 0 were there already" in result.stdout
+
+    stored = ["--text_encoder.name", "stored", "--text_encoder.path", text, "--name"]
+    for flags in (["--name", "with"], [*stored, "without"]):
+        result = call("train.py", *settings, *flags, "--trainer.steps", "2")
+        assert result.returncode == 0, result.stderr
+    runs = tmp_path / "outputs"
+    lines = [(runs / name / "metrics.jsonl").read_text().splitlines() for name in ("with", "without")]
+    losses = [[line.split('"loss": ')[1].split(",")[0][:7] for line in some] for some in lines]
+    assert losses[0] == losses[1]
+
+    sample = ["sample.py", "--checkpoint", str(runs / "with"), "--prompts", str(prompts), "--num_frames", "4"]
+    result = call(*sample, "--text", text, "--output", str(tmp_path / "videos"))
+    assert result.returncode == 2 and "no states of 3 captions, such as 'a blue star'" in result.stderr
+    result = call(*encode, "--captions", str(prompts))
+    assert "3 captions encoded, 2 were there already" in result.stdout, result.stderr
+    result = call(*sample, "--text", text, "--output", str(tmp_path / "videos"))
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
+    result = call(
+        "sample.py", "--checkpoint", str(runs / "without"), "--prompt", "grey", "--output", str(tmp_path)
+    )
+    assert result.returncode == 0, result.stderr
+    other = [*encode[:-1], str(prompts), "--encoder.max_length", "9", "--output", str(tmp_path / "other")]
+    assert call(*other).returncode == 0
+    checkpoint = ["--checkpoint", str(runs / "with" / "checkpoints" / "step-00000002")]
+    result = call("sample.py", *checkpoint, "--prompts", str(prompts), "--text", str(tmp_path / "other"))
+    assert result.returncode == 2 and "not of the encoder that" in result.stderr
