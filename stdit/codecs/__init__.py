@@ -34,9 +34,16 @@ def _diffusers(config: CodecConfig) -> "VideoCodec":
     return DiffusersCodec.from_config(config)
 
 
+def _opensora(config: CodecConfig) -> "VideoCodec":
+    from stdit.codecs.opensora_vae import OpenSoraCodec
+
+    return OpenSoraCodec.from_config(config)
+
+
 CODECS: dict[str, Callable[[CodecConfig], "VideoCodec"]] = {
     "pixel": _pixel,
     "pca": _pca,
+    "opensora": _opensora,
     "AutoencoderKL": _diffusers,
     "AutoencoderKLCogVideoX": _diffusers,
     "AutoencoderKLHunyuanVideo": _diffusers,

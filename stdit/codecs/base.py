@@ -129,8 +129,8 @@ class VideoCodec(ModelMixin):
         size = [have if want is None else want for want, have in zip(wanted, whole, strict=True)]
         if any(want > have for want, have in zip(size, whole, strict=True)):
             raise ValueError(f"these latents decode to {whole} frames, rows and columns, fewer than {size}")
-        video = self._decode(latents.to(self.device, torch.float32))
-        return video[:, :, : size[0], : size[1], : size[2]].float().clamp(-1, 1)
+        video = self._decode_frames(latents.to(self.device, torch.float32), size[0])
+        return video[..., : size[1], : size[2]].float().clamp(-1, 1)
 
     def fingerprint(self) -> str:
         """Hash of class, settings and weights: equal fingerprints give equal latents."""
@@ -161,6 +161,10 @@ class VideoCodec(ModelMixin):
 
     def _decode(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _decode_frames(self, latents: Tensor, num_frames: int) -> Tensor:
+        """The video of latents, which was `num_frames` long."""
+        return self._decode(latents)[:, :, :num_frames]
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
         """Write `codec.json` and the weights (safetensors) into a folder, made if need be."""
@@ -203,8 +207,9 @@ class VideoCodec(ModelMixin):
 def codec_class(name: str | None) -> type[VideoCodec] | None:
     """The class behind a codec's name; None if there is none."""
     from stdit.codecs.diffusers_vae import VAES, DiffusersCodec
+    from stdit.codecs.opensora_vae import OpenSoraCodec
     from stdit.codecs.pca import PCACodec
     from stdit.codecs.pixel import PixelCodec
 
-    classes: dict[str, type[VideoCodec]] = {PixelCodec.name: PixelCodec, PCACodec.name: PCACodec}
+    classes: dict[str, type[VideoCodec]] = {c.name: c for c in (PixelCodec, PCACodec, OpenSoraCodec)}
     return (classes | dict.fromkeys(VAES, DiffusersCodec)).get(name or "")

@@ -13,6 +13,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 CodecName = Literal[
     "pixel",
     "pca",
+    "opensora",
     "AutoencoderKL",
     "AutoencoderKLCogVideoX",
     "AutoencoderKLHunyuanVideo",
@@ -26,7 +27,8 @@ class CodecConfig:
     """Which codec turns videos into latents."""
 
     name: CodecName = "pixel"
-    """pixel (lossless, no weights), pca (linear, fitted to the data), or the class of a diffusers VAE."""
+    """pixel (lossless, no weights), pca (linear, fitted to the data), opensora (the VAE of Open-Sora v1.2), or the
+    class of a diffusers VAE."""
 
     path: str | None = None
     """Local folder or hub id of the weights. pca: the folder of a fitted codec, or nothing to fit one."""

@@ -114,21 +114,17 @@ class DiffusersCodec(VideoCodec):
 
     def _encode(self, video: Tensor) -> Tensor:
         video = video.to(self.dtype)
-        if not self.kind.per_frame:
-            latents = self.vae.encode(video).latent_dist.mode()
+        if self.kind.per_frame:
+            latents = encode_images(self.vae, video)
         else:
-            images = rearrange(video, "b c t h w -> (b t) c h w").split(FRAMES_AT_ONCE)
-            modes = torch.cat([self.vae.encode(image).latent_dist.mode() for image in images])
-            latents = rearrange(modes, "(b t) c h w -> b c t h w", b=len(video))
+            latents = self.vae.encode(video).latent_dist.mode()
         return (latents.float() - self.shift.to(latents.device)) * self.factor.to(latents.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
         z = (latents / self.factor.to(latents.device) + self.shift.to(latents.device)).to(self.dtype)
         with self._fixed_noise():
             if self.kind.per_frame:
-                images = rearrange(z, "b c t h w -> (b t) c h w").split(FRAMES_AT_ONCE)
-                decoded = torch.cat([self.vae.decode(image).sample for image in images])
-                return rearrange(decoded, "(b t) c h w -> b c t h w", b=len(z))
+                return decode_images(self.vae, z)
             if self.kind.timestep and self.vae.config.timestep_conditioning:
                 return self.vae.decode(z, z.new_zeros(len(z))).sample
             return self.vae.decode(z).sample
@@ -142,6 +138,20 @@ class DiffusersCodec(VideoCodec):
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
             yield
+
+
+def encode_images(vae: Any, video: Tensor, at_once: int = FRAMES_AT_ONCE) -> Tensor:
+    """Each frame of a video [B 3 T H W] by an image VAE -> [B C T H' W']."""
+    images = rearrange(video, "b c t h w -> (b t) c h w").split(at_once)
+    modes = torch.cat([vae.encode(image).latent_dist.mode() for image in images])
+    return rearrange(modes, "(b t) c h w -> b c t h w", b=len(video))
+
+
+def decode_images(vae: Any, latents: Tensor, at_once: int = FRAMES_AT_ONCE) -> Tensor:
+    """Each latent frame [B C T H' W'] by an image VAE -> [B 3 T H W]."""
+    images = rearrange(latents, "b c t h w -> (b t) c h w").split(at_once)
+    decoded = torch.cat([vae.decode(image).sample for image in images])
+    return rearrange(decoded, "(b t) c h w -> b c t h w", b=len(latents))
 
 
 def _normalisation(vae: Any) -> tuple[Tensor, Tensor]:

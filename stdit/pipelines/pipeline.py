@@ -422,11 +422,13 @@ class STDiTPipeline(DiffusionPipeline):
         """
         size = [int(settings[name]) for name in ("num_frames", "height", "width")]
         _onload(self.codec)
-        if not self.codec.frames_alone:
+        alone = self.codec.frames_alone
+        if not alone:
             latents = shards.gather(latents, 2, latent_frames)
-        video = [self.codec.decode(one[None], height=size[1], width=size[2]) for one in latents]
+        frames = None if alone else size[0]
+        video = [self.codec.decode(one[None], frames, size[1], size[2]) for one in latents]
         pixels = torch.cat(video)  # [B 3 T H W]
-        if self.codec.frames_alone:
+        if alone:
             each = [frames * self.codec.stride[0] for frames in shards.latent_frames_of(latent_frames)]
             pixels = gather(pixels, shards.group, 2, each)
         return VideoProcessor().postprocess_video(pixels[:, :, : size[0]].float(), output_type=output_type)

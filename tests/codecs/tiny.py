@@ -113,3 +113,21 @@ def _word_tokenizer(special: list[str], closing: str) -> Any:
         single=f"$A {closing}", special_tokens=[(closing, vocabulary[closing])]
     )
     return tokenizer
+
+
+def tiny_opensora_vae(seed: int = 0) -> Any:
+    """Open-Sora's video VAE, random and narrow, with 2 x 2 pixels a latent instead of 8 x 8."""
+    from stdit.codecs.opensora_vae import OpenSoraCodec, OpenSoraVAEConfig
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return OpenSoraCodec(
+            OpenSoraVAEConfig(
+                block_out_channels=(8, 8),
+                filters=4,
+                channel_multipliers=(1, 2, 2),
+                temporal_downsample=(True, True),
+                num_res_blocks=1,
+                norm_num_groups=2,
+            )
+        )
