@@ -52,7 +52,8 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
 def find_weights(init_from: str) -> Path:
     """The model's folder, or the checkpoint, whose weights a run starts from. Raises UserError if there is none."""
     folder = Path(init_from)
-    if (folder / "diffusion_pytorch_model.safetensors").is_file():
+    weights = "diffusion_pytorch_model.safetensors"
+    if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
         return folder
     try:
         source = find_source(folder)

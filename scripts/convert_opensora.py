@@ -1,0 +1,139 @@
+"""Convert a checkpoint of Open-Sora v1.2's STDiT3 into a model folder or a pipeline, or back.
+
+    python scripts/convert_opensora.py OpenSora-STDiT-v3 outputs/stdit
+    python scripts/convert_opensora.py OpenSora-STDiT-v3 outputs/opensora --codec OpenSora-VAE --text_encoder t5-xxl
+    python scripts/convert_opensora.py outputs/stdit OpenSora-again --reverse
+
+SRC is a folder or a file: .safetensors, or .pth, .pt or .bin, which is read as weights only; in shards, too. DST is
+made: config.json and safetensors, which train.py --init_from and STDiT.from_pretrained take. With a codec and a
+text encoder it is a whole pipeline for sample.py --checkpoint. With --reverse, SRC is either of these, and DST gets
+the keys and the config.json of Open-Sora. Tensors stay bit for bit.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stdit.cli import run
+from stdit.errors import UserError
+from stdit.training.checkpoint import replaced
+
+if TYPE_CHECKING:
+    from stdit.models.stdit import STDiT
+    from stdit.pipelines.pipeline import STDiTPipeline
+
+
+def convert(
+    source: Path, folder: Path, codec: Path | None, text_encoder: Path | None, **settings: int
+) -> str:
+    """Write the STDiT of an Open-Sora checkpoint into a new folder; returns what to tell about it."""
+    from stdit.models.opensora import read_checkpoint
+    from stdit.models.stdit import STDiT
+
+    state, recorded = read_checkpoint(source)
+    model = STDiT.from_opensora(state, **(recorded | settings))
+    left_out = sorted(set(state) - set(model.state_dict()))
+    pipe = build_pipeline(model, codec, text_encoder) if codec and text_encoder else None
+    with replaced(f"model {folder}", folder) as aside:
+        if pipe is not None:
+            pipe.save_pretrained(aside)
+        else:
+            model.save_pretrained(aside)
+    told = f"{folder}: {model.num_parameters():,} weights, {model.config.depth} + {model.config.depth} blocks"
+    return told + "".join(f"; left out {name}, a constant that the model makes itself" for name in left_out)
+
+
+def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path) -> "STDiTPipeline":
+    """A pipeline that samples as Open-Sora v1.2 does: 2 seconds of 240p, 30 steps, guidance 7."""
+    from stdit.codecs import CodecConfig, TextEncoderConfig, build_codec
+    from stdit.codecs.text import build_text_encoder
+    from stdit.data.config import LENGTHS, resolve_size
+    from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+    from stdit.pipelines.pipeline import STDiTPipeline
+
+    codec = build_codec(CodecConfig(name="opensora", path=str(codec_folder)))
+    max_length = model.config.model_max_length
+    text_encoder = build_text_encoder(
+        TextEncoderConfig(name="t5", path=str(text_encoder_folder), max_length=max_length)
+    )
+    for part, found, wanted in (
+        ("codec", codec.channels, model.config.in_channels),
+        ("text encoder", text_encoder.channels, model.config.caption_channels),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"the {part} gives {found} channels, but the model was made for {wanted}: give another {part}."
+            )
+    height, width = resolve_size("240p", "16:9")
+    return STDiTPipeline(
+        model,
+        codec,
+        text_encoder,
+        RectifiedFlow(FlowConfig(shift_by_size=True, conditioning={"first": 0.22})),  # as in its last stage
+        num_frames=LENGTHS["2s"],
+        height=height,
+        width=width,
+        fps=24,
+        num_inference_steps=30,
+        guidance_scale=7.0,
+    )
+
+
+def convert_back(source: Path, folder: Path) -> str:
+    """Write an STDiT as an Open-Sora checkpoint into a new folder; returns what to tell about it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from stdit.codecs.loading import read_json
+    from stdit.models.opensora import check_keys, read_weights, to_opensora
+    from stdit.models.stdit import STDiT
+
+    inside = source / "transformer" if (source / "transformer").is_dir() else source
+    recorded = read_json(inside / "config.json", "a model folder")
+    if recorded.get("_class_name") != "STDiT":
+        raise UserError(f"{inside} holds no STDiT: give a folder that this script or training made.")
+    weights = read_weights(inside)
+    with torch.device("meta"):
+        model = STDiT.from_config(recorded)
+    check_keys(weights, model.state_dict())
+    state, config = to_opensora(weights, model.config)
+
+    with replaced(f"checkpoint {folder}", folder) as aside:
+        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
+        (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return f"{folder}: {len(state)} tensors of Open-Sora's STDiT3"
+
+
+def main() -> None:
+    assert __doc__ is not None
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint to read")
+    parser.add_argument("folder", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("--reverse", action="store_true", help="from a model folder to Open-Sora")
+    parser.add_argument("--codec", type=Path, help="folder of Open-Sora's VAE, for a pipeline")
+    parser.add_argument("--text_encoder", type=Path, help="folder of its T5, for a pipeline")
+    parser.add_argument("--num_heads", type=int, help="of a model without qk_norm whose SRC does not tell")
+    parser.add_argument("--input_sq_size", type=int, help="where config.json does not tell (512)")
+    args = parser.parse_args()
+    settings = {n: v for n in ("num_heads", "input_sq_size") if (v := getattr(args, n)) is not None}
+    if args.folder.exists():
+        raise UserError(f"{args.folder} exists: choose another DST, or move it away.")
+    if bool(args.codec) != bool(args.text_encoder):
+        raise UserError("a pipeline needs both --codec and --text_encoder: give the other, too, or neither.")
+    if args.reverse and (settings or args.codec):
+        raise UserError("--reverse takes nothing but SRC and DST: SRC tells its settings itself.")
+    if args.reverse:
+        print(convert_back(args.source, args.folder))
+    else:
+        print(convert(args.source, args.folder, args.codec, args.text_encoder, **settings))
+
+
+if __name__ == "__main__":
+    run(main)
