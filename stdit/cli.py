@@ -9,7 +9,7 @@ import types
 import typing
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -71,8 +71,8 @@ def parse(
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         pass
 
-    arguments = _files_first(list(sys.argv[1:] if argv is None else argv))
     known = dict(_settings(config_class))
+    arguments = list(_switches_on(_files_first(list(sys.argv[1:] if argv is None else argv)), known))
     for argument in arguments:
         if argument.startswith("--"):
             _check_key(argument[2:].partition("=")[0].removesuffix("+"), known, "--")
@@ -146,6 +146,14 @@ def _one_by_one(arguments: list[str], lists: set[str]) -> list[str]:
         if argument.startswith("--") and name in lists and not first.startswith("["):
             result[place] = f"--{name}+{equals}{value}"
     return result
+
+
+def _switches_on(arguments: list[str], known: dict[str, Any]) -> Iterator[str]:
+    """Say ``true`` after a true-or-false setting that is named without a value."""
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
+        yield argument
+        if argument[:2] == "--" == following[:2] and known.get(argument[2:]) is bool:
+            yield "true"
 
 
 def _settings(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -44,6 +44,8 @@ class Example:
     """Shares by name."""
     entries: list[Entry] = field(default_factory=list)
     """Several entries."""
+    loud: bool = False
+    """Whether to say more."""
 
 
 def write(path: Path, text: str) -> str:
@@ -59,6 +61,21 @@ def test_later_files_win_and_flags_win_over_files(tmp_path: Path) -> None:
     )
     assert config == Example("é", 1e-3, Size(4, (4, 5), "large"), {"a": 0.5}, [Entry(3)])
     assert parse(Example, ["--config", first, "--model.depth", "9", "--config", second]).model.depth == 9
+
+
+@pytest.mark.parametrize(
+    ("argv", "loud", "name"),
+    [
+        (["--loud"], True, "x"),
+        (["--loud", "--name", "y"], True, "y"),
+        (["--loud", "false", "--name", "y"], False, "y"),
+        (["--loud=false"], False, "x"),
+        (["--name", "loud", "--rate", "1"], False, "loud"),
+    ],
+)
+def test_a_switch_needs_no_value(argv: list[str], loud: bool, name: str) -> None:
+    config = parse(Example, argv)
+    assert (config.loud, config.name) == (loud, name)
 
 
 def test_yaml_is_read_back_the_same(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -6,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stdit.cli import to_yaml
+from stdit.cli import parse, to_yaml
 from stdit.config import experiment_key, parse_train
+from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, resolve_size
 from stdit.errors import UserError
+from stdit.pipelines.config import SampleConfig
 
 ROOT = Path(__file__).parent.parent
 GIVEN = ["--data.manifest", "clips.csv"]
@@ -30,6 +33,33 @@ def test_model_configs_are_right(path: Path) -> None:
     for key, value in yaml.safe_load(path.read_text())["model"].items():
         found = getattr(config.model, key)
         assert (list(found) if isinstance(found, tuple) else found) == value
+
+
+@pytest.mark.parametrize("name", [*RESOLUTIONS, "stage3"])
+def test_buckets_of_open_sora_follow_the_rule(name: str) -> None:
+    file = ROOT / "configs" / "buckets" / f"opensora-{name}.yaml"
+    buckets = parse_train(["--config", str(file), *GIVEN]).data.buckets
+    lengths = {"480p": 4, "720p": 3, "1080p": 1}
+    expected = [
+        (resolution, aspect_ratio, frames)
+        for resolution in ([name] if name in RESOLUTIONS else RESOLUTIONS)
+        for frames in list(LENGTHS.values())[: lengths.get(resolution)]
+        for aspect_ratio in ASPECT_RATIOS
+    ]
+    assert [(b.resolution, b.aspect_ratio, b.num_frames) for b in buckets] == expected
+    assert all(b.size() == resolve_size(str(b.resolution), b.aspect_ratio) for b in buckets)
+    pixels = [b.num_frames * math.prod(b.size()) * b.batch_size for b in buckets]
+    assert max(pixels) < 150e6  # what one GPU of 80 GB holds of Open-Sora's
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "sample").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_sampling_configs_are_right(path: Path) -> None:
+    config = parse(SampleConfig, ["--config", str(path)])
+    if path.stem[0].isdigit():
+        resolution, length = path.stem.split("-")
+        assert (config.resolution, config.num_frames) == (resolution, LENGTHS[length])
 
 
 def test_a_written_config_reads_back_the_same(tmp_path: Path) -> None:

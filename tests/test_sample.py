@@ -45,6 +45,13 @@ def test_prompt_to_video(run, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_sizes_are_listed(run, tmp_path):
+    result = sample("--checkpoint", run, "--list_sizes", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "428x240" in result.stdout and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -62,6 +69,7 @@ def test_prompt_to_video(run, tmp_path):
         ),
         (["--prompt", "a", "--format", "avi"], "format"),
         (["--prompt", "a"], "no checkpoint"),
+        (["--list_sizes"], "no checkpoint"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(tmp_path, arguments, message):

@@ -9,6 +9,12 @@ from stdit.errors import UserError
 LARGEST = 16384
 """Frames of a clip, pixels of a side, clips of a batch: more of any is a slip of the keyboard."""
 
+RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p", "1080p")
+ASPECT_RATIOS = ("21:9", "16:9", "3:2", "4:3", "1:1", "3:4", "2:3", "9:16")
+"""Width to height: the usual ones; any other will do as well."""
+LENGTHS = {"image": 1, "2s": 51, "4s": 102, "8s": 204, "16s": 408}
+"""Frames of Open-Sora v1.2's lengths: whole chunks of 17, at 24 frames per second."""
+
 
 @dataclass
 class BucketConfig:
@@ -19,7 +25,7 @@ class BucketConfig:
     fps: float = 8.0
     """Frames per second that clips are resampled to."""
     height: int | None = None
-    """Pixels; give height and width, or resolution."""
+    """Pixels; give height and width, or resolution (none of them: 256 x 256)."""
     width: int | None = None
     """Pixels; give height and width, or resolution."""
     resolution: str | None = None
@@ -59,6 +65,8 @@ class BucketConfig:
                 )
             assert isinstance(self.aspect_ratio, str), "DataConfig makes a bucket for each"
             height, width = resolve_size(self.resolution, self.aspect_ratio)
+        elif height is None and width is None:
+            height = width = 256
         if height is None or width is None:
             raise UserError(
                 f"data.buckets: height is {height} and width is {width}; give both, or a resolution such as "
@@ -79,7 +87,7 @@ class DataConfig:
     """CSV with columns path,text[,num_frames,fps,height,width], or a folder of videos with .txt captions."""
     root: str | None = None
     """Folder that paths are relative to and that no file may lie outside; default: the manifest's folder."""
-    buckets: list[BucketConfig] = field(default_factory=lambda: [BucketConfig(height=256, width=256)])
+    buckets: list[BucketConfig] = field(default_factory=lambda: [BucketConfig()])
     """Sizes to train on; a clip goes to the largest that it can fill."""
     allow_upscale: bool = False
     """Let clips with fewer pixels, or a lower frame rate, than the bucket's fill it."""

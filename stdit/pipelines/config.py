@@ -144,6 +144,8 @@ class SampleConfig(PromptSettings):
     """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
     parallel: SamplingParallelConfig = field(default_factory=SamplingParallelConfig)
     """Several processes."""
+    list_sizes: bool = False
+    """Only print which sizes and lengths have a name, and what they are for this checkpoint."""
 
     def __post_init__(self) -> None:
         self.check()

@@ -31,6 +31,10 @@ def find_source(checkpoint: str | Path, ema: bool = True) -> Source:
     Raises:
         UserError: if there is nothing to sample from, or what there is is damaged.
     """
+    if not str(checkpoint):
+        raise UserError(
+            "no checkpoint: add --checkpoint with a run folder (outputs/NAME) or a pipeline folder."
+        )
     path = Path(checkpoint)
     if not path.exists():
         raise UserError(
@@ -80,6 +84,25 @@ def load_pipeline(
         replaced = {} if text is None else {"text_encoder": _stored(text)}
         return STDiTPipeline.from_pretrained(source.path, **replaced), hash_file(weights[0])
     return _from_checkpoint(source, ema, text)
+
+
+def load_codec(source: Source) -> Any:
+    """The codec of a source, without its models."""
+    from stdit.codecs.base import VideoCodec
+
+    if source.is_pipeline:
+        return VideoCodec.from_pretrained(source.path / "codec")
+    assert source.run is not None
+    return _load_codec(source.run, _read_config(source.run))
+
+
+def model_settings(source: Source) -> dict[str, Any]:
+    """The settings of a source's STDiT; its weights are not read."""
+    from stdit.codecs.loading import read_json
+
+    return read_json(
+        source.path / ("transformer" if source.is_pipeline else "model") / "config.json", "a model"
+    )
 
 
 def pipeline_step(folder: Path) -> int | None:

@@ -21,6 +21,7 @@ from stdit.pipelines.loading import Source, find_source, load_pipeline
 from stdit.pipelines.mask_strategy import MaskEntry, parse_mask_strategy, translate_masks
 from stdit.pipelines.parts import Parts, make_in_parts
 from stdit.pipelines.prompts import PromptLine, read_prompts
+from stdit.pipelines.sizes import size_multiple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,14 +57,17 @@ class Request:
     extra: dict[str, str] = field(default_factory=dict)
 
 
-def plan_requests(config: SampleConfig) -> list[Request]:
+def plan_requests(config: SampleConfig, multiple: int = 2) -> list[Request]:
     """All videos that a config asks for, prompt by prompt and seed by seed; pictures are checked.
+
+    Args:
+        multiple: pixels; height and width by resolution are rounded to it, see `stdit.pipelines.sizes`.
 
     Raises:
         UserError: for a prompt, a setting or a picture that will not do.
     """
     lines = _prompt_lines(config)
-    common = {name: getattr(config, name) for name in PROMPT_SETTINGS} | _named_size(config)
+    common = {name: getattr(config, name) for name in PROMPT_SETTINGS} | _named_size(config, multiple)
     requests = []
     for index, line in enumerate(lines):
         own = {
@@ -184,10 +188,6 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         UserError: for input that will not do, and when the disk refuses; no file is left half-written.
     """
     requests = plan_requests(config)
-    if not config.checkpoint:
-        raise UserError(
-            "no checkpoint: add --checkpoint with a run folder (outputs/NAME) or a pipeline folder."
-        )
     source = find_source(config.checkpoint, config.ema)
     device = join_processes(config)
     from stdit.parallel.mesh import build_mesh
@@ -202,6 +202,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh.check_same("the model", weights)
     pipe.to(device, _dtype(config.dtype))
     pipe.share(mesh)
+    if config.resolution is not None:
+        requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     if mesh.is_first:
         print(f"sampling from {source.path} (weights {weights})", flush=True)
         if (
@@ -317,11 +319,11 @@ def _prompt_lines(config: SampleConfig) -> list[PromptLine]:
     return [PromptLine(prompt=config.prompt)]
 
 
-def _named_size(config: SampleConfig) -> dict[str, int]:
+def _named_size(config: SampleConfig, multiple: int) -> dict[str, int]:
     """Height and width that ``resolution`` and ``aspect_ratio`` (width:height) stand for."""
     if config.resolution is None:
         return {}
-    height, width = resolve_size(config.resolution, config.aspect_ratio or "16:9")
+    height, width = resolve_size(config.resolution, config.aspect_ratio or "16:9", multiple)
     return {"height": height, "width": width}
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from stdit.data.buckets import Bucket, assign, resampled_frames, resolve_size
-from stdit.data.config import BucketConfig, DataConfig
+from stdit.data.config import ASPECT_RATIOS, RESOLUTIONS, BucketConfig, DataConfig
 from stdit.data.manifest import Clip, Skipped
 from stdit.errors import UserError
 
@@ -28,6 +28,31 @@ def places(clips, buckets, **options):
 )  # fmt: skip
 def test_named_resolutions(resolution, aspect_ratio, size):
     assert resolve_size(resolution, aspect_ratio) == size
+
+
+OPEN_SORA = {  # height x width
+    "144p": ("125x291", "144x256", "156x234", "166x221", "192x192", "221x165", "235x156", "256x144"),
+    "240p": ("210x490", "240x426", "262x393", "276x368", "320x320", "370x278", "392x262", "426x240"),
+    "360p": ("314x732", "360x640", "392x588", "416x554", "480x480", "554x416", "588x392", "640x360"),
+    "480p": ("420x980", "480x854", "522x784", "554x738", "640x640", "740x555", "784x522", "854x480"),
+    "720p": ("628x1466", "720x1280", "784x1176", "832x1110", "960x960", "1108x832", "1176x784", "1280x720"),
+    "1080p": ("942x2198", "1080x1920", "1176x1764", "1248x1664", "1440x1440", "1662x1246", "1764x1176", "1920x1080"),
+}  # fmt: skip
+"""Sizes that Open-Sora v1.2 was trained on, in the order of ASPECT_RATIOS."""
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_one_rule_gives_open_soras_sizes(resolution):
+    for aspect_ratio, text in zip(ASPECT_RATIOS, OPEN_SORA[resolution], strict=True):
+        theirs = tuple(map(int, text.split("x")))
+        ours = resolve_size(resolution, aspect_ratio)
+        off = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        assert off <= (0 if aspect_ratio in ("16:9", "1:1", "9:16") else 3), (aspect_ratio, ours)
+        assert all(side % 2 == 0 for side in ours)
+
+
+def test_a_bucket_of_which_nothing_is_said():
+    assert Bucket.from_config(BucketConfig()) == Bucket(16, 256, 256, 8)
 
 
 def test_sizes_are_multiples():

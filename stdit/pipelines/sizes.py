@@ -1,0 +1,43 @@
+"""Sizes and lengths by name: what they are for a checkpoint."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, resolve_size
+from stdit.pipelines.config import SampleConfig
+from stdit.pipelines.loading import find_source, load_codec, model_settings
+
+if TYPE_CHECKING:
+    from stdit.codecs.base import VideoCodec
+
+OPEN_SORA = "opensora"
+"""Its models were trained on sizes that are multiples of 2; codec and model fill up what they cannot divide."""
+
+
+def size_multiple(codec: "VideoCodec", patch_size: Sequence[int]) -> int:
+    """What height and width by name are rounded to, in pixels.
+
+    2 with Open-Sora's codec; else what codec and patch divide without rest, and even, as h264 wants it.
+    """
+    if codec.name == OPEN_SORA:
+        return 2
+    return math.lcm(2, codec.stride[1] * patch_size[1], codec.stride[2] * patch_size[2])
+
+
+def list_sizes(config: SampleConfig) -> str:
+    """A table of the named sizes and lengths for a checkpoint, whose model is not loaded."""
+    source = find_source(config.checkpoint, config.ema)
+    codec = load_codec(source)
+    multiple = size_multiple(codec, model_settings(source)["patch_size"])
+    lines = [f"width x height in pixels, multiples of {multiple}, by --resolution and --aspect_ratio:"]
+    lines.append("".join(f"{ratio:>11}" for ratio in ("", *ASPECT_RATIOS)))
+    for resolution in RESOLUTIONS:
+        sizes = [resolve_size(resolution, ratio, multiple) for ratio in ASPECT_RATIOS]
+        cells = [resolution, *(f"{width}x{height}" for height, width in sizes)]
+        lines.append("".join(f"{cell:>11}" for cell in cells))
+    lines.append("lengths, by --num_frames:")
+    for name, frames in LENGTHS.items():
+        latent_frames = codec.latent_shape(frames, multiple, multiple)[0]
+        lines.append(f"{name:>11}{frames:>5} frames ({latent_frames} in latents)")
+    return "\n".join(lines)
