@@ -61,10 +61,13 @@ def test_training_starts_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     save_file(state, tmp_path / "opensora.safetensors")
     assert convert(monkeypatch, tmp_path / "opensora.safetensors", tmp_path / "model") == 0
 
-    config = parse_train([*settings, "--init_from", str(tmp_path / "model"), "--seed", "3"])
-    model = build_parts(config).model
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, state[name]), name
+    STDiT.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "in parts", max_shard_size="50KB")
+    assert len(list((tmp_path / "in parts").glob("*.safetensors"))) > 1
+    for folder in ("model", "in parts"):
+        config = parse_train([*settings, "--init_from", str(tmp_path / folder), "--seed", "3"])
+        model = build_parts(config).model
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, state[name]), name
 
 
 def test_a_pipeline_with_codec_and_text_encoder(
