@@ -57,6 +57,23 @@ def publish(aside: Path, folder: Path) -> None:
     _fsync(folder.parent)
 
 
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        UserError: missing or malformed.
+    """
+    if not file.is_file():
+        raise UserError(f"{str(file.parent)!r} is not {what}: it has no {file.name}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(file)!r} is not JSON ({error}): it is damaged, save it anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(file)!r} holds no JSON object: it is damaged, save it anew")
+    return content
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """The manifest of a sealed folder, its files unread. Raises UserError naming what is wrong."""
     path = folder / META

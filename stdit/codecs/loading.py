@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from stdit.checkpoint_files import read_json
 from stdit.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -186,23 +187,6 @@ def quiet(library: str) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if progress:
             logging.enable_progress_bar()
-
-
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """An object from a JSON file.
-
-    Raises:
-        UserError: missing or malformed.
-    """
-    if not file.is_file():
-        raise UserError(f"{str(file.parent)!r} is not {what}: it has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(file)!r} is not JSON ({error}): it is damaged, save it anew") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(file)!r} holds no JSON object: it is damaged, save it anew")
-    return content
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ An STDiT names its weights as STDiT3 does. A checkpoint of STDiT3 has one tensor
 rotary positions, which are a constant: it is left out, and written again on the way back.
 """
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import fields
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stdit.checkpoint_files import read_json
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
 
@@ -181,7 +181,7 @@ def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
 def _read_settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    config = _read_json(file)
+    config = read_json(file, "a checkpoint")
     kind = config.get("model_type") or config.get("_class_name")
     if kind not in (None, "STDiT3"):
         raise UserError(f"{file} is that of a {kind}, not of Open-Sora's STDiT3: give a checkpoint of that.")
@@ -191,7 +191,8 @@ def _read_settings(file: Path) -> dict[str, Any]:
 def _weight_files(path: Path) -> list[Path]:
     """The files of a checkpoint: itself, its shards, or what the folder holds."""
     if path.name.endswith(".index.json"):
-        shards = sorted(set(map(str, _read_json(path).get("weight_map", {}).values())))
+        weight_map = read_json(path, "a checkpoint").get("weight_map")
+        shards = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
         absent = [name for name in shards if Path(name).name != name or not (path.parent / name).is_file()]
         if absent or not shards:
             what = f"names {absent[0]}, which is not beside it" if absent else "names no files"
@@ -234,21 +235,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file} cannot be read ({reason}): it is damaged or cut short, fetch it again."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        what = (
-            f"a dict with the keys {', '.join(map(str, list(state)[:5]))}"
-            if isinstance(state, dict)
-            else "no dict"
-        )
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds no dict of tensors: save the state dict, and give its file.")
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        what = f"a dict with the keys {', '.join(map(str, list(state)[:5]))}"
         raise UserError(f"{file} holds {what}, not a plain state dict: save that alone, and give its file.")
     return state
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}): fetch it again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object: fetch it again.")
-    return content

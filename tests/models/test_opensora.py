@@ -130,6 +130,8 @@ def broken(kind: str, state: State, folder: Path) -> Path:
         torch.save({"x": Code()}, file)
     elif kind == "nested":
         torch.save({"state_dict": state, "step": 3}, file)
+    elif kind == "tensor":
+        torch.save(torch.zeros(2), file)
     elif kind == "text":
         file.write_text("weights to follow")
     elif kind == "pointer":
@@ -150,6 +152,8 @@ def broken(kind: str, state: State, folder: Path) -> Path:
             (folder / "part-1.safetensors").unlink()
         else:
             (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../x.safetensors"}}')
+    elif kind == "empty index":
+        (folder / "model.bin.index.json").write_text('{"weight_map": []}')
     elif kind == "torn config":
         (folder / "config.json").write_text("{")
     return folder / "absent" if kind == "absent" else folder
@@ -163,6 +167,8 @@ def broken(kind: str, state: State, folder: Path) -> Path:
         ("two", "holds v.safetensors, w.safetensors, and no index that joins them"),
         ("code", "w.pth is a pickle of more than tensors, and reading one can run anything"),
         ("nested", "holds a dict with the keys state_dict, step, not a plain state dict"),
+        ("tensor", "w.pth holds no dict of tensors"),
+        ("empty index", "names no files"),
         ("text", "w.pth is no checkpoint of PyTorch, or damaged"),
         ("pointer", "w.safetensors is only a pointer of Git LFS"),
         ("empty dict", "it lacks x_embedder.proj.weight, .* and has 0 tensors such as none"),
@@ -171,7 +177,7 @@ def broken(kind: str, state: State, folder: Path) -> Path:
         ("other model", "config.json is that of a STDiT2, not of Open-Sora's STDiT3"),
         ("lost shard", "names part-1.safetensors, which is not beside it"),
         ("shard elsewhere", "names ../x.safetensors, which is not beside it"),
-        ("torn config", "config.json is not valid JSON"),
+        ("torn config", "config.json' is not JSON"),
     ],
 )
 def test_what_will_not_do(state: State, kind: str, message: str, tmp_path: Path, capsys: Any) -> None:

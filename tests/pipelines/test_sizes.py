@@ -9,6 +9,7 @@ from stdit.models.stdit import STDiT
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.sampling import sample_to_files
 from stdit.pipelines.sizes import list_sizes, size_multiple
+from tests.codecs.tiny import tiny_opensora_vae
 from tests.pipelines.tiny import tiny_pipeline, write_run
 
 
@@ -30,6 +31,10 @@ def test_sizes_divide_without_rest(stride, patch, multiple):
                 resolve_size(resolution, aspect_ratio, multiple), stride[1:], patch[1:], strict=True
             ):
                 assert side % (step * edge) == side % 2 == 0
+
+
+def test_open_soras_sizes_are_its_own():
+    assert size_multiple(tiny_opensora_vae(), (1, 2, 2)) == 2
 
 
 def test_table_of_a_checkpoint_whose_model_is_not_loaded(tmp_path, monkeypatch):
