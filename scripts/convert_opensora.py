@@ -55,7 +55,7 @@ def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path
     codec = build_codec(CodecConfig(name="opensora", path=str(codec_folder)))
     max_length = model.config.model_max_length
     text_encoder = build_text_encoder(
-        TextEncoderConfig(name="t5", path=str(text_encoder_folder), max_length=max_length)
+        TextEncoderConfig("t5", str(text_encoder_folder), max_length=max_length, clean_captions=True)
     )
     for part, found, wanted in (
         ("codec", codec.channels, model.config.in_channels),
