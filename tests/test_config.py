@@ -35,15 +35,27 @@ def test_model_configs_are_right(path: Path) -> None:
         assert (list(found) if isinstance(found, tuple) else found) == value
 
 
-@pytest.mark.parametrize("name", [*RESOLUTIONS, "stage3"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_of_open_sora(stage: int) -> None:
+    files = [ROOT / "configs" / "train" / f"{name}.yaml" for name in ("opensora", f"opensora-stage{stage}")]
+    config = parse_train([*(f"--config={file}" for file in files), *GIVEN])
+    assert (config.optimizer.lr, config.optimizer.eps, config.trainer.max_grad_norm) == (1e-4, 1e-15, 1.0)
+    assert (config.ema.decay, config.flow.caption_dropout, config.model.depth) == (0.99, 0.1, 28)
+    assert config.flow.shift_by_size and config.flow.timestep_sampling == "logit_normal"
+    assert sum(config.flow.conditioning.values()) == pytest.approx({1: 0.2, 2: 0.2, 3: 0.25}[stage])
+    images = {b.resolution: b.batch_size for b in config.data.buckets if b.num_frames == 1}
+    assert images["144p"] == 475 and images["2048"] == 5
+    assert {b.num_frames for b in config.data.buckets} == set(LENGTHS.values())
+
+
+@pytest.mark.parametrize("name", RESOLUTIONS)
 def test_buckets_of_open_sora_follow_the_rule(name: str) -> None:
     file = ROOT / "configs" / "buckets" / f"opensora-{name}.yaml"
     buckets = parse_train(["--config", str(file), *GIVEN]).data.buckets
     lengths = {"480p": 4, "720p": 3, "1080p": 1}
     expected = [
-        (resolution, aspect_ratio, frames)
-        for resolution in ([name] if name in RESOLUTIONS else RESOLUTIONS)
-        for frames in list(LENGTHS.values())[: lengths.get(resolution)]
+        (name, aspect_ratio, frames)
+        for frames in list(LENGTHS.values())[: lengths.get(name)]
         for aspect_ratio in ASPECT_RATIOS
     ]
     assert [(b.resolution, b.aspect_ratio, b.num_frames) for b in buckets] == expected
