@@ -3,17 +3,19 @@
     python scripts/evaluate_adherence.py --videos outputs/quickstart/samples
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --output scores.json
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --prompts my_prompts.csv
+    python scripts/evaluate_adherence.py --checkpoint outputs/given --given first last --given_frames 4
 
 --videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples
 each prompt of the files itself. Files of prompts (columns prompt,shape,colour,motion,background) say what is
-expected.
+expected. With --given, each video has the first or last frames (or both) of a clip that is rendered after its prompt,
+and "kept" says in how many these come out as they went in (within 8 of 255 levels, on average).
 """
 
 import argparse
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from stdit.cli import run
 from stdit.data.shapes.checker import ATTRIBUTES, Verdict, check, compare
+from stdit.data.shapes.render import render, sample_scene
 from stdit.errors import UserError
 from stdit.pipelines.sampling import find_device, writable
 from stdit.pipelines.video_io import write_json
@@ -29,6 +32,8 @@ from stdit.pipelines.video_io import write_json
 DATA = Path("data/shapes")
 SETS = ("heldout", "paraphrase", "paraphrase_strict", "seen")
 COLUMNS = ("prompt", *ATTRIBUTES)
+KEPT = 8
+"""Mean difference, of 255 levels, up to which given frames have come out as they went in."""
 
 Expected = dict[str, Any]
 """One prompt: its text, its attributes and the name of its set."""
@@ -80,6 +85,7 @@ def sample_videos(
     """Sample every prompt: uint8 [T H W 3]. Prompt i starts from noise of seed `args.seed` + i."""
     import torch
 
+    from stdit.pipelines.conditions import Condition
     from stdit.pipelines.loading import load_pipeline
 
     device = find_device(args.device)
@@ -88,6 +94,10 @@ def sample_videos(
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     settings = {name: value for name, value in settings.items() if value is not None}
+    clips = (
+        [rendered(row, args.seed + index, args) for index, row in enumerate(expected)] if args.given else []
+    )
+    places = {"first": slice(0, args.given_frames), "last": slice(-args.given_frames, None)}
     progress = tqdm(total=len(expected), desc="sampling", unit="video", disable=None)
     for start in range(0, len(expected), args.batch_size):
         rows = expected[start : start + args.batch_size]
@@ -98,19 +108,42 @@ def sample_videos(
             height=args.size,
             width=args.size,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            conditions=[
+                [Condition(to_tensor(clip[places[end]]), places[end].start) for end in args.given]
+                for clip in clips[start : start + args.batch_size]
+            ],
             output_type="np",
             **settings,
         ).frames  # [B T H W 3]
-        for row, seed, video in zip(rows, seeds, videos, strict=True):
-            yield row, f"seed {seed}", (np.asarray(video) * 255).round().clip(0, 255).astype(np.uint8)
+        for index, (row, seed, video) in enumerate(zip(rows, seeds, videos, strict=True), start):
+            frames = (np.asarray(video) * 255).round().clip(0, 255).astype(np.uint8)
+            for end in args.given:
+                error = np.abs(frames[places[end]].astype(int) - clips[index][places[end]]).mean()
+                row = {**row, "given_error": max(float(error), row.get("given_error", 0.0))}
+            yield row, f"seed {seed}", frames
         progress.update(len(rows))
     progress.close()
+
+
+def rendered(row: Expected, seed: int, args: argparse.Namespace) -> np.ndarray:
+    """A clip as a prompt describes it, uint8 [T H W 3]."""
+    combo = tuple(row[name] for name in ("shape", "colour", "motion"))
+    scene = replace(sample_scene(np.random.default_rng(seed), [combo]), background=row["background"])
+    return render(scene, args.num_frames, args.size)
+
+
+def to_tensor(frames: np.ndarray) -> Any:
+    """uint8 [T H W 3] to float [3 T H W] in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(frames.copy()).movedim(-1, 0).float() / 127.5 - 1
 
 
 def judge(row: Expected, source: str, frames: np.ndarray) -> dict[str, Any]:
     """What was expected, what was seen, and which of it is right."""
     verdict: Verdict = check(frames)
-    return {**row, "source": source, "seen": asdict(verdict), "right": compare(verdict, row)}
+    kept = {"kept": row["given_error"] <= KEPT} if "given_error" in row else {}
+    return {**row, "source": source, "seen": asdict(verdict), "right": compare(verdict, row) | kept}
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -147,6 +180,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt (%(default)s)")
     parser.add_argument("--num_frames", type=int, default=16, help="%(default)s")
     parser.add_argument("--size", type=int, default=32, help="height and width in pixels (%(default)s)")
+    ends = ["first", "last"]
+    parser.add_argument(
+        "--given", nargs="+", choices=ends, default=[], help="frames of a clip that are given"
+    )
+    parser.add_argument("--given_frames", type=int, default=4, help="at each end (%(default)s)")
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (%(default)s)")
@@ -154,6 +192,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"batch_size = {args.batch_size}: must be at least 1")
+    if args.given and not (args.checkpoint and 0 < args.given_frames * len(args.given) < args.num_frames):
+        raise UserError(
+            f"--given takes --checkpoint, and given_frames = {args.given_frames} at each end that leave some of "
+            f"num_frames = {args.num_frames} to make"
+        )
     if args.output:
         writable(args.output.absolute().parent)
 

@@ -511,3 +511,13 @@ def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path) -> None:
         outputs.append(json.loads(output.read_text()))
     assert outputs[0]["scores"]["few"]["n"] == 5 and outputs[0]["scores"]["few"]["all"] == 0  # random weights
     assert outputs[0] == outputs[1]
+
+    given = ("--given", "first", "last", "--given_frames", "1", "--output", tmp_path / "given.json")
+    done = evaluate("--checkpoint", tmp_path / "run", "--prompts", few, *settings, *given)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "given.json").read_text())
+    assert found["scores"]["few"]["kept"] == 1 and all(row["given_error"] < 1 for row in found["videos"])
+    done = evaluate(
+        "--checkpoint", tmp_path / "run", "--prompts", few, *settings, *given[:3], "--given_frames", "2"
+    )
+    assert done.returncode == 2 and "leave some of num_frames = 4" in done.stderr
