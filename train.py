@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from stdit.cli import run
 from stdit.config import TrainConfig, parse_train
 from stdit.training.folder import claimed
-from stdit.training.system import Interrupts, interrupts, prepare_process, progress_bar
+from stdit.training.system import Interrupts, interrupts, prepare_process, progress_bar, started
 
 if TYPE_CHECKING:
     from stdit.training.build import Batches
@@ -29,34 +29,47 @@ Item = TypeVar("Item")
 
 def main() -> int:
     config = parse_train()
-    if config.dry_run:
-        from stdit.training.build import build_parts
-        from stdit.training.report import report
+    return dry_run(config) if config.dry_run else train(config)
 
-        print(report(build_parts(config, dry_run=True)))
-        return 0
-    return train(config)
+
+def dry_run(config: TrainConfig) -> int:
+    """Say, on the first process, what the run would train on and take."""
+    rank, processes = started()
+    if rank == 0:
+        from stdit.training.report import report_of
+
+        print(report_of(config, processes))
+    return 0
 
 
 def train(config: TrainConfig) -> int:
     """Train until the last step, or until a signal; returns the exit code."""
     with interrupts() as signals, ExitStack() as stack:
-        from stdit.parallel.mesh import build_mesh
+        from stdit.parallel.memory import memory_of_process
+        from stdit.parallel.mesh import build_mesh, settle
+        from stdit.parallel.planner import Split
 
         accelerator = prepare_process(config.trainer, config.parallel.timeout)
         mesh = build_mesh(config.parallel, accelerator.device)
         mesh.check_same("the configuration", str(config))
-        mesh.check_batches(bucket.batch_size for bucket in config.data.buckets)
+        if config.parallel.sp != "auto":
+            mesh.check_batches(bucket.batch_size for bucket in config.data.buckets)
         folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
         from stdit.training.build import build_batches, build_parts
+        from stdit.training.needs import Needs
         from stdit.training.report import start_line
         from stdit.training.run import Run
         from stdit.training.trainer import Trainer
 
-        parts = mesh.everywhere(lambda: build_parts(config, checkpoint))
+        memory = memory_of_process(accelerator.device, config.parallel.memory_gib)
+        parts = mesh.everywhere(lambda: build_parts(config, checkpoint, mesh.size, memory))
         mesh.check_same("the experiment", str(parts.experiment))
+        needs = Needs(parts)
+        mesh = settle(mesh, config.parallel, lambda: needs.choice(mesh.size, memory))
         parts.to(accelerator.device)
-        print(start_line(parts), *parts.plan.assignment.left_out(), *parts.plan.notes, sep="\n", flush=True)
+        notes = [*parts.plan.assignment.left_out(), *parts.plan.notes]
+        notes += needs.warnings(Split(mesh.size, mesh.sequence.size))
+        print(start_line(parts), *notes, sep="\n", flush=True)
         trainer = Trainer(
             parts.model,
             parts.flow,

@@ -21,6 +21,7 @@ from torch import Tensor
 from stdit.cli import run
 from stdit.config import TrainConfig, parse_train
 from stdit.data.buckets import Bucket
+from stdit.errors import UserError
 from stdit.parallel.layout import Shards
 from stdit.parallel.mesh import Mesh, build_mesh
 
@@ -39,6 +40,8 @@ def main() -> int:
     config = parse_train(rest)
     from stdit.training.system import prepare_process
 
+    if config.parallel.sp == "auto":
+        raise UserError("parallel.sp = auto: give the number of ranks whose numbers are to be compared")
     accelerator = prepare_process(config.trainer, config.parallel.timeout)
     mesh = build_mesh(config.parallel, accelerator.device)
     mesh.check_batches([config.data.buckets[0].batch_size])

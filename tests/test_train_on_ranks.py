@@ -55,6 +55,32 @@ def test_losses_are_those_of_one_process(alone: Any, ranks: int, sp: int, launch
     check_losses(run.with_name(name), expected)
 
 
+def test_the_number_of_ranks_that_share_a_clip_is_chosen(alone: Any) -> None:
+    """Memory for the weights alone, so that what takes least is chosen: three frames for four ranks."""
+    settings, expected, run = alone
+    code, output, errors = launch(
+        "train.py",
+        4,
+        [*settings, "--name", "chosen", "--parallel.sp", "auto", "--parallel.memory_gib", "0.0011"],
+    )
+    assert code == 0, errors
+    assert (
+        output.count("parallel.sp = auto, of 4 processes: 4, which takes least, and none of 2, 4 fits") == 1
+    )
+    assert output.count("ranks 3 to 3 of each 4 hold none, and idle in spatial blocks") == 1
+    check_losses(run.with_name("chosen"), expected)
+    assert "sp: auto" in (run.with_name("chosen") / "config.yaml").read_text()
+
+
+def test_dry_run_speaks_once(alone: Any) -> None:
+    settings, _, run = alone
+    code, output, errors = launch("train.py", 2, [*settings, "--name", "dry", "--dry_run", "true"])
+    assert code == 0, errors
+    assert output.count("parameters (1 x 2 blocks") == 1
+    assert "auto, of 2 processes: 1" in output and "of 4 processes" not in output
+    assert not run.with_name("dry").exists()
+
+
 def check_losses(run: Path, expected: list[dict[str, Any]]) -> None:
     found = metrics(run)
     assert [line["step"] for line in found] == list(range(STEPS))

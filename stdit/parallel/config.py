@@ -1,6 +1,8 @@
 """How many ranks share a video. Imports nothing heavy."""
 
 from dataclasses import dataclass
+from math import inf
+from typing import Literal
 
 from stdit.errors import UserError
 
@@ -9,8 +11,11 @@ from stdit.errors import UserError
 class ParallelConfig:
     """Use of the processes that torchrun or accelerate launch starts."""
 
-    sp: int = 1
-    """Ranks that share each video (sequence-parallel); in training, what is left of them splits the batch."""
+    sp: int | Literal["auto"] = 1
+    """Ranks that share each video (sequence-parallel); in training, what is left of them splits the batch. auto: as
+    few as memory allows."""
+    memory_gib: float | None = None
+    """Memory that a process may use, for what is estimated; none: all of its GPU, or its part of the machine's."""
     overlap_chunks: int = 1
     """Pieces in which a block's result is computed, so that one travels while the next is computed; 1: whole."""
     timeout: float = 1800.0
@@ -18,8 +23,11 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("sp", "overlap_chunks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"parallel.{name} = {getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise UserError(f"parallel.{name} = {value}: must be at least 1")
+        if self.memory_gib is not None and not 0 < self.memory_gib < inf:
+            raise UserError(f"parallel.memory_gib = {self.memory_gib}: must be positive")
         if not self.timeout > 0:
             raise UserError(f"parallel.timeout = {self.timeout}: must be positive")
 

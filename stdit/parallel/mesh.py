@@ -5,7 +5,7 @@ share each video. The last runs fastest: the ranks of a sequence are neighbours,
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +17,7 @@ from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import ParallelConfig, SamplingParallelConfig
 from stdit.parallel.group import Group
 from stdit.parallel.layout import shares
+from stdit.parallel.planner import Choice
 
 Result = TypeVar("Result")
 
@@ -176,19 +177,21 @@ def runs_on_cpu(device: str) -> bool:
 def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     """The grid of the processes that were started. Raises UserError if they do not form one.
 
+    With ``sp = auto`` none shares a video yet; what is chosen makes another grid.
+
     Args:
         device: of this rank; its type decides how the ranks talk.
     """
-    sizes = {"sp": config.sp}
+    sizes = {"sp": 1 if config.sp == "auto" else config.sp}
     if isinstance(config, SamplingParallelConfig):
-        sizes = {"cfg": config.cfg, "sp": config.sp}
+        sizes = {"cfg": config.cfg, **sizes}
     if not dist.is_initialized():
-        _check_divides(sizes, 1)
+        check_divides(sizes, 1)
         return Mesh(device=device)
     rank, size = dist.get_rank(), dist.get_world_size()
     everyone = Mesh(rank, size, device=device)
     everyone.check_same("parallel.*", str(config))
-    everyone.everywhere(lambda: _check_divides(sizes, size))
+    everyone.everywhere(lambda: check_divides(sizes, size))
     shape = (size // prod(sizes.values()), *sizes.values())
     grid = dist.init_device_mesh(device.type, shape, mesh_dim_names=("dp", *sizes))
     chunks = {"sp": config.overlap_chunks, "cfg": 1}
@@ -198,7 +201,21 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     return Mesh(rank, size, groups.get("sp", Group()), groups.get("cfg", Group()), device)
 
 
-def _check_divides(sizes: dict[str, int], started: int) -> None:
+def settle(mesh: Mesh, config: ParallelConfig, choose: Callable[[], Choice]) -> Mesh:
+    """The grid that ``sp = auto`` comes to, by the choice of the first rank; other settings have theirs already."""
+    if config.sp != "auto":
+        return mesh
+    choice = mesh.on_first(choose)
+    if mesh.is_first:
+        print(f"parallel.sp = auto, of {mesh.size} processes: {choice}")
+        if not choice.fits:
+            print(
+                "warning: expect it to run out; take more processes, smaller batches, or shorter or smaller videos"
+            )
+    return build_mesh(replace(config, sp=choice.sp), mesh.device)
+
+
+def check_divides(sizes: dict[str, int], started: int) -> None:
     """Raise UserError unless so many processes make whole groups."""
     needed = prod(sizes.values())
     if started % needed:

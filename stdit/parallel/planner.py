@@ -17,6 +17,11 @@ from stdit.parallel.parameters import FLOAT
 GIB = 2**30
 
 
+def gib(size: int) -> str:
+    """Bytes in GiB, to three digits or to whole ones."""
+    return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:.3g}"
+
+
 @dataclass(frozen=True)
 class Load:
     """A batch of videos and the model that it passes through."""
@@ -158,11 +163,15 @@ def activation_bytes(load: Load, split: Split) -> int:
 
 
 class Choice(NamedTuple):
-    """Ranks that share each video, and why so many."""
+    """How many of some processes share each video, and why so many."""
 
     sp: int
     reason: str
     fits: bool
+    """Whether a process then has memory enough."""
+
+    def __str__(self) -> str:
+        return f"{self.sp}, {self.reason}"
 
 
 def choose(needs: Mapping[int, int], available: int) -> Choice:
@@ -174,21 +183,11 @@ def choose(needs: Mapping[int, int], available: int) -> Choice:
     """
     fitting = [sp for sp in sorted(needs) if needs[sp] <= available]
     sp = fitting[0] if fitting else min(needs, key=lambda sp: (needs[sp], sp))
-    amount = f"about {needs[sp] / GIB:.2f} of {available / GIB:.2f} GiB a process"
     tried = ", ".join(map(str, sorted(needs)))
-    if fitting:
-        return Choice(sp, f"the smallest of {tried} that fits, with {amount}", True)
-    return Choice(sp, f"none of {tried} fits, and this takes the least, {amount}", False)
-
-
-def choice_line(choice: Choice, processes: int) -> str:
-    """What was chosen and why, for people."""
-    line = f"parallel.sp = auto: {choice.sp} of {processes} processes share each video: {choice.reason}"
-    if choice.fits:
-        return line
-    return (
-        f"warning: {line}: expect it to run out; more processes, smaller batches or smaller videos would help"
+    reason = (
+        f"the smallest of {tried} that fits" if fitting else f"which takes least, and none of {tried} fits"
     )
+    return Choice(sp, f"{reason}: about {gib(needs[sp])} of {gib(available)} GiB a process", bool(fitting))
 
 
 def idle_warning(what: str, frames: int, split: Split) -> list[str]:

@@ -190,7 +190,9 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     requests = plan_requests(config)
     source = find_source(config.checkpoint, config.ema)
     device = join_processes(config)
-    from stdit.parallel.mesh import build_mesh
+    from stdit.parallel.memory import memory_of_process
+    from stdit.parallel.mesh import build_mesh, settle
+    from stdit.pipelines.sharing import Videos
 
     mesh = build_mesh(config.parallel, device)
     mesh.check_same("the configuration or the prompts", f"{config} {requests}")
@@ -201,10 +203,15 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh.everywhere(lambda: pipe.text_encoder.check(texts))
     mesh.check_same("the model", weights)
     pipe.to(device, _dtype(config.dtype))
+    videos = Videos(pipe, [settings_of(request, pipe) for request in requests], config)
+    memory = memory_of_process(device, config.parallel.memory_gib)
+    mesh = settle(mesh, config.parallel, lambda: videos.choice(mesh.size, memory))
     pipe.share(mesh)
     if config.resolution is not None:
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     if mesh.is_first:
+        for warning in videos.warnings(mesh.sequence.size, mesh.size):
+            logger.warning(warning)
         print(f"sampling from {source.path} (weights {weights})", flush=True)
         if (
             any(r.image or r.conditions or r.masks or r.parts.count > 1 for r in requests)
@@ -217,8 +224,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         pipe.set_progress_bar_config(disable=True)
 
     writer = _Writer(folder, pipe, source, weights, config)
-    for videos in _rounds(pipe, requests, config.batch_size, mesh):
-        mesh.on_first(partial(writer.write, videos))
+    for made in _rounds(pipe, requests, config.batch_size, mesh):
+        mesh.on_first(partial(writer.write, made))
     return mesh.on_first(writer.finish)
 
 
@@ -269,16 +276,21 @@ class _Writer:
         print(path, flush=True)
 
 
+def settings_of(request: Request, pipe: "STDiTPipeline") -> dict[str, Any]:
+    """The settings of a video: the request's own, and for the rest the pipeline's."""
+    own = {name: value for name, value in asdict(request.settings).items() if value is not None}
+    return {name: own.get(name, pipe.config[name]) for name in SETTINGS}
+
+
 def describe(
     request: Request, pipe: "STDiTPipeline", source: Source, weights: str, config: SampleConfig
 ) -> dict[str, Any]:
     """All that it takes to make a video again."""
-    own = {name: value for name, value in asdict(request.settings).items() if value is not None}
     return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
-        **{name: own.get(name, pipe.config[name]) for name in SETTINGS},
+        **settings_of(request, pipe),
         "image": None if request.image is None else str(request.image),
         "conditions": [str(condition) for condition in request.conditions],
         "mask_strategy": [asdict(entry) for entry in request.masks],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +22,21 @@ from stdit.data.decode import DecodeError
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
+from stdit.models.size import count_unbuilt
 from stdit.models.stdit import STDiT
 from stdit.parallel.mesh import Mesh
+from stdit.parallel.parameters import KEPT, state_bytes
+from stdit.parallel.planner import gib
 from stdit.training.folder import find_weights
+from stdit.training.optim import count_matrices
 
 Batches = Callable[[int, int], Iterator[dict[str, Any]]]
 """From (first step, last step + 1) to batches with latents and text states, in order."""
 
 
 @dataclass
-class Parts:
-    """What a run is made of."""
+class Inputs:
+    """What a run is made of, but for the model."""
 
     config: TrainConfig
     """The settings, with the sizes that the model takes from codec and text encoder."""
@@ -40,6 +44,12 @@ class Parts:
     codec: VideoCodec
     text_encoder: TextEncoder
     flow: RectifiedFlow
+
+
+@dataclass
+class Parts(Inputs):
+    """What a run is made of."""
+
     model: STDiT
 
     def to(self, device: torch.device) -> None:
@@ -58,17 +68,28 @@ class Parts:
         }
 
 
-def build_parts(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> Parts:
+def build_parts(config: TrainConfig, checkpoint: Path | None, processes: int, memory: int) -> Parts:
     """Build everything, on the CPU.
 
     Args:
         checkpoint: what the run goes on from, and beside what it may have saved its codec; None: begin, with the
             weights of ``init_from`` if that is set.
-        dry_run: make a model without memory for its weights, and leave a codec unfitted.
+        processes: that train together.
+        memory: bytes that each of them may use.
 
     Raises:
         UserError: for data, weights or settings that will not do.
     """
+    inputs = build_inputs(config, checkpoint)
+    check_size(inputs.config, processes, memory)
+    model = build_model(inputs.config)
+    if checkpoint is None and config.init_from is not None:
+        initialise(model, config.init_from)
+    return Parts(**vars(inputs), model=model)
+
+
+def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> Inputs:
+    """All but the model; ``dry_run`` leaves a codec unfitted. Raises UserError as `build_parts` does."""
     plan = build_plan(config.data, config.seed)
     if checkpoint is not None and (saved := checkpoint.parent.parent / "codec").is_dir():
         codec = VideoCodec.from_pretrained(saved)
@@ -85,11 +106,38 @@ def build_parts(config: TrainConfig, checkpoint: Path | None = None, dry_run: bo
     captions = (plan.assignment.clips[index].text for members in plan.assignment.members for index in members)
     text_encoder.check([*captions, *config.validation.prompts])
     flow = RectifiedFlow(config.flow, variance)
-    config = sized(config, codec, text_encoder)
-    model = build_model(config, "meta" if dry_run else "cpu")
-    if checkpoint is None and config.init_from is not None and not dry_run:
-        initialise(model, config.init_from)
-    return Parts(config, plan, codec, text_encoder, flow, model)
+    return Inputs(sized(config, codec, text_encoder), plan, codec, text_encoder, flow)
+
+
+class ModelSize(NamedTuple):
+    """How large a model is that was not built."""
+
+    parameters: int
+    in_muon: int
+    """Those of which the optimizer keeps one number, where AdamW keeps two."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "ModelSize":
+        in_muon = count_unbuilt(config.model, count_matrices) if config.optimizer.name == "muon" else 0
+        return cls(count_unbuilt(config.model), in_muon)
+
+    def kept(self, processes: int) -> int:
+        """Bytes that each of the processes keeps of it: weights, gradients, optimizer, average."""
+        every, saved = (state_bytes(count, processes, sharded=False) for count in self)
+        return every - saved // KEPT
+
+
+def check_size(config: TrainConfig, processes: int, memory: int) -> None:
+    """Raise UserError if what training keeps of the model alone is more than a process may use."""
+    size = ModelSize.of(config)
+    kept = size.kept(processes)
+    if kept > memory:
+        raise UserError(
+            f"model.depth = {config.model.depth} and model.hidden_size = {config.model.hidden_size} make "
+            f"{size.parameters:,} parameters, of which a process keeps {gib(kept)} GiB (weights, gradients, "
+            f"optimizer, average), but it has {gib(memory)} GiB: lower them, or set parallel.memory_gib if it "
+            "has more"
+        )
 
 
 def sized(config: TrainConfig, codec: VideoCodec, text_encoder: TextEncoder) -> TrainConfig:
@@ -103,9 +151,9 @@ def sized(config: TrainConfig, codec: VideoCodec, text_encoder: TextEncoder) -> 
     return replace(config, model=model)
 
 
-def build_model(config: TrainConfig, device: str = "cpu") -> STDiT:
+def build_model(config: TrainConfig) -> STDiT:
     """A new model of `sized` settings, a function of the seed; torch's global random state is left alone."""
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = STDiT(**asdict(config.model))
     if config.trainer.activation_checkpointing:

@@ -90,6 +90,11 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, int], list[str]]:
     return matrices, others
 
 
+def count_matrices(model: nn.Module) -> int:
+    """Weights that Muon takes."""
+    return sum(model.get_parameter(name).numel() for name in split_parameters(model)[0])
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> "Optimizers":
     """The optimizer that a config names, over all parameters of ``model``."""
     named = dict(model.named_parameters())

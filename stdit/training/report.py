@@ -1,121 +1,121 @@
 """What a run will train on, and what it takes: printed before it starts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from stdit.data.buckets import Bucket
-from stdit.training.build import Parts
-from stdit.training.optim import split_parameters
+import torch
 
-FLOAT = 4
+from stdit.config import TrainConfig
+from stdit.parallel.memory import memory_of_process
+from stdit.parallel.mesh import check_divides, runs_on_cpu
+from stdit.parallel.planner import Load, Split, balance, divisors, gib, sent
+from stdit.training.build import Inputs, Parts, build_inputs
+from stdit.training.needs import Needs
+
 MIB = 2**20
+WORLDS = (1, 2, 4, 8)
+"""Numbers of processes to compare where a single one was started."""
+COLUMNS = ("processes", "sp", "dp", "frames", "tracks", "balance", "sent MB", "memory GiB")
 
 
-def tokens(latent_shape: Sequence[int], patch_size: Sequence[int]) -> int:
-    """Tokens of latents of (T, H, W), which are padded to whole patches."""
-    return math.prod(math.ceil(size / patch) for size, patch in zip(latent_shape, patch_size, strict=True))
+def report_of(config: TrainConfig, processes: int) -> str:
+    """The report of a run of so many processes, none of which has begun."""
+    device = torch.device("cpu") if runs_on_cpu(config.trainer.device) else torch.device("cuda")
+    memory = memory_of_process(device, config.parallel.memory_gib)
+    return report(build_inputs(config, dry_run=True), processes, memory)
 
 
-def latent_shape(parts: Parts, bucket: Bucket) -> tuple[int, int, int]:
-    """(T, H, W) of the latents of a bucket's clips."""
-    return parts.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+def report(inputs: Inputs, processes: int, memory: int) -> str:
+    """Model, batches, clips, ways to share the videos, and memory, for people.
 
+    Args:
+        processes: that were started.
+        memory: bytes that each may use.
 
-def clip_tokens(parts: Parts, bucket: Bucket) -> int:
-    """Tokens of one clip of a bucket."""
-    return tokens(latent_shape(parts, bucket), parts.config.model.patch_size)
-
-
-def trained_buckets(parts: Parts) -> list[tuple[Bucket, int]]:
-    """Buckets that have clips, with their number."""
-    assignment = parts.plan.assignment
-    pairs = zip(assignment.buckets, assignment.members, strict=True)
-    return [(bucket, len(members)) for bucket, members in pairs if len(members)]
-
-
-def memory(parts: Parts) -> dict[str, float]:
-    """Estimated bytes of a run by what they hold.
-
-    Activations after Korthikanti et al. 2022 (arXiv:2205.05198, equation 2, without the attention matrix,
-    which SDPA does not keep): 34 bytes for each token, block and unit of width at 16 bits, here 8 more for
-    cross-attention, and as much again at 32 bits.
+    Raises:
+        UserError: if ``parallel.sp`` does not divide the processes.
     """
-    config = parts.config
-    named = {name: p.numel() for name, p in parts.model.named_parameters()}
-    total = sum(named.values())
-    in_muon = (
-        sum(named[name] for name in split_parameters(parts.model)[0])
-        if config.optimizer.name == "muon"
-        else 0
-    )
-    micro = config.trainer.micro_batch_size
-    most_tokens = max(
-        clip_tokens(parts, bucket) * min(micro or bucket.batch_size, bucket.batch_size)
-        for bucket, _ in trained_buckets(parts)
-    )
-    width, blocks = config.model.hidden_size, 2 * config.model.depth
-    per_token_and_block = (34 + 8) * width * (1 if config.trainer.precision == "bf16" else 2)
-    if config.trainer.activation_checkpointing:
-        activations = most_tokens * (blocks * width * FLOAT + per_token_and_block)
-    else:
-        activations = most_tokens * blocks * per_token_and_block
-    estimate = {
-        "weights": total * FLOAT,
-        "gradients": total * FLOAT,
-        "optimizer": (2 * (total - in_muon) + in_muon) * FLOAT,
-        "averaged weights": total * FLOAT,
-        "activations": activations,
-        "codec and text encoder": sum(
-            t.numel() * t.element_size()
-            for module in (parts.codec, parts.text_encoder)
-            for t in module.state_dict().values()
-        ),
-    }
-    if config.data.cache == "memory":
-        estimate["encoded clips"] = sum(
-            clips * FLOAT * parts.codec.channels * math.prod(latent_shape(parts, bucket))
-            for bucket, clips in trained_buckets(parts)
-        )
-    return estimate
-
-
-def report(parts: Parts) -> str:
-    """Model, batches, clips and memory, for people."""
-    config = parts.config
-    count = sum(p.numel() for p in parts.model.parameters())
+    config, needs = inputs.config, Needs(inputs)
+    split = _asked_split(needs, processes, memory)
     lines = [
-        f"model: {count:,} parameters ({config.model.depth} x 2 blocks, width {config.model.hidden_size})",
-        f"data: {parts.plan.assignment.kept} clips",
-        parts.plan.report(),
+        f"model: {needs.size.parameters:,} parameters ({config.model.depth} x 2 blocks, width "
+        f"{config.model.hidden_size})",
+        f"data: {inputs.plan.assignment.kept} clips",
+        inputs.plan.report(),
         "",
-        *_batch_lines(parts),
-        f"steps: {config.trainer.steps}, {config.trainer.steps / parts.plan.steps_per_epoch:.1f} epochs of "
-        f"{parts.plan.steps_per_epoch}",
+        *_batch_lines(needs, split),
+        f"steps: {config.trainer.steps}, {config.trainer.steps / inputs.plan.steps_per_epoch:.1f} epochs of "
+        f"{inputs.plan.steps_per_epoch}",
         "",
-        *_memory_lines(memory(parts)),
+        *_sharing_lines(needs, WORLDS if processes == 1 else (processes,), memory),
+        *needs.warnings(split),
+        "",
+        _memory_line(needs.memory(split), split, memory),
         f"run folder: {config.run_folder}",
     ]
     return "\n".join(lines)
 
 
-def _batch_lines(parts: Parts) -> list[str]:
-    lines = []
-    for bucket, _ in trained_buckets(parts):
-        micro = min(parts.config.trainer.micro_batch_size or bucket.batch_size, bucket.batch_size)
-        each = clip_tokens(parts, bucket)
-        latents = "x".join(map(str, (parts.codec.channels, *latent_shape(parts, bucket))))
-        passes = math.ceil(bucket.batch_size / micro)
-        lines.append(
-            f"batch of {bucket}: {bucket.batch_size} clips ({passes} x {micro}), "
-            f"latents {latents}, {each:,} tokens a clip, {each * bucket.batch_size:,} a step"
+def _asked_split(needs: Needs, processes: int, memory: int) -> Split:
+    """How the settings share the work; one process stands for as many as are to share a video."""
+    config = needs.inputs.config.parallel
+    if config.sp == "auto":
+        return Split(processes, needs.choice(processes, memory).sp)
+    if processes == 1:
+        return Split(config.sp, config.sp)
+    check_divides({"sp": config.sp}, processes)
+    return Split(processes, config.sp)
+
+
+def _batch_lines(needs: Needs, split: Split) -> Iterator[str]:
+    for bucket, load in needs.loads.items():
+        part = max(split.clips(load))
+        micro = min(load.micro or part, part)
+        each = load.frames * load.tracks
+        latents = "x".join(map(str, (needs.inputs.codec.channels, *needs.latent_shape(bucket))))
+        parts = f"{split.dp} parts of " if split.dp > 1 else ""
+        yield (
+            f"batch of {bucket}: {load.clips} clips ({parts}{math.ceil(part / micro)} x {micro}), "
+            f"latents {latents}, {each:,} tokens a clip, {each * load.clips:,} a step"
         )
-    return lines
 
 
-def _memory_lines(estimate: dict[str, float]) -> list[str]:
+def _sharing_lines(needs: Needs, worlds: Sequence[int], memory: int) -> Iterator[str]:
+    """A table for each bucket, and what ``parallel.sp = auto`` would choose."""
+    for bucket, load in needs.loads.items():
+        yield (
+            f"sharing of {bucket}: {load.frames} frames of {load.tracks:,} tokens, batches of {load.clips}, "
+            "and what a rank has and sends in a step"
+        )
+        yield "".join(f"{name:>11}" for name in COLUMNS)
+        for processes in worlds:
+            for sp in divisors(processes):
+                yield _row(needs, load, Split(processes, sp))
+    for processes in worlds:
+        yield f"parallel.sp = auto, of {processes} processes: {needs.choice(processes, memory)}"
+
+
+def _row(needs: Needs, load: Load, split: Split) -> str:
+    cells: list[object] = [split.processes, split.sp, split.dp]
+    if split.dp > load.clips:
+        return "".join(f"{cell:>11}" for cell in cells) + f"   cannot split a batch of {load.clips}"
+    traffic = max(sum(sent(load, split, rank)[:2]) for rank in range(split.processes))
+    memory = needs.total(load, split)
+    cells += [_range(split.frames(load)), _range(split.tracks(load)), f"{balance(load, split):.2f}"]
+    return "".join(f"{cell:>11}" for cell in [*cells, f"{traffic / 1e6:,.1f}", gib(memory)])
+
+
+def _range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(most) if least == most else f"{least}-{most}"
+
+
+def _memory_line(estimate: dict[str, int], split: Split, memory: int) -> str:
     total = sum(estimate.values())
     parts = ", ".join(f"{name} {math.ceil(size / MIB):,}" for name, size in estimate.items())
-    return [f"memory: about {math.ceil(total / MIB):,} MiB (an estimate): {parts}"]
+    where = f" a process, of {split.processes}" if split.processes > 1 else ""
+    too_much = f"; there are but {memory // MIB:,}" if total > memory else ""
+    return f"memory: about {math.ceil(total / MIB):,} MiB{where} (an estimate): {parts}{too_much}"
 
 
 def start_line(parts: Parts) -> str:

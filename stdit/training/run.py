@@ -1,15 +1,16 @@
 """A run in its folder: what it writes there, how it goes on and how it ends."""
 
 import shutil
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import stdit
 from stdit.cli import plain, to_yaml
+from stdit.models.config import token_grid
 from stdit.pipelines.video_io import written_aside
 from stdit.training.build import Parts
 from stdit.training.checkpoint import Checkpoints, check_same_experiment, replaced, written
-from stdit.training.report import tokens
 from stdit.training.tracking import TRACKERS, Metrics, MetricsFile, Tracker
 from stdit.training.trainer import Trainer
 from stdit.training.validation import default_settings, write_samples
@@ -63,7 +64,7 @@ class Run:
     ) -> dict[str, Any]:
         """Write and return the line of a step that took ``seconds`` after ``wait`` seconds for its data."""
         clips = batch["size"]
-        each = tokens(batch["latents"].shape[2:], self.config.model.patch_size)
+        each = prod(token_grid(batch["latents"].shape[2:], self.config.model.patch_size))
         rate = clips / (seconds + wait)
         line = {
             "step": batch["step"],

@@ -36,6 +36,11 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def started() -> tuple[int, int]:
+    """Rank of this process, and number of those that torchrun or accelerate launch started."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
     """Set threads and memory, choose the device, and meet the other processes, if any were started.
 

@@ -23,6 +23,7 @@ from stdit.parallel.planner import (
     block_bytes,
     choose,
     divisors,
+    gib,
     sent,
 )
 from tests.parallel.ranks import run_on_ranks
@@ -103,6 +104,14 @@ def test_balance_is_the_mean_over_the_busiest(load: Load, split: Split, expected
     assert balance(load, split) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "size, expected",
+    [(GIB // 1000, "0.001"), (12.34 * GIB, "12.3"), (99.99 * GIB, "100"), (12345 * GIB, "12,345")],
+)
+def test_sizes_are_readable(size: int, expected: str) -> None:
+    assert gib(size) == expected
+
+
 def test_numbers_of_ranks() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(7) == [1, 7]
@@ -112,13 +121,10 @@ def test_the_smallest_that_fits_is_chosen_or_else_what_needs_least() -> None:
     needs = {1: 40 * GIB, 2: 21 * GIB, 4: 12 * GIB, 8: 12 * GIB}
     assert choose(needs, 80 * GIB)[::2] == (1, True)
     assert choose(needs, 24 * GIB)[::2] == (2, True)
-    assert choose(needs, 12 * GIB) == (
-        4,
-        "the smallest of 1, 2, 4, 8 that fits, with about 12.00 of 12.00 GiB a process",
-        True,
-    )
-    assert choose(needs, 11 * GIB)[::2] == (4, False)
-    assert choose(needs, 11 * GIB).reason.startswith("none of 1, 2, 4, 8 fits")
+    fitting, least = choose(needs, 12 * GIB), choose(needs, 11 * GIB)
+    assert str(fitting) == "4, the smallest of 1, 2, 4, 8 that fits: about 12 of 12 GiB a process"
+    assert str(least) == "4, which takes least, and none of 1, 2, 4, 8 fits: about 12 of 11 GiB a process"
+    assert (fitting.fits, least.fits) == (True, False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"cross_attention": "spatial", "mlp_conv": True}, {"depth": 1}])

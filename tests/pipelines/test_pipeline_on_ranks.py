@@ -106,6 +106,23 @@ def test_command_writes_the_files_of_one_process(
     assert (tmp_path / "many" / "sheet.png").is_file()
 
 
+def test_ranks_without_a_prompt_share_the_video(run: Path, tmp_path: Path) -> None:
+    flags = [
+        "--checkpoint",
+        str(run),
+        "--prompt",
+        "a red circle",
+        "--output",
+        str(tmp_path),
+        "--format",
+        "mp4",
+    ]
+    code, output, errors = launch("sample.py", 2, [*flags, "--parallel.sp", "auto"])
+    assert code == 0, errors
+    assert output.count("parallel.sp = auto, of 2 processes: 2, the smallest") == 1
+    assert len(videos(tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
