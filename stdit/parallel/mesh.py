@@ -7,7 +7,7 @@ share each video. The last runs fastest: the ranks of a sequence are neighbours,
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,9 @@ from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import ParallelConfig, SamplingParallelConfig
 from stdit.parallel.group import Group
 from stdit.parallel.layout import shares
-from stdit.parallel.planner import Choice
+
+if TYPE_CHECKING:
+    from stdit.parallel.planner import Choice
 
 Result = TypeVar("Result")
 
@@ -201,7 +203,7 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     return Mesh(rank, size, groups.get("sp", Group()), groups.get("cfg", Group()), device)
 
 
-def settle(mesh: Mesh, config: ParallelConfig, choose: Callable[[], Choice]) -> Mesh:
+def settle(mesh: Mesh, config: ParallelConfig, choose: Callable[[], "Choice"]) -> Mesh:
     """The grid that ``sp = auto`` comes to, by the choice of the first rank; other settings have theirs already."""
     if config.sp != "auto":
         return mesh

@@ -195,8 +195,9 @@ def idle_warning(what: str, frames: int, split: Split) -> list[str]:
     if frames >= split.sp:
         return []
     fitting = max(n for n in divisors(split.processes) if n <= frames)
+    idle = f"ranks {frames} to {split.sp - 1}" if frames < split.sp - 1 else f"rank {frames}"
     return [
         f"warning: parallel.sp = {split.sp}, but {what} has {frames} {'frame' if frames == 1 else 'frames'} of "
-        f"tokens: ranks {frames} to {split.sp - 1} of each {split.sp} hold none, and idle in spatial blocks. "
-        f"The result is right; --parallel.sp {fitting} or longer videos waste less"
+        f"tokens: in spatial blocks, {idle} of each {split.sp} will idle. The result is right; "
+        f"--parallel.sp {fitting} or longer videos waste less"
     ]

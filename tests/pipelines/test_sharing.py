@@ -60,4 +60,4 @@ def test_guidance_apart_takes_less(pipe: Any) -> None:
 def test_idle_ranks_are_told(pipe: Any) -> None:
     assert videos(pipe, 1, num_frames=4).warnings(4, 4) == []
     (line,) = videos(pipe, 1, num_frames=2).warnings(4, 4)
-    assert "a video has 2 frames of tokens: ranks 2 to 3 of each 4 hold none" in line
+    assert "a video has 2 frames of tokens: in spatial blocks, ranks 2 to 3 of each 4 will idle" in line

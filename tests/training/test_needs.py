@@ -92,7 +92,7 @@ def test_the_report_compares_ways_to_share(settings: list[str]) -> None:
 @pytest.mark.parametrize(
     "flags, processes, message",
     [
-        (["--parallel.sp", "8"], 1, "ranks 4 to 7 of each 8 hold none, and idle in spatial blocks"),
+        (["--parallel.sp", "8"], 1, "in spatial blocks, ranks 4 to 7 of each 8 will idle"),
         (["--parallel.sp", "8"], 8, "--parallel.sp 4 or longer videos waste less"),
         (["--parallel.sp", "2"], 1, "MiB a process, of 2 (an estimate)"),
         (["--parallel.sp", "auto"], 4, "MiB a process, of 4 (an estimate)"),
