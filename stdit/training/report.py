@@ -87,7 +87,7 @@ def _sharing_lines(needs: Needs, worlds: Sequence[int], memory: int) -> Iterator
             f"sharing of {bucket}: {load.frames} frames of {load.tracks:,} tokens, batches of {load.clips}, "
             "and what a rank has and sends in a step"
         )
-        yield "".join(f"{name:>11}" for name in COLUMNS)
+        yield "".join(f" {name:>10}" for name in COLUMNS)
         for processes in worlds:
             for sp in divisors(processes):
                 yield _row(needs, load, Split(processes, sp))
@@ -98,11 +98,11 @@ def _sharing_lines(needs: Needs, worlds: Sequence[int], memory: int) -> Iterator
 def _row(needs: Needs, load: Load, split: Split) -> str:
     cells: list[object] = [split.processes, split.sp, split.dp]
     if split.dp > load.clips:
-        return "".join(f"{cell:>11}" for cell in cells) + f"   cannot split a batch of {load.clips}"
+        return "".join(f" {cell:>10}" for cell in cells) + f"   cannot split a batch of {load.clips}"
     traffic = max(sum(sent(load, split, rank)[:2]) for rank in range(split.processes))
     memory = needs.total(load, split)
     cells += [_range(split.frames(load)), _range(split.tracks(load)), f"{balance(load, split):.2f}"]
-    return "".join(f"{cell:>11}" for cell in [*cells, f"{traffic / 1e6:,.1f}", gib(memory)])
+    return "".join(f" {cell:>10}" for cell in [*cells, f"{traffic / 1e6:,.1f}", gib(memory)])
 
 
 def _range(numbers: Sequence[int]) -> str:
