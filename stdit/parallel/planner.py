@@ -135,29 +135,26 @@ def sent(load: Load, split: Split, rank: int) -> Sent:
     return Sent(clips * load.element * forward, clips * load.element * backward, 2 * passes * pieces)
 
 
-def block_bytes(element: int) -> int:
-    """What a block keeps for the backward pass, for a token and a unit of width, when numbers have so many bytes.
-
-    Counted at autograd (`tests/parallel/test_planner.py`) in a block that attends to the caption, with an MLP four
-    times as wide: 112 bytes in float32, 68 under autocast to bfloat16, which leaves the norms in float32. SDPA keeps
-    no attention matrix.
-    """
-    return 22 * element + 6 * FLOAT
-
-
 def activation_bytes(load: Load, split: Split) -> int:
-    """Estimate of the most that a rank holds of a pass: the first one, which has the largest share of everything."""
+    """Estimate of the most that a rank holds of a pass: the first one, which has the largest share of everything.
+
+    Counted in `tests/parallel/test_planner.py`, in blocks that attend to the caption, with an MLP four times as
+    wide. For a token and a unit of width, a block keeps 112 bytes in float32 and 68 under autocast to bfloat16,
+    which leaves the norms in float32; SDPA keeps no attention matrix. While a block is recomputed, gradients on
+    their way take half as much again. Without a backward pass a block holds 12 numbers.
+    """
     clips = max(split.clips(load))
     tokens: dict[Layout, int] = {
         "frames": max(split.frames(load)) * load.tracks,
         "tracks": load.frames * max(split.tracks(load)),
     }
     in_all_blocks = sum(count * tokens[layout] for layout, count in load.blocks.items())
-    one_block = block_bytes(load.element) * max(tokens.values())
+    in_a_block = max(tokens.values())
+    block = 22 * load.element + 6 * FLOAT
     kept = {
-        "blocks": block_bytes(load.element) * in_all_blocks,
-        "inputs": load.element * in_all_blocks + one_block,
-        "nothing": one_block,
+        "blocks": block * in_all_blocks,
+        "inputs": load.element * in_all_blocks + 3 * block // 2 * in_a_block,
+        "nothing": 12 * load.element * in_a_block,
     }[load.kept]
     return min(load.micro or clips, clips) * load.width * kept
 

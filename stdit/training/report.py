@@ -20,8 +20,8 @@ COLUMNS = ("processes", "sp", "dp", "frames", "tracks", "balance", "sent MB", "m
 
 def report_of(config: TrainConfig, processes: int) -> str:
     """The report of a run of so many processes, none of which has begun."""
-    device = torch.device("cpu") if runs_on_cpu(config.trainer.device) else torch.device("cuda")
-    memory = memory_of_process(device, config.parallel.memory_gib)
+    accelerator = None if runs_on_cpu(config.trainer.device) else torch.accelerator.current_accelerator()
+    memory = memory_of_process(accelerator or torch.device("cpu"), config.parallel.memory_gib)
     return report(build_inputs(config, dry_run=True), processes, memory)
 
 
