@@ -79,6 +79,7 @@ def train(config: TrainConfig) -> int:
             config.optimizer,
             config.ema,
             config.seed,
+            config.parallel.shard_parameters,
         )
         work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint))
         stack.callback(work.close)

@@ -24,6 +24,7 @@ from stdit.data.buckets import Bucket
 from stdit.errors import UserError
 from stdit.parallel.layout import Shards
 from stdit.parallel.mesh import Mesh, build_mesh
+from stdit.parallel.parameters import whole
 
 STEPS = 5
 
@@ -65,8 +66,10 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
 
     model, flow, pipe = build(config)
     batch = random_batch(config, pipe)
-    parts = (accelerator, config.trainer, config.optimizer, config.ema, config.seed)
-    whole, shared = (Trainer(deepcopy(model), flow, parts[0], one, *parts[1:]) for one in (Mesh(), mesh))
+    settings = (config.trainer, config.optimizer, config.ema, config.seed)
+    one_process = Mesh(device=accelerator.device)
+    alone = Trainer(deepcopy(model), flow, accelerator, one_process, *settings)
+    shared = Trainer(deepcopy(model), flow, accelerator, mesh, *settings, config.parallel.shard_parameters)
 
     x, size = batch["latents"].to(accelerator.device), len(batch["latents"])
     shape = (int(batch["height"][0]), int(batch["width"][0]))
@@ -80,29 +83,29 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
         **{name: batch[name].to(x.device) for name in ("fps", "height", "width")},
     }
     with torch.no_grad():
-        expected = shards.split(whole.model(x_t, **condition), dim=2)
+        expected = shards.split(alone.model(x_t, **condition), dim=2)
         found = shared.model(shards.split(x_t, dim=2), **condition, shards=shards)
     yield "output", *largest(mesh, {"": (found, expected)})
 
     rows = mesh.rows(size)
     part = {name: value[rows.start : rows.stop] for name, value in batch.items()}
-    runs = ((shared, part | {"size": size}), (whole, batch | {"size": size}))
+    runs = ((shared, part | {"size": size}), (alone, batch | {"size": size}))
     losses = [one.accumulate(0, data)[None] for one, data in runs]
     yield "loss", *largest(mesh, {"": (losses[0], losses[1])})
     names = [name for name, _ in model.named_parameters()]
-    gradients = [{name: one.model.get_parameter(name).grad for name in names} for one in (shared, whole)]
+    gradients = [{name: one.model.get_parameter(name).grad for name in names} for one in (shared, alone)]
     yield "gradients", *largest(mesh, pairs(*gradients))
     for one, data in runs:
         one.optimizer.zero_grad()
         for step in range(STEPS):
             one.step(step, data)
-    weights = [one.model.state_dict() for one in (shared, whole)]
+    weights = [one.model.state_dict() for one in (shared, alone)]
     yield f"weights after {STEPS} steps", *largest(mesh, pairs(*weights))
-    yield "averaged weights", *largest(mesh, pairs(shared.ema.average, whole.ema.average))
+    yield "averaged weights", *largest(mesh, pairs(shared.ema.average, alone.ema.average))
 
     samples = []
-    pipe.transformer = whole.model.eval()
-    for ranks in (mesh, Mesh()):
+    pipe.transformer = alone.model.eval()
+    for ranks in (mesh, one_process):
         pipe.share(ranks)
         generator = torch.Generator().manual_seed(config.seed)
         samples.append(pipe("a red circle", generator=generator, output_type="latent").frames)
@@ -161,8 +164,8 @@ def random_batch(config: TrainConfig, pipe: Any) -> dict[str, Any]:
 
 
 def pairs(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tensors of one name beside each other."""
-    return {name: (found[name], expected[name]) for name in expected}
+    """Tensors of one name beside each other; found ones may be sharded."""
+    return {name: (whole(found[name]), expected[name]) for name in expected}
 
 
 def largest(mesh: Mesh, compared: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, float]:

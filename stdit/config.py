@@ -11,7 +11,7 @@ from stdit.data.config import DataConfig
 from stdit.diffusion.flow import FlowConfig
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
-from stdit.parallel.config import ParallelConfig
+from stdit.parallel.config import TrainingParallelConfig
 from stdit.training.checkpoint import CheckpointConfig
 from stdit.training.ema import EMAConfig
 from stdit.training.optim import OptimizerConfig
@@ -73,7 +73,7 @@ class TrainConfig:
     """The clips."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Length and arithmetic."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: TrainingParallelConfig = field(default_factory=TrainingParallelConfig)
     """Several processes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How weights follow gradients."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.launch import ROOT, launch, start
 from tests.test_train import metrics
@@ -28,6 +30,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
         *("--trainer.steps", str(STEPS), "--checkpoint.every", "10"),
         *("--data.buckets", json.dumps([dict(num_frames=3, height=8, width=8, fps=8, batch_size=3)])),
         *("--model.patch_size", "[1, 3, 4]"),
+        *("--validation.prompts", '["the red square moves"]', "--validation.every", str(STEPS)),
+        *("--validation.num_inference_steps", "2"),
     ]
     subprocess.run(
         [sys.executable, "train.py", *settings, "--name", "alone"],
@@ -41,18 +45,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
 
 
 @pytest.mark.parametrize(
-    "ranks, sp, launcher",
-    [(2, 1, "torchrun"), (2, 2, "accelerate"), (4, 2, "torchrun"), (3, 3, "torchrun")],
+    "ranks, sp, launcher, sharded",
+    [
+        (2, 1, "torchrun", "false"),
+        (2, 2, "accelerate", "false"),
+        (4, 2, "torchrun", "true"),
+        (3, 3, "torchrun", "false"),
+    ],
 )
-def test_losses_are_those_of_one_process(alone: Any, ranks: int, sp: int, launcher: str) -> None:
+def test_losses_are_those_of_one_process(
+    alone: Any, ranks: int, sp: int, launcher: str, sharded: str
+) -> None:
     settings, expected, run = alone
     name = f"{launcher}-{ranks}-{sp}"
-    code, _, errors = launch(
-        "train.py", ranks, [*settings, "--name", name, "--parallel.sp", str(sp)], launcher
-    )
+    settings = [*settings, "--name", name, "--parallel.sp", str(sp), "--parallel.shard_parameters", sharded]
+    code, _, errors = launch("train.py", ranks, settings, launcher)
     assert code == 0, errors
-    assert (run.with_name(name) / "pipeline" / "model_index.json").is_file()
     check_losses(run.with_name(name), expected)
+    check_results(run.with_name(name), run)
 
 
 def test_the_number_of_ranks_that_share_a_clip_is_chosen(alone: Any) -> None:
@@ -95,13 +105,24 @@ def check_losses(run: Path, expected: list[dict[str, Any]]) -> None:
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
+def check_results(run: Path, expected: Path) -> None:
+    """Exported model and videos; weights move by 1e-3 a step."""
+    models = [folder / "pipeline" / "transformer" for folder in (run, expected)]
+    assert (models[0] / "config.json").read_bytes() == (models[1] / "config.json").read_bytes()
+    found, weights = (load_file(model / "diffusion_pytorch_model.safetensors") for model in models)
+    assert found.keys() == weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-3, rtol=0)
+    videos = [sorted(path.name for path in (folder / "samples").rglob("*")) for folder in (run, expected)]
+    assert videos[0] == videos[1] and "sheet.png" in videos[0]
+
+
 def test_a_run_goes_on_with_another_split(alone: Any) -> None:
     settings, expected, run = alone
     settings = [*settings, "--name", "moved"]
-    for ranks, sp, steps in ((2, 2, 10), (3, 1, STEPS)):
-        code, _, errors = launch(
-            "train.py", ranks, [*settings, "--parallel.sp", str(sp), "--trainer.steps", str(steps)]
-        )
+    for ranks, sp, sharded, steps in ((2, 2, "true", 10), (3, 1, "false", STEPS)):
+        split = ["--parallel.sp", str(sp), "--parallel.shard_parameters", sharded]
+        code, _, errors = launch("train.py", ranks, [*settings, *split, "--trainer.steps", str(steps)])
         assert code == 0, errors
     check_losses(run.with_name("moved"), expected)
 

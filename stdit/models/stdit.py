@@ -223,6 +223,13 @@ class STDiT(ModelMixin, ConfigMixin):
         rest: dict[Layout, Any] = {"frames": iter(self.spatial_blocks), "tracks": iter(self.temporal_blocks)}
         return [next(rest[layout]) for layout in block_layouts(self.config.depth, self.config.block_order)]
 
+    def with_weights(self, tensors: dict[str, Tensor]) -> "STDiT":
+        """A model with these settings, around these tensors: they are not copied."""
+        with torch.device("meta"):
+            model = STDiT.from_config(self.config)
+        model.load_state_dict(tensors, assign=True)
+        return model
+
     def compile_blocks(self, **options: Any) -> None:
         """Let ``torch.compile`` compile every block in place; ``options`` are its own."""
         for block in self.blocks():

@@ -33,6 +33,14 @@ class ParallelConfig:
 
 
 @dataclass
+class TrainingParallelConfig(ParallelConfig):
+    """The same for training, where what is left of the processes splits the batch."""
+
+    shard_parameters: bool = False
+    """Each rank keeps its share of weights, gradients, optimizer state and averages: less memory, more traffic."""
+
+
+@dataclass
 class SamplingParallelConfig(ParallelConfig):
     """The same for sampling, where what is left of the processes shares out the prompts."""
 

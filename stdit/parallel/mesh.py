@@ -71,6 +71,18 @@ class Mesh:
         start = sum(parts[: self.part])
         return range(start, start + parts[self.part])
 
+    def passes(self, batch_size: int, most: int | None) -> list[tuple[slice, bool]]:
+        """Slices of this rank's part of a batch, of at most ``most`` samples, and whether they count.
+
+        Every rank has as many, to wait for each other: where one has no sample left, it has one that does not count.
+        """
+        mine, largest = len(self.rows(batch_size)), shares(batch_size, self.dp)[0]
+        size = most or largest
+        return [
+            (slice(start, start + size), True) if start < mine else (slice(1), False)
+            for start in range(0, largest, size)
+        ]
+
     def average(self, values: Tensor) -> Tensor:
         """Mean over all ranks."""
         if self.size == 1:

@@ -53,8 +53,8 @@ class Parts(Inputs):
     model: STDiT
 
     def to(self, device: torch.device) -> None:
-        """Move the networks."""
-        for part in (self.codec, self.text_encoder, self.model):
+        """Move the frozen networks; the trainer moves the model."""
+        for part in (self.codec, self.text_encoder):
             part.to(device)
 
     @cached_property
@@ -121,22 +121,22 @@ class ModelSize(NamedTuple):
         in_muon = count_unbuilt(config.model, count_matrices) if config.optimizer.name == "muon" else 0
         return cls(count_unbuilt(config.model), in_muon)
 
-    def kept(self, processes: int) -> int:
+    def kept(self, processes: int, sharded: bool) -> int:
         """Bytes that each of the processes keeps of it: weights, gradients, optimizer, average."""
-        every, saved = (state_bytes(count, processes, sharded=False) for count in self)
+        every, saved = (state_bytes(count, processes, sharded) for count in self)
         return every - saved // KEPT
 
 
 def check_size(config: TrainConfig, processes: int, memory: int) -> None:
     """Raise UserError if what training keeps of the model alone is more than a process may use."""
     size = ModelSize.of(config)
-    kept = size.kept(processes)
+    kept = size.kept(processes, config.parallel.shard_parameters)
     if kept > memory:
         raise UserError(
             f"model.depth = {config.model.depth} and model.hidden_size = {config.model.hidden_size} make "
             f"{size.parameters:,} parameters, of which a process keeps {gib(kept)} GiB (weights, gradients, "
-            f"optimizer, average), but it has {gib(memory)} GiB: lower them, or set parallel.memory_gib if it "
-            "has more"
+            f"optimizer, average), but it has {gib(memory)} GiB: lower them, divide it among processes "
+            "(parallel.shard_parameters), or set parallel.memory_gib if it has more"
         )
 
 

@@ -1,13 +1,12 @@
 """Exponential moving average of the weights, which is what samples are made from."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from stdit.errors import UserError
+from stdit.parallel.parameters import placed
 
 
 @dataclass
@@ -51,21 +50,4 @@ class EMA:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take over averages. Raises KeyError if a name is missing."""
         for name, average in self.average.items():
-            average.copy_(tensors[name])
-
-    @contextmanager
-    def swapped_into(self, model: nn.Module) -> Iterator[None]:
-        """While it lasts, ``model`` has the averaged weights; then, bit for bit, its own again."""
-        latest = model.state_dict()
-        own = {name: tensor.clone() for name, tensor in latest.items()}
-        try:
-            self._copy(self.average, latest)
-            yield
-        finally:
-            self._copy(own, latest)
-
-    @staticmethod
-    @torch.no_grad()
-    def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+            average.copy_(placed(tensors[name], average))

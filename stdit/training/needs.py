@@ -62,7 +62,9 @@ class Needs:
         """Bytes that a process holds all the time, by what they hold."""
         config = self.inputs.config
         estimate = {
-            "weights, gradients, optimizer, average": self.size.kept(split.processes),
+            "weights, gradients, optimizer, average": self.size.kept(
+                split.processes, config.parallel.shard_parameters
+            ),
             "codec and text encoder": self.frozen,
         }
         if config.trainer.precision == "bf16" and not config.trainer.activation_checkpointing:

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from stdit.errors import UserError
+from stdit.parallel.parameters import placed, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 BLOCK_MATRIX = re.compile(r"(?:spatial|temporal)_blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
 STACKED = {"qkv": 3, "kv_linear": 2}
+AT_ONCE = 2**24
+"""Numbers in the parameters that Muon orthogonalises at once, roughly."""
 
 
 @dataclass
@@ -157,7 +160,7 @@ class Optimizers:
         for key, value in tensors.items():
             name, _, quantity = key.rpartition(".")
             parameter = self.named_parameters[name]
-            states[name][quantity] = value.to(parameter.device)
+            states[name][quantity] = placed(value, parameter)
         for name, state in states.items():
             parameter = self.named_parameters[name]
             owners[parameter].state[parameter] = state
@@ -174,8 +177,9 @@ class Muon(Optimizer):
 
     Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the scaling ``match_rms_adamw`` is that of Liu et
     al. 2025 (arXiv:2502.16982, section 2.2). The update rule is ``torch.optim.Muon``'s, differing in what
-    matters on a CPU: float32 instead of bfloat16, and all matrices of equal shape at once. Parameters that
-    stack several matrices (``parts`` of a group, along the rows) have them orthogonalised one by one.
+    matters on a CPU: float32 instead of bfloat16, and many matrices of equal shape at once. Parameters that
+    stack several matrices (``parts`` of a group, along the rows) have them orthogonalised one by one. Of sharded
+    parameters every rank gathers these matrices, and moves its share.
     """
 
     def __init__(
@@ -195,27 +199,41 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        batches: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        alike: dict[Any, list[Tensor]] = defaultdict(list)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            gradients = [p.grad for p in params]
             momenta = [self._momentum(p) for p in params]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+            torch._foreach_lerp_(momenta, [p.grad for p in params], 1 - group["momentum"])
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            for p, update in zip(params, updates, strict=True):
-                for matrix, direction in zip(
-                    p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True
-                ):
-                    key = (matrix.shape, group["lr"], group["scale"], group["iterations"])
-                    batches[key].append((matrix, direction))
-        for ((rows, columns), lr, scale, iterations), pairs in batches.items():
-            steps = orthogonalise(torch.stack([direction for _, direction in pairs]), iterations)
-            size = max(1, rows / columns) ** 0.5 if scale == "original" else 0.2 * max(rows, columns) ** 0.5
-            torch._foreach_add_([matrix for matrix, _ in pairs], list(steps.unbind()), alpha=-lr * size)
+            options = tuple(group[name] for name in ("momentum", "lr", "scale", "iterations"))
+            for p in params:
+                alike[p.shape[0] // group["parts"], p.shape[1], *options].append(p)
+        for (rows, columns, *options), params in alike.items():
+            count = max(1, AT_ONCE // (rows * columns))
+            for start in range(0, len(params), count):
+                self._move(params[start : start + count], rows, columns, *options)
+
+    def _move(
+        self,
+        params: list[Tensor],
+        rows: int,
+        columns: int,
+        momentum: float,
+        lr: float,
+        scale: str,
+        iterations: int,
+    ) -> None:
+        """Move parameters, each one or several matrices of rows x columns, which are whole for so long."""
+        directions = [p.grad.clone() for p in params if p.grad is not None]
+        torch._foreach_lerp_(directions, [self._momentum(p) for p in params], momentum)  # Nesterov
+        matrices = torch.cat([whole(direction).view(-1, rows, columns) for direction in directions])
+        steps = orthogonalise(matrices, iterations).split([len(p) // rows for p in params])
+        size = max(1, rows / columns) ** 0.5 if scale == "original" else 0.2 * max(rows, columns) ** 0.5
+        shares = [placed(step.flatten(0, 1), p) for step, p in zip(steps, params, strict=True)]
+        torch._foreach_add_(params, shares, alpha=-lr * size)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

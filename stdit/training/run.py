@@ -5,9 +5,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import stdit
 from stdit.cli import plain, to_yaml
 from stdit.models.config import token_grid
+from stdit.parallel.parameters import gathered
 from stdit.pipelines.video_io import written_aside
 from stdit.training.build import Parts
 from stdit.training.checkpoint import Checkpoints, check_same_experiment, replaced, written
@@ -90,47 +93,52 @@ class Run:
             "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
             "stdit": stdit.__version__,
         }
-        return self.mesh.on_first(lambda: self.checkpoints.save(step, self.trainer.write, meta))
+        state = self.trainer.gather()
+        return self.mesh.on_first(
+            lambda: self.checkpoints.save(step, lambda folder: self.trainer.write(folder, state), meta)
+        )
 
-    def pipeline(self, step: int) -> Any:
-        """A pipeline around the model as it is now."""
+    def pipeline(self, step: int, weights: dict[str, Tensor]) -> Any:
+        """A pipeline with these weights."""
         from stdit.pipelines.pipeline import STDiTPipeline
 
-        parts = self.parts
-        return STDiTPipeline(
-            parts.model, parts.codec, parts.text_encoder, parts.flow, **self.settings, step=step
-        )
+        parts, model = self.parts, self.parts.model.with_weights(weights).to(self.mesh.device)
+        return STDiTPipeline(model, parts.codec, parts.text_encoder, parts.flow, **self.settings, step=step)
 
     def make_up_validation(self) -> None:
         """Write the validation videos of the step to go on from, if the run ended between saving it and them."""
         if self.start and self.validation_is_due(self.start):
-            folder = self._samples(self.start)
-            self.mesh.on_first(lambda: None if folder.exists() else self._validate(self.start))
+            if not self.mesh.on_first(self._samples(self.start).exists):
+                self.validate(self.start)
 
     def validate(self, step: int) -> None:
         """Write videos of the fixed prompts, made with the averaged weights after ``step`` steps."""
-        self.mesh.on_first(lambda: self._validate(step))
+        average = gathered(self.trainer.ema.state_dict(), self.mesh)
+        self.mesh.on_first(lambda: self._validate(self.pipeline(step, average), step))
 
-    def _validate(self, step: int) -> None:
+    def _validate(self, pipe: Any, step: int) -> None:
         config, folder = self.config.validation, self._samples(step)
-        with replaced(f"samples {folder}", folder) as aside, self.trainer.ema.swapped_into(self.parts.model):
-            names = write_samples(self.pipeline(step), config.prompts, config.seed, aside)
+        with replaced(f"samples {folder}", folder) as aside:
+            names = write_samples(pipe, config.prompts, config.seed, aside)
         *videos, sheet = (folder / name for name in names)
         self.tracker.log_videos(videos, config.prompts, sheet, step)
 
-    def export(self, step: int) -> Path:
+    def export(self, step: int) -> None:
         """Write ``pipeline/`` with the averaged weights, replacing an earlier one only when it is whole."""
+        average = gathered(self.trainer.ema.state_dict(), self.mesh)
+        self.mesh.on_first(lambda: self._export(self.pipeline(step, average)))
+
+    def _export(self, pipe: Any) -> None:
         target = self.folder / "pipeline"
-        with replaced(f"pipeline {target}", target) as aside, self.trainer.ema.swapped_into(self.parts.model):
-            self.pipeline(step).save_pretrained(aside)
-        return target
+        with replaced(f"pipeline {target}", target) as aside:
+            pipe.save_pretrained(aside)
 
     def finish(self) -> str:
         """Export the pipeline, unless an earlier part of the run did; says where it is and how to use it."""
         step = max(self.start, self.config.trainer.steps)
         target = self.folder / "pipeline"
         if self.mesh.on_first(self._exported_step) != step:
-            self.mesh.on_first(lambda: self.export(step))
+            self.export(step)
         return f'{target} is written. Sample: python sample.py --checkpoint {self.folder} --prompt "..."'
 
     def _exported_step(self) -> int | None:

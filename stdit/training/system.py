@@ -47,14 +47,17 @@ def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
     Args:
         timeout: seconds that a process waits for the others.
     """
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import Accelerator, AutocastKwargs, InitProcessGroupKwargs
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision],
         cpu=runs_on_cpu(config.device),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+            AutocastKwargs(cache_enabled=False),  # which would keep all rounded weights until the pass ends
+        ],
     )
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks

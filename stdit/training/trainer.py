@@ -1,20 +1,20 @@
 """One training step: a pure function of (seed, step) and of the state."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from stdit.diffusion.draws import draw_batch
 from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
 from stdit.parallel.mesh import Mesh
+from stdit.parallel.parameters import gathered, placed, replicated, sharded, whole
 from stdit.training.ema import EMA, EMAConfig
 from stdit.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
 
@@ -73,17 +73,17 @@ class Trainer:
         optimizer: OptimizerConfig,
         ema: EMAConfig,
         seed: int,
+        shard_parameters: bool = False,
     ) -> None:
         self.config, self.optimizer_config, self.seed = config, optimizer, seed
         self.accelerator, self.mesh, self.flow = accelerator, mesh, flow
-        self.model = model.to(accelerator.device)
+        if config.compile:
+            model.compile_blocks()  # type: ignore[operator]
+        self.model, self.network = model, (sharded if shard_parameters else replicated)(model, mesh)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, ema)
         self.nonfinite_in_a_row = 0
-        if config.compile:
-            model.compile_blocks()  # type: ignore[operator]
-        self.network = DistributedDataParallel(model) if mesh.size > 1 else model
 
     def step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
         """Train on this rank's part of the global batch of ``step`` (from 0) and return measurements of all of it.
@@ -97,7 +97,7 @@ class Trainer:
             UserError: after ``max_nonfinite_steps`` steps in a row without a finite loss and gradient.
         """
         total = self.accumulate(step, batch)
-        gradient_norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        gradient_norm = float(whole(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
         finite = math.isfinite(total) and math.isfinite(gradient_norm)
         if finite:
@@ -113,15 +113,14 @@ class Trainer:
         }
 
     def accumulate(self, step: int, batch: dict[str, Any]) -> Tensor:
-        """The loss of the global batch; its gradients are left in the parameters, the same on all ranks."""
-        clips = len(batch["latents"])
-        micro = self.config.micro_batch_size or clips
+        """The loss of the global batch; its gradients are left in the parameters, averaged over all ranks."""
+        passes = self.mesh.passes(batch["size"], self.config.micro_batch_size)
         total = torch.zeros((), device=self.accelerator.device)
-        for start in range(0, clips, micro):
-            with self._gradients_meet(start + micro >= clips):
+        for index, (rows, counts) in enumerate(passes):
+            with nullcontext() if index == len(passes) - 1 else self.network.apart():
                 # Ranks average their gradients, and each has a part of the sum: hence the factor.
-                losses = self._losses(step, batch, slice(start, start + micro))
-                loss = losses.sum() * (self.mesh.size / batch["size"])
+                factor = counts * self.mesh.size / batch["size"]
+                loss = self._losses(step, batch, rows).sum() * factor
                 loss.backward()
             total += loss.detach()
         return self.mesh.average(total)
@@ -139,7 +138,7 @@ class Trainer:
         x, noise, x_t = (shards.split(value, dim=2) for value in (x, draws.noise, x_t))
         t, weight = (shards.split(value, dim=1) for value in (draws.t, frame_weights(draws.given)))
         with self.accelerator.autocast():
-            output = self.network(
+            output = self.network.module(
                 hidden_states=self.flow.scale_model_input(x_t, t),
                 timestep=1000 * draws.t,
                 encoder_hidden_states=states,
@@ -152,12 +151,6 @@ class Trainer:
             )
         return self.flow.loss(output, x, noise, x_t, t, weight)
 
-    def _gradients_meet(self, last: bool) -> AbstractContextManager[None]:
-        """Let the ranks average their gradients in the backward pass of the last part of a batch only."""
-        if last or self.mesh.size == 1:
-            return nullcontext()
-        return self.network.no_sync()  # type: ignore[operator]
-
     def _count(self, step: int, finite: bool) -> None:
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
@@ -166,22 +159,30 @@ class Trainer:
                 "lower optimizer.lr (and muon_lr), lengthen optimizer.warmup_steps, or look for broken clips."
             )
 
-    def write(self, folder: Path) -> None:
-        """Write model, average and optimizer state, as safetensors. Raises OSError or SafetensorError."""
+    def gather(self) -> dict[str, dict[str, Tensor]]:
+        """By file, whole weights, averages and optimizer state on the first rank; every rank must call this."""
+        parts = {
+            MODEL_WEIGHTS: self.model.state_dict(),
+            EMA_WEIGHTS: self.ema.state_dict(),
+            OPTIMIZER_STATE: self.optimizer.state_dict(),
+        }
+        return {name: gathered(tensors, self.mesh) for name, tensors in parts.items()}
+
+    def write(self, folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
+        """Write what `gather` gave, as safetensors. Raises OSError or SafetensorError."""
         from safetensors.torch import save_file
 
-        self.model.save_pretrained(folder / "model", max_shard_size="1TB")  # type: ignore[operator]
-        for name, tensors in (
-            (EMA_WEIGHTS, self.ema.state_dict()),
-            (OPTIMIZER_STATE, self.optimizer.state_dict()),
-        ):
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
+        model = self.model.with_weights(state[MODEL_WEIGHTS])  # type: ignore[operator]
+        model.save_pretrained(folder / "model", max_shard_size="1TB")
+        for name in (EMA_WEIGHTS, OPTIMIZER_STATE):
+            save_file({key: tensor.contiguous() for key, tensor in state[name].items()}, folder / name)
 
     def read(self, folder: Path, meta: dict[str, Any]) -> None:
         """Take over the state that `write` wrote into a folder whose manifest is ``meta``."""
         from safetensors.torch import load_file
 
-        self.model.load_state_dict(load_file(folder / MODEL_WEIGHTS))
+        weights, mine = load_file(folder / MODEL_WEIGHTS), self.model.state_dict()
+        self.model.load_state_dict({name: placed(tensor, mine[name]) for name, tensor in weights.items()})
         self.ema.load_state_dict(load_file(folder / EMA_WEIGHTS))
         self.optimizer.load_state_dict(load_file(folder / OPTIMIZER_STATE))
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]

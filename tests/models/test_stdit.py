@@ -193,6 +193,17 @@ def test_save_and_load(tmp_path: Path) -> None:
     torch.testing.assert_close(again(**batch), model(**batch), atol=0, rtol=0)
 
 
+def test_with_weights_is_another_model_around_them() -> None:
+    model = small()
+    weights = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    other = model.with_weights(weights)
+    assert other.config == model.config
+    assert all(tensor.data_ptr() == weights[name].data_ptr() for name, tensor in other.state_dict().items())
+    assert not torch.equal(other(**inputs()), model(**inputs()))
+    model.load_state_dict(weights)
+    assert torch.equal(other(**inputs()), model(**inputs()))
+
+
 def test_initial_weights() -> None:
     torch.manual_seed(0)
     model = STDiT(depth=2, hidden_size=32, num_heads=2, caption_channels=12, model_max_length=7)

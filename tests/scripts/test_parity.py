@@ -2,18 +2,24 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.launch import launch
 from tests.training.tiny import tiny_settings
 
 
-def test_parity_and_its_absence(tmp_path: Path) -> None:
-    settings = [*tiny_settings(tmp_path), "--parallel.sp", "2"]
-    code, output, errors = launch("scripts/parity.py", 4, settings)
+@pytest.mark.parametrize("ranks, sharded", [(4, "false"), (2, "true")])
+def test_parity(tmp_path: Path, ranks: int, sharded: str) -> None:
+    settings = [*tiny_settings(tmp_path), "--parallel.sp", "2", "--parallel.shard_parameters", sharded]
+    code, output, errors = launch("scripts/parity.py", ranks, settings)
     assert code == 0, output + errors
     assert output.count("the numbers are those of one process") == 1
     for what in ("output", "loss", "gradients", "weights after 5 steps", "averaged weights", "sample"):
         assert f"\n{what} " in f"\n{output}"
 
+
+def test_its_absence_is_noticed(tmp_path: Path) -> None:
+    settings = [*tiny_settings(tmp_path), "--parallel.sp", "2"]
     code, output, _ = launch("scripts/parity.py", 2, [*settings, "--tolerance", "1e-30"])
     assert code == 1
     worst = next(line for line in output.splitlines() if line.startswith("gradients"))

@@ -42,6 +42,9 @@ def test_memory_falls_with_the_ranks_that_share_a_clip(settings: list[str]) -> N
     assert one[WEIGHTS] == four[WEIGHTS]
     adamw = needs_of([*settings, "--optimizer.name", "adamw"]).memory(Split(4, 1))
     assert adamw[WEIGHTS] == 20 * needs.size.parameters > one[WEIGHTS]
+    sharded = needs_of([*settings, "--parallel.shard_parameters", "true"])
+    assert sharded.memory(Split(4, 2))[WEIGHTS] == pytest.approx(one[WEIGHTS] / 4, abs=20)
+    assert sharded.memory(Split(1, 1))[WEIGHTS] == one[WEIGHTS]
     checkpointing = needs_of([*settings, "--trainer.activation_checkpointing", "true"]).memory(Split(4, 1))
     assert checkpointing["activations"] < one["activations"]
     bf16 = needs_of([*settings, "--trainer.precision", "bf16"]).memory(Split(4, 1))

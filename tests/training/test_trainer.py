@@ -76,7 +76,7 @@ def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
     first, second = trainer(), trainer()
     for step in range(3):
         first.step(step, batch(step))
-    first.write(tmp_path)
+    first.write(tmp_path, first.gather())
     second.read(tmp_path, {"nonfinite_in_a_row": 2})
     assert second.nonfinite_in_a_row == 2
     for step in (3, 4):
