@@ -108,15 +108,18 @@ def plan_requests(config: SampleConfig, multiple: int = 2) -> list[Request]:
 
 
 def sample_videos(
-    pipe: "STDiTPipeline", requests: Iterable[Request], batch_size: int = 8
+    pipe: "STDiTPipeline", requests: Iterable[Request], batch_size: int = 8, mesh: "Mesh | None" = None
 ) -> Iterator[tuple[Request, "np.ndarray"]]:
     """Generate videos, those with equal settings together; yields ``(request, uint8 [T H W 3])`` in order.
 
-    What a request leaves open is as the pipeline has it.
+    What a request leaves open is as the pipeline has it. With a mesh all its ranks work, and the first gets all
+    videos; every rank must walk through the iterator.
     """
     from stdit.parallel.mesh import Mesh
 
-    for videos in _rounds(pipe, list(requests), batch_size, Mesh()):
+    mesh = mesh or Mesh()
+    pipe.share(mesh)
+    for videos in _rounds(pipe, list(requests), batch_size, mesh):
         yield from videos
 
 

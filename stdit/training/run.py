@@ -10,13 +10,13 @@ from torch import Tensor
 import stdit
 from stdit.cli import plain, to_yaml
 from stdit.models.config import token_grid
-from stdit.parallel.parameters import gathered
+from stdit.parallel.parameters import gathered, whole
 from stdit.pipelines.video_io import written_aside
 from stdit.training.build import Parts
 from stdit.training.checkpoint import Checkpoints, check_same_experiment, replaced, written
 from stdit.training.tracking import TRACKERS, Metrics, MetricsFile, Tracker
 from stdit.training.trainer import Trainer
-from stdit.training.validation import default_settings, write_samples
+from stdit.training.validation import default_settings, make_samples, write_samples
 
 
 class Run:
@@ -112,14 +112,15 @@ class Run:
                 self.validate(self.start)
 
     def validate(self, step: int) -> None:
-        """Write videos of the fixed prompts, made with the averaged weights after ``step`` steps."""
-        average = gathered(self.trainer.ema.state_dict(), self.mesh)
-        self.mesh.on_first(lambda: self._validate(self.pipeline(step, average), step))
+        """Write videos of the fixed prompts, made by all ranks with the averaged weights after ``step`` steps."""
+        pipe = self.pipeline(step, {name: whole(t) for name, t in self.trainer.ema.state_dict().items()})
+        videos = make_samples(pipe, self.config.validation.prompts, self.config.validation.seed, self.mesh)
+        self.mesh.on_first(lambda: self._write_samples(videos, pipe.config, step))
 
-    def _validate(self, pipe: Any, step: int) -> None:
+    def _write_samples(self, videos: list[Any], settings: dict[str, Any], step: int) -> None:
         config, folder = self.config.validation, self._samples(step)
         with replaced(f"samples {folder}", folder) as aside:
-            names = write_samples(pipe, config.prompts, config.seed, aside)
+            names = write_samples(videos, settings, config.prompts, config.seed, aside)
         *videos, sheet = (folder / name for name in names)
         self.tracker.log_videos(videos, config.prompts, sheet, step)
 

@@ -1,15 +1,18 @@
 """Videos for fixed prompts while training goes on, and the settings with which the run samples by default."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.errors import UserError
-from stdit.pipelines.config import VideoSettings, check_seed
+from stdit.pipelines.config import SETTINGS, VideoSettings, check_seed
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from stdit.data.buckets import Assignment
+    from stdit.parallel.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
 
 
@@ -58,26 +61,36 @@ def default_settings(config: ValidationConfig, assignment: "Assignment") -> dict
     return {**trained, **given}
 
 
-def write_samples(pipe: "STDiTPipeline", prompts: Sequence[str], seed: int, folder: Path) -> list[str]:
-    """Write a video of each prompt, made with the pipeline's own settings, into an empty folder.
-
-    Returns the names of the mp4 files, in the order of the prompts, and of the contact sheet.
-    """
-    from stdit.pipelines.sampling import Request, sample_videos, slug
-    from stdit.pipelines.video_io import write_mp4, write_sheet
+def make_samples(
+    pipe: "STDiTPipeline", prompts: Sequence[str], seed: int, mesh: "Mesh"
+) -> list["np.ndarray"]:
+    """A video of each prompt, uint8 ``[T H W 3]``, made by all ranks with the pipeline's settings; on the first."""
+    from stdit.pipelines.sampling import Request, sample_videos
 
     pipe.set_progress_bar_config(disable=True)
-    videos, names = [], []
-    for index, (request, frames) in enumerate(sample_videos(pipe, [Request(text, seed) for text in prompts])):
-        settings = {name: pipe.config[name] for name in asdict(request.settings)}
-        metadata = {
-            "prompt": request.prompt,
-            "seed": seed,
-            **settings,
-            "checkpoint_step": pipe.config["step"],
-        }
-        names.append(f"{index:02d}-{slug(request.prompt)}.mp4")
-        write_mp4(folder / names[-1], frames, pipe.config["fps"], metadata)
-        videos.append(frames)
+    requests = [Request(text, seed) for text in prompts]
+    return [frames for _, frames in sample_videos(pipe, requests, mesh=mesh)]
+
+
+def write_samples(
+    videos: Sequence["np.ndarray"], config: Mapping[str, Any], prompts: Sequence[str], seed: int, folder: Path
+) -> list[str]:
+    """Write what `make_samples` made, and a contact sheet, into an empty folder.
+
+    Args:
+        config: of the pipeline.
+
+    Returns:
+        the names of the mp4 files, in the order of the prompts, and of the sheet.
+    """
+    from stdit.pipelines.sampling import slug
+    from stdit.pipelines.video_io import write_mp4, write_sheet
+
+    names = []
+    for index, (frames, prompt) in enumerate(zip(videos, prompts, strict=True)):
+        settings = {name: config[name] for name in SETTINGS}
+        metadata = {"prompt": prompt, "seed": seed, **settings, "checkpoint_step": config["step"]}
+        names.append(f"{index:02d}-{slug(prompt)}.mp4")
+        write_mp4(folder / names[-1], frames, config["fps"], metadata)
     write_sheet(folder / "sheet.png", videos, prompts)
     return [*names, "sheet.png"]
