@@ -22,6 +22,21 @@ def shares(total: int, ranks: int) -> list[int]:
     return [each + (rank < rest) for rank in range(ranks)]
 
 
+def passes(parts: list[int], part: int, most: int | None) -> list[tuple[slice, bool]]:
+    """Slices of a part of a batch, of at most ``most`` samples, and whether they count.
+
+    Every part has as many, to wait for each other: where one has no sample left, it has one that does not count.
+
+    Args:
+        parts: samples of each part, the largest first.
+    """
+    size = most or parts[0]
+    return [
+        (slice(start, start + size), True) if start < parts[part] else (slice(1), False)
+        for start in range(0, parts[0], size)
+    ]
+
+
 def block_layouts(depth: int, order: str) -> list[Layout]:
     """Layouts of the blocks in the order in which they run: S T S T ..., or S T T S ... when paired."""
     pair: tuple[Layout, Layout] = ("frames", "tracks")

@@ -16,7 +16,7 @@ from torch import Tensor
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import ParallelConfig, SamplingParallelConfig
 from stdit.parallel.group import Group
-from stdit.parallel.layout import shares
+from stdit.parallel.layout import passes, shares
 
 if TYPE_CHECKING:
     from stdit.parallel.planner import Choice
@@ -72,16 +72,8 @@ class Mesh:
         return range(start, start + parts[self.part])
 
     def passes(self, batch_size: int, most: int | None) -> list[tuple[slice, bool]]:
-        """Slices of this rank's part of a batch, of at most ``most`` samples, and whether they count.
-
-        Every rank has as many, to wait for each other: where one has no sample left, it has one that does not count.
-        """
-        mine, largest = len(self.rows(batch_size)), shares(batch_size, self.dp)[0]
-        size = most or largest
-        return [
-            (slice(start, start + size), True) if start < mine else (slice(1), False)
-            for start in range(0, largest, size)
-        ]
+        """This rank's part of a batch, as `layout.passes` has it."""
+        return passes(shares(batch_size, self.dp), self.part, most)
 
     def average(self, values: Tensor) -> Tensor:
         """Mean over all ranks."""

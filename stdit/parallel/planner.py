@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import ceil
 from typing import Literal, NamedTuple
 
-from stdit.parallel.layout import Layout, shares
+from stdit.parallel.layout import Layout, passes, shares
 from stdit.parallel.parameters import FLOAT
 
 GIB = 2**30
@@ -122,7 +121,7 @@ def sent(load: Load, split: Split, rank: int) -> Sent:
     returns what forward brought.
     """
     part, place = divmod(rank, split.sp)
-    clips, T, S = split.clips(load)[part], split.frames(load), split.tracks(load)
+    T, S = split.frames(load), split.tracks(load)
     numbers = {"tracks": T[place] * (load.tracks - S[place]), "frames": S[place] * (load.frames - T[place])}
     sharded = {"tracks": max(T), "frames": max(S)}  # where tokens on their way to a layout come from
     other: dict[Layout, Layout] = {"tracks": "frames", "frames": "tracks"}
@@ -131,8 +130,10 @@ def sent(load: Load, split: Split, rank: int) -> Sent:
         forward += count * width * numbers[target]
         backward += count * width * numbers[other[target]]
         pieces += count * min(split.chunks, sharded[target])
-    passes = ceil(clips / (load.micro or clips)) if split.sp > 1 else 0
-    return Sent(clips * load.element * forward, clips * load.element * backward, 2 * passes * pieces)
+    parts = split.clips(load)
+    clips = [len(range(parts[part])[rows]) for rows, _ in passes(parts, part, load.micro)]
+    size = sum(clips) * load.element
+    return Sent(size * forward, size * backward, 2 * len(clips) * pieces if split.sp > 1 else 0)
 
 
 def activation_bytes(load: Load, split: Split) -> int:
