@@ -64,15 +64,20 @@ class VideoCodec(ModelMixin):
         first = int(self.causal_first_frame)
         return first + (num_frames - first) * self.stride[0], height * self.stride[1], width * self.stride[2]
 
-    def latent_index(self, frame: int) -> int:
-        """The latent frame that holds a frame of a video."""
+    def latent_index(self, frame: int, num_frames: int | None = None) -> int:
+        """The latent frame that holds a frame of a video of so many frames (None: of more than enough)."""
         first = int(self.causal_first_frame)
         return frame if frame < first else first + (frame - first) // self.stride[0]
 
-    def first_frame(self, index: int) -> int:
+    def first_frame(self, index: int, num_frames: int | None = None) -> int:
         """The first frame that a latent frame holds: the number of frames in all before it."""
         first = int(self.causal_first_frame)
         return index if index < first else first + (index - first) * self.stride[0]
+
+    def lead(self, index: int, num_frames: int) -> tuple[int, int]:
+        """What must be encoded before a latent frame so that it holds its frames: latent frames, and frames in them."""
+        needed = int(self.causal_first_frame and index > 0)
+        return needed, needed
 
     def padded(self, video: Tensor) -> Tensor:
         """A video [B 3 T H W] with its last frame, row and column repeated up to a size that fits."""
@@ -101,6 +106,22 @@ class VideoCodec(ModelMixin):
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ValueError(f"a video is a float tensor [B 3 T H W], not {video.dtype} {list(video.shape)}")
         return self._encode(self.padded(video.to(self.device, torch.float32))).float().contiguous()
+
+    def encode_inside(self, video: Tensor, start: int, num_frames: int) -> tuple[int, Tensor]:
+        """Latents of frames [B 3 T H W] that lie inside a longer video, from its frame ``start`` on.
+
+        They fill whole latent frames: before its first frame and after its last one, ``video`` stands still.
+
+        Returns:
+            the first of these latent frames, and float32 [B C T' H' W'] as of `encode`.
+        """
+        end = start + video.shape[2]
+        first, last = (self.latent_index(frame, num_frames) for frame in (start, end - 1))
+        lead, lead_frames = self.lead(first, num_frames)
+        before = lead_frames + start - self.first_frame(first, num_frames)
+        after = self.first_frame(last + 1, num_frames) - end
+        filled = F.pad(video, (0, 0, 0, 0, before, after), mode="replicate")
+        return first, self.encode(filled)[:, :, lead : lead + last + 1 - first]
 
     @torch.no_grad()
     def decode(

@@ -270,13 +270,23 @@ class OpenSoraCodec(VideoCodec):
         whole, rest = divmod(num_frames, self.latent_chunk)
         return whole * self.chunk + rest * self.stride[0], height * self.stride[1], width * self.stride[2]
 
-    def latent_index(self, frame: int) -> int:
+    def latent_index(self, frame: int, num_frames: int | None = None) -> int:
         chunk, within = divmod(frame, self.chunk)
-        return chunk * self.latent_chunk + math.ceil(within / self.stride[0])
+        return chunk * self.latent_chunk + (within + self._fill(chunk, num_frames)) // self.stride[0]
 
-    def first_frame(self, index: int) -> int:
+    def first_frame(self, index: int, num_frames: int | None = None) -> int:
         chunk, within = divmod(index, self.latent_chunk)
-        return chunk * self.chunk + (1 + (within - 1) * self.stride[0] if within else 0)
+        return chunk * self.chunk + max(0, within * self.stride[0] - self._fill(chunk, num_frames))
+
+    def lead(self, index: int, num_frames: int) -> tuple[int, int]:
+        within = index % self.latent_chunk
+        begin = self.first_frame(index - within, num_frames)
+        return within, self.first_frame(index, num_frames) - begin
+
+    def _fill(self, chunk: int, num_frames: int | None) -> int:
+        """Frames that are filled up in front of a chunk; the last one of a video may be shorter than the others."""
+        frames = self.chunk if num_frames is None else min(self.chunk, num_frames - chunk * self.chunk)
+        return -frames % self.stride[0]
 
     def padded(self, video: Tensor) -> Tensor:
         """Rows and columns only: the temporal VAE fills up frames by itself."""

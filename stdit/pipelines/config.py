@@ -94,7 +94,8 @@ class PromptSettings(VideoSettings):
     """Parts of the video, each num_frames long; none: one for each prompt. The last prompt holds for all further
     ones."""
     overlap: int | None = None
-    """Frames that a part is given from the one before; none: a quarter of num_frames."""
+    """Frames that a part is given from the one before; none: about a quarter of num_frames,
+    in whole latent frames."""
     close: bool | None = None
     """Let the last part lead back to the first frame, for a video that can be played in a loop."""
 

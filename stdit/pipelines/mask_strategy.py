@@ -87,9 +87,11 @@ def translate_masks(
             raise UserError(
                 f"mask_strategy has the start {entry.target_start}, but a part has {latent_frames} latent frames."
             )
-        frame = codec.first_frame(start)
-        length = min(codec.first_frame(entry.length), num_frames - frame)
-        begin = parts.starts(num_frames)[entry.part]
+        latents = min(entry.length, latent_frames - start)
+        begin, end = (codec.first_frame(index, num_frames) for index in (start, start + latents))
+        end = min(end, num_frames)
         skip = codec.first_frame(entry.source_start)
-        conditions.append(Condition(entry.source, begin + frame, length, 1 - entry.edit_ratio, skip))
+        length = min(codec.first_frame(entry.source_start + latents) - skip, end - begin)
+        frame = parts.starts(num_frames)[entry.part] + end - length  # a last frame ends its latent frame
+        conditions.append(Condition(entry.source, frame, length, 1 - entry.edit_ratio, skip))
     return conditions

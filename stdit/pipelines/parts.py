@@ -13,6 +13,8 @@ from stdit.pipelines.conditions import Condition
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stdit.codecs.base import VideoCodec
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -21,7 +23,7 @@ class Parts:
     count: int = 1
     """Parts."""
     overlap: int | None = None
-    """Frames that a part is given from the one before; None: a quarter of a part."""
+    """Frames that a part is given from the one before; None: a quarter of a part (see `fitted`)."""
     close: bool = False
     """The last part leads back to the first frame, so that the video can be played in a loop."""
 
@@ -35,6 +37,13 @@ class Parts:
             raise UserError(f"{where}overlap = {self.overlap}: must be at least 1 frame.")
         if self.close and self.count < 2:
             raise UserError(f"{where}close needs a second part that leads back: add parts = 2.")
+
+    def fitted(self, num_frames: int, codec: "VideoCodec") -> "Parts":
+        """With an overlap: where there was none, as many whole latent frames as there are in a quarter of a part."""
+        if self.overlap is not None:
+            return self
+        quarter = max(1, num_frames // 4)
+        return replace(self, overlap=codec.first_frame(codec.latent_index(quarter)) or quarter)
 
     def shared(self, num_frames: int) -> int:
         """Frames that two parts of so many frames share. Raises UserError if that leaves a part none of its own."""

@@ -400,18 +400,15 @@ class STDiTPipeline(DiffusionPipeline):
         num_frames: int,
         settings: dict[str, Any],
     ) -> None:
-        """Put given frames into ``latents [C T H W]``, and into ``ceiling [T]`` the level from which they are made.
-
-        They are encoded by themselves; where several frames share a latent frame, the last one stands still in it.
-        """
+        """Put given frames into ``latents [C T H W]``, and their level into ``ceiling [T]``."""
         fps, height, width = float(settings["fps"]), int(settings["height"]), int(settings["width"])
         condition = settled(condition, num_frames, fps)
         video = given_frames(condition, fps, height, width)[None]  # [1 3 T H W]
-        first = self.codec.latent_index(condition.span(num_frames)[0])
-        count = min(self.codec.latent_index(video.shape[2] - 1) + 1, len(ceiling) - first)
         _onload(self.codec)
-        latents[:, first : first + count] = self.codec.encode(video.to(latents.device))[0, :, :count].float()
-        ceiling[first : first + count] = 1 - condition.strength
+        start, _ = condition.span(num_frames)
+        first, given = self.codec.encode_inside(video.to(latents.device), start, num_frames)
+        place = slice(first, first + given.shape[2])
+        latents[:, place], ceiling[place] = given[0], 1 - condition.strength
 
     def _decode(
         self, latents: Tensor, shards: Shards, latent_frames: int, settings: dict[str, Any], output_type: str

@@ -82,7 +82,8 @@ def plan_requests(config: SampleConfig, multiple: int = 2) -> list[Request]:
         conditions = [parse_condition(text) for text in prompt.condition]
         if settings.num_frames is not None:
             total = parts.total(settings.num_frames)
-            for condition in conditions:
+            settled_yet = parts.count == 1 or parts.overlap is not None  # else the codec has a say
+            for condition in conditions if settled_yet else ():
                 condition.span(total)
         references = [path.strip() for path in (prompt.reference_path or "").split(";") if path.strip()]
         masks = parse_mask_strategy(prompt.mask_strategy or "", references)
@@ -133,8 +134,9 @@ def _sample(
 
     if not batch:
         return []
-    settings, parts = batch[0].settings, batch[0].parts
+    settings = batch[0].settings
     num_frames = settings.num_frames or int(pipe.config["num_frames"])
+    parts = batch[0].parts.fitted(num_frames, pipe.codec)
     generators = [torch.Generator().manual_seed(r.seed) for r in batch]  # each part draws on
     total, fps = parts.total(num_frames), settings.fps or float(pipe.config["fps"])
     given = []

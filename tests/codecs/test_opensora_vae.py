@@ -86,6 +86,42 @@ def test_which_latent_holds_a_frame(codec: OpenSoraCodec) -> None:
         assert codec.latent_index(first) == index == codec.latent_index(first - 1) + 1
 
 
+@pytest.mark.parametrize("frames", [3, 16, 20, 51])
+def test_which_latent_holds_a_frame_of_a_whole_video(codec: OpenSoraCodec, frames: int) -> None:
+    latents = codec.latent_shape(frames, 8, 8)[0]
+    starts = [codec.first_frame(index, frames) for index in range(latents + 1)]
+    assert starts[0] == 0 and starts[-1] == frames
+    held = [codec.latent_index(frame, frames) for frame in range(frames)]
+    assert held == [index for index in range(latents) for _ in range(starts[index], starts[index + 1])]
+
+
+@pytest.mark.parametrize(
+    "frames, start, end", [(51, 0, 17), (51, 17, 34), (51, 34, 51), (20, 17, 20), (16, 0, 16)]
+)
+def test_frames_inside_a_video(codec: OpenSoraCodec, frames: int, start: int, end: int) -> None:
+    """Whole chunks are encoded as in the whole video."""
+    clip = video(frames)
+    first, found = codec.encode_inside(clip[:, :, start:end], start, frames)
+    torch.testing.assert_close(found, codec.encode(clip)[:, :, first : first + found.shape[2]])
+    assert (first, first + found.shape[2]) == (
+        codec.latent_index(start, frames),
+        codec.latent_index(end - 1, frames) + 1,
+    )
+
+
+@pytest.mark.parametrize(
+    "frames, start, count", [(51, 0, 12), (51, 40, 4), (20, -1, 1), (16, -1, 1), (16, -6, 3)]
+)
+def test_frames_inside_latent_frames_stand_still(
+    codec: OpenSoraCodec, frames: int, start: int, count: int
+) -> None:
+    clip, start = video(count), start % frames
+    still = [clip[:, :, min(max(frame - start, 0), count - 1)] for frame in range(frames)]
+    first, found = codec.encode_inside(clip, start, frames)
+    end = codec.first_frame(first + found.shape[2], frames)
+    torch.testing.assert_close(found, codec.encode(torch.stack(still[:end], 2))[:, :, first:])
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolutions_see_no_later_frame(stride: int) -> None:
     conv = CausalConv3d(2, 3, 3, time_stride=stride)

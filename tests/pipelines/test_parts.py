@@ -14,7 +14,7 @@ from stdit.pipelines.mask_strategy import MaskEntry, parse_mask_strategy, transl
 from stdit.pipelines.parts import Parts
 from stdit.pipelines.sampling import Request, plan_requests, sample_to_files, sample_videos
 from stdit.pipelines.video_io import write_mp4
-from tests.codecs.tiny import save_tiny_vae
+from tests.codecs.tiny import save_tiny_vae, tiny_opensora_vae
 from tests.pipelines.tiny import tiny_pipeline, write_run
 
 
@@ -95,6 +95,19 @@ def test_a_causal_codec_in_parts(pipe, tmp_path):
     assert whole.shape == (13, 8, 8, 3)
 
 
+def test_open_soras_codec_in_parts(tmp_path, monkeypatch):
+    """A quarter of 51 frames are 12, but 9 are whole latent frames."""
+    own = tiny_pipeline(tmp_path, tiny_opensora_vae())
+    calls = []
+    call = type(own).__call__
+    monkeypatch.setattr(
+        type(own), "__call__", lambda self, *a, **k: calls.append(k["conditions"]) or call(self, *a, **k)
+    )
+    whole = make(own, parts=Parts(2), settings=VideoSettings(num_frames=51, num_inference_steps=1))
+    assert [[len(one.source[0]) for one in some] for (some,) in calls] == [[], [9]]
+    assert whole.shape == (51 + 42, 8, 8, 3)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -142,14 +155,18 @@ class Causal:
     def latent_shape(self, num_frames, height, width):
         return (1 + -(-(num_frames - 1) // 4), 1, 1)
 
-    def first_frame(self, index):
+    def first_frame(self, index, num_frames=None):
         return index if index < 1 else 1 + 4 * (index - 1)
 
 
 def test_mask_strategy_counts_in_latent_frames():
     entries = parse_mask_strategy("0,0,0,0,2,0;1,0,3,-1,1,0.5;0,0,0,0,1,1", ["a"])
     found = translate_masks(entries, Causal(), Parts(2, 5), 17)
-    assert found == [Condition("a", 0, 5, 1.0, 0), Condition("a", 12 + 13, 1, 0.5, 9)]
+    assert found == [Condition("a", 0, 5, 1.0, 0), Condition("a", 12 + 13, 4, 0.5, 9)]
+    found = translate_masks(
+        parse_mask_strategy("0,0,0,-2,2;0,0,0,-1,5;0,0,2,0,1", ["a"]), Causal(), Parts(), 17
+    )
+    assert found == [Condition("a", 12, 5), Condition("a", 16, 1), Condition("a", 0, 1, skip=5)]
     with pytest.raises(UserError, match="names part 2, but the video has 2"):
         translate_masks(parse_mask_strategy("2,0", ["a"]), Causal(), Parts(2), 17)
     with pytest.raises(UserError, match="start 9, but a part has 5 latent frames"):
