@@ -75,7 +75,7 @@ class VideoCodec(ModelMixin):
         return index if index < first else first + (index - first) * self.stride[0]
 
     def lead(self, index: int, num_frames: int) -> tuple[int, int]:
-        """What must be encoded before a latent frame so that it holds its frames: latent frames, and frames in them."""
+        """What must be encoded before a latent frame for it to hold its frames: latent frames, and frames in them."""
         needed = int(self.causal_first_frame and index > 0)
         return needed, needed
 

@@ -208,9 +208,17 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP"]) as image:
             _check_size(path, image.width, image.height)
-            yield ImageOps.exif_transpose(image).convert("RGB")
+            yield upright_rgb(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(path, f"not a readable image, or damaged ({error})") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture as it is shown. Of 16 bits of grey the upper 8 count, where Pillow would cut values off at 255."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _check_size(path: Path, width: int, height: int) -> None:

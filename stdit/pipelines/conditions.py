@@ -3,6 +3,7 @@
 Letters: T frames, H height, W width in pixels.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from stdit.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SYNTAX = re.compile(r"(?P<source>.+)@(?P<frame>-?\d+)(:(?P<length>\d*))?(:(?P<strength>[\d.]+))?", re.DOTALL)
+SYNTAX = re.compile(
+    r"(?P<source>.+)@(?P<frame>-?\d{1,9})(:(?P<length>\d{0,9}))?(:(?P<strength>[\d.]+))?", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def parse_condition(text: str) -> Condition:
 
 def check_source(path: str) -> None:
     """Raise UserError if no picture or video can be read from a file."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # of a name that is too long, Path raises an error
         raise UserError(f"given frames {path}: there is no such file.")
     _count(Path(path), fps=1)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from stdit.data.decode import upright_rgb
 from stdit.errors import UserError
 
 Image = PIL.Image.Image | np.ndarray | Tensor
@@ -45,7 +46,7 @@ def tell_size(what: str, rows: int, columns: int, height: int, width: int) -> No
 
 def _to_tensor(image: Image) -> Tensor:
     if isinstance(image, PIL.Image.Image):
-        image = np.array(image.convert("RGB"))
+        image = np.array(upright_rgb(image))
     if isinstance(image, np.ndarray):
         levels = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
         levels = np.stack([levels] * 3, -1) if levels.ndim == 2 else levels

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from stdit.data.config import LARGEST
 from stdit.errors import UserError
 from stdit.pipelines.conditions import Condition
 
@@ -33,10 +34,17 @@ class Parts:
             raise UserError(
                 f"{where}parts = {self.count}: must be at least {prompts}, the number of prompts with those of then."
             )
+        if self.count > LARGEST:
+            raise UserError(f"{where}parts = {self.count}: must be at most {LARGEST}.")
         if self.overlap is not None and self.overlap < 1:
             raise UserError(f"{where}overlap = {self.overlap}: must be at least 1 frame.")
         if self.close and self.count < 2:
             raise UserError(f"{where}close needs a second part that leads back: add parts = 2.")
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its length is known without the codec."""
+        return self.count == 1 or self.overlap is not None
 
     def fitted(self, num_frames: int, codec: "VideoCodec") -> "Parts":
         """With an overlap: where there was none, as many whole latent frames as there are in a quarter of a part."""

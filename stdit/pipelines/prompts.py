@@ -4,6 +4,7 @@ import csv
 import difflib
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,11 @@ def read_prompts(file: str | Path) -> list[PromptLine]:
 
 def _count_from(folder: Path, line: PromptLine) -> None:
     """Let the relative paths of given frames count from a folder."""
-    if line.image is not None:
+    if line.image:
         line.image = str(folder / line.image)
-    if line.reference_path is not None:
-        line.reference_path = ";".join(str(folder / path.strip()) for path in line.reference_path.split(";"))
+    if line.reference_path:
+        paths = [path.strip() for path in line.reference_path.split(";")]
+        line.reference_path = ";".join(str(folder / path) for path in paths if path)
     line.condition = [str(folder / text) for text in line.condition]
 
 
@@ -105,7 +107,7 @@ def _read_csv(path: Path, text: str) -> list[PromptLine]:
             if None in row or None in row.values():
                 raise UserError(f"{where}must have {len(columns)} fields; quote those with commas in them.")
             values = {
-                name: _number(name, value, where) for name, value in row.items() if name in known and value
+                name: _csv_value(name, value, where) for name, value in row.items() if name in known and value
             }
             extra = {name: value for name, value in row.items() if name not in known}
             result.append(_line({**values, "extra": extra}, where))
@@ -134,14 +136,22 @@ def _read_jsonl(path: Path, text: str) -> list[PromptLine]:
     return result
 
 
-def _number(name: str, value: str, where: str) -> Any:
-    """A csv field as the setting wants it."""
-    if name not in INTEGERS + NUMBERS:
+def _csv_value(name: str, value: str, where: str) -> Any:
+    """A csv field as the setting wants it; a list is written as in .jsonl, or is its one entry."""
+    read: Callable[[str], Any]
+    if name in INTEGERS:
+        read, words = int, "a whole number"
+    elif name in NUMBERS:
+        read, words = float, "a number"
+    elif name == "close":
+        read, words = {"true": True, "false": False}.__getitem__, "true or false"
+    elif name in ENTRIES and value.startswith("[") and value.endswith("]"):
+        read, words = json.loads, 'a list such as ["a", "b"]'
+    else:
         return value
-    kind, words = (int, "a whole number") if name in INTEGERS else (float, "a number")
     try:
-        return kind(value)
-    except ValueError:
+        return read(value)
+    except (ValueError, KeyError):
         raise UserError(f"{where}{name} = {value!r}: must be {words}.") from None
 
 

@@ -76,17 +76,23 @@ def plan_requests(config: SampleConfig, multiple: int = 2) -> list[Request]:
         prompt = PromptSettings(**(common | own))
         settings = VideoSettings(**{name: getattr(prompt, name) for name in SETTINGS})
         settings.check(f"prompt {index}: ")
+        if not all(text.strip() for text in prompt.then):
+            raise UserError(f"prompt {index}: then has an empty prompt: write one, or leave it out.")
         needed = 1 + len(prompt.then)
         parts = Parts(needed if prompt.parts is None else prompt.parts, prompt.overlap, bool(prompt.close))
         parts.check(f"prompt {index}: ", needed)
         conditions = [parse_condition(text) for text in prompt.condition]
         if settings.num_frames is not None:
             total = parts.total(settings.num_frames)
-            settled_yet = parts.count == 1 or parts.overlap is not None  # else the codec has a say
-            for condition in conditions if settled_yet else ():
+            for condition in conditions if parts.is_fitted else ():
                 condition.span(total)
         references = [path.strip() for path in (prompt.reference_path or "").split(";") if path.strip()]
         masks = parse_mask_strategy(prompt.mask_strategy or "", references)
+        if references and not masks:
+            raise UserError(
+                f"prompt {index}: reference_path without mask_strategy, which says where the frames go: add "
+                "mask_strategy = 0 for the first frame, or use condition."
+            )
         for path in {prompt.image, *(one.source for one in conditions), *references} - {None}:
             check_source(path)
         requests += [

@@ -1,5 +1,6 @@
 """Given frames: the syntax, the files, and what the pipeline makes of them."""
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -37,6 +38,7 @@ def test_syntax(text, expected):
         ("a.png", "must be FILE@frame"),
         ("a.png@first", "must be FILE@frame"),
         ("@3", "must be FILE@frame"),
+        ("a.png@" + "9" * 5000, "must be FILE@frame"),
         ("a.png@0:0", "length must be at least 1"),
         ("a.png@0::0", "strength must be above 0"),
         ("a.png@0::1.5", "strength must be above 0"),
@@ -82,14 +84,32 @@ def test_frames_of_files(tmp_path, caplog):
     assert frames_of(Condition(tmp_path / "red.png"))[:, 0, 0, 0].tolist() == [1, -1, -1]
 
 
+def test_pictures_are_taken_as_they_are_shown(tmp_path):
+    """16 bits of grey are not cut off at 255, and a camera's rotation counts, of files and of pictures in memory."""
+    grey = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    grey.save(tmp_path / "grey.png")
+    rotated = PIL.Image.new("RGB", (8, 8), "red")
+    rotated.paste("blue", (4, 0, 8, 8))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    rotated.save(tmp_path / "rotated.png", exif=exif)
+    for name in ("grey.png", "rotated.png"):
+        file, picture = tmp_path / name, PIL.Image.open(tmp_path / name)
+        assert torch.equal(frames_of(Condition(file)), frames_of(Condition(picture)))
+    levels = torch.arange(64).reshape(8, 8) * 1000 // 256
+    torch.testing.assert_close(frames_of(Condition(tmp_path / "grey.png"))[0, 0], levels / 127.5 - 1)
+    assert frames_of(Condition(tmp_path / "rotated.png"))[2, 0, :, 0].tolist() == [-1] * 4 + [1] * 4
+
+
 def test_frames_of_another_size_are_fitted_and_it_is_said(caplog):
     assert frames_of(Condition(video(6)), num_frames=4, height=4, width=6).shape == (3, 4, 4, 6)
     assert "8x8" in caplog.text and "6x4" in caplog.text
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(UserError, match="absent.mp4: there is no such file"):
-        check_source(tmp_path / "absent.mp4")
+    for name in ("absent.mp4", "a" * 300, "a\0b.png"):
+        with pytest.raises(UserError, match=f"{name}: there is no such file"):
+            check_source(str(tmp_path / name))
     (tmp_path / "clip.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match="clip.mp4: not a"):
         check_source(tmp_path / "clip.mp4")

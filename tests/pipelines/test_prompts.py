@@ -1,7 +1,9 @@
 import pytest
 
 from stdit.errors import UserError
+from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.prompts import PromptLine, read_prompts
+from stdit.pipelines.sampling import plan_requests
 
 
 def written(tmp_path, name, content):
@@ -53,6 +55,20 @@ def test_given_frames_are_of_the_folder_of_the_file(tmp_path):
     assert (second.then, second.parts, second.overlap, second.close) == (["c", "d"], 4, 2, True)
     (line,) = read_prompts(written(tmp_path, "p.csv", "prompt,condition\na,b.png@0\n"))
     assert line.condition == first.condition[:1]
+    nothing = '{"prompt": "a", "image": "", "reference_path": ""}'
+    assert read_prompts(written(tmp_path, "p.jsonl", nothing))[0].image == ""
+    assert plan_requests(SampleConfig(prompts=str(tmp_path / "p.jsonl")))[0].image is None
+
+
+def test_a_csv_has_lists_and_true_or_false_too(tmp_path):
+    content = (
+        "prompt,then,close,guidance_interval,condition\n"
+        'a,"[""b"", ""c""]",true,"[0.2, 0.8]",[d].png@0\nb,c,false,,\n'
+    )
+    first, second = read_prompts(written(tmp_path, "p.csv", content))
+    assert (first.then, first.close, first.guidance_interval) == (["b", "c"], True, [0.2, 0.8])
+    assert first.condition == [f"{tmp_path}/[d].png@0"]
+    assert (second.then, second.close, second.guidance_interval) == (["c"], False, None)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +115,8 @@ def test_given_frames_are_of_the_folder_of_the_file(tmp_path):
         ),
         ("p.jsonl", '{"prompt": "a", "condition": [3]}\n', r"line 1: condition = \[3\]"),
         ("p.jsonl", '{"prompt": "a", "close": 1}\n', "line 1: close = 1: must be bool"),
+        ("p.csv", "prompt,close\na,yes\n", "line 2: close = 'yes': must be true or false"),
+        ("p.csv", "prompt,then\na,[b]\n", r"line 2: then = '\[b\]': must be a list such as"),
         ("p.pdf", "a", "must end in .txt, .csv, .jsonl"),
     ],
 )
