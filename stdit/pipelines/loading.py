@@ -1,6 +1,7 @@
 """A pipeline from what a user points at: a run folder, one of its checkpoints, or an exported pipeline."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,26 @@ def model_settings(source: Source) -> dict[str, Any]:
     return read_json(
         source.path / ("transformer" if source.is_pipeline else "model") / "config.json", "a model"
     )
+
+
+def pipeline_settings(source: Source) -> dict[str, Any]:
+    """What a source's pipeline does unless told otherwise, as far as it is recorded; nothing is loaded."""
+    from stdit.codecs.loading import read_json
+
+    if source.is_pipeline:
+        return read_json(source.path / MODEL_INDEX, "a pipeline")
+    return read_meta(source.path).get("pipeline", {})
+
+
+def check_text(text: str, texts: Iterable[str], source: Source) -> None:
+    """Raise UserError unless a folder has states of these texts, as wide as a source's model takes them."""
+    stored, width = _stored(text), model_settings(source)["caption_channels"]
+    if stored.channels != width:
+        raise UserError(
+            f"text = {text}: its states have {stored.channels} channels, but the model takes {width}: encode the "
+            "prompts with the encoder that it was trained with."
+        )
+    stored.check(texts)
 
 
 def pipeline_step(folder: Path) -> int | None:

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -17,7 +17,7 @@ from stdit.data.config import resolve_size
 from stdit.errors import UserError
 from stdit.pipelines.conditions import Condition, check_source, parse_condition, settled
 from stdit.pipelines.config import PROMPT_SETTINGS, SETTINGS, PromptSettings, SampleConfig, VideoSettings
-from stdit.pipelines.loading import Source, find_source, load_pipeline
+from stdit.pipelines.loading import Source, check_text, find_source, load_pipeline, pipeline_settings
 from stdit.pipelines.mask_strategy import MaskEntry, parse_mask_strategy, translate_masks
 from stdit.pipelines.parts import Parts, make_in_parts
 from stdit.pipelines.prompts import PromptLine, read_prompts
@@ -55,6 +55,10 @@ class Request:
     index: int = 0
     """Place of the prompt in its file, for the name."""
     extra: dict[str, str] = field(default_factory=dict)
+
+    def given(self) -> list[Condition]:
+        """Its image and conditions."""
+        return [*([] if self.image is None else [Condition(self.image, 0, 1)]), *self.conditions]
 
 
 def plan_requests(config: SampleConfig, multiple: int = 2) -> list[Request]:
@@ -114,6 +118,30 @@ def plan_requests(config: SampleConfig, multiple: int = 2) -> list[Request]:
     return requests
 
 
+def check_against(requests: Iterable[Request], recorded: Mapping[str, Any]) -> None:
+    """Check requests against the settings that a pipeline records, before it is loaded.
+
+    Raises:
+        UserError: for given frames that lie outside, or are more than their source has; and for settings that this
+            pipeline would not heed.
+    """
+    for request in {r.index: r for r in requests}.values():
+        where = f"prompt {request.index}: "
+        settings = dict(recorded) | {name: v for name, v in asdict(request.settings).items() if v is not None}
+        schedule = settings.get("guidance_schedule", "constant")
+        if request.settings.guidance_interval is not None and schedule != "interval":
+            raise UserError(
+                f"{where}guidance_interval is for guidance_schedule = interval, not {schedule}: add that, or "
+                "leave the interval out."
+            )
+        num_frames, fps = settings.get("num_frames"), settings.get("fps")
+        if num_frames is None or fps is None:
+            continue
+        total = request.parts.total(num_frames)
+        for condition in request.given() if request.parts.is_fitted else ():
+            settled(condition, total, fps)
+
+
 def sample_videos(
     pipe: "STDiTPipeline", requests: Iterable[Request], batch_size: int = 8, mesh: "Mesh | None" = None
 ) -> Iterator[tuple[Request, "np.ndarray"]]:
@@ -147,9 +175,8 @@ def _sample(
     total, fps = parts.total(num_frames), settings.fps or float(pipe.config["fps"])
     given = []
     for r in batch:
-        first = [] if r.image is None else [Condition(r.image, 0, 1)]
         translated = translate_masks(r.masks, pipe.codec, parts, num_frames)
-        given.append([settled(one, total, fps) for one in (*first, *r.conditions, *translated)])
+        given.append([settled(one, total, fps) for one in (*r.given(), *translated)])
 
     def make(part: int, conditions: list[list[Condition]]) -> torch.Tensor:
         of_parts = "" if parts.count == 1 else f", part {part + 1} of {parts.count}"
@@ -200,6 +227,10 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     """
     requests = plan_requests(config)
     source = find_source(config.checkpoint, config.ema)
+    check_against(requests, pipeline_settings(source))
+    texts = [text for r in requests for text in (r.prompt, *r.then, r.negative_prompt or r.prompt)]
+    if config.text is not None:
+        check_text(config.text, texts, source)
     device = join_processes(config)
     from stdit.parallel.memory import memory_of_process
     from stdit.parallel.mesh import build_mesh, settle
@@ -210,7 +241,6 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     folder = mesh.on_first(lambda: writable(_output_folder(config, source)))
 
     pipe, weights = mesh.everywhere(lambda: load_pipeline(source, config.ema, config.text))
-    texts = [text for r in requests for text in (r.prompt, *r.then, r.negative_prompt or r.prompt)]
     mesh.everywhere(lambda: pipe.text_encoder.check(texts))
     mesh.check_same("the model", weights)
     pipe.to(device, _dtype(config.dtype))

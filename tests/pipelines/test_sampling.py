@@ -8,6 +8,7 @@ import torch
 
 from stdit.checkpoint_files import hash_file
 from stdit.cli import parse
+from stdit.codecs.stored_text import store_text
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig, VideoSettings
 from stdit.pipelines.sampling import Request, free_name, plan_requests, sample_to_files, sample_videos, slug
@@ -84,6 +85,44 @@ def test_bad_input_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, sett
     with pytest.raises(UserError, match=message):
         sample_to_files(SampleConfig(**settings))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(condition=["{}/a.png@4"]), "the video has the frames 0 to 3"),
+        (dict(condition=["{}/a.png@1:2"]), "its source has 1 frames at 8 a second, not 2"),
+        (dict(parts=2, overlap=4), "overlap = 4: a part of num_frames = 4"),
+        (dict(parts=2, overlap=2, condition=["{}/a.png@6"]), "the video has the frames 0 to 5"),
+        (dict(guidance_interval=(0.2, 0.8)), "for guidance_schedule = interval, not constant"),
+        (dict(text="{}/text"), "text_states.json|a folder of text states"),
+    ],
+)
+def test_what_a_pipeline_records_is_heeded_before_it_is_loaded(
+    pipe, tmp_path, monkeypatch, settings, message
+):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    picture(tmp_path / "a.png")
+    monkeypatch.setattr("stdit.pipelines.sampling.load_pipeline", lambda *_: pytest.fail("loaded a model"))
+    if "condition" in settings:
+        settings = settings | {"condition": [text.format(tmp_path) for text in settings["condition"]]}
+    if "text" in settings:
+        settings = settings | {"text": settings["text"].format(tmp_path)}
+    with pytest.raises(UserError, match=message):
+        sample_to_files(SampleConfig(prompt="a", checkpoint=str(tmp_path / "pipeline"), **settings))
+
+
+def test_text_states_are_looked_at_before_a_model_is_loaded(pipe, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", pipe)
+    monkeypatch.setattr("stdit.pipelines.sampling.load_pipeline", lambda *_: pytest.fail("loaded a model"))
+    config = SampleConfig(prompt="a", then=["b"], checkpoint=str(run), text=str(tmp_path / "text"))
+    assert list(store_text(pipe.text_encoder, ["a"], tmp_path / "text")) == [1]
+    with pytest.raises(UserError, match="no states of 1 captions, such as 'b'"):
+        sample_to_files(config)
+    facts = tmp_path / "text" / "text_states.json"
+    facts.write_text(facts.read_text().replace('"channels": 16', '"channels": 32'))
+    with pytest.raises(UserError, match="states have 32 channels, but the model takes 16"):
+        sample_to_files(config)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
