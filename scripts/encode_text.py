@@ -65,19 +65,26 @@ def main() -> None:
 
 def read_captions(path: Path) -> list[str]:
     """All texts of a manifest or a file of prompts. Raises UserError."""
+    from stdit.data.manifest import read_texts
     from stdit.pipelines.prompts import read_prompts
 
     if not path.exists():
         raise UserError(f"captions {path}: there is no such file or folder.")
-    if path.is_dir():
-        return [file.read_text(encoding="utf-8-sig").strip() for file in sorted(path.rglob("*.txt"))]
-    if path.suffix.lower() == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if "text" in (rows.fieldnames or []):
-                return [row["text"].strip() for row in rows]
+    if path.is_dir() or "text" in _columns(path):
+        return read_texts(path)
     lines = read_prompts(path)
     return [text for line in lines for text in (line.prompt, line.negative_prompt, *line.then) if text]
+
+
+def _columns(path: Path) -> list[str]:
+    """The header of a csv; none of another file, or of one that cannot be read, about which its reader says more."""
+    if path.suffix.lower() != ".csv":
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return [name.strip() for name in next(csv.reader(file), [])]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
 
 
 if __name__ == "__main__":

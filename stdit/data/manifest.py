@@ -88,6 +88,12 @@ def read_manifest(manifest: Path, root: Path | None = None) -> tuple[list[Clip],
     return clips, skipped
 
 
+def read_texts(manifest: Path) -> list[str]:
+    """The captions of a manifest, whose files are not opened. Raises UserError."""
+    rows = _folder_rows(manifest, manifest) if manifest.is_dir() else _csv_rows(manifest)
+    return [row.text for row in rows if row.text]
+
+
 def summarise(skipped: Iterable[Skipped], examples: int = 2) -> list[str]:
     """One line for each kind of reason, most frequent first, with a count and the first examples."""
     kinds: dict[str, list[str]] = {}

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from scripts.encode_text import read_captions
+from stdit.errors import UserError
 from tests.launch import ROOT
 from tests.training.tiny import tiny_settings
 
@@ -53,3 +57,22 @@ def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
     checkpoint = ["--checkpoint", str(runs / "with" / "checkpoints" / "step-00000002")]
     result = call("sample.py", *checkpoint, "--prompts", str(prompts), "--text", str(tmp_path / "other"))
     assert result.returncode == 2 and "not of the encoder that" in result.stderr
+
+
+def test_captions_are_those_of_training_and_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name, text in {"a.mp4": "", "a.txt": " a red star\n", "notes.txt": "no caption"}.items():
+        (clips / name).write_text(text)
+    assert read_captions(clips) == ["a red star"]
+    table = tmp_path / "manifest.csv"
+    table.write_text("\ufeffpath, text\na.mp4,a blue star\nb.mp4\nc.mp4,\n")
+    assert read_captions(table) == ["a blue star"]
+    table.write_bytes(b"path,text\na.mp4,\xff\n")
+    with pytest.raises(UserError, match="manifest.csv is not UTF-8"):
+        read_captions(table)
+    table.write_text('path,text\na.mp4,"a"b\n')
+    with pytest.raises(UserError, match="manifest.csv, line .*check its quotes"):
+        read_captions(table)
+    with pytest.raises(UserError, match="absent.csv: there is no such file"):
+        read_captions(tmp_path / "absent.csv")
