@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from stdit.cli import run
+from stdit.errors import UserError
+from stdit.pipelines.sampling import find_device
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="passes, of which the median counts")
     parser.add_argument("--output", type=Path, help="a JSON file of all figures")
     args = parser.parse_args()
+    for name in ("steps", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"{name} = {value}: must be at least 1")
+    if args.device != "cpu":  # else torch's memory here would count as that of the processes that measure
+        find_device(args.device)
 
     results = []
     for name in args.sizes:

@@ -8,6 +8,7 @@ import pytest
 
 from scripts import bench_step
 from scripts.bench_step import CASES, Size, measure
+from stdit.errors import UserError
 
 TINY = Size(hidden_size=16, depth=1, num_heads=2, frames=2, side=4, tokens=3, text_width=8)
 
@@ -36,3 +37,17 @@ def test_the_command(
     assert "forward" in capsys.readouterr().out
     (result,) = json.loads(output.read_text())["results"]
     assert result["size"] == "small" and result["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--steps", "0"], "steps = 0"),
+        (["--threads", "0"], "threads = 0"),
+        (["--device", "cuda:77"], "not there"),
+    ],
+)
+def test_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", *flags])
+    with pytest.raises(UserError, match=message):
+        bench_step.main()
