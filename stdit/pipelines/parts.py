@@ -91,6 +91,21 @@ class Parts:
                 found.append(replace(condition, frame=low - begin, length=high - low, skip=skip))
         return found
 
+    def check_free(self, conditions: Sequence[Condition], num_frames: int, where: str = "") -> None:
+        """Raise UserError if all frames of a part are given: by `settled` conditions, or by its neighbours."""
+        shared = self.shared(num_frames)
+        for part in range(self.count):
+            own = self.conditions(part, conditions, num_frames)
+            kept = [condition.span(num_frames) for condition in own if condition.strength == 1]
+            kept += [(0, shared)] if part else []
+            kept += [(num_frames - shared, shared)] if self.close and part == self.count - 1 else []
+            if len({frame for start, count in kept for frame in range(start, start + count)}) == num_frames:
+                of_part = f" of part {part + 1}" if self.count > 1 else ""
+                raise UserError(
+                    f"{where}all {num_frames} frames{of_part} are given, which leaves nothing to make: give fewer, "
+                    "or ask for more frames."
+                )
+
 
 def make_in_parts(
     make: Callable[[int, list[list[Condition]]], "Tensor"],

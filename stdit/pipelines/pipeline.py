@@ -3,6 +3,7 @@
 Letters: B prompts, C channels, T latent frames, H height, W width, L text tokens, E width of the text states.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,8 @@ from stdit.parallel.mesh import Mesh
 from stdit.pipelines.conditions import Condition, given_frames, settled
 from stdit.pipelines.config import SETTINGS, GuidanceSchedule, VideoSettings
 from stdit.pipelines.images import Image
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -273,6 +276,13 @@ class STDiTPipeline(DiffusionPipeline):
                 "this model joins frames in its patches, so no single one can be given: leave the image and the "
                 "conditions out."
             )
+        idle = (ceiling > 0) & (ceiling < sigmas[-2])
+        if idle.any():
+            logger.warning(
+                "given frames with a strength above %.3g are kept as they are: %d steps are too few to change them",
+                *(1 - sigmas[-2].item(), len(sigmas) - 1),
+            )
+            ceiling = ceiling.masked_fill(idle, 0)
         if (ceiling == 0).all(1).any():
             raise UserError(
                 f"num_frames = {num_frames} is {shape[1]} latent {'frame' if shape[1] == 1 else 'frames'}, and all "

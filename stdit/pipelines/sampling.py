@@ -138,8 +138,9 @@ def check_against(requests: Iterable[Request], recorded: Mapping[str, Any]) -> N
         if num_frames is None or fps is None:
             continue
         total = request.parts.total(num_frames)
-        for condition in request.given() if request.parts.is_fitted else ():
-            settled(condition, total, fps)
+        if request.parts.is_fitted:
+            given = [settled(condition, total, fps) for condition in request.given()]
+            request.parts.check_free(given, num_frames, where)
 
 
 def sample_videos(
@@ -177,6 +178,7 @@ def _sample(
     for r in batch:
         translated = translate_masks(r.masks, pipe.codec, parts, num_frames)
         given.append([settled(one, total, fps) for one in (*r.given(), *translated)])
+        parts.check_free(given[-1], num_frames)
 
     def make(part: int, conditions: list[list[Condition]]) -> torch.Tensor:
         of_parts = "" if parts.count == 1 else f", part {part + 1} of {parts.count}"

@@ -166,6 +166,15 @@ def test_partial_strength_begins_from_the_noised_frames(pipe):
     torch.testing.assert_close(found, x, atol=1e-5, rtol=1e-5)
 
 
+def test_too_few_steps_for_a_strength(pipe, caplog):
+    still, weak = Condition(video(2)), Condition(video(2), strength=0.9)
+    kept, found = (latents(pipe, conditions=[one], num_inference_steps=3) for one in (still, weak))
+    assert torch.equal(kept, found)
+    assert "a strength above 0.667 are kept as they are: 3 steps are too few" in caplog.text
+    with pytest.raises(UserError, match="all are given"):
+        latents(pipe, conditions=[Condition(video(4), strength=0.9)], num_inference_steps=3)
+
+
 def test_nothing_is_left_to_make(pipe):
     with pytest.raises(UserError, match="4 latent frames, and all are given"):
         latents(pipe, conditions=[Condition(video(4))])

@@ -87,6 +87,20 @@ def test_a_video_of_an_image_that_goes_on(pipe):
     assert len(whole) == 6 and np.abs(whole[0] - 127.5).max() <= 1
 
 
+def test_a_part_must_have_something_to_make(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("made another part first"))
+    clip = torch.zeros(3, 8, 8, 8)
+    for parts, condition in {
+        Parts(2, 1): Condition(clip, 4, 3),
+        Parts(2, 1, close=True): Condition(clip, 4, 2),
+        Parts(3, 2): Condition(clip, 2),
+    }.items():
+        with pytest.raises(UserError, match="all 4 frames of part 2 are given"):
+            make(pipe, parts=parts, conditions=(condition,))
+    Parts(2, 1).check_free([Condition(clip, 4, 3, strength=0.5)], 4)
+    Parts(2, 1).check_free([Condition(clip, 4, 2)], 4)
+
+
 def test_a_causal_codec_in_parts(pipe, tmp_path):
     name = "AutoencoderKLWan"
     codec = build_codec(CodecConfig(name=name, path=str(save_tiny_vae(name, tmp_path / "vae"))))

@@ -94,6 +94,7 @@ def test_bad_input_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, sett
         (dict(condition=["{}/a.png@1:2"]), "its source has 1 frames at 8 a second, not 2"),
         (dict(parts=2, overlap=4), "overlap = 4: a part of num_frames = 4"),
         (dict(parts=2, overlap=2, condition=["{}/a.png@6"]), "the video has the frames 0 to 5"),
+        (dict(condition=[f"{{}}/a.png@{place}" for place in range(4)]), "prompt 0: all 4 frames are given"),
         (dict(guidance_interval=(0.2, 0.8)), "for guidance_schedule = interval, not constant"),
         (dict(text="{}/text"), "text_states.json|a folder of text states"),
     ],
