@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from stdit.cli import run
 from stdit.data.shapes.checker import ATTRIBUTES, Verdict, check, compare
-from stdit.data.shapes.render import render, sample_scene
+from stdit.data.shapes.render import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, render, sample_scene
 from stdit.errors import UserError
 from stdit.pipelines.sampling import find_device, writable
 from stdit.pipelines.video_io import write_json
@@ -32,6 +32,12 @@ from stdit.pipelines.video_io import write_json
 DATA = Path("data/shapes")
 SETS = ("heldout", "paraphrase", "paraphrase_strict", "seen")
 COLUMNS = ("prompt", *ATTRIBUTES)
+VALUES: dict[str, tuple[str, ...]] = {
+    "shape": tuple(SHAPES),
+    "colour": tuple(COLOURS),
+    "motion": MOTIONS,
+    "background": tuple(BACKGROUNDS),
+}
 KEPT = 8
 """Mean difference, of 255 levels, up to which given frames have come out as they went in."""
 
@@ -48,8 +54,13 @@ def read_expected(files: list[Path]) -> list[Expected]:
                 rows = list(csv.DictReader(file))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; scripts/make_shapes.py writes such files") from error
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} is not a CSV in UTF-8 ({error}): save it as one") from error
         if not rows or any(row.get(name) in (None, "") for row in rows for name in COLUMNS):
             raise UserError(f"{path} must be a CSV with rows, and with the columns {','.join(COLUMNS)}")
+        for attribute, values in VALUES.items():
+            if odd := next((row[attribute] for row in rows if row[attribute] not in values), None):
+                raise UserError(f"{path}: {attribute} = {odd}: must be one of {', '.join(values)}")
         name = path.stem.removeprefix("prompts_")
         expected += [{"set": name, **{column: row[column] for column in COLUMNS}} for row in rows]
     return expected
@@ -57,7 +68,7 @@ def read_expected(files: list[Path]) -> list[Expected]:
 
 def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expected, str, np.ndarray]]:
     """Every video of a folder whose prompt is expected, as uint8 [T H W 3], with its file's name."""
-    from stdit.data.decode import decode_clip, probe
+    from stdit.data.decode import DecodeError, decode_clip, probe
 
     by_prompt = {row["prompt"]: row for row in reversed(expected)}
     paths = sorted(folder.glob("*.mp4"))
@@ -70,8 +81,11 @@ def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expect
         except (OSError, ValueError, KeyError):
             left_out.append(path.name)
             continue
-        info = probe(path)
-        frames = decode_clip(path, info.num_frames, info.fps, info.height, info.width)
+        try:
+            info = probe(path)
+            frames = decode_clip(path, info.num_frames, info.fps, info.height, info.width)
+        except DecodeError as error:
+            raise UserError(f"{error}: sample it again, or take it away") from error
         yield row, path.name, frames.permute(0, 2, 3, 1).numpy()
     if len(left_out) == len(paths):
         raise UserError(f"{folder}: no video has a .json beside it with a prompt of the --prompts files")

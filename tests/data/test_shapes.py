@@ -479,18 +479,44 @@ def test_evaluate_scores_a_folder_of_videos(built: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "case", ["no videos", "no prompts file", "wrong columns", "nothing known", "no output"]
+    "case",
+    [
+        "no videos",
+        "no prompts file",
+        "wrong columns",
+        "nothing known",
+        "no output",
+        "no shape",
+        "no text",
+        "no video",
+    ],
 )
 def test_evaluate_answers_bad_input(case: str, built: Path, tmp_path: Path) -> None:
     prompts = built / ("missing.csv" if case == "no prompts file" else "prompts_heldout.csv")
     if case == "wrong columns":
         prompts = built / "manifest.csv"
-    if case == "nothing known":
+    if case in ("no shape", "no text"):
+        prompts = tmp_path / "odd.csv"
+        prompts.write_bytes(
+            b"prompt,shape,colour,motion,background\na,cube,red,up,black\n"
+            if case == "no shape"
+            else b"\xff\n"
+        )
+    if case == "no video":
+        (tmp_path / "a.mp4").write_bytes(b"cut off")
+        (tmp_path / "a.json").write_text(json.dumps({"prompt": read(prompts)[0]["prompt"]}))
+    if case in ("nothing known", "no shape", "no text"):
         write_video(tmp_path / "a.mp4", render(BASE), fps=8, crf=12)
         (tmp_path / "a.json").write_text(json.dumps({"prompt": "a cat"}))
     output = ["--output", prompts / "scores.json"] if case == "no output" else []
     done = evaluate("--videos", tmp_path, "--prompts", prompts, *output)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    said = {
+        "no shape": "shape = cube: must be one of circle",
+        "no text": "is not a CSV in UTF-8",
+        "no video": "a.mp4",
+    }
+    assert said.get(case, "") in done.stderr
 
 
 def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path) -> None:
