@@ -143,7 +143,7 @@ def _one_by_one(arguments: list[str], lists: set[str]) -> list[str]:
     for place, argument in enumerate(arguments):
         name, equals, value = argument.removeprefix("--").partition("=")
         first = value if equals else next(iter(arguments[place + 1 :]), "")
-        if argument.startswith("--") and name in lists and not first.startswith("["):
+        if argument.startswith("--") and name in lists and not (first[:1] == "[" and first[-1:] == "]"):
             result[place] = f"--{name}+{equals}{value}"
     return result
 
@@ -152,7 +152,7 @@ def _switches_on(arguments: list[str], known: dict[str, Any]) -> Iterator[str]:
     """Say ``true`` after a true-or-false setting that is named without a value."""
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         yield argument
-        if argument[:2] == "--" == following[:2] and known.get(argument[2:]) is bool:
+        if argument[:2] == "--" == following[:2] and known.get(argument[2:]) in (bool, bool | None):
             yield "true"
 
 
@@ -227,7 +227,7 @@ def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, wher
 
 def _explain(message: str, known: dict[str, Any]) -> str:
     """One line for what jsonargparse says in several."""
-    if flag := re.search(r"argument (--[\w.]+): expected one argument", message):
+    if flag := re.search(r"argument (--[\w.]+)(?:/--[\w.]+\+)?: expected one argument", message):
         return f"{flag[1]} needs a value; one that begins with a dash is joined to it: {flag[1]}=-x"
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)

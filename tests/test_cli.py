@@ -46,6 +46,10 @@ class Example:
     """Several entries."""
     loud: bool = False
     """Whether to say more."""
+    slow: bool | None = None
+    """Whether to wait."""
+    words: list[str] = field(default_factory=list)
+    """Several texts."""
 
 
 def write(path: Path, text: str) -> str:
@@ -78,6 +82,26 @@ def test_a_switch_needs_no_value(argv: list[str], loud: bool, name: str) -> None
     assert (config.loud, config.name) == (loud, name)
 
 
+def test_a_switch_that_may_be_left_open() -> None:
+    assert [parse(Example, argv).slow for argv in ([], ["--slow"], ["--slow", "null"])] == [None, True, None]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--words", "a b", "--words=c: d"], ["a b", "c: d"]),
+        (["--words", "[a, b]"], ["a", "b"]),
+        (["--words", "[a, b]", "--words", "c"], ["a", "b", "c"]),
+        (
+            ["--words", "[a].png@0", "--words", "{b}", "--words", "1", "--words", ""],
+            ["[a].png@0", "{b}", "1", ""],
+        ),
+    ],
+)
+def test_a_list_of_texts_takes_them_one_by_one(argv: list[str], words: list[str]) -> None:
+    assert parse(Example, argv).words == words
+
+
 def test_yaml_is_read_back_the_same(tmp_path: Path) -> None:
     config = Example("ü", 2e-5, Size(7, (8, 9)), {"a": 1.0}, [Entry(4)])
     assert parse(Example, ["--config", write(tmp_path / "c.yaml", to_yaml(config))]) == config
@@ -97,6 +121,7 @@ def test_yaml_is_read_back_the_same(tmp_path: Path) -> None:
         (["--rate", "fast"], "rate = fast: must be a number or null"),
         (["--entries", "[{widht: 3}]"], "entries has 'widht', which is not a setting: did you mean width?"),
         (["--name"], "--name needs a value"),
+        (["--words"], "--words needs a value"),
         (["--name", "-x"], "one that begins with a dash is joined to it: --name=-x"),
         (["stray"], "unrecognized arguments: stray"),
         (["--config"], "--config needs a file"),

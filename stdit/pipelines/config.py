@@ -170,7 +170,7 @@ class SampleConfig(PromptSettings):
         """What is added to the prompts, with a space before it."""
         named = {"aesthetic score": self.aesthetic, "motion score": self.motion, "camera motion": self.camera}
         texts = {name: f"{value:g}" if isinstance(value, float) else value for name, value in named.items()}
-        return "".join(f" {name}: {value}." for name, value in texts.items() if value is not None)
+        return "".join(f" {name}: {value}." for name, value in texts.items() if value not in (None, ""))
 
     def formats(self) -> list[Format]:
         return [self.format] if isinstance(self.format, str) else list(self.format)

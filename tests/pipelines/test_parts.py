@@ -155,6 +155,7 @@ def test_prompts_of_parts_and_scores():
     suffix = " aesthetic score: 6.5. motion score: 5. camera motion: pan left."
     assert (request.prompt, request.then) == ("a" + suffix, ("b" + suffix,))
     assert request.parts == Parts(2)
+    assert plan_requests(SampleConfig(prompt="a", camera=""))[0].prompt == "a"
     assert plan_requests(SampleConfig(prompt="a", then=["b"], parts=4))[0].parts.count == 4
 
 
