@@ -270,13 +270,16 @@ def beside(measured: int, row: dict[str, Any], name: str) -> str:
 
 
 def hidden_shares(result: dict[str, Any]) -> dict[int, float]:
-    """By number of frames: what share of the time that DSP waits for exchanges is gone when they overlap."""
+    """By number of frames: what share of the time that DSP waits for exchanges is gone when they overlap.
+
+    Where the wait is less than a twentieth of the step, the figure would be one of chance, and is left out.
+    """
     at = {(row["method"], row["frames"]): row for row in result["rows"]}
     shares = {}
     for (method, frames), row in at.items():
-        exposed = row["seconds"] - row["compute_seconds"]
-        if method == "dsp" and ("dsp-overlap", frames) in at and exposed > 0:
-            shares[frames] = (row["seconds"] - at["dsp-overlap", frames]["seconds"]) / exposed
+        waited = row["seconds"] - row["compute_seconds"]
+        if method == "dsp" and ("dsp-overlap", frames) in at and waited > 0.05 * row["seconds"]:
+            shares[frames] = (row["seconds"] - at["dsp-overlap", frames]["seconds"]) / waited
     return shares
 
 
