@@ -99,6 +99,17 @@ def test_dry_run_speaks_once(alone: Any) -> None:
     assert not run.with_name("dry").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_compiled_blocks_give_the_same_losses(alone: Any, sharded: str) -> None:
+    settings, expected, run = alone
+    name = f"compiled-{sharded}"
+    flags = ["--trainer.compile", "true", "--parallel.sp", "2", "--parallel.shard_parameters", sharded]
+    code, _, errors = launch("train.py", 2, [*settings, "--name", name, *flags])
+    assert code == 0, errors
+    check_losses(run.with_name(name), expected)
+
+
 def check_losses(run: Path, expected: list[dict[str, Any]]) -> None:
     found = metrics(run)
     assert [line["step"] for line in found] == list(range(STEPS))
@@ -126,7 +137,7 @@ def check_results(run: Path, expected: Path) -> None:
 def test_a_run_goes_on_with_another_split(alone: Any) -> None:
     settings, expected, run = alone
     settings = [*settings, "--name", "moved"]
-    for ranks, sp, sharded, steps in ((2, 2, "true", 10), (3, 1, "false", STEPS)):
+    for ranks, sp, sharded, steps in ((2, 2, "true", 10), (3, 1, "true", STEPS)):
         split = ["--parallel.sp", str(sp), "--parallel.shard_parameters", sharded]
         code, _, errors = launch("train.py", ranks, [*settings, *split, "--trainer.steps", str(steps)])
         assert code == 0, errors

@@ -69,6 +69,16 @@ def test_muon_treats_stacked_matrices_one_by_one() -> None:
     torch.testing.assert_close(stacked, torch.cat(list(apart)))
 
 
+def test_muon_moves_few_matrices_at_once_as_it_moves_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tiny_model(), tiny_model()
+    for model, at_once in zip(models, (2**24, 1), strict=True):
+        monkeypatch.setattr("stdit.training.optim.AT_ONCE", at_once)
+        give_gradients(model, 0)
+        build_optimizer(model, OptimizerConfig(name="muon")).step(1.0)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_muon_takes_the_matrices_of_the_blocks() -> None:
     model = tiny_model()
     matrices, others = split_parameters(model)

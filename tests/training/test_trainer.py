@@ -3,45 +3,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
 from stdit.errors import UserError
-from stdit.parallel.mesh import Mesh
-from stdit.training.ema import EMAConfig
 from stdit.training.optim import OptimizerConfig
 from stdit.training.trainer import Trainer, TrainerConfig
-from tests.training.tiny import tiny_model
+from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
 
 def trainer(**settings: Any) -> Trainer:
-    AcceleratorState._reset_state(True)  # accelerate allows one precision a process
-    config = TrainerConfig(**settings)
-    return Trainer(
-        tiny_model(in_channels=3),
-        RectifiedFlow(FlowConfig(conditioning={"first": 0.5}), None),
-        Accelerator(cpu=True, mixed_precision="bf16" if config.precision == "bf16" else "no"),
-        Mesh(),
-        config,
-        OptimizerConfig(name="muon", lr=1e-3),
-        EMAConfig(),
-        seed=1,
-    )
-
-
-def batch(step: int, size: int = 4) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(step)
-    mask = torch.arange(5)[None] < torch.randint(1, 6, (size, 1), generator=generator)
-    return {
-        "size": size,
-        "latents": torch.randn(size, 3, 2, 4, 4, generator=generator),
-        "text_states": torch.randn(size, 5, 16, generator=generator),
-        "text_mask": mask,
-        "fps": torch.full((size,), 8.0),
-        "height": torch.full((size,), 4.0),
-        "width": torch.full((size,), 4.0),
-    }
+    return tiny_trainer(tiny_model(in_channels=3), OptimizerConfig(name="muon", lr=1e-3), **settings)
 
 
 def gradients(one: Trainer, step: int) -> dict[str, torch.Tensor]:
@@ -49,7 +19,7 @@ def gradients(one: Trainer, step: int) -> dict[str, torch.Tensor]:
     one.optimizer.step = lambda factor: seen.update(  # type: ignore[method-assign]
         {name: p.grad.clone() for name, p in one.model.named_parameters() if p.grad is not None}
     )
-    one.step(step, batch(step))
+    one.step(step, tiny_batch(step))
     return seen
 
 
@@ -60,27 +30,29 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     assert len(expected) == len(found) > 10
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
-    assert whole.step(5, batch(5))["loss"] == pytest.approx(parts.step(5, batch(5))["loss"], rel=1e-5)
+    assert whole.step(5, tiny_batch(5))["loss"] == pytest.approx(
+        parts.step(5, tiny_batch(5))["loss"], rel=1e-5
+    )
 
 
 def test_a_step_depends_on_seed_step_and_state_only() -> None:
     first, second = trainer(), trainer()
     torch.manual_seed(1)
-    losses = [first.step(step, batch(step))["loss"] for step in range(3)]
+    losses = [first.step(step, tiny_batch(step))["loss"] for step in range(3)]
     torch.manual_seed(2)
-    assert [second.step(step, batch(step))["loss"] for step in range(3)] == losses
-    assert trainer().step(1, batch(0))["loss"] != trainer().step(0, batch(0))["loss"]
+    assert [second.step(step, tiny_batch(step))["loss"] for step in range(3)] == losses
+    assert trainer().step(1, tiny_batch(0))["loss"] != trainer().step(0, tiny_batch(0))["loss"]
 
 
 def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
     first, second = trainer(), trainer()
     for step in range(3):
-        first.step(step, batch(step))
+        first.step(step, tiny_batch(step))
     first.write(tmp_path, first.gather())
     second.read(tmp_path, {"nonfinite_in_a_row": 2})
     assert second.nonfinite_in_a_row == 2
     for step in (3, 4):
-        assert first.step(step, batch(step)) == second.step(step, batch(step))
+        assert first.step(step, tiny_batch(step)) == second.step(step, tiny_batch(step))
     for one, other in (
         (first.model.state_dict(), second.model.state_dict()),
         (first.ema.average, second.ema.average),
@@ -90,12 +62,12 @@ def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
 
 def test_nonfinite_steps_are_skipped_counted_and_stop_the_run() -> None:
     one = trainer(max_nonfinite_steps=3)
-    broken = batch(0) | {"latents": torch.full((4, 3, 2, 4, 4), float("nan"))}
+    broken = tiny_batch(0) | {"latents": torch.full((4, 3, 2, 4, 4), float("nan"))}
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
     assert one.step(0, broken) == {"loss": None, "lr": 1e-3, "grad_norm": None, "skipped": True}
     assert all(torch.equal(before[name], tensor) for name, tensor in one.model.state_dict().items())
     assert not one.optimizer.state_dict() and one.nonfinite_in_a_row == 1
-    assert not one.step(1, batch(1))["skipped"] and one.nonfinite_in_a_row == 0
+    assert not one.step(1, tiny_batch(1))["skipped"] and one.nonfinite_in_a_row == 0
     one.step(2, broken)
     one.step(3, broken)
     with pytest.raises(UserError, match=r"not finite in 3 steps in a row, up to 4: lower"):
@@ -106,7 +78,7 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32() -> None:
     one = trainer(precision="bf16")
     seen = []
     one.model.spatial_blocks[0].mlp.register_forward_hook(lambda *hook: seen.append(hook[2].dtype))  # type: ignore
-    losses = one.step(0, batch(0)), trainer().step(0, batch(0))
+    losses = one.step(0, tiny_batch(0)), trainer().step(0, tiny_batch(0))
     assert set(seen) == {torch.bfloat16}
     assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=0.05)
     assert {p.dtype for p in one.model.parameters()} == {torch.float32}

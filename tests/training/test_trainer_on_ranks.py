@@ -6,23 +6,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.group import Group
 from stdit.parallel.mesh import Mesh, build_mesh
 from stdit.parallel.parameters import state_bytes, whole
-from stdit.training.ema import EMAConfig
 from stdit.training.optim import OptimizerConfig
-from stdit.training.trainer import Trainer, TrainerConfig
+from stdit.training.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
 from tests.parallel.test_layout import average, close
-from tests.training.tiny import tiny_model
+from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
 STEPS, BATCH = 3, 3
 # AdamW divides gradients by their size, even where they are but rounding (the biases of keys); a large eps does not.
@@ -53,8 +49,6 @@ def trainer(
     **settings: Any,
 ) -> Trainer:
     """A trainer of a model without zeros."""
-    AcceleratorState._reset_state(True)  # accelerate allows one precision a process
-    config = TrainerConfig(max_grad_norm=max_grad_norm, **settings)
     model = tiny_model(in_channels=3, depth=depth, patch_size=(1, 2, 2))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,33 +58,12 @@ def trainer(
         model.enable_gradient_checkpointing()
     if compiled:
         model.compile_blocks(backend="aot_eager", dynamic=False)
-    return Trainer(
-        model,
-        RectifiedFlow(FlowConfig(conditioning={"first": 0.5}), None),
-        Accelerator(cpu=True, mixed_precision="bf16" if config.precision == "bf16" else "no"),
-        mesh,
-        config,
-        optimizer,
-        EMAConfig(decay=0.9),
-        seed=1,
-        shard_parameters=shard_parameters,
-    )
+    settings |= {"max_grad_norm": max_grad_norm}
+    return tiny_trainer(model, optimizer, mesh, shard_parameters, **settings)
 
 
 def batch(mesh: Mesh, step: int) -> dict[str, Any]:
-    """A rank's part of the batch of a step."""
-    generator = torch.Generator().manual_seed(step)
-    mask = torch.arange(5)[None] < torch.randint(1, 6, (BATCH, 1), generator=generator)
-    whole_batch = {
-        "latents": torch.randn(BATCH, 3, 4, 4, 6, generator=generator),
-        "text_states": torch.randn(BATCH, 5, 16, generator=generator),
-        "text_mask": mask,
-        "fps": torch.full((BATCH,), 8.0),
-        "height": torch.full((BATCH,), 4.0),
-        "width": torch.full((BATCH,), 6.0),
-    }
-    rows = mesh.rows(BATCH)
-    return {"size": BATCH, **{name: value[rows.start : rows.stop] for name, value in whole_batch.items()}}
+    return tiny_batch(step, BATCH, frames=4, columns=6, mesh=mesh)
 
 
 def train(one: Trainer, steps: range = range(STEPS)) -> list[dict[str, Any]]:

@@ -2,13 +2,23 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
+from stdit.diffusion.flow import FlowConfig, RectifiedFlow
 from stdit.models.stdit import STDiT
+from stdit.parallel.mesh import Mesh
 from stdit.pipelines.video_io import write_mp4
+from stdit.training.ema import EMAConfig
+from stdit.training.optim import OptimizerConfig
+from stdit.training.trainer import Trainer, TrainerConfig
 from tests.codecs.tiny import save_tiny_bert
+
+ALONE = Mesh()
 
 
 def tiny_model(**settings: object) -> STDiT:
@@ -18,6 +28,47 @@ def tiny_model(**settings: object) -> STDiT:
         depth=1, hidden_size=32, num_heads=2, caption_channels=16, model_max_length=8, gate_init=0.5
     )
     return STDiT(**{**defaults, **settings})
+
+
+def tiny_trainer(
+    model: STDiT,
+    optimizer: OptimizerConfig,
+    mesh: Mesh = ALONE,
+    shard_parameters: bool = False,
+    **settings: Any,
+) -> Trainer:
+    """A trainer of a model of `tiny_batch`; ``settings`` are those of `TrainerConfig`."""
+    AcceleratorState._reset_state(True)  # accelerate allows one precision a process
+    config = TrainerConfig(**settings)
+    return Trainer(
+        model,
+        RectifiedFlow(FlowConfig(conditioning={"first": 0.5}), None),
+        Accelerator(cpu=True, mixed_precision="bf16" if config.precision == "bf16" else "no"),
+        mesh,
+        config,
+        optimizer,
+        EMAConfig(decay=0.9),
+        seed=1,
+        shard_parameters=shard_parameters,
+    )
+
+
+def tiny_batch(
+    step: int, size: int = 4, frames: int = 2, columns: int = 4, mesh: Mesh = ALONE
+) -> dict[str, Any]:
+    """A rank's part of the batch of a step."""
+    generator = torch.Generator().manual_seed(step)
+    mask = torch.arange(5)[None] < torch.randint(1, 6, (size, 1), generator=generator)
+    batch = {
+        "latents": torch.randn(size, 3, frames, 4, columns, generator=generator),
+        "text_states": torch.randn(size, 5, 16, generator=generator),
+        "text_mask": mask,
+        "fps": torch.full((size,), 8.0),
+        "height": torch.full((size,), 4.0),
+        "width": torch.full((size,), float(columns)),
+    }
+    rows = mesh.rows(size)
+    return {"size": size, **{name: value[rows.start : rows.stop] for name, value in batch.items()}}
 
 
 def save_clips(folder: Path, count: int = 5, frames: int = 4, size: int = 8) -> Path:

@@ -1,0 +1,13 @@
+import torch
+from accelerate.state import AcceleratorState
+
+from stdit.training.system import prepare_process
+from stdit.training.trainer import TrainerConfig
+
+
+def test_rounded_weights_are_not_kept_until_a_pass_ends() -> None:
+    AcceleratorState._reset_state(True)
+    config = TrainerConfig(precision="bf16", device="cpu", keep_freed_memory=False)
+    with prepare_process(config, timeout=60.0).autocast():
+        assert torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_cache_enabled()
