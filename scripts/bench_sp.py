@@ -53,10 +53,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks and links are ended, too
     args = parse_args()
     settings = settings_of(args)
-    results = []
-    for ranks in args.ranks:
-        if not args.rate:
-            results.append(measure(settings, ranks, LOOPBACK))
+    for rate in args.rate:
+        megabits(rate)
+    results = [] if args.rate else [measure(settings, ranks, LOOPBACK) for ranks in args.ranks]
     for rate in args.rate:
         try:
             with limited_link(rate) as link:
@@ -101,7 +100,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each rank"
     )
-    parser.add_argument("--rate", nargs="+", default=[], help="of links, as tc reads them, such as 1gbit")
+    parser.add_argument("--rate", nargs="+", default=[], help="of links, such as 200mbit 1gbit")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     parser.add_argument("--plot", type=Path, help="picture of bytes and times; needs matplotlib")
     return parser.parse_args()
@@ -112,6 +111,14 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return int(text)
+
+
+def megabits(rate: str) -> int:
+    """A rate such as 200mbit or 1gbit in Mbit/s."""
+    number, unit = rate[:-4], rate[-4:]
+    if unit not in ("mbit", "gbit") or not number.isdecimal() or int(number) < 1:
+        raise UserError(f"--rate {rate}: must be a whole number of mbit or gbit a second, such as 200mbit")
+    return int(number) * (1000 if unit == "gbit" else 1)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -203,6 +210,9 @@ def limited_link(rate: str) -> Iterator[Place]:
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
         raise NoLinkError("it needs Linux, root, and the commands ip and tc (package iproute2)")
     spaces = [f"stdit-{os.getpid()}-{end}" for end in "ab"]
+    burst = max(
+        16_000, megabits(rate) * 125
+    )  # bytes that may pass at once: those of a millisecond, or some packets
     try:
         for space in spaces:
             command("ip", "netns", "add", space)
@@ -212,8 +222,7 @@ def limited_link(rate: str) -> Iterator[Place]:
             command("ip", "-n", space, "address", "add", f"10.77.0.{number}/24", "dev", "link0")
             for device in ("lo", "link0"):
                 command("ip", "-n", space, "link", "set", device, "up")
-            # A burst may pass at once: some large packets, but little beside a switch of layout.
-            shape = ["tbf", "rate", rate, "burst", "128kb", "latency", "50ms"]
+            shape = ["tbf", "rate", rate, "burst", str(burst), "latency", "50ms"]
             command("tc", "-n", space, "qdisc", "add", "dev", "link0", "root", *shape)
         prefixes = [["ip", "netns", "exec", space] for space in spaces]
         command(*prefixes[0], "true")

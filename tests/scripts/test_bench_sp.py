@@ -53,3 +53,9 @@ def test_a_rank_that_fails_says_why() -> None:
     done = bench("--ranks", "2", "--methods", "megatron", "--num_heads", "1")
     assert done.returncode == 2
     assert "the model has 1 heads" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_refuses_a_rate_that_is_none() -> None:
+    done = bench("--rate", "1gbit", "fast")
+    assert done.returncode == 2
+    assert "--rate fast: must be a whole number of mbit or gbit" in done.stderr
