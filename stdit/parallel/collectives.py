@@ -90,11 +90,11 @@ class _Travel:
         return torch.cat([part for of_rank in zip(*received, strict=True) for part in of_rank], self.shard)
 
     def send_back(self, grad: Tensor) -> None:
-        """Start to return the gradients of all pieces."""
+        """Start to return the gradients of all pieces; the last first, since autograd goes back from there."""
         sizes = [size for of_rank in self.shard_sizes for size in of_rank]
         parts = grad.split(sizes, self.shard)
         count = len(self.shard_sizes[0])
-        for index in range(count):
+        for index in reversed(range(count)):
             sent = parts[index::count]  # to each rank what it sent
             shapes = _shapes(sent[self.group.rank], self.whole, self.whole_sizes)
             self.returning[index] = _Arriving.start(sent, shapes, self.group)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from stdit.diffusion.flow import FlowConfig, RectifiedFlow, frame_weights
 from stdit.models.embeddings import rotary_angles
 from stdit.models.stdit import Grid, STDiT
+from stdit.parallel.collectives import _Travel
 from stdit.parallel.group import Group
 from stdit.parallel.layout import Shards, shares
 from tests.parallel.ranks import run_on_ranks
@@ -196,6 +198,25 @@ def count_all_traffic(group: Group) -> None:
 
 def test_traffic_is_that_of_the_formula() -> None:
     run_on_ranks(2, count_all_traffic)
+
+
+def watch_gradients_return(group: Group) -> None:
+    original, asked = _Travel.returned, []
+
+    def returned(travel: _Travel, index: int) -> Tensor:
+        asked.append((index, next(iter(travel.returning))))
+        return original(travel, index)
+
+    model = make_model(torch.float32, depth=1)
+    shards = model.shards(replace(group, chunks=3), 6, 6, 6)
+    with patch.object(_Travel, "returned", returned):
+        run(model, shards, *make_batch(6, 6, 6, 1, False, torch.float32))
+    assert len(asked) == 2 * 3
+    assert all(index == first_sent for index, first_sent in asked), asked
+
+
+def test_pieces_of_the_gradient_travel_in_the_order_in_which_they_are_used() -> None:
+    run_on_ranks(2, watch_gradients_return)
 
 
 def compile_a_switch_and_a_block(group: Group) -> None:
