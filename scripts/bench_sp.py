@@ -200,6 +200,13 @@ def formula(method: str, settings: dict[str, Any], frames: int, ranks: int) -> d
     return {"forward": forward, "backward": backward, "checkpointing": backward + repeated, "exact": even}
 
 
+PACKET = 9000
+"""Bytes. Links of clusters have such large ones; of small ones the kernel's work would slow what is computed."""
+TCP_BUFFER = "4096 16777216 33554432"
+"""Least, first and largest size in bytes, large as on hosts of clusters; with small ones gloo's two directions wait
+for each other."""
+
+
 class NoLinkError(Exception):
     """Why this machine cannot join two namespaces by a link of limited rate."""
 
@@ -211,8 +218,8 @@ def limited_link(rate: str) -> Iterator[Place]:
         raise NoLinkError("it needs Linux, root, and the commands ip and tc (package iproute2)")
     spaces = [f"stdit-{os.getpid()}-{end}" for end in "ab"]
     burst = max(
-        16_000, megabits(rate) * 125
-    )  # bytes that may pass at once: those of a millisecond, or some packets
+        128 * 1024, megabits(rate) * 125
+    )  # bytes that may pass at once: those of a millisecond, or more
     try:
         for space in spaces:
             command("ip", "netns", "add", space)
@@ -222,6 +229,9 @@ def limited_link(rate: str) -> Iterator[Place]:
             command("ip", "-n", space, "address", "add", f"10.77.0.{number}/24", "dev", "link0")
             for device in ("lo", "link0"):
                 command("ip", "-n", space, "link", "set", device, "up")
+            command("ip", "-n", space, "link", "set", "link0", "mtu", str(PACKET))
+            for way in ("tcp_rmem", "tcp_wmem"):
+                command("ip", "netns", "exec", space, "sysctl", "-qw", f"net.ipv4.{way}={TCP_BUFFER}")
             shape = ["tbf", "rate", rate, "burst", str(burst), "latency", "50ms"]
             command("tc", "-n", space, "qdisc", "add", "dev", "link0", "root", *shape)
         prefixes = [["ip", "netns", "exec", space] for space in spaces]
