@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from stdit.cli import run
+from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
 
@@ -71,14 +71,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    assert __doc__ is not None
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="numbers of ranks (1 2)")
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="which (all)")
     parser.add_argument("--preset", choices=PRESETS, help="take width, heads and depth from configs/models")

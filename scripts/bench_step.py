@@ -10,7 +10,6 @@ checkpointing. Each runs in a process of its own. "GiB" is the peak above the bu
 what a large matrix product reaches there in the same precision.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -20,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from stdit.cli import run
+from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.pipelines.sampling import find_device
 
@@ -57,14 +56,7 @@ CASES: dict[str, dict[str, bool]] = {
 
 
 def main() -> None:
-    assert __doc__ is not None
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "reference"])
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")

@@ -10,12 +10,11 @@ text encoder it is a whole pipeline for sample.py --checkpoint. With --reverse, 
 the keys and the config.json of Open-Sora. Tensors stay bit for bit.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stdit.cli import run
+from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.training.checkpoint import replaced
 
@@ -106,14 +105,7 @@ def convert_back(source: Path, folder: Path) -> str:
 
 
 def main() -> None:
-    assert __doc__ is not None
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint to read")
     parser.add_argument("folder", metavar="DST", type=Path, help="folder to make")
     parser.add_argument("--reverse", action="store_true", help="from a model folder to Open-Sora")

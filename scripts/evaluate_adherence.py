@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from stdit.cli import run
+from stdit.cli import run, script_parser
 from stdit.data.shapes.checker import ATTRIBUTES, Verdict, check, compare
 from stdit.data.shapes.render import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, render, sample_scene
 from stdit.errors import UserError
@@ -178,14 +178,7 @@ def print_table(summary: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    assert __doc__ is not None
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--videos", type=Path, metavar="DIR", help="output folder of sample.py")
     source.add_argument("--checkpoint", type=Path, metavar="RUN", help="run, checkpoint or pipeline folder")

@@ -6,22 +6,14 @@
 A second run with the same settings reuses what is there.
 """
 
-import argparse
 from pathlib import Path
 
-from stdit.cli import run
+from stdit.cli import run, script_parser
 from stdit.data.shapes.build import ShapesConfig, build
 
 
 def main() -> None:
-    assert __doc__ is not None
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(__doc__)
     defaults = ShapesConfig()
     parser.add_argument("--output", type=Path, default=Path("data/shapes"), help="folder (%(default)s)")
     parser.add_argument("--num_clips", type=int, default=defaults.num_clips, help="videos (%(default)s)")

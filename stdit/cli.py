@@ -7,7 +7,7 @@ import re
 import sys
 import types
 import typing
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+from argparse import ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -47,6 +47,17 @@ def _speaks() -> bool:
     return agreeing or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def script_parser(doc: str | None) -> ArgumentParser:
+    """A parser of plain flags for a script, whose docstring ``doc`` is the help."""
+    summary, _, details = (doc or "").partition("\n\n")
+    return ArgumentParser(
+        description=summary,
+        epilog=details,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def parse(
     config_class: type[Config], argv: Sequence[str] | None = None, description: str = "", examples: str = ""
 ) -> Config:
@@ -66,9 +77,9 @@ def parse(
         UserError: for an unknown key (naming the nearest one), a wrong type, or a file that cannot be read.
         SystemExit: with code 0 after ``--help`` and ``--print_config``.
     """
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+    import jsonargparse
 
-    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    class Formatter(RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
         pass
 
     known = dict(_settings(config_class))
@@ -78,8 +89,8 @@ def parse(
             _check_key(argument[2:].partition("=")[0].removesuffix("+"), known, "--")
     arguments = _one_by_one(arguments, {name for name, hint in known.items() if hint == list[str]})
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
         usage="%(prog)s [--config FILE ...] [--key value ...]",
         description=description,
         epilog=examples,
