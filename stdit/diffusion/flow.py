@@ -188,7 +188,9 @@ class RectifiedFlow:
         ``shift`` replaces the shift that follows from size and length.
         """
         r = self.size_shift(latent_frames, height, width) if shift is None else shift
-        return shift_levels(torch.linspace(1, 0, num_inference_steps + 1), r)
+        levels = shift_levels(torch.linspace(1, 0, num_inference_steps + 1), r)
+        levels[0] = 1  # which rounding may miss
+        return levels
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write ``scheduler_config.json``; takes and needs none of the options that diffusers gives components."""

@@ -89,6 +89,7 @@ def test_shift() -> None:
     levels = make("velocity", shift=3.0).sigmas(4, 1, 32, 32)
     torch.testing.assert_close(levels, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
     torch.testing.assert_close(flow.sigmas(4, 15, 512, 512, shift=1.0), torch.linspace(1, 0, 5))
+    assert all(flow.sigmas(1, 4, 32, 32, shift=r / 97).tolist() == [1, 0] for r in range(1, 500))
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
