@@ -28,6 +28,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         code = main() or 0
+        _part_from_others()
     except OtherRankError:
         code = 2
     except UserError as error:
@@ -38,6 +39,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _part_from_others() -> None:
+    """End the process group: its threads, still running while Python ends, sometimes abort a process that is done."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _speaks() -> bool:
