@@ -7,6 +7,7 @@ added at any time. Letters: B batch, L text tokens, E width of the text states, 
 import json
 import os
 from collections.abc import Iterable, Iterator
+from itertools import count
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -116,24 +117,22 @@ def store_text(
         "fingerprint": encoder.fingerprint(),
         "dtype": dtype_name(dtype),
     }
-    known: set[str] = set()
     try:
-        if (folder / FACTS_FILE).exists():
-            if (found := read_json(folder / FACTS_FILE, "a folder of text states")) != facts:
-                odd = [name for name, value in facts.items() if found.get(name) != value]
-                raise UserError(
-                    f"{folder} holds states of another encoder (another {', '.join(odd)}): use another folder."
-                )
-            known = set(StoredText(folder)._places)
-        else:
+        if not (folder / FACTS_FILE).exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / FACTS_FILE, facts)
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        number = len(list(folder.glob("*.safetensors")))
+        elif (found := read_json(folder / FACTS_FILE, "a folder of text states")) != facts:
+            odd = [name for name, value in facts.items() if found.get(name) != value]
+            raise UserError(
+                f"{folder} holds states of another encoder (another {', '.join(odd)}): use another folder."
+            )
+        stored = StoredText(folder)
+        new = [text for text in dict.fromkeys(texts) if text not in stored]
+        names = (folder / f"states-{number:05d}.safetensors" for number in count())
+        free = (file for file in names if not file.exists())  # a damaged one may have been deleted
         for start in range(0, len(new), CAPTIONS_A_FILE):
             some = new[start : start + CAPTIONS_A_FILE]
-            _write(encoder, some, folder / f"states-{number:05d}.safetensors", dtype)
-            number += 1
+            _write(encoder, some, next(free), dtype)
             yield len(some)
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -42,7 +42,11 @@ def test_adds_what_is_new(encoder: TextEncoder, tmp_path: Path, monkeypatch: pyt
     assert list(store_text(encoder, CAPTIONS[:3], tmp_path)) == [2, 1]
     assert list(store_text(encoder, CAPTIONS, tmp_path)) == [2]
     assert list(store_text(encoder, CAPTIONS, tmp_path)) == []
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 3
+    files[0].unlink()  # as one does with a damaged one
+    assert list(store_text(encoder, CAPTIONS, tmp_path)) == [2]
+    assert sorted(tmp_path.glob("*.safetensors")) == files
     states, _ = StoredText(tmp_path).encode(CAPTIONS)
     torch.testing.assert_close(states, encoder.encode(CAPTIONS)[0], atol=0.02, rtol=0.01)  # bf16 on disk
 
