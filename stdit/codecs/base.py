@@ -42,6 +42,9 @@ class VideoCodec(ModelMixin):
     frames_alone: bool = False
     """Each latent frame decodes by itself, whatever is beside it."""
 
+    size_multiple: int | None = None
+    """What height and width by name are rounded to, in pixels; None: what codec and patch divide."""
+
     latent_frame_group: int = 1
     """Latent frames (after the first, if causal) come in groups of so many."""
 

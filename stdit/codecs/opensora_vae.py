@@ -187,6 +187,9 @@ class OpenSoraCodec(VideoCodec):
 
     name = "opensora"
     causal_first_frame = True
+    size_multiple = (
+        2  # its models were trained on such sizes; codec and model fill up what they cannot divide
+    )
 
     def __init__(self, config: OpenSoraVAEConfig) -> None:
         """A new VAE with random weights."""

@@ -17,6 +17,7 @@ n tokens of a row, d channels of a head.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,15 +37,8 @@ class StayingShards(Shards):
     def switch(self, x: Tensor, source: Layout, target: Layout) -> Tensor:
         return x
 
-    def through(
-        self,
-        stage: Callable[[Tensor, Tensor], Tensor],
-        x: Tensor,
-        values: Tensor,
-        layout: Layout,
-        following: Layout,
-    ) -> Tensor:
-        return stage(x, self.per_frame(values, "frames"))
+    def per_frame(self, values: Tensor, layout: Layout) -> Tensor:
+        return super().per_frame(values, "frames")
 
     def sizes(self, length: int, frames: int) -> list[int]:
         """What each rank has of an axis of frames, which is ``length`` long where there are so many frames."""
@@ -88,7 +82,8 @@ def apply_baseline(model: Any, method: str, shards: Shards) -> Shards:
             f"{method} with model.mlp_conv: its temporal convolution needs frames of other ranks, which only DSP "
             "brings; leave mlp_conv out"
         )
-    staying = StayingShards(shards.group, shards.frames, shards.tracks, shards.patch_frames)
+    group = replace(shards.group, chunks=1)  # nothing travels between stages, so nothing is cut
+    staying = StayingShards(group, shards.frames, shards.tracks, shards.patch_frames)
     BASELINES[method](model, staying)
     return staying
 

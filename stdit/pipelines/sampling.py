@@ -246,12 +246,12 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh.everywhere(lambda: pipe.text_encoder.check(texts))
     mesh.check_same("the model", weights)
     pipe.to(device, _dtype(config.dtype))
+    if config.resolution is not None:
+        requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     videos = Videos(pipe, [settings_of(request, pipe) for request in requests], config)
     memory = memory_of_process(device, config.parallel.memory_gib)
     mesh = settle(mesh, config.parallel, lambda: videos.choice(mesh.size, memory))
     pipe.share(mesh)
-    if config.resolution is not None:
-        requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     if mesh.is_first:
         for warning in videos.warnings(mesh.sequence.size, mesh.size):
             logger.warning(warning)

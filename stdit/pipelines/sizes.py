@@ -11,18 +11,15 @@ from stdit.pipelines.loading import find_source, load_codec, model_settings
 if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec
 
-OPEN_SORA = "opensora"
-"""Its models were trained on sizes that are multiples of 2; codec and model fill up what they cannot divide."""
-
 
 def size_multiple(codec: "VideoCodec", patch_size: Sequence[int]) -> int:
     """What height and width by name are rounded to, in pixels.
 
-    2 with Open-Sora's codec; else what codec and patch divide without rest, and even, as h264 wants it.
+    As the codec says; else what codec and patch divide without rest, and even, as h264 wants it.
     """
-    if codec.name == OPEN_SORA:
-        return 2
-    return math.lcm(2, codec.stride[1] * patch_size[1], codec.stride[2] * patch_size[2])
+    return codec.size_multiple or math.lcm(
+        2, codec.stride[1] * patch_size[1], codec.stride[2] * patch_size[2]
+    )
 
 
 def list_sizes(config: SampleConfig) -> str:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +105,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
             variance = codec.latent_variance
     text_encoder = build_text_encoder(config.text_encoder)
     captions = (plan.assignment.clips[index].text for members in plan.assignment.members for index in members)
-    text_encoder.check([*captions, *config.validation.prompts])
+    text_encoder.check(chain(captions, config.validation.prompts))
     flow = RectifiedFlow(config.flow, variance)
     return Inputs(sized(config, codec, text_encoder), plan, codec, text_encoder, flow)
 
