@@ -187,9 +187,7 @@ class OpenSoraCodec(VideoCodec):
 
     name = "opensora"
     causal_first_frame = True
-    size_multiple = (
-        2  # its models were trained on such sizes; codec and model fill up what they cannot divide
-    )
+    size_multiple = 2  # as its models were trained; what 8 does not divide is filled up
 
     def __init__(self, config: OpenSoraVAEConfig) -> None:
         """A new VAE with random weights."""

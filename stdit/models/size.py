@@ -32,6 +32,11 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def held_bytes(*modules: nn.Module) -> int:
+    """Bytes of the weights and buffers of modules."""
+    return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
+
+
 def count_unbuilt(config: STDiTConfig, count: Callable[[STDiT], int] = parameter_count) -> int:
     """What ``count`` gives for a model of any size, from two shallow ones without memory: all blocks are alike.
 

@@ -6,7 +6,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from stdit.models.config import STDiTConfig
-from stdit.models.size import batch_load
+from stdit.models.size import batch_load, held_bytes
 from stdit.parallel.planner import Choice, Load, Split, activation_bytes, choose, divisors, idle_warning
 from stdit.pipelines.config import SampleConfig
 
@@ -45,11 +45,7 @@ class Videos:
         pipe = self.pipe
         at_once = min(self.config.batch_size, ceil(len(self.settings) / split.dp))
         pixels = max(one["num_frames"] * one["height"] * one["width"] for one in self.settings)
-        weights = sum(
-            tensor.numel() * tensor.element_size()
-            for module in (pipe.transformer, pipe.codec, pipe.text_encoder)
-            for tensor in module.state_dict().values()
-        )
+        weights = held_bytes(pipe.transformer, pipe.codec, pipe.text_encoder)
         activations = max(activation_bytes(load, Split(split.sp, split.sp)) for load in self._loads(at_once))
         return weights + activations + at_once * 3 * 4 * pixels
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from stdit.data.buckets import Bucket
-from stdit.models.size import batch_load
+from stdit.models.size import batch_load, held_bytes
 from stdit.parallel.parameters import FLOAT
 from stdit.parallel.planner import Choice, Load, Split, activation_bytes, choose, divisors, idle_warning
 from stdit.training.build import Inputs, ModelSize
@@ -25,11 +25,7 @@ class Needs:
     @cached_property
     def frozen(self) -> int:
         """Bytes of the codec and the text encoder."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for module in (self.inputs.codec, self.inputs.text_encoder)
-            for tensor in module.state_dict().values()
-        )
+        return held_bytes(self.inputs.codec, self.inputs.text_encoder)
 
     @cached_property
     def buckets(self) -> list[tuple[Bucket, int]]:
