@@ -90,7 +90,7 @@ class Assignment:
         lines = []
         if self.dropped:
             lines.append(f"{len(self.dropped)} clips dropped, since no bucket takes them:")
-            lines += summarise(Skipped(str(clip.path), reason) for clip, reason in self.dropped)
+            lines += summarise(Skipped(str(clip.media), reason) for clip, reason in self.dropped)
         if self.skipped:
             lines.append(f"{len(self.skipped)} entries of the manifest skipped:")
             lines += summarise(self.skipped)

@@ -204,9 +204,8 @@ def _fingerprint(plan: BatchPlan, codec: "VideoCodec", text_encoder: "TextEncode
         for index in members.tolist():
             clip = plan.assignment.clips[index]
             with contextlib.suppress(OSError):  # a file that has gone is reported when it is read
-                stat = clip.path.stat()
-                add(stat.st_size, stat.st_mtime_ns)
-            add(index, str(clip.path), clip.text, clip.num_frames, clip.fps)
+                add(*clip.media.state())
+            add(index, str(clip.media), clip.text, clip.start, clip.num_frames, clip.fps)
     return digest.hexdigest()
 
 

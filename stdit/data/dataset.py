@@ -20,6 +20,7 @@ from stdit.data.buckets import Assignment, Bucket, assign
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.data.decode import DecodeError, decode_clip
 from stdit.data.manifest import Clip, Skipped, read_manifest, summarise
+from stdit.data.media import Media
 from stdit.data.plan import BatchPlan, PlannedBatch, slack_seconds
 from stdit.errors import UserError
 from stdit.parallel.mesh import Mesh
@@ -82,8 +83,8 @@ def _failures_of_all(clips: list[Clip], bucket: Bucket) -> list[Skipped]:
 
 def middle_window(clip: Clip, bucket: Bucket) -> torch.Tensor:
     """The middle of a clip that is longer than its bucket's window, uint8 [T 3 H W]. Raises DecodeError."""
-    start = slack_seconds(clip, bucket) / 2
-    return decode_clip(clip.path, bucket.num_frames, bucket.fps, bucket.height, bucket.width, start=start)
+    start = clip.start + slack_seconds(clip, bucket) / 2
+    return decode_clip(clip.media, bucket.num_frames, bucket.fps, bucket.height, bucket.width, start=start)
 
 
 class SkipTally:
@@ -133,7 +134,7 @@ class _StepDataset(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         planned = self.plan.batch(step)
-        failed: dict[Path, Skipped] = {}
+        failed: dict[Media, Skipped] = {}
         rows = self.mesh.rows(len(planned.items))
         read = [self._read(planned, index, failed) for index in rows]
         whole = [sample for sample in read if sample is not None]
@@ -145,7 +146,7 @@ class _StepDataset(Dataset):
         return describe(self.plan, planned, used) | {"frames": torch.stack(frames), "failures": failures}
 
     def _read(
-        self, planned: PlannedBatch, index: int, failed: dict[Path, Skipped]
+        self, planned: PlannedBatch, index: int, failed: dict[Media, Skipped]
     ) -> tuple[int, torch.Tensor] | None:
         """The clip that item `index` is made of and its frames uint8 [T 3 H W]; adds failures to `failed`.
 
@@ -158,11 +159,11 @@ class _StepDataset(Dataset):
             if len(failed) > self.limit:
                 return None
             clip, start = self.plan.item(planned.step, planned.bucket_index, index, clip_index)
-            if clip.path in failed:
+            if clip.media in failed:
                 continue
             try:
                 frames = decode_clip(
-                    clip.path,
+                    clip.media,
                     bucket.num_frames,
                     bucket.fps,
                     bucket.height,
@@ -172,7 +173,7 @@ class _StepDataset(Dataset):
                     generator=generator,
                 )
             except DecodeError as error:
-                failed[clip.path] = Skipped(error.path, error.reason)
+                failed[clip.media] = Skipped(error.path, error.reason)
             else:
                 return clip_index, frames
         return None

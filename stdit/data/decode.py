@@ -23,6 +23,7 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from stdit.data.config import LARGEST
+from stdit.data.media import Media, MediaError
 
 FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf,ivf"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -42,7 +43,7 @@ REORDER_DEPTH = 16
 class DecodeError(ValueError):
     """A file that cannot be used; the message is the path and the reason."""
 
-    def __init__(self, path: Path | str, reason: str) -> None:
+    def __init__(self, path: Media | Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = str(path), reason
 
@@ -60,20 +61,21 @@ class VideoInfo(NamedTuple):
     width: int
 
 
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
+def is_image(media: Media) -> bool:
+    return media.suffix in IMAGE_SUFFIXES
 
 
-def probe(path: Path) -> VideoInfo:
+def probe(file: Media | Path) -> VideoInfo:
     """Frames, rate and size of a video or image, from its packets and its first frame.
 
     Counts packets instead of believing the header, which promises too much for a truncated file.
     Raises DecodeError.
     """
-    if is_image(path):
-        with _open_image(path) as image:
+    media = Media.of(file)
+    if is_image(media):
+        with _open_image(media) as image:
             return VideoInfo(1, 1.0, image.height, image.width)
-    with _open_video(path) as (container, stream):
+    with _open_video(media) as (container, stream):
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         ticks = sorted(tick for p in packets if (tick := p.dts if p.pts is None else p.pts) is not None)
         nominal = float(stream.average_rate or 0) or 1.0
@@ -84,10 +86,10 @@ def probe(path: Path) -> VideoInfo:
         elif len(packets) > 1:
             seconds *= len(packets) / (len(packets) - 1)
         fps = len(packets) / seconds if seconds > 0 else nominal
-    with _open_video(path) as (container, stream):
-        frame = next((frame for _, frame in _decode(path, container, stream, start=0.0)), None)
+    with _open_video(media) as (container, stream):
+        frame = next((frame for _, frame in _decode(media, container, stream, start=0.0)), None)
         if frame is None:
-            raise DecodeError(path, "holds no frame that can be decoded")
+            raise DecodeError(media, "holds no frame that can be decoded")
         height, width = frame.height, round(frame.width * _pixel_aspect(stream))
         if frame.rotation % 180:
             height, width = width, height
@@ -95,7 +97,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def decode_clip(
-    path: Path,
+    file: Media | Path,
     num_frames: int,
     fps: float,
     height: int,
@@ -119,19 +121,20 @@ def decode_clip(
     Returns: uint8 [T 3 H W].
     Raises DecodeError when the file is damaged, too large, or ends before the last frame asked for.
     """
+    media = Media.of(file)
     place = torch.rand(2, generator=generator).tolist() if crop == "random" else [0.5, 0.5]
-    if is_image(path):
+    if is_image(media):
         if num_frames != 1:
-            raise DecodeError(path, f"an image has one frame, not {num_frames}")
-        with _open_image(path) as image:
+            raise DecodeError(media, f"an image has one frame, not {num_frames}")
+        with _open_image(media) as image:
             pixels = np.array(image)
         return _fill(pixels, 1.0, height, width, place)[None]  # [1 3 H W]
 
     times = [start + k / fps for k in range(num_frames)]
     for seek in (True, False) if start > 0 else (False,):
-        with _open_video(path, threads) as (container, stream):
-            frames = _decode(path, container, stream, start=start if seek else 0.0)
-            chosen = _choose(path, frames, times, TOLERANCE / fps, must_precede=seek, stream=stream)
+        with _open_video(media, threads) as (container, stream):
+            frames = _decode(media, container, stream, start=start if seek else 0.0)
+            chosen = _choose(media, frames, times, TOLERANCE / fps, must_precede=seek, stream=stream)
             aspect, clip, previous, reformatter = _pixel_aspect(stream), [], None, VideoReformatter()
             for frame in chosen:
                 if frame is not previous:
@@ -141,11 +144,11 @@ def decode_clip(
                 clip.append(fitted)
         if clip:
             return torch.stack(clip)
-    raise DecodeError(path, "holds no frame that can be decoded")
+    raise DecodeError(media, "holds no frame that can be decoded")
 
 
 def _choose(
-    path: Path,
+    media: Media,
     frames: Iterator[tuple[float, av.VideoFrame]],
     times: list[float],
     tolerance: float,
@@ -171,46 +174,46 @@ def _choose(
     for time in times[k:]:
         if time > shown_at + tolerance and time > shown_at + length - tolerance:
             raise DecodeError(
-                path, f"lasts {shown_at + length:.3f} s, but a frame is needed at {times[-1]:.3f} s"
+                media, f"lasts {shown_at + length:.3f} s, but a frame is needed at {times[-1]:.3f} s"
             )
         yield shown
 
 
 @contextlib.contextmanager
-def _open_video(path: Path, threads: int = 1) -> Iterator[tuple[av.container.InputContainer, VideoStream]]:
+def _open_video(media: Media, threads: int = 1) -> Iterator[tuple[av.container.InputContainer, VideoStream]]:
     """The file and its first video stream, checked; turns every error of FFmpeg inside the block into
     DecodeError."""
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
-        if path.stat().st_size == 0:
-            raise DecodeError(path, "is empty (0 bytes)")
-        with av.open(path, options=options) as container:
+        with media.opened() as file, av.open(file, options=options) as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
-                raise DecodeError(path, "has no video stream")
+                raise DecodeError(media, "has no video stream")
             stream = streams[0]
-            _check_size(path, stream.width, stream.height)
+            _check_size(media, stream.width, stream.height)
             context = stream.codec_context
             context.options = {"max_pixels": str(MAX_PIXELS)}
             context.thread_count, context.thread_type = threads, "AUTO" if threads > 1 else "NONE"
             yield container, stream
     except av.FFmpegError as error:
         if error.errno == errno.EINVAL:  # what the whitelist of formats answers
-            raise DecodeError(path, "not a video in a format that is read here, or damaged") from error
-        raise DecodeError(path, f"not a readable video, or damaged ({error.strerror})") from error
+            raise DecodeError(media, "not a video in a format that is read here, or damaged") from error
+        raise DecodeError(media, f"not a readable video, or damaged ({error.strerror})") from error
     except OSError as error:
-        raise DecodeError(path, error.strerror or str(error)) from error
+        raise DecodeError(media, error.strerror or str(error)) from error
 
 
 @contextlib.contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
+def _open_image(media: Media) -> Iterator[Image.Image]:
     """The image in RGB, upright; its size is checked before its pixels are read."""
     try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP"]) as image:
-            _check_size(path, image.width, image.height)
+        with media.opened() as file, Image.open(file, formats=["PNG", "JPEG", "WEBP", "BMP"]) as image:
+            _check_size(media, image.width, image.height)
             yield upright_rgb(image)
+    except MediaError as error:
+        raise DecodeError(media, str(error)) from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DecodeError(path, f"not a readable image, or damaged ({error})") from error
+        raise DecodeError(media, f"not a readable image, or damaged ({error})") from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -221,16 +224,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(media: Media, width: int, height: int) -> None:
     if not (0 < width <= LARGEST and 0 < height <= LARGEST and width * height <= MAX_PIXELS):
         raise DecodeError(
-            path,
+            media,
             f"frames of {width}x{height} pixels; at most {LARGEST} a side and {MAX_PIXELS} in all are read",
         )
 
 
 def _decode(
-    path: Path, container: av.container.InputContainer, stream: VideoStream, start: float
+    media: Media, container: av.container.InputContainer, stream: VideoStream, start: float
 ) -> Iterator[tuple[float, av.VideoFrame]]:
     """(seconds since the first frame, frame) in order of presentation, from the key frame before `start`."""
     packets = container.demux(stream)
@@ -249,7 +252,7 @@ def _decode(
     time = 0.0
     for index, frame in enumerate(f for packet in itertools.chain(head, packets) for f in packet.decode()):
         assert isinstance(frame, av.VideoFrame)
-        _check_size(path, frame.width, frame.height)
+        _check_size(media, frame.width, frame.height)
         if counted:
             time = index / rate
         else:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from stdit.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError, probe
+from stdit.data.media import Media, MediaError, inside
 from stdit.errors import UserError
 
 REQUIRED = ("path", "text")
@@ -19,17 +21,19 @@ METADATA = ("num_frames", "fps", "height", "width")
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One video (or image, a video of one frame) with its caption."""
+    """One video (or image, a video of one frame), or a part of it, with its caption."""
 
-    path: Path
-    """Absolute, symlinks resolved."""
+    media: Media
     text: str
     num_frames: int
+    """Of the part."""
     fps: float
     """Mean frames per second: num_frames / fps is the duration in seconds."""
     height: int
     """Pixels as shown, after rotation."""
     width: int
+    start: float = 0.0
+    """Seconds after the first frame of the file at which the part begins."""
     extra: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Further columns of the manifest."""
 
@@ -157,15 +161,10 @@ def _read_row(row: _Row, root: Path) -> Clip | Skipped:
     if not row.text:
         return Skipped(row.path, "caption missing")
     try:
-        path = (root / row.path).resolve()
-        if not path.is_relative_to(root):
-            return Skipped(row.path, f"outside the data root {root}, where no file is opened")
-        if not path.is_file():
-            return Skipped(row.path, "file missing")
-        if path.stat().st_size == 0:
-            return Skipped(row.path, "cannot be read: is empty (0 bytes)")
-    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a name too long, a loop of links
-        return Skipped(row.path, f"path cannot be used: {error}")
+        media = _media(row.path, str(root))
+        media.local_path()
+    except MediaError as error:
+        return Skipped(row.path, str(error))
 
     given: dict[str, float] = {}
     for name in METADATA:
@@ -176,11 +175,11 @@ def _read_row(row: _Row, root: Path) -> Clip | Skipped:
             given[name] = number
     if len(given) < len(METADATA):
         try:
-            given = probe(path)._asdict() | given
+            given = probe(media)._asdict() | given
         except DecodeError as error:
             return Skipped(row.path, f"cannot be read: {error.reason}")
     return Clip(
-        path=path,
+        media=media,
         text=row.text,
         num_frames=int(given["num_frames"]),
         fps=given["fps"],
@@ -188,6 +187,17 @@ def _read_row(row: _Row, root: Path) -> Clip | Skipped:
         width=int(given["width"]),
         extra={name: value for name, value in row.fields.items() if name not in METADATA},
     )
+
+
+def _media(path: str, root: str) -> Media:
+    """The file of a row, at which nothing is looked unless its name lies outside the root.
+
+    Raises MediaError.
+    """
+    location = os.path.normpath(os.path.join(root, path))
+    if not inside(location, root):  # by its name; a link on the way may lead to the root all the same
+        location = Media(location, root=root).local_path()
+    return Media(location, root=root)
 
 
 def _number(text: str) -> float | None:

@@ -24,7 +24,7 @@ class PlannedItem(NamedTuple):
 
     clip: Clip
     start: float
-    """Seconds after the first frame."""
+    """Seconds after the first frame of the file."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,8 @@ class BatchPlan:
     def item(self, step: int, bucket_index: int, index: int, clip_index: int) -> PlannedItem:
         """A clip as item `index` of a step's batch."""
         clip = self.assignment.clips[clip_index]
-        return PlannedItem(
-            clip, window_start_seconds(clip, self.assignment.buckets[bucket_index], self.seed, step, index)
-        )
+        bucket = self.assignment.buckets[bucket_index]
+        return PlannedItem(clip, clip.start + window_start_seconds(clip, bucket, self.seed, step, index))
 
     def crop_seed(self, step: int, index: int) -> int:
         """Seed of the random crop of item `index` of a step's batch."""
@@ -136,8 +135,8 @@ def slack_seconds(clip: Clip, bucket: Bucket) -> float:
 
 
 def window_start_seconds(clip: Clip, bucket: Bucket, seed: int, step: int, index: int) -> float:
-    """Where the window of item `index` of a step's batch begins, drawn evenly; 0 when the clip fits
-    exactly."""
+    """Where the window of item `index` of a step's batch begins within its clip, drawn evenly; 0 when the
+    clip fits exactly."""
     slack = slack_seconds(clip, bucket)
     if slack == 0:
         return 0.0

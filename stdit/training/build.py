@@ -63,7 +63,7 @@ class Parts(Inputs):
         """What identifies the experiment: settings, and hashes of the clips and of the frozen networks."""
         return {
             **experiment_key(self.config),
-            "clips": clips_hash(self.plan, self.config),
+            "clips": clips_hash(self.plan),
             "codec's weights": self.codec.fingerprint(),
             "text encoder's weights": self.text_encoder.fingerprint(),
         }
@@ -203,17 +203,15 @@ def clips_in_order(plan: BatchPlan) -> Iterator[Tensor]:
         yield to_video(frames[None])[0]
 
 
-def clips_hash(plan: BatchPlan, config: TrainConfig) -> str:
+def clips_hash(plan: BatchPlan) -> str:
     """Hash of which clips train in which bucket: names inside the data root, captions, lengths, sizes."""
-    root = Path(config.data.root or config.data.manifest).resolve()
-    root = root if root.is_dir() else root.parent
     digest = hashlib.sha256()
     for bucket, members in zip(plan.assignment.buckets, plan.assignment.members, strict=True):
         digest.update(f"{bucket}\n".encode())
         for index in members:
             clip = plan.assignment.clips[int(index)]
-            name = clip.path.relative_to(root) if clip.path.is_relative_to(root) else clip.path
-            facts = [name.as_posix(), clip.text, clip.num_frames, clip.fps, clip.height, clip.width]
+            facts = [clip.media.name, clip.text, clip.num_frames, clip.fps, clip.height, clip.width]
+            facts += [clip.start] if clip.start else []  # so that runs without parts keep their hash
             digest.update(json.dumps(facts).encode() + b"\n")
     return digest.hexdigest()[:16]
 

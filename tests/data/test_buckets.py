@@ -1,15 +1,14 @@
-from pathlib import Path
-
 import pytest
 
 from stdit.data.buckets import Bucket, assign, resampled_frames, resolve_size
 from stdit.data.config import ASPECT_RATIOS, RESOLUTIONS, BucketConfig, DataConfig
 from stdit.data.manifest import Clip, Skipped
+from stdit.data.media import Media
 from stdit.errors import UserError
 
 
 def clip(num_frames=16, fps=8.0, height=64, width=64, name="a.mp4"):
-    return Clip(Path("/data") / name, "text", num_frames, fps, height, width)
+    return Clip(Media(f"/data/{name}"), "text", num_frames, fps, height, width)
 
 
 def places(clips, buckets, **options):

@@ -6,6 +6,7 @@ from PIL import Image
 
 from stdit.data.decode import DecodeError
 from stdit.data.manifest import Clip, Skipped, read_manifest, summarise
+from stdit.data.media import Media
 from stdit.errors import UserError
 
 
@@ -26,7 +27,7 @@ def video(tmp_path, write_video):
 
 def test_probes_what_the_manifest_does_not_say(tmp_path, video):
     clips, skipped = read_manifest(write_csv(tmp_path, 'a.mp4,"a red ball, rolling"'))
-    assert clips == [Clip(video.resolve(), "a red ball, rolling", 16, 8.0, 32, 32)]
+    assert clips == [Clip(Media(str(video), root=str(tmp_path)), "a red ball, rolling", 16, 8.0, 32, 32)]
     assert not skipped and clips[0].seconds == 2
 
 
@@ -48,7 +49,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path, video, encoding, newlin
 def test_unicode_names_and_captions(tmp_path, write_video):
     write_video(tmp_path / "видео" / "猫 ü.mp4")
     clips, skipped = read_manifest(write_csv(tmp_path, 'видео/猫 ü.mp4,"кошка 🐈 ""hi""\nthere"'))
-    assert not skipped and clips[0].text == 'кошка 🐈 "hi"\nthere' and clips[0].path.name == "猫 ü.mp4"
+    assert not skipped and clips[0].text == 'кошка 🐈 "hi"\nthere' and clips[0].media.name == "видео/猫 ü.mp4"
 
 
 def test_images_are_clips(tmp_path):
@@ -99,7 +100,7 @@ def test_nothing_outside_the_root_is_opened(tmp_path, write_video):
     inside = [root / "in.mp4", "in.mp4", "inner.mp4", "x/../in.mp4"]
     beyond = ["../secret.mp4", "link.mp4", "up/secret.mp4", str(outside), "x\0.mp4", "n" * 5000]
     clips, skipped = read_manifest(write_csv(root, *(f"{path},ball" for path in [*inside, *beyond])))
-    assert len(clips) == len(inside) and {clip.path for clip in clips} == {(root / "in.mp4").resolve()}
+    assert len(clips) == len(inside) and {clip.media.local_path() for clip in clips} == {str(root / "in.mp4")}
     assert len(skipped) == len(beyond)
     for skip in skipped[:4]:
         assert skip.reason.startswith("outside the data root")
@@ -155,5 +156,5 @@ def test_summary_counts_by_kind():
 def test_errors_and_clips_cross_processes(tmp_path):
     error = pickle.loads(pickle.dumps(DecodeError(tmp_path, "why")))
     assert (error.path, error.reason) == (str(tmp_path), "why")
-    clip = Clip(tmp_path, "a", 1, 1.0, 2, 2, {"x": "y"})
+    clip = Clip(Media(str(tmp_path)), "a", 1, 1.0, 2, 2, extra={"x": "y"})
     assert pickle.loads(pickle.dumps(clip)) == clip

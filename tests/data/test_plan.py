@@ -1,11 +1,11 @@
 import pickle
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from stdit.data.buckets import Bucket, assign
 from stdit.data.manifest import Clip
+from stdit.data.media import Media
 from stdit.data.plan import BatchPlan
 
 
@@ -13,7 +13,7 @@ def make_plan(counts=(10, 3), batch_sizes=(4, 2), seed=0, seconds=2.0):
     """One bucket of 16 frames for each count, with sizes 32, 64, ... and that many clips."""
     sizes = [32 * (k + 1) for k in range(len(counts))]
     clips = [
-        Clip(Path(f"/data/{k}-{i}.mp4"), f"{k} {i}", int(8 * seconds), 8.0, size, size)
+        Clip(Media(f"/data/{k}-{i}.mp4"), f"{k} {i}", int(8 * seconds), 8.0, size, size)
         for k, (count, size) in enumerate(zip(counts, sizes, strict=True))
         for i in range(count)
     ]
