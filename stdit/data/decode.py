@@ -8,6 +8,7 @@ header before a frame is decoded.
 import contextlib
 import errno
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -35,6 +36,9 @@ MAX_PIXELS = 8192 * 8192
 # A frame counts as shown at a target time that it misses by less than this share of the target interval:
 # containers round times to milliseconds, and 29.97 fps is meant to serve a target of 30.
 TOLERANCE = 0.1
+
+INSTANT = 1e-4
+"""Seconds by which the times of one frame may differ, once rounded to what a manifest holds."""
 
 # The first packets of a stream, in decoding order, that may hold its earliest frame.
 REORDER_DEPTH = 16
@@ -145,6 +149,31 @@ def decode_clip(
         if clip:
             return torch.stack(clip)
     raise DecodeError(media, "holds no frame that can be decoded")
+
+
+def walk(
+    file: Media | Path, start: float = 0.0, end: float = math.inf, side: int | None = None
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Every frame of a video from `start` on and before `end`, in seconds after the first, one at a time.
+
+    Yields: (seconds, RGB uint8 [H W 3]), as shown but for the shape of pixels; the longer side is at most `side`.
+    Raises DecodeError.
+    """
+    media, reformatter = Media.of(file), VideoReformatter()
+    for seek in (True, False) if start > 0 else (False,):
+        with _open_video(media) as (container, stream):
+            frames = _decode(media, container, stream, start=start if seek else 0.0)
+            first = next(frames, None)
+            if seek and (first is None or first[0] > start):
+                continue  # seeking went too far
+            for time, frame in frames if first is None else itertools.chain([first], frames):
+                if time >= end - INSTANT:
+                    return
+                if time >= start - INSTANT:
+                    scale = min(1.0, (side or math.inf) / max(frame.height, frame.width))
+                    size = {n: max(1, round(getattr(frame, n) * scale)) for n in ("height", "width")}
+                    yield time, _upright(frame, reformatter, 1, **size)
+            return
 
 
 def _choose(
@@ -266,11 +295,14 @@ def _pixel_aspect(stream: VideoStream) -> float:
     return aspect if 0.1 < aspect < 10 else 1.0
 
 
-def _upright(frame: av.VideoFrame, reformatter: VideoReformatter, threads: int) -> np.ndarray:
-    """RGB [H W 3] as shown: the display matrix states a rotation counter-clockwise, in degrees."""
+def _upright(frame: av.VideoFrame, reformatter: VideoReformatter, threads: int, **size: int) -> np.ndarray:
+    """RGB [H W 3] as shown: the display matrix states a rotation counter-clockwise, in degrees.
+
+    `size` is the height and width before it.
+    """
     # From 17 on PyAV starts threads for each frame unless told otherwise: most of the time of a small clip.
     options = {"threads": threads} if int(av.__version__.split(".")[0]) >= 17 else {}
-    pixels = reformatter.reformat(frame, format="rgb24", **options).to_ndarray()
+    pixels = reformatter.reformat(frame, format="rgb24", **size, **options).to_ndarray()
     return np.rot90(pixels, round(frame.rotation / 90))
 
 

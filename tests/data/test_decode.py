@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from stdit.data.decode import DecodeError, decode_clip, probe
+from stdit.data.decode import DecodeError, decode_clip, probe, walk
 
 
 def levels(video: torch.Tensor) -> list[int]:
@@ -50,6 +52,23 @@ def test_variable_frame_rate_goes_by_presentation_time(tmp_path, write_video):
     path = write_video(tmp_path / "a.mp4", num_frames=6, times=times)
     assert levels(decode_clip(path, 5, 2, 32, 32)) == [0, 2, 3, 4, 5]
     assert levels(decode_clip(path, 3, 2, 32, 32, start=1.0)) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.ts"])
+def test_walks_through_a_part_frame_by_frame(tmp_path, write_video, name):
+    path = write_video(tmp_path / name, num_frames=20, height=32, width=64)
+    for start, end, wanted in (
+        (0.0, math.inf, range(20)),
+        (0.625, 1.5, range(5, 12)),
+        (2.0, 9.0, range(16, 20)),
+    ):
+        frames = list(walk(path, start, end, side=32))
+        assert [round(float(frame.mean()) / 10) for _, frame in frames] == list(wanted)
+        assert [time for time, _ in frames] == pytest.approx([k / 8 for k in wanted])
+        assert all(frame.shape == (16, 32, 3) for _, frame in frames)
+    path.write_bytes(b"no video")
+    with pytest.raises(DecodeError):
+        next(walk(path))
 
 
 def test_short_clip_says_how_long_it_is(tmp_path, write_video):
