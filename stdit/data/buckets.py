@@ -5,13 +5,15 @@ clips, K buckets.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 
+from stdit.data.clips import Clip, Clips
 from stdit.data.config import BucketConfig, resolve_size
-from stdit.data.manifest import Clip, Skipped, summarise
+from stdit.data.manifest import EXAMPLES, Kind, Skipped, summarise, summary_lines
 from stdit.errors import UserError
 
 __all__ = ["Assignment", "Bucket", "assign", "resampled_frames", "resolve_size"]
@@ -22,6 +24,9 @@ RATE_SLACK = 1.1
 
 # Buckets of equal length whose sizes differ by less than this are one resolution in several aspect ratios.
 SAME_RESOLUTION = 0.9
+
+CLIPS_AT_ONCE = 65536
+"""That are assigned together, to bound memory."""
 
 KEEP_STREAM = 0x6B656570
 """Keeps the draws of keep_probability apart from the plan's, which use the same seed."""
@@ -58,16 +63,84 @@ class Bucket:
         return f"{self.num_frames}x{self.height}x{self.width} at {self.fps:g} fps"
 
 
+def _frames(clip: Clip, buckets: Sequence[Bucket]) -> str:
+    shortest = min(buckets, key=lambda bucket: (bucket.seconds, bucket.num_frames))
+    frames = int(resampled_frames(clip.num_frames, clip.fps, shortest.fps))
+    return f"{frames} frames at {shortest.fps:g} fps, the shortest bucket needs {shortest.num_frames}"
+
+
+def _pixels(clip: Clip, buckets: Sequence[Bucket]) -> str:
+    smallest = min(buckets, key=lambda bucket: bucket.height * bucket.width)
+    return (
+        f"{clip.width}x{clip.height} pixels (width x height), the smallest bucket needs "
+        f"{smallest.width}x{smallest.height}; data.allow_upscale enlarges"
+    )
+
+
+def _rate(clip: Clip, buckets: Sequence[Bucket]) -> str:
+    slowest = min(bucket.fps for bucket in buckets)
+    return f"{clip.fps:g} fps, the slowest bucket needs {slowest:g}; data.allow_upscale repeats frames"
+
+
+def _all_three(clip: Clip, buckets: Sequence[Bucket]) -> str:
+    return f"{clip.num_frames} frames of {clip.width}x{clip.height} at {clip.fps:g} fps"
+
+
+REASONS: dict[str, Callable[[Clip, Sequence[Bucket]], str]] = {
+    "too short": _frames,
+    "too small": _pixels,
+    "frame rate too low": _rate,
+    "no bucket is short, small and slow enough at once": _all_three,
+    "left out by keep_probability": lambda clip, buckets: "",
+}
+"""Why a clip may fit no bucket, the first that holds, and what to say of it."""
+
+
+class Dropped(Sequence[tuple[Clip, str]]):
+    """Clips that fit no bucket, each with the reason, which is put into words when it is asked for."""
+
+    def __init__(
+        self, clips: Clips, buckets: Sequence[Bucket], places: np.ndarray, reasons: np.ndarray
+    ) -> None:
+        """Of the clips at `places`, ascending; `reasons` are places in REASONS."""
+        self.clips, self.buckets, self.places, self.reasons = clips, buckets, places, reasons
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Clip, str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Dropped": ...
+    def __getitem__(self, index: int | slice) -> "tuple[Clip, str] | Dropped":
+        if isinstance(index, slice):
+            return Dropped(self.clips, self.buckets, self.places[index], self.reasons[index])
+        clip = self.clips[int(self.places[index])]
+        kind = list(REASONS)[self.reasons[index]]
+        detail = REASONS[kind](clip, self.buckets)
+        return clip, f"{kind}: {detail}" if detail else kind
+
+    def summary(self) -> list[str]:
+        """A line for each kind of reason, for people."""
+        codes, firsts = np.unique(self.reasons, return_index=True)
+        kinds = {}
+        for code in codes[firsts.argsort()].tolist():
+            places = np.flatnonzero(self.reasons == code)
+            cases = [self[place] for place in places[:EXAMPLES].tolist()]
+            kind = list(REASONS)[code]
+            kinds[kind] = Kind(len(places), [Skipped(str(clip.media), reason) for clip, reason in cases])
+        return summary_lines(kinds)
+
+
 @dataclass
 class Assignment:
     """Which clips train in which bucket, and which do not train."""
 
-    clips: list[Clip]
+    clips: Clips
     buckets: list[Bucket]
     members: list[np.ndarray]
     """For each bucket the indices of its clips in `clips`, ascending; may be empty."""
-    dropped: list[tuple[Clip, str]]
-    """Clips that fit no bucket, with the reason."""
+    dropped: Dropped
     skipped: list[Skipped] = field(default_factory=list)
     """Files that the manifest names but that could not be used."""
 
@@ -90,7 +163,7 @@ class Assignment:
         lines = []
         if self.dropped:
             lines.append(f"{len(self.dropped)} clips dropped, since no bucket takes them:")
-            lines += summarise(Skipped(str(clip.media), reason) for clip, reason in self.dropped)
+            lines += self.dropped.summary()
         if self.skipped:
             lines.append(f"{len(self.skipped)} entries of the manifest skipped:")
             lines += summarise(self.skipped)
@@ -105,7 +178,7 @@ def resampled_frames(num_frames: int | np.ndarray, fps: float | np.ndarray, targ
 
 
 def assign(
-    clips: Sequence[Clip],
+    clips: Clips | Iterable[Clip],
     buckets: Sequence[Bucket],
     seed: int = 0,
     allow_upscale: bool = False,
@@ -120,78 +193,64 @@ def assign(
     Raises UserError when no clip is left, with the reasons.
     """
     assert buckets, "at least one bucket"
-    fits, reasons = _fits(clips, buckets, allow_upscale)
-    draws = np.random.default_rng(np.random.SeedSequence([seed, KEEP_STREAM])).random(
-        (len(clips), len(buckets))
-    )
-    taken = fits & (draws < np.array([bucket.keep_probability for bucket in buckets]))
-
-    clip_ratio = np.array([math.log(clip.width / clip.height) for clip in clips])
-    bucket_ratio = np.array([math.log(bucket.width / bucket.height) for bucket in buckets])
-    mismatch = np.abs(clip_ratio[:, None] - bucket_ratio[None])  # [N K]
-    preference = _resolution_rank(buckets) + mismatch / (1 + mismatch)
-    choice = np.where(taken, preference, np.inf).argmin(axis=1)  # [N]
-    choice[~taken.any(axis=1)] = -1
-
-    dropped = [(clips[i], reasons(i)) for i in np.flatnonzero(choice < 0).tolist()]
+    clips = clips if isinstance(clips, Clips) else Clips.of(clips)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, KEEP_STREAM]))
+    choice = np.empty(len(clips), np.int16)  # [N]; below 0: none, -1 - place in REASONS
+    for begin in range(0, len(clips), CLIPS_AT_ONCE):
+        part = slice(begin, begin + CLIPS_AT_ONCE)
+        choice[part] = _choose(
+            clips.num_frames[part],
+            clips.fps[part],
+            clips.height[part],
+            clips.width[part],
+            buckets,
+            allow_upscale,
+            rng,
+        )
+    places = np.flatnonzero(choice < 0)
+    dropped = Dropped(clips, buckets, places, -1 - choice[places])
     members = [np.flatnonzero(choice == k) for k in range(len(buckets))]
-    assignment = Assignment(list(clips), list(buckets), members, dropped, list(skipped))
+    assignment = Assignment(clips, list(buckets), members, dropped, list(skipped))
     if not assignment.kept:
         rule = "no clip is left to train on: change data.buckets (fewer frames, fewer pixels, lower fps)"
         raise UserError("\n".join([rule, *assignment.left_out()]))
     return assignment
 
 
-def _fits(
-    clips: Sequence[Clip], buckets: Sequence[Bucket], allow_upscale: bool
-) -> tuple[np.ndarray, Callable[[int], str]]:
-    """Which clip can fill which bucket [N K], and a function that says why clip i fits none."""
-    num_frames = np.array([clip.num_frames for clip in clips], dtype=np.int64)
-    fps, heights, widths = (
-        np.array([getattr(clip, name) for clip in clips], dtype=np.float64)
-        for name in ("fps", "height", "width")
-    )
-    long_enough, fast_enough, large_enough = (
-        np.ones((len(clips), len(buckets)), dtype=bool) for _ in range(3)
-    )
+def _choose(
+    num_frames: np.ndarray,
+    fps: np.ndarray,
+    height: np.ndarray,
+    width: np.ndarray,
+    buckets: Sequence[Bucket],
+    allow_upscale: bool,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """For each clip [N] the place of its bucket; if none takes it, -1 - the place of the reason in REASONS.
+
+    The draws for keep_probability are the next N x K of `rng`.
+    """
+    long_enough, fast_enough, large_enough = (np.ones((len(fps), len(buckets)), bool) for _ in range(3))
     for k, bucket in enumerate(buckets):
         long_enough[:, k] = resampled_frames(num_frames, fps, bucket.fps) >= bucket.num_frames
         if not allow_upscale:
             fast_enough[:, k] = (bucket.num_frames == 1) | (fps * RATE_SLACK >= bucket.fps)
-            scale = np.maximum(bucket.height / heights, bucket.width / widths)
+            scale = np.maximum(bucket.height / height, bucket.width / width)
             large_enough[:, k] = scale <= SIZE_SLACK
     fits = long_enough & fast_enough & large_enough
+    draws = rng.random(fits.shape)
+    taken = fits & (draws < np.array([bucket.keep_probability for bucket in buckets]))
 
-    shortest = min(buckets, key=lambda bucket: (bucket.seconds, bucket.num_frames))
-    smallest = min(buckets, key=lambda bucket: bucket.height * bucket.width)
-    slowest = min(bucket.fps for bucket in buckets)
+    clip_ratio = np.array(list(map(math.log, (width / height).tolist())))
+    bucket_ratio = np.array([math.log(bucket.width / bucket.height) for bucket in buckets])
+    mismatch = np.abs(clip_ratio[:, None] - bucket_ratio[None])  # [N K]
+    preference = _resolution_rank(buckets) + mismatch / (1 + mismatch)
+    choice = np.where(taken, preference, np.inf).argmin(axis=1)  # [N]
 
-    def reason(i: int) -> str:
-        clip = clips[i]
-        if not long_enough[i].any():
-            frames = int(resampled_frames(clip.num_frames, clip.fps, shortest.fps))
-            return (
-                f"too short: {frames} frames at {shortest.fps:g} fps, "
-                f"the shortest bucket needs {shortest.num_frames}"
-            )
-        if not large_enough[i].any():
-            return (
-                f"too small: {clip.width}x{clip.height} pixels (width x height), the smallest bucket needs "
-                f"{smallest.width}x{smallest.height}; data.allow_upscale enlarges"
-            )
-        if not fast_enough[i].any():
-            return (
-                f"frame rate too low: {clip.fps:g} fps, the slowest bucket needs {slowest:g}; "
-                "data.allow_upscale repeats frames"
-            )
-        if not fits[i].any():
-            return (
-                f"no bucket is short, small and slow enough at once: {clip.num_frames} frames of "
-                f"{clip.width}x{clip.height} at {clip.fps:g} fps"
-            )
-        return "left out by keep_probability"
-
-    return fits, reason
+    reasons = np.stack(  # [R N], in the order of REASONS
+        [~passed.any(axis=1) for passed in (long_enough, large_enough, fast_enough, fits, taken)]
+    )
+    return np.where(reasons[-1], -1 - reasons.argmax(axis=0), choice)
 
 
 def _resolution_rank(buckets: Sequence[Bucket]) -> np.ndarray:

@@ -56,7 +56,7 @@ def without_dead_buckets(assignment: Assignment, max_skipped_share: float) -> As
     members, skipped = list(assignment.members), list(assignment.skipped)
     tally = SkipTally(assignment.kept, max_skipped_share)
     for k, bucket in enumerate(assignment.buckets):
-        failed = _failures_of_all([assignment.clips[index] for index in members[k].tolist()], bucket)
+        failed = _failures_of_all((assignment.clips[index] for index in members[k].tolist()), bucket)
         if failed:
             tally.add(failed)
             skipped += [
@@ -68,7 +68,7 @@ def without_dead_buckets(assignment: Assignment, max_skipped_share: float) -> As
     return replace(assignment, members=members, skipped=skipped)
 
 
-def _failures_of_all(clips: list[Clip], bucket: Bucket) -> list[Skipped]:
+def _failures_of_all(clips: Iterable[Clip], bucket: Bucket) -> list[Skipped]:
     """Why each clip of a bucket cannot be read; nothing as soon as one can."""
     failed = []
     for clip in clips:

@@ -1,45 +1,34 @@
-"""From a manifest to clips: what is there, what it says about itself, and what has to be left out and why."""
+"""From a manifest to clips: what is there, what it says about itself, and what has to be left out and why.
+
+Rows are read by column, many at a time. A row that says everything about its clip costs no look at the file system,
+since a million of them would take minutes; its file is checked when it is opened.
+"""
 
 import csv
 import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
+from stdit.data.clips import Clip, Clips, Strings
 from stdit.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError, probe
 from stdit.data.media import Media, MediaError, inside
 from stdit.errors import UserError
 
+__all__ = ["Clip", "Clips", "Skipped", "read_manifest", "read_texts", "summarise"]
+
 REQUIRED = ("path", "text")
 METADATA = ("num_frames", "fps", "height", "width")
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """One video (or image, a video of one frame), or a part of it, with its caption."""
-
-    media: Media
-    text: str
-    num_frames: int
-    """Of the part."""
-    fps: float
-    """Mean frames per second: num_frames / fps is the duration in seconds."""
-    height: int
-    """Pixels as shown, after rotation."""
-    width: int
-    start: float = 0.0
-    """Seconds after the first frame of the file at which the part begins."""
-    extra: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Further columns of the manifest."""
-
-    @property
-    def seconds(self) -> float:
-        return self.num_frames / self.fps
+ROWS_AT_ONCE = 65536
+LARGEST_NUMBER = 2**31 - 1
+EXAMPLES = 2
+"""Of one kind of reason that a summary names."""
 
 
 class Skipped(NamedTuple):
@@ -49,19 +38,42 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Kind(NamedTuple):
+    """Cases of one kind of reason."""
+
+    total: int
+    examples: list[Skipped]
+
+
 class _Row(NamedTuple):
     path: str
     text: str
     fields: dict[str, str]
 
 
-def read_manifest(manifest: Path, root: Path | None = None) -> tuple[list[Clip], list[Skipped]]:
+class _Rows(NamedTuple):
+    """Rows by column: fields by name, "path" and "text" among them, stripped."""
+
+    columns: dict[str, list[str]]
+    malformed: dict[int, str]
+    """Why a row is none, by its place."""
+
+    def __len__(self) -> int:
+        return len(self.columns["path"])
+
+    def row(self, place: int) -> _Row:
+        fields = {name: column[place] for name, column in self.columns.items()}
+        if place in self.malformed:
+            fields["overflow"] = self.malformed[place]
+        return _Row(fields.pop("path"), fields.pop("text"), fields)
+
+
+def read_manifest(manifest: Path, root: Path | None = None) -> tuple[Clips, list[Skipped]]:
     """Clips in the order of the manifest, and what was left out.
 
     Args:
         manifest: a CSV in UTF-8 with the columns path,text and any of num_frames,fps,height,width (what is
-        not
-            given is probed from the file) and others (kept in `Clip.extra`); or a folder that holds videos
+            not given is probed from the file) and others (kept in `Clip.extra`); or a folder that holds videos
             and images, each with its caption in a .txt of the same name beside it.
         root: paths are relative to it, and a file outside it is never opened; default: the manifest's folder.
 
@@ -74,64 +86,94 @@ def read_manifest(manifest: Path, root: Path | None = None) -> tuple[list[Clip],
         root = manifest if manifest.is_dir() else manifest.parent
     if not root.is_dir():
         raise UserError(f"data root {root} is not a folder: check data.root")
-    rows = list(_folder_rows(manifest, root) if manifest.is_dir() else _csv_rows(manifest))
-    if not rows:
+    resolved_root = root.resolve()
+
+    parts: list[Clips] = []
+    places: list[np.ndarray] = []  # of the parts' clips among all rows
+    rest: dict[int, _Row] = {}  # rows that need a closer look, by place
+    count = 0
+    for rows in _folder_rows(manifest, root) if manifest.is_dir() else _csv_rows(manifest):
+        clips, complete = _complete_clips(rows, resolved_root)
+        parts.append(clips)
+        places.append(count + np.flatnonzero(complete))
+        rest.update((count + place, rows.row(place)) for place in np.flatnonzero(~complete).tolist())
+        count += len(rows)
+    if not count:
         raise UserError(
             f"manifest {manifest} lists no clips: add rows below the header, or videos to the folder"
         )
 
-    resolved_root = root.resolve()
     with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda row: _read_row(row, resolved_root), rows)
-        bar = tqdm(results, total=len(rows), desc="reading clips", unit="clip", delay=3, disable=None)
-        outcomes = list(bar)
-    clips = [outcome for outcome in outcomes if isinstance(outcome, Clip)]
-    skipped = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
-    if not clips:
+        results = pool.map(lambda row: _read_row(row, resolved_root), rest.values())
+        bar = tqdm(results, total=len(rest), desc="reading clips", unit="clip", delay=3, disable=None)
+        outcomes = dict(zip(rest, bar, strict=True))
+    skipped = [outcome for outcome in outcomes.values() if isinstance(outcome, Skipped)]
+    read = {place: outcome for place, outcome in outcomes.items() if isinstance(outcome, Clip)}
+    clips = Clips.concatenate([*parts, Clips.of(read.values())])
+    if not len(clips):
         raise UserError("\n".join([f"manifest {manifest}: no clip can be used", *summarise(skipped)]))
+    if read:
+        clips = clips.take(np.concatenate([*places, np.array(list(read))]).argsort())
     return clips, skipped
 
 
 def read_texts(manifest: Path) -> list[str]:
     """The captions of a manifest, whose files are not opened. Raises UserError."""
-    rows = _folder_rows(manifest, manifest) if manifest.is_dir() else _csv_rows(manifest)
-    return [row.text for row in rows if row.text]
+    chunks = _folder_rows(manifest, manifest) if manifest.is_dir() else _csv_rows(manifest)
+    return [text for rows in chunks for text in rows.columns["text"] if text]
 
 
-def summarise(skipped: Iterable[Skipped], examples: int = 2) -> list[str]:
+def summarise(skipped: Iterable[Skipped]) -> list[str]:
     """One line for each kind of reason, most frequent first, with a count and the first examples."""
-    kinds: dict[str, list[str]] = {}
-    for path, reason in skipped:
-        kind, _, detail = reason.partition(": ")
-        kinds.setdefault(kind, []).append(f"{path} ({detail})" if detail else path)
+    kinds: dict[str, Kind] = {}
+    for case in skipped:
+        name = case.reason.partition(": ")[0]
+        total, examples = kinds.get(name, Kind(0, []))
+        kinds[name] = Kind(total + 1, examples if len(examples) == EXAMPLES else [*examples, case])
+    return summary_lines(kinds)
+
+
+def summary_lines(kinds: dict[str, Kind]) -> list[str]:
+    """One line for each kind of reason, as `summarise` gives."""
     lines = []
-    for kind, cases in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        more = ", ..." if len(cases) > examples else ""
-        lines.append(f"  {len(cases)} x {kind}: {', '.join(cases[:examples])}{more}")
+    for kind, (count, examples) in sorted(kinds.items(), key=lambda item: -item[1].total):
+        details = [(path, reason.partition(": ")[2]) for path, reason in examples]
+        cases = ", ".join(f"{path} ({detail})" if detail else path for path, detail in details)
+        lines.append(f"  {count} x {kind}: {cases}{', ...' if count > len(examples) else ''}")
     return lines
 
 
-def _csv_rows(manifest: Path) -> Iterator[_Row]:
+def _csv_rows(manifest: Path) -> Iterator[_Rows]:
     try:
         with manifest.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            if reader.fieldnames is None:
+            reader = csv.reader(file, strict=True)
+            names = next((row for row in reader if row), None)
+            if names is None:
                 raise UserError(
                     f"manifest {manifest} is empty: its first line must name the columns path,text"
                 )
-            reader.fieldnames = [name.strip() for name in reader.fieldnames]
+            names = [name.strip() for name in names]
             for column in REQUIRED:
-                if column not in reader.fieldnames:
+                if column not in names:
                     raise UserError(
                         f"manifest {manifest} has no column {column!r}; it has "
-                        f"{', '.join(reader.fieldnames)}: its first line must name at least path,text"
+                        f"{', '.join(names)}: its first line must name at least path,text"
                     )
+            rows: list[list[str]] = []
+            malformed: dict[int, str] = {}
             for row in reader:
-                overflow = row.pop(None, None)  # type: ignore[call-overload]
-                fields = {name: (value or "").strip() for name, value in row.items()}
-                if overflow:
-                    fields["overflow"] = f"line {reader.line_num} has more fields than the header"
-                yield _Row(fields.pop("path"), fields.pop("text"), fields)
+                if len(row) != len(names):
+                    if not row:
+                        continue
+                    if len(row) > len(names):
+                        malformed[len(rows)] = f"line {reader.line_num} has more fields than the header"
+                    row = (row + [""] * len(names))[: len(names)]
+                rows.append(row)
+                if len(rows) == ROWS_AT_ONCE:
+                    yield _by_column(names, rows, malformed)
+                    rows, malformed = [], {}
+            if rows:
+                yield _by_column(names, rows, malformed)
     except UnicodeDecodeError as error:
         raise UserError(f"manifest {manifest} is not UTF-8 ({error}): save it as UTF-8") from error
     except csv.Error as error:
@@ -140,8 +182,17 @@ def _csv_rows(manifest: Path) -> Iterator[_Row]:
         raise UserError(f"manifest {manifest} cannot be read: {error.strerror}") from error
 
 
-def _folder_rows(folder: Path, root: Path) -> Iterator[_Row]:
+def _by_column(names: list[str], rows: list[list[str]], malformed: dict[int, str]) -> _Rows:
+    columns = {
+        name: [value.strip() for value in column]
+        for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    }
+    return _Rows(columns, malformed)
+
+
+def _folder_rows(folder: Path, root: Path) -> Iterator[_Rows]:
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    paths, texts = [], []
     for path in sorted(p for p in folder.absolute().rglob("*") if p.suffix.lower() in suffixes):
         caption = path.with_suffix(".txt")
         inside = caption.resolve().is_relative_to(root.resolve())
@@ -149,7 +200,48 @@ def _folder_rows(folder: Path, root: Path) -> Iterator[_Row]:
             text = caption.read_text(encoding="utf-8-sig").strip() if inside and caption.is_file() else ""
         except (OSError, UnicodeDecodeError):
             text = ""
-        yield _Row(str(path), text, {})
+        paths.append(str(path))
+        texts.append(text)
+    if paths:
+        yield _Rows({"path": paths, "text": texts}, {})
+
+
+def _complete_clips(rows: _Rows, root: Path) -> tuple[Clips, np.ndarray]:
+    """Clips of the rows that say everything about them, and which rows those are, bool [rows]. `root` is resolved."""
+    count = len(rows)
+    numbers = {name: _numbers(rows.columns.get(name, [""] * count), whole=name != "fps") for name in METADATA}
+    paths = [_inside(path, str(root)) for path in rows.columns["path"]]
+    complete = np.isfinite(np.stack(list(numbers.values()))).all(axis=0)  # [rows]
+    for column in (paths, rows.columns["text"]):
+        complete &= np.fromiter(map(bool, column), bool, count)
+    complete[list(rows.malformed)] = False
+    chosen = complete.tolist()
+    extra = {name: column for name, column in rows.columns.items() if name not in (*REQUIRED, *METADATA)}
+    clips = Clips(
+        Strings(compress(paths, chosen)),
+        Strings(compress(rows.columns["text"], chosen)),
+        **{name: column[complete] for name, column in numbers.items()},
+        roots=(str(root),),
+        extra={name: Strings(compress(column, chosen)) for name, column in extra.items()},
+    )
+    return clips, complete
+
+
+def _inside(path: str, root: str) -> str:
+    """A path below the root, relative to it; empty where only a look at the files can tell."""
+    if os.path.isabs(path):
+        path = path[len(root) + 1 :] if path.startswith(root + os.sep) else ""
+    return "" if ".." in path or "\0" in path or os.path.isabs(path) else path
+
+
+def _numbers(column: list[str], whole: bool) -> np.ndarray:
+    """The numbers of a column, float64; nan for what cannot be one, or is not given."""
+    try:
+        numbers = np.fromiter(map(float, column), np.float64, len(column))
+    except ValueError:
+        numbers = np.array([_number(text, whole) or math.nan for text in column])
+    good = (numbers > 0) & (numbers <= LARGEST_NUMBER) & ((numbers == np.floor(numbers)) | (not whole))
+    return np.where(good, numbers, math.nan)
 
 
 def _read_row(row: _Row, root: Path) -> Clip | Skipped:
@@ -169,9 +261,10 @@ def _read_row(row: _Row, root: Path) -> Clip | Skipped:
     given: dict[str, float] = {}
     for name in METADATA:
         if value := row.fields.get(name):
-            number = _number(value)
-            if number is None or (name != "fps" and number != int(number)):
-                return Skipped(row.path, f"{name} is not a number above 0: {value!r}")
+            number = _number(value, whole=name != "fps")
+            if number is None:
+                kind = "number" if name == "fps" else "whole number"
+                return Skipped(row.path, f"{name} is not a {kind} above 0: {value!r}")
             given[name] = number
     if len(given) < len(METADATA):
         try:
@@ -200,9 +293,9 @@ def _media(path: str, root: str) -> Media:
     return Media(location, root=root)
 
 
-def _number(text: str) -> float | None:
+def _number(text: str, whole: bool) -> float | None:
     try:
         number = float(text)
     except ValueError:
         return None
-    return number if number > 0 and math.isfinite(number) else None
+    return number if 0 < number <= LARGEST_NUMBER and (not whole or number == int(number)) else None

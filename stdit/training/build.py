@@ -1,7 +1,6 @@
 """From settings to the parts of a run: clips, codec, text encoder, objective, model, batches."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -9,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -192,12 +192,12 @@ def _copy_weights(model: STDiT, other: STDiT, source: str) -> None:
 def clips_in_order(plan: BatchPlan) -> Iterator[Tensor]:
     """Float videos ``[3 T H W]`` of the clips that train, as the manifest has them; not unreadable ones."""
     assignment = plan.assignment
-    bucket_of = {
-        int(i): b for b, members in zip(assignment.buckets, assignment.members, strict=True) for i in members
-    }
-    for index in sorted(bucket_of):
+    places = np.concatenate(assignment.members)
+    buckets = np.repeat(np.arange(len(assignment.buckets)), list(map(len, assignment.members)))
+    for i in places.argsort():
+        clip, bucket = assignment.clips[int(places[i])], assignment.buckets[int(buckets[i])]
         try:
-            frames = middle_window(assignment.clips[index], bucket_of[index])
+            frames = middle_window(clip, bucket)
         except DecodeError:
             continue  # reported, and counted, where it would be trained on
         yield to_video(frames[None])[0]
@@ -208,11 +208,8 @@ def clips_hash(plan: BatchPlan) -> str:
     digest = hashlib.sha256()
     for bucket, members in zip(plan.assignment.buckets, plan.assignment.members, strict=True):
         digest.update(f"{bucket}\n".encode())
-        for index in members:
-            clip = plan.assignment.clips[int(index)]
-            facts = [clip.media.name, clip.text, clip.num_frames, clip.fps, clip.height, clip.width]
-            facts += [clip.start] if clip.start else []  # so that runs without parts keep their hash
-            digest.update(json.dumps(facts).encode() + b"\n")
+        for part in plan.assignment.clips.content(members):
+            digest.update(part)
     return digest.hexdigest()[:16]
 
 

@@ -27,7 +27,9 @@ def video(tmp_path, write_video):
 
 def test_probes_what_the_manifest_does_not_say(tmp_path, video):
     clips, skipped = read_manifest(write_csv(tmp_path, 'a.mp4,"a red ball, rolling"'))
-    assert clips == [Clip(Media(str(video), root=str(tmp_path)), "a red ball, rolling", 16, 8.0, 32, 32)]
+    assert list(clips) == [
+        Clip(Media(str(video), root=str(tmp_path)), "a red ball, rolling", 16, 8.0, 32, 32)
+    ]
     assert not skipped and clips[0].seconds == 2
 
 

@@ -38,7 +38,7 @@ def test_an_epoch_holds_every_clip_in_full_batches():
             assert (batch.step, batch.epoch) == (step, epoch)
             assert len(batch.items) == batch.bucket.batch_size == len(set(batch.indices))
             assert all(
-                item.clip is plan.assignment.clips[i]
+                item.clip == plan.assignment.clips[i]
                 for item, i in zip(batch.items, batch.indices, strict=True)
             )
             assert all(i in plan.assignment.members[batch.bucket_index] for i in batch.indices)

@@ -5,12 +5,12 @@ A run that is resumed after an update of stdit must see the batches that it woul
 
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 
 from stdit.data.buckets import Bucket, assign
 from stdit.data.manifest import Clip
+from stdit.data.media import Media
 from stdit.data.plan import BatchPlan
 
 BUCKETS = [
@@ -26,7 +26,7 @@ def clips() -> list[Clip]:
     """300 clips of many lengths, rates and sizes; some fit no bucket."""
     return [
         Clip(
-            Path(f"/data/{i}.mp4"),
+            Media(f"/data/{i}.mp4"),
             f"clip {i}",
             num_frames=1 + i * 7 % 131,
             fps=(8.0, 12.5, 24.0, 30000 / 1001, 5.0)[i % 5],
@@ -62,7 +62,7 @@ def test_the_plan_is_what_it_was(seed, allow_upscale, members, dropped, batches)
     assignment = assign(clips(), BUCKETS, seed, allow_upscale)
     plan = BatchPlan(assignment, seed)
     assert digest([part.tolist() for part in assignment.members]) == members
-    assert digest([[str(clip.path), reason] for clip, reason in assignment.dropped]) == dropped
+    assert digest([[str(clip.media), reason] for clip, reason in assignment.dropped]) == dropped
     steps = [*range(2 * plan.steps_per_epoch), 10**5, 10**9]
     assert digest([facts(plan, step) for step in steps]) == batches
 
