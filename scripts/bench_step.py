@@ -3,13 +3,21 @@
     python scripts/bench_step.py
     python scripts/bench_step.py --sizes reference S --compile true --threads 2 --output step.json
     python scripts/bench_step.py --device cuda --precision bf16 --sizes XL-2
+    python scripts/bench_step.py --sizes reference --threads 2 --beside other.py
 
 For each size: forward alone; forward and backward; the same with a given first frame, and with activation
-checkpointing. Each runs in a process of its own. "GiB" is the peak above the built model and its inputs;
+checkpointing. Each runs in a process of its own, on a CPU twice: "kept" does not give freed memory back to the
+system, as train.py does. "GiB" is the peak above the built model and its inputs;
 "of matmul" is the model's arithmetic (matrix products and attention, without recomputation) a second, as a share of
 what a large matrix product reaches there in the same precision.
+
+--beside measures another model in the same run, and how many times as long it takes. Its Python file defines
+build(size, given, device) -> (module, keyword arguments of a pass), as `build` does here; the module gives a tensor. A
+case whose build raises NotImplementedError is left out, and so is checkpointing where the module has no
+enable_gradient_checkpointing().
 """
 
+import importlib.util
 import json
 import statistics
 import time
@@ -22,6 +30,7 @@ from typing import Any
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.pipelines.sampling import find_device
+from stdit.training.system import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -63,25 +72,39 @@ def main() -> None:
     parser.add_argument("--compile", choices=["true", "false"], default="false", help="measure compiled, too")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--steps", type=int, default=5, help="passes, of which the median counts")
+    parser.add_argument("--beside", type=Path, metavar="FILE", help="another model, eager; see above")
     parser.add_argument("--output", type=Path, help="a JSON file of all figures")
     args = parser.parse_args()
     for name in ("steps", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"{name} = {value}: must be at least 1")
+    if args.beside and not args.beside.is_file():
+        raise UserError(f"beside = {args.beside}: there is no such file")
     if args.device != "cpu":  # else torch's memory here would count as that of the processes that measure
         find_device(args.device)
 
+    sides: dict[str, dict[str, Any]] = {"eager": {}}
+    if args.device == "cpu":
+        sides["kept"] = {"kept": True}
+    if args.compile == "true":
+        sides["compiled"] = {"compiled": True}
+    if args.beside:
+        sides["beside"] = {"beside": args.beside}
     results = []
     for name in args.sizes:
         print(f"{name}: {SIZES[name]}")
-        for compiled in (False, True) if args.compile == "true" else (False,):
-            for case, options in CASES.items():
-                settings = {**options, "compiled": compiled, "device": args.device, "steps": args.steps}
+        for case, options in CASES.items():
+            eager = None
+            for side, chosen in sides.items():
+                settings = {**options, **chosen, "device": args.device, "steps": args.steps}
                 figures = alone(measure, SIZES[name], args.precision, args.threads, **settings)
-                results.append({"size": name, "case": case, **settings, **figures})
-                what = case + (", compiled" if compiled else "")
+                if figures is None:
+                    continue
+                eager = eager or figures["seconds"]
+                results.append({"size": name, "side": side, "case": case, **options, **figures})
                 print(
-                    f"  {what:<32} {figures['seconds']:8.3f} s  {figures['gib']:6.2f} GiB"
+                    f"  {case:<20} {side:<10} {figures['seconds']:8.3f} s ({figures['seconds'] / eager:5.2f}x)"
+                    f"  {figures['gib']:6.2f} GiB"
                     f"  {100 * figures['of_matmul']:5.1f}% of matmul ({figures['matmul_gflops']:.0f} GFLOP/s)",
                     flush=True,
                 )
@@ -103,18 +126,31 @@ def measure(
     threads: int | None,
     device: str,
     steps: int,
-    compiled: bool,
+    compiled: bool = False,
+    kept: bool = False,
     backward: bool = True,
     given: bool = False,
     checkpointing: bool = False,
-) -> dict[str, float]:
-    """Median seconds of a pass, peak GiB above model and inputs, and the share of a matrix product's speed."""
+    beside: Path | None = None,
+) -> dict[str, float] | None:
+    """Median seconds of a pass, peak GiB above model and inputs, and the share of a matrix product's speed.
+
+    None: the model of the file `beside` has no such case. Its arithmetic counts as that of ours.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     if threads is not None:
         torch.set_num_threads(threads)
-    model, inputs = build(size, given, device)
+    if kept:
+        keep_freed_memory()
+    build_side = builder(beside) if beside else build
+    try:
+        model, inputs = build_side(size, given, device)
+    except NotImplementedError:
+        return None
+    if checkpointing and not hasattr(model, "enable_gradient_checkpointing"):
+        return None
     if checkpointing:
         model.enable_gradient_checkpointing()
     before = memory(device)
@@ -132,6 +168,15 @@ def measure(
         "matmul_gflops": rate / 1e9,
         "of_matmul": counter.get_total_flops() / statistics.median(seconds) / rate,
     }
+
+
+def builder(file: Path) -> Any:
+    """The function `build` of a Python file."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build
 
 
 def build(size: Size, given: bool, device: str) -> tuple[Any, dict[str, Any]]:
@@ -167,7 +212,7 @@ def one_pass(model: Any, inputs: dict[str, Any], backward: bool, precision: str)
     """Forward, and backward from a loss if asked."""
     import torch
 
-    kind = inputs["hidden_states"].device.type
+    kind = next(model.parameters()).device.type
     with (
         torch.set_grad_enabled(backward),
         torch.autocast(kind if kind != "meta" else "cpu", torch.bfloat16, enabled=precision == "bf16"),
@@ -182,7 +227,7 @@ def timed(model: Any, inputs: dict[str, Any], backward: bool, precision: str) ->
     """Seconds of one pass."""
     import torch
 
-    on_gpu = inputs["hidden_states"].device.type == "cuda"
+    on_gpu = next(model.parameters()).device.type == "cuda"
     begin = time.perf_counter()
     one_pass(model, inputs, backward, precision)
     if on_gpu:

@@ -10,4 +10,5 @@ mypy
 if [ $# -eq 0 ]; then
     set -- -m "not slow and not gpu"
 fi
-python -m pytest "$@"
+# One file of tests at a time on each core: starting processes is most of the work, and takes one core.
+OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"

@@ -35,8 +35,9 @@ def test_the_command(
     )
     bench_step.main()
     assert "forward" in capsys.readouterr().out
-    (result,) = json.loads(output.read_text())["results"]
-    assert result["size"] == "small" and result["seconds"] > 0
+    eager, kept = json.loads(output.read_text())["results"]
+    assert (eager["side"], kept["side"]) == ("eager", "kept")
+    assert eager["size"] == kept["size"] == "small" and min(eager["seconds"], kept["seconds"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,33 @@ def test_the_command(
         (["--steps", "0"], "steps = 0"),
         (["--threads", "0"], "threads = 0"),
         (["--device", "cuda:77"], "not there"),
+        (["--beside", "nowhere.py"], "no such file"),
     ],
 )
 def test_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_step.py", *flags])
     with pytest.raises(UserError, match=message):
         bench_step.main()
+
+
+BESIDE = """
+import torch
+from scripts.bench_step import build as ours
+
+def build(size, given, device):
+    if given:
+        raise NotImplementedError
+    model, inputs = ours(size, given, device)
+    hidden = inputs["hidden_states"]
+    return torch.nn.Linear(hidden.shape[-1], 1), {"input": hidden}
+"""
+
+
+def test_another_model_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "other.py"
+    file.write_text(BESIDE)
+    settings = {"device": "cpu", "steps": 1, "beside": file}
+    found = measure(TINY, "fp32", None, **settings)
+    assert found is not None and found["seconds"] > 0
+    assert measure(TINY, "fp32", None, given=True, **settings) is None
+    assert measure(TINY, "fp32", None, checkpointing=True, **settings) is None
