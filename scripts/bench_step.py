@@ -12,8 +12,8 @@ system, as train.py does. "GiB" is the peak above the built model and its inputs
 what a large matrix product reaches there in the same precision.
 
 --beside measures another model in the same run, and how many times as long it takes. Its Python file defines
-build(size, given, device) -> (module, keyword arguments of a pass), as `build` does here; the module gives a tensor. A
-case whose build raises NotImplementedError is left out, and so is checkpointing where the module has no
+build(size, given, device) -> (module, keyword arguments of a pass), as `build` does here; the module gives a tensor.
+A case whose build raises NotImplementedError is left out, and so is checkpointing where the module has no
 enable_gradient_checkpointing().
 """
 
