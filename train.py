@@ -21,7 +21,7 @@ from stdit.training.folder import claimed
 from stdit.training.system import Interrupts, interrupts, prepare_process, progress_bar, started
 
 if TYPE_CHECKING:
-    from stdit.training.build import Batches
+    from stdit.training.batches import Batches
     from stdit.training.run import Run
 
 Item = TypeVar("Item")
@@ -55,7 +55,8 @@ def train(config: TrainConfig) -> int:
         if config.parallel.sp != "auto":
             mesh.check_batches(bucket.batch_size for bucket in config.data.buckets)
         folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
-        from stdit.training.build import build_batches, build_parts
+        from stdit.training.batches import build_batches
+        from stdit.training.build import build_parts
         from stdit.training.needs import Needs
         from stdit.training.report import start_line
         from stdit.training.run import Run
@@ -83,9 +84,7 @@ def train(config: TrainConfig) -> int:
         )
         work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint))
         stack.callback(work.close)
-        cache = folder / "cache.safetensors"
-        batches = mesh.in_turn(lambda: build_batches(parts, cache, mesh))
-        return loop(work, batches, signals)
+        return loop(work, build_batches(parts, folder, mesh), signals)
     print(f"{signals}: stopped at once, and the same command goes on from what was saved before")
     return signals.exit_code
 

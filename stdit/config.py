@@ -29,6 +29,7 @@ FREE = {
     "text_encoder.subfolder",
     "data.manifest",
     "data.root",
+    "data.cache_dir",
     "data.workers",
     "data.max_skipped_share",
     "model.in_channels",
@@ -108,11 +109,6 @@ class TrainConfig:
                 f"flow.conditioning and model.patch_size = {list(self.model.patch_size)}: a frame can only be given "
                 "where patches are one frame long: leave flow.conditioning out, or use a patch_size of [1, ...]"
             )
-        if self.data.cache == "memory" and self.data.crop == "random":
-            raise UserError(
-                "data.cache = memory encodes each clip once, so it cannot crop at random: use "
-                "data.crop = center, or data.cache = none"
-            )
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -125,12 +121,15 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
 def experiment_key(config: TrainConfig) -> dict[str, Any]:
     """Dotted settings that a run must keep to be the same experiment; its length, its checkpoints, its
     validation and its tracker may change."""
-    return {
+    found = {
         key: value
         for group in EXPERIMENT
         for key, value in _leaves(getattr(config, group), group)
         if key not in FREE
     }
+    if found["data.cache"] == "disk":  # the same batches
+        found["data.cache"] = "memory"
+    return found
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ import train
 from stdit.checkpoint_files import verify
 from stdit.cli import run as run_main
 from stdit.config import parse_train
-from stdit.data import cache as cache_module
+from stdit.data.cache import encode as encode_module
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
@@ -174,7 +174,7 @@ def test_a_signal_before_the_first_step_stops_at_once(
     assert f"{word}: stopped at once" in "".join(capfd.readouterr())
     assert not run.exists()
     with monkeypatch.context() as patch:
-        signal_at(patch, cache_module, "_encode_captions", number)
+        signal_at(patch, encode_module, "_encode_texts", number)
         assert do(settings(data__cache="memory")) == code
     assert f"{word}: stopped at once" in "".join(capfd.readouterr())
     assert {path.name for path in run.iterdir()} == {

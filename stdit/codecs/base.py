@@ -4,6 +4,7 @@ Letters: B batch, C latent channels, T frames, H height, W width in pixels; T' H
 """
 
 import math
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -11,13 +12,15 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from stdit.codecs.config import CodecConfig
 from stdit.codecs.loading import check_options, fingerprint, read_json, write_json
 from stdit.errors import UserError
 
 CODEC_FILE = "codec.json"
+ENCODER_PARTS = ("encoder", "quant_conv")
+"""What the VAEs call the modules that only encoding needs."""
 
 
 class VideoCodec(ModelMixin):
@@ -54,6 +57,7 @@ class VideoCodec(ModelMixin):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("latent_variance", None)
+        self._released: list[str] = []
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T', H', W') of the latents of a video of this size in frames and pixels."""
@@ -108,6 +112,7 @@ class VideoCodec(ModelMixin):
         """
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ValueError(f"a video is a float tensor [B 3 T H W], not {video.dtype} {list(video.shape)}")
+        self._restore_encoder()
         return self._encode(self.padded(video.to(self.device, torch.float32))).float().contiguous()
 
     def encode_inside(self, video: Tensor, start: int, num_frames: int) -> tuple[int, Tensor]:
@@ -160,6 +165,39 @@ class VideoCodec(ModelMixin):
         """Hash of class, settings and weights: equal fingerprints give equal latents."""
         return self._hash(self.facts())
 
+    def release_encoder(self, reload: Callable[[], "VideoCodec"]) -> None:
+        """Let go of the modules that only encoding needs; when it, or saving, needs them, they are read again.
+
+        Args:
+            reload: reads the codec again.
+        """
+        names = [
+            f"{path}.{part}" if path else part
+            for path, module in self.named_modules()
+            for part in ENCODER_PARTS
+            if isinstance(getattr(module, part, None), nn.Module)
+        ]
+        self._reload, self._whole_fingerprint = reload, self.fingerprint()
+        self._released = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        for name in self._released:
+            self.set_submodule(name, nn.Module())
+
+    def _restore_encoder(self) -> None:
+        if self._released:
+            whole = self._reloaded()
+            for name in self._released:
+                self.set_submodule(name, whole.get_submodule(name).to(self.device))
+            self._released = []
+
+    def _reloaded(self) -> "VideoCodec":
+        whole = self._reload()
+        if whole.fingerprint() != self._whole_fingerprint:
+            raise UserError(
+                "codec.path holds other weights than when the run began: put the first ones back, and run the same "
+                "command again"
+            )
+        return whole
+
     @classmethod
     def from_config(cls, config: CodecConfig) -> Self:
         """The codec that a config describes."""
@@ -178,6 +216,8 @@ class VideoCodec(ModelMixin):
         """Write the weights, as safetensors."""
 
     def _hash(self, settings: dict[str, Any]) -> str:
+        if self._released:
+            return self._whole_fingerprint
         return fingerprint({"name": self.name} | settings, self.state_dict())
 
     def _encode(self, video: Tensor) -> Tensor:
@@ -193,6 +233,8 @@ class VideoCodec(ModelMixin):
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
         """Write `codec.json` and the weights (safetensors) into a folder, made if need be."""
         directory = Path(save_directory)
+        if self._released:
+            return self._reloaded().save_pretrained(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory)
         write_json(directory / CODEC_FILE, {"name": self.name} | self.facts())

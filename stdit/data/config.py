@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from stdit.errors import UserError
@@ -98,8 +99,15 @@ class DataConfig:
     max_skipped_share: float = 1.0
     """Share of the clips that may fail to decode before the run stops; 1: it stops when none of a bucket is left
     (a bucket of which none can be read at the start is left out)."""
-    cache: Literal["none", "memory"] = "none"
-    """memory: encode every clip and caption once, keep them in memory, and never decode while training."""
+    cache: Literal["none", "memory", "disk"] = "none"
+    """Encode clips and captions once, and keep them in files. memory: all before the first step, then held in memory;
+    disk: each when a batch first needs it, and read as batches need them."""
+    cache_dir: str | None = None
+    """Folder of the cache, which runs may share; none: stdit-cache in the folder of the manifest."""
+    views: int = 1
+    """Of each clip that the cache keeps: the middle, and further windows (and, with crop random, crops)."""
+    flip: bool = False
+    """Show clips mirrored half of the time, unless their caption has a word for a side, or for writing."""
 
     def __post_init__(self) -> None:
         self.buckets = [
@@ -125,8 +133,27 @@ class DataConfig:
             bucket.validate()
         if self.workers < 0:
             raise UserError(f"data.workers is {self.workers}; it must be 0 (in process) or more")
+        if not 1 <= self.views <= 1000:
+            raise UserError(f"data.views is {self.views}; it must be from 1 to 1000")
+        if self.cache == "none" and self.views > 1:
+            raise UserError(
+                f"data.views = {self.views} and data.cache = none: without a cache every sample has a window of its "
+                "own; leave data.views out, or set data.cache disk"
+            )
+        if self.cache != "none" and self.crop == "random" and self.views == 1:
+            raise UserError(
+                f"data.cache = {self.cache} and data.crop = random: of each clip data.views = 1 is kept, the middle; "
+                "set data.views to 4, say, or data.crop = center, or data.cache = none"
+            )
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError(f"data.max_skipped_share is {self.max_skipped_share}; it must be between 0 and 1")
+
+    def cache_folder(self) -> Path:
+        """Where the cache lies: with the data set, so that it serves every run on it and moves along."""
+        if self.cache_dir:
+            return Path(self.cache_dir)
+        manifest = Path(self.manifest)
+        return (manifest if manifest.is_dir() else manifest.parent) / "stdit-cache"
 
 
 def resolve_size(resolution: str, aspect_ratio: str = "16:9", multiple: int = 2) -> tuple[int, int]:

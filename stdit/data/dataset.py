@@ -4,32 +4,33 @@ Letters: B batch, T frames, H height, W width.
 """
 
 import itertools
-import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stdit.data.buckets import Assignment, Bucket, assign
+from stdit.data.clips import Clip
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.data.decode import DecodeError, decode_clip
-from stdit.data.manifest import Clip, Skipped, read_manifest, summarise
+from stdit.data.manifest import Skipped, read_manifest
 from stdit.data.media import Media
-from stdit.data.plan import BatchPlan, PlannedBatch, slack_seconds
-from stdit.errors import UserError
+from stdit.data.plan import BatchPlan, PlannedBatch
+from stdit.data.skips import SkipTally
+from stdit.data.views import View, may_mirror, view_of
 from stdit.parallel.mesh import Mesh
 
 __all__ = ["BucketConfig", "DataConfig", "VideoBatches", "build_plan"]
 
 Batch = dict[str, Any]
-
-logger = logging.getLogger(__name__)
 
 
 def build_assignment(config: DataConfig, seed: int = 0) -> Assignment:
@@ -42,21 +43,44 @@ def build_assignment(config: DataConfig, seed: int = 0) -> Assignment:
 
 def build_plan(config: DataConfig, seed: int = 0) -> BatchPlan:
     """From the settings to the plan of all batches; `plan.report()` is what to show. Raises UserError."""
-    return BatchPlan(without_dead_buckets(build_assignment(config, seed), config.max_skipped_share), seed)
+    assignment = build_assignment(config, seed)
+    return BatchPlan(without_dead_buckets(assignment, config.max_skipped_share, _known(config)), seed)
 
 
-def without_dead_buckets(assignment: Assignment, max_skipped_share: float) -> Assignment:
+def _known(config: DataConfig) -> Callable[[Clip], bool]:
+    """Whether the cache remembers a clip: only files that were decoded are remembered, so it need not be opened."""
+    if config.cache == "none":
+        return lambda clip: False
+    from stdit.data.cache.keys import Contents
+    from stdit.data.cache.store import Store
+
+    contents = Contents(Store(config.cache_folder()))
+
+    def known(clip: Clip) -> bool:
+        try:
+            return contents.known(clip.media)[1] is not None
+        except OSError:
+            return False
+
+    return known
+
+
+def without_dead_buckets(
+    assignment: Assignment, max_skipped_share: float, known: Callable[[Clip], bool] = lambda clip: False
+) -> Assignment:
     """An assignment without the clips of those buckets in which none can be read.
 
     A clip that fails gives way to another of its bucket; a bucket cannot give way while training goes on without
-    changing which batch every later step has. So a clip of each is read before there is a plan.
+    changing which batch every later step has. So a clip of each, unless one is `known` to be readable, is read before
+    there is a plan.
 
     Raises UserError when no bucket is left, or more than max_skipped_share of all clips go with theirs.
     """
     members, skipped = list(assignment.members), list(assignment.skipped)
     tally = SkipTally(assignment.kept, max_skipped_share)
     for k, bucket in enumerate(assignment.buckets):
-        failed = _failures_of_all((assignment.clips[index] for index in members[k].tolist()), bucket)
+        clips = (assignment.clips[int(index)] for index in members[k])
+        failed = _failures_of_all(clips, bucket, known)
         if failed:
             tally.add(failed)
             skipped += [
@@ -68,10 +92,12 @@ def without_dead_buckets(assignment: Assignment, max_skipped_share: float) -> As
     return replace(assignment, members=members, skipped=skipped)
 
 
-def _failures_of_all(clips: Iterable[Clip], bucket: Bucket) -> list[Skipped]:
+def _failures_of_all(clips: Iterable[Clip], bucket: Bucket, known: Callable[[Clip], bool]) -> list[Skipped]:
     """Why each clip of a bucket cannot be read; nothing as soon as one can."""
     failed = []
     for clip in clips:
+        if known(clip):
+            return []
         try:
             middle_window(clip, bucket)
         except DecodeError as error:
@@ -81,43 +107,74 @@ def _failures_of_all(clips: Iterable[Clip], bucket: Bucket) -> list[Skipped]:
     return failed
 
 
-def middle_window(clip: Clip, bucket: Bucket) -> torch.Tensor:
+def middle_window(clip: Clip, bucket: Bucket) -> Tensor:
     """The middle of a clip that is longer than its bucket's window, uint8 [T 3 H W]. Raises DecodeError."""
-    start = clip.start + slack_seconds(clip, bucket) / 2
-    return decode_clip(clip.media, bucket.num_frames, bucket.fps, bucket.height, bucket.width, start=start)
+    return read_view(clip, bucket, view_of(DataConfig(), 0, clip, bucket))
 
 
-class SkipTally:
-    """Counts clips that fail in training, and stops the run when they are more than a share of all."""
-
-    def __init__(self, kept: int, max_share: float) -> None:
-        self.kept, self.max_share = kept, max_share
-        self.failed: dict[str, str] = {}
-
-    @property
-    def limit(self) -> int:
-        """The number of clips that may fail."""
-        return int(self.max_share * self.kept)
-
-    def add(self, skipped: Iterable[Skipped]) -> None:
-        """Raises UserError when too many different clips have failed so far."""
-        for path, reason in skipped:
-            if path not in self.failed:
-                logger.warning("left out: %s cannot be read: %s", path, reason)
-            self.failed[path] = reason
-        if len(self.failed) > self.limit:
-            raise self.error(
-                f"more than data.max_skipped_share = {self.max_share:g}: repair or remove the files, or "
-                "raise the share"
-            )
-
-    def error(self, rule: str) -> UserError:
-        failed = [Skipped(path, f"cannot be read: {reason}") for path, reason in self.failed.items()]
-        message = f"{len(failed)} of {self.kept} clips failed to decode, {rule}"
-        return UserError("\n".join([message, *summarise(failed)]))
+def read_view(clip: Clip, bucket: Bucket, view: View) -> Tensor:
+    """The frames of a view, uint8 [T 3 H W]. Raises DecodeError."""
+    frames = decode_clip(
+        clip.media,
+        bucket.num_frames,
+        bucket.fps,
+        bucket.height,
+        bucket.width,
+        start=view.start,
+        crop=(view.down, view.across),
+    )
+    return frames.flip(-1) if view.mirrored else frames
 
 
-class _Failures(NamedTuple):
+@dataclass
+class Sample:
+    """What a reader makes of one clip: its frames, or its latents where they were stored."""
+
+    clip_index: int
+    frames: Tensor | None = None
+    """uint8 [T 3 H W]"""
+    latents: Tensor | None = None
+    """float32 [C T' H' W']"""
+    key: bytes = b""
+    """Of the latents, in the cache."""
+    new: list[Any] = field(default_factory=list)
+    """What the cache is to learn from it: see `stdit.data.cache.reader`."""
+
+
+class Reader(Protocol):
+    """Makes samples of clips, in whatever process it is needed."""
+
+    def read(self, planned: PlannedBatch, index: int, clip_index: int) -> Sample:
+        """A clip as item `index` of a batch. Raises DecodeError."""
+
+    def collate(self, samples: Sequence[Sample], captions: Sequence[str]) -> Batch:
+        """Samples of one size to what goes from a worker to the main process."""
+
+
+@dataclass
+class VideoReader:
+    """Decodes: every sample has a window (and a crop, a mirror image) of its own, from (seed, step, index)."""
+
+    plan: BatchPlan
+    crop: Literal["center", "random"]
+    flip: bool
+
+    def read(self, planned: PlannedBatch, index: int, clip_index: int) -> Sample:
+        clip, start = self.plan.item(planned.step, planned.bucket_index, index, clip_index)
+        generator = torch.Generator().manual_seed(self.plan.crop_seed(planned.step, index))
+        down, across, turn = torch.rand(3, generator=generator).tolist()
+        if self.crop == "center":
+            down = across = 0.5
+        mirrored = self.flip and turn < 0.5 and may_mirror(clip.text)
+        return Sample(
+            clip_index, read_view(clip, planned.bucket, View(start, down, across, mirrored)).contiguous()
+        )
+
+    def collate(self, samples: Sequence[Sample], captions: Sequence[str]) -> Batch:
+        return {"frames": torch.stack([sample.frames for sample in samples if sample.frames is not None])}
+
+
+class Failures(NamedTuple):
     """What went wrong with a part of a batch."""
 
     skipped: list[Skipped]
@@ -127,83 +184,69 @@ class _Failures(NamedTuple):
 
 
 class _StepDataset(Dataset):
-    """Item `step` is this rank's part of its batch; frames stay uint8, a quarter of the bytes to hand over."""
+    """Item `step` is this rank's part of its batch."""
 
-    def __init__(self, plan: BatchPlan, crop: Literal["center", "random"], limit: int, mesh: Mesh) -> None:
-        self.plan, self.crop, self.limit, self.mesh = plan, crop, limit, mesh
+    def __init__(self, plan: BatchPlan, reader: Reader, limit: int, mesh: Mesh) -> None:
+        self.plan, self.reader, self.limit, self.mesh = plan, reader, limit, mesh
 
     def __getitem__(self, step: int) -> Batch:
+        began, computed = time.perf_counter(), time.thread_time()
         planned = self.plan.batch(step)
         failed: dict[Media, Skipped] = {}
         rows = self.mesh.rows(len(planned.items))
         read = [self._read(planned, index, failed) for index in rows]
         whole = [sample for sample in read if sample is not None]
         if len(whole) < len(read):
-            return {"failures": _Failures(list(failed.values()), 0, str(planned.bucket))}
-        used, frames = zip(*whole, strict=True)
+            return {"step": step, "failures": Failures(list(failed.values()), 0, str(planned.bucket))}
+        used = [sample.clip_index for sample in whole]
         replaced = sum(planned.indices[row] != clip for row, clip in zip(rows, used, strict=True))
-        failures = _Failures(list(failed.values()), replaced, None) if failed else None
-        return describe(self.plan, planned, used) | {"frames": torch.stack(frames), "failures": failures}
+        failures = Failures(list(failed.values()), replaced, None) if failed else None
+        batch = describe(self.plan, planned, used)
+        batch |= self.reader.collate(whole, batch["text"])
+        spent = time.perf_counter() - began, time.thread_time() - computed
+        return batch | {"failures": failures, "spent": spent}
 
-    def _read(
-        self, planned: PlannedBatch, index: int, failed: dict[Media, Skipped]
-    ) -> tuple[int, torch.Tensor] | None:
-        """The clip that item `index` is made of and its frames uint8 [T 3 H W]; adds failures to `failed`.
+    def _read(self, planned: PlannedBatch, index: int, failed: dict[Media, Skipped]) -> Sample | None:
+        """What item `index` is made of; adds failures to `failed`.
 
         None when too many fail, or all that could stand in.
         """
-        bucket = planned.bucket
-        generator = torch.Generator().manual_seed(self.plan.crop_seed(planned.step, index))
         stand_ins = self.plan.replacements(planned.step, index)
         for clip_index in itertools.chain([planned.indices[index]], stand_ins):
             if len(failed) > self.limit:
                 return None
-            clip, start = self.plan.item(planned.step, planned.bucket_index, index, clip_index)
-            if clip.media in failed:
+            media = self.plan.assignment.clips[clip_index].media
+            if media in failed:
                 continue
             try:
-                frames = decode_clip(
-                    clip.media,
-                    bucket.num_frames,
-                    bucket.fps,
-                    bucket.height,
-                    bucket.width,
-                    start=start,
-                    crop=self.crop,
-                    generator=generator,
-                )
+                return self.reader.read(planned, index, clip_index)
             except DecodeError as error:
-                failed[clip.media] = Skipped(error.path, error.reason)
-            else:
-                return clip_index, frames
+                failed[media] = Skipped(error.path, error.reason)
         return None
 
 
-class VideoBatches:
-    """`for batch in batches(start_step)`: the batches of the steps from start_step on, in order, without end.
+class Loader:
+    """`for batch in loader(start_step)`: what a reader makes of the steps from start_step on, without end.
 
-    A batch is a dict: video float32 [B 3 T H W] in [-1, 1]; text, a list of B captions; fps, height, width,
-    float32 [B] (frames per second, pixels); clip_indices int64 [B], places in `plan.assignment.clips`; step;
-    size, samples in the global batch, of which these B are this rank's part; replaced, how many of all its planned
-    clips could not be read and gave way to the next of their bucket.
+    A batch is what `describe` and the reader's `collate` give, with replaced, how many of all its planned clips could
+    not be read and gave way to the next of their bucket; and spent, seconds that reading took, of which computing.
 
     The same for any number of workers and ranks; every rank reads its own part, and must iterate as the others do.
-    Raises UserError while iterating when more than max_skipped_share of all clips have failed, or none of a bucket
-    is left: on every rank, wherever they failed.
+    Raises UserError while iterating when the tally has too many failures, or no clip of a bucket is left: on every
+    rank, wherever they failed.
     """
 
     def __init__(
         self,
         plan: BatchPlan,
+        reader: Reader,
+        tally: SkipTally,
         workers: int = 0,
-        crop: Literal["center", "random"] = "center",
-        max_skipped_share: float = 1.0,
         pin_memory: bool = False,
         mesh: Mesh = Mesh(),  # noqa: B008 (it is frozen)
     ) -> None:
-        self.plan, self.workers, self.pin_memory, self.mesh = plan, workers, pin_memory, mesh
-        self.tally = SkipTally(plan.assignment.kept, max_skipped_share)
-        self._dataset = _StepDataset(plan, crop, self.tally.limit, mesh)
+        self.workers, self.pin_memory, self.mesh, self.tally = workers, pin_memory, mesh, tally
+        self._dataset = _StepDataset(plan, reader, tally.limit, mesh)
 
     def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches of the steps in [start_step, stop_step)."""
@@ -213,21 +256,20 @@ class VideoBatches:
             batch_size=None,
             sampler=steps,
             num_workers=self.workers,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # its own, so that torch's global random state is left alone
         )
         for batch in loader:
             failures = self.mesh.heard(batch.pop("failures"))
             if failures:
-                self.mesh.everywhere(partial(self._count, failures))
-            replaced = sum(part.replaced for part in failures)
-            yield batch | {"video": to_video(batch.pop("frames")), "replaced": replaced}
+                self.mesh.everywhere(partial(self._count, failures, batch["step"]))
+            yield batch | {"replaced": sum(part.replaced for part in failures)}
 
-    def _count(self, failures: list[_Failures]) -> None:
+    def _count(self, failures: list[Failures], step: int) -> None:
         """Raises UserError when too many clips have failed on all ranks together."""
         for part in failures:
-            self.tally.add(part.skipped)
+            self.tally.add(part.skipped, step)
         lacking = [part.lacking for part in failures if part.lacking]
         if lacking:
             raise self.tally.error(
@@ -236,13 +278,39 @@ class VideoBatches:
             )
 
 
-def to_video(frames: torch.Tensor) -> torch.Tensor:
+class VideoBatches(Loader):
+    """Batches of video float32 [B 3 T H W] in [-1, 1], decoded as they are needed."""
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        workers: int = 0,
+        crop: Literal["center", "random"] = "center",
+        max_skipped_share: float = 1.0,
+        pin_memory: bool = False,
+        mesh: Mesh = Mesh(),  # noqa: B008
+        flip: bool = False,
+        tally: SkipTally | None = None,
+    ) -> None:
+        tally = tally or SkipTally(plan.assignment.kept, max_skipped_share)
+        super().__init__(plan, VideoReader(plan, crop, flip), tally, workers, pin_memory, mesh)
+
+    def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        for batch in super().__call__(start_step, stop_step):
+            yield batch | {"video": to_video(batch.pop("frames"))}
+
+
+def to_video(frames: Tensor) -> Tensor:
     """uint8 [B T 3 H W] to float32 [B 3 T H W] in [-1, 1]."""
     return frames.transpose(1, 2).float().div_(127.5).sub_(1)
 
 
 def describe(plan: BatchPlan, planned: PlannedBatch, used: Sequence[int]) -> Batch:
-    """What a rank's part of a batch, made of the clips `used`, says about itself: all but its frames or latents."""
+    """What a rank's part of a batch, made of the clips `used`, says about itself: all but its frames or latents.
+
+    text, a list of B captions; fps, height, width, float32 [B] (frames per second, pixels); clip_indices int64 [B],
+    places in `plan.assignment.clips`; step; size, samples in the global batch, of which these B are this rank's part.
+    """
     bucket = planned.bucket
     size = len(used)
     return {
@@ -256,7 +324,7 @@ def describe(plan: BatchPlan, planned: PlannedBatch, used: Sequence[int]) -> Bat
     }
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Workers share the cores, and leave Ctrl-C and group-wide signals to the main process, which stops
     them."""
     torch.set_num_threads(1)

@@ -107,7 +107,7 @@ def decode_clip(
     height: int,
     width: int,
     start: float = 0.0,
-    crop: Literal["center", "random"] = "center",
+    crop: Literal["center", "random"] | tuple[float, float] = "center",
     generator: torch.Generator | None = None,
     threads: int = 1,
 ) -> torch.Tensor:
@@ -119,14 +119,16 @@ def decode_clip(
 
     Args:
         start: seconds; the decoder seeks to the key frame before it.
-        crop: "random" draws one place for all frames from `generator` (CPU).
+        crop: where the part lies in what is cut off, down and across from 0 to 1; "center" is (0.5, 0.5), and
+            "random" draws one place for all frames from `generator` (CPU).
         threads: of the decoder; 1 is right inside loader workers.
 
     Returns: uint8 [T 3 H W].
     Raises DecodeError when the file is damaged, too large, or ends before the last frame asked for.
     """
     media = Media.of(file)
-    place = torch.rand(2, generator=generator).tolist() if crop == "random" else [0.5, 0.5]
+    drawn = torch.rand(2, generator=generator).tolist() if crop == "random" else [0.5, 0.5]
+    place = drawn if isinstance(crop, str) else list(crop)
     if is_image(media):
         if num_frames != 1:
             raise DecodeError(media, f"an image has one frame, not {num_frames}")

@@ -1,38 +1,30 @@
 """From settings to the parts of a run: clips, codec, text encoder, objective, model, batches."""
 
 import hashlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from stdit.checkpoint_files import META, read_meta
 from stdit.codecs import build_codec
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder, build_text_encoder
 from stdit.config import TrainConfig, experiment_key
-from stdit.data.cache import EncodedBatches, precompute
-from stdit.data.dataset import VideoBatches, build_plan, middle_window, to_video
-from stdit.data.decode import DecodeError
+from stdit.data.cache.fitted import fitted
+from stdit.data.dataset import build_plan
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.models.size import count_unbuilt
 from stdit.models.stdit import STDiT
-from stdit.parallel.mesh import Mesh
 from stdit.parallel.parameters import KEPT, state_bytes
 from stdit.parallel.planner import gib
 from stdit.training.folder import find_weights
 from stdit.training.optim import count_matrices
-
-Batches = Callable[[int, int], Iterator[dict[str, Any]]]
-"""From (first step, last step + 1) to batches with latents and text states, in order."""
 
 
 @dataclass
@@ -101,7 +93,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
         if dry_run:
             variance = torch.ones(codec.channels)
         else:
-            codec.fit(clips_in_order(plan))  # type: ignore[operator]
+            codec = fitted(codec, plan, config.data)
             variance = codec.latent_variance
     text_encoder = build_text_encoder(config.text_encoder)
     captions = (plan.assignment.clips[index].text for members in plan.assignment.members for index in members)
@@ -189,20 +181,6 @@ def _copy_weights(model: STDiT, other: STDiT, source: str) -> None:
     model.load_state_dict(weights)
 
 
-def clips_in_order(plan: BatchPlan) -> Iterator[Tensor]:
-    """Float videos ``[3 T H W]`` of the clips that train, as the manifest has them; not unreadable ones."""
-    assignment = plan.assignment
-    places = np.concatenate(assignment.members)
-    buckets = np.repeat(np.arange(len(assignment.buckets)), list(map(len, assignment.members)))
-    for i in places.argsort():
-        clip, bucket = assignment.clips[int(places[i])], assignment.buckets[int(buckets[i])]
-        try:
-            frames = middle_window(clip, bucket)
-        except DecodeError:
-            continue  # reported, and counted, where it would be trained on
-        yield to_video(frames[None])[0]
-
-
 def clips_hash(plan: BatchPlan) -> str:
     """Hash of which clips train in which bucket: names inside the data root, captions, lengths, sizes."""
     digest = hashlib.sha256()
@@ -211,29 +189,3 @@ def clips_hash(plan: BatchPlan) -> str:
         for part in plan.assignment.clips.content(members):
             digest.update(part)
     return digest.hexdigest()[:16]
-
-
-def build_batches(parts: Parts, cache_file: Path, mesh: Mesh) -> Batches:
-    """This rank's part of each batch, as latents: from memory, or decoded and encoded as they are needed.
-
-    Raises:
-        UserError: while encoding, or iterating, when too many clips cannot be read.
-    """
-    data = parts.config.data
-    if data.cache == "memory":
-        cache = precompute(
-            parts.plan, parts.codec, parts.text_encoder, cache_file, mesh.device, data.max_skipped_share
-        )
-        return EncodedBatches(parts.plan, cache, mesh)
-    pin_memory = mesh.device.type == "cuda"
-    videos = VideoBatches(parts.plan, data.workers, data.crop, data.max_skipped_share, pin_memory, mesh)
-    chunk = parts.config.trainer.micro_batch_size
-
-    def encoded(start_step: int, stop_step: int) -> Iterator[dict[str, Any]]:
-        for batch in videos(start_step, stop_step):
-            video = batch.pop("video")
-            latents = torch.cat([parts.codec.encode(part) for part in video.split(chunk or len(video))])
-            states, mask = parts.text_encoder.encode(batch["text"])
-            yield {**batch, "latents": latents, "text_states": states, "text_mask": mask}
-
-    return encoded

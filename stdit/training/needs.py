@@ -66,8 +66,9 @@ class Needs:
         if config.trainer.precision == "bf16" and not config.trainer.activation_checkpointing:
             estimate["weights in bf16"] = 2 * self.size.parameters  # which layers keep for the backward pass
         if config.data.cache == "memory":
+            views = config.data.views * (1 + config.data.flip)
             estimate["encoded clips"] = sum(
-                clips * FLOAT * self.inputs.codec.channels * math.prod(self.latent_shape(bucket))
+                clips * views * FLOAT * self.inputs.codec.channels * math.prod(self.latent_shape(bucket))
                 for bucket, clips in self.buckets
             )
         return estimate

@@ -75,6 +75,7 @@ class Run:
             "clips": clips,
             "seconds": round(seconds, 4),
             "data_seconds": round(wait, 4),
+            "data_share": round(wait / (seconds + wait), 4),
             "clips_per_second": round(rate, 3),
             "tokens_per_second": round(rate * each, 1),
             "replaced": batch["replaced"],

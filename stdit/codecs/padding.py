@@ -1,0 +1,25 @@
+"""Text states of many captions in one tensor, and out of it. Light: imports torch alone.
+
+Letters: B captions, L text tokens, E width of the text states.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def padded(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """States [L E] of B captions: float32 [B L E], zero where there is no token, and mask bool [B L]."""
+    device = states[0].device
+    lengths = torch.tensor([len(tokens) for tokens in states], device=device)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    together = torch.zeros(*mask.shape, states[0].shape[1], device=device)
+    together[mask] = torch.cat([tokens.float() for tokens in states])
+    return together, mask
+
+
+def unpadded(states: Tensor, mask: Tensor) -> Iterator[Tensor]:
+    """The states float32 [L E] of each caption, on the CPU."""
+    for tokens, present in zip(states.float().cpu(), mask.bool().cpu(), strict=True):
+        yield tokens[present].contiguous()

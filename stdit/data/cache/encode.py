@@ -1,0 +1,222 @@
+"""Encoding what a plan's clips and captions lack in the cache."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from stdit.codecs.padding import unpadded
+from stdit.data.cache.keys import text_key
+from stdit.data.cache.reader import CachedReader
+from stdit.data.cache.shards import Entry, Writer
+from stdit.data.dataset import read_view, start_worker, to_video
+from stdit.data.decode import DecodeError
+from stdit.data.manifest import Skipped, summarise
+from stdit.data.plan import BatchPlan
+from stdit.data.skips import SkipTally
+
+if TYPE_CHECKING:  # these import diffusers, which takes seconds
+    from stdit.codecs.base import VideoCodec
+    from stdit.codecs.text import TextEncoder
+
+CAPTIONS_AT_ONCE = 64
+
+
+@dataclass
+class EncodeSummary:
+    """What an encoding found and did."""
+
+    folder: str
+    clips: int = 0
+    """That were looked at."""
+    encoded: int = 0
+    """Views that were encoded; of the others, latents were there."""
+    stored: int = 0
+    """Views that were there already."""
+    captions: int = 0
+    """Different ones."""
+    captions_encoded: int = 0
+    failed: list[Skipped] = field(default_factory=list)
+    """Clips that cannot be read."""
+    bytes: int = 0
+    """That were written."""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.folder}: {self.clips} clips, {self.encoded} views encoded, {self.stored} were there already; "
+            f"{self.captions} captions, {self.captions_encoded} encoded; {self.bytes / 1e6:,.1f} MB written in "
+            f"{self.seconds:.1f} s"
+        ]
+        if self.failed:
+            lines.append(f"{len(self.failed)} clips left out:")
+            lines += summarise(Skipped(path, f"cannot be read: {why}") for path, why in self.failed)
+        return "\n".join(lines)
+
+
+def encode_plan(
+    reader: CachedReader,
+    codec: "VideoCodec",
+    text_encoder: "TextEncoder",
+    extra_texts: Iterable[str] = (),
+    device: torch.device | str = "cpu",
+    part: tuple[int, int] = (0, 1),
+    tally: SkipTally | None = None,
+    check: bool = False,
+    progress: bool = True,
+) -> EncodeSummary:
+    """Encode every view of every clip of the reader's plan, and every caption, that its store has not.
+
+    Each clip is encoded by itself, so its latents do not depend on what was encoded with it. Whatever ends this (a
+    signal, a full disk), shards that are whole stay, and the next call goes on from there.
+
+    Args:
+        extra_texts: to encode beside the captions.
+        device: of codec and text encoder.
+        part: (rank, of how many): this process does every so-manieth clip and caption; several may write at once.
+        tally: counts the clips that fail, and raises UserError when they are too many.
+        check: read what is there already, and make anew what the disk has changed.
+
+    Raises:
+        UserError: when the disk refuses, or the tally does.
+    """
+    began = time.monotonic()
+    summary = EncodeSummary(str(reader.store.folder))
+    with Writer(reader.store.folder) as writer:
+        texts = list(dict.fromkeys([*captions(reader.plan), *extra_texts]))[part[0] :: part[1]]
+        _encode_texts(reader, text_encoder, texts, writer, summary, check, progress)
+        missing = _Missing(reader, part, check)
+        _encode_clips(missing, codec, device, writer, summary, tally, progress)
+    reader.store.refresh()
+    summary.bytes = sum(file.stat().st_size for file in writer.written)
+    summary.seconds = time.monotonic() - began
+    return summary
+
+
+class _Views(NamedTuple):
+    """What a clip lacks."""
+
+    stored: int
+    keys: list[bytes]
+    frames: list[Tensor]
+    """uint8 [T 3 H W] each"""
+    new: list[Entry]
+    failed: Skipped | None
+
+
+class _Missing(Dataset):
+    """Item i: the views of the i-th clip that the cache lacks, decoded."""
+
+    def __init__(self, reader: CachedReader, part: tuple[int, int], check: bool) -> None:
+        self.reader, self.check = reader, check
+        members = reader.plan.assignment.members
+        buckets = np.repeat(np.arange(len(members)), [len(rows) for rows in members])
+        pairs = np.stack([buckets, np.concatenate(members)], axis=1)
+        self.pairs = pairs[part[0] :: part[1]]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: int) -> _Views:
+        k, index = self.pairs[place].tolist()
+        assignment = self.reader.plan.assignment
+        clip, bucket = assignment.clips[index], assignment.buckets[k]
+        try:
+            views, new = self.reader.wanted(clip, bucket)
+            missing = [
+                (view, key) for view, key in views if not self.reader.store.has("latents", key, self.check)
+            ]
+            frames = [read_view(clip, bucket, view).contiguous() for view, _ in missing]
+        except DecodeError as error:
+            return _Views(0, [], [], [], Skipped(error.path, error.reason))
+        return _Views(len(views) - len(missing), [key for _, key in missing], frames, new, None)
+
+
+def _encode_clips(
+    missing: _Missing,
+    codec: "VideoCodec",
+    device: torch.device | str,
+    writer: Writer,
+    summary: EncodeSummary,
+    tally: SkipTally | None,
+    progress: bool,
+) -> None:
+    loader = DataLoader(
+        missing,
+        batch_size=None,
+        num_workers=missing.reader.config.workers,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),
+    )
+    maker = missing.reader.makers.codec
+    for views in tqdm(loader, desc="encoding clips", unit="clip", disable=None if progress else True):
+        summary.clips += 1
+        if views.failed is not None:
+            summary.failed.append(views.failed)
+            if tally is not None:
+                tally.add([views.failed])
+        for key, frames in zip(views.keys, views.frames, strict=True):
+            writer.add(Entry("latents", maker, key, encode_view(codec, frames, device)))
+        for entry in views.new:
+            writer.add(entry)
+        summary.encoded += len(views.keys)
+        summary.stored += views.stored
+
+
+def encode_view(codec: "VideoCodec", frames: Tensor, device: torch.device | str) -> Tensor:
+    """Latents float32 [C T' H' W'] on the CPU of frames uint8 [T 3 H W]; by itself, whatever else is encoded."""
+    with torch.no_grad():
+        return codec.encode(to_video(frames[None].to(device)))[0].float().cpu()
+
+
+def _encode_texts(
+    reader: CachedReader,
+    encoder: "TextEncoder",
+    texts: list[str],
+    writer: Writer,
+    summary: EncodeSummary,
+    check: bool,
+    progress: bool,
+) -> None:
+    """Captions of like length are encoded together."""
+    summary.captions = len(texts)
+    maker = reader.makers.text_encoder
+    lacking = [text for text in texts if not reader.store.has("texts", text_key(text, maker), check)]
+    summary.captions_encoded = len(lacking)
+    lacking.sort(key=lambda text: (len(text), text))
+    bar = tqdm(
+        total=len(lacking), desc="encoding captions", unit="caption", disable=None if progress else True
+    )
+    with bar, torch.no_grad():
+        for begin in range(0, len(lacking), CAPTIONS_AT_ONCE):
+            chunk = lacking[begin : begin + CAPTIONS_AT_ONCE]
+            for text, states in zip(chunk, unpadded(*encoder.encode(chunk)), strict=True):
+                writer.add(Entry("texts", maker, text_key(text, maker), states))
+            bar.update(len(chunk))
+
+
+def captions(plan: BatchPlan) -> Iterator[str]:
+    """Those of the clips that train, in the order of the manifest."""
+    for index in np.sort(np.concatenate(plan.assignment.members)):
+        yield plan.assignment.clips[int(index)].text
+
+
+def wanted_keys(reader: CachedReader, extra_texts: Iterable[str] = ()) -> Iterator[bytes]:
+    """Keys of all that the reader's plan, and further texts, may ask the cache for."""
+    assignment = reader.plan.assignment
+    for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
+        for index in members.tolist():
+            clip = assignment.clips[index]
+            try:
+                yield reader.contents.known(clip.media)[0]
+                yield from (key for _, key in reader.wanted(clip, bucket)[0])
+            except (OSError, DecodeError):
+                continue  # a file that is gone asks for nothing
+    for text in (*captions(reader.plan), *extra_texts):
+        yield text_key(text, reader.makers.text_encoder)

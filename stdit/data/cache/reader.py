@@ -1,0 +1,103 @@
+"""Samples of clips from the cache, or decoded where it lacks them, in whatever process they are needed.
+
+Letters: B batch, C T' H' W' latents, L text tokens, E width of text states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stdit.codecs.padding import padded
+from stdit.data.buckets import Bucket
+from stdit.data.cache.keys import Contents, latents_key, text_key
+from stdit.data.cache.shards import Entry
+from stdit.data.cache.store import Store
+from stdit.data.clips import Clip
+from stdit.data.config import DataConfig
+from stdit.data.dataset import Batch, Sample, read_view
+from stdit.data.decode import DecodeError
+from stdit.data.plan import BatchPlan, PlannedBatch
+from stdit.data.views import View, view_count, view_of
+
+
+class Makers(NamedTuple):
+    """Fingerprints of what made the entries that are wanted."""
+
+    codec: str
+    text_encoder: str
+
+
+class Wanted(NamedTuple):
+    """A view of a clip, and the key of its latents."""
+
+    view: View
+    key: bytes
+
+
+@dataclass
+class CachedReader:
+    """Takes one of a clip's views in each step; decodes it if its latents are not stored."""
+
+    plan: BatchPlan
+    config: DataConfig
+    store: Store
+    makers: Makers
+    contents: Contents = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.contents = Contents(self.store)
+
+    def wanted(self, clip: Clip, bucket: Bucket) -> tuple[list[Wanted], list[Entry]]:
+        """All views of a clip, each once, and what is to be remembered of the file. Raises DecodeError."""
+        try:
+            content, new = self.contents.of(clip.media)
+        except OSError as error:
+            raise DecodeError(clip.media, error.strerror or str(error)) from error
+        count = view_count(self.config, clip.text)
+        views = dict.fromkeys(view_of(self.config, number, clip, bucket) for number in range(count))
+        wanted = [Wanted(view, latents_key(content, view, bucket, self.makers.codec)) for view in views]
+        return wanted, [] if new is None else [new]
+
+    def number(self, step: int, index: int, count: int) -> int:
+        """Which of its views item `index` of a step's batch is, drawn evenly."""
+        generator = torch.Generator().manual_seed(self.plan.crop_seed(step, index))
+        return int(torch.randint(count, (1,), generator=generator)) if count > 1 else 0
+
+    def read(self, planned: PlannedBatch, index: int, clip_index: int) -> Sample:
+        clip = self.plan.assignment.clips[clip_index]
+        views, new = self.wanted(clip, planned.bucket)
+        view, key = views[self.number(planned.step, index, len(views))]
+        latents = self.store.get("latents", key)
+        if latents is not None:
+            return Sample(clip_index, latents=latents, new=new)
+        return Sample(clip_index, frames=read_view(clip, planned.bucket, view), key=key, new=new)
+
+    def collate(self, samples: Sequence[Sample], captions: Sequence[str]) -> Batch:
+        """Latents [B C T' H' W'], text_states [B L E] and text_mask [B L]; or what `DiskBatches` makes them of.
+
+        Where latents are lacking: which rows are fresh, with their keys and frames, and what is stored of the others.
+        Where text states are: those of each caption, or None.
+        """
+        fresh = [row for row, sample in enumerate(samples) if sample.latents is None]
+        texts = [self.store.get("texts", text_key(caption, self.makers.text_encoder)) for caption in captions]
+        batch: Batch = {"new": [entry for sample in samples for entry in sample.new]}
+        stored = _stacked([sample.latents for sample in samples])
+        if fresh:
+            batch |= {"fresh": fresh, "keys": [samples[row].key for row in fresh], "stored": stored}
+            batch["frames"] = _stacked([sample.frames for sample in samples])
+        else:
+            batch["latents"] = stored
+        found = [states for states in texts if states is not None]
+        if len(found) < len(texts):
+            return batch | {"texts": texts}
+        batch["text_states"], batch["text_mask"] = padded(found)
+        return batch
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Those that are there as one, which travels between processes at the price of one; None of none."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(there) if there else None

@@ -1,0 +1,179 @@
+import random
+from dataclasses import replace
+from functools import partial
+
+import av
+import pytest
+import torch
+
+import stdit.data.cache.keys as keys_module
+from stdit.data.cache.batches import DiskBatches, EncodedBatches, MemoryCache
+from stdit.data.cache.encode import encode_view
+from stdit.data.cache.store import Store
+from stdit.data.dataset import VideoBatches
+from stdit.data.skips import SkipTally
+from stdit.errors import UserError
+from stdit.parallel.mesh import Mesh
+from tests.data.cache.tiny import TinyCodec, shards
+
+KEYS = ("latents", "text_states", "text_mask", "fps", "height", "width", "clip_indices")
+
+
+def from_memory(work, mesh=Mesh()):  # noqa: B008
+    work.encode(check=True)
+    return EncodedBatches(work.reader, MemoryCache.read(work.reader), mesh)
+
+
+def from_disk(work, mesh=Mesh(), share=1.0):  # noqa: B008
+    tally = SkipTally(work.plan.assignment.kept, share)
+
+    def encode_text(caption):
+        states, mask = work.text.encode([caption])
+        return states[0][mask[0].bool()]
+
+    return DiskBatches(
+        work.reader, partial(encode_view, work.codec, device="cpu"), encode_text, tally, mesh=mesh
+    )
+
+
+def alike(one, other):
+    assert all(torch.equal(one[key], other[key]) for key in KEYS)
+    return all(one[key] == other[key] for key in ("text", "step", "size", "replaced"))
+
+
+def test_batches_equal_those_from_video(work):
+    done = work()
+    compared = 0
+    for batch, video in zip(from_memory(done)(0, 8), VideoBatches(done.plan)(0, 8), strict=True):
+        for key in ("fps", "height", "width", "clip_indices"):
+            assert torch.equal(batch[key], video[key])
+        assert (batch["text"], batch["step"], batch["replaced"]) == (video["text"], video["step"], 0)
+        if (
+            done.plan.batch(batch["step"]).bucket_index == 0
+        ):  # the other bucket's clips are longer than its window
+            assert torch.equal(batch["latents"], TinyCodec().encode(video["video"]))
+            compared += 1
+        lengths = [len(caption.split()) for caption in batch["text"]]
+        assert batch["text_mask"].sum(dim=1).tolist() == lengths
+        assert batch["text_states"].shape == (len(lengths), max(lengths), 2)
+        for states, mask, caption in zip(
+            batch["text_states"], batch["text_mask"], batch["text"], strict=True
+        ):
+            assert states[mask].tolist() == [[len(word), place] for place, word in enumerate(caption.split())]
+            assert not states[~mask].any()
+    assert compared > 2
+
+
+VIEWS = {"views": 3, "crop": "random", "flip": True}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_from_disk_and_from_memory_cached_or_not_are_the_same(work, config, workers):
+    expected = list(from_memory(work(**VIEWS))(0, 12))
+    fresh = work(**VIEWS, cache_dir=str(config.cache_folder()) + "-fresh", workers=workers)
+    cached = work(**VIEWS, workers=workers)
+    for made in (fresh, cached):
+        assert all(alike(*pair) for pair in zip(from_disk(made)(0, 12), expected, strict=True))
+    assert fresh.codec.clips > 5 and cached.codec.clips == 0 and not cached.text.captions
+    views = {(int(batch["clip_indices"][0]), batch["latents"][0].sum().item()) for batch in expected}
+    assert len(views) > len({clip for clip, _ in views})  # a clip is not always seen alike
+
+
+def test_what_is_made_in_training_is_added_and_mixed_with_what_was_there(work, config):
+    expected = list(from_memory(work(cache_dir=str(config.cache_folder()) + "-memory"))(0, 8))
+    half = work()
+    half.encode(part=(0, 2))
+    stored = half.codec.clips
+    assert all(alike(*pair) for pair in zip(from_disk(half)(0, 8), expected, strict=True))
+    assert half.codec.clips == 7 and 0 < stored < 7  # each once
+    again = work()
+    assert all(alike(*pair) for pair in zip(from_disk(again)(0, 8), expected, strict=True))
+    assert again.codec.clips == 0 and not again.text.captions
+
+
+def test_training_from_the_cache_opens_no_video(work, monkeypatch):
+    work().encode()
+
+    def fail(*args, **options):
+        raise AssertionError("opened")
+
+    monkeypatch.setattr(av, "open", fail)
+    monkeypatch.setattr(keys_module, "hash_bytes", fail)
+    for make in (from_memory, from_disk):
+        assert len(list(make(work())(0, 8))) == 8  # which also builds the plan
+    with pytest.raises(AssertionError, match="opened"):
+        work(cache="none")
+
+
+def test_each_rank_gets_its_part_of_a_batch(work):
+    done = work(**VIEWS)
+    one, *ranks = (from_memory(done, mesh) for mesh in (Mesh(), Mesh(0, 2), Mesh(1, 2)))
+    for step in range(6):
+        whole, parts = one.batch(step), [rank.batch(step) for rank in ranks]
+        assert torch.equal(torch.cat([part["latents"] for part in parts]), whole["latents"])
+        assert [caption for part in parts for caption in part["text"]] == whole["text"]
+        assert [part["size"] for part in parts] == [whole["size"]] * 2 == [2, 2]
+
+
+def test_a_clip_that_fails_gives_way(work, tmp_path):
+    ready = work()
+    (tmp_path / "2.mp4").write_bytes(b"damaged")
+    (tmp_path / "4.mp4").unlink()
+    for make in (from_memory, from_disk):
+        done = replace_store(ready)
+        replaced = 0
+        for batch in make(done)(0, 2 * done.plan.steps_per_epoch):
+            planned = done.plan.batch(batch["step"]).indices
+            assert not {2, 4} & set(batch["clip_indices"].tolist())
+            assert batch["replaced"] == planned.count(2) + planned.count(4)
+            replaced += batch["replaced"]
+        assert replaced >= 4
+    with pytest.raises(UserError, match="of 7 clips failed to decode, more than"):
+        list(from_disk(ready, share=0.1)(0, 8))
+    for number in range(5):
+        (tmp_path / f"{number}.mp4").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="none of bucket 8x32x32 at 8 fps is left"):
+        list(from_disk(ready)(0, 8))
+    with pytest.raises(UserError, match="bucket 8x32x32 at 8 fps: none of its clips can be read"):
+        list(from_memory(ready)(0, 8))
+
+
+def replace_store(work):
+    work.reader = replace(work.reader, store=Store(work.config.cache_folder()))
+    return work
+
+
+def test_a_shard_that_breaks_while_training_reads_is_made_anew(work, config, caplog):
+    work().encode()
+    running = work()
+    batches = from_disk(running)(0, 8)
+    first = next(batches)
+    for file in shards(config.cache_folder()):
+        file.write_bytes(file.read_bytes()[:-50])
+    expected = list(from_memory(work(cache_dir=str(config.cache_folder()) + "-memory"))(0, 8))
+    assert all(alike(*pair) for pair in zip([first, *batches], expected, strict=True))
+    again = work()
+    assert "is damaged" in caplog.text
+    assert all(alike(*pair) for pair in zip(from_disk(again)(0, 8), expected, strict=True))
+
+
+def test_a_full_disk_lets_training_go_on(work, monkeypatch, caplog):
+    running = work()
+    batches = from_disk(running)
+    expected = list(from_memory(work(cache_dir=str(running.config.cache_folder()) + "-memory"))(0, 8))
+
+    def full():
+        raise UserError("cannot write to the cache: make room.")
+
+    monkeypatch.setattr(batches.writer, "flush", full)
+    monkeypatch.setattr(batches.writer, "seconds", -1.0)
+    assert all(alike(*pair) for pair in zip(batches(0, 8), expected, strict=True))
+    assert caplog.text.count("This run adds no more to it") == 1
+
+
+def test_the_global_random_state_is_left_alone(work):
+    torch.manual_seed(5)
+    before, other = torch.get_rng_state(), random.getstate()
+    list(from_disk(work(**VIEWS))(0, 3))
+    list(from_memory(work(**VIEWS))(0, 3))
+    assert torch.equal(torch.get_rng_state(), before) and random.getstate() == other

@@ -1,0 +1,181 @@
+import json
+import struct
+import threading
+from multiprocessing import get_context
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from stdit.data.cache.shards import DamagedShard, Entry, Writer, hash_of, read_shard
+from stdit.data.cache.store import Store
+from stdit.errors import UserError
+
+
+def entry(number, *shape, kind="latents", maker="codec"):
+    generator = torch.Generator().manual_seed(number)
+    return Entry(kind, maker, bytes([number] * 16), torch.randn(*shape or (3, 2), generator=generator))
+
+
+def write(folder, entries, **options):
+    with Writer(folder, **options) as writer:
+        for one in entries:
+            writer.add(one)
+    return writer
+
+
+def test_what_was_written_is_found_by_its_key(tmp_path):
+    entries = [entry(n, n % 3 + 1, 2) for n in range(1, 9)] + [entry(9, 3, 4, 5), entry(10, kind="texts")]
+    writer = write(tmp_path / "cache", entries)
+    assert len(writer.written) == 3  # one for each kind and shape
+    store = Store(tmp_path / "cache")
+    for one in entries:
+        assert torch.equal(store.get(one.kind, one.key), one.value) and store.has(one.kind, one.key)
+    assert store.get("texts", bytes([1] * 16)) is None and not store.has("latents", bytes([77] * 16))
+    assert store.count("latents") == {"codec": 9}
+    with safe_open(writer.written[0], "pt") as stored:  # a plain safetensors file
+        assert sorted(stored.keys()) == ["hashes", "keys", "offsets", "values"]
+
+
+def test_keys_that_share_a_half_are_told_apart(tmp_path):
+    keys = [bytes([1] * 8 + [n] * 8) for n in (3, 1, 2)]
+    write(tmp_path, [Entry("latents", "", key, torch.full((1,), float(n))) for n, key in enumerate(keys)])
+    store = Store(tmp_path)
+    assert [store.get("latents", key).item() for key in keys] == [0, 1, 2]
+    assert store.get("latents", bytes([1] * 8 + [9] * 8)) is None
+
+
+def test_shards_have_a_bounded_size_and_age(tmp_path):
+    assert len(write(tmp_path / "small", map(entry, range(10)), shard_bytes=3 * 24).written) == 4
+    assert len(write(tmp_path / "large", [entry(1, 100), entry(2)], shard_bytes=30).written) == 2
+    assert len(write(tmp_path / "old", map(entry, range(3)), seconds=-1).written) == 3
+    twice = write(tmp_path / "twice", [entry(1), entry(1)])
+    assert len(read_shard(twice.written[0]).keys) == 1
+
+
+def test_what_waits_is_written_when_the_work_is_cut_off(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Writer(tmp_path) as writer:
+        writer.add(entry(1))
+        raise KeyboardInterrupt
+    assert Store(tmp_path).has("latents", entry(1).key)
+
+
+def test_a_store_sees_what_others_write_and_remove_meanwhile(tmp_path):
+    store = Store(tmp_path / "cache")
+    assert store.get("latents", entry(1).key) is None
+    writer = write(tmp_path / "cache", [entry(1)])
+    assert torch.equal(store.get("latents", entry(1).key), entry(1).value)
+    writer.written[0].unlink()
+    assert store.get("latents", entry(1).key) is None
+
+
+def test_writers_at_once_do_not_clash(tmp_path):
+    groups = [[entry(10 * n + i) for i in range(10)] for n in range(6)]
+    threads = [
+        threading.Thread(target=write, args=(tmp_path, group), kwargs={"shard_bytes": 50}) for group in groups
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store = Store(tmp_path)
+    assert not store.damaged
+    assert all(torch.equal(store.get("latents", one.key), one.value) for group in groups for one in group)
+
+
+def test_damaged_shards_are_passed_over_with_a_word(tmp_path, caplog):
+    good, bad = (write(tmp_path, [entry(n)]).written[0] for n in (1, 2))
+    whole = bad.read_bytes()
+    for data in (b"", b"hello", whole[:-1], whole[:20], whole + b"x", struct.pack("<Q", 1 << 60) + whole[8:]):
+        bad.write_bytes(data)
+        with pytest.raises(DamagedShard):
+            read_shard(bad)
+        caplog.clear()
+        store = Store(tmp_path)
+        assert f"{bad} is damaged" in caplog.text and "passed over" in caplog.text
+        assert store.get("latents", entry(2).key) is None
+        assert torch.equal(store.get("latents", entry(1).key), entry(1).value)
+    assert good.exists() and bad.exists()
+
+
+def test_shards_whose_parts_do_not_fit_are_damaged(tmp_path):
+    file = tmp_path / "latents-x.safetensors"
+    facts = {"format": "stdit-cache-2", "kind": "latents", "maker": ""}
+    right = {
+        "values": torch.zeros(4, 2),
+        "offsets": torch.tensor([0, 1, 4]),
+        "keys": torch.zeros(2, 16, dtype=torch.uint8),
+        "hashes": torch.zeros(2, dtype=torch.int64),
+    }
+    for change in (
+        {"offsets": torch.tensor([0, 1, 5])},
+        {"offsets": torch.tensor([0, 6, 4])},
+        {"offsets": torch.tensor([0, 4])},
+        {"keys": torch.zeros(2, 8, dtype=torch.uint8)},
+        {"hashes": torch.zeros(3, dtype=torch.int64)},
+    ):
+        save_file(right | change, file, facts)
+        with pytest.raises(DamagedShard):
+            read_shard(file)
+    save_file({"values": torch.zeros(4, 2)}, file, facts)
+    with pytest.raises(DamagedShard):
+        read_shard(file)
+    save_file(right, file, facts | {"format": "stdit-cache-9"})
+    with pytest.raises(DamagedShard, match="of the format stdit-cache-9"):
+        read_shard(file)
+    save_file(right, file, facts)
+    assert len(read_shard(file).keys) == 2
+
+
+def test_an_entry_whose_bytes_have_changed_is_passed_over(tmp_path, caplog):
+    (file,) = write(tmp_path, [entry(1), entry(2)]).written
+    data = bytearray(file.read_bytes())
+    header = struct.unpack("<Q", data[:8])[0]
+    begin = json.loads(data[8 : 8 + header])["values"]["data_offsets"][0]
+    data[8 + header + begin + 3] ^= 1
+    file.write_bytes(data)
+    store = Store(tmp_path)
+    assert store.get("latents", entry(1).key) is None and "has changed since" in caplog.text
+    assert torch.equal(store.get("latents", entry(2).key), entry(2).value)
+    write(tmp_path, [entry(1)])  # made anew, beside the old one
+    assert torch.equal(Store(tmp_path).get("latents", entry(1).key), entry(1).value)
+
+
+def test_a_hash_is_of_all_bytes():
+    value = torch.arange(6.0).reshape(2, 3)
+    assert hash_of(value) == hash_of(value.t().contiguous().t()) == hash_of(value.clone())
+    assert len({hash_of(value), hash_of(value + 1), hash_of(-value), hash_of(value[:1])}) == 4
+
+
+def test_a_full_disk_leaves_what_is_whole(tmp_path):
+    pytest.importorskip("resource")
+    context = get_context("fork")
+    said = context.SimpleQueue()
+    process = context.Process(target=fill, args=(tmp_path, said))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    message = said.get()
+    assert message.startswith(f"cannot write to the cache {tmp_path}") and "make room" in message
+    assert not list(tmp_path.glob(".*"))
+    store = Store(tmp_path)
+    assert not store.damaged
+    assert [store.has("latents", entry(n).key) for n in range(6)] == [True] * 4 + [False] * 2
+
+
+def fill(folder, said):
+    """In a process whose files may have 10,000 bytes: Python ignores SIGXFSZ, so that larger ones fail."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    with pytest.raises(UserError) as caught, Writer(folder, shard_bytes=3000) as writer:
+        for number in range(6):
+            writer.add(entry(number, 700 if number < 4 else 7000))
+    said.put(str(caught.value))
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_for_people(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to the cache .*set data.cache_dir"):
+        write(tmp_path / "file" / "cache", [entry(1)])
