@@ -5,12 +5,14 @@
     python train.py --config ... --text_encoder.name stored --text_encoder.path text
     python sample.py --checkpoint ... --prompts prompts.txt --text text
 
---captions takes manifests (CSV with a column text, or a folder of videos with .txt captions) and files of prompts,
-whose negative prompts and prompts of further parts are taken, too. What the folder has already is not encoded again.
+--captions takes manifests (of every kind that data.manifest takes) and files of prompts, whose negative prompts and
+prompts of further parts are taken, too. What the folder has already is not encoded again.
 Training needs the captions of its clips and validation.prompts.
 """
 
 import csv
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,7 +29,9 @@ class EncodeConfig:
     output: str = ""
     """Folder of the states; new ones are added to those that it has."""
     captions: list[str] = field(default_factory=list)
-    """Files of captions or prompts, one flag each."""
+    """Manifests and files of prompts, one flag each."""
+    caption_scores: list[Literal["aesthetic", "motion", "camera"]] = field(default_factory=list)
+    """As data.caption_scores of the training that is to read the states."""
     encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """The text encoder."""
     store: Literal["fp32", "bf16"] = "bf16"
@@ -46,7 +50,9 @@ def main() -> None:
     config = parse(EncodeConfig, description=description, examples=examples)
     if not config.output or not config.captions:
         raise UserError("--output FOLDER and at least one --captions FILE are needed: see --help.")
-    texts = list(dict.fromkeys(text for file in config.captions for text in read_captions(Path(file))))
+    texts = list(
+        dict.fromkeys(text for file in config.captions for text in read_captions(file, config.caption_scores))
+    )
 
     from tqdm import tqdm
 
@@ -63,27 +69,36 @@ def main() -> None:
     print(f"{config.output}: {done} captions encoded, {len(texts) - done} were there already")
 
 
-def read_captions(path: Path) -> list[str]:
+def read_captions(file: str | Path, caption_scores: Sequence[str] = ()) -> list[str]:
     """All texts of a manifest or a file of prompts. Raises UserError."""
+    from stdit.data.archives import is_archive
     from stdit.data.manifest import read_texts
     from stdit.pipelines.prompts import read_prompts
 
+    path = Path(file)
+    if is_archive(str(file)):
+        return read_texts(file, caption_scores)
     if not path.exists():
         raise UserError(f"captions {path}: there is no such file or folder.")
-    if path.is_dir() or "text" in _columns(path):
-        return read_texts(path)
+    if path.is_dir() or path.suffix.lower() == ".parquet" or "text" in _columns(path):
+        return read_texts(path, caption_scores)
     lines = read_prompts(path)
     return [text for line in lines for text in (line.prompt, line.negative_prompt, *line.then) if text]
 
 
 def _columns(path: Path) -> list[str]:
-    """The header of a csv; none of another file, or of one that cannot be read, about which its reader says more."""
-    if path.suffix.lower() != ".csv":
+    """The header of a csv, or the keys of the first line of a jsonl; none of another file, or of one that cannot be
+    read, about which its reader says more."""
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".jsonl"):
         return []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return [name.strip() for name in next(csv.reader(file), [])]
-    except (OSError, UnicodeDecodeError, csv.Error):
+            if suffix == ".csv":
+                return [name.strip() for name in next(csv.reader(file), [])]
+            row = json.loads(next((line for line in file if not line.isspace()), "{}"))
+            return list(row) if isinstance(row, dict) else []
+    except (OSError, ValueError, csv.Error):
         return []
 
 

@@ -30,6 +30,7 @@ FREE = {
     "data.manifest",
     "data.root",
     "data.cache_dir",
+    "data.sources",
     "data.workers",
     "data.max_skipped_share",
     "model.in_channels",

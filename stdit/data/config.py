@@ -81,13 +81,30 @@ class BucketConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several sets of clips."""
+
+    manifest: str = ""
+    """As data.manifest."""
+    root: str | None = None
+    """As data.root."""
+    weight: float = 1.0
+    """How often each of its clips comes in an epoch: 2 is twice, 0.5 every other time on average."""
+
+
+@dataclass
 class DataConfig:
     """Which clips to train on and how to read them."""
 
     manifest: str = ""
-    """CSV with columns path,text[,num_frames,fps,height,width], or a folder of videos with .txt captions."""
+    """CSV, JSON lines or Parquet with path,text and any of num_frames,fps,height,width,start,end,aesthetic,motion,
+    camera; a folder of videos with .txt captions; or tar shards, such as shards/{000..099}.tar or s3://bucket/*.tar."""
     root: str | None = None
-    """Folder that paths are relative to and that no file may lie outside; default: the manifest's folder."""
+    """Folder (or URL) that paths are relative to and that no file may lie outside; default: the manifest's folder."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several sets of clips, each with manifest, root and weight, in place of manifest and root."""
+    caption_scores: list[Literal["aesthetic", "motion", "camera"]] = field(default_factory=list)
+    """Columns that follow each caption that has them, in Open-Sora's words: "aesthetic score: 6.5."."""
     buckets: list[BucketConfig] = field(default_factory=lambda: [BucketConfig()])
     """Sizes to train on; a clip goes to the largest that it can fill."""
     allow_upscale: bool = False
@@ -118,13 +135,28 @@ class DataConfig:
             )
         ]
 
+    def all_sources(self) -> list[SourceConfig]:
+        """What to read: `sources`, or the one of manifest and root."""
+        return self.sources or [SourceConfig(self.manifest, self.root)]
+
     def validate(self) -> None:
         """Raises UserError for an impossible value."""
-        if not self.manifest:
+        if not self.manifest and not self.sources:
             raise UserError(
                 "data.manifest is empty: give a CSV with the columns path,text, or a folder of videos with "
                 ".txt captions beside them"
             )
+        if self.sources and (self.manifest or self.root):
+            given = "manifest" if self.manifest else "root"
+            raise UserError(f"data.{given} beside data.sources: name it there, as a source of its own")
+        for source in self.sources:
+            if not source.manifest:
+                raise UserError("data.sources: manifest is empty; each source needs one")
+            if not 0.001 <= source.weight <= 1000:
+                raise UserError(
+                    f"data.sources: weight is {source.weight} for {source.manifest}; it must be from 0.001 to 1000 "
+                    "(leave the source out to take none)"
+                )
         if not self.buckets:
             raise UserError(
                 "data.buckets is empty: give at least one, with num_frames, fps, height, width, batch_size"

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -21,7 +20,7 @@ from stdit.data.buckets import Assignment, Bucket, assign
 from stdit.data.clips import Clip
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.data.decode import DecodeError, decode_clip
-from stdit.data.manifest import Skipped, read_manifest
+from stdit.data.manifest import Skipped, read_sources
 from stdit.data.media import Media
 from stdit.data.plan import BatchPlan, PlannedBatch
 from stdit.data.skips import SkipTally
@@ -36,7 +35,7 @@ Batch = dict[str, Any]
 def build_assignment(config: DataConfig, seed: int = 0) -> Assignment:
     """Reads the manifest and sorts its clips into the buckets. Raises UserError."""
     config.validate()
-    clips, skipped = read_manifest(Path(config.manifest), Path(config.root) if config.root else None)
+    clips, skipped = read_sources(config)
     buckets = [Bucket.from_config(bucket) for bucket in config.buckets]
     return assign(clips, buckets, seed, config.allow_upscale, skipped)
 

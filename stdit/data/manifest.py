@@ -1,13 +1,12 @@
-"""From a manifest to clips: what is there, what it says about itself, and what has to be left out and why.
+"""From manifests to clips: what is there, what it says about itself, and what has to be left out and why.
 
 Rows are read by column, many at a time. A row that says everything about its clip costs no look at the file system,
 since a million of them would take minutes; its file is checked when it is opened.
 """
 
-import csv
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
 from pathlib import Path
@@ -16,19 +15,22 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from stdit.data.archives import archive_rows, find_shards, is_archive, shard_root
 from stdit.data.clips import Clip, Clips, Strings
-from stdit.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError, probe
-from stdit.data.media import Media, MediaError, inside
+from stdit.data.config import DataConfig
+from stdit.data.decode import DecodeError, probe
+from stdit.data.fields import LIMITS, cut, is_allowed, read_number, read_numbers
+from stdit.data.media import Media, MediaError, is_url, locate
+from stdit.data.rows import METADATA, RANGE, REQUIRED, WINDOW, Rows, near_misses, read_rows
+from stdit.data.scores import score_suffix
 from stdit.errors import UserError
 
-__all__ = ["Clip", "Clips", "Skipped", "read_manifest", "read_texts", "summarise"]
+__all__ = ["Clip", "Clips", "Skipped", "read_manifest", "read_sources", "read_texts", "remarks", "summarise"]
 
-REQUIRED = ("path", "text")
-METADATA = ("num_frames", "fps", "height", "width")
-ROWS_AT_ONCE = 65536
-LARGEST_NUMBER = 2**31 - 1
 EXAMPLES = 2
 """Of one kind of reason that a summary names."""
+
+KNOWN = frozenset((*REQUIRED, *METADATA, *WINDOW, *RANGE, "member"))
 
 
 class Skipped(NamedTuple):
@@ -45,66 +47,55 @@ class Kind(NamedTuple):
     examples: list[Skipped]
 
 
-class _Row(NamedTuple):
-    path: str
-    text: str
-    fields: dict[str, str]
+def read_sources(config: DataConfig) -> tuple[Clips, list[Skipped]]:
+    """Clips of all sources of a data set, one source after the other, and what was left out. Raises UserError."""
+    parts, skipped = [], []
+    for source in config.all_sources():
+        clips, left_out = read_manifest(source.manifest, source.root, config.caption_scores, source.weight)
+        parts.append(clips)
+        skipped += left_out
+    return Clips.concatenate(parts), skipped
 
 
-class _Rows(NamedTuple):
-    """Rows by column: fields by name, "path" and "text" among them, stripped."""
-
-    columns: dict[str, list[str]]
-    malformed: dict[int, str]
-    """Why a row is none, by its place."""
-
-    def __len__(self) -> int:
-        return len(self.columns["path"])
-
-    def row(self, place: int) -> _Row:
-        fields = {name: column[place] for name, column in self.columns.items()}
-        if place in self.malformed:
-            fields["overflow"] = self.malformed[place]
-        return _Row(fields.pop("path"), fields.pop("text"), fields)
-
-
-def read_manifest(manifest: Path, root: Path | None = None) -> tuple[Clips, list[Skipped]]:
+def read_manifest(
+    manifest: Path | str,
+    root: Path | str | None = None,
+    caption_scores: Sequence[str] = (),
+    weight: float = 1.0,
+) -> tuple[Clips, list[Skipped]]:
     """Clips in the order of the manifest, and what was left out.
 
     Args:
-        manifest: a CSV in UTF-8 with the columns path,text and any of num_frames,fps,height,width (what is
-            not given is probed from the file) and others (kept in `Clip.extra`); or a folder that holds videos
-            and images, each with its caption in a .txt of the same name beside it.
-        root: paths are relative to it, and a file outside it is never opened; default: the manifest's folder.
+        manifest: a .csv, .jsonl or .parquet whose rows have path,text and any of num_frames,fps,height,width (of the
+            whole file; what is not given is probed), start,end (seconds, of the part of the file that is the clip),
+            member,offset,size (of a file in the archive `path`, so that its shard need not be walked) and others
+            (kept in `Clip.extra`); or a folder that holds videos and images, each with its caption in a .txt of the
+            same name beside it; or tar shards, each clip with a .txt or .json of the same name.
+        root: folder or URL; paths are relative to it, and a file outside it is never opened; default: the folder of
+            the manifest.
+        caption_scores: columns whose values follow the captions (`stdit.data.scores`).
+        weight: how often each clip is to come in an epoch.
 
     Raises UserError when the manifest itself is unusable or nothing is left.
     """
-    manifest = Path(manifest)
-    if not manifest.exists():
-        raise UserError(f"manifest {manifest} does not exist: check data.manifest")
-    if root is None:
-        root = manifest if manifest.is_dir() else manifest.parent
-    if not root.is_dir():
-        raise UserError(f"data root {root} is not a folder: check data.root")
-    resolved_root = root.resolve()
-
+    chunks, data_root = _open(str(manifest), None if root is None else str(root))
     parts: list[Clips] = []
     places: list[np.ndarray] = []  # of the parts' clips among all rows
-    rest: dict[int, _Row] = {}  # rows that need a closer look, by place
+    rest: dict[int, tuple[dict[str, str], str]] = {}  # rows that need a closer look, and why they are refused
     count = 0
-    for rows in _folder_rows(manifest, root) if manifest.is_dir() else _csv_rows(manifest):
-        clips, complete = _complete_clips(rows, resolved_root)
+    for rows in chunks:
+        _add_scores(rows, caption_scores)
+        clips, complete = _complete_clips(rows, data_root, weight)
         parts.append(clips)
         places.append(count + np.flatnonzero(complete))
-        rest.update((count + place, rows.row(place)) for place in np.flatnonzero(~complete).tolist())
+        for place in np.flatnonzero(~complete).tolist():
+            rest[count + place] = rows.fields(place), rows.refused.get(place, "")
         count += len(rows)
     if not count:
-        raise UserError(
-            f"manifest {manifest} lists no clips: add rows below the header, or videos to the folder"
-        )
+        raise UserError(f"manifest {manifest} lists no clips: {_what_to_add(str(manifest))}")
 
     with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda row: _read_row(row, resolved_root), rest.values())
+        results = pool.map(lambda row: _read_row(row[0], row[1], data_root, weight), rest.values())
         bar = tqdm(results, total=len(rest), desc="reading clips", unit="clip", delay=3, disable=None)
         outcomes = dict(zip(rest, bar, strict=True))
     skipped = [outcome for outcome in outcomes.values() if isinstance(outcome, Skipped)]
@@ -117,10 +108,31 @@ def read_manifest(manifest: Path, root: Path | None = None) -> tuple[Clips, list
     return clips, skipped
 
 
-def read_texts(manifest: Path) -> list[str]:
-    """The captions of a manifest, whose files are not opened. Raises UserError."""
-    chunks = _folder_rows(manifest, manifest) if manifest.is_dir() else _csv_rows(manifest)
-    return [text for rows in chunks for text in rows.columns["text"] if text]
+def read_texts(manifest: Path | str, caption_scores: Sequence[str] = ()) -> list[str]:
+    """The captions of a manifest, whose videos are not opened. Raises UserError."""
+    texts: list[str] = []
+    for rows in _open(str(manifest), None)[0]:
+        _add_scores(rows, caption_scores)
+        texts += filter(None, rows.columns["text"])
+    return texts
+
+
+def remarks(clips: Clips) -> list[str]:
+    """What is odd about clips that can be used all the same, for people."""
+    lines = []
+    if repeated := len(clips) - len(np.unique(clips.texts.digests())):
+        lines.append(f"{repeated} of {len(clips)} clips repeat the caption of an earlier one")
+    files = clips.paths.digests() * np.uint64(31) + clips.members.digests() + clips.root.astype(np.uint64)
+    order = np.lexsort((clips.start, files))  # stable: of equal ones, the first stays first
+    same = (files[order][1:] == files[order][:-1]) & (clips.start[order][1:] == clips.start[order][:-1])
+    if again := np.sort(order[1:][same]).tolist():
+        shown = [str(clips[place].media) for place in again[:EXAMPLES]]
+        lines.append(
+            f"{len(again)} clips are listed again: {', '.join(shown)}{', ...' * (len(again) > EXAMPLES)}"
+        )
+    for name, meant in near_misses(clips.extra):
+        lines.append(f"column {name!r} is not read: is it meant to be {meant!r}?")
+    return lines
 
 
 def summarise(skipped: Iterable[Skipped]) -> list[str]:
@@ -143,159 +155,146 @@ def summary_lines(kinds: dict[str, Kind]) -> list[str]:
     return lines
 
 
-def _csv_rows(manifest: Path) -> Iterator[_Rows]:
-    try:
-        with manifest.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            names = next((row for row in reader if row), None)
-            if names is None:
-                raise UserError(
-                    f"manifest {manifest} is empty: its first line must name the columns path,text"
-                )
-            names = [name.strip() for name in names]
-            for column in REQUIRED:
-                if column not in names:
-                    raise UserError(
-                        f"manifest {manifest} has no column {column!r}; it has "
-                        f"{', '.join(names)}: its first line must name at least path,text"
-                    )
-            rows: list[list[str]] = []
-            malformed: dict[int, str] = {}
-            for row in reader:
-                if len(row) != len(names):
-                    if not row:
-                        continue
-                    if len(row) > len(names):
-                        malformed[len(rows)] = f"line {reader.line_num} has more fields than the header"
-                    row = (row + [""] * len(names))[: len(names)]
-                rows.append(row)
-                if len(rows) == ROWS_AT_ONCE:
-                    yield _by_column(names, rows, malformed)
-                    rows, malformed = [], {}
-            if rows:
-                yield _by_column(names, rows, malformed)
-    except UnicodeDecodeError as error:
-        raise UserError(f"manifest {manifest} is not UTF-8 ({error}): save it as UTF-8") from error
-    except csv.Error as error:
-        raise UserError(f"manifest {manifest}, line {reader.line_num}: {error}: check its quotes") from error
-    except OSError as error:
-        raise UserError(f"manifest {manifest} cannot be read: {error.strerror}") from error
+def _open(manifest: str, root: str | None) -> tuple[Iterator[Rows], str]:
+    """The rows of a manifest of any kind, and its data root. Raises UserError."""
+    if root is not None and not is_url(root):
+        if not os.path.isdir(root):
+            raise UserError(f"data root {root} is not a folder: check data.root")
+        root = os.path.realpath(root)
+    if is_archive(manifest):
+        root = root or shard_root(manifest)
+        return archive_rows(find_shards(manifest), root), root
+    if is_url(manifest):
+        raise UserError(
+            f"manifest {manifest}: only tar shards are read from a URL: copy the manifest to a disk, and give "
+            "the folder of its videos as data.root"
+        )
+    path = Path(manifest)
+    if not path.exists():
+        raise UserError(f"manifest {manifest} does not exist: check data.manifest")
+    root = root or os.path.realpath(path if path.is_dir() else path.parent)
+    return read_rows(path, Path(root)), root
 
 
-def _by_column(names: list[str], rows: list[list[str]], malformed: dict[int, str]) -> _Rows:
-    columns = {
-        name: [value.strip() for value in column]
-        for name, column in zip(names, zip(*rows, strict=True), strict=True)
-    }
-    return _Rows(columns, malformed)
+def _what_to_add(manifest: str) -> str:
+    if os.path.isdir(manifest) and any(Path(manifest).glob("*.tar")):
+        return f"to train on its tar shards, name them: {manifest.rstrip('/')}/*.tar"
+    return "add rows below the header, or videos to the folder"
 
 
-def _folder_rows(folder: Path, root: Path) -> Iterator[_Rows]:
-    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    paths, texts = [], []
-    for path in sorted(p for p in folder.absolute().rglob("*") if p.suffix.lower() in suffixes):
-        caption = path.with_suffix(".txt")
-        inside = caption.resolve().is_relative_to(root.resolve())
-        try:
-            text = caption.read_text(encoding="utf-8-sig").strip() if inside and caption.is_file() else ""
-        except (OSError, UnicodeDecodeError):
-            text = ""
-        paths.append(str(path))
-        texts.append(text)
-    if paths:
-        yield _Rows({"path": paths, "text": texts}, {})
+def _add_scores(rows: Rows, caption_scores: Sequence[str]) -> None:
+    """Let the values of columns follow the captions of rows that have one."""
+    given = {name: rows.columns[name] for name in caption_scores if name in rows.columns}
+    if given:
+        texts = rows.columns["text"]
+        for place, values in enumerate(zip(*given.values(), strict=True)):
+            if texts[place]:
+                texts[place] += score_suffix(dict(zip(given, values, strict=True)))
 
 
-def _complete_clips(rows: _Rows, root: Path) -> tuple[Clips, np.ndarray]:
-    """Clips of the rows that say everything about them, and which rows those are, bool [rows]. `root` is resolved."""
+def _complete_clips(rows: Rows, root: str, weight: float) -> tuple[Clips, np.ndarray]:
+    """Clips of the rows that say everything about them, and which rows those are, bool [rows]."""
     count = len(rows)
-    numbers = {name: _numbers(rows.columns.get(name, [""] * count), whole=name != "fps") for name in METADATA}
-    paths = [_inside(path, str(root)) for path in rows.columns["path"]]
-    complete = np.isfinite(np.stack(list(numbers.values()))).all(axis=0)  # [rows]
-    for column in (paths, rows.columns["text"]):
-        complete &= np.fromiter(map(bool, column), bool, count)
-    complete[list(rows.malformed)] = False
+    numbers = {name: read_numbers(rows.columns.get(name), count) for name in LIMITS}
+    given = {name: ~np.isnan(column) for name, column in numbers.items()}
+    members = rows.columns.get("member") or [""] * count
+    paths = [_plain(path, root) for path in rows.columns["path"]]
+
+    complete = np.ones(count, bool)
+    for name, column in numbers.items():
+        complete &= is_allowed(name, column) | (name not in METADATA and ~given[name])
+    for strings in (paths, rows.columns["text"]):
+        complete &= np.fromiter(map(bool, strings), bool, count)
+    in_archive = np.fromiter(map(bool, members), bool, count)
+    complete &= (given["offset"] == in_archive) & (given["size"] == in_archive)
+    complete[list(rows.refused)] = False
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        start, end, num_frames = cut(*(numbers[name] for name in ("num_frames", "fps", "start", "end")))
+    complete &= num_frames > 0
+
     chosen = complete.tolist()
-    extra = {name: column for name, column in rows.columns.items() if name not in (*REQUIRED, *METADATA)}
     clips = Clips(
         Strings(compress(paths, chosen)),
         Strings(compress(rows.columns["text"], chosen)),
-        **{name: column[complete] for name, column in numbers.items()},
-        roots=(str(root),),
-        extra={name: Strings(compress(column, chosen)) for name, column in extra.items()},
+        num_frames=num_frames[complete],
+        fps=numbers["fps"][complete],
+        height=numbers["height"][complete],
+        width=numbers["width"][complete],
+        start=start[complete],
+        end=end[complete],
+        weight=np.asarray(weight),
+        members=Strings(compress(members, chosen)),
+        offset=np.where(in_archive, numbers["offset"], 0)[complete],
+        size=np.where(in_archive, numbers["size"], -1)[complete],
+        roots=(root,),
+        extra={
+            name: Strings(compress(column, chosen))
+            for name, column in rows.columns.items()
+            if name not in KNOWN
+        },
     )
     return clips, complete
 
 
-def _inside(path: str, root: str) -> str:
-    """A path below the root, relative to it; empty where only a look at the files can tell."""
-    if os.path.isabs(path):
-        path = path[len(root) + 1 :] if path.startswith(root + os.sep) else ""
-    return "" if ".." in path or "\0" in path or os.path.isabs(path) else path
+def _plain(path: str, root: str) -> str:
+    """A path below the root, relative to it; empty where it takes more than a look at the name to tell."""
+    path = path.removeprefix(root.rstrip("/") + "/")
+    odd = path.startswith("/") or "./" in path or "//" in path or "\0" in path or path in (".", "..")
+    return "" if odd else path
 
 
-def _numbers(column: list[str], whole: bool) -> np.ndarray:
-    """The numbers of a column, float64; nan for what cannot be one, or is not given."""
-    try:
-        numbers = np.fromiter(map(float, column), np.float64, len(column))
-    except ValueError:
-        numbers = np.array([_number(text, whole) or math.nan for text in column])
-    good = (numbers > 0) & (numbers <= LARGEST_NUMBER) & ((numbers == np.floor(numbers)) | (not whole))
-    return np.where(good, numbers, math.nan)
-
-
-def _read_row(row: _Row, root: Path) -> Clip | Skipped:
-    """The clip of one row, or why it has to be left out. `root` is resolved."""
-    if "overflow" in row.fields:
-        return Skipped(row.path, f"malformed row: {row.fields['overflow']}; quote captions that hold commas")
-    if not row.path:
-        return Skipped("(no path)", "path missing")
-    if not row.text:
-        return Skipped(row.path, "caption missing")
-    try:
-        media = _media(row.path, str(root))
-        media.local_path()
-    except MediaError as error:
-        return Skipped(row.path, str(error))
-
+def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) -> Clip | Skipped:
+    """The clip of one row, or why it has to be left out."""
+    path, member = fields["path"], fields.get("member", "")
+    name = "/".join(filter(None, (path, member))) or "(no path)"
+    if refused:
+        return Skipped(name, refused)
+    if not path:
+        return Skipped(name, "path missing")
+    if not fields["text"]:
+        return Skipped(name, "caption missing")
     given: dict[str, float] = {}
-    for name in METADATA:
-        if value := row.fields.get(name):
-            number = _number(value, whole=name != "fps")
-            if number is None:
-                kind = "number" if name == "fps" else "whole number"
-                return Skipped(row.path, f"{name} is not a {kind} above 0: {value!r}")
-            given[name] = number
-    if len(given) < len(METADATA):
-        try:
+    for column, (least, _, whole) in LIMITS.items():
+        if text := fields.get(column):
+            number = read_number(text)
+            if not is_allowed(column, number):
+                above = "of 0 or more" if least == 0 else "above 0"
+                return Skipped(name, f"{column} is not a {'whole ' if whole else ''}number {above}: {text!r}")
+            given[column] = number
+    if bool(member) != ("offset" in given) or bool(member) != ("size" in given):
+        return Skipped(name, "member, offset and size: a row has all of them or none")
+    try:
+        media = Media(
+            locate(path, root),
+            member,
+            int(given.get("offset", 0)),
+            int(given["size"]) if member else None,
+            root,
+        )
+        if not all(column in given for column in METADATA):
+            if not media.is_remote:
+                media.local_path()
             given = probe(media)._asdict() | given
-        except DecodeError as error:
-            return Skipped(row.path, f"cannot be read: {error.reason}")
+    except MediaError as error:
+        return Skipped(name, str(error))
+    except DecodeError as error:
+        return Skipped(name, f"cannot be read: {error.reason}")
+    window = (given.get(column, math.nan) for column in WINDOW)
+    start, end, num_frames = map(float, cut(given["num_frames"], given["fps"], *window))
+    if num_frames == 0:
+        seconds = given["num_frames"] / given["fps"]
+        if start >= seconds:
+            return Skipped(name, f"start is after the end of the file: {start:g} s of {seconds:g} s")
+        return Skipped(name, f"end is not after start: {given['end']:g} s and {start:g} s")
     return Clip(
         media=media,
-        text=row.text,
-        num_frames=int(given["num_frames"]),
+        text=fields["text"],
+        num_frames=int(num_frames),
         fps=given["fps"],
         height=int(given["height"]),
         width=int(given["width"]),
-        extra={name: value for name, value in row.fields.items() if name not in METADATA},
+        start=start,
+        end=None if math.isnan(end) else end,
+        weight=weight,
+        extra={column: value for column, value in fields.items() if column not in KNOWN},
     )
-
-
-def _media(path: str, root: str) -> Media:
-    """The file of a row, at which nothing is looked unless its name lies outside the root.
-
-    Raises MediaError.
-    """
-    location = os.path.normpath(os.path.join(root, path))
-    if not inside(location, root):  # by its name; a link on the way may lead to the root all the same
-        location = Media(location, root=root).local_path()
-    return Media(location, root=root)
-
-
-def _number(text: str, whole: bool) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if 0 < number <= LARGEST_NUMBER and (not whole or number == int(number)) else None

@@ -119,8 +119,11 @@ class Media:
         with self.open() as file:
             yield file
 
-    def open(self) -> BinaryIO:
-        """A file object over the bytes, from its position 0. Raises OSError, as its methods do."""
+    def open(self, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
+        """A file object over the bytes, from its position 0; of a remote file so many are read ahead.
+
+        Raises OSError, as its methods do.
+        """
         if self.size == 0:
             raise MediaError(EMPTY)
         if not self.is_remote:
@@ -130,7 +133,7 @@ class Media:
             whole: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (its owner closes it)
         else:
             with _remote_errors():
-                whole = open_remote(self.location, min(self.size or BLOCK_BYTES, BLOCK_BYTES))
+                whole = open_remote(self.location, min(self.size or block_bytes, block_bytes))
         return io.BufferedReader(_Range(whole, self.offset, self.size, self.member or self.location), 1 << 16)
 
 
@@ -181,6 +184,28 @@ def is_url(location: str) -> bool:
 def inside(path: str, root: str) -> bool:
     """Whether a path lies in a folder, going by the names alone."""
     return path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def locate(path: str, root: str) -> str:
+    """The location of what a manifest calls `path`, going by the names alone where they lie in the root.
+
+    Args:
+        root: a resolved folder, or a URL.
+
+    Raises MediaError for what lies outside, also once links are followed.
+    """
+    outside = f"outside the data root {_without_secrets(root)}, where no file is opened"
+    if is_url(root):
+        relative = path.removeprefix(root.rstrip("/") + "/")
+        if is_url(relative) or relative.startswith("/") or ".." in relative.split("/"):
+            raise MediaError(outside)
+        return f"{root.rstrip('/')}/{relative}"
+    if is_url(path):
+        raise MediaError(f"{outside}: a URL needs one as data.root")
+    location = os.path.normpath(os.path.join(root, path))
+    if inside(location, root):
+        return location
+    return Media(location, root=root).local_path()  # a link on the way may lead to the root all the same
 
 
 def open_remote(url: str, block_bytes: int = BLOCK_BYTES) -> BinaryIO:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from stdit.data.config import LARGEST
+from stdit.data.scores import SCORES, score_suffix
 from stdit.errors import UserError
 from stdit.parallel.config import SamplingParallelConfig
 
@@ -168,9 +169,7 @@ class SampleConfig(PromptSettings):
 
     def scores(self) -> str:
         """What is added to the prompts, with a space before it."""
-        named = {"aesthetic score": self.aesthetic, "motion score": self.motion, "camera motion": self.camera}
-        texts = {name: f"{value:g}" if isinstance(value, float) else value for name, value in named.items()}
-        return "".join(f" {name}: {value}." for name, value in texts.items() if value not in (None, ""))
+        return score_suffix({name: getattr(self, name) for name in SCORES})
 
     def formats(self) -> list[Format]:
         return [self.format] if isinstance(self.format, str) else list(self.format)

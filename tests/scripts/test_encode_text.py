@@ -68,6 +68,11 @@ def test_captions_are_those_of_training_and_what_cannot_be_read_is_named(tmp_pat
     table = tmp_path / "manifest.csv"
     table.write_text("\ufeffpath, text\na.mp4,a blue star\nb.mp4\nc.mp4,\n")
     assert read_captions(table) == ["a blue star"]
+    lines = tmp_path / "manifest.jsonl"
+    lines.write_text(
+        '\n{"path": "a.mp4", "text": "a star", "motion": 5}\n{"path": "b.mp4", "text": "a ball"}\n'
+    )
+    assert read_captions(lines, ["motion"]) == ["a star motion score: 5.", "a ball"]
     table.write_bytes(b"path,text\na.mp4,\xff\n")
     with pytest.raises(UserError, match="manifest.csv is not UTF-8"):
         read_captions(table)

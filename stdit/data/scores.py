@@ -1,0 +1,27 @@
+"""Scores that follow a caption, as Open-Sora writes them; the same words in training and in sampling."""
+
+import math
+from collections.abc import Mapping
+
+SCORES = {"aesthetic": "aesthetic score", "motion": "motion score", "camera": "camera motion"}
+"""Columns of a manifest, in the order in which they follow the caption, and what the caption calls them."""
+
+
+def score_suffix(values: Mapping[str, float | str | None]) -> str:
+    """' aesthetic score: 6.5. motion score: 5. camera motion: pan left.', of those that have a value.
+
+    Numbers, also those that come as text, are given to one decimal (Open-Sora v1.2,
+    opensora/utils/inference_utils.py, append_score_to_prompts).
+    """
+    texts = {name: _written(values.get(name)) for name in SCORES}
+    return "".join(f" {SCORES[name]}: {text}." for name, text in texts.items() if text)
+
+
+def _written(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        return str(value).strip()
+    return f"{round(number, 1):g}" if math.isfinite(number) else ""
