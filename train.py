@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> int:
         mesh = build_mesh(config.parallel, accelerator.device)
         mesh.check_same("the configuration", str(config))
         if config.parallel.sp != "auto":
-            mesh.check_batches(bucket.batch_size for bucket in config.data.buckets)
+            mesh.check_batches(bucket.batch_size for bucket in config.data.buckets if not bucket.max_tokens)
         folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
         from stdit.training.batches import build_batches
         from stdit.training.build import build_parts
@@ -67,6 +67,7 @@ def train(config: TrainConfig) -> int:
         mesh.check_same("the experiment", str(parts.experiment))
         needs = Needs(parts)
         mesh = settle(mesh, config.parallel, lambda: needs.choice(mesh.size, memory))
+        mesh.check_batches(bucket.batch_size for bucket in parts.plan.assignment.buckets)
         parts.to(accelerator.device)
         notes = [*parts.plan.assignment.left_out(), *parts.plan.notes]
         notes += needs.warnings(Split(mesh.size, mesh.sequence.size))

@@ -5,25 +5,18 @@ clips, K buckets.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import overload
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from stdit.data.clips import Clip, Clips
 from stdit.data.config import BucketConfig, resolve_size
-from stdit.data.manifest import EXAMPLES, Kind, Skipped, summarise, summary_lines
+from stdit.data.fit import Dropped, choose, divided, resampled_frames, window_counts
+from stdit.data.manifest import Skipped, summarise
 from stdit.errors import UserError
 
 __all__ = ["Assignment", "Bucket", "assign", "resampled_frames", "resolve_size"]
-
-# Clips of 424 x 240 serve a bucket of 426 x 240, and 29.97 fps one of 30.
-SIZE_SLACK = 1.02
-RATE_SLACK = 1.1
-
-# Buckets of equal length whose sizes differ by less than this are one resolution in several aspect ratios.
-SAME_RESOLUTION = 0.9
 
 CLIPS_AT_ONCE = 65536
 """That are assigned together, to bound memory."""
@@ -42,13 +35,33 @@ class Bucket:
     fps: float
     batch_size: int = 1
     keep_probability: float = 1.0
+    windows: int = 1
+    """Most parts that one clip is divided into."""
+    max_tokens: int | None = None
+    """Of a batch; what fits is known once codec and model are: see `sized`."""
+    tokens: int | None = None
+    """Of a clip, once known."""
 
     @classmethod
     def from_config(cls, config: BucketConfig) -> "Bucket":
         """Raises UserError for an impossible value."""
         config.validate()
         height, width = config.size()
-        return cls(config.num_frames, height, width, config.fps, config.batch_size, config.keep_probability)
+        return cls(
+            config.num_frames,
+            height,
+            width,
+            config.fps,
+            config.batch_size,
+            config.keep_probability,
+            config.windows,
+            config.max_tokens,
+        )
+
+    def sized(self, tokens: int) -> "Bucket":
+        """The bucket when a clip has so many tokens: max_tokens, if given, says how many are a batch."""
+        size = self.batch_size if self.max_tokens is None else max(1, self.max_tokens // tokens)
+        return replace(self, batch_size=size, tokens=tokens)
 
     @property
     def volume(self) -> int:
@@ -63,101 +76,82 @@ class Bucket:
         return f"{self.num_frames}x{self.height}x{self.width} at {self.fps:g} fps"
 
 
-def _frames(clip: Clip, buckets: Sequence[Bucket]) -> str:
-    shortest = min(buckets, key=lambda bucket: (bucket.seconds, bucket.num_frames))
-    frames = int(resampled_frames(clip.num_frames, clip.fps, shortest.fps))
-    return f"{frames} frames at {shortest.fps:g} fps, the shortest bucket needs {shortest.num_frames}"
-
-
-def _pixels(clip: Clip, buckets: Sequence[Bucket]) -> str:
-    smallest = min(buckets, key=lambda bucket: bucket.height * bucket.width)
-    return (
-        f"{clip.width}x{clip.height} pixels (width x height), the smallest bucket needs "
-        f"{smallest.width}x{smallest.height}; data.allow_upscale enlarges"
-    )
-
-
-def _rate(clip: Clip, buckets: Sequence[Bucket]) -> str:
-    slowest = min(bucket.fps for bucket in buckets)
-    return f"{clip.fps:g} fps, the slowest bucket needs {slowest:g}; data.allow_upscale repeats frames"
-
-
-def _all_three(clip: Clip, buckets: Sequence[Bucket]) -> str:
-    return f"{clip.num_frames} frames of {clip.width}x{clip.height} at {clip.fps:g} fps"
-
-
-REASONS: dict[str, Callable[[Clip, Sequence[Bucket]], str]] = {
-    "too short": _frames,
-    "too small": _pixels,
-    "frame rate too low": _rate,
-    "no bucket is short, small and slow enough at once": _all_three,
-    "left out by keep_probability": lambda clip, buckets: "",
-}
-"""Why a clip may fit no bucket, the first that holds, and what to say of it."""
-
-
-class Dropped(Sequence[tuple[Clip, str]]):
-    """Clips that fit no bucket, each with the reason, which is put into words when it is asked for."""
-
-    def __init__(
-        self, clips: Clips, buckets: Sequence[Bucket], places: np.ndarray, reasons: np.ndarray
-    ) -> None:
-        """Of the clips at `places`, ascending; `reasons` are places in REASONS."""
-        self.clips, self.buckets, self.places, self.reasons = clips, buckets, places, reasons
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[Clip, str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Dropped": ...
-    def __getitem__(self, index: int | slice) -> "tuple[Clip, str] | Dropped":
-        if isinstance(index, slice):
-            return Dropped(self.clips, self.buckets, self.places[index], self.reasons[index])
-        clip = self.clips[int(self.places[index])]
-        kind = list(REASONS)[self.reasons[index]]
-        detail = REASONS[kind](clip, self.buckets)
-        return clip, f"{kind}: {detail}" if detail else kind
-
-    def summary(self) -> list[str]:
-        """A line for each kind of reason, for people."""
-        codes, firsts = np.unique(self.reasons, return_index=True)
-        kinds = {}
-        for code in codes[firsts.argsort()].tolist():
-            places = np.flatnonzero(self.reasons == code)
-            cases = [self[place] for place in places[:EXAMPLES].tolist()]
-            kind = list(REASONS)[code]
-            kinds[kind] = Kind(len(places), [Skipped(str(clip.media), reason) for clip, reason in cases])
-        return summary_lines(kinds)
-
-
 @dataclass
 class Assignment:
     """Which clips train in which bucket, and which do not train."""
 
     clips: Clips
+    """Of a clip that serves several windows, each part by itself."""
     buckets: list[Bucket]
     members: list[np.ndarray]
     """For each bucket the indices of its clips in `clips`, ascending; may be empty."""
     dropped: Dropped
     skipped: list[Skipped] = field(default_factory=list)
     """Files that the manifest names but that could not be used."""
+    part: np.ndarray | None = None
+    """For each of `clips` its number among the parts of its clip; None: there are none but whole clips."""
 
     @property
     def kept(self) -> int:
         return sum(len(members) for members in self.members)
 
+    @property
+    def whole(self) -> list[int]:
+        """For each bucket its clips, those that serve several windows counted once."""
+        part = self.part
+        if part is None:
+            return [len(members) for members in self.members]
+        return [int((part[members] == 0).sum()) for members in self.members]
+
+    def weights(self, bucket: int) -> np.ndarray | None:
+        """How often each clip of a bucket is drawn in an epoch, float64; None: each once."""
+        weights = self.clips.weight[self.members[bucket]]
+        return None if (weights == 1).all() else weights
+
+    def draws(self, bucket: int) -> int:
+        """Clips that a bucket draws in one epoch: the sum of its clips' weights, rounded, but one at least if it has
+        any."""
+        weights = self.weights(bucket)
+        return len(self.members[bucket]) if weights is None else max(1, round(float(weights.sum())))
+
     def steps(self, bucket: int) -> int:
         """Batches of a bucket in one epoch; the last is filled up with clips from the start."""
-        return math.ceil(len(self.members[bucket]) / self.buckets[bucket].batch_size)
+        return math.ceil(self.draws(bucket) / self.buckets[bucket].batch_size)
 
     def table(self) -> str:
-        """What each bucket holds and what was left out and why, for people."""
-        lines = [f"{'bucket (frames x height x width)':<36}{'clips':>9}{'batch':>7}{'steps an epoch':>16}"]
-        for index, (bucket, members) in enumerate(zip(self.buckets, self.members, strict=True)):
-            lines.append(f"{bucket!s:<36}{len(members):>9}{bucket.batch_size:>7}{self.steps(index):>16}")
-        return "\n".join(lines + self.left_out())
+        """What each bucket holds, where it comes from, and what was left out and why, for people.
+
+        Windows, draws and tokens are shown where they say something.
+        """
+        draws, windows = [self.draws(k) for k in range(len(self.buckets))], list(map(len, self.members))
+        columns = {"clips": self.whole}
+        if self.part is not None:
+            columns["windows"] = windows
+        if draws != windows:
+            columns["drawn"] = draws
+        columns["batch"] = [bucket.batch_size for bucket in self.buckets]
+        columns["steps an epoch"] = [self.steps(k) for k in range(len(self.buckets))]
+        if any(bucket.max_tokens for bucket in self.buckets):
+            columns["tokens"] = [bucket.batch_size * (bucket.tokens or 0) for bucket in self.buckets]
+            columns["max_tokens"] = [bucket.max_tokens or 0 for bucket in self.buckets]
+        widths = [max(9, len(name) + 2) for name in columns]
+        lines = [_line("bucket (frames x height x width)", columns, widths)]
+        for bucket, *numbers in zip(self.buckets, *columns.values(), strict=True):
+            lines.append(_line(str(bucket), numbers, widths))
+        return "\n".join([*lines, *self.sources(), *self.left_out()])
+
+    def sources(self) -> list[str]:
+        """Of data from several places, or with weights, how much each gives, for people."""
+        members = np.concatenate(self.members)
+        roots, weights = self.clips.root[members], self.clips.weight[members]
+        what, lines = "clips" if self.part is None else "windows", []
+        for place in np.unique(roots).tolist():
+            chosen = weights[roots == place]
+            least, most = float(chosen.min()), float(chosen.max())
+            weight = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+            where = f"{len(chosen)} {what} from {self.clips.roots[place]}"
+            lines.append(f"{where}, weight {weight}: {chosen.sum():.0f} draws an epoch")
+        return [] if len(lines) == 1 and (weights == 1).all() else lines
 
     def left_out(self) -> list[str]:
         lines = []
@@ -170,11 +164,9 @@ class Assignment:
         return lines
 
 
-def resampled_frames(num_frames: int | np.ndarray, fps: float | np.ndarray, target_fps: float) -> np.ndarray:
-    """Frames that a clip gives at another rate, to the nearest; at least one."""
-    return np.maximum(1, np.floor(np.asarray(num_frames) * target_fps / np.asarray(fps) + 0.5)).astype(
-        np.int64
-    )
+def _line(name: str, cells: Iterable[object], widths: Sequence[int]) -> str:
+    """A line of a table, its cells to the right of their columns."""
+    return f"{name:<36}" + "".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def assign(
@@ -190,6 +182,10 @@ def assign(
     repeated, to cover it (both unless `allow_upscale`). A bucket takes it with its keep_probability, drawn
     from (seed, place in `clips`); else the next smaller one is asked.
 
+    A bucket with `windows` above 1 divides a clip that is n times as long as its window into n equal parts, at most
+    that many, which are clips of their own from then on: each is drawn as often as its clip's weight says, with a
+    window drawn within the part. So windows of one epoch do not overlap.
+
     Raises UserError when no clip is left, with the reasons.
     """
     assert buckets, "at least one bucket"
@@ -198,75 +194,16 @@ def assign(
     choice = np.empty(len(clips), np.int16)  # [N]; below 0: none, -1 - place in REASONS
     for begin in range(0, len(clips), CLIPS_AT_ONCE):
         part = slice(begin, begin + CLIPS_AT_ONCE)
-        choice[part] = _choose(
-            clips.num_frames[part],
-            clips.fps[part],
-            clips.height[part],
-            clips.width[part],
-            buckets,
-            allow_upscale,
-            rng,
-        )
+        choice[part] = choose(clips, part, buckets, allow_upscale, rng)
     places = np.flatnonzero(choice < 0)
     dropped = Dropped(clips, buckets, places, -1 - choice[places])
+    number, counts = None, window_counts(clips, choice, buckets)
+    if counts.max(initial=1) > 1:
+        clips, number = divided(clips, counts)
+        choice = np.repeat(choice, counts)
     members = [np.flatnonzero(choice == k) for k in range(len(buckets))]
-    assignment = Assignment(clips, list(buckets), members, dropped, list(skipped))
+    assignment = Assignment(clips, list(buckets), members, dropped, list(skipped), number)
     if not assignment.kept:
         rule = "no clip is left to train on: change data.buckets (fewer frames, fewer pixels, lower fps)"
         raise UserError("\n".join([rule, *assignment.left_out()]))
     return assignment
-
-
-def _choose(
-    num_frames: np.ndarray,
-    fps: np.ndarray,
-    height: np.ndarray,
-    width: np.ndarray,
-    buckets: Sequence[Bucket],
-    allow_upscale: bool,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """For each clip [N] the place of its bucket; if none takes it, -1 - the place of the reason in REASONS.
-
-    The draws for keep_probability are the next N x K of `rng`.
-    """
-    long_enough, fast_enough, large_enough = (np.ones((len(fps), len(buckets)), bool) for _ in range(3))
-    for k, bucket in enumerate(buckets):
-        long_enough[:, k] = resampled_frames(num_frames, fps, bucket.fps) >= bucket.num_frames
-        if not allow_upscale:
-            fast_enough[:, k] = (bucket.num_frames == 1) | (fps * RATE_SLACK >= bucket.fps)
-            scale = np.maximum(bucket.height / height, bucket.width / width)
-            large_enough[:, k] = scale <= SIZE_SLACK
-    fits = long_enough & fast_enough & large_enough
-    draws = rng.random(fits.shape)
-    taken = fits & (draws < np.array([bucket.keep_probability for bucket in buckets]))
-
-    clip_ratio = np.array(list(map(math.log, (width / height).tolist())))
-    bucket_ratio = np.array([math.log(bucket.width / bucket.height) for bucket in buckets])
-    mismatch = np.abs(clip_ratio[:, None] - bucket_ratio[None])  # [N K]
-    preference = _resolution_rank(buckets) + mismatch / (1 + mismatch)
-    choice = np.where(taken, preference, np.inf).argmin(axis=1)  # [N]
-
-    reasons = np.stack(  # [R N], in the order of REASONS
-        [~passed.any(axis=1) for passed in (long_enough, large_enough, fast_enough, fits, taken)]
-    )
-    return np.where(reasons[-1], -1 - reasons.argmax(axis=0), choice)
-
-
-def _resolution_rank(buckets: Sequence[Bucket]) -> np.ndarray:
-    """For each bucket its rank by volume, largest first; one rank for one resolution in several aspect
-    ratios."""
-    ranks = np.zeros(len(buckets))
-    order = sorted(range(len(buckets)), key=lambda k: (-buckets[k].volume, -buckets[k].num_frames))
-    rank, leader = -1, None
-    for k in order:
-        bucket = buckets[k]
-        same = (
-            leader is not None
-            and (bucket.num_frames, bucket.fps) == (leader.num_frames, leader.fps)
-            and bucket.volume >= SAME_RESOLUTION * leader.volume
-        )
-        if not same:
-            rank, leader = rank + 1, bucket
-        ranks[k] = rank
-    return ranks

@@ -35,15 +35,30 @@ class BucketConfig:
     """width:height, with `resolution`; a list makes a bucket for each."""
     batch_size: int = 1
     """Clips in one step, over all ranks."""
+    max_tokens: int | None = None
+    """Instead of batch_size: as many clips as have this many tokens (patches of latents) together, but at least one;
+    over all ranks."""
+    windows: int = 1
+    """Most windows that one clip serves in an epoch: a clip n times as long as the bucket's is divided into n parts,
+    at most so many, which do not overlap; 1: one window, anywhere in the clip."""
     keep_probability: float = 1.0
     """Share of the clips that could fill this bucket that it takes; the others go to a smaller one."""
 
     def validate(self) -> None:
         """Raises UserError for an impossible value."""
-        for name in ("num_frames", "batch_size"):
+        for name in ("num_frames", "batch_size", "windows"):
             value = getattr(self, name)
             if not 1 <= value <= LARGEST:
                 raise UserError(f"data.buckets: {name} is {value}; it must be from 1 to {LARGEST}")
+        if self.max_tokens is not None and self.batch_size != 1:
+            raise UserError(
+                f"data.buckets: batch_size is {self.batch_size} and max_tokens is {self.max_tokens}; give one of them"
+            )
+        if self.max_tokens is not None and not 1 <= self.max_tokens <= 2**53:
+            raise UserError(
+                f"data.buckets: max_tokens is {self.max_tokens}; it must be from 1 to 2^53 (leave it out to say "
+                "batch_size)"
+            )
         if not 0.01 <= self.fps <= 1000:
             raise UserError(
                 f"data.buckets: fps is {self.fps}; it must be from 0.01 to 1000 frames per second"

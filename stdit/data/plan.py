@@ -4,8 +4,8 @@ A pure function of (seed, manifest, buckets, step) with random access, so that a
 nothing else, and any number of ranks or workers sees the same data.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from stdit.data.clips import Clip
 ORDER_STREAM = 0x6F726472
 WINDOW_STREAM = 0x77696E64
 CROP_STREAM = 0x63726F70
+DRAW_STREAM = 0x64726177
 
 
 class PlannedItem(NamedTuple):
@@ -45,6 +46,9 @@ class BatchPlan:
     """Batches by step. An epoch is a shuffle of the batches of all buckets, each bucket's clips shuffled
     anew.
 
+    A clip of weight 2 is drawn twice an epoch; of weight 0.5 in every other epoch on average, by lot. The draws of a
+    bucket are as many in every epoch, so that a step's place is known without those before it.
+
     The last batch of a bucket in an epoch is filled up from the start of its order, so that batches are
     always full; a bucket smaller than its batch repeats clips within one (`notes` says so), with windows of
     their own.
@@ -53,11 +57,18 @@ class BatchPlan:
     assignment: Assignment
     seed: int = 0
     _cache: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False)
+    _drawn_cache: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         assert self.assignment.kept > 0, "assign() leaves at least one clip"
-        counts = [self.assignment.steps(k) for k in range(len(self.assignment.buckets))]
-        self._ends = np.cumsum(counts)
+        count = range(len(self.assignment.buckets))
+        self._draws = [self.assignment.draws(k) for k in count]
+        self._ends = np.cumsum([self.assignment.steps(k) for k in count])
+
+    def sized(self, tokens: Callable[[Bucket], int]) -> "BatchPlan":
+        """The plan when a clip of each bucket has so many tokens: see `Bucket.sized`."""
+        buckets = [bucket.sized(tokens(bucket)) for bucket in self.assignment.buckets]
+        return BatchPlan(replace(self.assignment, buckets=buckets), self.seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,13 +76,19 @@ class BatchPlan:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about buckets that are too small for their batch."""
-        return [
-            f"bucket {bucket}: {len(members)} clips for batches of {bucket.batch_size}, "
-            "so every batch repeats clips"
-            for bucket, members in zip(self.assignment.buckets, self.assignment.members, strict=True)
-            if 0 < len(members) < bucket.batch_size
-        ]
+        """What a user should know about buckets that are too small, or whose clips are too large, for their batch."""
+        notes = []
+        for bucket, draws in zip(self.assignment.buckets, self._draws, strict=True):
+            if 0 < draws < bucket.batch_size:
+                notes.append(
+                    f"bucket {bucket}: {draws} clips for batches of {bucket.batch_size}, so every batch repeats clips"
+                )
+            if draws and bucket.max_tokens and bucket.tokens and bucket.tokens > bucket.max_tokens:
+                notes.append(
+                    f"bucket {bucket}: one clip has {bucket.tokens:,} tokens, more than max_tokens = "
+                    f"{bucket.max_tokens:,}"
+                )
+        return notes
 
     def report(self) -> str:
         """The table of buckets with the notes, for people."""
@@ -89,11 +106,14 @@ class BatchPlan:
         """Places in `Assignment.clips` of those that stand in, in turn, for item `index` of a batch that
         fails.
 
-        They are the other clips of the bucket, in the epoch's order from the failed one on.
+        They are the other clips of the bucket, in the epoch's order from the failed one on; then, where weights leave
+        some out of the epoch, those too.
         """
         epoch, k, first = self._locate(step)
-        for i in range(1, len(self.assignment.members[k])):
+        for i in range(1, self._draws[k]):
             yield self._clip_index(epoch, k, first + index + i)
+        if self.assignment.weights(k) is not None:
+            yield from self.assignment.members[k].tolist()
 
     def item(self, step: int, bucket_index: int, index: int, clip_index: int) -> PlannedItem:
         """A clip as item `index` of a step's batch."""
@@ -117,8 +137,18 @@ class BatchPlan:
         return epoch, k, number * self.assignment.buckets[k].batch_size
 
     def _clip_index(self, epoch: int, k: int, place: int) -> int:
-        members = self.assignment.members[k]
-        return int(members[self._permutation(len(members), epoch, k)[place % len(members)]])
+        chosen = self._permutation(self._draws[k], epoch, k)[place % self._draws[k]]
+        return int(self._drawn(epoch, k)[chosen])
+
+    def _drawn(self, epoch: int, k: int) -> np.ndarray:
+        """The clips that a bucket draws in an epoch, each as often as it does; only the latest epoch is kept."""
+        members, weights = self.assignment.members[k], self.assignment.weights(k)
+        if weights is None:
+            return members
+        if k not in self._drawn_cache or self._drawn_cache[k][0] != epoch:
+            rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, DRAW_STREAM, k]))
+            self._drawn_cache[k] = (epoch, members[draw(weights, self._draws[k], rng)])
+        return self._drawn_cache[k][1]
 
     def _permutation(self, length: int, epoch: int, stream: int) -> np.ndarray:
         """Of one epoch; only the latest epoch of each stream is kept."""
@@ -126,6 +156,17 @@ class BatchPlan:
             rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, stream]))
             self._cache[stream] = (epoch, rng.permutation(length))
         return self._cache[stream][1]
+
+
+def draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Places drawn in proportion to weights, `count` of them in all, each its share rounded down or up.
+
+    Systematic sampling: shares are laid end to end in random order, and a comb with teeth one apart is laid on them.
+    """
+    order = rng.permutation(len(weights))
+    ends = np.cumsum(weights[order])
+    teeth = (np.arange(count) + rng.random()) * (ends[-1] / count)
+    return order[np.minimum(np.searchsorted(ends, teeth, side="right"), len(order) - 1)]
 
 
 def slack_seconds(clip: Clip, bucket: Bucket) -> float:

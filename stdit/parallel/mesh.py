@@ -53,12 +53,12 @@ class Mesh:
 
     def check_batches(self, batch_sizes: Iterable[int]) -> None:
         """Raise UserError, on every rank, if some rank would have no part of a batch."""
-        smallest = min(batch_sizes)
+        smallest = min(batch_sizes, default=self.dp)
         if smallest < self.dp:
             self.fail(
                 f"batch_size = {smallest}, but {self.size} processes with parallel.sp = {self.sequence.size} "
-                f"split each batch into {self.dp} parts: use a batch_size of at least {self.dp}, fewer "
-                "processes, or a larger parallel.sp"
+                f"split each batch into {self.dp} parts: use a batch_size of at least {self.dp} in each of "
+                "data.buckets (or a larger max_tokens), fewer processes, or a larger parallel.sp"
             )
 
     def fail(self, message: str) -> NoReturn:

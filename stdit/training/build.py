@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,13 @@ from stdit.codecs import build_codec
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder, build_text_encoder
 from stdit.config import TrainConfig, experiment_key
+from stdit.data.buckets import Bucket
 from stdit.data.cache.fitted import fitted
 from stdit.data.dataset import build_plan
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
+from stdit.models.config import token_grid
 from stdit.models.size import count_unbuilt
 from stdit.models.stdit import STDiT
 from stdit.parallel.parameters import KEPT, state_bytes
@@ -96,10 +99,18 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
             codec = fitted(codec, plan, config.data)
             variance = codec.latent_variance
     text_encoder = build_text_encoder(config.text_encoder)
-    captions = (plan.assignment.clips[index].text for members in plan.assignment.members for index in members)
+    texts = plan.assignment.clips.texts
+    captions = (texts[index] for members in plan.assignment.members for index in members.tolist())
     text_encoder.check(chain(captions, config.validation.prompts))
+    plan = plan.sized(lambda bucket: tokens_of(config, codec, bucket))
     flow = RectifiedFlow(config.flow, variance)
     return Inputs(sized(config, codec, text_encoder), plan, codec, text_encoder, flow)
+
+
+def tokens_of(config: TrainConfig, codec: VideoCodec, bucket: Bucket) -> int:
+    """Tokens of a clip of a bucket."""
+    latents = codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+    return prod(token_grid(latents, config.model.patch_size))
 
 
 class ModelSize(NamedTuple):

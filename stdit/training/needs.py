@@ -86,7 +86,7 @@ class Needs:
 
     def degrees(self, processes: int) -> list[int]:
         """How many of so many processes may share a video, such that each has a part of every batch."""
-        smallest = min(bucket.batch_size for bucket in self.inputs.config.data.buckets)
+        smallest = min(bucket.batch_size for bucket in self.inputs.plan.assignment.buckets)
         return [sp for sp in divisors(processes) if processes // sp <= smallest]
 
     def choice(self, processes: int, memory: int) -> Choice:

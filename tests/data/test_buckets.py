@@ -7,8 +7,8 @@ from stdit.data.media import Media
 from stdit.errors import UserError
 
 
-def clip(num_frames=16, fps=8.0, height=64, width=64, name="a.mp4"):
-    return Clip(Media(f"/data/{name}"), "text", num_frames, fps, height, width)
+def clip(num_frames=16, fps=8.0, height=64, width=64, name="a.mp4", **rest):
+    return Clip(Media(f"/data/{name}"), "text", num_frames, fps, height, width, **rest)
 
 
 def places(clips, buckets, **options):
@@ -70,6 +70,10 @@ def test_sizes_are_multiples():
         ({"fps": float("nan")}, "fps is nan"),
         ({"keep_probability": 0.0}, "keep_probability is 0.0"),
         ({"keep_probability": 1.5}, "keep_probability is 1.5"),
+        ({"windows": 0}, "windows is 0; it must be from 1 to 16384"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be from 1"),
+        ({"max_tokens": 10**20}, "max_tokens is 100000000000000000000"),
+        ({"max_tokens": 4096, "batch_size": 2}, "batch_size is 2 and max_tokens is 4096; give one of them"),
         ({"height": 0}, "each must be from 1 to 16384"),
         ({"width": 10**20}, "100000000000000000000x32 pixels"),
         ({"width": None}, "give both"),
@@ -191,3 +195,79 @@ def test_table_says_what_is_kept_and_what_is_not():
 def test_nothing_left_is_an_error_with_the_reasons():
     with pytest.raises(UserError, match=r"(?s)no clip is left.*1 x too short: .*1 x file missing: gone"):
         assign([clip(num_frames=2)], [Bucket(16, 32, 32, 8)], skipped=[Skipped("gone", "file missing")])
+
+
+def windows_of(clips, windows=16, **options):
+    """(start, frames) of what a bucket of 16 frames at 8 fps makes of clips."""
+    assignment = assign(clips, [Bucket(16, 32, 32, 8, windows=windows)], **options)
+    return [(part.start, part.num_frames) for part in assignment.clips]
+
+
+def test_a_clip_three_times_as_long_serves_three_windows_each_in_its_own_third():
+    assert windows_of([clip(num_frames=48)]) == [(0, 16), (2, 16), (4, 16)]
+    assert windows_of([clip(num_frames=47)]) == [(0, 23), (23 / 8, 24)]
+    assert windows_of([clip(num_frames=17), clip(num_frames=33)]) == [(0, 17), (0, 16), (2, 17)]
+    assert windows_of([clip(num_frames=144, fps=24.0)]) == [(0, 48), (2, 48), (4, 48)], "after resampling"
+    assert windows_of([clip(num_frames=48, start=10.0, end=16.0)]) == [(10, 16), (12, 16), (14, 16)]
+
+
+def test_windows_are_an_option_and_have_a_limit():
+    assert windows_of([clip(num_frames=480)], windows=1) == [(0, 480)]
+    assert windows_of([clip(num_frames=480)], windows=4) == [(0, 120), (15, 120), (30, 120), (45, 120)]
+
+
+def test_only_the_bucket_that_takes_a_clip_divides_it():
+    buckets = [Bucket(32, 64, 64, 8), Bucket(16, 32, 32, 8, windows=3)]
+    clips = [clip(num_frames=64), clip(num_frames=64, height=40, name="b.mp4"), clip(num_frames=2)]
+    assignment = assign(clips, buckets)
+    assert [part.tolist() for part in assignment.members] == [[0], [1, 2, 3]]
+    assert [part.media.location for part in assignment.clips] == [
+        "/data/a.mp4",
+        *["/data/b.mp4"] * 3,
+        "/data/a.mp4",
+    ]
+    assert assignment.whole == [1, 1] and assignment.kept == 4
+    assert [reason for _, reason in assignment.dropped] == [
+        "too short: 2 frames at 8 fps, the shortest bucket needs 16"
+    ]
+    assert [part.end for part in assignment.clips][1:4] == [21 / 8, 42 / 8, None]
+
+
+def test_a_clip_of_weight_0_is_left_out_and_said_to_be():
+    assignment = assign([clip(), clip(weight=0.0)], [Bucket(16, 32, 32, 8)])
+    assert assignment.members[0].tolist() == [0]
+    assert [reason for _, reason in assignment.dropped] == ["its weight is 0"]
+
+
+def test_tokens_give_the_batch_size():
+    bucket = Bucket.from_config(BucketConfig(height=32, width=32, max_tokens=1000))
+    assert bucket.sized(300).batch_size == 3 and bucket.sized(1000).batch_size == 1
+    assert bucket.sized(1001).batch_size == 1
+    assert Bucket(16, 32, 32, 8, batch_size=5).sized(300).batch_size == 5
+
+
+def test_the_table_shows_windows_draws_tokens_and_sources_where_they_say_something():
+    clips = [
+        clip(num_frames=48, weight=2.0, name="a/1.mp4"),
+        Clip(Media("/more/2.mp4", root="/more"), "text", 32, 8.0, 64, 64, weight=0.5),
+    ]
+    buckets = [Bucket(16, 64, 64, 8, windows=8, max_tokens=2500).sized(1000), Bucket(64, 64, 64, 8)]
+    lines = assign(clips, buckets).table().splitlines()
+    assert lines[0].split()[6:] == "clips windows drawn batch steps an epoch tokens max_tokens".split()
+    assert lines[1].split()[4:] == ["2", "5", "7", "2", "4", "2000", "2500"]
+    assert lines[3:] == [
+        "3 windows from None, weight 2: 6 draws an epoch",
+        "2 windows from /more, weight 0.5: 1 draws an epoch",
+    ]
+    plain = assign([clip()], [Bucket(16, 64, 64, 8)]).table().splitlines()
+    assert plain[0].split()[6:] == "clips batch steps an epoch".split() and len(plain) == 2
+
+
+def test_many_clips_are_assigned_as_a_few_are(monkeypatch):
+    clips = [clip(num_frames=8 + i % 30, height=30 + i % 50, name=f"{i}.mp4") for i in range(100)]
+    buckets = [Bucket(16, 48, 48, 8, keep_probability=0.5), Bucket(16, 32, 32, 8, keep_probability=0.5)]
+    at_once = assign(clips, buckets)
+    monkeypatch.setattr("stdit.data.buckets.CLIPS_AT_ONCE", 7)
+    in_parts = assign(clips, buckets)
+    assert [part.tolist() for part in in_parts.members] == [part.tolist() for part in at_once.members]
+    assert list(in_parts.dropped) == list(at_once.dropped)
