@@ -129,3 +129,15 @@ def test_a_run_may_go_on_with_another_sharing(settings: list[str]) -> None:
         for flags in ([], ["--parallel.sp", "auto", "--parallel.memory_gib", "3"], ["--parallel.sp", "2"])
     ]
     assert keys[0] == keys[1] == keys[2]
+
+
+def test_a_budget_of_tokens_sizes_the_batches(settings: list[str]) -> None:
+    buckets = [dict(num_frames=4, height=8, width=8, fps=8, batch_size=1, max_tokens=1100)]
+    needs = needs_of([*settings, "--data.buckets", json.dumps(buckets)])
+    (bucket, load), *_ = needs.loads.items()
+    assert load.frames * load.tracks == bucket.tokens == 256 and load.clips == bucket.batch_size == 4
+    assert needs.degrees(8) == [2, 4, 8]
+    text = report(needs.inputs, 1, 8 * GIB)
+    assert "256 tokens a clip, 1,024 a step" in text
+    header, row = text.splitlines()[2:4]
+    assert header.split()[-2:] == ["tokens", "max_tokens"] and row.split()[-2:] == ["1024", "1100"]
