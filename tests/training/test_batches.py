@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from stdit.config import parse_train
 from stdit.data.cache.care import verify
 from stdit.data.cache.store import Store
-from stdit.data.config import DataConfig
+from stdit.data.config import DataConfig, SourceConfig
+from stdit.errors import UserError
 from stdit.parallel.mesh import Mesh
 from stdit.pipelines.loading import load_pipeline
 from stdit.training import build
@@ -159,6 +160,10 @@ def test_the_cache_lies_with_the_data_unless_told_otherwise(tmp_path):
     assert DataConfig(manifest="data/shapes/manifest.csv").cache_folder() == Path("data/shapes/stdit-cache")
     assert DataConfig(manifest=str(tmp_path)).cache_folder() == tmp_path / "stdit-cache"
     assert DataConfig(manifest=str(tmp_path), cache_dir="fast/cache").cache_folder() == Path("fast/cache")
+    sources = [SourceConfig(str(tmp_path / "a.csv")), SourceConfig("s3://bucket/{0..9}.tar")]
+    assert DataConfig(sources=sources).cache_folder() == tmp_path / "stdit-cache"
+    with pytest.raises(UserError, match=r"s3://bucket/\{0..9\}.tar is no local folder: set data.cache_dir"):
+        DataConfig(sources=sources[1:], cache="disk").validate()
 
 
 def test_ranks_encode_their_share_and_see_the_same_batches(views, tmp_path):
