@@ -5,14 +5,15 @@
     python train.py --config configs/train/quickstart.yaml --dry_run true  # what it would train on, and take
     python train.py --help                                                 # every setting
 
-The run is kept in outputs/<name>. The same command again goes on from the newest whole checkpoint. Ctrl-C and
-SIGTERM finish the step, save, and exit with 130 and 0; before the first step, and at a second Ctrl-C, the run stops
-where it is.
+The run is kept in outputs/<name>. The same command again goes on from the newest whole checkpoint. Ctrl-C (exit code
+130), SIGTERM and SIGUSR1 (0), to any process of the run, finish the step and save; before the first step, and at a
+second signal a second later, the run stops where it is. Exit code 2 is an error to put right, 1 any other: try again.
 """
 
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
 from stdit.cli import run
@@ -21,6 +22,7 @@ from stdit.training.folder import claimed
 from stdit.training.system import Interrupts, interrupts, prepare_process, progress_bar, started
 
 if TYPE_CHECKING:
+    from stdit.parallel.watch import Watch
     from stdit.training.batches import Batches
     from stdit.training.run import Run
 
@@ -48,76 +50,84 @@ def train(config: TrainConfig) -> int:
         from stdit.parallel.memory import memory_of_process
         from stdit.parallel.mesh import build_mesh, settle
         from stdit.parallel.planner import Split
+        from stdit.parallel.watch import watch_of, watched
 
         accelerator = prepare_process(config.trainer, config.parallel.timeout)
         mesh = build_mesh(config.parallel, accelerator.device)
-        mesh.check_same("the configuration", str(config))
-        if config.parallel.sp != "auto":
-            mesh.check_batches(bucket.batch_size for bucket in config.data.buckets if not bucket.max_tokens)
-        folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
-        from stdit.training.batches import build_batches
-        from stdit.training.build import build_parts
-        from stdit.training.needs import Needs
-        from stdit.training.report import start_line
-        from stdit.training.run import Run
-        from stdit.training.trainer import Trainer
+        with watched(watch_of(mesh, config.parallel)) as watch:  # it speaks before what an error closes
+            mesh.check_same("the configuration", str(config))
+            if config.parallel.sp != "auto":
+                mesh.check_batches(
+                    bucket.batch_size for bucket in config.data.buckets if not bucket.max_tokens
+                )
+            folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
+            from stdit.training.batches import build_batches
+            from stdit.training.build import build_parts
+            from stdit.training.needs import Needs
+            from stdit.training.report import start_line
+            from stdit.training.run import Run
+            from stdit.training.trainer import Trainer
 
-        memory = memory_of_process(accelerator.device, config.parallel.memory_gib)
-        parts = mesh.everywhere(lambda: build_parts(config, checkpoint, mesh.size, memory))
-        mesh.check_same("the experiment", str(parts.experiment))
-        needs = Needs(parts)
-        mesh = settle(mesh, config.parallel, lambda: needs.choice(mesh.size, memory))
-        mesh.check_batches(bucket.batch_size for bucket in parts.plan.assignment.buckets)
-        parts.to(accelerator.device)
-        notes = [*parts.plan.assignment.left_out(), *parts.plan.notes]
-        notes += needs.warnings(Split(mesh.size, mesh.sequence.size))
-        print(start_line(parts), *notes, sep="\n", flush=True)
-        trainer = Trainer(
-            parts.model,
-            parts.flow,
-            accelerator,
-            mesh,
-            config.trainer,
-            config.optimizer,
-            config.ema,
-            config.seed,
-            config.parallel.shard_parameters,
-        )
-        work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint))
-        stack.callback(work.close)
-        return loop(work, build_batches(parts, folder, mesh), signals)
+            memory = memory_of_process(accelerator.device, config.parallel.memory_gib)
+            parts = mesh.everywhere(lambda: build_parts(config, checkpoint, mesh.size, memory))
+            mesh.check_same("the experiment", str(parts.experiment))
+            needs = Needs(parts)
+            mesh = settle(mesh, config.parallel, lambda: needs.choice(mesh.size, memory))
+            mesh.check_batches(bucket.batch_size for bucket in parts.plan.assignment.buckets)
+            parts.to(accelerator.device)
+            notes = [*parts.plan.assignment.left_out(), *parts.plan.notes]
+            notes += needs.warnings(Split(mesh.size, mesh.sequence.size))
+            print(start_line(parts), *notes, sep="\n", flush=True)
+            trainer = Trainer(
+                parts.model,
+                parts.flow,
+                accelerator,
+                mesh,
+                config.trainer,
+                config.optimizer,
+                config.ema,
+                config.seed,
+                config.parallel.shard_parameters,
+            )
+            work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint))
+            stack.callback(work.close)
+            return loop(work, build_batches(parts, folder, mesh), signals, watch)
     print(f"{signals}: stopped at once, and the same command goes on from what was saved before")
     return signals.exit_code
 
 
-def loop(work: "Run", batches: "Batches", signals: Interrupts) -> int:
+def loop(work: "Run", batches: "Batches", signals: Interrupts, watch: "Watch") -> int:
     """Do the steps that are left, and what is due between them and at the end; returns the exit code."""
     config = work.config
     work.make_up_validation()
     signals.patient = True
     with progress_bar(work.start, config.trainer.steps, work.mesh.is_first) as bar:
-        for wait, batch in timed(batches(work.start, config.trainer.steps)):
-            begin = time.perf_counter()
-            values = work.trainer.step(batch["step"], batch)
+        for wait, batch in timed(batches(work.start, config.trainer.steps), work.start, watch):
+            begin, step, done = time.perf_counter(), batch["step"], batch["step"] + 1
+            watch.at(f"step {step}, computing")
+            values = work.trainer.step(step, batch)
             line = work.record(batch, values, time.perf_counter() - begin, wait)
             bar.show(line)
-            done = batch["step"] + 1
             signals.agree(work.mesh)
             if signals.agreed or work.is_due(done, config.checkpoint.every):
+                watch.at(f"step {done}, saving")
                 saved = work.save(done)
             if signals.agreed:
                 bar.write(f"{signals}: {saved} is saved, and the same command goes on from there")
                 return signals.exit_code
             if work.validation_is_due(done):
+                watch.at(f"step {done}, validation")
                 work.validate(done)
+    watch.at(f"step {config.trainer.steps}, export")
     print(f"trained for {config.trainer.steps} steps: {work.finish()}")
     return signals.exit_code
 
 
-def timed(items: Iterable[Item]) -> Iterator[tuple[float, Item]]:
+def timed(items: Iterable[Item], first: int, watch: "Watch") -> Iterator[tuple[float, Item]]:
     """Each item with the seconds that it took to come."""
     iterator = iter(items)
-    while True:
+    for step in count(first):
+        watch.at(f"step {step}, waiting for data")
         start = time.perf_counter()
         try:
             item = next(iterator)

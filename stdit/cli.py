@@ -22,19 +22,19 @@ OWN_FLAGS = ("help", "config", "print_config")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and exit: with its code, with 2 after a `UserError`, with 130 after Ctrl-C.
+    """Call ``main`` and exit: with its code, with that of a `UserError` (2), with 130 after Ctrl-C.
 
     Of several processes that fail alike, the first on each machine speaks.
     """
     try:
         code = main() or 0
         _part_from_others()
-    except OtherRankError:
-        code = 2
+    except OtherRankError as error:
+        code = error.code
     except UserError as error:
         if _speaks():
             print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

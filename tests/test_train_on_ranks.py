@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -191,16 +192,23 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(alone: Any) -> None:
     assert (run.with_name("stopped") / "checkpoints" / f"step-{steps:08d}" / "meta.json").is_file()
 
 
-def test_when_a_rank_dies_all_end(alone: Any) -> None:
+def test_when_a_rank_dies_all_end_and_one_says_so(alone: Any) -> None:
     settings, _, run = alone
-    process = start("train.py", 2, [*settings, "--name", "dead", "--trainer.steps", "100000"])
+    settings = [*settings, "--name", "dead", "--trainer.steps", "100000", "--data.workers", "1"]
+    process = start("train.py", 2, settings)
     try:
-        wait_for_workers(process, run.with_name("dead"))[1].kill()
+        worker = wait_for_workers(process, run.with_name("dead"))[1]
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        assert len(everyone) >= 4, "two ranks and their loaders"
+        worker.kill()
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode != 0
-    assert "local_rank: 1" in errors and "SIGKILL" in errors
+    assert "local_rank: 1" in errors and "SIGKILL" in errors  # torchrun's words
+    assert errors.count("error: ") == 1 and "[rank0]: Traceback" not in errors
+    assert re.search(r"error: rank 1 is lost, .* rank 0, step \d+, .* last heard of in step \d+", errors)
+    assert not psutil.wait_procs(everyone, timeout=10)[1]
 
 
 def wait_for_workers(process: subprocess.Popen[str], run: Path) -> list[psutil.Process]:

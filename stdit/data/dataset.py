@@ -327,7 +327,10 @@ def start_worker(_: int) -> None:
     """Workers share the cores, and leave Ctrl-C and group-wide signals to the main process, which stops
     them."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # by which the main process hears of its own signals
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

@@ -1,6 +1,9 @@
 """The folder of a run: whose it is, and where the run goes on. Imports nothing heavy: errors come quickly."""
 
+import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +12,8 @@ from stdit.config import TrainConfig, experiment_key
 from stdit.errors import UserError
 from stdit.pipelines.loading import find_source
 from stdit.training.checkpoint import check_same_experiment, find_checkpoint
+
+SINCE = "%Y-%m-%d %H:%M:%S UTC"
 
 
 @contextmanager
@@ -34,14 +39,21 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = open(folder / ".lock", "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): choose another with --output_dir or --name."
         ) from None
     with lock:
         if not _lock(lock.fileno()):
-            raise UserError(f"another process trains in {folder}: wait for it, or choose another --name.")
+            raise UserError(
+                f"another process trains in {folder} ({_holder(folder)}): wait for it, or choose another --name."
+            )
+        lock.truncate(0)
+        lock.write(
+            f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime(SINCE, time.gmtime())}\n"
+        )
+        lock.flush()
         try:
             yield folder, checkpoint
         finally:
@@ -62,15 +74,23 @@ def find_weights(init_from: str) -> Path:
     return source.path / "transformer" if source.is_pipeline else source.path
 
 
+def _holder(folder: Path) -> str:
+    """What the process that has the lock says about itself."""
+    return (folder / ".lock").read_text(encoding="utf-8", errors="replace").strip() or "it has just begun"
+
+
 def _lock(descriptor: int) -> bool:
-    """Lock an open file for as long as this process lives; False if another has it."""
+    """Lock an open file for as long as this process lives; False if another has it.
+
+    Loader processes that outlive it a little do not have the lock, so that it can be started anew at once.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         return False
     except OSError:  # a file system without locks
         return True

@@ -5,7 +5,10 @@ import logging
 import os
 import platform
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from stdit.parallel.mesh import Mesh, runs_on_cpu
+from stdit.parallel.watch import end_process
 from stdit.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
@@ -55,7 +59,7 @@ def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
         mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision],
         cpu=runs_on_cpu(config.device),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=1.2 * timeout + 30)),  # the watch speaks before
             AutocastKwargs(cache_enabled=False),  # which would keep all rounded weights until the pass ends
         ],
     )
@@ -67,6 +71,27 @@ def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
     return accelerator
 
 
+class Stop(KeyboardInterrupt):
+    """A signal ends the process where it is, with a code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+"""Signals that ask a run to stop: those of schedulers, launchers and keyboards."""
+APART = 1.0
+"""Seconds between two signals that are two requests: launchers pass on what their processes have got already."""
+PATIENCE = 3.0
+"""Seconds after the second one in which the process is to end by itself."""
+
+
+def exit_code(number: int | None) -> int:
+    """130 after Ctrl-C, as shells expect; else 0: the run was preempted and can go on."""
+    return 130 if number == signal.SIGINT else 0
+
+
 class Interrupts:
     """Which signal asked the run to stop, if any."""
 
@@ -76,6 +101,9 @@ class Interrupts:
     patient = False
     """Whether the run finishes its step first; otherwise a signal ends it where it is."""
 
+    def __init__(self) -> None:
+        self._since = 0.0
+
     def agree(self, mesh: Mesh) -> None:
         """Tell the other ranks, and hear from them."""
         number = mesh.largest(0 if self.caught is None else self.caught.value)
@@ -83,36 +111,68 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, as shells expect; 0 after SIGTERM: the run was preempted and can go on."""
-        return 130 if (self.agreed or self.caught) == signal.SIGINT else 0
+        """With which the process ends."""
+        return exit_code(self.agreed or self.caught)
 
     def __str__(self) -> str:
         return "interrupted" if self.exit_code else "preempted"
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        at_once = self.caught is None and not self.patient
-        asked_twice = self.caught == signal.SIGINT == number
-        self.caught = signal.Signals(number)
-        if at_once or asked_twice:
-            raise KeyboardInterrupt
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Note a signal; raises Stop where it ends the run."""
+        first, now = self.caught is None, time.monotonic()
+        if first or now - self._since > APART:
+            self.caught, self._since = signal.Signals(number), now
+            if not (first and self.patient):
+                raise Stop(self.exit_code)
 
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """While it lasts, SIGTERM and Ctrl-C end the block, as if it were done.
+    """While it lasts, SIGTERM, SIGUSR1 and Ctrl-C end the block, as if it were done.
 
-    Once the run is patient they are noted instead, and only a second Ctrl-C ends the block.
+    Once the run is patient they are noted instead, and a second one ends the block: if need be the process with it,
+    when the main thread is busy outside Python, where it hears of no signal.
     """
     state = Interrupts()
-    before = {number: signal.signal(number, state._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, state.handle) for number in STOPPING}
     try:
-        yield state
-    except KeyboardInterrupt:
-        if state.caught is None:
-            raise
+        with _insisting():
+            yield state
+    except Stop:
+        pass
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _insisting() -> Iterator[None]:
+    """End the process some seconds after a second signal, if it has not ended by then."""
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    done = threading.Event()
+
+    def listen() -> None:
+        since: float | None = None
+        while number := told.recv(1):  # a byte for each signal, written by Python as soon as it comes
+            if number[0] not in STOPPING:
+                continue
+            now = time.monotonic()
+            if since is not None and now - since > APART and not done.wait(PATIENCE):
+                end_process(exit_code(number[0]))
+            since = since or now
+
+    before = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(before)
+        tell.close()
+        thread.join()
+        told.close()
 
 
 class ProgressBar(tqdm):
