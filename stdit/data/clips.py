@@ -53,9 +53,12 @@ class Strings(Sequence[str]):
     __slots__ = ("offsets", "utf8")
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
-        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
-        self.utf8 = b"".join(encoded)
-        self.offsets = np.fromiter(accumulate(map(len, encoded), initial=0), np.int64, len(encoded) + 1)
+        strings = list(strings)
+        pieces: Sequence[str] | Sequence[bytes] = strings
+        self.utf8 = "".join(strings).encode("utf-8", "surrogatepass")
+        if not self.utf8.isascii():  # characters are not bytes
+            pieces = [string.encode("utf-8", "surrogatepass") for string in strings]
+        self.offsets = np.fromiter(accumulate(map(len, pieces), initial=0), np.int64, len(strings) + 1)
 
     @classmethod
     def _of(cls, utf8: bytes, offsets: np.ndarray) -> "Strings":

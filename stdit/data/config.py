@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from stdit.data.media import is_url
 from stdit.errors import UserError
 
 LARGEST = 16384
@@ -135,7 +136,7 @@ class DataConfig:
     """Encode clips and captions once, and keep them in files. memory: all before the first step, then held in memory;
     disk: each when a batch first needs it, and read as batches need them."""
     cache_dir: str | None = None
-    """Folder of the cache, which runs may share; none: stdit-cache in the folder of the manifest."""
+    """Folder of the cache, which runs may share; none: stdit-cache in the folder of the (first) manifest."""
     views: int = 1
     """Of each clip that the cache keeps: the middle, and further windows (and, with crop random, crops)."""
     flip: bool = False
@@ -187,6 +188,8 @@ class DataConfig:
                 f"data.views = {self.views} and data.cache = none: without a cache every sample has a window of its "
                 "own; leave data.views out, or set data.cache disk"
             )
+        if self.cache != "none":
+            self.cache_folder()
         if self.cache != "none" and self.crop == "random" and self.views == 1:
             raise UserError(
                 f"data.cache = {self.cache} and data.crop = random: of each clip data.views = 1 is kept, the middle; "
@@ -196,11 +199,16 @@ class DataConfig:
             raise UserError(f"data.max_skipped_share is {self.max_skipped_share}; it must be between 0 and 1")
 
     def cache_folder(self) -> Path:
-        """Where the cache lies: with the data set, so that it serves every run on it and moves along."""
+        """Where the cache lies: with the (first) data set, so that it serves every run on it and moves along.
+
+        Raises UserError if that is not on this machine.
+        """
         if self.cache_dir:
             return Path(self.cache_dir)
-        manifest = Path(self.manifest)
-        return (manifest if manifest.is_dir() else manifest.parent) / "stdit-cache"
+        first = self.all_sources()[0].manifest
+        if is_url(first):
+            raise UserError(f"data.cache = {self.cache}, but {first} is no local folder: set data.cache_dir")
+        return (Path(first) if Path(first).is_dir() else Path(first).parent) / "stdit-cache"
 
 
 def resolve_size(resolution: str, aspect_ratio: str = "16:9", multiple: int = 2) -> tuple[int, int]:

@@ -11,7 +11,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -38,8 +40,25 @@ def replicated(model: nn.Module, mesh: Mesh) -> Network:
     model.to(mesh.device)
     if mesh.size == 1:
         return Network(model)
-    module = DistributedDataParallel(model)
+    module = DistributedDataParallel(_OneUnused(model), find_unused_parameters=True)
     return Network(module, module.no_sync)
+
+
+class _OneUnused(nn.Module):
+    """A model beside a weight that nothing uses, for which DistributedDataParallel is told to look.
+
+    Where it need not look, it sorts gradients into other buckets after the first pass of a process. Sums over ranks
+    are then rounded in another order, and a run that was started again is not bit for bit that which was not. Where
+    it looks in vain, it warns on every rank.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.unused = nn.Parameter(torch.zeros((), device=next(model.parameters()).device))
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
 
 
 def sharded(model: nn.Module, mesh: Mesh) -> Network:

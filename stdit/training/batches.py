@@ -1,8 +1,7 @@
 """Batches of latents and text states for training, encoded as they are needed, or from the cache."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,14 @@ from stdit.codecs import build_codec
 from stdit.codecs.held_text import HeldText
 from stdit.codecs.padding import unpadded
 from stdit.codecs.text import build_text_encoder
-from stdit.config import TrainConfig
 from stdit.data.cache.batches import DiskBatches, EncodedBatches, MemoryCache
-from stdit.data.cache.care import PruneSummary, prune
-from stdit.data.cache.encode import EncodeSummary, encode_plan, encode_view, wanted_keys
+from stdit.data.cache.encode import EncodeSummary, encode_plan, encode_view
 from stdit.data.cache.reader import CachedReader, Makers
 from stdit.data.cache.store import Store
 from stdit.data.dataset import VideoBatches
 from stdit.data.skips import SkipFile, SkipList, SkipTally
 from stdit.parallel.mesh import Mesh
-from stdit.training.build import Inputs, Parts, build_inputs
+from stdit.training.build import Inputs, Parts
 from stdit.training.waiting import watched
 
 Batches = Callable[[int, int], Iterator[dict[str, Any]]]
@@ -124,46 +121,3 @@ def _release(parts: Parts) -> None:
         prompts, reload = config.validation.prompts, partial(build_text_encoder, config.text_encoder)
         parts.text_encoder = HeldText(parts.text_encoder, prompts, reload)
     parts.codec.release_encoder(partial(build_codec, config.codec))
-
-
-def encode(
-    config: TrainConfig, device: torch.device | str = "cpu", part: tuple[int, int] = (0, 1)
-) -> EncodeSummary:
-    """Fill the cache with what a run of these settings reads: every view, every caption.
-
-    Args:
-        config: with data.cache memory or disk; none counts as disk.
-        device: of codec and text encoder.
-        part: (number, of how many) of processes that share the work, on any machines with the same folder.
-
-    Raises:
-        UserError: for settings or data that will not do, or a disk that refuses.
-    """
-    inputs = build_inputs(cached(config))
-    inputs.codec.to(device)
-    inputs.text_encoder.to(device)
-    tally = SkipTally(inputs.plan.assignment.kept, config.data.max_skipped_share)
-    prompts = config.validation.prompts
-    return encode_plan(
-        reader_of(inputs), inputs.codec, inputs.text_encoder, prompts, device=device, part=part, tally=tally
-    )
-
-
-def prune_cache(folder: Path, configs: Sequence[TrainConfig] = (), dry_run: bool = False) -> PruneSummary:
-    """Remove from a cache what is broken, and, if configs are given, what runs of none of them read.
-
-    Raises UserError for settings or data that will not do, or a disk that refuses.
-    """
-    if not configs:
-        return prune(folder, dry_run=dry_run)
-    keys: set[bytes] = set()
-    for config in configs:
-        inputs = build_inputs(cached(replace(config, data=replace(config.data, cache_dir=str(folder)))))
-        keys.update(wanted_keys(reader_of(inputs), config.validation.prompts))
-    return prune(folder, keys, dry_run)
-
-
-def cached(config: TrainConfig) -> TrainConfig:
-    """The settings with a cache."""
-    data = config.data
-    return replace(config, data=replace(data, cache="disk")) if data.cache == "none" else config

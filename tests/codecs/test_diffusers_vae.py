@@ -13,6 +13,7 @@ from stdit.codecs.base import VideoCodec
 from stdit.codecs.config import CodecName
 from stdit.codecs.diffusers_vae import DiffusersCodec
 from stdit.errors import UserError
+from stdit.models.size import held_bytes
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae
 
 STRIDES = {
@@ -208,3 +209,28 @@ def test_folders_with_bad_weights(tmp_path: Path) -> None:
         build(name, tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         build(name, weights)
+
+
+@every_vae
+def test_the_encoder_goes_and_comes_back_when_it_is_needed(
+    folders: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    codec, whole, read = build(name, folders[name]), build(name, folders[name]), []
+    codec.release_encoder(lambda: read.append(1) or build(name, folders[name]))
+    assert held_bytes(codec) < 0.8 * held_bytes(whole)
+    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    latents = whole.encode(video)
+    assert torch.equal(codec.decode(latents), whole.decode(latents))
+    assert codec.fingerprint() == whole.fingerprint() and not read
+    codec.save_pretrained(tmp_path)
+    assert VideoCodec.from_pretrained(tmp_path).fingerprint() == whole.fingerprint() and len(read) == 1
+    assert torch.equal(codec.encode(video), latents) and torch.equal(codec.encode(video), latents)
+    assert held_bytes(codec) == held_bytes(whole) and len(read) == 2
+
+
+def test_an_encoder_does_not_come_back_as_another(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = save_tiny_vae("AutoencoderKL", tmp_path, seed=1)
+    codec = build("AutoencoderKL", folders["AutoencoderKL"])
+    codec.release_encoder(lambda: build("AutoencoderKL", other))
+    with pytest.raises(UserError, match="codec.path holds other weights than when the run began"):
+        codec.encode(torch.zeros(1, 3, 1, 32, 32))

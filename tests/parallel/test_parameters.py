@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from stdit.parallel.group import Group
 from stdit.parallel.mesh import Mesh
 from stdit.parallel.parameters import replicated, sharded, state_bytes
+from tests.parallel.ranks import run_on_ranks
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,33 @@ def test_one_rank_alone_keeps_its_model(spread: object) -> None:
     assert network.module is model and type(model) is nn.Linear
     with network.apart():
         assert isinstance(model.weight, nn.Parameter) and type(model.weight.data) is torch.Tensor
+
+
+class Backwards(nn.Module):
+    """Layers that are used in another order than they are made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(40, 40) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[::-1]:
+            x = layer(x)
+        return x
+
+
+def check_every_pass_sums_alike(group: Group) -> None:
+    torch.manual_seed(0)
+    model = Backwards()
+    network = replicated(model, Mesh(group.rank, group.size))
+    torch.manual_seed(group.rank)
+    x, passes = torch.randn(8, 40), []
+    for _ in range(3):
+        model.zero_grad()
+        network.module(x=x).square().sum().backward()
+        passes.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.equal(passes[0], passes[1]) and torch.equal(passes[0], passes[2])
+
+
+def test_the_first_pass_of_a_process_sums_as_later_ones_do() -> None:
+    run_on_ranks(3, check_every_pass_sums_alike)

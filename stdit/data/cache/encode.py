@@ -203,8 +203,9 @@ def _encode_texts(
 
 def captions(plan: BatchPlan) -> Iterator[str]:
     """Those of the clips that train, in the order of the manifest."""
-    for index in np.sort(np.concatenate(plan.assignment.members)):
-        yield plan.assignment.clips[int(index)].text
+    texts = plan.assignment.clips.texts
+    for index in np.sort(np.concatenate(plan.assignment.members)).tolist():
+        yield texts[index]
 
 
 def wanted_keys(reader: CachedReader, extra_texts: Iterable[str] = ()) -> Iterator[bytes]:

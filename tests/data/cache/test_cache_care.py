@@ -1,0 +1,79 @@
+import os
+import time
+
+import pytest
+
+import stdit.data.cache.encode as encode_module
+from stdit.data.cache.care import prune, verify
+from stdit.data.cache.encode import wanted_keys
+from stdit.data.cache.shards import Writer
+from stdit.data.cache.store import Store
+from stdit.errors import UserError
+from tests.data.cache.tiny import same, shards
+
+
+@pytest.fixture
+def folder(work, config, monkeypatch):
+    """The entries of two codecs, four clips in a shard."""
+    monkeypatch.setattr(encode_module, "Writer", lambda folder: Writer(folder, shard_bytes=4 * 12288))
+    work().encode()
+    work(codec="old").encode()
+    return config.cache_folder()
+
+
+def change(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data)
+
+
+def test_verify_reads_everything_and_names_what_is_broken(folder):
+    summary = verify(folder)
+    assert not summary.broken and summary.entries == 2 * 7 + 5 + 7  # latents, texts, hashes of files
+    assert summary.bytes == sum(file.stat().st_size for file in folder.iterdir())
+    one, two, *_ = shards(folder)
+    change(one)
+    two.write_bytes(two.read_bytes()[:-1])
+    broken = verify(folder).broken
+    assert broken.keys() == {one.name, two.name} and "entries have changed since" in broken[one.name]
+    assert one.name in str(verify(folder))
+    with pytest.raises(UserError, match="is not a folder"):
+        verify(folder / "nowhere")
+
+
+def test_prune_removes_what_no_run_reads_and_says_before_what_would_go(folder, work):
+    keep = work()
+    latents, wanted = keep.latents(), set(wanted_keys(keep.reader))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    dry = prune(folder, wanted, dry_run=True)
+    assert (dry.entries, dry.kept) == (7, 7 + 5 + 7) and "would go" in str(dry)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    done = prune(folder, wanted)
+    assert (done.entries, done.kept, done.files) == (dry.entries, dry.kept, dry.files)
+    assert same(work().latents(), latents) and verify(folder).entries == 19
+    assert not any(value is not None for value in work(codec="old").latents().values())
+    assert prune(folder, wanted).files == {}
+
+
+def test_prune_removes_parts_of_shards_and_what_is_broken_or_left_over(folder, work):
+    keep = work()
+    latents = keep.latents()
+    wanted = set(wanted_keys(keep.reader))
+    some = {key for key in wanted if key[0] % 2}
+    gone = len(wanted) - len(some)
+    assert prune(folder, some).entries == gone + 7
+    assert {key.tobytes() for shard in Store(folder).shards.values() for key in shard.keys} == some
+    assert keep.encode().encoded > 0 and same(work().latents(), latents)
+
+    one, two, *_ = shards(folder)
+    change(one)
+    two.write_bytes(b"")
+    (folder / ".new.tmp").write_bytes(b"")
+    (folder / ".old.tmp").write_bytes(b"")
+    os.utime(folder / ".old.tmp", (time.time() - 7200,) * 2)
+    summary = prune(folder)
+    assert summary.files.keys() == {one.name, two.name, ".old.tmp"}
+    assert not verify(folder).broken and (folder / ".new.tmp").exists()
+    again = work()
+    again.encode()
+    assert same(again.latents(), latents)

@@ -1,0 +1,339 @@
+"""The readers that are fuzzed: each takes an input from a person or a disk, and is called as the program calls it."""
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+import yaml
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from stdit.checkpoint_files import newest_whole, verify
+from stdit.cli import parse
+from stdit.codecs.pixel import PixelCodec
+from stdit.codecs.stored_text import StoredText
+from stdit.config import TrainConfig, experiment_key, parse_train
+from stdit.data.config import DataConfig, resolve_size
+from stdit.data.manifest import read_manifest, read_texts
+from stdit.errors import UserError
+from stdit.models.stdit import STDiT
+from stdit.pipelines.conditions import parse_condition
+from stdit.pipelines.config import SampleConfig
+from stdit.pipelines.loading import find_source, load_transformer, pipeline_settings
+from stdit.pipelines.mask_strategy import parse_mask_strategy, translate_masks
+from stdit.pipelines.parts import Parts
+from stdit.pipelines.prompts import read_prompts
+from stdit.training.checkpoint import check_same_experiment, find_checkpoint
+from tests.fuzz.inputs import (
+    as_bytes,
+    as_json,
+    changed_bytes,
+    changed_safetensors,
+    changed_text,
+    changed_tree,
+)
+
+ROOT = Path(__file__).parents[2]
+CONDITIONS = ("first.png@0", "end.png@-1", "clip.mp4@0:8:0.5", "a@b@-16:16", "clip.mp4@0::0.6")
+MASKS = ("0", "0,0,0,0,1,0", "1,0,0,-1,1", "0,0,0,0,1,0;0,1,0,-1,1,0.5", "0,0,2,1,2,1")
+PROMPT_ROWS = [
+    {"prompt": "a red ball", "seed": 3, "num_frames": 8, "fps": 8.0, "guidance_scale": 2.5},
+    {
+        "prompt": "b",
+        "condition": ["a.png@0", "b.mp4@-4:4:0.5"],
+        "then": ["c"],
+        "parts": 3,
+        "overlap": 2,
+        "close": True,
+    },
+    {
+        "prompt": "d",
+        "height": 32,
+        "width": 64,
+        "guidance_schedule": "interval",
+        "guidance_interval": [0.2, 0.8],
+    },
+    {
+        "prompt": "e",
+        "reference_path": "a.png;b.png",
+        "mask_strategy": "0,0,0,0,1,0",
+        "extra": {"shape": "cross"},
+    },
+]
+MANIFEST = (
+    "path,text,start,end\na.mp4,one,0.5,1\nb.mp4,two,,\n",
+    'path,text,num_frames,fps,height,width\na.mp4,"a, b",16,8,32,32\nb.mp4,two,1,24.0,64,48\nc.mp4,x,9,30,8,8\n',
+    "text,path,score,num_frames,fps,height,width\none,a.mp4,5,16,8,32,32\n",
+)
+MANIFEST_ROWS = [
+    {"path": "a.mp4", "text": "one", "num_frames": 16, "fps": 8, "height": 32, "width": 32, "score": 0.5},
+    {"path": "b.mp4", "text": "two", "start": 0.5, "end": 1.5, "tags": ["x"]},
+    {"path": "c.tar", "text": "three", "member": "d.mp4", "offset": 512, "size": 100},
+]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Something that reads, and what it is given."""
+
+    inputs: st.SearchStrategy[Any]
+    read: Callable[[Any, Path], object]
+    """Takes an input, and an empty folder that it may write to."""
+    cost: int = 1
+    """How many times longer an input takes than one of the quick readers, about."""
+
+
+def _in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes, Path], object]:
+    def read_it(data: bytes, folder: Path) -> object:
+        (folder / name).write_bytes(data)
+        return read(folder / name)
+
+    return read_it
+
+
+def _configs(kind: str) -> list[Any]:
+    return [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs").glob(f"{kind}/*.yaml"))]
+
+
+def _config_texts(kind: str) -> list[str]:
+    return [path.read_text() for path in sorted((ROOT / "configs").glob(f"{kind}/*.yaml"))]
+
+
+def _config_bytes(kind: str) -> st.SearchStrategy[bytes]:
+    """Config files: the text changed, or the settings."""
+    trees = changed_tree(_configs(kind)).map(lambda tree: yaml.safe_dump(tree, allow_unicode=True))
+    return as_bytes(st.one_of(changed_text(_config_texts(kind)), trees))
+
+
+def _train_flags() -> st.SearchStrategy[list[str]]:
+    names = [
+        "--name",
+        "--seed",
+        "--model.depth",
+        "--data.buckets",
+        "--flow.conditioning",
+        "--trainer.steps",
+        "--config",
+    ]
+    names += [
+        "--validation.prompts",
+        "--model.patch_size",
+        "--dry_run",
+        "--print_config",
+        "--checkpoint",
+        "-h",
+        "--",
+    ]
+    values = [
+        "x",
+        "1",
+        "[1, 2, 2]",
+        "[{num_frames: 4, height: 8, width: 8}]",
+        "{first: 0.1}",
+        "true",
+        "[a, b]",
+    ]
+    words = st.one_of(st.sampled_from(names), changed_text(values), changed_text(names))
+    return st.lists(words, max_size=6)
+
+
+def _prompts_csv() -> st.SearchStrategy[bytes]:
+    def table(rows: list[Any]) -> str:
+        file = io.StringIO()
+        columns = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
+        writer = csv.DictWriter(file, columns or ["prompt"])
+        writer.writeheader()
+        writer.writerows(row for row in rows if isinstance(row, dict))
+        return file.getvalue()
+
+    whole = table(PROMPT_ROWS)
+    changed = changed_tree([PROMPT_ROWS]).filter(lambda tree: isinstance(tree, list)).map(table)
+    return as_bytes(st.one_of(changed_text([whole, "prompt,seed\na,1\n", "prompt\na\n"]), changed))
+
+
+def _jsonl(rows: list[Any]) -> st.SearchStrategy[bytes]:
+    lines = st.lists(as_json(changed_tree(rows)), max_size=3).map(b"\n".join)
+    return st.one_of(lines, as_bytes(changed_text(["\n".join(map(json.dumps, rows))])))
+
+
+def _size_by_name() -> st.SearchStrategy[tuple[str, str]]:
+    return st.tuples(changed_text(["240p", "256", "1080p"]), changed_text(["16:9", "1:1", "2.35:1"]))
+
+
+def _tar(members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(data), kind, "../../x"
+            archive.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def _tars() -> st.SearchStrategy[bytes]:
+    """Shards: with members of odd names and captions, or with odd bytes."""
+    names = changed_text(["a.mp4", "a.txt", "b/c.json", "a.json", "../a.mp4"]).map(lambda name: name[:200])
+    captions = st.one_of(as_bytes(changed_text(["a ball"])), as_json(changed_tree([MANIFEST_ROWS[0]])))
+    odd = st.lists(st.tuples(names, captions), max_size=4).map(_tar)
+    plain = [("a.mp4", b"video"), ("a.json", json.dumps(MANIFEST_ROWS[0]).encode())]
+    whole = [_tar(plain), _tar([("b.mp4", b""), ("b.txt", b"two")]), _tar([("a.mp4", b"")], tarfile.SYMTYPE)]
+    return st.one_of(odd, changed_bytes(whole))
+
+
+def _parquets() -> st.SearchStrategy[bytes]:
+    """Tables: with odd values in columns, or odd bytes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def table(columns: dict[str, list[Any]]) -> bytes:
+        file = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+        return file.getvalue()
+
+    cells = [
+        st.sampled_from([16, 0, -1, 2**62]),
+        st.sampled_from([0.5, float("nan"), 1e308]),
+        changed_text(["a.mp4"]),
+    ]
+    cells += [st.booleans(), st.none(), st.lists(st.integers(0, 3), max_size=2), st.binary(max_size=4)]
+    column = st.one_of([st.lists(cell, min_size=2, max_size=2) for cell in cells])
+    names = st.sampled_from(
+        ["path", "text", "num_frames", "fps", "height", "width", "start", "member", "other"]
+    )
+    texts = [row["text"] for row in MANIFEST_ROWS[:2]]
+    odd = st.dictionaries(names, column, max_size=5).map(
+        lambda some: table({"path": ["a", "b"], "text": texts} | some)
+    )
+    return st.one_of(odd, changed_bytes([table({"path": ["a.mp4"], "text": ["one"]})]))
+
+
+def _folder_manifest(names: list[tuple[str, str]], folder: Path) -> object:
+    for name, text in names:
+        try:
+            path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        except (OSError, ValueError):
+            continue  # no file can have that name
+    read_texts(folder)
+    return read_manifest(folder)
+
+
+def _masks(text: str, folder: Path) -> object:
+    entries = parse_mask_strategy(text, ["a.png", "b.mp4"])
+    return translate_masks(entries, PixelCodec(), Parts(count=2, overlap=2), num_frames=8)
+
+
+def _checkpoint_meta() -> Reader:
+    """``meta.json``, beside files that are as it says, or not."""
+    experiment = experiment_key(TrainConfig(data=DataConfig(manifest="clips")))
+    files = {"model/config.json": b"{}", "ema.safetensors": b"abcd"}
+    listed = {name: {"bytes": len(data), "hash": _hash(data)} for name, data in files.items()}
+    meta = {
+        "step": 8,
+        "experiment": experiment,
+        "nonfinite_in_a_row": 0,
+        "pipeline": {"fps": 8},
+        "files": listed,
+    }
+    outside = {**meta, "files": {"../../../x": {"bytes": 1, "hash": "xxh3:2"}, **listed}}
+
+    def read(data: bytes, folder: Path) -> None:
+        checkpoints = folder / "checkpoints"
+        step = checkpoints / "step-00000008"
+        for name, content in files.items():
+            (step / name).parent.mkdir(parents=True, exist_ok=True)
+            (step / name).write_bytes(content)
+        (step / "meta.json").write_bytes(data)
+        newest_whole(checkpoints)
+        uses: tuple[Callable[[], object], ...] = (
+            lambda: verify(step),
+            lambda: check_same_experiment(step, experiment),
+            lambda: find_checkpoint("auto", checkpoints),
+            lambda: find_source(folder),
+            lambda: pipeline_settings(find_source(step)),
+        )
+        for use in uses:
+            with suppress(UserError):  # so that the next has its turn
+                use()
+
+    return Reader(as_json(changed_tree([meta, outside])), read)
+
+
+def _hash(data: bytes) -> str:
+    return f"xxh3:{xxhash.xxh3_128(data).hexdigest()}"
+
+
+def _weights() -> Reader:
+    """Averaged weights of a checkpoint."""
+    model = STDiT(depth=1, hidden_size=8, num_heads=1, in_channels=1, caption_channels=4, model_max_length=2)
+    settings, weights = json.dumps(dict(model.config)), save(model.state_dict())
+
+    def read(data: bytes, folder: Path) -> object:
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text(settings)
+        (folder / "ema.safetensors").write_bytes(data)
+        return load_transformer(folder, {"files": {"ema.safetensors": {}, "model/config.json": {}}}, ema=True)
+
+    return Reader(changed_safetensors(weights), read, cost=20)
+
+
+def _text_states() -> Reader:
+    """A folder of stored text states."""
+    facts = {"channels": 4, "max_length": 8, "fingerprint": "x", "dtype": "fp32"}
+    states = {"states": torch.zeros(3, 4), "offsets": torch.tensor([0, 1, 3])}
+    file = save(states, {"captions": json.dumps(["a", "b"])})
+
+    def read(inputs: tuple[bytes, bytes], folder: Path) -> object:
+        (folder / "text_states.json").write_bytes(inputs[0])
+        (folder / "states-00000.safetensors").write_bytes(inputs[1])
+        return StoredText(folder).encode(["a", "b"])
+
+    headers = st.one_of(st.just(json.dumps(facts).encode()), as_json(changed_tree([facts])))
+    return Reader(st.tuples(headers, st.one_of(changed_safetensors(file), st.just(file))), read)
+
+
+def readers() -> dict[str, Reader]:
+    """All of them, by name."""
+    prompts = ["\n".join(row["prompt"] for row in PROMPT_ROWS), "# c\n\na red ball\n"]
+    names = st.lists(
+        st.tuples(changed_text(["a.mp4", "b/c.png", "a.txt"]), changed_text(["text"])), max_size=4
+    )
+    return {
+        "train config": Reader(
+            _config_bytes("train"),
+            _in_file("c.yaml", lambda file: parse_train(["--config", str(file)])),
+            cost=10,
+        ),
+        "sample config": Reader(
+            _config_bytes("sample"),
+            _in_file("c.yaml", lambda file: parse(SampleConfig, ["--config", str(file)])),
+            cost=10,
+        ),
+        "train flags": Reader(_train_flags(), lambda flags, _: parse_train(flags), cost=10),
+        "prompts txt": Reader(as_bytes(changed_text(prompts)), _in_file("p.txt", read_prompts)),
+        "prompts csv": Reader(_prompts_csv(), _in_file("p.csv", read_prompts)),
+        "prompts jsonl": Reader(_jsonl(PROMPT_ROWS), _in_file("p.jsonl", read_prompts)),
+        "manifest csv": Reader(as_bytes(changed_text(MANIFEST)), _in_file("m.csv", read_manifest), cost=2),
+        "manifest jsonl": Reader(_jsonl(MANIFEST_ROWS), _in_file("m.jsonl", read_manifest), cost=2),
+        "manifest parquet": Reader(_parquets(), _in_file("m.parquet", read_manifest), cost=4),
+        "shards": Reader(_tars(), _in_file("m.tar", read_manifest), cost=4),
+        "captions csv": Reader(as_bytes(changed_text(MANIFEST)), _in_file("m.csv", read_texts)),
+        "manifest folder": Reader(names, _folder_manifest, cost=3),
+        "condition": Reader(changed_text(CONDITIONS), lambda text, _: parse_condition(text).span(16)),
+        "mask_strategy": Reader(changed_text(MASKS), _masks),
+        "resolution": Reader(_size_by_name(), lambda names, _: resolve_size(*names)),
+        "checkpoint meta": _checkpoint_meta(),
+        "weights": _weights(),
+        "text states": _text_states(),
+    }
