@@ -43,9 +43,9 @@ SPLITS = ["1x1", "2x1", "1x2", "2x2", "4x1", "2x1:sharded"]
 TINY = """
 data: {{manifest: {clips}/manifest.csv, buckets: [{{num_frames: 4, height: 32, width: 32, fps: 8, batch_size: 4}}]}}
 text_encoder: {{name: stored, path: {text}}}
-model: {{depth: 2, hidden_size: 64, num_heads: 4, patch_size: [1, 8, 8], input_sq_size: 32}}
+model: {{depth: 1, hidden_size: 48, num_heads: 2, patch_size: [1, 8, 8], input_sq_size: 32}}
 flow: {{conditioning: {{first: 0.3}}}}
-trainer: {{steps: 60, device: cpu}}
+trainer: {{steps: 48, device: cpu}}
 optimizer: {{lr: 1.0e-4}}
 parallel: {{timeout: 20}}
 checkpoint: {{every: 2, keep_last: 3}}

@@ -225,6 +225,7 @@ def _train(argv: Sequence[str], environment: dict[str, str], log: Path, space: s
     from train import main
 
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with log.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
