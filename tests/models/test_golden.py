@@ -1,5 +1,7 @@
 """STDiT against the reference tensors of Open-Sora v1.2: eager, in bf16, compiled, and on two ranks."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from stdit.models.stdit import STDiT
 from stdit.parallel.group import Group
 from tests.models.golden import GOLDEN, golden, weights
+from tests.models.reference import stdit3
 from tests.parallel.ranks import run_on_ranks
 
 
@@ -56,6 +59,64 @@ def test_equals_open_sora(case: str, checkpointing: bool) -> None:
     if checkpointing:
         model.enable_gradient_checkpointing()
     check(model, tensors, *run(model, tensors), atol=1e-5, share=1e-5)
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_the_reference_written_out_equals_open_sora(case: str) -> None:
+    tensors = golden(case)
+    frames = generated_frames(tensors)
+    out = stdit3(
+        doubled(weights(tensors)), doubled(tensors)["in.x"], **doubled(spread(condition(tensors), frames))
+    )
+    free = frames[:, None, :, None, None]
+    torch.testing.assert_close(out.float() * free, tensors["out"] * free, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("T, H, W", [(1, 6, 10), (1, 7, 9), (2, 2, 2), (3, 1, 5)])
+def test_images_and_other_sizes_equal_the_reference(T: int, H: int, W: int, given: bool) -> None:
+    """Output and all gradients within 1e-5, of sizes that no reference tensors exist for; T = 1: an image."""
+    tensors = golden("odd_ragged")
+    torch.manual_seed(T)
+    x = torch.randn(2, 4, T, H, W)
+    frames = torch.ones(2, T, dtype=torch.bool)
+    frames[0, -1] = not given
+    inputs = {**condition(tensors), "timestep": tensors["in.timestep"][:, None] * frames}
+
+    model = STDiT.from_opensora(weights(tensors))
+    ours = model(hidden_states=x, **inputs)
+    state = {name: tensor.requires_grad_() for name, tensor in doubled(weights(tensors)).items()}
+    theirs = stdit3(state, x.double(), **doubled(spread(inputs, frames)))
+    torch.testing.assert_close(ours, theirs.float(), atol=1e-5, rtol=0)
+
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert state[name].grad is None, name
+        else:
+            atol = 1e-5 * float(state[name].grad.abs().max()) + 1e-7
+            torch.testing.assert_close(parameter.grad, state[name].grad.float(), atol=atol, rtol=0, msg=name)
+
+
+def doubled(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+    """In float64, what has a floating point."""
+    return {
+        name: tensor.detach().double() if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def spread(inputs: dict[str, Tensor | None], frames: Tensor) -> dict[str, Tensor | None]:
+    """Inputs by the names of the reference, with one timestep a frame."""
+    timestep = inputs["timestep"]
+    assert timestep is not None
+    return {
+        "timestep": timestep.expand(frames.shape),
+        "y": inputs["encoder_hidden_states"],
+        "mask": inputs["encoder_attention_mask"],
+        **{name: inputs[name] for name in ("fps", "height", "width")},
+    }
 
 
 @pytest.mark.parametrize("case", GOLDEN)
