@@ -162,6 +162,11 @@ class SampleConfig(PromptSettings):
             raise UserError(
                 f"aspect_ratio = {self.aspect_ratio} without a resolution: add --resolution, such as 240p."
             )
+        if self.resolution is not None and self.aspect_ratio is None:
+            raise UserError(
+                f"resolution = {self.resolution} without an aspect_ratio: add --aspect_ratio (width:height), such "
+                "as 16:9 or 1:1."
+            )
         if not self.formats():
             raise UserError("format = []: name at least one of mp4, gif and png.")
         for seed in self.all_seeds(None):

@@ -376,9 +376,9 @@ def _prompt_lines(config: SampleConfig) -> list[PromptLine]:
 
 def _named_size(config: SampleConfig, multiple: int) -> dict[str, int]:
     """Height and width that ``resolution`` and ``aspect_ratio`` (width:height) stand for."""
-    if config.resolution is None:
+    if config.resolution is None or config.aspect_ratio is None:
         return {}
-    height, width = resolve_size(config.resolution, config.aspect_ratio or "16:9", multiple)
+    height, width = resolve_size(config.resolution, config.aspect_ratio, multiple)
     return {"height": height, "width": width}
 
 
