@@ -8,7 +8,7 @@ import contextlib
 import gc
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
 from pathlib import Path
@@ -40,6 +40,10 @@ class Skipped(NamedTuple):
 
     path: str
     reason: str
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message is "kind" or "kind: detail"."""
 
 
 class Kind(NamedTuple):
@@ -80,7 +84,7 @@ def read_manifest(
 
     Raises UserError when the manifest itself is unusable or nothing is left.
     """
-    chunks, data_root = _open(str(manifest), None if root is None else str(root))
+    chunks, data_root = open_rows(str(manifest), None if root is None else str(root))
     parts: list[Clips] = []
     places: list[np.ndarray] = []  # of the parts' clips among all rows
     rest: dict[int, tuple[dict[str, str], str]] = {}  # rows that need a closer look, and why they are refused
@@ -114,7 +118,7 @@ def read_manifest(
 def read_texts(manifest: Path | str, caption_scores: Sequence[str] = ()) -> list[str]:
     """The captions of a manifest, whose videos are not opened. Raises UserError."""
     texts: list[str] = []
-    for rows in _open(str(manifest), None)[0]:
+    for rows in open_rows(str(manifest), None)[0]:
         _add_scores(rows, caption_scores)
         texts += filter(None, rows.columns["text"])
     return texts
@@ -158,7 +162,7 @@ def summary_lines(kinds: dict[str, Kind]) -> list[str]:
     return lines
 
 
-def _open(manifest: str, root: str | None) -> tuple[Iterator[Rows], str]:
+def open_rows(manifest: str, root: str | None) -> tuple[Iterator[Rows], str]:
     """The rows of a manifest of any kind, and its data root. Raises UserError."""
     if root is not None and not is_url(root):
         if not os.path.isdir(root):
@@ -272,39 +276,46 @@ def _is_odd(path: str) -> bool:
     return path.startswith("/") or path in (".", "..") or any(odd in path for odd in ("./", "//", "\0"))
 
 
-def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) -> Clip | Skipped:
-    """The clip of one row, or why it has to be left out."""
-    path, member = fields["path"], fields.get("member", "")
-    name = "/".join(filter(None, (path, member))) or "(no path)"
-    if refused:
-        return Skipped(name, refused)
-    if not path:
-        return Skipped(name, "path missing")
-    if not fields["text"]:
-        return Skipped(name, "caption missing")
-    given: dict[str, float] = {}
+def row_name(fields: Mapping[str, str]) -> str:
+    """What to call the file of a row."""
+    return "/".join(filter(None, (fields["path"], fields.get("member")))) or "(no path)"
+
+
+def read_fields(fields: Mapping[str, str], root: str) -> tuple[Media, dict[str, float]]:
+    """Where the file of a row is, at which nothing is looked, and the numbers that the row gives.
+
+    Raises RowError, and MediaError for what lies outside the root.
+    """
+    member, given = fields.get("member") or "", {}
     for column, (least, _, whole) in LIMITS.items():
         if text := fields.get(column):
             number = read_number(text)
             if not is_allowed(column, number):
                 above = "of 0 or more" if least == 0 else "above 0"
-                return Skipped(name, f"{column} is not a {'whole ' if whole else ''}number {above}: {text!r}")
+                raise RowError(f"{column} is not a {'whole ' if whole else ''}number {above}: {text!r}")
             given[column] = number
     if bool(member) != ("offset" in given) or bool(member) != ("size" in given):
-        return Skipped(name, "member, offset and size: a row has all of them or none")
+        raise RowError("member, offset and size: a row has all of them or none")
+    size = int(given["size"]) if member else None
+    return Media(locate(fields["path"], root), member, int(given.get("offset", 0)), size, root), given
+
+
+def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) -> Clip | Skipped:
+    """The clip of one row, or why it has to be left out."""
+    name = row_name(fields)
+    if refused:
+        return Skipped(name, refused)
+    if not fields["path"]:
+        return Skipped(name, "path missing")
+    if not fields["text"]:
+        return Skipped(name, "caption missing")
     try:
-        media = Media(
-            locate(path, root),
-            member,
-            int(given.get("offset", 0)),
-            int(given["size"]) if member else None,
-            root,
-        )
+        media, given = read_fields(fields, root)
         if not all(column in given for column in METADATA):
             if not media.is_remote:
                 media.local_path()
             given = probe(media)._asdict() | given
-    except MediaError as error:
+    except (RowError, MediaError) as error:
         return Skipped(name, str(error))
     except DecodeError as error:
         return Skipped(name, f"cannot be read: {error.reason}")

@@ -1,0 +1,181 @@
+"""`report`: what there is and what training would take of it, on one page."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from PIL import Image
+
+from stdit.data.config import DataConfig
+from stdit.data.dataset import build_assignment
+from stdit.data.manifest import row_name
+from stdit.data.preparation import page
+from stdit.data.preparation.expressions import as_number, column_kinds
+from stdit.data.preparation.flow import Section, Task, each_clip
+from stdit.data.preparation.scoring import View, middle_frames
+from stdit.data.preparation.table import Row, Table, written_whole
+from stdit.data.rows import METADATA, RANGE, WINDOW
+from stdit.errors import UserError
+
+SIDE = 200
+"""Pixels of the longer side of a thumbnail."""
+EXTREMES = 4
+"""Clips shown of each end of a score."""
+LONGEST_CAPTION = 300
+KNOWN = {"path", "text", "member", "reason", *METADATA, *WINDOW, *RANGE}
+
+
+def report_clips(
+    task: Task, data: DataConfig | None = None, seed: int = 0, thumbnails: int = 48
+) -> list[str]:
+    """Write the page. Returns a summary; raises UserError.
+
+    Args:
+        data: settings of a training, whose buckets are shown as this source fills them.
+        thumbnails: clips to show, spread evenly over the manifest; 0 shows none, nor those at the ends of scores.
+    """
+    if thumbnails < 0:
+        raise UserError(f"--thumbnails {thumbnails}: must be 0 or more")
+    source = task.open((".html",))
+    kinds = column_kinds(source.rows, source.columns)
+    scores = [name for name in source.columns if name not in KNOWN and kinds[name] == "number"]
+    groups = {"Clips": spread(len(source.rows), thumbnails)}
+    if thumbnails:
+        groups |= {f"{end} {name}": places for name in scores for end, places in ends(source.rows, name)}
+    chosen = sorted({place for places in groups.values() for place in places})
+    pictures = each_clip(
+        task, source.with_columns([source.rows[place] for place in chosen], ()), thumbnail, (), "report"
+    )
+    shown = dict(zip(chosen, pictures, strict=True))
+
+    def figure(place: int) -> str:
+        row, (jpeg, reason) = source.rows[place], shown[place]
+        return page.figure(jpeg, [*described(row, scores), *([reason] if reason else [])])
+
+    sections = [
+        overview(source),
+        "<h2>Distributions</h2>",
+        f'<div class="charts">{"".join(charts(source, kinds))}</div>',
+        *([] if data is None else ["<h2>Buckets</h2>", buckets(task, source, data, seed)]),
+    ]
+    for title, places in groups.items():
+        if places:
+            figures = "".join(map(figure, places))
+            sections += [f"<h2>{page.escaped(title)}</h2>", f'<div class="clips">{figures}</div>']
+    with written_whole(task.output) as aside:
+        aside.write_text(page.page(f"{task.source}: {len(source.rows)} clips", sections), encoding="utf-8")
+    task.journal.remove()
+    failed = sum(outcome.reason is not None for outcome in pictures)
+    note = f", {failed} of {len(pictures)} pictures could not be made" if failed else ""
+    return [f"{task.output}: {len(source.rows)} clips{note}"]
+
+
+def overview(source: Table) -> str:
+    """Totals, and what is missing."""
+    seconds = [value for row in source.rows if (value := duration(row)) is not None]
+    captions = sum(bool(row.get("text")) for row in source.rows)
+    rows = [
+        ("clips", len(source.rows)),
+        ("files", len({row_name(row) for row in source.rows})),
+        ("hours", f"{sum(seconds) / 3600:.3f}"),
+        ("with a caption", captions),
+    ]
+    if len(seconds) < len(source.rows):
+        rows.append(("without num_frames or fps (probe fills them in)", len(source.rows) - len(seconds)))
+    return page.table(("what", "how much"), rows)
+
+
+def charts(source: Table, kinds: Mapping[str, str]) -> list[str]:
+    """A chart of each measure of clips, and of each further column of numbers, or of few different texts."""
+    rows = source.rows
+    measures: dict[str, list[float | None]] = {
+        "duration, seconds": [duration(row) for row in rows],
+        "frames of the file": [as_number(row.get("num_frames")) for row in rows],
+        "frames per second": [as_number(row.get("fps")) for row in rows],
+        "aspect ratio, width / height": [aspect_ratio(row) for row in rows],
+        "caption length, characters": [float(len(row.get("text") or "")) for row in rows],
+    }
+    further = [name for name in source.columns if name not in KNOWN]
+    measures |= {
+        name: [as_number(row.get(name)) for row in rows] for name in further if kinds[name] == "number"
+    }
+    made = [
+        page.chart(title, page.histogram(known))
+        for title, values in measures.items()
+        if (known := [value for value in values if value is not None])
+    ]
+    sizes = [f"{row['width']}x{row['height']}" for row in rows if row.get("width") and row.get("height")]
+    texts = {"size, width x height": sizes}
+    texts |= {name: [str(row.get(name) or "") for row in rows] for name in further if kinds[name] != "number"}
+    made += [
+        page.chart(title, page.frequencies(values))
+        for title, values in texts.items()
+        if values and (title not in further or len(set(values)) <= page.BINS)
+    ]
+    return made
+
+
+def buckets(task: Task, table: Table, data: DataConfig, seed: int) -> str:
+    """What each bucket of a training would keep, and what is left out and why."""
+    data = replace(data, manifest=task.source, root=table.root, sources=[])
+    try:
+        assignment = build_assignment(data, seed)
+    except UserError as error:
+        return f"<pre>{page.escaped(error)}</pre>"
+    rows = [
+        (bucket, len(members), bucket.batch_size, assignment.steps(k))
+        for k, (bucket, members) in enumerate(zip(assignment.buckets, assignment.members, strict=True))
+    ]
+    header = ("bucket (frames x height x width)", "clips", "batch", "steps an epoch")
+    return page.table(header, rows) + f"<pre>{page.escaped(chr(10).join(assignment.left_out()))}</pre>"
+
+
+def thumbnail(section: Section) -> str:
+    """The frame in the middle, a JPEG in base64. Raises DecodeError and LeftOut."""
+    frame = middle_frames(section, View(frames=1, side=SIDE))[0]
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=80)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def described(row: Row, scores: Sequence[str]) -> list[str]:
+    """What stands below a thumbnail."""
+    numbers = [f"{name} {row[name]}" for name in scores if row.get(name) not in (None, "")]
+    seconds, size = duration(row), (row.get("width"), row.get("height"))
+    window = f" from {row['start']} s" if row.get("start") else ""
+    facts = [
+        f"{seconds:.2f} s{window}" if seconds is not None else "",
+        f"{size[0]}x{size[1]}" if all(size) else "",
+    ]
+    caption = page.shortened(str(row.get("text") or "(no caption)"), LONGEST_CAPTION)
+    return [row_name(row), ", ".join(filter(None, facts)), ", ".join(numbers), caption]
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` places, evenly over all."""
+    wanted = min(count, wanted)
+    return [k * count // wanted for k in range(wanted)]
+
+
+def ends(rows: Sequence[Row], name: str) -> list[tuple[str, list[int]]]:
+    """The places of the lowest and of the highest values of a score."""
+    known = {
+        place: value for place, row in enumerate(rows) if (value := as_number(row.get(name))) is not None
+    }
+    order = sorted(known, key=lambda place: (known[place], place))
+    return [("lowest", order[:EXTREMES]), ("highest", order[EXTREMES:][-EXTREMES:][::-1])]
+
+
+def duration(row: Row) -> float | None:
+    """Seconds of the clip."""
+    frames, fps, start, end = (as_number(row.get(name)) for name in ("num_frames", "fps", *WINDOW))
+    if not frames or not fps:
+        return None
+    return max(0.0, min(frames / fps, math.inf if end is None else end) - (start or 0.0))
+
+
+def aspect_ratio(row: Row) -> float | None:
+    height, width = as_number(row.get("height")), as_number(row.get("width"))
+    return width / height if height and width else None

@@ -1,0 +1,95 @@
+import json
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from stdit.data.decode import DecodeError
+from stdit.data.preparation.jobs import Journal, LeftOut, Outcome, in_processes, run_all
+from stdit.errors import UserError
+
+
+def work(item: int, log: Path | None = None) -> int:
+    """Squares; some items fail in ways of their own."""
+    if log is not None:
+        with log.open("a") as file:
+            file.write(f"{item}\n")
+    if item == 3:
+        raise LeftOut("three: is odd")
+    if item == 5:
+        raise DecodeError("five.mp4", "is damaged")
+    if item == 7:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if item == 11:
+        raise UserError("--eleven: is too much")
+    if item == 13:
+        raise ZeroDivisionError("thirteen")
+    if item == 17:
+        raise KeyboardInterrupt
+    return item * item
+
+
+def keys(items: list[int]) -> list[str]:
+    return [f"key {item}" for item in items]
+
+
+def test_outcomes_in_order_with_reasons(tmp_path: Path) -> None:
+    items = [4, 3, 5, 4, 2]
+    outcomes = run_all(work, items, keys(items), Journal(tmp_path / "partial"))
+    assert outcomes == [
+        Outcome(16),
+        Outcome(reason="three: is odd"),
+        Outcome(reason="cannot be read: is damaged"),
+        Outcome(16),
+        Outcome(4),
+    ]
+
+
+def test_a_worker_that_dies_costs_its_item_alone() -> None:
+    items = [1, 7, 3, 7, 5, 2]
+    outcomes = dict(in_processes(work, items, workers=2))
+    assert [outcomes[place].value for place in range(6)] == [1, None, None, None, None, 4]
+    assert outcomes[1].reason == outcomes[3].reason == "the process that read it died (SIGSEGV)"
+    assert outcomes[4].reason == "cannot be read: is damaged"
+
+
+@pytest.mark.parametrize(("item", "error", "message"), [
+    (11, UserError, "--eleven: is too much"), (13, RuntimeError, "ZeroDivisionError: thirteen"),
+])  # fmt: skip
+def test_errors_that_are_no_items_fault_come_through(item: int, error: type[Exception], message: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(error, match=message):
+        list(in_processes(work, [1, item, 2, 4], workers=2))
+    assert time.monotonic() - begin < 60
+
+
+def test_an_interrupt_loses_nothing(tmp_path: Path) -> None:
+    log, items = tmp_path / "log", [1, 2, 3, 17, 4, 6]
+    logged = partial(work, log=log)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(logged, items, keys(items), Journal(tmp_path / "partial"))
+    assert log.read_text().split() == ["1", "2", "3", "17"]
+
+    items[3] = 8
+    with (tmp_path / "partial").open("a") as file:
+        file.write('["key 6", 99')  # a line that kill -9 cut off
+    outcomes = run_all(logged, items, keys(items), Journal(tmp_path / "partial"))
+    assert log.read_text().split() == ["1", "2", "3", "17", "8", "4", "6"]
+    assert [outcome.value for outcome in outcomes] == [1, 4, None, 64, 16, 36]
+    assert run_all(logged, items, keys(items), Journal(tmp_path / "partial")) == outcomes
+    assert len(log.read_text().split()) == 7
+
+
+def test_a_journal_of_nonsense_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "partial"
+    path.write_bytes(b'\xff\xfe\n[]\n{"a": 1}\n3\n' + json.dumps(["key 1", 77, None]).encode() + b"\n")
+    assert run_all(work, [1, 2], keys([1, 2]), Journal(path)) == [Outcome(77), Outcome(4)]
+
+
+def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="partial cannot be written: "):
+        run_all(work, [1], ["key 1"], Journal(tmp_path / "file" / "partial"))

@@ -1,0 +1,184 @@
+import hashlib
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from stdit.data.manifest import read_manifest
+from stdit.data.preparation import probing
+from stdit.data.preparation.flow import Section
+from stdit.data.preparation.probing import probe_clips
+from stdit.data.preparation.scoring import View, middle_frames
+from stdit.errors import UserError
+from tests.data.preparation.conftest import read_csv, task
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.glob("*.mp4")}
+
+
+def test_a_folder_becomes_a_manifest_and_what_is_broken_is_listed(clips: Path) -> None:
+    before = contents(clips)
+    lines = probe_clips(task(clips, clips / "manifest.csv"))
+    assert [row["path"] for row in read_csv(clips / "manifest.csv")] == ["a.mp4", "b.mp4", "c.mp4"]
+    assert read_csv(clips / "manifest.csv")[0] == {
+        **{"path": "a.mp4", "text": 'a red, "large" ball'},
+        **{"num_frames": "16", "fps": "8.0", "height": "48", "width": "64"},
+    }
+    reasons = {row["path"]: row["reason"] for row in read_csv(clips / "manifest.left_out.csv")}
+    assert set(reasons) == {"broken.mp4", "empty.mp4", "outside.mp4"}
+    assert (
+        reasons["broken.mp4"].startswith("cannot be read: not a")
+        and "empty (0 bytes)" in reasons["empty.mp4"]
+    )
+    assert reasons["outside.mp4"].startswith("outside the data root")
+    assert "3 of 6 clips" in lines[0] and "3 left out, listed in" in lines[1]
+    assert "2 x cannot be read: broken.mp4 (" in lines[2]
+    assert contents(clips) == before and len(list(clips.iterdir())) == 10  # nothing else was left behind
+
+
+def test_paths_hold_where_the_output_is(clips: Path, tmp_path: Path) -> None:
+    probe_clips(task(clips, tmp_path / "all.csv"))
+    assert [row["path"] for row in read_csv(tmp_path / "all.csv")] == [
+        "clips/a.mp4",
+        "clips/b.mp4",
+        "clips/c.mp4",
+    ]
+
+    elsewhere = tmp_path / "made" / "all.csv"
+    (line, *_) = probe_clips(task(clips, elsewhere))
+    assert f"give --root {clips}" in line
+    assert [row["path"] for row in read_csv(elsewhere)] == ["a.mp4", "b.mp4", "c.mp4"]
+    probe_clips(task(elsewhere, tmp_path / "again.csv", root=clips))
+    assert read_csv(tmp_path / "again.csv") == read_csv(tmp_path / "all.csv")
+
+
+def test_rows_that_cannot_be_used(clips: Path) -> None:
+    rows = ["a.mp4,ball,x,,", "../outside.mp4,ball,y,,", "missing.mp4,,z,,", ",ball,,,"]
+    rows += [
+        "a.mp4,part,w,0.5,1.5",
+        "a.mp4,end,,1.5,1.0",
+        "a.mp4,late,,5,9",
+        "a.mp4,word,,soon,",
+        "a.mp4,open,,1.5,",
+        "b.mp4,a, b,c,0,1",
+    ]
+    source = clips / "rows.csv"
+    source.write_text("\n".join(["path,text,mood,start,end", *rows]) + "\n")
+    probe_clips(task(source, clips / "manifest.csv"))
+    kept = [(row["text"], row["mood"], row["num_frames"]) for row in read_csv(clips / "manifest.csv")]
+    assert kept == [("ball", "x", "16"), ("part", "w", "16"), ("open", "", "16")]
+    left_out = [
+        (row["text"], row["reason"].partition(":")[0]) for row in read_csv(clips / "manifest.left_out.csv")
+    ]
+    assert left_out == [
+        ("ball", f"outside the data root {clips}, where no file is opened"),
+        ("", "file missing"),
+        ("ball", "path missing"),
+        ("end", "no frame from start to end"),
+        ("late", "no frame from start to end"),
+        ("word", "start is not a number of 0 or more"),
+        ("a", "malformed row"),
+    ]
+
+
+def test_nothing_is_made_of_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    with pytest.raises(UserError, match="clips does not exist"):
+        probe_clips(task(folder, tmp_path / "manifest.csv"))
+    folder.mkdir()
+    with pytest.raises(UserError, match="clips lists no clips"):
+        probe_clips(task(folder, tmp_path / "manifest.csv"))
+    (folder / "a.mp4").write_text("no video")
+    with pytest.raises(UserError, match="no clip is left\n1 left out, listed in (.*)"):
+        probe_clips(task(folder, tmp_path / "manifest.csv"))
+    assert read_csv(tmp_path / "manifest.left_out.csv")[0]["path"] == "clips/a.mp4"
+    assert not (tmp_path / "manifest.csv").exists()
+
+
+def test_nothing_is_overwritten_unless_told(clips: Path) -> None:
+    output, left_out = clips / "manifest.csv", clips / "manifest.left_out.csv"
+    output.write_text("path,text\na.mp4,mine\n")
+    with pytest.raises(UserError, match="manifest.csv exists: .* --overwrite"):
+        probe_clips(task(clips, output))
+    with pytest.raises(UserError, match="is the source, which is never changed"):
+        probe_clips(task(output, output, overwrite=True))
+    for name, message in (("a.mp4", "must end in .csv"), ("list.xls", "must end in"), ("new", "must end in")):
+        with pytest.raises(UserError, match=message):
+            probe_clips(task(clips, clips / name))
+    with pytest.raises(UserError, match="--workers -1"):
+        probe_clips(task(clips, clips / "new.csv", workers=-1))
+    assert output.read_text() == "path,text\na.mp4,mine\n" and not left_out.exists()
+    (clips / "mine").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory|cannot be written: File exists"):
+        probe_clips(task(clips, clips / "mine" / "manifest.csv"))
+
+    left_out.write_text("stale")
+    probe_clips(task(output, clips / "other.csv"))
+    assert left_out.read_text() == "stale"
+    with pytest.raises(UserError, match="manifest.left_out.csv exists"):
+        output.unlink()
+        probe_clips(task(clips / "other.csv", output))
+    probe_clips(task(clips / "other.csv", output, overwrite=True))
+    assert (
+        read_csv(output) == read_csv(clips / "other.csv") and not left_out.exists()
+    )  # there was nothing to list
+
+
+def test_an_interrupted_step_goes_on_and_looks_at_changed_files_again(
+    clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    interrupted_at = "b.mp4"
+
+    def probed(section: Section) -> dict[str, float]:
+        seen.append(Path(section.media.location).name)
+        if seen[-1] == interrupted_at:
+            raise KeyboardInterrupt
+        return section.whole()._asdict()
+
+    monkeypatch.setattr(probing, "probed", probed)
+    output = clips / "manifest.csv"
+    with pytest.raises(KeyboardInterrupt):
+        probe_clips(task(clips, output))
+    assert seen == ["a.mp4", "b.mp4"] and not output.exists() and not list(clips.glob(".*"))
+
+    interrupted_at = ""
+    probe_clips(task(clips, output))
+    assert seen[2:] == ["b.mp4", "broken.mp4", "c.mp4", "empty.mp4"]
+    assert len(read_csv(output)) == 3 and not (clips / "manifest.csv.partial").exists()
+
+    interrupted_at = "b.mp4"
+    with pytest.raises(KeyboardInterrupt):
+        probe_clips(task(clips, clips / "other.csv"))
+    os.utime(clips / "a.mp4", ns=(1, 1))
+    interrupted_at, seen[:] = "", []
+    probe_clips(task(clips, clips / "other.csv"))
+    assert seen[:2] == ["a.mp4", "b.mp4"]
+
+
+def test_processes_give_the_same(clips: Path) -> None:
+    probe_clips(task(clips, clips / "one.csv"))
+    probe_clips(task(clips, clips / "two.csv", workers=2))
+    for kind in (".csv", ".left_out.csv"):
+        assert (clips / f"one{kind}").read_text() == (clips / f"two{kind}").read_text()
+
+
+def test_tar_shards_are_read_where_they_lie(clips: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "shards" / "0.tar"
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as archive:
+        for name in ("a.mp4", "a.txt", "broken.mp4"):
+            archive.add(clips / name, name)
+    probe_clips(task(tmp_path / "shards" / "*.tar", tmp_path / "all.jsonl"))
+    (row,) = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert row["path"] == "shards/0.tar" and row["member"] == "a.mp4" and row["num_frames"] == 16
+    found, _ = read_manifest(tmp_path / "all.jsonl")
+    assert (
+        found[0].text == 'a red, "large" ball'
+        and middle_frames(Section(found[0].media), View()).shape[0] == 16
+    )
+    (left_out,) = [json.loads(line) for line in (tmp_path / "all.left_out.jsonl").read_text().splitlines()]
+    assert left_out["member"] == "broken.mp4" and left_out["reason"].startswith("cannot be read")

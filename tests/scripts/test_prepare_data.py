@@ -1,0 +1,108 @@
+"""The steps as a user calls them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scripts.prepare_data import COMMANDS, build_parser, main
+from stdit.errors import UserError
+from tests.data.conftest import write_video  # noqa: F401 (a fixture)
+from tests.data.preparation.conftest import clips, read_csv  # noqa: F401 (a fixture)
+from tests.launch import ROOT
+
+HERE = ["--workers", "0"]
+
+
+def test_all_steps_in_order(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    def step(name: str, source: str, output: str, *flags: str) -> str:
+        main([name, str(clips / source), str(clips / output), *HERE, *flags])
+        return capsys.readouterr().out
+
+    assert "3 of 6 clips" in step("probe", "", "probed.csv")
+    assert "4 clips" in step("split", "probed.csv", "scenes.csv", "--max_seconds", "2")
+    assert "4 of 4 clips" in step("score", "scenes.csv", "scored.csv", "--scores", "brightness", "difference")
+    assert "3 of 4 clips" in step(
+        "filter", "scored.csv", "good.csv", "--where", "num_frames >= 9 and brightness > 1"
+    )
+    assert "3 of 3 clips" in step("dedupe", "good.csv", "manifest.csv")
+    rows = read_csv(clips / "manifest.csv")
+    assert [(row["path"], row["start"], row["end"]) for row in rows] == [
+        ("a.mp4", "0.0", "2.0"), ("c.mp4", "0.0", "1.5"), ("c.mp4", "1.5", "3.0"),
+    ]  # fmt: skip
+    config = clips / "train.yaml"
+    config.write_text("data:\n  buckets:\n  - {num_frames: 16, fps: 8, height: 32, width: 32}\n")
+    step("report", "manifest.csv", "report.html", "--config", str(config), "--thumbnails", "2")
+    assert "<td>16x32x32 at 8 fps</td><td>1</td>" in (clips / "report.html").read_text()
+
+
+def test_mistakes_are_named(clips: Path) -> None:  # noqa: F811
+    with pytest.raises(UserError, match="no column 'motion'"):
+        main(["filter", str(clips), str(clips / "good.csv"), "--where", "motion > 2"])
+    config = clips / "train.yaml"
+    config.write_text("data:\n  bukets: []\n")
+    with pytest.raises(UserError, match="bukets is not a setting: did you mean"):
+        main(["report", str(clips), str(clips / "report.html"), "--config", str(config)])
+    for flags in (
+        ["prob"],
+        ["probe", str(clips)],
+        ["probe", "a", "b", "--over"],
+        ["score", "a", "b", "--frames", "x"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(flags)
+        assert caught.value.code == 2
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = "import sys, scripts.prepare_data as s; s.build_parser(); print(*{'av', 'torch'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "\n", result.stderr
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            build_parser().parse_args([name, "--help"])
+        assert caught.value.code == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(
+    tmp_path: Path,
+    write_video: Callable[..., Path],  # noqa: F811
+) -> None:
+    first = write_video(tmp_path / "clips" / "0.mp4", num_frames=400, height=128, width=128)
+    for k in range(1, 200):
+        (tmp_path / "clips" / f"{k}.mp4").write_bytes(first.read_bytes())
+    output = tmp_path / "manifest.csv"
+    command = [
+        sys.executable,
+        "scripts/prepare_data.py",
+        "split",
+        str(first.parent),
+        str(output),
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    partial = tmp_path / "manifest.csv.partial"
+    while not (partial.exists() and partial.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
+    assert "of 200 are done and kept: the same command goes on" in told and not output.exists()
+    with pytest.raises(
+        ProcessLookupError
+    ):  # soon: the server of processes ends when it sees that this one has
+        for _ in range(300):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    done = partial.read_text().count("\n")
+    assert 3 < done < 200
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "200 of 200 clips" in result.stdout and len(read_csv(output)) == 200
