@@ -90,7 +90,7 @@ def train(config: TrainConfig) -> int:
                 config.parallel.shard_parameters,
             )
             work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint))
-            stack.callback(work.close)
+            stack.push(work.close)
             return loop(work, build_batches(parts, folder, mesh), signals, watch)
     print(f"{signals}: stopped at once, and the same command goes on from what was saved before")
     return signals.exit_code
@@ -108,10 +108,9 @@ def loop(work: "Run", batches: "Batches", signals: Interrupts, watch: "Watch") -
             values = work.trainer.step(step, batch)
             line = work.record(batch, values, time.perf_counter() - begin, wait)
             bar.show(line)
-            signals.agree(work.mesh)
-            if signals.agreed or work.is_due(done, config.checkpoint.every):
+            if work.is_asked_to_save(signals) or work.is_due(done, config.checkpoint.every):
                 watch.at(f"step {done}, saving")
-                saved = work.save(done)
+                saved = work.save(done, at_once=signals.agreed is not None or done == config.trainer.steps)
             if signals.agreed:
                 bar.write(f"{signals}: {saved} is saved, and the same command goes on from there")
                 return signals.exit_code

@@ -7,7 +7,7 @@ A checkpoint is written aside, sealed with `write_manifest`, and renamed with `p
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,18 @@ import xxhash
 from stdit.errors import UserError
 
 META = "meta.json"
+FORMAT = 2
+"""Of the folders that are written, and the only one that is read."""
 STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class NewerFormatError(UserError):
+    """A checkpoint that is whole, as far as this version can tell, and must not be passed over."""
+
+
+def hash_bytes(content: bytes) -> str:
+    """As `hash_file`, of bytes."""
+    return f"xxh3:{xxhash.xxh3_128(content).hexdigest()}"
 
 
 def hash_file(path: Path) -> str:
@@ -28,25 +39,35 @@ def hash_file(path: Path) -> str:
     return f"xxh3:{digest.hexdigest()}"
 
 
-def write_manifest(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """Flush the files of ``folder`` to disk and write ``meta.json``: ``meta`` plus size and hash of each.
-
-    Returns what was written. Raises OSError when the disk refuses, so call it before `publish`.
-    """
-    if "files" in meta:
-        raise ValueError("meta has a key 'files', which write_manifest fills in: give it another name.")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / META)
+def sealed(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
+    """Flush files of ``folder`` to disk; returns the size and hash of each, as read again, by relative name."""
     files = {}
-    for path in paths:
+    for path in sorted(paths):
         _fsync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "hash": hash_file(path)}
-    sealed = {**meta, "files": files}
-    text = json.dumps(sealed, indent=1, sort_keys=True) + "\n"
+    return files
+
+
+def write_manifest(folder: Path, meta: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+    """Write ``meta.json``: ``meta`` plus what is in ``folder``, and flush it.
+
+    Args:
+        files: what `sealed` gave; none: seal all that is there.
+
+    Raises:
+        OSError: when the disk refuses, so call it before `publish`.
+    """
+    if own := {"files", "format"} & meta.keys():
+        raise ValueError(f"meta has the keys {own}, which write_manifest fills in: give them other names.")
+    if files is None:
+        files = sealed(
+            folder, (path for path in folder.rglob("*") if path.is_file() and path != folder / META)
+        )
+    text = json.dumps({**meta, "format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
     (folder / META).write_text(text, encoding="utf-8")
     _fsync(folder / META)
-    for directory in {path.parent for path in paths} | {folder}:
+    for directory in {(folder / name).parent for name in files} | {folder}:
         _fsync(directory)
-    return sealed
 
 
 def publish(aside: Path, folder: Path) -> None:
@@ -88,18 +109,37 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(message) from None
     if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
         raise UserError(f"checkpoint {folder}: {META} lists no files: use another checkpoint.")
+    if meta.get("format") != FORMAT:
+        raise _other_format(folder, meta)
     return meta
+
+
+def _other_format(folder: Path, meta: dict[str, Any]) -> UserError:
+    found, versions = meta.get("format", 1), meta.get("versions")
+    version = versions.get("stdit", "?") if isinstance(versions, dict) else "?"
+    if isinstance(found, int) and found > FORMAT:
+        return NewerFormatError(
+            f"checkpoint {folder} was written by a newer stdit, {version}: its format is {found}, and this one reads "
+            f"{FORMAT}. Update stdit, or use another checkpoint."
+        )
+    return UserError(
+        f"checkpoint {folder} has the format {found}, of an older stdit, and this one reads {FORMAT}: go on with "
+        "that version, or sample from its run's pipeline/ and start a new run from that (--init_from)."
+    )
 
 
 def verify(folder: Path, needed: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
     """Check the files of ``folder`` that are ``needed`` (by relative name) against the manifest; return it.
 
-    Raises UserError naming the first file that is missing, of another size, or of other content.
+    Raises UserError naming the first file that is missing, of another size, or of other content, or weights that
+    nothing lists.
     """
     meta = read_meta(folder)
     way_out = "use another checkpoint, or delete this folder to go on from the one before it"
     for name, entry in meta["files"].items():
         path = folder / name
+        if "\0" in name or not isinstance(entry, dict):
+            raise UserError(f"checkpoint {folder}: {META} has no size and hash of {name!r}: {way_out}.")
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"checkpoint {folder}: {META} names {name!r}, outside the folder: {way_out}.")
         if not needed(name):
@@ -114,6 +154,9 @@ def verify(folder: Path, needed: Callable[[str], bool] = lambda name: True) -> d
             )
         if hash_file(path) != entry.get("hash"):
             raise UserError(f"checkpoint {folder}: {name} has changed since it was written: {way_out}.")
+    for path in folder.rglob("*.safetensors"):
+        if (name := path.relative_to(folder).as_posix()) not in meta["files"] and needed(name):
+            raise UserError(f"checkpoint {folder}: {META} does not list {name}: {way_out}.")
     return meta
 
 
@@ -126,12 +169,18 @@ def step_of(folder: Path) -> int | None:
 def newest_whole(
     checkpoints: Path, needed: Callable[[str], bool] = lambda name: True
 ) -> tuple[Path | None, list[str]]:
-    """The newest ``step-N`` folder under ``checkpoints`` that verifies, and why newer ones do not."""
+    """The newest ``step-N`` folder under ``checkpoints`` that verifies, and why newer ones do not.
+
+    Raises:
+        NewerFormatError: if one that is newer was written by a newer version.
+    """
     passed_over: list[str] = []
     folders = [folder for folder in checkpoints.glob("step-*") if step_of(folder) is not None]
     for folder in sorted(folders, key=lambda folder: step_of(folder) or 0, reverse=True):
         try:
             verify(folder, needed)
+        except NewerFormatError:
+            raise
         except UserError as error:
             passed_over.append(str(error))
         else:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from stdit.checkpoint_files import META, newest_whole, publish, step_of, verify, write_manifest
+from stdit.checkpoint_files import FORMAT, META, newest_whole, publish, step_of, verify, write_manifest
 from stdit.errors import UserError
 
 
@@ -33,8 +33,16 @@ def test_a_whole_folder_verifies(tmp_path):
         (lambda folder: (folder / META).write_text("{"), "not valid JSON"),
         (lambda folder: (folder / META).write_text("[]"), "lists no files"),
         (
-            lambda folder: (folder / META).write_text(json.dumps({"files": {"../x": {}}})),
+            lambda folder: (folder / META).write_text(json.dumps({"format": FORMAT, "files": {"../x": {}}})),
             "outside the folder",
+        ),
+        (
+            lambda folder: (folder / META).write_text(json.dumps({"format": FORMAT, "files": {"b.bin": 3}})),
+            "no size and hash of 'b.bin'",
+        ),
+        (
+            lambda folder: (folder / "model/b.safetensors").write_bytes(b""),
+            "does not list model/b.safetensors",
         ),
     ],
 )

@@ -23,6 +23,7 @@ from stdit.config import parse_train
 from stdit.data.cache import encode as encode_module
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
+from stdit.parallel.storage import STEMS
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.training import system
@@ -64,8 +65,8 @@ def numbers(run: Path) -> list[tuple[Any, ...]]:
 
 def same_state(one: Path, other: Path) -> bool:
     """Whether two checkpoints have the same weights, averages and optimizer state, bit for bit."""
-    for name in ("model/diffusion_pytorch_model.safetensors", "ema.safetensors", "optimizer.safetensors"):
-        first, second = load_file(one / name), load_file(other / name)
+    for part, stem in STEMS.items():
+        first, second = (load_file(folder / part / f"{stem}.safetensors") for folder in (one, other))
         if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in first):
             return False
     return True
@@ -133,7 +134,7 @@ def test_a_run_leaves_what_it_promises(
     for pipe in (from_run, from_checkpoint):
         assert (pipe.config["num_frames"], pipe.config["height"], pipe.config["step"]) == (4, 8, 6)
         assert pipe.config["num_inference_steps"] == 2
-    average = load_file(run / "checkpoints" / "step-00000006" / "ema.safetensors")
+    average = load_file(run / "checkpoints" / "step-00000006" / "ema" / "ema.safetensors")
     for name, tensor in from_run.transformer.state_dict().items():
         assert torch.equal(tensor, average[name])
 
@@ -184,6 +185,31 @@ def test_a_signal_before_the_first_step_stops_at_once(
     }  # fmt: skip
     assert do(settings(data__cache="memory")) == 0
     assert len(metrics(run)) == 6
+
+
+def test_files_in_the_run_folder_ask_for_a_checkpoint_and_an_end(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "outputs" / "tiny"
+    asked, original = {1: "save", 3: "stop"}, Trainer.step
+
+    def stepping(self: Trainer, index: int, batch: dict[str, Any]) -> dict[str, Any]:
+        if index in asked:
+            (run / asked[index]).touch()
+        return original(self, index, batch)
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+    assert do(settings(checkpoint__every=100)) == 0
+    saved = [run / "checkpoints" / f"step-0000000{step}" for step in (2, 4)]
+    assert sorted((run / "checkpoints").iterdir()) == saved
+    lines = metrics(run)
+    assert len(lines) == 4 and not (run / "save").exists() and not (run / "stop").exists()
+    assert ["checkpoint_seconds" in line for line in lines] == [False, False, True, False]
+    meta = verify(saved[0])
+    assert meta["config"]["name"] == "tiny" and meta["versions"].keys() == {"stdit", "torch", "python"}
+    monkeypatch.setattr(Trainer, "step", original)
+    assert do(settings(checkpoint__minutes=1e-6, checkpoint__keep_last=9)) == 0
+    assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["2", "4", "5", "6"]
 
 
 @SIGNALS

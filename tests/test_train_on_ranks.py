@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_another_split(alone: Any) -> None:
     "ranks, flags, message",
     [
         (2, ["--parallel.sp", "3"], "parallel.sp = 3, but 2 processes were started: start a multiple of 3"),
-        (4, [], "batch_size = 3, but 4 processes with parallel.sp = 1 split each batch into 4 parts"),
+        (4, [], "batch_size = 3, but 4 processes with parallel.sp = 1 split each batch into 4 / 1 = 4 parts"),
         (2, ["--data.manifest", "missing.csv"], "missing.csv"),
         (2, ["--modle.depth", "3"], "--modle.depth is not a setting"),
     ],

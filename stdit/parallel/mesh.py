@@ -4,8 +4,9 @@ dp parts split the batch, or the prompts; in each, cfg ranks split the halves of
 share each video. The last runs fastest: the ranks of a sequence are neighbours, on one machine where that can be.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -35,6 +36,21 @@ class Mesh:
     guidance: Group = field(default_factory=Group)
     """The ranks that compute the halves of guidance for this rank's videos."""
     device: torch.device = torch.device("cpu")
+    talk: dist.ProcessGroup | None = None
+    """By which all ranks agree; none: by the one that they compute with."""
+
+    def apart(self, timeout: float) -> "Mesh":
+        """The same ranks, talking in a group of their own, on the CPU: for a thread beside the one that trains.
+
+        Every rank must call this.
+
+        Args:
+            timeout: seconds that a rank waits for the others.
+        """
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        return replace(self, talk=group, device=torch.device("cpu"))
 
     @property
     def dp(self) -> int:
@@ -57,8 +73,9 @@ class Mesh:
         if smallest < self.dp:
             self.fail(
                 f"batch_size = {smallest}, but {self.size} processes with parallel.sp = {self.sequence.size} "
-                f"split each batch into {self.dp} parts: use a batch_size of at least {self.dp} in each of "
-                "data.buckets (or a larger max_tokens), fewer processes, or a larger parallel.sp"
+                f"split each batch into {self.size} / {self.sequence.size} = {self.dp} parts: use a batch_size of at "
+                f"least {self.dp} in each of data.buckets (or a larger max_tokens), fewer processes, or a larger "
+                "parallel.sp"
             )
 
     def fail(self, message: str) -> NoReturn:
@@ -80,16 +97,20 @@ class Mesh:
         if self.size == 1:
             return values
         total = values.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.talk)
         return total / self.size
 
     def largest(self, value: int) -> int:
         """Over all ranks."""
+        return self.largest_of([value])[0]
+
+    def largest_of(self, values: Sequence[int]) -> list[int]:
+        """Each over all ranks, in one message."""
         if self.size == 1:
-            return value
-        box = torch.tensor([value], device=self.device)
-        dist.all_reduce(box, dist.ReduceOp.MAX)
-        return int(box)
+            return list(values)
+        box = torch.tensor(values, device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.talk)
+        return box.tolist()
 
     def everywhere(self, action: Callable[[], Result]) -> Result:
         """Do it on every rank; if it fails on one, that one raises its error, and the others `OtherRankError`."""
@@ -106,7 +127,7 @@ class Mesh:
         if self.size == 1:
             return action()
         box = [self._together(action if self.is_first else _nothing, range(1))]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.talk)
         return box[0]  # type: ignore[return-value]
 
     def heard(self, news: Result | None) -> list[Result]:
@@ -132,7 +153,7 @@ class Mesh:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_first else None
         leads = self.sequence.rank == self.guidance.rank == 0
-        dist.gather_object(value if leads else None, values)
+        dist.gather_object(value if leads else None, values, group=self.talk)
         return values[:: self.size // self.dp] if values else []
 
     def check_same(self, what: str, value: str) -> None:
@@ -167,7 +188,7 @@ class Mesh:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.talk)
         return values
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import hash_file, newest_whole, read_meta, step_of, verify
+from stdit.checkpoint_files import hash_bytes, hash_file, newest_whole, read_meta, step_of, verify
 from stdit.errors import UserError
 
 MODEL_INDEX = "model_index.json"
+WEIGHTS = ".safetensors"
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def pipeline_step(folder: Path) -> int | None:
 
 def _weights(ema: bool) -> Any:
     """Which files of a checkpoint sampling reads; the optimizer's need not be whole."""
-    return lambda name: name.startswith("model/") or (ema and name.startswith("ema"))
+    return lambda name: name.startswith("model/") or (ema and name.startswith("ema/"))
 
 
 def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, str]:
@@ -164,40 +165,32 @@ def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, 
         step=meta.get("step"),
         **meta.get("pipeline", {}),
     )
-    return pipe, meta["files"][used]["hash"]
+    return pipe, weights_hash(meta, used)
 
 
 def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:
-    """The STDiT of a verified checkpoint, and the name of the file whose weights it has."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    """The STDiT of a verified checkpoint, and the part of it (ema or model) whose weights it has."""
     from stdit.models.stdit import STDiT
+    from stdit.parallel.storage import Stored
 
-    averaged = "ema.safetensors"
-    if ema and averaged not in meta["files"]:
+    has_average = any(name.startswith("ema/") for name in meta["files"])
+    if ema and not has_average:
         logger.warning("checkpoint %s has no averaged weights: using the model's own", folder)
-    used = averaged if ema and averaged in meta["files"] else "model/diffusion_pytorch_model.safetensors"
-    if used not in meta["files"] or "model/config.json" not in meta["files"]:
-        raise UserError(f"checkpoint {folder} lacks model/config.json or {used}: use another checkpoint.")
+    used = "ema" if ema and has_average else "model"
+    if "model/config.json" not in meta["files"]:
+        raise UserError(f"checkpoint {folder} lacks model/config.json: use another checkpoint.")
     transformer = STDiT.from_config(STDiT.load_config(folder / "model"))
-    try:
-        state = load_file(folder / used)
-    except SafetensorError as error:
-        raise UserError(
-            f"checkpoint {folder}: {used} cannot be read ({error}): use another checkpoint."
-        ) from None
-    expected = {name: tuple(p.shape) for name, p in transformer.state_dict().items()}
-    odd = [
-        name for name in {**expected, **state} if name not in state or expected.get(name) != state[name].shape
-    ]
-    if odd:
-        raise UserError(
-            f"checkpoint {folder}: {used} is not of the model beside it: {len(odd)} tensors differ, "
-            f"such as {odd[0]}. Use another checkpoint."
-        )
-    transformer.load_state_dict(state)
+    Stored(folder / used).read_into(transformer.state_dict())
     return transformer.eval(), used
+
+
+def weights_hash(meta: dict[str, Any], part: str) -> str:
+    """That of the file of a part of a checkpoint; of several, a hash of theirs."""
+    files = sorted(meta["files"].items())
+    hashes = [
+        entry["hash"] for name, entry in files if name.startswith(f"{part}/") and name.endswith(WEIGHTS)
+    ]
+    return hashes[0] if len(hashes) == 1 else hash_bytes("".join(hashes).encode())
 
 
 def _read_config(run: Path) -> dict[str, Any]:

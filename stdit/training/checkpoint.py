@@ -1,16 +1,16 @@
 """Saving and finding the state of a run. What makes a folder whole is in `stdit.checkpoint_files`."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import META, newest_whole, publish, read_meta, step_of, verify, write_manifest
+from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify
 from stdit.errors import UserError
 
-NEEDED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int}
+NEEDED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "parts": int}
 """What a run takes from the manifest of the checkpoint that it goes on from."""
 
 
@@ -20,16 +20,26 @@ class CheckpointConfig:
 
     every: int = 1000
     """Steps between checkpoints; one is saved at the end, too."""
+    minutes: float | None = None
+    """A checkpoint is also saved when so many minutes have passed since the last one."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written; takes memory (of the CPU) for a copy of what the process writes."""
     keep_last: int = 2
     """So many of the newest checkpoints stay."""
     keep_every: int | None = None
     """Checkpoints at multiples of this step stay as well."""
+    keep_best: int = 0
+    """So many checkpoints with the lowest validation loss stay as well."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_last", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"checkpoint.{name} = {value}: must be at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"checkpoint.minutes = {self.minutes}: must be positive")
+        if self.keep_best < 0:
+            raise UserError(f"checkpoint.keep_best = {self.keep_best}: must not be negative")
 
 
 def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -106,65 +116,21 @@ def check_same_experiment(checkpoint: Path, experiment: dict[str, Any]) -> dict[
     return meta
 
 
-class Checkpoints:
-    """The ``checkpoints`` folder of a run."""
-
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        """Make the folder, and remove what an interrupted save left."""
-        self.folder, self.config = folder, config
-        folder.mkdir(parents=True, exist_ok=True)
-        for aside in folder.glob("step-*.tmp"):
-            shutil.rmtree(aside)
-
-    def save(self, step: int, write: Callable[[Path], None], meta: dict[str, Any]) -> Path:
-        """Save the state after ``step`` steps, under its final name only when all of it is on the disk.
-
-        Args:
-            write: writes files into the folder that it is given.
-            meta: what ``meta.json`` holds beside sizes and hashes.
-
-        Raises:
-            UserError: if the disk refuses; nothing is left of the attempt, older checkpoints are as before.
-        """
-        folder = self.folder / f"step-{step:08d}"
-        if folder.exists():
-            try:
-                verify(folder)
-                return folder
-            except UserError:
-                folder.rename(_free(folder.with_name(f"{folder.name}.broken")))
-        aside = folder.with_name(f"{folder.name}.tmp")
-        with written(f"checkpoint {folder}", aside):
-            aside.mkdir()
-            write(aside)
-            write_manifest(aside, {"step": step, **meta})
-            publish(aside, folder)
-        self._prune()
-        return folder
-
-    def _prune(self) -> None:
-        folders = sorted(self.folder.glob("step-*"), key=lambda path: step_of(path) or -1)
-        folders = [path for path in folders if step_of(path) is not None]
-        for path in folders[: -self.config.keep_last]:
-            if self.config.keep_every is None or (step_of(path) or 0) % self.config.keep_every:
-                aside = path.rename(path.with_name(f"{path.name}.tmp"))  # never seen half removed
-                shutil.rmtree(aside)
-
-
 @contextmanager
 def written(what: str, aside: Path) -> Iterator[None]:
-    """Turn what a disk refuses while it lasts into a UserError, and leave nothing of the folder ``aside``."""
+    """Turn what a disk refuses while it lasts into a UserError; after any error nothing is left of ``aside``."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{what} could not be written ({error}); what was there before is as it was. Make room on the "
-            "disk and run the same command again."
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # which has its name by now, if all went well
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(
+                f"{what} could not be written ({error}); what was there before is as it was. Make room on the "
+                "disk and run the same command again."
+            ) from error
+        raise
 
 
 @contextmanager
@@ -180,12 +146,3 @@ def replaced(what: str, folder: Path) -> Iterator[Path]:
             folder.rename(old)
         aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _free(path: Path) -> Path:
-    """``path``, or with the first number that makes it new."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from stdit.errors import UserError
-from stdit.parallel.parameters import placed
 
 
 @dataclass
@@ -46,8 +45,3 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.average
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over averages. Raises KeyError if a name is missing."""
-        for name, average in self.average.items():
-            average.copy_(placed(tensors[name], average))

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -153,14 +153,25 @@ class Optimizers:
         """``<parameter>.<quantity>`` to tensor, such as ``t_block.1.bias.exp_avg``."""
         return {f"{name}.{key}": value for name, state in self._states() for key, value in state.items()}
 
+    def like(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Room for a state of these shapes: what is as large as its parameter lies where that does, sharded as it."""
+        return {key: self._room(key, shape) for key, shape in shapes.items()}
+
+    def _room(self, key: str, shape: torch.Size) -> Tensor:
+        parameter = self.named_parameters.get(key.rpartition(".")[0])
+        if parameter is None:
+            raise UserError(f"the optimizer's state has {key}, but this model has no such weight")
+        if parameter.shape == shape:
+            return torch.empty_like(parameter, requires_grad=False)
+        return torch.empty(shape, device=parameter.device)
+
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises KeyError for a parameter that the model does not have."""
+        """Take over, not copied, a state as `state_dict` gives it."""
         owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         states: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in tensors.items():
             name, _, quantity = key.rpartition(".")
-            parameter = self.named_parameters[name]
-            states[name][quantity] = placed(value, parameter)
+            states[name][quantity] = value
         for name, state in states.items():
             parameter = self.named_parameters[name]
             owners[parameter].state[parameter] = state

@@ -1,10 +1,12 @@
 """A run in its folder: what it writes there, how it goes on and how it ends."""
 
+import platform
 import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import stdit
@@ -13,10 +15,16 @@ from stdit.models.config import token_grid
 from stdit.parallel.parameters import gathered, whole
 from stdit.pipelines.video_io import written_aside
 from stdit.training.build import Parts
-from stdit.training.checkpoint import Checkpoints, check_same_experiment, replaced, written
+from stdit.training.checkpoint import check_same_experiment, replaced, written
+from stdit.training.requests import Requests, RunRequests
+from stdit.training.saving import Checkpoints
+from stdit.training.system import Interrupts, ProgressBar
 from stdit.training.tracking import TRACKERS, Metrics, MetricsFile, Tracker
 from stdit.training.trainer import Trainer
 from stdit.training.validation import default_settings, make_samples, write_samples
+
+LONG_WAIT = 1.0
+"""Seconds for which a save may wait for the one before without a word."""
 
 
 class Run:
@@ -35,14 +43,17 @@ class Run:
         self.config = parts.config
         self.experiment = parts.experiment
         self.settings = default_settings(self.config.validation, parts.plan.assignment)
-        self.checkpoints = Checkpoints(folder / "checkpoints", self.config.checkpoint)
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", self.config.checkpoint, self.mesh, self.config.parallel.timeout
+        )
         self.start = 0
         if checkpoint is not None:
             meta = check_same_experiment(checkpoint, self.experiment)
             trainer.read(checkpoint, meta)
             self.start = meta["step"]
-        self.metrics, self.tracker = Metrics(), Tracker()
+        self.metrics, self.tracker, self.requests = Metrics(), Tracker(), Requests()
         if self.mesh.is_first:
+            self.requests = RunRequests(folder, self.config.checkpoint.minutes)
             self._write_what_it_is(new=checkpoint is None)
             self.metrics = MetricsFile(folder / "metrics.jsonl", self.start)
             self.tracker = TRACKERS[self.config.tracker.name](self.config.tracker, folder, plain(self.config))
@@ -79,25 +90,48 @@ class Run:
             "clips_per_second": round(rate, 3),
             "tokens_per_second": round(rate * each, 1),
             "replaced": batch["replaced"],
+            **self.checkpoints.seconds,
         }
+        self.checkpoints.seconds = {}
         self.metrics.write(line)
         if batch["step"] % self.config.tracker.every == 0:
             numbers = {f"train/{key}": value for key, value in line.items() if value is not None}
             self.tracker.log(numbers, batch["step"])
         return line
 
-    def save(self, step: int) -> Path:
-        """Save the state after ``step`` steps. Raises UserError if the disk refuses."""
+    def save(self, step: int, at_once: bool) -> Path:
+        """Save the state after ``step`` steps; if not ``at_once``, it may be on the disk only later.
+
+        Raises:
+            UserError: if the disk refuses, this save or the one before.
+        """
         meta = {
             "experiment": self.experiment,
+            "config": plain(self.config),
             "pipeline": self.settings,
             "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
-            "stdit": stdit.__version__,
+            "parts": self.trainer.parts,
+            "validation_loss": self.checkpoints.losses.get(step),
+            "versions": {
+                "stdit": stdit.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
-        state = self.trainer.gather()
-        return self.mesh.on_first(
-            lambda: self.checkpoints.save(step, lambda folder: self.trainer.write(folder, state), meta)
+        folder = self.checkpoints.save(
+            step,
+            self.trainer.state(),
+            meta,
+            describe=lambda folder: self.trainer.model.save_config(folder / "model"),  # type: ignore[operator]
+            at_once=at_once,
         )
+        self.requests.obeyed()
+        if (waited := self.checkpoints.seconds.get("checkpoint_wait_seconds", 0)) > LONG_WAIT:
+            ProgressBar.write(
+                f"checkpoint of step {step}: waited {waited:.0f} s for the one before to be written; raise "
+                "checkpoint.every if this goes on"
+            )
+        return folder
 
     def pipeline(self, step: int, weights: dict[str, Tensor]) -> Any:
         """A pipeline with these weights."""
@@ -161,6 +195,21 @@ class Run:
     def _samples(self, step: int) -> Path:
         return self.folder / "samples" / f"step-{step:08d}"
 
-    def close(self) -> None:
+    def is_asked_to_save(self, signals: Interrupts) -> bool:
+        """Agree with the other ranks on signals and requests, after a step; whether a checkpoint is due by them.
+
+        Raises:
+            UserError: on every rank, if the checkpoint that is being written cannot be.
+        """
+        asked = self.requests.look()
+        save, failed = signals.agree(self.mesh, asked.stop, [asked.save, self.checkpoints.failed])
+        if failed:
+            self.checkpoints.wait()
+        return bool(save) or signals.agreed is not None
+
+    def close(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """End; after an error, but not after a signal, give a checkpoint that is being written some time."""
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.checkpoints.leave()
         self.metrics.close()
         self.tracker.finish()

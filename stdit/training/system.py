@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -104,10 +104,20 @@ class Interrupts:
     def __init__(self) -> None:
         self._since = 0.0
 
-    def agree(self, mesh: Mesh) -> None:
-        """Tell the other ranks, and hear from them."""
-        number = mesh.largest(0 if self.caught is None else self.caught.value)
+    def agree(self, mesh: Mesh, stop: bool = False, others: Sequence[int] = ()) -> list[int]:
+        """Tell the other ranks, and hear from them.
+
+        Args:
+            stop: the run is asked to stop by other means than a signal; it counts as SIGTERM.
+            others: numbers to agree on with the same message.
+
+        Returns:
+            The largest of each of ``others``, over all ranks.
+        """
+        caught = signal.SIGTERM if stop else self.caught
+        number, *agreed = mesh.largest_of([0 if caught is None else caught.value, *others])
         self.agreed = signal.Signals(number) if number else None
+        return agreed
 
     @property
     def exit_code(self) -> int:

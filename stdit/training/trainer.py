@@ -14,16 +14,13 @@ from stdit.diffusion.draws import draw_batch
 from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
 from stdit.parallel.mesh import Mesh
-from stdit.parallel.parameters import gathered, placed, replicated, sharded, whole
+from stdit.parallel.parameters import replicated, sharded, whole
+from stdit.parallel.storage import Stored
 from stdit.training.ema import EMA, EMAConfig
 from stdit.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-MODEL_WEIGHTS = "model/diffusion_pytorch_model.safetensors"
-EMA_WEIGHTS = "ema.safetensors"
-OPTIMIZER_STATE = "optimizer.safetensors"
 
 
 @dataclass
@@ -84,6 +81,8 @@ class Trainer:
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, ema)
         self.nonfinite_in_a_row = 0
+        self.parts = mesh.dp
+        """Into so many parts at least the ranks, and then the passes of a rank, split a batch."""
 
     def step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
         """Train on this rank's part of the global batch of ``step`` (from 0) and return measurements of all of it.
@@ -114,7 +113,7 @@ class Trainer:
 
     def accumulate(self, step: int, batch: dict[str, Any]) -> Tensor:
         """The loss of the global batch; its gradients are left in the parameters, averaged over all ranks."""
-        passes = self.mesh.passes(batch["size"], self.config.micro_batch_size)
+        passes = self.mesh.passes(batch["size"], self.most_at_once(batch["size"]))
         total = torch.zeros((), device=self.accelerator.device)
         for index, (rows, counts) in enumerate(passes):
             with nullcontext() if index == len(passes) - 1 else self.network.apart():
@@ -124,6 +123,15 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         return self.mesh.average(total)
+
+    def most_at_once(self, batch_size: int) -> int | None:
+        """Clips that a rank has in one pass, at most; None: its share of the batch.
+
+        On fewer ranks than the run had before, no more than then, if nothing else is set: they fit in memory.
+        """
+        if self.config.micro_batch_size is not None or self.parts <= self.mesh.dp:
+            return self.config.micro_batch_size
+        return -(-batch_size // self.parts)
 
     def _losses(self, step: int, batch: dict[str, Any], rows: slice) -> Tensor:
         """Loss of some samples of this rank's part of the batch, over this rank's frames of them."""
@@ -159,30 +167,25 @@ class Trainer:
                 "lower optimizer.lr (and muon_lr), lengthen optimizer.warmup_steps, or look for broken clips."
             )
 
-    def gather(self) -> dict[str, dict[str, Tensor]]:
-        """By file, whole weights, averages and optimizer state on the first rank; every rank must call this."""
-        parts = {
-            MODEL_WEIGHTS: self.model.state_dict(),
-            EMA_WEIGHTS: self.ema.state_dict(),
-            OPTIMIZER_STATE: self.optimizer.state_dict(),
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Weights, averages and optimizer state, by name; of what is sharded, this rank's share."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
         }
-        return {name: gathered(tensors, self.mesh) for name, tensors in parts.items()}
 
-    def write(self, folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
-        """Write what `gather` gave, as safetensors. Raises OSError or SafetensorError."""
-        from safetensors.torch import save_file
+    def read(self, checkpoint: Path, meta: dict[str, Any]) -> None:
+        """Take over the state in a checkpoint, whose manifest is ``meta``, however it was shared out.
 
-        model = self.model.with_weights(state[MODEL_WEIGHTS])  # type: ignore[operator]
-        model.save_pretrained(folder / "model", max_shard_size="1TB")
-        for name in (EMA_WEIGHTS, OPTIMIZER_STATE):
-            save_file({key: tensor.contiguous() for key, tensor in state[name].items()}, folder / name)
-
-    def read(self, folder: Path, meta: dict[str, Any]) -> None:
-        """Take over the state that `write` wrote into a folder whose manifest is ``meta``."""
-        from safetensors.torch import load_file
-
-        weights, mine = load_file(folder / MODEL_WEIGHTS), self.model.state_dict()
-        self.model.load_state_dict({name: placed(tensor, mine[name]) for name, tensor in weights.items()})
-        self.ema.load_state_dict(load_file(folder / EMA_WEIGHTS))
-        self.optimizer.load_state_dict(load_file(folder / OPTIMIZER_STATE))
+        Raises:
+            UserError: if it cannot be read, or is of another model or optimizer.
+        """
+        stored = Stored(checkpoint / "optimizer")
+        state = {**self.state(), "optimizer": self.optimizer.like(stored.shapes())}
+        stored.read_into(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for part in ("model", "ema"):
+            Stored(checkpoint / part).read_into(state[part])
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
+        self.parts = max(self.mesh.dp, meta["parts"])

@@ -31,7 +31,7 @@ def test_a_checkpoint_by_name(run):
 
 def test_a_broken_checkpoint_is_passed_over_in_a_run_and_refused_by_name(run, caplog):
     broken = run / "checkpoints" / "step-00000020"
-    (broken / "ema.safetensors").write_bytes(b"half")
+    (broken / "ema" / "ema.safetensors").write_bytes(b"half")
     assert find_source(run).path.name == "step-00000010"
     assert "ema.safetensors" in caplog.text
     with pytest.raises(UserError, match="ema.safetensors has 4 bytes"):

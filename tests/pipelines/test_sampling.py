@@ -197,7 +197,7 @@ def test_files_are_whole_described_and_never_replaced(pipe, tmp_path, capsys, ca
         and inside["extra"] == {"shape": "ball"}
     )
     assert (inside["num_frames"], inside["num_inference_steps"], inside["fps"]) == (4, 3, 8.0)
-    weights = run / "checkpoints" / "step-00000010" / "ema.safetensors"
+    weights = run / "checkpoints" / "step-00000010" / "ema" / "ema.safetensors"
     assert inside["checkpoint_hash"] == hash_file(weights) and inside["checkpoint_step"] == 10
 
     assert caplog.text.count("never saw given frames") == 1

@@ -67,7 +67,8 @@ def write_run(run: Path, pipe: STDiTPipeline, steps: tuple[int, ...] = (10,)) ->
         aside = run / "checkpoints" / f"step-{step:08d}.tmp"
         pipe.transformer.save_pretrained(aside / "model")
         averaged = {name: 2 * value for name, value in pipe.transformer.state_dict().items()}
-        save_file(averaged, aside / "ema.safetensors")
+        (aside / "ema").mkdir()
+        save_file(averaged, aside / "ema" / "ema.safetensors")
         write_manifest(aside, {"step": step, "pipeline": {**SIZE, "num_inference_steps": 3}})
         publish(aside, aside.with_suffix(""))
     return run

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from stdit.errors import UserError
+from stdit.parallel.mesh import Mesh
+from stdit.training.checkpoint import CheckpointConfig
 from stdit.training.optim import OptimizerConfig
+from stdit.training.saving import Checkpoints
 from stdit.training.trainer import Trainer, TrainerConfig
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
@@ -48,8 +51,8 @@ def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
     first, second = trainer(), trainer()
     for step in range(3):
         first.step(step, tiny_batch(step))
-    first.write(tmp_path, first.gather())
-    second.read(tmp_path, {"nonfinite_in_a_row": 2})
+    folder = Checkpoints(tmp_path, CheckpointConfig(), Mesh()).save(3, first.state(), {}, at_once=True)
+    second.read(folder, {"nonfinite_in_a_row": 2, "parts": 1})
     assert second.nonfinite_in_a_row == 2
     for step in (3, 4):
         assert first.step(step, tiny_batch(step)) == second.step(step, tiny_batch(step))
@@ -58,6 +61,23 @@ def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
         (first.ema.average, second.ema.average),
     ):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_on_fewer_ranks_than_before_passes_are_as_small_as_then(tmp_path: Path) -> None:
+    before, expected = trainer(micro_batch_size=2), trainer()
+    meta = {"nonfinite_in_a_row": 0, "parts": 2}
+    folder = Checkpoints(tmp_path, CheckpointConfig(), Mesh()).save(1, before.state(), meta, at_once=True)
+    found = trainer()
+    found.read(folder, meta)
+    assert (found.parts, found.most_at_once(4), found.most_at_once(3), expected.most_at_once(4)) == (
+        2,
+        2,
+        2,
+        None,
+    )
+    assert trainer(micro_batch_size=3).most_at_once(4) == 3
+    assert found.step(1, tiny_batch(1)) == before.step(1, tiny_batch(1))
+    assert found.step(2, tiny_batch(2))["loss"] == before.step(2, tiny_batch(2))["loss"]
 
 
 def test_nonfinite_steps_are_skipped_counted_and_stop_the_run() -> None:

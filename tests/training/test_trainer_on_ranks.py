@@ -1,7 +1,10 @@
 """The trainer on several processes against one: every option, with weights replicated and sharded."""
 
+import json
+import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,11 +13,17 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
+from stdit.checkpoint_files import verify
+from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.group import Group
 from stdit.parallel.mesh import Mesh, build_mesh
 from stdit.parallel.parameters import state_bytes, whole
+from stdit.training import saving
+from stdit.training.checkpoint import CheckpointConfig
 from stdit.training.optim import OptimizerConfig
+from stdit.training.saving import Checkpoints
+from stdit.training.system import Interrupts
 from stdit.training.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
 from tests.parallel.test_layout import average, close
@@ -114,6 +123,8 @@ def everything_on_two(group: Group, sp: int, folder: Path) -> None:
     skip_alike(sp)
     keep_a_share(sp)
     resume(sp, folder)
+    fail_alike(sp, folder / "refused")
+    agree()
 
 
 def compare_bf16(sp: int) -> None:
@@ -165,48 +176,110 @@ def keep_a_share(sp: int) -> None:
 
 
 def resume(sp: int, folder: Path) -> None:
-    """A state of sharded weights is that of whole ones: a run goes on with it either way."""
-    mesh, first, rest = mesh_of(sp), range(2), range(2, 4)
-    saved, again, alone, back = (trainer(on, on is mesh, MUON) for on in (mesh, mesh, Mesh(), mesh))
-    train(saved, first)
-    write(saved, mesh, folder / "sharded")
-    for one in (again, alone):
-        one.read(folder / "sharded", {"nonfinite_in_a_row": 0})
+    """A state of sharded weights is that of whole ones: a run goes on with it either way, on two ranks or on one."""
+    mesh = mesh_of(sp)
+    for optimizer in (ADAMW, MUON):
+        saved, again, copies, alone = (
+            trainer(on, sharded, optimizer)
+            for on, sharded in ((mesh, True), (mesh, True), (mesh, False), (Mesh(), False))
+        )
+        train(saved, range(2))
+        where = write(saved, folder / optimizer.name / "sharded", 2)
+        assert {path.name for path in (where / "ema").iterdir()} == {
+            f"ema-0000{n}-of-00002.safetensors" for n in (1, 2)
+        }
+        losses = goes_on(saved, where, again, [copies, alone], range(2, 4))
+        (folder / optimizer.name / "losses.json").write_text(json.dumps(losses))
+
+        where = write(copies, folder / optimizer.name / "copies", 4)
+        sizes = [sum(path.stat().st_size for path in where.glob(f"*/*-0000{n}-of-00002.*")) for n in (1, 2)]
+        assert max(sizes) < 1.2 * min(sizes)  # each rank writes its part of what all have
+        goes_on(copies, where, trainer(mesh, False, optimizer), [saved], range(4, 6))
+
+        if mesh.is_first:
+            write(alone, folder / optimizer.name / "alone", 4)
+        dist.barrier()
+        again.read(folder / optimizer.name / "alone" / "step-00000004", {"nonfinite_in_a_row": 0, "parts": 1})
+        check(again, alone, "resumed", 1e-5, 1e-4)
+
+
+def goes_on(saved: Trainer, where: Path, alike: Trainer, others: list[Trainer], steps: range) -> list[float]:
+    """What was saved goes on bit for bit on the same split, and within 1e-5 on others."""
+    for one in (alike, *others):
+        one.read(where, {"nonfinite_in_a_row": 0, "parts": saved.parts})
         assert equal(tensors(one), tensors(saved))
-    write(alone, mesh, folder / "whole")
-    same_files(folder / "whole", folder / "sharded")
-    expected = train(saved, rest)
-    assert train(again, rest) == expected
-
-    for values, other in zip(train(alone, rest), expected, strict=True):
-        assert values["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    write(alone, mesh, folder / "later")
-    back.read(folder / "later", {"nonfinite_in_a_row": 0})
-    check(back, alone, "resumed", 1e-5, 1e-4)
+    expected = train(saved, steps)
+    assert train(alike, steps) == expected and equal(tensors(alike), tensors(saved))
+    for one in others:
+        for values, other in zip(train(one, steps), expected, strict=True):
+            assert values["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    return [values["loss"] for values in expected]
 
 
-def write(one: Trainer, mesh: Mesh, folder: Path) -> None:
-    """Write from the first rank, as a run does."""
-    state = one.gather()
-    assert all(bool(part) == one.mesh.is_first for part in state.values())
-    if mesh.is_first:
-        folder.mkdir()
-        one.write(folder, state)
+def fail_alike(sp: int, folder: Path) -> None:
+    """A disk that refuses one rank ends the save on all, which hear of it where they wait, and leaves no trace."""
+    one = trainer(mesh_of(sp), True)
+    checkpoints, original = Checkpoints(folder, CheckpointConfig(), one.mesh, 60), saving.write_pieces
+    if one.mesh.rank == 1:
+        saving.write_pieces = Mock(side_effect=OSError(28, "No space left on device"))
+    checkpoints.save(1, one.state(), {})
+    message = (
+        "step-00000001 could not be written .*No space" if one.mesh.rank == 1 else "rank 1 failed: .*No space"
+    )
+    with pytest.raises(UserError if one.mesh.rank == 1 else OtherRankError, match=message):
+        checkpoints.wait()
+    saving.write_pieces = original
     dist.barrier()
+    assert not list(folder.iterdir())
+    verify(checkpoints.save(1, one.state(), {}, at_once=True))
 
 
-def same_files(one: Path, other: Path) -> None:
-    names = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file()]
-    assert len(names) == 4 and {path.name for path in names} >= {"config.json", "ema.safetensors"}
-    for name in names:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+def agree() -> None:
+    """What one rank is asked, all do after the same step."""
+    mesh, signals = mesh_of(1), Interrupts()
+    assert signals.agree(mesh, others=[mesh.rank, 1 - mesh.rank, 0]) == [1, 1, 0] and signals.agreed is None
+    signals.agree(mesh, stop=mesh.is_first)
+    assert signals.agreed == signal.SIGTERM and signals.exit_code == 0
 
 
-@pytest.mark.parametrize("sp", [1, 2])
-def test_every_option_on_two_ranks(sp: int, tmp_path: Path) -> None:
-    run_on_ranks(2, everything_on_two, sp, tmp_path)
+def on_more(group: Group, sp: int, names: list[str], saved: Path) -> None:
+    """The options; and a run that two ranks saved, sharded, goes on, replicated and sharded."""
+    compare(group, sp, names)
+    for optimizer in (ADAMW, MUON):
+        expected = json.loads((saved / optimizer.name / "losses.json").read_text())
+        for sharded in (True, False):
+            one = trainer(mesh_of(sp), sharded, optimizer)
+            where = saved / optimizer.name / "sharded" / "step-00000002"
+            one.read(where, {"nonfinite_in_a_row": 0, "parts": 2})
+            losses = [values["loss"] for values in train(one, range(2, 4))]
+            assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def write(one: Trainer, folder: Path, step: int) -> Path:
+    """Save as a run does, while nothing else happens."""
+    checkpoints = Checkpoints(folder, CheckpointConfig(), one.mesh, 60)
+    where = checkpoints.save(step, one.state(), {})
+    checkpoints.wait()
+    verify(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def from_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of two ranks, after all that is tested on two that split the batch."""
+    folder = tmp_path_factory.mktemp("two")
+    run_on_ranks(2, everything_on_two, 1, folder)
+    return folder
+
+
+def test_every_option_on_two_ranks(from_two: Path) -> None:
+    assert (from_two / "muon" / "losses.json").is_file()
+
+
+def test_every_option_on_two_ranks_that_share_videos(tmp_path: Path) -> None:
+    run_on_ranks(2, everything_on_two, 2, tmp_path)
 
 
 @pytest.mark.parametrize("ranks, sp", [(4, 2), (3, 3)])
-def test_equals_one_process(ranks: int, sp: int) -> None:
-    run_on_ranks(ranks, compare, sp, ["AdamW", "Muon", "accumulation"])
+def test_equals_one_process(ranks: int, sp: int, from_two: Path) -> None:
+    run_on_ranks(ranks, on_more, sp, ["AdamW", "Muon", "accumulation"], from_two)
