@@ -16,7 +16,7 @@ import yaml
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from stdit.checkpoint_files import newest_whole, verify
+from stdit.checkpoint_files import FORMAT, newest_whole, verify
 from stdit.cli import parse
 from stdit.codecs.pixel import PixelCodec
 from stdit.codecs.stored_text import StoredText
@@ -237,12 +237,14 @@ def _masks(text: str, folder: Path) -> object:
 def _checkpoint_meta() -> Reader:
     """``meta.json``, beside files that are as it says, or not."""
     experiment = experiment_key(TrainConfig(data=DataConfig(manifest="clips")))
-    files = {"model/config.json": b"{}", "ema.safetensors": b"abcd"}
+    files = {"model/config.json": b"{}", "ema/ema.safetensors": b"abcd"}
     listed = {name: {"bytes": len(data), "hash": _hash(data)} for name, data in files.items()}
     meta = {
         "step": 8,
         "experiment": experiment,
         "nonfinite_in_a_row": 0,
+        "parts": 1,
+        "format": FORMAT,
         "pipeline": {"fps": 8},
         "files": listed,
     }
@@ -282,8 +284,9 @@ def _weights() -> Reader:
     def read(data: bytes, folder: Path) -> object:
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text(settings)
-        (folder / "ema.safetensors").write_bytes(data)
-        return load_transformer(folder, {"files": {"ema.safetensors": {}, "model/config.json": {}}}, ema=True)
+        (folder / "ema").mkdir()
+        (folder / "ema" / "ema.safetensors").write_bytes(data)
+        return load_transformer(folder, {"files": {"ema/ema.safetensors": {}, "model/config.json": {}}}, ema=True)
 
     return Reader(changed_safetensors(weights), read, cost=20)
 
