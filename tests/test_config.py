@@ -9,7 +9,7 @@ import yaml
 
 from stdit.cli import parse, to_yaml
 from stdit.config import experiment_key, parse_train
-from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, resolve_size
+from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, SourceConfig, resolve_size
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 
@@ -119,6 +119,25 @@ def test_the_experiment_is_what_decides_the_numbers() -> None:
     assert experiment_key(other) == key
     assert experiment_key(replace(config, seed=1)) != key
     assert experiment_key(parse_train([*GIVEN, "--flow.conditioning.first", "0.1"])) != key
+
+
+def test_several_sources_from_a_file_or_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "data:\n  caption_scores: [motion]\n  sources:\n    - {manifest: films.parquet}\n"
+        '    - {manifest: "shards/{00..99}.tar", root: shards, weight: 0.5}\n'
+    )
+    config = parse_train(["--config", str(file)])
+    shards = SourceConfig("shards/{00..99}.tar", "shards", 0.5)
+    assert config.data.sources == [SourceConfig("films.parquet"), shards]
+    assert config.data.caption_scores == ["motion"]
+    moved = parse_train(["--config", str(file), "--data.sources", "[{manifest: moved.csv}]"])
+    assert moved.data.sources == [SourceConfig("moved.csv")] and experiment_key(moved) == experiment_key(
+        config
+    )
+    file.write_text("data: {sources: [{manifest: a.csv, wieght: 2}]}\n")
+    with pytest.raises(UserError, match="weight"):
+        parse_train(["--config", str(file)])
 
 
 def test_reading_settings_imports_nothing_heavy() -> None:

@@ -14,6 +14,7 @@ from stdit.data.clips import Clip, Clips
 from stdit.data.config import BucketConfig, resolve_size
 from stdit.data.fit import Dropped, choose, divided, resampled_frames, window_counts
 from stdit.data.manifest import Skipped, summarise
+from stdit.data.media import without_secrets
 from stdit.errors import UserError
 
 __all__ = ["Assignment", "Bucket", "assign", "resampled_frames", "resolve_size"]
@@ -90,6 +91,8 @@ class Assignment:
     """Files that the manifest names but that could not be used."""
     part: np.ndarray | None = None
     """For each of `clips` its number among the parts of its clip; None: there are none but whole clips."""
+    remarks: list[str] = field(default_factory=list)
+    """What is odd about the manifest's clips, though they can be used."""
 
     @property
     def kept(self) -> int:
@@ -149,7 +152,7 @@ class Assignment:
             chosen = weights[roots == place]
             least, most = float(chosen.min()), float(chosen.max())
             weight = f"{least:g}" if least == most else f"{least:g} to {most:g}"
-            where = f"{len(chosen)} {what} from {self.clips.roots[place]}"
+            where = f"{len(chosen)} {what} from {without_secrets(str(self.clips.roots[place]))}"
             lines.append(f"{where}, weight {weight}: {chosen.sum():.0f} draws an epoch")
         return [] if len(lines) == 1 and (weights == 1).all() else lines
 
@@ -161,7 +164,7 @@ class Assignment:
         if self.skipped:
             lines.append(f"{len(self.skipped)} entries of the manifest skipped:")
             lines += summarise(self.skipped)
-        return lines
+        return lines + self.remarks
 
 
 def _line(name: str, cells: Iterable[object], widths: Sequence[int]) -> str:

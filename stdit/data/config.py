@@ -1,6 +1,7 @@
 """Settings of the data: which clips, in which sizes, read how. Light to import: no decoder, no torch."""
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -208,7 +209,8 @@ class DataConfig:
         first = self.all_sources()[0].manifest
         if is_url(first):
             raise UserError(f"data.cache = {self.cache}, but {first} is no local folder: set data.cache_dir")
-        return (Path(first) if Path(first).is_dir() else Path(first).parent) / "stdit-cache"
+        above = Path(re.split(r"[{*\[]", first, maxsplit=1)[0])  # all shards of a pattern
+        return (above if above.is_dir() else above.parent) / "stdit-cache"
 
 
 def resolve_size(resolution: str, aspect_ratio: str = "16:9", multiple: int = 2) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from stdit.data.buckets import Assignment, Bucket, assign
 from stdit.data.clips import Clip
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.data.decode import DecodeError, decode_clip
-from stdit.data.manifest import Skipped, read_sources
+from stdit.data.manifest import Skipped, read_sources, remarks
 from stdit.data.media import Media
 from stdit.data.plan import BatchPlan, PlannedBatch
 from stdit.data.skips import SkipTally
@@ -37,7 +37,8 @@ def build_assignment(config: DataConfig, seed: int = 0) -> Assignment:
     config.validate()
     clips, skipped = read_sources(config)
     buckets = [Bucket.from_config(bucket) for bucket in config.buckets]
-    return assign(clips, buckets, seed, config.allow_upscale, skipped)
+    assignment = assign(clips, buckets, seed, config.allow_upscale, skipped)
+    return replace(assignment, remarks=remarks(clips))
 
 
 def build_plan(config: DataConfig, seed: int = 0) -> BatchPlan:

@@ -45,7 +45,7 @@ class Media:
         return file if isinstance(file, Media) else cls(os.fspath(file))
 
     def __str__(self) -> str:
-        location = _without_secrets(self.location) if self.is_remote else self.location
+        location = without_secrets(self.location)
         return f"{location}/{self.member}" if self.member else location
 
     @property
@@ -54,7 +54,7 @@ class Media:
         full, root = str(self), self.root
         if root is None:
             return full
-        root = (_without_secrets(root) if self.is_remote else root).rstrip("/") + "/"
+        root = without_secrets(root).rstrip("/") + "/"
         return full.removeprefix(root)
 
     @property
@@ -194,7 +194,7 @@ def locate(path: str, root: str) -> str:
 
     Raises MediaError for what lies outside, also once links are followed.
     """
-    outside = f"outside the data root {_without_secrets(root)}, where no file is opened"
+    outside = f"outside the data root {without_secrets(root)}, where no file is opened"
     if is_url(root):
         relative = path.removeprefix(root.rstrip("/") + "/")
         if is_url(relative) or relative.startswith("/") or ".." in relative.split("/"):
@@ -224,9 +224,9 @@ def remote_info(url: str) -> dict:
     return filesystem.info(path)
 
 
-def _without_secrets(url: str) -> str:
-    """A URL without the name and password, and the signature, that it may carry."""
-    return re.sub(r"(://)[^/@]*@", r"\1", url.partition("?")[0])
+def without_secrets(url: str) -> str:
+    """A URL without the name and password, and the signature, that it may carry; a path as it is."""
+    return re.sub(r"(://)[^/@]*@", r"\1", url.partition("?")[0]) if is_url(url) else url
 
 
 @contextlib.contextmanager

@@ -85,6 +85,26 @@ def test_bad_entries_are_skipped_with_their_reasons(tmp_path, video):
     assert found["b.mp4"].startswith("malformed row: line 9") and "quote" in found["b.mp4"]
 
 
+def test_files_that_are_not_what_their_names_say_are_skipped(tmp_path, video):
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>" * 50)
+    (tmp_path / "page.png").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
+    Image.new("RGB", (48, 32)).save(tmp_path / "photo.png")
+    (tmp_path / "photo.png").rename(tmp_path / "photo.mp4")
+    (tmp_path / "clip.jpg").write_bytes(video.read_bytes())
+    names = ["page.mp4", "page.png", "photo.mp4", "clip.jpg"]
+    clips, skipped = read_manifest(write_csv(tmp_path, *(f"{name},ball" for name in ["a.mp4", *names])))
+    assert len(clips) == 1 and [skip.path for skip in skipped] == names
+    assert all(skip.reason.startswith("cannot be read: not a ") for skip in skipped)
+
+
+def test_long_and_odd_captions_come_as_they_are(tmp_path, video):
+    long = "words, " * 1428 + "end."
+    rows = [f'a.mp4,"{long}"', 'a.mp4,"two\r\nlines, ""quoted"""']
+    clips, skipped = read_manifest(write_csv(tmp_path, *rows, newline="\r\n"))
+    assert [clip.text for clip in clips] == [long, 'two\r\nlines, "quoted"'] and len(long) == 10_000
+    assert not skipped
+
+
 @pytest.mark.parametrize("value", ["abc", "0", "-3", "nan", "inf", "2.5"])
 def test_impossible_numbers_skip_the_row(tmp_path, video, value):
     manifest = write_csv(tmp_path, f"a.mp4,ball,{value}", "a.mp4,ball,16", header="path,text,num_frames")

@@ -4,11 +4,13 @@ import json
 import shutil
 import tarfile
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 
+from stdit.data.config import SourceConfig
 from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
 from stdit.data.decode import decode_clip
 from stdit.data.manifest import read_manifest, read_sources, remarks
@@ -116,7 +118,8 @@ def test_training_sees_the_part_alone(tmp_path, video):
         build_plan(DataConfig(manifest=str(manifest), buckets=buckets))
 
 
-def test_training_from_shards(tmp_path, write_video):
+@pytest.mark.parametrize("remote", [False, True])
+def test_training_from_shards(tmp_path, write_video, remote):
     folder = tmp_path / "files"
     for i in range(4):
         write_video(folder / f"{i}.mp4", num_frames=6, fps=8)
@@ -127,9 +130,14 @@ def test_training_from_shards(tmp_path, write_video):
             *(folder / f"{i}.{kind}" for i in (2 * s, 2 * s + 1) for kind in ("mp4", "txt")),
         )
     buckets = [BucketConfig(num_frames=4, fps=8, height=32, width=32, batch_size=4)]
-    sharded = build_plan(DataConfig(manifest=str(tmp_path / "{0..1}.tar"), buckets=buckets))
+    for s in range(2):
+        fsspec.filesystem("memory").pipe(f"/shards/{s}.tar", (tmp_path / f"{s}.tar").read_bytes())
+    where = "memory://shards" if remote else str(tmp_path)
+    sharded = build_plan(DataConfig(manifest=where + "/{0..1}.tar", buckets=buckets))
     plain = build_plan(DataConfig(manifest=str(folder), buckets=buckets))
-    for one, other in zip(VideoBatches(sharded, workers=1)(0, 2), VideoBatches(plain)(0, 2), strict=True):
+    for one, other in zip(
+        VideoBatches(sharded, workers=int(not remote))(0, 2), VideoBatches(plain)(0, 2), strict=True
+    ):
         assert one["text"] == other["text"] and torch.equal(one["video"], other["video"])
 
 
@@ -156,30 +164,27 @@ def test_a_file_that_goes_after_the_plan_is_replaced_and_counted(tmp_path, write
 
 
 def test_several_sources_with_weights(tmp_path, write_video):
-    for name in ("one/a.mp4", "two/a.mp4"):
+    files = ["one/a.mp4", "two/a.mp4", "two/b.mp4"]
+    for name in files:
         write_video(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("cube")
     write_csv(tmp_path / "one" / "m.csv", "path,text,aesthetic", "a.mp4,ball,6.54")
-    (tmp_path / "two" / "a.txt").write_text("cube")
     config = DataConfig(
         sources=[
-            dict_to_source(manifest=str(tmp_path / "one" / "m.csv"), weight=2),
-            dict_to_source(manifest=str(tmp_path / "two"), weight=0.5),
+            SourceConfig(manifest=str(tmp_path / "one" / "m.csv"), weight=2),
+            SourceConfig(manifest=str(tmp_path / "two"), weight=0.5),
         ],
         caption_scores=["aesthetic", "camera"],
     )
     config.validate()
     clips, skipped = read_sources(config)
-    assert [clip.text for clip in clips] == ["ball aesthetic score: 6.5.", "cube"] and not skipped
-    assert [clip.media.location for clip in clips] == [
-        str(tmp_path / name) for name in ("one/a.mp4", "two/a.mp4")
-    ]
-    assert [clip.weight for clip in clips] == [2, 0.5]
-
-
-def dict_to_source(**values):
-    from stdit.data.config import SourceConfig
-
-    return SourceConfig(**values)
+    assert [clip.text for clip in clips] == ["ball aesthetic score: 6.5.", "cube", "cube"] and not skipped
+    assert [clip.media.location for clip in clips] == [str(tmp_path / name) for name in files]
+    assert [clip.weight for clip in clips] == [2, 0.5, 0.5]
+    config.buckets = [BucketConfig(num_frames=4, fps=8, height=32, width=32)]
+    plan = build_plan(config)
+    drawn = [plan.batch(step).indices[0] for step in range(4 * plan.steps_per_epoch)]
+    assert drawn.count(0) == 8 and drawn.count(1) + drawn.count(2) == 4, "in four epochs"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ def dict_to_source(**values):
     ],
 )
 def test_impossible_sources_are_named(values, message):
-    sources = [dict_to_source(**source) for source in values.pop("sources", [])]
+    sources = [SourceConfig(**source) for source in values.pop("sources", [])]
     with pytest.raises(UserError, match=message):
         DataConfig(**values, sources=sources).validate()
 
@@ -208,3 +213,17 @@ def test_duplicates_and_columns_that_look_misspelt_are_remarked_on(tmp_path, vid
         "column 'heigth' is not read: is it meant to be 'height'?",
     ]
     assert remarks(clips[2:])[:-1] == []
+    buckets = [BucketConfig(num_frames=4, fps=8, height=32, width=32)]
+    report = build_plan(DataConfig(manifest=str(tmp_path / "m.csv"), buckets=buckets)).report()
+    assert all(line in report for line in remarks(clips))
+
+
+def test_the_cache_lies_with_the_first_source(tmp_path):
+    def folder(**values):
+        return DataConfig(**values).cache_folder().as_posix()
+
+    (tmp_path / "set").mkdir()
+    assert folder(manifest="a.csv") == "stdit-cache" and folder(manifest="b/a.csv") == "b/stdit-cache"
+    assert folder(manifest=f"{tmp_path}/set") == f"{tmp_path}/set/stdit-cache"
+    assert folder(manifest=f"{tmp_path}/set/{{0..9}}/*.tar") == f"{tmp_path}/set/stdit-cache"
+    assert folder(sources=[SourceConfig("b/a.csv"), SourceConfig("c/a.csv")]) == "b/stdit-cache"
