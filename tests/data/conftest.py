@@ -25,15 +25,18 @@ def _write_video(
     frames: np.ndarray | None = None,
     times: list[float] | None = None,
     gop: int = 4,
+    options: dict[str, str] | None = None,
+    pix_fmt: str | None = None,
 ) -> Path:
-    """`frames` [T H W 3]; `times` in seconds make a variable frame rate."""
+    """`frames` [T H W 3]; `times` in seconds make a variable frame rate; `options` of the encoder."""
     frames = grey_frames(num_frames, height, width) if frames is None else frames
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"qp": "0"} if codec == "libx264" else {}
+    if options is None:
+        options = {"qp": "0"} if codec == "libx264" else {}
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        stream.pix_fmt = pix_fmt or ("rgb8" if codec == "gif" else "yuv420p")
         stream.codec_context.gop_size = gop
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)

@@ -217,7 +217,7 @@ def test_callback_sees_and_replaces_latents(pipe):
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "noise"),
         (dict(image=torch.zeros(8, 8)), "image is"),
         (dict(image=torch.full((3, 8, 8), 7.0)), "values from 7"),
-        (dict(image="absent.png"), "absent.png: not a readable image"),
+        (dict(image="absent.png"), "absent.png: file missing"),
         (dict(image=3), "image is int"),
         (dict(image=torch.zeros(3, 8, 8), num_frames=1), "1 latent frame, and all are given"),
     ],

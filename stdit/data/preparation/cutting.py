@@ -13,8 +13,10 @@ import av.container
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from stdit.data.decode import INSTANT, REORDER_DEPTH, DecodeError, VideoInfo, _open_video, probe, walk
+from stdit.data.decode import INSTANT, DecodeError, VideoInfo, probe, walk
+from stdit.data.frames import REORDER_DEPTH
 from stdit.data.media import Media
+from stdit.data.opening import Video, open_clip
 from stdit.data.preparation.table import written_whole
 from stdit.errors import UserError
 
@@ -51,7 +53,10 @@ def copy_part(media: Media, start: float, end: float, output: Path) -> VideoInfo
 
     Raises DecodeError for a source that cannot be read.
     """
-    with _open_video(media) as (source, stream):
+    with open_clip(media, quick=False) as opened:
+        if not isinstance(opened, Video):
+            return None
+        source, stream = opened.container, opened.stream
         if stream.codec_context.name not in COPIED or source.format.name == "avi":  # whose times are wrong
             return None
         packets = _part(source, stream, start, end)
