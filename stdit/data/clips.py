@@ -61,7 +61,8 @@ class Strings(Sequence[str]):
         self.offsets = np.fromiter(accumulate(map(len, pieces), initial=0), np.int64, len(strings) + 1)
 
     @classmethod
-    def _of(cls, utf8: bytes, offsets: np.ndarray) -> "Strings":
+    def of(cls, utf8: bytes, offsets: np.ndarray) -> "Strings":
+        """Strings that are in one piece already."""
         made = cls.__new__(cls)
         made.utf8, made.offsets = utf8, offsets
         return made
@@ -71,7 +72,7 @@ class Strings(Sequence[str]):
         begins = accumulate((len(part.utf8) for part in parts), initial=0)
         offsets = [part.offsets[:-1] + begin for part, begin in zip(parts, begins, strict=False)]
         total = sum(len(part.utf8) for part in parts)
-        return cls._of(b"".join(part.utf8 for part in parts), np.concatenate([*offsets, [total]]))
+        return cls.of(b"".join(part.utf8 for part in parts), np.concatenate([*offsets, [total]]))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -91,7 +92,7 @@ class Strings(Sequence[str]):
         """The strings at these places, in their order."""
         lengths = self.offsets[places + 1] - self.offsets[places]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return self._of(b"".join(self.pieces(places)), offsets)
+        return self.of(b"".join(self.pieces(places)), offsets)
 
     def digests(self) -> np.ndarray:
         """A hash of each string, uint64 [N]."""
@@ -287,6 +288,7 @@ def _folder(root: str | None) -> str:
 
 def _joined(columns: Sequence[np.ndarray]) -> np.ndarray:
     """Columns end to end; a single value if they hold but one."""
+    columns = [column for column in columns if len(column)] or columns[:1]
     firsts = np.array([column[0] for column in columns if len(column)])
     alike = all(column.strides == (0,) for column in columns) and len(np.unique(firsts)) == 1
     return firsts[0] if alike else np.concatenate(columns)

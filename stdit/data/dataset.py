@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -31,19 +32,25 @@ __all__ = ["BucketConfig", "DataConfig", "VideoBatches", "build_plan"]
 
 Batch = dict[str, Any]
 
+GLANCE = 16
+"""Pixels of a side where a clip is read to see that it can be."""
 
-def build_assignment(config: DataConfig, seed: int = 0) -> Assignment:
+
+def build_assignment(config: DataConfig, seed: int = 0, index: Path | None = None) -> Assignment:
     """Reads the manifest and sorts its clips into the buckets. Raises UserError."""
     config.validate()
-    clips, skipped = read_sources(config)
+    clips, skipped = read_sources(config, index)
     buckets = [Bucket.from_config(bucket) for bucket in config.buckets]
     assignment = assign(clips, buckets, seed, config.allow_upscale, skipped)
     return replace(assignment, remarks=remarks(clips))
 
 
-def build_plan(config: DataConfig, seed: int = 0) -> BatchPlan:
-    """From the settings to the plan of all batches; `plan.report()` is what to show. Raises UserError."""
-    assignment = build_assignment(config, seed)
+def build_plan(config: DataConfig, seed: int = 0, index: Path | None = None) -> BatchPlan:
+    """From the settings to the plan of all batches; `plan.report()` is what to show. Raises UserError.
+
+    `index` is a folder for what the rows of large manifests say, so that they are read but once.
+    """
+    assignment = build_assignment(config, seed, index)
     return BatchPlan(without_dead_buckets(assignment, config.max_skipped_share, _known(config)), seed)
 
 
@@ -72,7 +79,7 @@ def without_dead_buckets(
 
     A clip that fails gives way to another of its bucket; a bucket cannot give way while training goes on without
     changing which batch every later step has. So a clip of each, unless one is `known` to be readable, is read before
-    there is a plan.
+    there is a plan; in few pixels, since that delays the first step.
 
     Raises UserError when no bucket is left, or more than max_skipped_share of all clips go with theirs.
     """
@@ -80,7 +87,7 @@ def without_dead_buckets(
     tally = SkipTally(assignment.kept, max_skipped_share)
     for k, bucket in enumerate(assignment.buckets):
         clips = (assignment.clips[int(index)] for index in members[k])
-        failed = _failures_of_all(clips, bucket, known)
+        failed = _failures_of_all(clips, replace(bucket, height=GLANCE, width=GLANCE), known)
         if failed:
             tally.add(failed)
             skipped += [

@@ -22,6 +22,7 @@ from stdit.data.clips import Clip, Clips, Strings
 from stdit.data.config import DataConfig
 from stdit.data.decode import DecodeError, probe
 from stdit.data.fields import LIMITS, cut, is_allowed, read_number, read_numbers
+from stdit.data.index import Scan, key_of, load, save
 from stdit.data.media import Media, MediaError, is_url, locate
 from stdit.data.rows import METADATA, RANGE, REQUIRED, WINDOW, Rows, near_misses, read_rows
 from stdit.data.scores import score_suffix
@@ -53,11 +54,20 @@ class Kind(NamedTuple):
     examples: list[Skipped]
 
 
-def read_sources(config: DataConfig) -> tuple[Clips, list[Skipped]]:
-    """Clips of all sources of a data set, one source after the other, and what was left out. Raises UserError."""
+def read_sources(config: DataConfig, index: Path | None = None) -> tuple[Clips, list[Skipped]]:
+    """Clips of all sources of a data set, one source after the other, and what was left out. Raises UserError.
+
+    `index` is a folder for what the rows of large manifests say.
+    """
     parts, skipped = [], []
-    for source in config.all_sources():
-        clips, left_out = read_manifest(source.manifest, source.root, config.caption_scores, source.weight)
+    for number, source in enumerate(config.all_sources()):
+        clips, left_out = read_manifest(
+            source.manifest,
+            source.root,
+            config.caption_scores,
+            source.weight,
+            index and index / f"source-{number}.safetensors",
+        )
         parts.append(clips)
         skipped += left_out
     return Clips.concatenate(parts), skipped
@@ -68,6 +78,7 @@ def read_manifest(
     root: Path | str | None = None,
     caption_scores: Sequence[str] = (),
     weight: float = 1.0,
+    index: Path | None = None,
 ) -> tuple[Clips, list[Skipped]]:
     """Clips in the order of the manifest, and what was left out.
 
@@ -81,38 +92,51 @@ def read_manifest(
             the manifest.
         caption_scores: columns whose values follow the captions (`stdit.data.scores`).
         weight: how often each clip is to come in an epoch.
+        index: file that keeps what the rows say, and spares reading them when they are the same (`stdit.data.index`).
 
     Raises UserError when the manifest itself is unusable or nothing is left.
     """
     chunks, data_root = open_rows(str(manifest), None if root is None else str(root))
-    parts: list[Clips] = []
-    places: list[np.ndarray] = []  # of the parts' clips among all rows
-    rest: dict[int, tuple[dict[str, str], str]] = {}  # rows that need a closer look, and why they are refused
+    key = index and key_of(str(manifest), data_root, caption_scores, weight)
+    scan = load(index, key) if index and key else None
+    if scan is None:
+        scan = _scan(chunks, data_root, caption_scores, weight)
+        if index and key:
+            save(index, key, scan)
+    clips, places, unread = scan
+    if not scan.total:
+        raise UserError(f"manifest {manifest} lists no clips: {_what_to_add(str(manifest))}")
+
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(lambda row: _read_row(row[0], row[1], data_root, weight), unread.values())
+        bar = tqdm(results, total=len(unread), desc="reading clips", unit="clip", delay=3, disable=None)
+        outcomes = dict(zip(unread, bar, strict=True))
+    skipped = [outcome for outcome in outcomes.values() if isinstance(outcome, Skipped)]
+    read = {place: outcome for place, outcome in outcomes.items() if isinstance(outcome, Clip)}
+    if read:
+        order = np.concatenate([places, np.array(list(read))]).argsort()
+        clips = Clips.concatenate([clips, Clips.of(read.values())]).take(order)
+    if not len(clips):
+        raise UserError("\n".join([f"manifest {manifest}: no clip can be used", *summarise(skipped)]))
+    return clips, skipped
+
+
+def _scan(chunks: Iterator[Rows], root: str, caption_scores: Sequence[str], weight: float) -> Scan:
+    """What the rows say, by column."""
+    parts: list[Clips] = [Clips.of([])]
+    places: list[np.ndarray] = [np.empty(0, np.int64)]
+    unread: dict[int, tuple[dict[str, str], str]] = {}
     count = 0
     with _no_garbage_collection():
         for rows in chunks:
             _add_scores(rows, caption_scores)
-            clips, complete = _complete_clips(rows, data_root, weight)
+            clips, complete = _complete_clips(rows, root, weight)
             parts.append(clips)
             places.append(count + np.flatnonzero(complete))
             for place in np.flatnonzero(~complete).tolist():
-                rest[count + place] = rows.fields(place), rows.refused.get(place, "")
+                unread[count + place] = rows.fields(place), rows.refused.get(place, "")
             count += len(rows)
-    if not count:
-        raise UserError(f"manifest {manifest} lists no clips: {_what_to_add(str(manifest))}")
-
-    with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda row: _read_row(row[0], row[1], data_root, weight), rest.values())
-        bar = tqdm(results, total=len(rest), desc="reading clips", unit="clip", delay=3, disable=None)
-        outcomes = dict(zip(rest, bar, strict=True))
-    skipped = [outcome for outcome in outcomes.values() if isinstance(outcome, Skipped)]
-    read = {place: outcome for place, outcome in outcomes.items() if isinstance(outcome, Clip)}
-    clips = Clips.concatenate([*parts, Clips.of(read.values())])
-    if not len(clips):
-        raise UserError("\n".join([f"manifest {manifest}: no clip can be used", *summarise(skipped)]))
-    if read:
-        clips = clips.take(np.concatenate([*places, np.array(list(read))]).argsort())
-    return clips, skipped
+    return Scan(Clips.concatenate(parts), np.concatenate(places), unread)
 
 
 def read_texts(manifest: Path | str, caption_scores: Sequence[str] = ()) -> list[str]:

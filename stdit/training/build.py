@@ -86,7 +86,7 @@ def build_parts(config: TrainConfig, checkpoint: Path | None, processes: int, me
 
 def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> Inputs:
     """All but the model; ``dry_run`` leaves a codec unfitted. Raises UserError as `build_parts` does."""
-    plan = build_plan(config.data, config.seed)
+    plan = build_plan(config.data, config.seed, None if dry_run else config.run_folder / "clips")
     if checkpoint is not None and (saved := checkpoint.parent.parent / "codec").is_dir():
         codec = VideoCodec.from_pretrained(saved)
     else:

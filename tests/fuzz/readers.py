@@ -286,7 +286,9 @@ def _weights() -> Reader:
         (folder / "model" / "config.json").write_text(settings)
         (folder / "ema").mkdir()
         (folder / "ema" / "ema.safetensors").write_bytes(data)
-        return load_transformer(folder, {"files": {"ema/ema.safetensors": {}, "model/config.json": {}}}, ema=True)
+        return load_transformer(
+            folder, {"files": {"ema/ema.safetensors": {}, "model/config.json": {}}}, ema=True
+        )
 
     return Reader(changed_safetensors(weights), read, cost=20)
 
