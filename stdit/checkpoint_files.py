@@ -160,6 +160,15 @@ def verify(folder: Path, needed: Callable[[str], bool] = lambda name: True) -> d
     return meta
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether all files of a sealed folder are as they were written."""
+    try:
+        verify(folder)
+    except UserError:
+        return False
+    return True
+
+
 def step_of(folder: Path) -> int | None:
     """The step in a name such as ``step-00001000``; None for any other name (``step-00001000.tmp`` too)."""
     match = STEP_FOLDER.fullmatch(folder.name)

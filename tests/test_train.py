@@ -188,7 +188,7 @@ def test_a_signal_before_the_first_step_stops_at_once(
 
 
 def test_files_in_the_run_folder_ask_for_a_checkpoint_and_an_end(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "outputs" / "tiny"
     asked, original = {1: "save", 3: "stop"}, Trainer.step
@@ -208,8 +208,14 @@ def test_files_in_the_run_folder_ask_for_a_checkpoint_and_an_end(
     meta = verify(saved[0])
     assert meta["config"]["name"] == "tiny" and meta["versions"].keys() == {"stdit", "torch", "python"}
     monkeypatch.setattr(Trainer, "step", original)
+    meta = json.loads((saved[1] / "meta.json").read_text())
+    (saved[1] / "meta.json").write_text(json.dumps({**meta, "parts": 2}))  # as if two ranks had saved it
     assert do(settings(checkpoint__minutes=1e-6, checkpoint__keep_last=9)) == 0
     assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["2", "4", "5", "6"]
+    said = capsys.readouterr().out
+    assert (
+        "was split into 2 parts, and is into 1 now: to stay the same, it takes up to 2 passes a step" in said
+    )
 
 
 @SIGNALS

@@ -166,12 +166,14 @@ class Optimizers:
         return torch.empty(shape, device=parameter.device)
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over, not copied, a state as `state_dict` gives it."""
+        """Take over, not copied, a state as `state_dict` gives it, in place of any before."""
         owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         states: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in tensors.items():
             name, _, quantity = key.rpartition(".")
             states[name][quantity] = value
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         for name, state in states.items():
             parameter = self.named_parameters[name]
             owners[parameter].state[parameter] = state

@@ -51,6 +51,11 @@ class Run:
             meta = check_same_experiment(checkpoint, self.experiment)
             trainer.read(checkpoint, meta)
             self.start = meta["step"]
+            if trainer.parts > self.mesh.dp and self.config.trainer.micro_batch_size is None:
+                print(
+                    f"each batch was split into {trainer.parts} parts, and is into {self.mesh.dp} now: to stay the "
+                    f"same, it takes up to {-(-trainer.parts // self.mesh.dp)} passes a step"
+                )
         self.metrics, self.tracker, self.requests = Metrics(), Tracker(), Requests()
         if self.mesh.is_first:
             self.requests = RunRequests(folder, self.config.checkpoint.minutes)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.checkpoint_files import publish, sealed, step_of, verify, write_manifest
+from stdit.checkpoint_files import is_whole, publish, sealed, step_of, write_manifest
 from stdit.errors import UserError
 from stdit.parallel.mesh import Mesh
 from stdit.parallel.storage import Division, Piece, Pieces, State, write_pieces
@@ -148,7 +148,7 @@ class Checkpoints:
         folders = {step: path for path in self.folder.glob("step-*") if (step := step_of(path)) is not None}
         old = folders.keys() - kept(folders, self.config, dict(self.losses))
         if old:
-            old -= {next((step for step in sorted(folders, reverse=True) if _is_whole(folders[step])), None)}
+            old -= {next((step for step in sorted(folders, reverse=True) if is_whole(folders[step])), None)}
         for step in sorted(old):
             aside = folders[step].rename(folders[step].with_name(f"{folders[step].name}.tmp"))
             shutil.rmtree(aside)  # never seen half removed
@@ -186,17 +186,9 @@ def _begin(aside: Path, describe: Callable[[Path], object]) -> None:
 
 def _is_there(folder: Path) -> bool:
     """Whether a checkpoint is there and whole; one that is not is moved out of the way."""
-    if folder.exists() and not _is_whole(folder):
+    if folder.exists() and not is_whole(folder):
         folder.rename(_free(folder.with_name(f"{folder.name}.broken")))
     return folder.exists()
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        verify(folder)
-    except UserError:
-        return False
-    return True
 
 
 def _free(path: Path) -> Path:

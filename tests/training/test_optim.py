@@ -106,6 +106,8 @@ def test_state_round_trip_is_bit_exact(name: str) -> None:
         before.step(1.0)
     saved: dict[str, Tensor] = {key: value.clone() for key, value in before.state_dict().items()}
     after = build_optimizer(resumed, config)
+    give_gradients(resumed, 9)
+    after.step(0.0)  # has a state of its own, which goes
     after.load_state_dict(saved)
     for step in range(2, 4):
         give_gradients(resumed, step)
