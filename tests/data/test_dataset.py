@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -251,3 +252,13 @@ def test_light_to_import():
     code = f"import sys, {modules}; print({{'diffusers', 'transformers'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.slow
+def test_a_worker_does_not_grow_over_ten_thousand_clips(tmp_path):
+    """Runs what `scripts/bench_data.py --memory 10000` runs."""
+    output = tmp_path / "memory.json"
+    script = Path(__file__).parents[2] / "scripts" / "bench_data.py"
+    subprocess.run([sys.executable, script, "--memory", "10000", "--output", output], check=True)
+    figures = json.loads(output.read_text())
+    assert figures["mib_after_10000"] < figures["mib_after_1000"] + 8

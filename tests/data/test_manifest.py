@@ -85,15 +85,16 @@ def test_bad_entries_are_skipped_with_their_reasons(tmp_path, video):
     assert found["b.mp4"].startswith("malformed row: line 9") and "quote" in found["b.mp4"]
 
 
-def test_files_that_are_not_what_their_names_say_are_skipped(tmp_path, video):
+def test_what_a_file_holds_counts_and_not_its_name(tmp_path, video):
     (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>" * 50)
     (tmp_path / "page.png").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
     Image.new("RGB", (48, 32)).save(tmp_path / "photo.png")
     (tmp_path / "photo.png").rename(tmp_path / "photo.mp4")
     (tmp_path / "clip.jpg").write_bytes(video.read_bytes())
-    names = ["page.mp4", "page.png", "photo.mp4", "clip.jpg"]
-    clips, skipped = read_manifest(write_csv(tmp_path, *(f"{name},ball" for name in ["a.mp4", *names])))
-    assert len(clips) == 1 and [skip.path for skip in skipped] == names
+    names = ["a.mp4", "page.mp4", "page.png", "photo.mp4", "clip.jpg"]
+    clips, skipped = read_manifest(write_csv(tmp_path, *(f"{name},ball" for name in names)))
+    assert [clip.num_frames for clip in clips] == [16, 1, 16]
+    assert [skip.path for skip in skipped] == ["page.mp4", "page.png"]
     assert all(skip.reason.startswith("cannot be read: not a ") for skip in skipped)
 
 
