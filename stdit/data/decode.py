@@ -15,7 +15,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stdit.data.frames import Forward, Shown, by_frames, by_packets, hidden, one_by_one, pixel_aspect, whole
+from stdit.data.frames import (
+    Forward,
+    Shown,
+    by_frames,
+    by_packets,
+    decodable,
+    hidden,
+    one_by_one,
+    pixel_aspect,
+    whole,
+)
 from stdit.data.media import Media
 from stdit.data.opening import (
     IMAGE_SUFFIXES,
@@ -161,23 +171,28 @@ def _timed(
 
 def _probe_video(video: Video) -> VideoInfo:
     tick, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0) or 1.0
-    count, first, frame = 0, None, None
+    count, untimed, first, frame = 0, 0, None, None
     last, length, forward = None, 0, Forward(video.media)
-    for packet in video.container.demux(video.stream):
+    for packet in decodable(video.container.demux(video.stream)):
         if frame is None:
             frame = next(iter(packet.decode()), None)
-        if not packet.size or hidden(packet):
+        if hidden(packet):
             continue
         count += 1
         pts = packet.dts if packet.pts is None else packet.pts
-        if pts is not None:
+        if pts is None:
+            untimed += 1
+        else:
             forward.check(pts * tick)
             first = pts if first is None else min(first, pts)
             if last is None or pts >= last:
                 last, length = pts, packet.duration or 0
+    frame = frame or next(iter(video.stream.codec_context.decode(None)), None)
     if frame is None:
         raise DecodeError(video.media, "holds no frame that can be decoded")
     check_size(video.media, frame.width, frame.height)
+    if 0 < untimed < count:
+        raise DecodeError(video.media, f"{untimed} of its {count} frames have no time")
     seconds = (last - first) * tick if first is not None and last is not None else 0.0
     if length:
         seconds += length * tick

@@ -22,6 +22,9 @@ from stdit.data.opening import DecodeError, Unclear, Video, check_size
 REORDER_DEPTH = 16
 """Packets come in the order of decoding, at most so far from their place in the order of presentation."""
 
+FIRST_KEY = 512
+"""Packets at the start of a file of which one should be a key frame."""
+
 SKIPPING = frozenset({"h264", "mpeg1video", "mpeg2video", "mpeg4"})
 """Decoders that leave out frames that no other refers to, one by one, when told so."""
 
@@ -233,14 +236,30 @@ def whole(video: Video, frame: av.VideoFrame) -> av.VideoFrame:
     return frame
 
 
+def decodable(packets: Iterable[Packet]) -> Iterator[Packet]:
+    """Those with data, from the first key frame on: a stream may have been cut in the middle.
+
+    All of them where the first FIRST_KEY have no key frame: some encoders write none.
+    """
+    packets = (packet for packet in packets if packet.size)
+    before: list[Packet] = []
+    for packet in itertools.islice(packets, FIRST_KEY):
+        before.append(packet)
+        if packet.is_keyframe:
+            return itertools.chain([packet], packets)
+    return itertools.chain(before, packets)
+
+
 def _packets(video: Video) -> tuple[Clock, Iterator[Packet]]:
     """The packets of a video that was just opened, and its clock."""
-    packets = video.container.demux(video.stream)
+    packets = decodable(video.container.demux(video.stream))
     head = list(itertools.islice(packets, REORDER_DEPTH + 1))
-    ticks = [p.pts for p in head if p.size and p.pts is not None and not hidden(p)]
+    ticks = [p.pts for p in head if p.pts is not None and not hidden(p)]
     origin = min(ticks) if ticks else video.stream.start_time or 0
+    if head and head[0].is_keyframe and head[0].pts is not None and not hidden(head[0]):
+        origin = head[0].pts  # what is shown before it needs frames that are not there
     tick, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0)
-    return Clock(origin, tick, rate or 1.0), (p for p in itertools.chain(head, packets) if p.size)
+    return Clock(origin, tick, rate or 1.0), itertools.chain(head, packets)
 
 
 def _from_key_frame(video: Video, clock: Clock, time: float) -> Iterator[Packet]:

@@ -28,7 +28,9 @@ def one_by_one(path: Path, times: list[float], tolerance: float) -> list[np.ndar
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "NONE"
         every = [
-            (frame.pts * float(stream.time_base), rgb(frame).copy()) for frame in container.decode(stream)
+            (frame.pts * float(stream.time_base), rgb(frame).copy())
+            for frame in container.decode(stream)
+            if frame.pts is not None
         ]
     first = every[0][0]
     return [[pixels for at, pixels in every if at - first <= time + tolerance][-1] for time in times]
@@ -132,6 +134,60 @@ def test_packets_that_do_not_tell_are_read_frame_by_frame(tmp_path, write_video)
         list(by_packets(video, [0.0], 0.01))
     video = decode_clip(path, 8, 8, 32, 32, start=1.0)
     assert [round(float(f.float().mean()) / 10) for f in video] == list(range(8, 16))
+
+
+@pytest.fixture(scope="module")
+def grey(write_video, tmp_path_factory) -> Path:
+    """96 frames in four groups, with B-frames."""
+    path = tmp_path_factory.mktemp("grey") / "a.mp4"
+    options = {"bf": "3", "x264-params": "b-adapt=0"}
+    return write_video(path, frames=textured(96), fps=24, gop=24, options=options)
+
+
+def copied(source: Path, path: Path, options: dict[str, str], skip: int = 0, shift: int = 0) -> Path:
+    """The packets in another container, without the first `skip`, later by `shift` ticks."""
+    with av.open(source) as opened, av.open(path, "w", options=options) as target:
+        stream = opened.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in [p for p in opened.demux(stream) if p.size][skip:]:
+            packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, copy
+            target.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shift", "count"),
+    [
+        ("a.mp4", {"use_editlist": "0"}, 0, 96),
+        ("b.mp4", {}, 50_000, 96),  # begins with an empty edit
+        ("c.mp4", {"movflags": "frag_keyframe+empty_moov"}, 0, 96),
+        ("d.flv", {}, 0, 96),
+        ("e.ts", {}, 900_000, 96),
+    ],
+)
+def test_wherever_times_begin(tmp_path, grey, name, options, shift, count):
+    path = copied(grey, tmp_path / name, options, shift=shift)
+    info = probe(path)
+    assert info.num_frames == count and info.fps == pytest.approx(24, rel=1e-3)
+    agree(path, [(0.0, 12.0, 20), (1.4, 24.0, 6), (3.5, 8.0, 3)], BOTH)
+
+
+@pytest.mark.parametrize("name", ["a.ts", "a.mkv"])
+def test_cut_in_the_middle_of_a_group_begins_with_the_next(tmp_path, grey, name):
+    path = copied(grey, tmp_path / name, {}, skip=29)
+    info = probe(path)
+    assert info.num_frames == 48 and info.fps == pytest.approx(24, rel=1e-3)
+    agree(path, [(0.0, 12.0, 20), (0.7, 24.0, 6), (1.5, 8.0, 3)], BOTH)
+
+
+def test_edit_list_that_begins_in_the_middle_of_a_group(tmp_path, grey):
+    data = bytearray(grey.read_bytes())
+    at = data.index(b"elst") + 16
+    begin = int.from_bytes(data[at : at + 4], "big") + 30 * 512
+    data[at : at + 4] = begin.to_bytes(4, "big")
+    (tmp_path / "a.mp4").write_bytes(data)
+    assert probe(tmp_path / "a.mp4").num_frames == 66
+    agree(tmp_path / "a.mp4", [(0.0, 12.0, 20), (1.0, 24.0, 6), (2.0, 8.0, 3)], BOTH)
 
 
 def test_times_that_jump_back_are_an_error(tmp_path, write_video):
