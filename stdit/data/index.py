@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from stdit.data.clips import NUMBERS, Clips, Strings
+from stdit.data.scan import Scan
 
 FORMAT = "stdit-clips-1"
 LEAST_ROWS = 50_000
@@ -24,22 +25,6 @@ MOST_UNREAD = 10_000
 STRINGS = ("paths", "texts", "members")
 
 logger = logging.getLogger(__name__)
-
-
-class Scan(NamedTuple):
-    """What the rows of a manifest say, before a look at any file."""
-
-    clips: Clips
-    """Of the rows that say everything."""
-    places: np.ndarray
-    """int64, their rows, ascending."""
-    unread: dict[int, tuple[dict[str, str], str]]
-    """The other rows, by place: fields, and why they are refused, if they are."""
-
-    @property
-    def total(self) -> int:
-        """Rows in all."""
-        return len(self.places) + len(self.unread)
 
 
 def key_of(manifest: str, *reading: object) -> str | None:

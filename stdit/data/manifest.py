@@ -4,13 +4,10 @@ Rows are read by column, many at a time. A row that says everything about its cl
 since a million of them would take minutes; its file is checked when it is opened.
 """
 
-import contextlib
-import gc
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,22 +15,20 @@ import numpy as np
 from tqdm import tqdm
 
 from stdit.data.archives import archive_rows, find_shards, is_archive, shard_root
-from stdit.data.clips import Clip, Clips, Strings
+from stdit.data.clips import Clip, Clips
 from stdit.data.config import DataConfig
 from stdit.data.decode import DecodeError, probe
-from stdit.data.fields import LIMITS, cut, is_allowed, read_number, read_numbers
-from stdit.data.index import Scan, key_of, load, save
+from stdit.data.fields import LIMITS, cut, is_allowed, read_number
+from stdit.data.index import key_of, load, save
 from stdit.data.media import Media, MediaError, is_url, locate
-from stdit.data.rows import METADATA, RANGE, REQUIRED, WINDOW, Rows, near_misses, read_rows
-from stdit.data.scores import score_suffix
+from stdit.data.rows import METADATA, WINDOW, Rows, near_misses, read_rows
+from stdit.data.scan import KNOWN, add_scores, scan_rows
 from stdit.errors import UserError
 
 __all__ = ["Clip", "Clips", "Skipped", "read_manifest", "read_sources", "read_texts", "remarks", "summarise"]
 
 EXAMPLES = 2
 """Of one kind of reason that a summary names."""
-
-KNOWN = frozenset((*REQUIRED, *METADATA, *WINDOW, *RANGE, "member"))
 
 
 class Skipped(NamedTuple):
@@ -100,7 +95,7 @@ def read_manifest(
     key = index and key_of(str(manifest), data_root, caption_scores, weight)
     scan = load(index, key) if index and key else None
     if scan is None:
-        scan = _scan(chunks, data_root, caption_scores, weight)
+        scan = scan_rows(chunks, data_root, caption_scores, weight)
         if index and key:
             save(index, key, scan)
     clips, places, unread = scan
@@ -121,29 +116,11 @@ def read_manifest(
     return clips, skipped
 
 
-def _scan(chunks: Iterator[Rows], root: str, caption_scores: Sequence[str], weight: float) -> Scan:
-    """What the rows say, by column."""
-    parts: list[Clips] = [Clips.of([])]
-    places: list[np.ndarray] = [np.empty(0, np.int64)]
-    unread: dict[int, tuple[dict[str, str], str]] = {}
-    count = 0
-    with _no_garbage_collection():
-        for rows in chunks:
-            _add_scores(rows, caption_scores)
-            clips, complete = _complete_clips(rows, root, weight)
-            parts.append(clips)
-            places.append(count + np.flatnonzero(complete))
-            for place in np.flatnonzero(~complete).tolist():
-                unread[count + place] = rows.fields(place), rows.refused.get(place, "")
-            count += len(rows)
-    return Scan(Clips.concatenate(parts), np.concatenate(places), unread)
-
-
 def read_texts(manifest: Path | str, caption_scores: Sequence[str] = ()) -> list[str]:
     """The captions of a manifest, whose videos are not opened. Raises UserError."""
     texts: list[str] = []
     for rows in open_rows(str(manifest), None)[0]:
-        _add_scores(rows, caption_scores)
+        add_scores(rows, caption_scores)
         texts += filter(None, rows.columns["text"])
     return texts
 
@@ -207,97 +184,10 @@ def open_rows(manifest: str, root: str | None) -> tuple[Iterator[Rows], str]:
     return read_rows(path, Path(root)), root
 
 
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Rows hold no cycles, but are so many that Python would search them for some again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _what_to_add(manifest: str) -> str:
     if os.path.isdir(manifest) and any(Path(manifest).glob("*.tar")):
         return f"to train on its tar shards, name them: {manifest.rstrip('/')}/*.tar"
     return "add rows below the header, or videos to the folder"
-
-
-def _add_scores(rows: Rows, caption_scores: Sequence[str]) -> None:
-    """Let the values of columns follow the captions of rows that have one."""
-    given = {name: rows.columns[name] for name in caption_scores if name in rows.columns}
-    if given:
-        texts = rows.columns["text"]
-        for place, values in enumerate(zip(*given.values(), strict=True)):
-            if texts[place]:
-                texts[place] += score_suffix(dict(zip(given, values, strict=True)))
-
-
-def _complete_clips(rows: Rows, root: str, weight: float) -> tuple[Clips, np.ndarray]:
-    """Clips of the rows that say everything about them, and which rows those are, bool [rows]."""
-    count = len(rows)
-    numbers = {name: read_numbers(rows.columns.get(name), count) for name in LIMITS}
-    given = {name: ~np.isnan(column) for name, column in numbers.items()}
-    members = rows.columns.get("member") or [""] * count
-    paths = _plain(rows.columns["path"], root)
-
-    complete = np.ones(count, bool)
-    for name, column in numbers.items():
-        complete &= is_allowed(name, column) | (name not in METADATA and ~given[name])
-    for strings in (paths, rows.columns["text"]):
-        complete &= _given(strings)
-    in_archive = _given(members)
-    complete &= (given["offset"] == in_archive) & (given["size"] == in_archive)
-    complete[list(rows.refused)] = False
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        start, end, num_frames = cut(*(numbers[name] for name in ("num_frames", "fps", "start", "end")))
-    complete &= num_frames > 0
-
-    chosen = complete.tolist()
-    clips = Clips(
-        Strings(compress(paths, chosen)),
-        Strings(compress(rows.columns["text"], chosen)),
-        num_frames=num_frames[complete],
-        fps=numbers["fps"][complete],
-        height=numbers["height"][complete],
-        width=numbers["width"][complete],
-        start=start[complete],
-        end=end[complete],
-        weight=np.asarray(weight),
-        members=Strings(compress(members, chosen)),
-        offset=np.where(in_archive, numbers["offset"], 0)[complete],
-        size=np.where(in_archive, numbers["size"], -1)[complete],
-        roots=(root,),
-        extra={
-            name: Strings(compress(column, chosen))
-            for name, column in rows.columns.items()
-            if name not in KNOWN
-        },
-    )
-    return clips, complete
-
-
-def _given(strings: list[str]) -> np.ndarray:
-    """Which strings are not empty, bool [strings]."""
-    if all(strings):
-        return np.ones(len(strings), bool)
-    return np.fromiter(map(bool, strings), bool, len(strings))
-
-
-def _plain(paths: list[str], root: str) -> list[str]:
-    """Paths below the root, relative to it; empty where it takes more than a look at the name to tell."""
-    # Most often one look at all of them tells that none is odd.
-    text = "\n".join(["", *paths, ""])
-    if not any(odd in text for odd in ("\n/", "./", "//", "\0", "\n.\n", "\n..\n")):
-        return paths
-    below = [path.removeprefix(root.rstrip("/") + "/") for path in paths]
-    return ["" if _is_odd(path) else path for path in below]
-
-
-def _is_odd(path: str) -> bool:
-    return path.startswith("/") or path in (".", "..") or any(odd in path for odd in ("./", "//", "\0"))
 
 
 def row_name(fields: Mapping[str, str]) -> str:

@@ -32,8 +32,8 @@ def read(csv, folder, **options):
 
 def scans(monkeypatch):
     """Grows by one each time that rows are read."""
-    made, scan = [], manifest._scan
-    monkeypatch.setattr(manifest, "_scan", lambda *args: made.append(args) or scan(*args))
+    made, scan = [], manifest.scan_rows
+    monkeypatch.setattr(manifest, "scan_rows", lambda *args: made.append(args) or scan(*args))
     return made
 
 
