@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.storage import STEMS
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
-from stdit.training import system
+from stdit.training import saving, system
 from stdit.training.run import Run
 from stdit.training.trainer import Trainer
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae
@@ -216,6 +217,25 @@ def test_files_in_the_run_folder_ask_for_a_checkpoint_and_an_end(
     assert (
         "was split into 2 parts, and is into 1 now: to stay the same, it takes up to 2 passes a step" in said
     )
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_after_the_next_step(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.step
+
+    def stepping(self: Trainer, index: int, batch: dict[str, Any]) -> dict[str, Any]:
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join(60)
+        return original(self, index, batch)
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+    monkeypatch.setattr(saving, "write_pieces", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"step-00000002 could not be written .*No space left"):
+        do(settings())
+    run = tmp_path / "outputs" / "tiny"
+    assert len(metrics(run)) == 3 and not list((run / "checkpoints").iterdir())
 
 
 @SIGNALS

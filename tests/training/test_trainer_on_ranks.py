@@ -13,12 +13,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from stdit.checkpoint_files import verify
+from stdit.checkpoint_files import read_meta, verify
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.group import Group
 from stdit.parallel.mesh import Mesh, build_mesh
 from stdit.parallel.parameters import state_bytes, whole
+from stdit.pipelines.loading import load_transformer
 from stdit.training import saving
 from stdit.training.checkpoint import CheckpointConfig
 from stdit.training.optim import OptimizerConfig
@@ -188,6 +189,9 @@ def resume(sp: int, folder: Path) -> None:
         assert {path.name for path in (where / "ema").iterdir()} == {
             f"ema-0000{n}-of-00002.safetensors" for n in (1, 2)
         }
+        model, used = load_transformer(where, read_meta(where), ema=True)
+        average = {name: whole(tensor) for name, tensor in saved.ema.state_dict().items()}
+        assert used == "ema" and equal(dict(model.state_dict()), average)
         losses = goes_on(saved, where, again, [copies, alone], range(2, 4))
         (folder / optimizer.name / "losses.json").write_text(json.dumps(losses))
 
@@ -258,7 +262,9 @@ def on_more(group: Group, sp: int, names: list[str], saved: Path) -> None:
 def write(one: Trainer, folder: Path, step: int) -> Path:
     """Save as a run does, while nothing else happens."""
     checkpoints = Checkpoints(folder, CheckpointConfig(), one.mesh, 60)
-    where = checkpoints.save(step, one.state(), {})
+    where = checkpoints.save(
+        step, one.state(), {}, describe=lambda folder: one.model.save_config(folder / "model")
+    )
     checkpoints.wait()
     verify(where)
     return where
