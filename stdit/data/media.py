@@ -234,6 +234,8 @@ def _remote_errors() -> Iterator[None]:
     """Protocols have exceptions of their own, such as aiohttp's and botocore's, which are no OSError."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise MediaError("file missing") from error
     except OSError:
         raise
     except ImportError as error:

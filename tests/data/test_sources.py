@@ -227,3 +227,55 @@ def test_the_cache_lies_with_the_first_source(tmp_path):
     assert folder(manifest=f"{tmp_path}/set") == f"{tmp_path}/set/stdit-cache"
     assert folder(manifest=f"{tmp_path}/set/{{0..9}}/*.tar") == f"{tmp_path}/set/stdit-cache"
     assert folder(sources=[SourceConfig("b/a.csv"), SourceConfig("c/a.csv")]) == "b/stdit-cache"
+
+
+def test_a_manifest_may_say_where_files_are_in_archives(tmp_path, video):
+    shard = make_shard(tmp_path / "0.tar", video)
+    (tmp_path / "a.txt").write_text("a ball")
+    ((clip,), _) = read_manifest(make_shard(tmp_path / "1.tar", video, tmp_path / "a.txt"))
+    place = f"a.mp4,{clip.media.offset},{clip.media.size}"
+    rows = [
+        f"0.tar,ball,{place}",
+        "0.tar,ball,a.mp4,,",
+        "0.tar,ball,,0,5",
+        "0.tar,ball,a.mp4,0,0",
+        "0.tar,ball,a.mp4,0,9",
+    ]
+    clips, skipped = read_manifest(write_csv(tmp_path / "m.csv", "path,text,member,offset,size", *rows))
+    assert [(one.media.location, one.media.member) for one in clips] == [(str(shard), "a.mp4")]
+    assert torch.equal(decode_clip(clips[0].media, 2, 8, 32, 32), decode_clip(video, 2, 8, 32, 32))
+    assert [skip.path for skip in skipped] == ["0.tar/a.mp4", "0.tar", "0.tar/a.mp4", "0.tar/a.mp4"]
+    assert [skip.reason.split(":")[0] for skip in skipped] == [
+        "member, offset and size",
+        "member, offset and size",
+        "size is not a whole number above 0",
+        "cannot be read",
+    ]
+
+
+def test_videos_below_a_remote_root(tmp_path, video):
+    fsspec.filesystem("memory").pipe("/videos/b/a.mp4", video.read_bytes())
+    rows = [
+        "b/a.mp4,ball",
+        "memory://videos/b/a.mp4,ball",
+        "gone.mp4,ball",
+        "../a.mp4,ball",
+        "memory://other/a.mp4,x",
+    ]
+    manifest = write_csv(tmp_path / "m.csv", "path,text", *rows)
+    clips, skipped = read_manifest(manifest, "memory://videos")
+    assert [clip.media.name for clip in clips] == ["b/a.mp4", "b/a.mp4"] and clips[0].num_frames == 16
+    found = reasons(skipped)
+    assert found["gone.mp4"] == "cannot be read: file missing"
+    assert found["../a.mp4"].startswith("outside") and found["memory://other/a.mp4"].startswith("outside")
+    assert read_manifest(write_csv(tmp_path / "m.csv", "path,text", "a.mp4,x", rows[1]))[1][0].reason == (
+        f"outside the data root {tmp_path}, where no file is opened: a URL needs one as data.root"
+    )
+    with pytest.raises(UserError, match="only tar shards are read from a URL"):
+        read_manifest("memory://videos/m.csv")
+
+
+def test_a_folder_of_shards_says_how_to_name_them(tmp_path):
+    make_shard(tmp_path / "0.tar")
+    with pytest.raises(UserError, match=r"to train on its tar shards, name them: .*/\*\.tar"):
+        read_manifest(tmp_path)
