@@ -92,7 +92,8 @@ def read_manifest(
     Raises UserError when the manifest itself is unusable or nothing is left.
     """
     chunks, data_root = open_rows(str(manifest), None if root is None else str(root))
-    key = index and key_of(str(manifest), data_root, caption_scores, weight)
+    worth_it = index and not is_archive(str(manifest))  # to hash a shard takes longer than to walk it
+    key = key_of(str(manifest), data_root, caption_scores, weight) if worth_it else None
     scan = load(index, key) if index and key else None
     if scan is None:
         scan = scan_rows(chunks, data_root, caption_scores, weight)

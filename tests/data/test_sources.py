@@ -275,6 +275,14 @@ def test_videos_below_a_remote_root(tmp_path, video):
         read_manifest("memory://videos/m.csv")
 
 
+def test_a_shard_is_not_hashed_to_keep_what_its_rows_say(tmp_path, video, monkeypatch):
+    (tmp_path / "a.txt").write_text("a ball")
+    shard = make_shard(tmp_path / "0.tar", video, tmp_path / "a.txt")
+    monkeypatch.setattr("stdit.data.manifest.key_of", lambda *_: pytest.fail("hashes the shard"))
+    clips, _ = read_manifest(shard, index=tmp_path / "index.safetensors")
+    assert len(clips) == 1
+
+
 def test_a_folder_of_shards_says_how_to_name_them(tmp_path):
     make_shard(tmp_path / "0.tar")
     with pytest.raises(UserError, match=r"to train on its tar shards, name them: .*/\*\.tar"):
