@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.filter import Graph
+from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
@@ -60,17 +61,19 @@ class FrameFitter:
         on average, those of `fill` by 0.6 to 1.3, since their colours are taken from the nearest place.
         """
         if self.opaque or not any(component.is_alpha for component in frame.format.components):
-            # The display matrix states a rotation counter-clockwise, in degrees.
-            pixels = self.scale(frame, aspect, round(frame.rotation / 90) % 4)
+            pixels = self.scale(frame, aspect, *orientation(frame))
             if pixels is not None:
                 return pixels
         return fill(rgb(frame, self.threads), aspect, self.height, self.width, self.place)
 
-    def scale(self, frame: av.VideoFrame, aspect: float, turns: int) -> torch.Tensor | None:
-        """The one step, for a frame to turn by quarters, counter-clockwise; None where it would do less well."""
+    def scale(
+        self, frame: av.VideoFrame, aspect: float, turns: int, mirrored: bool = False
+    ) -> torch.Tensor | None:
+        """The one step, for a frame of that `orientation`; None where it would do less well."""
         down, across = self.place
         for _ in range(turns):
             down, across = across, 1 - down
+        across = 1 - across if mirrored else across
         height, width = (self.width, self.height) if turns % 2 else (self.height, self.width)
         pixel_aspect = 1 / aspect if turns % 2 else aspect
         region = largest(frame.height, frame.width, width / height / pixel_aspect, (down, across))
@@ -85,11 +88,13 @@ class FrameFitter:
         pixels = np.empty((3, height, width), np.uint8)
         for channel, plane in enumerate(PLANES):
             pixels[channel] = _rows(scaled, plane)[:, :width]
-        return torch.from_numpy(np.ascontiguousarray(np.rot90(pixels, turns, axes=(1, 2))))
+        upright = np.rot90(pixels[..., ::-1] if mirrored else pixels, turns, axes=(1, 2))
+        return torch.from_numpy(np.ascontiguousarray(upright))
 
     def _set_up(self, frame: av.VideoFrame, region: Region, height: int, width: int) -> Graph:
         graph = Graph()
-        graph.threads = self.threads
+        if hasattr(graph, "threads"):  # in newer PyAV
+            graph.threads = self.threads
         nodes = [
             graph.add_buffer(
                 width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
@@ -118,7 +123,21 @@ def rgb(frame: av.VideoFrame, threads: int = 1, side: int | None = None) -> np.n
     )
     rows = _rows(converted, 0)[:, : converted.width * channels]
     pixels = rows.reshape(converted.height, converted.width, channels)
-    return np.rot90(_over_white(pixels) if alpha else pixels, round(frame.rotation / 90))
+    turns, mirrored = orientation(frame)
+    opaque = _over_white(pixels) if alpha else pixels
+    return np.rot90(opaque[:, ::-1] if mirrored else opaque, turns)
+
+
+def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
+    """How to make a frame upright, as its display matrix says: quarter turns counter-clockwise, after it was mirrored
+    left to right or not."""
+    turns = round(frame.rotation / 90)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        if a * d < b * c:  # the angle is that of the first row, which mirroring turns about
+            return (turns + 2) % 4, True
+    return turns % 4, False
 
 
 def with_known_colours(frame: av.VideoFrame) -> av.VideoFrame:

@@ -118,6 +118,46 @@ def test_rotation_metadata(tmp_path, write_video):
     assert video[0, :, :30].float().mean() > 190 and video[0, :, 34:].float().mean() < 10
 
 
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((1, 0, 0, 1), lambda x: x),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+        ((1, 0, 0, -1), lambda x: x[::-1]),
+        ((-1, 0, 0, -1), lambda x: x[::-1, ::-1]),
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+        ((0, -1, 1, 0), lambda x: np.rot90(x)),
+        ((0, 1, 1, 0), lambda x: x.T),
+        ((0, -1, -1, 0), lambda x: x[::-1, ::-1].T),
+    ],
+)
+def test_turned_and_mirrored(tmp_path, write_video, matrix, shown):
+    """(a, b, c, d): what is at (x, y) is shown at (a x + c y, b x + d y)."""
+    grey = np.zeros((32, 64), np.uint8)
+    grey[:16], grey[:, :32] = 80, grey[:, :32] + 120
+    grey[:16, :32] = 240
+    frames = np.broadcast_to(grey[None, ..., None], (2, 32, 64, 3))
+    path = write_video(tmp_path / "a.mp4", frames=frames)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44
+    a, b, c, d = (0x10000 * value for value in matrix)
+    rows = (a, b, 0, c, d, 0, 0, 0, 0x40000000)
+    data[at : at + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in rows)
+    path.write_bytes(data)
+    expected = torch.from_numpy(shown(grey).copy()).int()
+    assert probe(path)[2:] == tuple(expected.shape)
+    for size in (expected.shape, [side // 2 for side in expected.shape]):
+        video = decode_clip(path, 1, 8, *size)[0, 0].int()
+        step = expected.shape[0] // size[0]
+        quarters = [
+            (i, j) for i in (size[0] // 4, size[0] * 3 // 4) for j in (size[1] // 4, size[1] * 3 // 4)
+        ]
+        for i, j in quarters:
+            assert abs(video[i, j] - expected[i * step, j * step]) <= 3
+    (walked,) = [pixels for time, pixels in walk(path, 0.0, 0.1)]
+    assert np.abs(walked[..., 0].astype(int) - expected.numpy()).mean() <= 3
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_image_is_a_video_of_one_frame(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
