@@ -96,6 +96,8 @@ class Strings(Sequence[str]):
 
     def digests(self) -> np.ndarray:
         """A hash of each string, uint64 [N]."""
+        if not self.utf8:
+            return np.zeros(len(self), np.uint64)
         content, ends = memoryview(self.utf8), self.offsets.tolist()
         spans = zip(ends, ends[1:], strict=False)
         return np.fromiter((xxhash.xxh3_64_intdigest(content[a:b]) for a, b in spans), np.uint64, len(self))
