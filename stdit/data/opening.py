@@ -124,13 +124,13 @@ def _open_container(
     stack: contextlib.ExitStack, file: str | BinaryIO, options: dict[str, str], quick: bool
 ) -> av.container.InputContainer:
     if quick:
-        container = stack.enter_context(av.open(file, options=options | QUICK))
+        container = stack.enter_context(av.open(file, container_options=options | QUICK))
         if all(stream.width and stream.codec_context for stream in container.streams.video):
             return container
         stack.close()
         if not isinstance(file, str):
             file.seek(0)
-    return stack.enter_context(av.open(file, options=options))
+    return stack.enter_context(av.open(file, container_options=options))
 
 
 def check_size(media: Media, width: int, height: int) -> None:
