@@ -68,7 +68,7 @@ class Window(NamedTuple):
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--threads", type=int, default=1, help="of each side; a loader's worker has 1")
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--windows", type=int, default=3, help="of each kind in each file")
     parser.add_argument("--memory", type=int, default=0, help="clips to read in a worker, instead")
     parser.add_argument("--output", type=Path, help="a JSON file of all figures")
