@@ -222,14 +222,16 @@ class _StepDataset(Dataset):
         for clip_index in itertools.chain([planned.indices[index]], stand_ins):
             if len(failed) > self.limit:
                 return None
-            media = self.plan.assignment.clips[clip_index].media
-            if media in failed:
+            if failed and self._media(clip_index) in failed:
                 continue
             try:
                 return self.reader.read(planned, index, clip_index)
             except DecodeError as error:
-                failed[media] = Skipped(error.path, error.reason)
+                failed[self._media(clip_index)] = Skipped(error.path, error.reason)
         return None
+
+    def _media(self, clip_index: int) -> Media:
+        return self.plan.assignment.clips[clip_index].media
 
 
 class Loader:
@@ -323,7 +325,7 @@ def describe(plan: BatchPlan, planned: PlannedBatch, used: Sequence[int]) -> Bat
     return {
         "step": planned.step,
         "size": len(planned.items),
-        "text": [plan.assignment.clips[index].text for index in used],
+        "text": [plan.assignment.clips.texts[index] for index in used],
         "fps": torch.full((size,), float(bucket.fps)),
         "height": torch.full((size,), float(bucket.height)),
         "width": torch.full((size,), float(bucket.width)),

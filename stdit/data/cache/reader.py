@@ -22,6 +22,9 @@ from stdit.data.decode import DecodeError
 from stdit.data.plan import BatchPlan, PlannedBatch
 from stdit.data.views import View, view_count, view_of
 
+REMEMBERED = 1 << 16
+"""Clips whose keys a process keeps in memory."""
+
 
 class Makers(NamedTuple):
     """Fingerprints of what made the entries that are wanted."""
@@ -46,6 +49,8 @@ class CachedReader:
     store: Store
     makers: Makers
     contents: Contents = field(init=False)
+    _stored: dict[tuple[int, int], list[Wanted]] = field(default_factory=dict, init=False, repr=False)
+    """Of bucket and clip, once found in the store: then the file is not looked at again. Bounded."""
 
     def __post_init__(self) -> None:
         self.contents = Contents(self.store)
@@ -67,13 +72,18 @@ class CachedReader:
         return int(torch.randint(count, (1,), generator=generator)) if count > 1 else 0
 
     def read(self, planned: PlannedBatch, index: int, clip_index: int) -> Sample:
-        clip = self.plan.assignment.clips[clip_index]
-        views, new = self.wanted(clip, planned.bucket)
+        place = planned.bucket_index, clip_index
+        views, new = self._stored.get(place, []), []
+        if not views:
+            views, new = self.wanted(self.plan.assignment.clips[clip_index], planned.bucket)
         view, key = views[self.number(planned.step, index, len(views))]
         latents = self.store.get("latents", key)
         if latents is not None:
+            if len(self._stored) < REMEMBERED and not new:
+                self._stored[place] = views
             return Sample(clip_index, latents=latents, new=new)
-        return Sample(clip_index, frames=read_view(clip, planned.bucket, view), key=key, new=new)
+        frames = read_view(self.plan.assignment.clips[clip_index], planned.bucket, view)
+        return Sample(clip_index, frames=frames, key=key, new=new)
 
     def collate(self, samples: Sequence[Sample], captions: Sequence[str]) -> Batch:
         """Latents [B C T' H' W'], text_states [B L E] and text_mask [B L]; or what `DiskBatches` makes them of.

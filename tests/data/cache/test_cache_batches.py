@@ -129,18 +129,29 @@ def test_a_clip_that_fails_gives_way(work, tmp_path):
             replaced += batch["replaced"]
         assert replaced >= 4
     with pytest.raises(UserError, match="of 7 clips failed to decode, more than"):
-        list(from_disk(ready, share=0.1)(0, 8))
+        list(from_disk(replace_store(ready), share=0.1)(0, 8))
     for number in range(5):
         (tmp_path / f"{number}.mp4").unlink(missing_ok=True)
     with pytest.raises(UserError, match="none of bucket 8x32x32 at 8 fps is left"):
-        list(from_disk(ready)(0, 8))
+        list(from_disk(replace_store(ready))(0, 8))
     with pytest.raises(UserError, match="bucket 8x32x32 at 8 fps: none of its clips can be read"):
         list(from_memory(ready)(0, 8))
 
 
 def replace_store(work):
+    """As another process would have it."""
     work.reader = replace(work.reader, store=Store(work.config.cache_folder()))
     return work
+
+
+def test_a_clip_that_was_read_from_the_cache_may_go_while_training_goes_on(work, tmp_path):
+    work().encode()
+    batches = from_disk(work())(0, 16)
+    seen = [next(batches) for _ in range(8)]
+    for file in tmp_path.glob("*.mp4"):
+        file.unlink()
+    assert {2, 4} < {clip for batch in seen for clip in batch["clip_indices"].tolist()}
+    assert sum(batch["replaced"] for batch in batches) == 0
 
 
 def test_a_shard_that_breaks_while_training_reads_is_made_anew(work, config, caplog):
