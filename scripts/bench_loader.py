@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stdit.cli import run
 from stdit.config import TrainConfig, parse_train
@@ -32,6 +32,7 @@ CLIPS = 256
 SECONDS = 6.0
 """Of each measurement."""
 OWN = {"--seconds": SECONDS, "--loaders": float(min(2, os.cpu_count() or 1)), "--threads": 2.0}
+Cache = Literal["memory", "disk"]
 DEFAULT = "configs/train/quickstart.yaml"
 
 
@@ -87,11 +88,11 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
     base = build_parts(replace(config, data=replace(config.data, cache="memory")), None, 1, 1 << 60)
     base.to(mesh.device)
 
-    def parts(cache: str, workers: int = 0) -> Parts:
+    def parts(cache: Cache, workers: int = 0) -> Parts:
         data = replace(base.config.data, cache=cache, workers=workers)
         return replace(base, config=replace(base.config, data=data))
 
-    def loader(cache: str, workers: int = 0) -> Iterator[dict[str, Any]]:
+    def loader(cache: Cache, workers: int = 0) -> Iterator[dict[str, Any]]:
         return build_batches(parts(cache, workers), folder, mesh)(0, 1 << 40)
 
     memory = loader("memory")  # which encodes everything

@@ -26,6 +26,15 @@ from tests.test_train import do, metrics, numbers
 from tests.training.tiny import save_clips, tiny_settings
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """With several, sums are rounded in another order each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def settings(tmp_path):
     base = tiny_settings(tmp_path)

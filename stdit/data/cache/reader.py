@@ -73,7 +73,7 @@ class CachedReader:
 
     def read(self, planned: PlannedBatch, index: int, clip_index: int) -> Sample:
         place = planned.bucket_index, clip_index
-        views, new = self._stored.get(place, []), []
+        views, new = self._stored.get(place, []), list[Entry]()
         if not views:
             views, new = self.wanted(self.plan.assignment.clips[clip_index], planned.bucket)
         view, key = views[self.number(planned.step, index, len(views))]
