@@ -13,7 +13,6 @@ second signal a second later, the run stops where it is. Exit code 2 is an error
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
 from stdit.cli import run
@@ -67,6 +66,7 @@ def train(config: TrainConfig) -> int:
             from stdit.training.report import start_line
             from stdit.training.run import Run
             from stdit.training.trainer import Trainer
+            from stdit.training.validation_loss import validation_loss_of
 
             memory = memory_of_process(accelerator.device, config.parallel.memory_gib)
             parts = mesh.everywhere(lambda: build_parts(config, checkpoint, mesh.size, memory))
@@ -75,8 +75,10 @@ def train(config: TrainConfig) -> int:
             mesh = settle(mesh, config.parallel, lambda: needs.choice(mesh.size, memory))
             mesh.check_batches(bucket.batch_size for bucket in parts.plan.assignment.buckets)
             parts.to(accelerator.device)
+            held_out = validation_loss_of(parts, mesh)
             notes = [*parts.plan.assignment.left_out(), *parts.plan.notes]
             notes += needs.warnings(Split(mesh.size, mesh.sequence.size))
+            notes += [str(held_out)] if held_out else []
             print(start_line(parts), *notes, sep="\n", flush=True)
             trainer = Trainer(
                 parts.model,
@@ -89,7 +91,7 @@ def train(config: TrainConfig) -> int:
                 config.seed,
                 config.parallel.shard_parameters,
             )
-            work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint))
+            work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint, held_out))
             stack.push(work.close)
             return loop(work, build_batches(parts, folder, mesh), signals, watch)
     print(f"{signals}: stopped at once, and the same command goes on from what was saved before")
@@ -102,12 +104,15 @@ def loop(work: "Run", batches: "Batches", signals: Interrupts, watch: "Watch") -
     work.make_up_validation()
     signals.patient = True
     with progress_bar(work.start, config.trainer.steps, work.mesh.is_first) as bar:
-        for wait, batch in timed(batches(work.start, config.trainer.steps), work.start, watch):
+        for wait, batch in timed(work.from_start(batches, watch)):
             begin, step, done = time.perf_counter(), batch["step"], batch["step"] + 1
             watch.at(f"step {step}, computing")
             values = work.trainer.step(step, batch)
-            line = work.record(batch, values, time.perf_counter() - begin, wait)
-            bar.show(line)
+            seconds = time.perf_counter() - begin
+            bar.show(work.record(batch, {**values, **work.measure(done)}, seconds, wait))
+            if work.goes_back(values, step):
+                bar.n = work.start
+                continue
             if work.is_asked_to_save(signals) or work.is_due(done, config.checkpoint.every):
                 watch.at(f"step {done}, saving")
                 saved = work.save(done, at_once=signals.agreed is not None or done == config.trainer.steps)
@@ -122,11 +127,10 @@ def loop(work: "Run", batches: "Batches", signals: Interrupts, watch: "Watch") -
     return signals.exit_code
 
 
-def timed(items: Iterable[Item], first: int, watch: "Watch") -> Iterator[tuple[float, Item]]:
+def timed(items: Iterable[Item]) -> Iterator[tuple[float, Item]]:
     """Each item with the seconds that it took to come."""
     iterator = iter(items)
-    for step in count(first):
-        watch.at(f"step {step}, waiting for data")
+    while True:
         start = time.perf_counter()
         try:
             item = next(iterator)

@@ -175,6 +175,13 @@ class RectifiedFlow:
             t = torch.sigmoid(self.config.logit_mean + self.config.logit_std * normal)
         return shift_levels(t, self.size_shift(latent_frames, height, width))
 
+    def level_at(self, quantile: float, latent_frames: int, height: int, width: int) -> Tensor:
+        """The noise level below which `sample_level` draws so large a share."""
+        t = torch.tensor(quantile)
+        if self.config.timestep_sampling == "logit_normal":
+            t = torch.sigmoid(self.config.logit_mean + self.config.logit_std * torch.special.ndtri(t))
+        return shift_levels(t, self.size_shift(latent_frames, height, width))
+
     def sigmas(
         self,
         num_inference_steps: int,

@@ -85,6 +85,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor; all of one that is not sharded."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gathered(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     """The tensors whole on the first rank, and none on the others; every rank must call this.
 

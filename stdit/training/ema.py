@@ -1,5 +1,7 @@
 """Exponential moving average of the weights, which is what samples are made from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,22 @@ class EMA:
             [latest[name].float() for name in self.average],
             1 - self.decay(step),
         )
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """While it lasts, the model has the averages, and they are the weights."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        for name, tensor in model.state_dict().items():
+            kept = tensor.float().clone()
+            tensor.copy_(self.average[name])
+            self.average[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.average

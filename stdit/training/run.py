@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 import stdit
+from stdit.checkpoint_files import is_whole, step_of
 from stdit.cli import plain, to_yaml
 from stdit.models.config import token_grid
 from stdit.parallel.parameters import gathered, whole
+from stdit.parallel.watch import Watch
 from stdit.pipelines.video_io import written_aside
+from stdit.training.batches import Batches
 from stdit.training.build import Parts
 from stdit.training.checkpoint import check_same_experiment, replaced, written
 from stdit.training.requests import Requests, RunRequests
@@ -22,6 +26,7 @@ from stdit.training.system import Interrupts, ProgressBar
 from stdit.training.tracking import TRACKERS, Metrics, MetricsFile, Tracker
 from stdit.training.trainer import Trainer
 from stdit.training.validation import default_settings, make_samples, write_samples
+from stdit.training.validation_loss import ValidationLoss
 
 LONG_WAIT = 1.0
 """Seconds for which a save may wait for the one before without a word."""
@@ -33,14 +38,21 @@ class Run:
     Every rank has one and calls it alike; the first one writes.
     """
 
-    def __init__(self, folder: Path, parts: Parts, trainer: Trainer, checkpoint: Path | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        parts: Parts,
+        trainer: Trainer,
+        checkpoint: Path | None,
+        held_out: ValidationLoss | None,
+    ) -> None:
         """Write settings, schedule and fitted codec, and load the checkpoint.
 
         Raises:
             UserError: if the checkpoint is of another experiment.
         """
         self.folder, self.parts, self.trainer, self.mesh = folder, parts, trainer, trainer.mesh
-        self.config = parts.config
+        self.config, self.held_out = parts.config, held_out
         self.experiment = parts.experiment
         self.settings = default_settings(self.config.validation, parts.plan.assignment)
         self.checkpoints = Checkpoints(
@@ -99,9 +111,8 @@ class Run:
         }
         self.checkpoints.seconds = {}
         self.metrics.write(line)
-        if batch["step"] % self.config.tracker.every == 0:
-            numbers = {f"train/{key}": value for key, value in line.items() if value is not None}
-            self.tracker.log(numbers, batch["step"])
+        if batch["step"] % self.config.tracker.every == 0 or "validation_loss" in values:
+            self.tracker.log({f"train/{key}": value for key, value in numbers(line)}, batch["step"])
         return line
 
     def save(self, step: int, at_once: bool) -> Path:
@@ -115,6 +126,7 @@ class Run:
             "config": plain(self.config),
             "pipeline": self.settings,
             "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+            "spikes": self.trainer.spikes.state(),
             "parts": self.trainer.parts,
             "validation_loss": self.checkpoints.losses.get(step),
             "versions": {
@@ -200,6 +212,60 @@ class Run:
     def _samples(self, step: int) -> Path:
         return self.folder / "samples" / f"step-{step:08d}"
 
+    def measure(self, step: int) -> dict[str, Any]:
+        """The validation loss after ``step`` steps, when it is due."""
+        if self.held_out is None or not self.is_due(step, self.config.validation.loss_every or 1):
+            return {}
+        found = self.held_out.measure(self.trainer)
+        self.checkpoints.validated(step, found["validation_loss"])
+        return found
+
+    def goes_back(self, values: dict[str, Any], step: int) -> bool:
+        """Go back to a checkpoint if batches that were trained on are to be left out; every rank must call this.
+
+        Where there is none so early, they stay, and only the batch of ``step``, that was not trained on, is left out.
+        """
+        skip = self.config.trainer.spike.skip
+        if "spike" not in values or skip == 1:
+            return False
+        self.checkpoints.wait()
+        checkpoint = self.mesh.on_first(lambda: self._set_back(step - skip + 1))
+        if checkpoint is None:
+            return False
+        meta = self.mesh.everywhere(lambda: check_same_experiment(checkpoint, self.experiment))
+        self.trainer.read(checkpoint, meta)
+        self.start, self.went_back = meta["step"], True
+        if self.mesh.is_first:
+            self.metrics.close()
+            self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.start)
+            print(f"step {step}: the loss jumped to {values['spike']:.4g}; back to {checkpoint}")
+        return True
+
+    def _set_back(self, first: int) -> Path | None:
+        """The newest whole checkpoint before batch ``first``; later ones, that know what is left out now, go."""
+        folders = {
+            path: at for path in self.checkpoints.folder.glob("step-*") if (at := step_of(path)) is not None
+        }
+        early = [path for path, at in folders.items() if at <= first]
+        for path in sorted(early, reverse=True):
+            if is_whole(path):
+                for late in folders.keys() - set(early):
+                    shutil.rmtree(late.rename(late.with_name(f"{late.name}.tmp")))
+                return path
+        return None
+
+    def from_start(self, batches: Batches, watch: Watch) -> Iterator[dict[str, Any]]:
+        """Batches from where the run goes on, and once more each time that it goes back."""
+        self.went_back = True
+        while self.went_back:
+            self.went_back = False
+            iterator = iter(batches(self.start, self.config.trainer.steps))
+            for step in range(self.start, self.config.trainer.steps):
+                watch.at(f"step {step}, waiting for data")
+                yield next(iterator)
+                if self.went_back:
+                    break
+
     def is_asked_to_save(self, signals: Interrupts) -> bool:
         """Agree with the other ranks on signals and requests, after a step; whether a checkpoint is due by them.
 
@@ -218,3 +284,12 @@ class Run:
             self.checkpoints.leave()
         self.metrics.close()
         self.tracker.finish()
+
+
+def numbers(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers of a line of ``metrics.jsonl``, and of what is in it, by their names joined with slashes."""
+    for key, value in line.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{key}/")
+        elif value is not None:
+            yield f"{prefix}{key}", value

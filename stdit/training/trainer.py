@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from stdit.diffusion.draws import draw_batch
+from stdit.diffusion.draws import Draws, draw_batch
 from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
 from stdit.parallel.mesh import Mesh
 from stdit.parallel.parameters import replicated, sharded, whole
 from stdit.parallel.storage import Stored
 from stdit.training.ema import EMA, EMAConfig
+from stdit.training.layers import LayerNorms
 from stdit.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
+from stdit.training.spikes import SpikeConfig, SpikeGuard, mean_level
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +39,11 @@ class TrainerConfig:
     """Longer gradients are scaled down to this; .inf leaves them alone."""
     max_nonfinite_steps: int = 10
     """A step without a finite loss and gradient is skipped; so many in a row stop the run."""
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    """What becomes of losses that jump."""
+    layers_every: int | None = None
+    """Steps between lines of metrics.jsonl with norms of weights, gradients and updates of each block; on such a step
+    a copy of the weights is held."""
     activation_checkpointing: bool = False
     """Compute activations twice rather than keep them: less memory, a third more time."""
     compile: bool = False
@@ -49,7 +56,7 @@ class TrainerConfig:
     """On CPUs, keep freed memory for the next step rather than return it to the system: faster."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "micro_batch_size", "max_nonfinite_steps", "num_threads"):
+        for name in ("steps", "micro_batch_size", "max_nonfinite_steps", "layers_every", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"trainer.{name} = {value}: must be at least 1")
@@ -83,6 +90,7 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.parts = mesh.dp
         """Into so many parts at least the ranks, and then the passes of a rank, split a batch."""
+        self.spikes = SpikeGuard(config.spike)
 
     def step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
         """Train on this rank's part of the global batch of ``step`` (from 0) and return measurements of all of it.
@@ -95,21 +103,42 @@ class Trainer:
         Raises:
             UserError: after ``max_nonfinite_steps`` steps in a row without a finite loss and gradient.
         """
-        total = self.accumulate(step, batch)
-        gradient_norm = float(whole(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
+        if step in self.spikes.left_out:
+            return {**self._line(None, None, factor), "left_out": True}
+        total = self.accumulate(step, batch)
+        layers = LayerNorms(self.model, self.mesh) if self._measures_layers(step) else None
+        gradient_norm = float(whole(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         finite = math.isfinite(total) and math.isfinite(gradient_norm)
-        if finite:
+        spike = finite and self.spikes.is_spike(self._mean_level(step, batch), float(total))
+        if finite and not spike:
             self.optimizer.step(factor)
             self.ema.update(self.model, step)
         self.optimizer.zero_grad()
         self._count(step, finite)
+        if spike:
+            self.spikes.leave_out(step)
+            return {**self._line(None, None, factor), "spike": float(total), "left_out": True}
+        if not finite:
+            return self._line(None, None, factor)
+        line = self._line(float(total), gradient_norm, factor)
+        return line if layers is None else {**line, "layers": layers.after_update()}
+
+    def _line(self, loss: float | None, gradient_norm: float | None, factor: float) -> dict[str, Any]:
+        """Measurements of a step; one without a loss was skipped."""
         return {
-            "loss": float(total) if finite else None,
+            "loss": loss,
             "lr": self.optimizer_config.lr * factor,
-            "grad_norm": gradient_norm if finite else None,
-            "skipped": not finite,
+            "grad_norm": gradient_norm,
+            "skipped": loss is None,
         }
+
+    def _measures_layers(self, step: int) -> bool:
+        return self.config.layers_every is not None and step % self.config.layers_every == 0
+
+    def _mean_level(self, step: int, batch: dict[str, Any]) -> float:
+        size = (batch["latents"].shape[2], batch["height"][0], batch["width"][0])
+        return mean_level(self.flow, self.seed, step, batch["size"], *size)
 
     def accumulate(self, step: int, batch: dict[str, Any]) -> Tensor:
         """The loss of the global batch; its gradients are left in the parameters, averaged over all ranks."""
@@ -135,12 +164,16 @@ class Trainer:
 
     def _losses(self, step: int, batch: dict[str, Any], rows: slice) -> Tensor:
         """Loss of some samples of this rank's part of the batch, over this rank's frames of them."""
+        size = (int(batch["height"][0]), int(batch["width"][0]))
+        indices, shape = self.mesh.rows(batch["size"])[rows], tuple(batch["latents"].shape[1:])
+        return self.losses(batch, rows, draw_batch(self.flow, self.seed, step, indices, shape, *size))
+
+    def losses(self, batch: dict[str, Any], rows: slice, draws: Draws) -> Tensor:
+        """The same with given randomness; the ranks that share a sample have parts of its loss, that add up."""
         device = self.accelerator.device
         names = ("latents", "text_states", "text_mask", "fps", "height", "width")
         x, states, mask, fps, height, width = (batch[name][rows].to(device) for name in names)
-        size = (int(batch["height"][0]), int(batch["width"][0]))
-        indices = self.mesh.rows(batch["size"])[rows]
-        draws = draw_batch(self.flow, self.seed, step, indices, tuple(x.shape[1:]), *size).to(device)
+        draws = draws.to(device)
         x_t = self.flow.add_noise(x, draws.noise, draws.t)
         shards = self.model.shards(self.mesh.sequence, *x.shape[2:])  # type: ignore[operator]
         x, noise, x_t = (shards.split(value, dim=2) for value in (x, draws.noise, x_t))
@@ -189,3 +222,4 @@ class Trainer:
             Stored(checkpoint / part).read_into(state[part])
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
         self.parts = max(self.mesh.dp, meta["parts"])
+        self.spikes.take_over(meta.get("spikes", {}))

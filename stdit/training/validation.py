@@ -38,12 +38,24 @@ class ValidationConfig:
     """Width in pixels."""
     fps: float | None = None
     """Frames per second."""
+    loss_every: int | None = None
+    """Steps between measurements of the validation loss: at fixed noise levels, with fixed noise, of fixed clips."""
+    loss_manifest: str | None = None
+    """Manifest of clips that do not train, for the validation loss; none: the first of those that do."""
+    loss_clips: int = 16
+    """Clips of each bucket in the validation loss, at most."""
+    loss_levels: int = 4
+    """Noise levels of each clip in the validation loss: quantiles of those that are trained."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError(f"validation.every = {self.every}: must be at least 1; for none, give no prompts")
         if any(not prompt.strip() for prompt in self.prompts):
             raise UserError("validation.prompts has an empty one: write it, or delete it")
+        for name in ("loss_every", "loss_clips", "loss_levels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"validation.{name} = {value}: must be at least 1")
         check_seed(self.seed, "validation.")
         self.settings().check("validation.")
 

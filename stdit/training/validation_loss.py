@@ -1,0 +1,208 @@
+"""The loss at fixed noise levels, with fixed noise, on fixed clips: the number that tells whether a run is sound.
+
+The loss of a training step is as loud as its noise levels and clips are different from the last ones; this one only
+changes with the weights. It is measured with the averaged weights, for each bucket, at quantiles of the distribution
+of noise levels that is trained.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stdit.data.buckets import Assignment, Bucket
+from stdit.data.dataset import build_plan, middle_window, to_video
+from stdit.data.decode import DecodeError
+from stdit.diffusion.draws import Draws, sample_generator
+from stdit.diffusion.flow import RectifiedFlow
+from stdit.errors import UserError
+from stdit.parallel.mesh import Mesh
+from stdit.training.build import Inputs
+from stdit.training.trainer import Trainer
+
+NOISE_STREAM = 0x76616C69
+"""In the place of the step, of which there are never so many, in the seed of the noise."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip at one noise level."""
+
+    clip: int
+    """Counts through the clips of the bucket."""
+    level: int
+    """Counts through the quantiles."""
+    weight: float = 1.0
+    """0 for one that only fills up the last batch."""
+
+
+def rows_of(clips: int, levels: int, batch_size: int) -> Iterator[tuple[Row, ...]]:
+    """Every clip at every level, in batches that are all full."""
+    rows = [Row(clip, level) for clip in range(clips) for level in range(levels)]
+    rows += [replace(rows[0], weight=0.0)] * (-len(rows) % batch_size)
+    for start in range(0, len(rows), batch_size):
+        yield tuple(rows[start : start + batch_size])
+
+
+def quantiles(levels: int) -> list[float]:
+    """The middles of so many equal parts of a distribution."""
+    return [(level + 0.5) / levels for level in range(levels)]
+
+
+def fixed_draws(
+    flow: RectifiedFlow,
+    seed: int,
+    rows: Sequence[Row],
+    levels: int,
+    latent_shape: tuple[int, int, int, int],
+    height: int,
+    width: int,
+) -> Draws:
+    """Noise that depends on the clip alone, and the level of each row; no frame is given, no caption dropped.
+
+    Args:
+        latent_shape: (C, T, H, W) of one sample.
+        height: pixels, for the shift by size; likewise ``width``.
+    """
+    frames = latent_shape[1]
+    at = [flow.level_at(quantile, frames, height, width) for quantile in quantiles(levels)]
+    noise = [
+        torch.randn(latent_shape, generator=sample_generator(seed, NOISE_STREAM, row.clip)) for row in rows
+    ]
+    t = torch.stack([at[row.level] for row in rows])[:, None]
+    return Draws(
+        t.expand(-1, frames) if flow.config.conditioning else t,
+        torch.stack(noise),
+        torch.zeros(len(rows), frames, dtype=torch.bool),
+        torch.zeros(len(rows), dtype=torch.bool),
+    )
+
+
+@torch.no_grad()
+def losses_by_level(
+    trainer: Trainer, batches: Sequence[tuple[tuple[Row, ...], dict[str, Any]]], levels: int
+) -> list[float]:
+    """Mean loss at each quantile over the clips of a bucket; every rank must call this, and gets the same.
+
+    Args:
+        batches: rows of the global batch, with this rank's part of it, as `Trainer.step` takes it.
+    """
+    mesh, totals, weights = trainer.mesh, torch.zeros(levels), torch.zeros(levels)
+    for rows, batch in batches:
+        weights.index_add_(0, *_by_level(rows))
+        mine = [rows[row] for row in mesh.rows(len(rows))]
+        size = (int(batch["height"][0]), int(batch["width"][0]))
+        for part, counts in mesh.passes(len(rows), trainer.most_at_once(len(rows))):
+            shape = tuple(batch["latents"].shape[1:])
+            draws = fixed_draws(trainer.flow, trainer.seed, mine[part], levels, shape, *size)  # type: ignore[arg-type]
+            losses = trainer.losses(batch, part, draws).cpu()
+            level, weight = _by_level(mine[part])
+            totals.index_add_(0, level, losses * weight * counts)
+    sums = (
+        mesh.average(totals.to(mesh.device)).cpu() * mesh.size
+    )  # a rank has a part of the clips, or of their frames
+    return (sums / weights).tolist()
+
+
+def _by_level(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([row.level for row in rows]), torch.tensor([row.weight for row in rows])
+
+
+class ValidationLoss:
+    """The clips, read and encoded once, and the loss on them."""
+
+    def __init__(self, inputs: Inputs, mesh: Mesh) -> None:
+        """Choose the clips; they are read at the first measurement.
+
+        Raises:
+            UserError: if there are none, or the text encoder does not know their captions.
+        """
+        config = inputs.config
+        self.config, self.inputs, self.mesh = config.validation, inputs, mesh
+        self.assignment = inputs.plan.assignment
+        if self.config.loss_manifest is not None:
+            data = replace(config.data, manifest=self.config.loss_manifest, root=None)
+            self.assignment = build_plan(data, config.seed).assignment
+        self.chosen = mesh.on_first(lambda: readable(self.assignment, self.config.loss_clips))
+        captions = [self.assignment.clips[index].text for index in chain.from_iterable(self.chosen)]
+        inputs.text_encoder.check(captions)
+        self._encoded: dict[int, list[tuple[tuple[Row, ...], dict[str, Any]]]] = {}
+
+    def __str__(self) -> str:
+        where = self.config.loss_manifest or "the training data, since validation.loss_manifest is not set"
+        return f"validation loss on {sum(map(len, self.chosen))} clips of {where}"
+
+    def measure(self, trainer: Trainer) -> dict[str, Any]:
+        """``validation_loss``, over all clips and levels, and ``validation``, by bucket and quantile."""
+        levels, found, count = self.config.loss_levels, {}, 0
+        with trainer.ema.applied(trainer.model):
+            for place, clips in enumerate(self.chosen):
+                if clips:
+                    losses = losses_by_level(trainer, self._batches(place), levels)
+                    found[str(self.assignment.buckets[place])] = losses
+                    count += len(clips)
+        sizes = [len(clips) for clips in self.chosen if clips]
+        total = sum(sum(losses) * size for losses, size in zip(found.values(), sizes, strict=True))
+        named = {
+            bucket: {
+                f"{quantile:.3g}": round(loss, 7)
+                for quantile, loss in zip(quantiles(levels), losses, strict=True)
+            }
+            for bucket, losses in found.items()
+        }
+        return {"validation_loss": round(total / (levels * count), 7), "validation": named}
+
+    def _batches(self, place: int) -> list[tuple[tuple[Row, ...], dict[str, Any]]]:
+        """This rank's parts of the batches of a bucket, encoded once and kept."""
+        if place not in self._encoded:
+            bucket, clips = self.assignment.buckets[place], self.chosen[place]
+            rows = rows_of(len(clips), self.config.loss_levels, bucket.batch_size)
+            self._encoded[place] = self.mesh.everywhere(
+                lambda: [(batch, self._batch(bucket, clips, batch)) for batch in rows]
+            )
+        return self._encoded[place]
+
+    @torch.no_grad()
+    def _batch(self, bucket: Bucket, clips: Sequence[int], rows: Sequence[Row]) -> dict[str, Any]:
+        mine = [clips[rows[row].clip] for row in self.mesh.rows(len(rows))]
+        latents: dict[int, Tensor] = {}
+        for index in dict.fromkeys(mine):
+            video = to_video(middle_window(self.assignment.clips[index], bucket)[None]).to(self.mesh.device)
+            latents[index] = self.inputs.codec.encode(video).float().cpu()
+        states, mask = self.inputs.text_encoder.encode([self.assignment.clips[index].text for index in mine])
+        numbers = {name: float(getattr(bucket, name)) for name in ("fps", "height", "width")}
+        return {
+            "size": len(rows),
+            "latents": torch.cat([latents[index] for index in mine]),
+            "text_states": states.cpu(),
+            "text_mask": mask.cpu(),
+            **{name: torch.full((len(mine),), value) for name, value in numbers.items()},
+        }
+
+
+def readable(assignment: Assignment, most: int) -> list[list[int]]:
+    """The first clips of each bucket that can be read, at most so many. Raises UserError if there are none."""
+    chosen: list[list[int]] = []
+    for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
+        chosen.append([])
+        for index in sorted(int(member) for member in members):
+            if len(chosen[-1]) == most:
+                break
+            try:
+                middle_window(assignment.clips[index], bucket)
+            except DecodeError:
+                continue
+            chosen[-1].append(index)
+    if not any(chosen):
+        raise UserError(
+            "validation.loss_manifest: none of its clips can be read: repair them, or leave it out"
+        )
+    return chosen
+
+
+def validation_loss_of(inputs: Inputs, mesh: Mesh) -> ValidationLoss | None:
+    """What `validation.loss_every` asks for; every rank must call this."""
+    return None if inputs.config.validation.loss_every is None else ValidationLoss(inputs, mesh)

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from stdit.training.optim import OptimizerConfig
+from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
+
+
+def test_norms_are_those_of_each_block() -> None:
+    one = tiny_trainer(
+        tiny_model(in_channels=3), OptimizerConfig(lr=1e-2), layers_every=2, max_grad_norm=1e-3
+    )
+    before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    line = one.step(0, tiny_batch(0))
+    found = line["layers"]
+    after = dict(one.model.named_parameters())
+    assert set(found) == {name.split(".")[0] for name in after if "_blocks" not in name} | {
+        "spatial_blocks.0",
+        "temporal_blocks.0",
+    }
+    for block, norms in found.items():
+        mine = [name for name in after if name.startswith(f"{block}.") or name == block]
+        moved = torch.cat([(after[name] - before[name]).flatten() for name in mine])
+        weights = torch.cat([after[name].flatten() for name in mine])
+        assert norms["weight"] == pytest.approx(float(weights.detach().norm()), rel=1e-5)
+        assert norms["update"] == pytest.approx(float(moved.norm()), rel=1e-5)
+    total = sum(norms["gradient"] ** 2 for norms in found.values() if "gradient" in norms) ** 0.5
+    assert total == pytest.approx(line["grad_norm"], rel=1e-5), "before clipping"
+    assert "layers" not in one.step(1, tiny_batch(1))

@@ -1,0 +1,99 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from stdit.diffusion.draws import draw_batch
+from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.errors import UserError
+from stdit.training.optim import OptimizerConfig
+from stdit.training.spikes import SpikeConfig, SpikeGuard, mean_level
+from stdit.training.trainer import Trainer
+from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
+
+
+def guard(**settings: Any) -> SpikeGuard:
+    return SpikeGuard(SpikeConfig(**{"factor": 2.0, "window": 8, **settings}))
+
+
+def fill(one: SpikeGuard, losses: list[float]) -> None:
+    """Losses at noise levels 0.1, 0.2, ..."""
+    for place, loss in enumerate(losses):
+        assert not one.is_spike(0.1 * (place + 1), loss)
+
+
+def test_a_loss_is_compared_with_those_at_like_levels() -> None:
+    one = guard()
+    fill(one, [1, 1, 1, 1, 5, 5, 5, 5])
+    assert one.is_spike(0.1, 2.1) and not one.is_spike(0.8, 9.9)
+    assert len(one.history) == 8, "a spike is not what later losses are compared with"
+    assert not guard(factor=None).is_spike(0.5, 1e9)
+
+
+def test_nothing_is_a_spike_before_there_is_enough_to_compare_with() -> None:
+    one = guard()
+    fill(one, [1, 1, 1, 1, 1, 1, 1])
+    assert not one.is_spike(0.5, 100.0)
+
+
+def test_what_is_left_out_is_remembered() -> None:
+    one, other = guard(skip=3), guard(skip=3)
+    fill(one, [1.0] * 8)
+    one.leave_out(20)
+    one.leave_out(1)
+    other.left_out = {40}
+    other.take_over(one.state())
+    assert other.left_out == {0, 1, 18, 19, 20, 40} and other.history == one.history and other.spikes == 2
+
+
+def test_too_many_spikes_stop_the_run() -> None:
+    one = guard(most=2)
+    one.leave_out(5)
+    with pytest.raises(
+        UserError, match="trainer.spike.most = 2 losses were spikes, the last in step 9: lower"
+    ):
+        one.leave_out(9)
+
+
+def test_the_mean_level_is_that_of_the_draws() -> None:
+    for config in (
+        FlowConfig(),
+        FlowConfig(timestep_sampling="uniform", shift=3.0, conditioning={"first": 0.5}),
+    ):
+        flow = RectifiedFlow(config)
+        draws = draw_batch(flow, 3, 7, range(5), (2, 4, 2, 2), 8, 8)
+        levels = draws.t.max(dim=1).values  # given frames have level 0
+        assert mean_level(flow, 3, 7, 5, 4, 8, 8) == pytest.approx(float(levels.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"factor": 1.0}, {"factor": math.inf}, {"window": 7}, {"skip": 0}, {"most": 0}]
+)
+def test_impossible_settings(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"trainer.spike.{next(iter(settings))} = "):
+        SpikeConfig(**settings)
+
+
+def trainer(**settings: Any) -> Trainer:
+    return tiny_trainer(tiny_model(in_channels=3), OptimizerConfig(lr=1e-4), **settings)
+
+
+def loud(step: int) -> dict[str, Any]:
+    batch = tiny_batch(step)
+    return batch | {"latents": 100 * batch["latents"]}
+
+
+def test_a_spike_moves_nothing_and_its_batch_is_never_trained_on() -> None:
+    one, other = (trainer(spike=SpikeConfig(factor=3.0, window=8)) for _ in range(2))
+    for step in range(8):
+        one.step(step, tiny_batch(step))
+        other.step(step, tiny_batch(step))
+    values = one.step(8, loud(8))
+    assert values["loss"] is None and values["skipped"] and values["left_out"] and values["spike"] > 1000
+    other.spikes.left_out.add(8)  # as a resumed run has it
+    assert other.step(8, loud(8)) == {
+        name: values[name] for name in ("loss", "lr", "grad_norm", "skipped", "left_out")
+    }
+    assert one.step(9, tiny_batch(9)) == other.step(9, tiny_batch(9))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters, other.parameters, strict=True))
