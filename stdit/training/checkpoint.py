@@ -1,5 +1,6 @@
 """Saving and finding the state of a run. What makes a folder whole is in `stdit.checkpoint_files`."""
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,6 +117,14 @@ def check_same_experiment(checkpoint: Path, experiment: dict[str, Any]) -> dict[
     return meta
 
 
+def way_out(error: Exception) -> str:
+    """What to do about a disk that refuses."""
+    codes = (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+    if isinstance(error, OSError) and error.errno in codes:
+        return "see that the folder is there and may be written"
+    return "make room on the disk"
+
+
 @contextmanager
 def written(what: str, aside: Path) -> Iterator[None]:
     """Turn what a disk refuses while it lasts into a UserError; after any error nothing is left of ``aside``."""
@@ -127,8 +136,8 @@ def written(what: str, aside: Path) -> Iterator[None]:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
             raise UserError(
-                f"{what} could not be written ({error}); what was there before is as it was. Make room on the "
-                "disk and run the same command again."
+                f"{what} could not be written ({error}); what was there before is as it was: {way_out(error)} and "
+                "run the same command again."
             ) from error
         raise
 

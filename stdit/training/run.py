@@ -23,7 +23,7 @@ from stdit.training.checkpoint import check_same_experiment, replaced, written
 from stdit.training.requests import Requests, RunRequests
 from stdit.training.saving import Checkpoints
 from stdit.training.system import Interrupts, ProgressBar
-from stdit.training.tracking import TRACKERS, Metrics, MetricsFile, Tracker
+from stdit.training.tracking import Metrics, MetricsFile, Tracker, build_tracker
 from stdit.training.trainer import Trainer
 from stdit.training.validation import default_settings, make_samples, write_samples
 from stdit.training.validation_loss import ValidationLoss
@@ -73,7 +73,7 @@ class Run:
             self.requests = RunRequests(folder, self.config.checkpoint.minutes)
             self._write_what_it_is(new=checkpoint is None)
             self.metrics = MetricsFile(folder / "metrics.jsonl", self.start)
-            self.tracker = TRACKERS[self.config.tracker.name](self.config.tracker, folder, plain(self.config))
+            self.tracker = build_tracker(self.config.tracker, folder, plain(self.config))
 
     def _write_what_it_is(self, new: bool) -> None:
         """Write settings, schedule and fitted codec; a new run replaces what one without a checkpoint left."""

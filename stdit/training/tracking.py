@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stdit.errors import UserError
+from stdit.training.checkpoint import way_out
 
 
 @dataclass
@@ -55,16 +56,16 @@ class MetricsFile(Metrics):
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line. Raises UserError when the disk is full."""
+        """Append a line. Raises UserError when the disk is full, read-only or gone, or the file is."""
         try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
+            if os.fstat(self.file.fileno()).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
             raise UserError(
-                f"{self.file.name} could not be written ({error.strerror}): make room on the disk and run "
-                "the same command again."
+                f"{self.file.name} could not be written ({error.strerror}): {way_out(error)} and run the same "
+                "command again."
             ) from error
 
     def close(self) -> None:
@@ -90,6 +91,33 @@ class Tracker:
 
     def finish(self) -> None:
         """Send what is left."""
+
+
+class Unobtrusive(Tracker):
+    """Another tracker, whose errors stop no run: they are said once, and it goes on to be tried."""
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self.tracker, self.name, self.failed = tracker, name, False
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self._try(lambda: self.tracker.log(values, step))
+
+    def log_videos(self, videos: Sequence[Path], prompts: Sequence[str], sheet: Path, step: int) -> None:
+        self._try(lambda: self.tracker.log_videos(videos, prompts, sheet, step))
+
+    def finish(self) -> None:
+        self._try(self.tracker.finish)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever its library raises
+            if not self.failed:
+                print(
+                    f"warning: {self.name} does not take what is measured ({error}); training goes on, and "
+                    "metrics.jsonl has it all. This is not said again."
+                )
+            self.failed = True
 
 
 class TensorBoard(Tracker):
@@ -162,6 +190,11 @@ class WandB(Tracker):
 
     def finish(self) -> None:
         self.tracker.finish()
+
+
+def build_tracker(config: TrackerConfig, run: Path, settings: dict[str, Any]) -> Tracker:
+    """The tracker that a config names. Raises UserError if its library is missing."""
+    return Unobtrusive(TRACKERS[config.name](config, run, settings), config.name)
 
 
 TRACKERS: dict[str, Callable[[TrackerConfig, Path, dict[str, Any]], Tracker]] = {

@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from stdit.errors import UserError
 from stdit.pipelines.video_io import write_mp4, write_sheet
-from stdit.training.tracking import TRACKERS, MetricsFile, Tracker, TrackerConfig
+from stdit.training.tracking import TRACKERS, MetricsFile, Tracker, TrackerConfig, build_tracker
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -34,6 +34,40 @@ def test_a_full_disk_is_said() -> None:
     metrics.file = open("/dev/full", "w")
     with pytest.raises(UserError, match="/dev/full could not be written"):
         metrics.write({"step": 0})
+
+
+def test_a_file_that_was_removed_is_said(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics.write({"step": 0})
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"removed while the run went on\): see that the folder is there"):
+        metrics.write({"step": 1})
+
+
+def test_a_tracker_that_fails_stops_nothing_and_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a network goes down in the middle."""
+
+    class Down(Tracker):
+        calls = 0
+
+        def log(self, values: dict[str, object], step: int) -> None:
+            Down.calls += 1
+            if step:
+                raise ConnectionError("network is unreachable")
+
+        def finish(self) -> None:
+            raise TimeoutError("still down")
+
+    monkeypatch.setitem(TRACKERS, "wandb", lambda *_: Down())
+    tracker = build_tracker(TrackerConfig(name="wandb"), tmp_path, {})
+    for step in range(4):
+        tracker.log({}, step)
+    tracker.finish()
+    assert Down.calls == 4
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1 and "wandb does not take what is measured (network is unreach" in said
 
 
 def track(name: str, run: Path, config: TrackerConfig) -> None:
