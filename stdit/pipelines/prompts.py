@@ -69,19 +69,36 @@ def read_prompts(file: str | Path) -> list[PromptLine]:
     lines = readers[path.suffix.lower()](path, text)
     if not lines:
         raise UserError(f"prompts file {path} holds no prompt: write at least one.")
-    for line in lines:
-        _count_from(path.parent, line)
+    for number, line in enumerate(lines, start=1):
+        _count_from(path.parent, line, f"{path}, prompt {number}: ")
     return lines
 
 
-def _count_from(folder: Path, line: PromptLine) -> None:
-    """Let the relative paths of given frames count from a folder."""
+def _count_from(folder: Path, line: PromptLine, where: str) -> None:
+    """Let the paths of given frames count from a folder. Raises UserError for those that lead out of it."""
     if line.image:
-        line.image = str(folder / line.image)
+        line.image = _inside(folder, line.image, where)
     if line.reference_path:
         paths = [path.strip() for path in line.reference_path.split(";")]
-        line.reference_path = ";".join(str(folder / path) for path in paths if path)
-    line.condition = [str(folder / text) for text in line.condition]
+        line.reference_path = ";".join(_inside(folder, path, where) for path in paths if path)
+    line.condition = [_inside(folder, text, where) for text in line.condition]
+
+
+def _inside(folder: Path, text: str, where: str) -> str:
+    """A path, after which may stand an @ and where its frames go, from a folder that it must not lead out of."""
+    try:
+        inside = all(
+            (folder / part).resolve().is_relative_to(folder.resolve())
+            for part in (text, text.rpartition("@")[0])
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a name too long, a loop of links
+        raise UserError(f"{where}{text!r} is no path ({error}).") from None
+    if not inside:
+        raise UserError(
+            f"{where}{text!r} lies outside of {folder}, the folder of the prompts file, where nothing is opened for "
+            "it: put it there, or give it by --image or --condition."
+        )
+    return str(folder / text)
 
 
 def _read_txt(path: Path, text: str) -> list[PromptLine]:

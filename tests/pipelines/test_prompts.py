@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from stdit.errors import UserError
@@ -46,11 +49,11 @@ def test_jsonl(tmp_path):
 
 def test_given_frames_are_of_the_folder_of_the_file(tmp_path):
     content = (
-        '{"prompt": "a", "condition": ["b.png@0", "/c.mp4@-8:8"], "reference_path": "d.png; e.png"}\n'
+        '{"prompt": "a", "condition": ["b.png@0", "c/c.mp4@-8:8"], "reference_path": "d.png; e.png"}\n'
         '{"prompt": "b", "then": ["c", "d"], "parts": 4, "overlap": 2, "close": true}\n'
     )
     first, second = read_prompts(written(tmp_path, "p.jsonl", content))
-    assert first.condition == [f"{tmp_path}/b.png@0", "/c.mp4@-8:8"]
+    assert first.condition == [f"{tmp_path}/b.png@0", f"{tmp_path}/c/c.mp4@-8:8"]
     assert first.reference_path == f"{tmp_path}/d.png;{tmp_path}/e.png"
     assert (second.then, second.parts, second.overlap, second.close) == (["c", "d"], 4, 2, True)
     (line,) = read_prompts(written(tmp_path, "p.csv", "prompt,condition\na,b.png@0\n"))
@@ -131,3 +134,15 @@ def test_missing_and_binary_files(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret.png", "link", "link/a.png"])
+@pytest.mark.parametrize("key", ["image", "reference_path", "condition"])
+def test_nothing_outside_the_folder_of_the_prompts_is_named(tmp_path: Path, key: str, path: str) -> None:
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    value: object = [f"{path}@0"] if key == "condition" else path
+    file = written(folder, "p.jsonl", json.dumps({"prompt": "a", key: value}))
+    with pytest.raises(UserError, match="prompt 1: .* lies outside of .*, the folder of the prompts file"):
+        read_prompts(file)
