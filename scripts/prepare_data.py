@@ -6,6 +6,9 @@
     python scripts/prepare_data.py filter clips/scored.csv clips/good.csv --where "motion > 2 and height >= 240"
     python scripts/prepare_data.py dedupe clips/good.csv clips/manifest.csv
     python scripts/prepare_data.py report clips/manifest.csv clips/report.html --config configs/train/finetune.yaml
+    python scripts/prepare_data.py encode --config configs/train/finetune.yaml --data.manifest clips/manifest.csv
+    python scripts/prepare_data.py cache verify clips/stdit-cache
+    python scripts/prepare_data.py cache prune clips/stdit-cache --config outputs/clips/config.yaml
 
 A source is a folder of videos or a manifest; the output is a manifest with all its columns, in CSV, JSON lines or
 Parquet. What a step leaves out is listed with the reason beside its output. An interrupted step goes on where it was
@@ -18,12 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from stdit.cli import run, script_parser
+from stdit.errors import UserError
 
+ENCODE_USAGE = "%(prog)s [--part K/N] [--config FILE ...] [--key value ...]"
 SCORES = ("motion", "difference", "sharpness", "brightness", "contrast")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, args.settings = parser.parse_known_args(argv)
+    if args.settings and args.command != "encode":  # whose further arguments are settings of a training
+        parser.error(f"unrecognized arguments: {' '.join(args.settings)}")
     for line in COMMANDS[args.command](args):
         print(line)
 
@@ -86,6 +94,23 @@ def build_parser() -> ArgumentParser:
         help="of a training, whose buckets are shown; may be repeated",
     )
     report.add_argument("--thumbnails", type=int, default=48, help="clips to show a picture of (48)")
+
+    text = "Encode what a training reads, clips and captions, into its cache. Takes the settings of train.py."
+    encode = steps.add_parser("encode", help=text, description=text, allow_abbrev=False, usage=ENCODE_USAGE)
+    encode.add_argument(
+        "--part", default="1/1", metavar="K/N", help="the K-th of N commands that share the work"
+    )
+
+    care = steps.add_parser("cache", help="Look after a cache.", allow_abbrev=False)
+    actions = care.add_subparsers(dest="action", required=True, metavar="ACTION")
+    verify = actions.add_parser("verify", help="Read all of it, and name what is broken.", allow_abbrev=False)
+    prune = actions.add_parser("prune", help="Remove what is broken or not needed.", allow_abbrev=False)
+    for action in (verify, prune):
+        action.add_argument("folder", type=Path, help="of the cache")
+    prune.add_argument(
+        "--config", action="append", default=[], help="of a training whose entries stay; repeatable"
+    )
+    prune.add_argument("--dry_run", action="store_true", help="only say what would go")
     return parser
 
 
@@ -143,6 +168,46 @@ def report(args: Namespace) -> list[str]:
     return report_clips(task(args), data, seed, args.thumbnails)
 
 
+def encode(args: Namespace) -> list[str]:
+    from stdit.config import parse_train
+
+    part = read_part(args.part)
+    config = parse_train(args.settings)
+
+    from stdit.pipelines.sampling import find_device
+    from stdit.training.caching import encode as fill
+
+    summary = fill(config, find_device(config.trainer.device), part)
+    hint = ["train with --data.cache disk (or memory) to read it"] if config.data.cache == "none" else []
+    return [str(summary), *hint]
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """(number from 0 on, of how many). Raises UserError."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--part {text}: must be K/N, such as 1/4 to 4/4 for four commands")
+    return int(number) - 1, int(count)
+
+
+def cache(args: Namespace) -> list[str]:
+    if args.action == "verify":
+        from stdit.data.cache.care import verify
+
+        found = verify(args.folder)
+        if found.broken:
+            raise UserError(f"{found}\nprune removes what is broken; encode, or training, makes it again")
+        return [str(found)]
+
+    from stdit.config import parse_train
+
+    configs = [parse_train(["--config", name]) for name in args.config]
+
+    from stdit.training.caching import prune_cache
+
+    return [str(prune_cache(args.folder, configs, args.dry_run))]
+
+
 COMMANDS: dict[str, Callable[[Namespace], list[str]]] = {
     "probe": probe,
     "split": split,
@@ -150,6 +215,8 @@ COMMANDS: dict[str, Callable[[Namespace], list[str]]] = {
     "filter": filter_rows,
     "dedupe": dedupe,
     "report": report,
+    "encode": encode,
+    "cache": cache,
 }
 
 if __name__ == "__main__":

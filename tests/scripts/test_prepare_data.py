@@ -15,6 +15,7 @@ from stdit.errors import UserError
 from tests.data.conftest import write_video  # noqa: F401 (a fixture)
 from tests.data.preparation.conftest import clips, read_csv  # noqa: F401 (a fixture)
 from tests.launch import ROOT
+from tests.training.tiny import tiny_settings
 
 HERE = ["--workers", "0"]
 
@@ -57,6 +58,41 @@ def test_mistakes_are_named(clips: Path) -> None:  # noqa: F811
         with pytest.raises(SystemExit) as caught:
             main(flags)
         assert caught.value.code == 2
+
+
+def test_the_cache_of_a_training_is_filled_and_looked_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny_settings(tmp_path)
+    folder = tmp_path / "clips" / "stdit-cache"
+
+    def told(*arguments: str) -> str:
+        main([*arguments])
+        return capsys.readouterr().out
+
+    assert "3 views encoded, 0 were there already" in told("encode", *settings, "--part", "1/2")
+    out = told("encode", *settings)
+    assert "5 clips, 2 views encoded, 3 were there already" in out and "train with --data.cache disk" in out
+    assert "0 views encoded, 5 were there already" in told("encode", *settings, "--data.cache", "disk")
+    assert "entries" in told("cache", "verify", str(folder))
+    assert "0 entries and" in told("cache", "prune", str(folder), *settings)
+
+    video = ["--data.buckets", "[{num_frames: 2, height: 8, width: 8, fps: 8}]"]
+    assert "5 views encoded" in told("encode", *settings, *video)
+    assert "5 entries and" in told("cache", "prune", str(folder), *settings, "--dry_run")
+    assert "5 entries and" in told("cache", "prune", str(folder), *settings)
+
+    shard = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-50])
+    with pytest.raises(UserError, match=f"broken: {shard.name}: .*\nprune removes what is broken"):
+        main(["cache", "verify", str(folder)])
+    assert "broken" in told("cache", "prune", str(folder)) and not shard.exists()
+    assert "entries" in told("cache", "verify", str(folder))
+    with pytest.raises(UserError, match="data.bukets is not a setting"):
+        main(["encode", *settings, "--data.bukets", "[]"])
+    for part in ("0/2", "3/2", "1", "a/b", "-1/2"):
+        with pytest.raises(UserError, match="must be K/N"):
+            main(["encode", *settings, f"--part={part}"])
 
 
 def test_help_needs_nothing_heavy() -> None:
