@@ -1,6 +1,7 @@
 """The steps as a user calls them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_all_steps_in_order(clips: Path, capsys: pytest.CaptureFixture[str]) -> 
     config = clips / "train.yaml"
     config.write_text("data:\n  buckets:\n  - {num_frames: 16, fps: 8, height: 32, width: 32}\n")
     step("report", "manifest.csv", "report.html", "--config", str(config), "--thumbnails", "2")
-    assert "<td>16x32x32 at 8 fps</td><td>1</td>" in (clips / "report.html").read_text()
+    assert re.search(r"16x32x32 at 8 fps +1 +1 +1\n", (clips / "report.html").read_text())
 
 
 def test_mistakes_are_named(clips: Path) -> None:  # noqa: F811

@@ -121,15 +121,10 @@ def buckets(task: Task, table: Table, data: DataConfig, seed: int) -> str:
     """What each bucket of a training would keep, and what is left out and why."""
     data = replace(data, manifest=task.source, root=table.root, sources=[])
     try:
-        assignment = build_assignment(data, seed)
+        told = build_assignment(data, seed).table()
     except UserError as error:
-        return f"<pre>{page.escaped(error)}</pre>"
-    rows = [
-        (bucket, len(members), bucket.batch_size, assignment.steps(k))
-        for k, (bucket, members) in enumerate(zip(assignment.buckets, assignment.members, strict=True))
-    ]
-    header = ("bucket (frames x height x width)", "clips", "batch", "steps an epoch")
-    return page.table(header, rows) + f"<pre>{page.escaped(chr(10).join(assignment.left_out()))}</pre>"
+        told = str(error)
+    return f"<pre>{page.escaped(told)}</pre>"
 
 
 def thumbnail(section: Section) -> str:
