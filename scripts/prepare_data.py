@@ -29,9 +29,10 @@ SCORES = ("motion", "difference", "sharpness", "brightness", "contrast")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    args, args.settings = parser.parse_known_args(argv)
-    if args.settings and args.command != "encode":  # whose further arguments are settings of a training
-        parser.error(f"unrecognized arguments: {' '.join(args.settings)}")
+    args, settings = parser.parse_known_args(argv)
+    args.settings = settings
+    if settings and args.command != "encode":  # whose further arguments are settings of a training
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
     for line in COMMANDS[args.command](args):
         print(line)
 

@@ -122,6 +122,10 @@ def buckets(task: Task, table: Table, data: DataConfig, seed: int) -> str:
     data = replace(data, manifest=task.source, root=table.root, sources=[])
     try:
         told = build_assignment(data, seed).table()
+        if any(bucket.max_tokens for bucket in data.buckets):
+            told += (
+                "\nmax_tokens sizes batches by the codec and the model: train.py --dry_run true shows them"
+            )
     except UserError as error:
         told = str(error)
     return f"<pre>{page.escaped(told)}</pre>"
