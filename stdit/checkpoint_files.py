@@ -160,6 +160,14 @@ def verify(folder: Path, needed: Callable[[str], bool] = lambda name: True) -> d
     return meta
 
 
+def share(path: Path) -> None:
+    """Give a file, or those in a folder, the rights of any new file: safetensors are made for their owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
+
+
 def is_whole(folder: Path) -> bool:
     """Whether all files of a sealed folder are as they were written."""
     try:

@@ -15,6 +15,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from stdit.checkpoint_files import share
 from stdit.data.clips import NUMBERS, Clips, Strings
 from stdit.data.scan import Scan
 
@@ -87,6 +88,7 @@ def save(file: Path, key: str, scan: Scan) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside, {"key": key, "facts": json.dumps(facts)})
+        share(aside)
         aside.replace(file)
     except (OSError, SafetensorError) as error:
         logger.warning(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stdit.checkpoint_files import share
 from stdit.errors import UserError
 from stdit.parallel.mesh import Mesh
 
@@ -103,6 +104,7 @@ def write_pieces(folder: Path, pieces: Pieces, rank: int, ranks: int) -> list[Pa
         placement = {name: {"saved_offsets": piece.offsets} for name, piece in named.items()}
         tensors = {name: piece.tensor.cpu().contiguous() for name, piece in named.items()}
         save_file(tensors, files[-1], metadata={"format": "pt", PLACEMENT: json.dumps(placement)})
+        share(files[-1])
     return files
 
 

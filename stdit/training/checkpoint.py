@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify
+from stdit.checkpoint_files import META, newest_whole, read_meta, share, step_of, verify
 from stdit.errors import UserError
 
 NEEDED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "parts": int}
@@ -151,6 +151,7 @@ def replaced(what: str, folder: Path) -> Iterator[Path]:
     with written(what, aside):
         aside.mkdir(parents=True)
         yield aside
+        share(aside)
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)

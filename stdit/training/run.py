@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import stdit
-from stdit.checkpoint_files import is_whole, step_of
+from stdit.checkpoint_files import is_whole, share, step_of
 from stdit.cli import plain, to_yaml
 from stdit.models.config import token_grid
 from stdit.parallel.parameters import gathered, whole
@@ -86,6 +86,7 @@ class Run:
                     shutil.rmtree(old, ignore_errors=True)
                 if not target.is_dir() and (name == "scheduler" or hasattr(part, "fitted")):
                     part.save_pretrained(aside)
+                    share(aside)
                     aside.rename(target)
             with written_aside(self.folder / "config.yaml") as file:
                 Path(file).write_text(to_yaml(self.config), encoding="utf-8")

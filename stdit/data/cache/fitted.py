@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stdit.checkpoint_files import share
 from stdit.data.cache.keys import DECODING, Contents, digest
 from stdit.data.cache.shards import Entry, Writer
 from stdit.data.cache.store import Store
@@ -58,6 +59,7 @@ def fitted(codec: Any, plan: BatchPlan, config: DataConfig) -> "VideoCodec":
         aside = saved.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
         try:
             codec.save_pretrained(aside)
+            share(aside)
             if not saved.exists():
                 aside.rename(saved)
         except OSError as error:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stdit.checkpoint_files import share
 from stdit.errors import UserError
 
 FORMAT = "stdit-cache-2"
@@ -110,6 +111,7 @@ def write_shard(file: Path, entries: Sequence[Entry]) -> None:
     aside = file.with_name(f".{file.name}.tmp")
     try:
         save_file(tensors, aside, facts)
+        share(aside)
         with aside.open("rb") as written:
             os.fsync(written.fileno())
         aside.replace(file)
