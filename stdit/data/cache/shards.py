@@ -57,8 +57,10 @@ class Shard:
     maker: str
     keys: np.ndarray
     """uint8 [N 16]"""
-    offsets: list[int]
-    hashes: list[int]
+    offsets: np.ndarray
+    """int64 [N + 1]"""
+    hashes: np.ndarray
+    """int64 [N]"""
 
     def read(self, stored: "safe_open", row: int) -> Tensor | None:
         """The tensor of an entry; None if its bytes are not those that were written.
@@ -66,7 +68,7 @@ class Shard:
         Args:
             stored: the shard's file, open.
         """
-        value = stored.get_slice("values")[self.offsets[row] : self.offsets[row + 1]].clone()
+        value = stored.get_slice("values")[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()
         return value if hash_of(value) == self.hashes[row] else None
 
 
@@ -89,7 +91,7 @@ def read_shard(file: Path) -> Shard:
             raise DamagedShard("its parts do not fit together")
         if count and (offsets[0] != 0 or offsets[-1] != size[0] or steps.min() < 0):
             raise DamagedShard("its entries lie outside it")
-        return Shard(file, facts["kind"], facts["maker"], keys, offsets.tolist(), hashes.tolist())
+        return Shard(file, facts["kind"], facts["maker"], *(part.copy() for part in (keys, offsets, hashes)))
     except DamagedShard:
         raise
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
