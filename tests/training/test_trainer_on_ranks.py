@@ -28,6 +28,7 @@ from stdit.training.system import Interrupts
 from stdit.training.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
 from tests.parallel.test_layout import average, close
+from tests.training.test_validation_loss import measured
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
 STEPS, BATCH = 3, 3
@@ -122,6 +123,7 @@ def everything_on_two(group: Group, sp: int, folder: Path) -> None:
     compare(group, sp, [name for name in OPTIONS if name != "compiled" or sp == 2])  # compiling takes long
     compare_bf16(sp)
     skip_alike(sp)
+    measure_alike(sp)
     keep_a_share(sp)
     resume(sp, folder)
     fail_alike(sp, folder / "refused")
@@ -154,6 +156,23 @@ def skip_alike(sp: int) -> None:
         assert values["skipped"] and values["grad_norm"] is None
         assert equal(tensors(one), before)
         assert not one.step(STEPS, batch(one.mesh, STEPS))["skipped"]
+
+
+def measure_alike(sp: int) -> None:
+    """The validation loss and the norms of blocks are those of one process."""
+    alone = tiny_trainer(tiny_model(in_channels=3), ADAMW, layers_every=1)
+    line = alone.step(0, tiny_batch(0))
+    for sharded in (False, True):
+        mesh = mesh_of(sp)
+        one = tiny_trainer(
+            tiny_model(in_channels=3), ADAMW, mesh, sharded, layers_every=1, micro_batch_size=1
+        )
+        found = one.step(0, tiny_batch(0, mesh=mesh))["layers"]
+        for block, norms in line["layers"].items():
+            assert found[block] == pytest.approx(norms, rel=1e-4, abs=1e-6), (block, sharded)
+        before = tensors(one)
+        assert measured(one) == pytest.approx(measured(alone), rel=1e-5)
+        assert equal(tensors(one), before)
 
 
 def keep_a_share(sp: int) -> None:
