@@ -175,6 +175,7 @@ def test_the_cache_lies_with_the_data_unless_told_otherwise(tmp_path):
         DataConfig(sources=sources[1:], cache="disk").validate()
 
 
+@pytest.mark.slow
 def test_ranks_encode_their_share_and_see_the_same_batches(views, tmp_path):
     expected = list(build_batches(parts_of(views(data__cache="memory")), tmp_path, Mesh())(0, 4))
     folders = {cache: tmp_path / f"ranks-{cache}" for cache in ("memory", "disk")}
