@@ -4,7 +4,7 @@
     python scripts/chaos.py --faults 200 --seed 1 --output outputs/chaos-1
     python scripts/chaos.py --launcher torchrun --faults 20 --only kill kill_saving flip
     python scripts/chaos.py --launcher "srun -n {ranks} python train.py" --splits 4x2 8x1 \
-        --config my.yaml --trainer.steps 200 --checkpoint.every 20 --parallel.timeout 60
+        --config my.yaml --trainer.steps 200 --checkpoint.every 20 --parallel.silence 30
 
 A trial is one run, which faults interrupt and which is started again after each; half of the trials start with
 another number of processes, or another split of them, every time. At its end a run must have the losses and weights
@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.bench_sp import NoLinkError, Place, limited_link, positive
 from scripts.chaos_faults import FAULTS
 from scripts.chaos_jobs import CommandLauncher, Launcher, WarmLauncher, adopt_orphans, parse_split
-from scripts.chaos_trials import Bench, campaign, table
+from scripts.chaos_log import table
+from scripts.chaos_trials import Bench, campaign
 from stdit.cli import run, script_parser
 from stdit.config import parse_train
 from stdit.errors import UserError
@@ -47,7 +48,7 @@ model: {{depth: 1, hidden_size: 48, num_heads: 2, patch_size: [1, 8, 8], input_s
 flow: {{conditioning: {{first: 0.3}}}}
 trainer: {{steps: 48, device: cpu}}
 optimizer: {{lr: 1.0e-4}}
-parallel: {{timeout: 20}}
+parallel: {{timeout: 60, silence: 15}}
 checkpoint: {{every: 2, keep_last: 3}}
 """
 """A run of a few seconds that saves often."""

@@ -259,5 +259,6 @@ FAULTS = {
     "pause": Fault(pause),
     "drop_link": Fault(drop_link, weight=0.5, least_ranks=2, over_link=True),
     "sigterm": Fault(signalled(signal.SIGTERM), codes=lambda code: code == 0, loses_nothing=True),
+    "sigusr1": Fault(signalled(signal.SIGUSR1), codes=lambda code: code == 0, loses_nothing=True),
     "sigint": Fault(signalled(signal.SIGINT), codes=lambda code: code in (130, 1), loses_nothing=True),
 }

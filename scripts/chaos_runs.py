@@ -50,6 +50,15 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def is_whole(run: Path, step: int) -> bool:
+    """Whether a checkpoint is there, and as it was written."""
+    try:
+        verify(checkpoint(run, step))
+    except UserError:
+        return False
+    return True
+
+
 def is_saving(run: Path) -> bool:
     """Whether a checkpoint is being written, or an old one removed: its folder has another name meanwhile."""
     return any((run / "checkpoints").glob("step-*.tmp"))
@@ -139,10 +148,8 @@ def check_checkpoints(run: Path, damaged: Collection[int], expected: int) -> Ite
     """Every checkpoint with its final name is whole, but for those that were damaged, and the newest whole one is
     that of the step ``expected`` (0: none), or a newer one."""
     for step in set(visible(run)) - set(damaged):
-        try:
-            verify(checkpoint(run, step))
-        except UserError as error:
-            yield f"a broken checkpoint has its final name: {error}"
+        if not is_whole(run, step):
+            yield f"{checkpoint(run, step)} is broken, but has its final name"
     newest, _ = newest_whole(run / "checkpoints")
     step = step_of(newest) or 0 if newest else 0
     if step < expected:

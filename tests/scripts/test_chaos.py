@@ -12,8 +12,9 @@ import pytest
 from scripts import chaos_trials
 from scripts.chaos_faults import delete, flip, truncate
 from scripts.chaos_jobs import CommandLauncher, Split, adopt_orphans, parse_split
+from scripts.chaos_log import Part, Verdict, read_log, table
 from scripts.chaos_runs import Result, compare
-from scripts.chaos_trials import Bench, Part, Verdict, campaign, read_log, table
+from scripts.chaos_trials import Bench, campaign
 from stdit.checkpoint_files import verify, write_manifest
 from stdit.errors import UserError
 from tests.launch import ROOT
@@ -77,8 +78,8 @@ def test_the_default_is_a_tiny_run_of_its_own(tmp_path: Path) -> None:
         ("from step 0", ["kill"], "lost more than what followed the checkpoint"),
         ("drift", ["kill"], "undisturbed 0."),
         ("orphan", ["kill_rank"], "processes were left behind"),
-        ("not aside", ["kill"], "a broken checkpoint has its final name"),
-        ("silent", ["delete"], "passed over without a word"),
+        ("not aside", ["kill"], "is broken, but has its final name"),
+        ("silent", ["delete"], "not passed over, or without a word"),
         ("no save", ["sigterm"], "steps were done, but the newest checkpoint"),
         ("deaf", ["sigterm"], "had not ended after"),
     ],
