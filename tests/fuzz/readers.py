@@ -23,6 +23,8 @@ from stdit.codecs.stored_text import StoredText
 from stdit.config import TrainConfig, experiment_key, parse_train
 from stdit.data.config import DataConfig, resolve_size
 from stdit.data.manifest import read_manifest, read_texts
+from stdit.data.preparation.expressions import column_kinds
+from stdit.data.preparation.expressions import parse_condition as parse_where
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.pipelines.conditions import parse_condition
@@ -72,6 +74,13 @@ MANIFEST = (
     "path,text,start,end\na.mp4,one,0.5,1\nb.mp4,two,,\n",
     'path,text,num_frames,fps,height,width\na.mp4,"a, b",16,8,32,32\nb.mp4,two,1,24.0,64,48\nc.mp4,x,9,30,8,8\n',
     "text,path,score,num_frames,fps,height,width\none,a.mp4,5,16,8,32,32\n",
+)
+WHERE = (
+    "score > 0.2 and num_frames >= 16",
+    "not (text == 'one' or height / width < 1.5)",
+    "'ball' in text and 8 <= fps <= 30",
+    "path in ('a.mp4', 'b.mp4') or -score + 2 * fps > 3 % 2",
+    "len(text) > 3 and score is not None",
 )
 MANIFEST_ROWS = [
     {"path": "a.mp4", "text": "one", "num_frames": 16, "fps": 8, "height": 32, "width": 32, "score": 0.5},
@@ -234,6 +243,15 @@ def _masks(text: str, folder: Path) -> object:
     return translate_masks(entries, PixelCodec(), Parts(count=2, overlap=2), num_frames=8)
 
 
+def _condition(inputs: tuple[str, list[Any]], folder: Path) -> None:
+    """A condition of scripts/prepare_data.py, on rows whose columns may be of any kind."""
+    text, rows = inputs
+    values = [{key: str(value) for key, value in row.items()} for row in rows if isinstance(row, dict)]
+    condition = parse_where(text, column_kinds(values, list(MANIFEST_ROWS[0])))
+    for row in values:
+        condition.objection(row)
+
+
 def _checkpoint_meta() -> Reader:
     """``meta.json``, beside files that are as it says, or not."""
     experiment = experiment_key(TrainConfig(data=DataConfig(manifest="clips")))
@@ -337,6 +355,9 @@ def readers() -> dict[str, Reader]:
         "manifest folder": Reader(names, _folder_manifest, cost=3),
         "condition": Reader(changed_text(CONDITIONS), lambda text, _: parse_condition(text).span(16)),
         "mask_strategy": Reader(changed_text(MASKS), _masks),
+        "where": Reader(
+            st.tuples(changed_text(WHERE), changed_tree([MANIFEST_ROWS, [*MANIFEST_ROWS, {}]])), _condition
+        ),
         "resolution": Reader(_size_by_name(), lambda names, _: resolve_size(*names)),
         "checkpoint meta": _checkpoint_meta(),
         "weights": _weights(),
