@@ -57,10 +57,12 @@ def main() -> None:
             line = {"step": step, "loss": loss, "lr": 1.0, "grad_norm": loss, "seconds": time.perf_counter()}
             file.write(json.dumps(line) + "\n")
             file.flush()
-            if (step + 1) % EVERY == 0 or (asked and BROKEN != "no save"):
+            if asked or (step + 1) % EVERY == 0:
                 save(run, step + 1)
             while asked and BROKEN == "deaf":
                 time.sleep(1)
+            if asked and BROKEN == "no save":
+                file.write(json.dumps({**line, "step": step + 1}) + "\n")
             if asked:
                 sys.exit(0)
     (run / "pipeline" / "transformer").mkdir(parents=True)
