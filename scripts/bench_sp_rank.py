@@ -149,7 +149,7 @@ def count(step: Step) -> dict[str, Any]:
     return figures
 
 
-def timed(step: Callable[[], None], device: torch.device) -> float:
+def timed(step: Callable[[], object], device: torch.device) -> float:
     """Seconds of a step that all ranks begin together."""
     if dist.is_initialized():
         dist.barrier()

@@ -50,6 +50,7 @@ class Mesh:
         if self.size == 1:
             return self
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        assert isinstance(group, dist.ProcessGroup), "every rank is in it"
         return replace(self, talk=group, device=torch.device("cpu"))
 
     @property
