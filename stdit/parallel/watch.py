@@ -97,11 +97,12 @@ class RankWatch(Watch):
         self._stop = threading.Event()
         self._heard: dict[int, tuple[int, float]] = {}
         self._main = threading.current_thread().ident
-        self._still_since = time.monotonic()
+        self._still_since = self._looked = time.monotonic()
         self._stack: tuple[object, ...] = ()
         self._say()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch_the_store, name="watch of the store", daemon=True).start()
 
     def at(self, doing: str) -> None:
         self.doing = doing
@@ -151,7 +152,7 @@ class RankWatch(Watch):
                 if now - before > self.silence / 2:  # this process was stopped: nobody else is to blame
                     self._heard.clear()
                     self._still_since = now
-                before = now
+                before = self._looked = now
                 self._look(now)
         except Exception as error:  # the store is gone, and with it the first machine
             if not self._stop.wait(self.grace):
@@ -159,6 +160,21 @@ class RankWatch(Watch):
                     f"rank 0 is lost, or its machine: {self._name()}, cannot reach it ({error}). {AGAIN}"
                 )
                 self.end(1)
+
+    def _watch_the_store(self) -> None:
+        """A second thread, which asks the store nothing: one that is stopped, or cut off, never answers the first."""
+        before = time.monotonic()
+        while not self._stop.wait(self.interval):
+            now = time.monotonic()
+            if now - before > self.silence / 2:  # this process was stopped, and its other thread, too
+                self._looked = now
+            before = now
+            if now - self._looked > self.silence + self.grace:
+                self._speak(
+                    f"rank 0 is lost, or its machine: {self._name()}, had no answer from it for "
+                    f"{now - self._looked:.0f} s (parallel.silence). {AGAIN}"
+                )
+                self.end(LostRankError.code)
 
     def _look(self, now: float) -> None:
         """Give a sign of life; end the process if the run has failed."""

@@ -231,23 +231,34 @@ def test_ranks_that_end_well_say_nothing(ends: dict[str, End]) -> None:
     assert ends["ends_well"] == End([0, 0, 0], "")
 
 
-def test_where_the_store_is_gone_its_machine_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (signal.SIGKILL, "cannot reach it"),
+        (signal.SIGSTOP, "had no answer from it for 3 s (parallel.silence)"),
+    ],
+)
+def test_where_the_store_is_lost_its_machine_is_named(
+    tmp_path: Path, number: signal.Signals, words: str
+) -> None:
     said, port = tmp_path / "said", fork.Queue()
 
     def host() -> None:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port.put(store.port)
-        time.sleep(1)
-        os._exit(0)
+        time.sleep(60)
 
     hosting = fork.Process(target=host)
     hosting.start()
-    process = fork.Process(target=play, args=(all_hang, 1, port.get(), said))
+    process = fork.Process(target=play, args=(stops, 2, port.get(), said))
     process.start()
+    time.sleep(1)
+    os.kill(hosting.pid or 0, number)
     process.join(20)
+    hosting.kill()
     hosting.join()
     assert process.exitcode == 1
-    assert "error: rank 0 is lost, or its machine: rank 1, step 12, computing, cannot" in said.read_text()
+    assert f"error: rank 0 is lost, or its machine: rank 2, step 12, computing, {words}" in said.read_text()
 
 
 def test_a_place_is_the_innermost_of_this_project() -> None:
