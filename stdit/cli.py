@@ -72,8 +72,8 @@ def parse(
     """Read a config dataclass from the command line.
 
     ``--config FILE`` may be repeated: later files win over earlier ones, flags (``--group.key value``) over
-    files. A list of texts takes its entries one by one, too. ``--help`` shows the docstring below each field;
-    ``--print_config`` prints the result as YAML.
+    files. A later list replaces an earlier one; a list of texts takes its entries one by one, too. ``--help`` shows
+    the docstring below each field; ``--print_config`` prints the result as YAML.
 
     Args:
         config_class: a dataclass whose fields may be dataclasses in turn.
@@ -96,6 +96,10 @@ def parse(
         if argument.startswith("--"):
             _check_key(argument[2:].partition("=")[0].removesuffix("+"), known, "--")
     arguments = _one_by_one(arguments, {name for name, hint in known.items() if hint == list[str]})
+    for flag, value in pairwise(arguments):
+        if flag == "--config":
+            _check_file(Path(value), config_class)
+    arguments = list(_emptied_first(arguments, {name for name, hint in known.items() if _group_in(hint)}))
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
@@ -113,9 +117,6 @@ def parse(
         help="YAML file of settings; later ones win, flags win.",
     )
     parser.add_class_arguments(config_class)
-    for flag, value in pairwise(arguments):
-        if flag == "--config":
-            _check_file(Path(value), config_class)
     try:
         settings = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -165,6 +166,34 @@ def _one_by_one(arguments: list[str], lists: set[str]) -> list[str]:
         if argument.startswith("--") and name in lists and not (first[:1] == "[" and first[-1:] == "]"):
             result[place] = f"--{name}+{equals}{value}"
     return result
+
+
+def _emptied_first(arguments: list[str], lists: set[str]) -> Iterator[str]:
+    """Empty a list of groups before a file or a flag sets it.
+
+    jsonargparse would take what a new entry leaves out from the earlier one in its place, if both lists are as long.
+    """
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        if argument == "--config":
+            content = yaml.safe_load(Path(following).read_text(encoding="utf-8"))
+            named = {name for name in lists if _holds(content, name)}
+        else:
+            named = lists & {argument.removeprefix("--").partition("=")[0]} if argument[:2] == "--" else set()
+        yield from (f"--{name}=[]" for name in sorted(named))
+        yield argument
+
+
+def _holds(content: Any, name: str) -> bool:
+    """Whether nested mappings have a dotted key."""
+    group, _, rest = name.partition(".")
+    return isinstance(content, dict) and (
+        name in content or (group in content and bool(rest) and _holds(content[group], rest))
+    )
+
+
+def _group_in(hint: Any) -> Any:
+    """The dataclass whose values a list of this type holds; None for other types."""
+    return next((t for t in typing.get_args(hint) if dataclasses.is_dataclass(t)), None)
 
 
 def _switches_on(arguments: list[str], known: dict[str, Any]) -> Iterator[str]:
@@ -231,7 +260,7 @@ def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, wher
     for key, value in content.items():
         _check_key(f"{prefix}{key}", {prefix + name: hint for name, hint in known.items()}, where=where)
         hint = known.get(str(key))
-        item = next((t for t in typing.get_args(hint) if dataclasses.is_dataclass(t)), None)
+        item = _group_in(hint)
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise UserError(f"{where}{prefix}{key} = {value}: must be a group of settings.")
@@ -251,7 +280,7 @@ def _explain(message: str, known: dict[str, Any]) -> str:
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     hint = known.get(key[1]) if key else None
-    item = next((t for t in typing.get_args(hint) if dataclasses.is_dataclass(t)), None)
+    item = _group_in(hint)
     option = re.search(r"Option '(\w+)' is not accepted", message)
     if key and item is not None and option:
         nearest = _nearest(option[1], [field.name for field in dataclasses.fields(item)])

@@ -28,6 +28,8 @@ class Size:
 class Entry:
     width: int = 1
     """How wide."""
+    height: int = 1
+    """How high."""
 
 
 @dataclass
@@ -100,6 +102,18 @@ def test_a_switch_that_may_be_left_open() -> None:
 )
 def test_a_list_of_texts_takes_them_one_by_one(argv: list[str], words: list[str]) -> None:
     assert parse(Example, argv).words == words
+
+
+@pytest.mark.parametrize("later", [["--entries", "[{width: 5}]"], ["--config", "later.yaml"]])
+def test_a_later_list_of_groups_replaces_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = ["--config", write(Path("first.yaml"), "entries: [{width: 3, height: 4}]\nname: first\n")]
+    write(Path("later.yaml"), "entries: [{width: 5}]\n")
+    config = parse(Example, [*first, *later])
+    assert (config.entries, config.name) == ([Entry(5)], "first")
+    assert parse(Example, [*first, "--entries+", "{width: 5}"]).entries == [Entry(3, 4), Entry(5)]
 
 
 def test_yaml_is_read_back_the_same(tmp_path: Path) -> None:
