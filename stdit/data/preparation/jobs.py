@@ -139,8 +139,7 @@ def in_processes(work: Callable[[Any], Any], items: Sequence[Any], workers: int)
     crew: dict[Connection, tuple[BaseProcess, int]] = {}
     places = iter(range(len(items)))
 
-    def hire() -> None:
-        place = next(places, None)
+    def hire(place: int | None) -> None:
         if place is not None:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(work, there), daemon=True)
@@ -151,7 +150,7 @@ def in_processes(work: Callable[[Any], Any], items: Sequence[Any], workers: int)
 
     try:
         for _ in range(workers):
-            hire()
+            hire(next(places, None))
         while crew:
             for pipe in wait(list(crew)):
                 assert isinstance(pipe, Connection)
@@ -162,7 +161,7 @@ def in_processes(work: Callable[[Any], Any], items: Sequence[Any], workers: int)
                     process.join()
                     pipe.close()
                     yield place, Outcome(reason=f"the process that read it died ({_cause(process.exitcode)})")
-                    hire()
+                    hire(next(places, None))
                     continue
                 if isinstance(result, _Failure):
                     raise UserError(result.text) if result.for_people else RuntimeError(result.text)
@@ -170,8 +169,14 @@ def in_processes(work: Callable[[Any], Any], items: Sequence[Any], workers: int)
                 following = next(places, None)
                 if following is None:
                     pipe.close()
-                else:
+                    continue
+                try:
                     pipe.send(items[following])
+                except ConnectionError:  # it died after its last answer, which costs nothing
+                    process.join()
+                    pipe.close()
+                    hire(following)
+                else:
                     crew[pipe] = (process, following)
     finally:
         for pipe, (process, _) in crew.items():

@@ -1,6 +1,8 @@
 import json
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,21 @@ def test_outcomes_in_order_with_reasons(tmp_path: Path) -> None:
         Outcome(16),
         Outcome(4),
     ]
+
+
+def work_and_die(item: int) -> int:
+    """Answers, and is gone a moment later: killed for want of memory, say."""
+    if item == 1:
+        threading.Timer(0.2, os._exit, [9]).start()
+    return item
+
+
+def test_a_worker_that_dies_between_two_items_costs_none() -> None:
+    outcomes = in_processes(work_and_die, [1, 2, 3], workers=1)
+    first = next(outcomes)
+    while any(child.is_alive() for child in multiprocessing.active_children()):
+        time.sleep(0.05)
+    assert [first, *outcomes] == [(0, Outcome(1)), (1, Outcome(2)), (2, Outcome(3))]
 
 
 def test_a_worker_that_dies_costs_its_item_alone() -> None:
