@@ -164,7 +164,7 @@ def report(args: Namespace) -> list[str]:
         from stdit.config import parse_train
 
         files = [flag for name in args.config for flag in ("--config", name)]
-        train = parse_train([*files, "--data.manifest", args.source])
+        train = parse_train([*files, "--data.sources=[]", "--data.manifest", args.source])
         data, seed = train.data, train.seed
     return report_clips(task(args), data, seed, args.thumbnails)
 

@@ -38,7 +38,8 @@ def test_all_steps_in_order(clips: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("a.mp4", "0.0", "2.0"), ("c.mp4", "0.0", "1.5"), ("c.mp4", "1.5", "3.0"),
     ]  # fmt: skip
     config = clips / "train.yaml"
-    config.write_text("data:\n  buckets:\n  - {num_frames: 16, fps: 8, height: 32, width: 32}\n")
+    buckets = "[{num_frames: 16, fps: 8, height: 32, width: 32}]"
+    config.write_text(f"data: {{buckets: {buckets}, sources: [{{manifest: others.csv}}]}}\n")
     step("report", "manifest.csv", "report.html", "--config", str(config), "--thumbnails", "2")
     assert re.search(r"16x32x32 at 8 fps +1 +1 +1\n", (clips / "report.html").read_text())
 
