@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def save(file: Path, key: str, scan: Scan) -> None:
         column = getattr(clips, name)
         tensors[name] = np.ascontiguousarray(column[:1] if column.strides == (0,) else column)
     facts = {"roots": clips.roots, "extra": list(clips.extra), "unread": scan.unread}
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(6)}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside, {"key": key, "facts": json.dumps(facts)})
