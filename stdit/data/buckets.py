@@ -99,6 +99,11 @@ class Assignment:
         return sum(len(members) for members in self.members)
 
     @property
+    def files(self) -> int:
+        """Different files that train: fewer than clips where scenes or windows share one."""
+        return len(np.unique(self.clips.files[np.concatenate(self.members)]))
+
+    @property
     def whole(self) -> list[int]:
         """For each bucket its clips, those that serve several windows counted once."""
         part = self.part

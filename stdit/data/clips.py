@@ -6,6 +6,7 @@ Letter: N clips.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, overload
 
@@ -276,6 +277,11 @@ class Clips(Sequence[Clip]):
             )
             if name != "root" and not usual:
                 yield name.encode() + values.tobytes()
+
+    @cached_property
+    def files(self) -> np.ndarray:
+        """A hash of each clip's file (or member of an archive), uint64 [N]: parts of one file have the same."""
+        return self.paths.digests() * np.uint64(31) + self.members.digests() + self.root.astype(np.uint64)
 
     @property
     def seconds(self) -> np.ndarray:

@@ -131,7 +131,7 @@ class DataConfig:
     workers: int = 0
     """Loader processes; 0 reads in the training process."""
     max_skipped_share: float = 1.0
-    """Share of the clips that may fail to decode before the run stops; 1: it stops when none of a bucket is left
+    """Share of the files that may fail to decode before the run stops; 1: it stops when none of a bucket is left
     (a bucket of which none can be read at the start is left out)."""
     cache: Literal["none", "memory", "disk"] = "none"
     """Encode clips and captions once, and keep them in files. memory: all before the first step, then held in memory;

@@ -84,7 +84,7 @@ def without_dead_buckets(
     Raises UserError when no bucket is left, or more than max_skipped_share of all clips go with theirs.
     """
     members, skipped = list(assignment.members), list(assignment.skipped)
-    tally = SkipTally(assignment.kept, max_skipped_share)
+    tally = SkipTally(assignment.files, max_skipped_share)
     for k, bucket in enumerate(assignment.buckets):
         clips = (assignment.clips[int(index)] for index in members[k])
         failed = _failures_of_all(clips, replace(bucket, height=GLANCE, width=GLANCE), known)
@@ -301,7 +301,7 @@ class VideoBatches(Loader):
         flip: bool = False,
         tally: SkipTally | None = None,
     ) -> None:
-        tally = tally or SkipTally(plan.assignment.kept, max_skipped_share)
+        tally = tally or SkipTally(plan.assignment.files, max_skipped_share)
         super().__init__(plan, VideoReader(plan, crop, flip), tally, workers, pin_memory, mesh)
 
     def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:

@@ -131,10 +131,9 @@ def remarks(clips: Clips) -> list[str]:
     lines = []
     if repeated := len(clips) - len(np.unique(clips.texts.digests())):
         lines.append(f"{repeated} of {len(clips)} clips repeat the caption of an earlier one")
-    files = clips.paths.digests() * np.uint64(31) + clips.members.digests() + clips.root.astype(np.uint64)
-    files = np.ascontiguousarray(files) ^ (np.ascontiguousarray(clips.start) + 0.0).view(np.uint64)
-    if len(first := np.unique(files, return_index=True)[1]) < len(files):
-        again = np.setdiff1d(np.arange(len(files)), first).tolist()
+    parts = clips.files ^ (np.ascontiguousarray(clips.start) + 0.0).view(np.uint64)
+    if len(first := np.unique(parts, return_index=True)[1]) < len(parts):
+        again = np.setdiff1d(np.arange(len(parts)), first).tolist()
         shown = [str(clips[place].media) for place in again[:EXAMPLES]]
         lines.append(
             f"{len(again)} clips are listed again: {', '.join(shown)}{', ...' * (len(again) > EXAMPLES)}"

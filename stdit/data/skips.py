@@ -54,20 +54,20 @@ class SkipFile(SkipList):
 
 
 class SkipTally:
-    """Counts clips that fail in training, and stops the run when they are more than a share of all."""
+    """Counts the files that fail in training, and stops the run when they are more than a share of `files`, all."""
 
-    def __init__(self, kept: int, max_share: float, listed: SkipList | None = None) -> None:
-        self.kept, self.max_share = kept, max_share
+    def __init__(self, files: int, max_share: float, listed: SkipList | None = None) -> None:
+        self.files, self.max_share = files, max_share
         self.listed = listed or SkipList()
         self.failed: dict[str, str] = {}
 
     @property
     def limit(self) -> int:
-        """The number of clips that may fail."""
-        return int(self.max_share * self.kept)
+        """The number of files that may fail."""
+        return int(self.max_share * self.files)
 
     def add(self, skipped: Iterable[Skipped], step: int | None = None) -> None:
-        """Raises UserError when too many different clips have failed so far.
+        """Raises UserError when too many different files have failed so far.
 
         Args:
             step: in which they failed; None: before the first.
@@ -85,5 +85,5 @@ class SkipTally:
 
     def error(self, rule: str) -> UserError:
         failed = [Skipped(path, f"cannot be read: {reason}") for path, reason in self.failed.items()]
-        message = f"{len(failed)} of {self.kept} clips failed to decode, {rule}"
+        message = f"{len(failed)} of {self.files} files failed to decode, {rule}"
         return UserError("\n".join([message, *summarise(failed)]))

@@ -40,7 +40,7 @@ def build_batches(parts: Parts, folder: Path, mesh: Mesh) -> Batches:
     """
     data = parts.config.data
     listed = SkipFile(folder / "skipped.jsonl") if mesh.is_first else SkipList()
-    tally = SkipTally(parts.plan.assignment.kept, data.max_skipped_share, listed)
+    tally = SkipTally(parts.plan.assignment.files, data.max_skipped_share, listed)
     batches = BATCHES[data.cache](parts, tally, mesh)
     return lambda start, stop: watched(batches(start, stop), data, speaks=mesh.is_first)
 

@@ -30,7 +30,7 @@ def encode(
     inputs = build_inputs(cached(config))
     inputs.codec.to(device)
     inputs.text_encoder.to(device)
-    tally = SkipTally(inputs.plan.assignment.kept, config.data.max_skipped_share)
+    tally = SkipTally(inputs.plan.assignment.files, config.data.max_skipped_share)
     prompts = config.validation.prompts
     return encode_plan(
         reader_of(inputs), inputs.codec, inputs.text_encoder, prompts, device=device, part=part, tally=tally

@@ -227,6 +227,7 @@ def test_only_the_bucket_that_takes_a_clip_divides_it():
         "/data/a.mp4",
     ]
     assert assignment.whole == [1, 1] and assignment.kept == 4
+    assert assignment.files == 2, "of which a share may fail"
     assert [reason for _, reason in assignment.dropped] == [
         "too short: 2 frames at 8 fps, the shortest bucket needs 16"
     ]

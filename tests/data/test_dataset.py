@@ -120,14 +120,14 @@ def test_too_many_failures_stop_the_run(breaking, workers):
     plan, folder = breaking
     (folder / "7.mp4").unlink()
     with pytest.raises(
-        UserError, match=r"(?s)^2 of 10 clips failed to decode, more than data.max_skipped_share = 0.1"
+        UserError, match=r"(?s)^2 of 10 files failed to decode, more than data.max_skipped_share = 0.1"
     ):
         list(VideoBatches(plan, workers=workers, max_skipped_share=0.1)(0, 2))
     (folder / "manifest.csv").unlink()
     for i in range(10):
         (folder / f"{i}.mp4").unlink(missing_ok=True)
     with pytest.raises(
-        UserError, match="10 of 10 clips failed to decode, and none of bucket 16x32x32 at 8 fps"
+        UserError, match="10 of 10 files failed to decode, and none of bucket 16x32x32 at 8 fps"
     ):
         list(VideoBatches(plan, workers=workers)(0, 2))
 
@@ -154,7 +154,7 @@ def read_parts(group, plan, expected):
 def fail_together(group, plan):
     """Of two clips that cannot be read each rank may meet one, and both stop at the same step."""
     seen = []
-    with pytest.raises((UserError, OtherRankError), match="2 of 10 clips failed to decode, more than"):
+    with pytest.raises((UserError, OtherRankError), match="2 of 10 files failed to decode, more than"):
         for batch in VideoBatches(plan, max_skipped_share=0.1, mesh=Mesh(group.rank, group.size))(0, 9):
             seen.append(batch["step"])
     assert seen == [step for step in (0,) if {4, 7} - set(plan.batch(0).indices)]
@@ -188,12 +188,12 @@ def test_a_bucket_without_a_readable_clip_is_left_out_before_there_is_a_plan(fol
     used = {i for batch in VideoBatches(plan)(0, 6) for i in batch["clip_indices"].tolist()}
     assert used == {0, 1}  # 4 gives way within its bucket
     with pytest.raises(
-        UserError, match=r"2 of 5 clips failed to decode, more than data.max_skipped_share = 0.3"
+        UserError, match=r"2 of 5 files failed to decode, more than data.max_skipped_share = 0.3"
     ):
         build_plan(config(tmp_path, max_skipped_share=0.3))
     for name in ("0.mp4", "1.mp4"):
         (tmp_path / name).write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"(?s)5 of 5 clips failed to decode, and none is left: .*0.mp4"):
+    with pytest.raises(UserError, match=r"(?s)5 of 5 files failed to decode, and none is left: .*0.mp4"):
         build_plan(config(tmp_path))
 
 

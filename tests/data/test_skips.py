@@ -33,7 +33,7 @@ def test_the_one_too_many_is_listed_too(tmp_path):
     file = tmp_path / "skipped.jsonl"
     tally = SkipTally(10, 0.1, SkipFile(file))
     tally.add([A], 1)
-    with pytest.raises(UserError, match="2 of 10 clips failed to decode, more than"):
+    with pytest.raises(UserError, match="2 of 10 files failed to decode, more than"):
         tally.add([B], 2)
     assert [line["path"] for line in lines(file)] == ["a.mp4", "b.mp4"]
 

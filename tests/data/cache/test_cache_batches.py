@@ -25,7 +25,7 @@ def from_memory(work, mesh=Mesh()):  # noqa: B008
 
 
 def from_disk(work, mesh=Mesh(), share=1.0):  # noqa: B008
-    tally = SkipTally(work.plan.assignment.kept, share)
+    tally = SkipTally(work.plan.assignment.files, share)
 
     def encode_text(caption):
         states, mask = work.text.encode([caption])
@@ -128,7 +128,7 @@ def test_a_clip_that_fails_gives_way(work, tmp_path):
             assert batch["replaced"] == planned.count(2) + planned.count(4)
             replaced += batch["replaced"]
         assert replaced >= 4
-    with pytest.raises(UserError, match="of 7 clips failed to decode, more than"):
+    with pytest.raises(UserError, match="of 7 files failed to decode, more than"):
         list(from_disk(replace_store(ready), share=0.1)(0, 8))
     for number in range(5):
         (tmp_path / f"{number}.mp4").unlink(missing_ok=True)

@@ -144,7 +144,7 @@ def test_clips_that_cannot_be_read_are_left_out_and_counted(work, config, tmp_pa
         str(tmp_path / "4.mp4"),
     ]
     assert "2 clips left out" in str(summary) and "file missing" in str(summary)
-    with pytest.raises(UserError, match=r"1 of 7 clips failed to decode, more than data.max_skipped_share"):
+    with pytest.raises(UserError, match=r"1 of 7 files failed to decode, more than data.max_skipped_share"):
         ready.encode(tally=SkipTally(7, 0.1))
 
 
