@@ -264,7 +264,7 @@ def test_what_an_end_after_the_last_step_left_out_is_made_up_for(
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(Run, "validate", Mock(side_effect=RuntimeError("killed")))
         do(settings(name="resumed", **flags))
-    assert not (resumed / "samples").exists()
+    assert not list((resumed / "samples").iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(system, "APART", -1)  # signals in a row are two requests
         signal_at(patch, STDiTPipeline, "save_pretrained", signal.SIGINT, signal.SIGTERM)

@@ -57,7 +57,7 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
         try:
             yield folder, checkpoint
         finally:
-            if [path.name for path in folder.iterdir()] == [".lock"]:  # it ended before it began
+            if _names(folder) == [".lock"]:  # it ended before it began
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -72,6 +72,14 @@ def find_weights(init_from: str) -> Path:
     except UserError as error:
         raise UserError(f"init_from = {init_from}: {error}") from None
     return source.path / "transformer" if source.is_pipeline else source.path
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder; nothing if it has gone, as the error that ends the run will say."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
 
 
 def _holder(folder: Path) -> str:

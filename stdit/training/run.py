@@ -88,6 +88,8 @@ class Run:
                     part.save_pretrained(aside)
                     share(aside)
                     aside.rename(target)
+            if self.config.validation.prompts:
+                (self.folder / "samples").mkdir(exist_ok=True)
             with written_aside(self.folder / "config.yaml") as file:
                 Path(file).write_text(to_yaml(self.config), encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """Where measurements go: ``metrics.jsonl`` always, and TensorBoard or Weights & Biases when asked."""
 
+import contextlib
 import errno
 import json
 import os
@@ -25,10 +26,13 @@ class TrackerConfig:
     """wandb: offline writes to the run folder, for `wandb sync`; so does online without key or network."""
     every: int = 10
     """Steps between measurements sent to the tracker; metrics.jsonl has them all."""
+    timeout: float = 60.0
+    """wandb: seconds to try to reach it before it goes offline, and to send what is left at the end."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(f"tracker.every = {self.every}: must be at least 1")
+        for name, least in (("every", 1), ("timeout", 0.1)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"tracker.{name} = {getattr(self, name)}: must be at least {least}")
 
 
 class Metrics:
@@ -60,16 +64,24 @@ class MetricsFile(Metrics):
         try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
-            if os.fstat(self.file.fileno()).st_nlink == 0:
-                raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
+            if not self._is_there():
+                raise FileNotFoundError(errno.ENOENT, "it was removed or moved while the run went on")
         except OSError as error:
             raise UserError(
                 f"{self.file.name} could not be written ({error.strerror}): {way_out(error)} and run the same "
                 "command again."
             ) from error
 
+    def _is_there(self) -> bool:
+        """Whether what is written is found under its name: a removed or moved file takes it without a word."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.file.name))
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a line that is not on disk, of which `write` has told
+            self.file.close()
 
 
 def _step(line: str) -> float:
@@ -169,13 +181,21 @@ class WandB(Tracker):
             resume="allow",
             dir=run,
             config=settings,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=config.timeout,
+                finish_timeout=config.timeout,
+                finish_timeout_raises=True,
+            ),
         )
         self.tracker = WandBTracker(config.project, mode=mode, **options)
         try:
             self.tracker.start()
         except wandb.errors.Error as error:
-            print(f"wandb cannot be reached ({error}): writing offline, for `wandb sync`.")
+            reason = " ".join(str(error).split())
+            print(f"wandb cannot be reached ({reason}): writing offline, for `wandb sync`.")
+            wandb.teardown()  # or it goes on to try, and the run's id counts as taken
             self.tracker = WandBTracker(config.project, mode="offline", **options)
             self.tracker.start()
 

@@ -89,9 +89,29 @@ def ends_well(rank: int, watch: Watch) -> None:
     time.sleep(0.1 * rank)
 
 
+def clocks_jump(rank: int, watch: Watch) -> None:
+    """Of each rank in its own way: forward by a year, and back to before the start."""
+    now = time.time
+    for jump in (365 * 86400.0 * rank, -3600.0 * (RANKS - rank)):
+        watch.at("step 12, computing")
+        time.time = lambda jump=jump: now() + jump  # in a process of its own
+        time.sleep(0.7)
+
+
 SCENES = {
     scene.__name__: scene
-    for scene in (dies, hangs, all_hang, stops, fails, finds_no_room, all_fail, is_told_twice, ends_well)
+    for scene in (
+        dies,
+        hangs,
+        all_hang,
+        stops,
+        fails,
+        finds_no_room,
+        all_fail,
+        is_told_twice,
+        ends_well,
+        clocks_jump,
+    )
 }
 
 
@@ -229,6 +249,10 @@ def test_a_rank_that_is_told_to_stop_at_once_takes_the_others_along(ends: dict[s
 
 def test_ranks_that_end_well_say_nothing(ends: dict[str, End]) -> None:
     assert ends["ends_well"] == End([0, 0, 0], "")
+
+
+def test_clocks_that_jump_disturb_nobody(ends: dict[str, End]) -> None:
+    assert ends["clocks_jump"] == End([0, 0, 0], "")
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from stdit.data.cache.shards import DamagedShard, Entry, Shard, Writer, open_values, read_shard
+from stdit.data.cache.shards import DamagedShard, Entry, Shard, Writer, is_held, open_values, read_shard
 from stdit.data.cache.store import shard_files
 from stdit.errors import UserError
 
 LEFTOVER_SECONDS = 3600
-"""A file written aside that has not changed for so long belongs to no living process."""
+"""A file written aside that has not changed for so long, and that no process holds, was left by a dead one.
+
+The lock is what counts where clocks jump; the age, where a file system has no locks."""
 
 
 @dataclass
@@ -130,8 +132,15 @@ def _files(folder: Path) -> list[Path]:
 
 def _leftovers(folder: Path) -> list[Path]:
     old = time.time() - LEFTOVER_SECONDS
-    aside = (*folder.glob(".*.tmp"), *folder.glob(".tmp*"))  # the latter are names of the library's own
-    return sorted(file for file in aside if file.is_file() and file.stat().st_mtime < old)
+    aside = (*folder.glob(".*.tmp"), *folder.glob(".tmp*"))  # the latter were names of the library's own
+    return sorted(file for file in aside if _is_left(file, old))
+
+
+def _is_left(file: Path, old: float) -> bool:
+    try:
+        return file.is_file() and file.stat().st_mtime < old and not is_held(file)
+    except FileNotFoundError:  # it has just got its name
+        return False
 
 
 def _whole_rows(shard: Shard) -> list[int]:

@@ -9,7 +9,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +20,9 @@ import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from stdit.checkpoint_files import share
 from stdit.errors import UserError
 
 FORMAT = "stdit-cache-2"
@@ -111,16 +111,48 @@ def write_shard(file: Path, entries: Sequence[Entry]) -> None:
     }
     facts = {"format": FORMAT, "kind": entries[0].kind, "maker": entries[0].maker}
     aside = file.with_name(f".{file.name}.tmp")
+    content = save(tensors, facts)
     try:
-        save_file(tensors, aside, facts)
-        share(aside)
-        with aside.open("rb") as written:
-            os.fsync(written.fileno())
-        aside.replace(file)
+        with held(aside):
+            with aside.open("wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+            aside.replace(file)
         sync_folder(file.parent)
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+@contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Make a file, and lock it as long as this process writes it; see `is_held`."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError:  # Windows
+        yield
+        return
+    with file.open("ab") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            flock(lock, LOCK_EX | LOCK_NB)
+        yield
+
+
+def is_held(file: Path) -> bool:
+    """Whether a living process writes a file, as far as its file system has locks; or has just given it its name."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError:  # Windows
+        return False
+    try:
+        with file.open("r+b") as lock:
+            flock(lock, LOCK_EX | LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def hash_of(value: Tensor) -> int:

@@ -1,12 +1,17 @@
 import os
+import threading
 import time
+from multiprocessing import get_context
 
 import pytest
+import torch
 
 import stdit.data.cache.encode as encode_module
+from stdit.data.cache import care
+from stdit.data.cache import shards as shards_module
 from stdit.data.cache.care import prune, verify
 from stdit.data.cache.encode import wanted_keys
-from stdit.data.cache.shards import Writer
+from stdit.data.cache.shards import Entry, Writer, write_shard
 from stdit.data.cache.store import Store
 from stdit.errors import UserError
 from tests.data.cache.tiny import same, shards
@@ -77,3 +82,38 @@ def test_prune_removes_parts_of_shards_and_what_is_broken_or_left_over(folder, w
     again = work()
     again.encode()
     assert same(again.latents(), latents)
+
+
+def test_prune_leaves_what_a_living_process_writes_whatever_the_clock_says(tmp_path, monkeypatch):
+    entries = [Entry("latents", "codec", bytes(16), torch.zeros(3, 2))]
+    begun, goes_on, fsync = threading.Event(), threading.Event(), os.fsync
+
+    def slow(descriptor):
+        begun.set()
+        assert goes_on.wait(60)
+        fsync(descriptor)
+
+    monkeypatch.setattr(shards_module.os, "fsync", slow)
+    alive = threading.Thread(target=write_shard, args=(tmp_path / "latents-alive.safetensors", entries))
+    alive.start()
+    assert begun.wait(60)
+    monkeypatch.setattr(shards_module.os, "fsync", lambda descriptor: os._exit(9))
+    dead = get_context("fork").Process(
+        target=write_shard, args=(tmp_path / "latents-dead.safetensors", entries)
+    )
+    dead.start()
+    dead.join()
+    monkeypatch.setattr(shards_module.os, "fsync", fsync)
+    aside = {name: tmp_path / f".latents-{name}.safetensors.tmp" for name in ("alive", "dead")}
+    assert dead.exitcode == 9 and all(file.exists() for file in aside.values())
+    assert not prune(tmp_path).files, "both have just been written"
+    now = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(care.time, "time", lambda: now + 365 * 86400)
+        assert prune(tmp_path).files.keys() == {aside["dead"].name}
+        patch.setattr(care.time, "time", lambda: now - 3600)
+        assert not prune(tmp_path).files
+    goes_on.set()
+    alive.join(60)
+    assert verify(tmp_path).entries == 1 and not verify(tmp_path).broken
+    assert [file.name for file in tmp_path.iterdir()] == ["latents-alive.safetensors"]

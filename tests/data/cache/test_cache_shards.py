@@ -1,13 +1,16 @@
 import json
+import pickle
 import struct
 import threading
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from stdit.data.cache.care import prune, verify
 from stdit.data.cache.shards import DamagedShard, Entry, Writer, hash_of, read_shard
 from stdit.data.cache.store import Store
 from stdit.errors import UserError
@@ -97,6 +100,36 @@ def test_damaged_shards_are_passed_over_with_a_word(tmp_path, caplog):
         assert store.get("latents", entry(2).key) is None
         assert torch.equal(store.get("latents", entry(1).key), entry(1).value)
     assert good.exists() and bad.exists()
+
+
+class Planted:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_a_pickle_in_the_place_of_a_shard_is_refused_and_never_run(tmp_path, caplog):
+    folder, mark = tmp_path / "cache", tmp_path / "mark"
+    good, bad = (write(folder, [entry(n)]).written[0] for n in (1, 2))
+    as_torch = tmp_path / "planted.pt"
+    torch.save({"values": Planted(mark)}, as_torch)
+    for planted in (pickle.dumps(Planted(mark)), as_torch.read_bytes()):
+        bad.write_bytes(planted)
+        with pytest.raises(DamagedShard):
+            read_shard(bad)
+        caplog.clear()
+        store = Store(folder)
+        assert f"{bad} is damaged" in caplog.text and store.get("latents", entry(2).key) is None
+        assert torch.equal(store.get("latents", entry(1).key), entry(1).value)
+        assert verify(folder).broken.keys() == {bad.name}
+        assert prune(folder).files.keys() == {bad.name} and not bad.exists()
+    assert good.exists() and not mark.exists()
+    pickle.loads(pickle.dumps(Planted(mark)))
+    assert mark.exists(), "it would have done harm"
 
 
 def test_shards_whose_parts_do_not_fit_are_damaged(tmp_path):
