@@ -82,7 +82,7 @@ def test_a_folder_that_vanishes_ends_the_run_which_says_so(
     how: str,
 ) -> None:
     run, away = tmp_path / "outputs" / "tiny", tmp_path / "away"
-    argv = settings(checkpoint__every=3)
+    argv = settings()
 
     def goes() -> None:
         run.rename(away)
@@ -96,7 +96,7 @@ def test_a_folder_that_vanishes_ends_the_run_which_says_so(
     assert not run.exists(), "nothing is left where it was"
     if how == "moved":
         found, passed_over = newest_whole(away / "checkpoints")
-        assert found == away / "checkpoints" / "step-00000003" and not passed_over
+        assert found is not None and not passed_over, "that of step 4 may be whole, that of step 2 is"
         away.rename(run)
     assert do(argv) == 0
     assert [line["step"] for line in metrics(run)] == list(range(6))

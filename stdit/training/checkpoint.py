@@ -143,16 +143,18 @@ def written(what: str, aside: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(what: str, folder: Path) -> Iterator[Path]:
+def replaced(what: str, folder: Path, parents: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes the name ``folder`` when it is whole; an older one of that name goes.
 
-    Its parent must be there: one that vanished in the middle of a run is not to come back without the rest.
+    Args:
+        parents: make those that are not there. Not in the folder of a run: one that vanished is not to come back
+            without the rest.
     """
     aside, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("tmp", "old"))
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     with written(what, aside):
-        aside.mkdir()
+        aside.mkdir(parents=parents)
         yield aside
         share(aside)
         if folder.exists():

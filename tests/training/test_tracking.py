@@ -40,7 +40,9 @@ def test_a_file_that_was_removed_is_said(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     metrics.write({"step": 0})
     (tmp_path / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=r"removed while the run went on\): see that the folder is there"):
+    with pytest.raises(
+        UserError, match=r"removed or moved while the run went on\): see that the folder is there"
+    ):
         metrics.write({"step": 1})
 
 

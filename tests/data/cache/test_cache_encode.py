@@ -5,7 +5,6 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 import stdit.data.cache.encode as encode_module
 import stdit.data.cache.keys as keys_module
@@ -149,16 +148,15 @@ def test_clips_that_cannot_be_read_are_left_out_and_counted(work, config, tmp_pa
 
 
 def test_a_full_disk_is_an_error_that_keeps_what_was_made(work, config, monkeypatch):
-    original, calls = shards_module.save_file, []
+    original, calls = os.fsync, []
 
-    def save(tensors, path, metadata):
-        calls.append(path)
-        if len(calls) == 4:
-            path.write_bytes(b"half")
-            raise SafetensorError("No space left on device")
-        original(tensors, path, metadata)
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 7:  # the fourth shard; each flushes its file and its folder
+            raise OSError(28, "No space left on device")
+        original(descriptor)
 
-    monkeypatch.setattr(shards_module, "save_file", save)
+    monkeypatch.setattr(shards_module.os, "fsync", fsync)
     monkeypatch.setattr(encode_module, "Writer", lambda folder: shards_module.Writer(folder, shard_bytes=1))
     with pytest.raises(UserError, match=r"cannot write to the cache .*No space left.*make room"):
         work().encode()
