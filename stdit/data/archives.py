@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from stdit.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from stdit.data.media import Media, is_url, locate
+from stdit.data.media import EMPTY, Media, is_url, locate
 from stdit.data.rows import OTHER_NAMES, Rows, as_text
 from stdit.errors import UserError
 
@@ -159,6 +159,8 @@ def _shard_rows(shard: str, root: str) -> Rows:
             rows.refuse(member.name, refusal)
         else:
             fields, refusal = _caption(member, texts)
+            if member.size == 0:
+                refusal = f"cannot be read: {EMPTY}"
             rows.add(member, fields, refusal)
     return rows.by_column()
 

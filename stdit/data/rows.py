@@ -226,15 +226,16 @@ def _is_bytes(kind: Any) -> bool:
 
 def _folder_rows(folder: Path, root: Path) -> Iterator[Rows]:
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    paths, texts = [], []
+    paths, texts, refused = list[str](), list[str](), dict[int, str]()
     for path in sorted(p for p in folder.absolute().rglob("*") if p.suffix.lower() in suffixes):
         caption = path.with_suffix(".txt")
         inside = caption.resolve().is_relative_to(root)
+        text = ""
         try:
             text = caption.read_text(encoding="utf-8-sig").strip() if inside and caption.is_file() else ""
-        except (OSError, UnicodeDecodeError):
-            text = ""
+        except (OSError, UnicodeDecodeError) as error:
+            refused[len(paths)] = f"caption file cannot be read: {caption.name}: {error}"
         paths.append(str(path))
         texts.append(text)
     if paths:
-        yield Rows({"path": paths, "text": texts}, {})
+        yield Rows({"path": paths, "text": texts}, refused)

@@ -108,6 +108,7 @@ def test_one_clip_a_key(tmp_path):
             ("a.mp4", b"4"),
             ("b.txt", b"x"),
             ("a.txt", b"t"),
+            ("e.mp4", b""),
         ],
     )
     used, refused = read(shard)
@@ -116,6 +117,7 @@ def test_one_clip_a_key(tmp_path):
         "a.jpg": "beside another of its key: a.mp4",
         "a.png": "beside another of its key: a.mp4",
         "a.mp4": "name occurs twice in its archive",
+        "e.mp4": "cannot be read: is empty (0 bytes)",
     }
 
 

@@ -142,6 +142,9 @@ def test_folder_of_videos_with_captions(tmp_path, write_video):
     clips, skipped = read_manifest(tmp_path)
     assert [clip.text for clip in clips] == ["a cat"]
     assert [skip.reason for skip in skipped] == ["caption missing"]
+    (tmp_path / "two.txt").write_bytes(b"ein B\xe4r")
+    _, skipped = read_manifest(tmp_path)
+    assert len(skipped) == 1 and skipped[0].reason.startswith("caption file cannot be read: two.txt: 'utf-8'")
 
 
 def test_unusable_manifests_say_why(tmp_path, video):
