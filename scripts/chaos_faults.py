@@ -88,9 +88,9 @@ def while_saving(scene: Scene) -> None:
     """Wait for a moment in which a checkpoint is being written."""
     scene.reach_target()
     while True:
-        scene.wait_for(lambda: is_saving(scene.run), pause=0.0002)
+        scene.wait_for(lambda: is_saving(scene.run, scene.launched), pause=0.0002)
         time.sleep(scene.rng.uniform(0, SAVING_SECONDS) * scene.rng.random())
-        if is_saving(scene.run):
+        if is_saving(scene.run, scene.launched):
             return
 
 

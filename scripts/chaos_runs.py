@@ -59,9 +59,19 @@ def is_whole(run: Path, step: int) -> bool:
     return True
 
 
-def is_saving(run: Path) -> bool:
-    """Whether a checkpoint is being written, or an old one removed: its folder has another name meanwhile."""
-    return any((run / "checkpoints").glob("step-*.tmp"))
+def is_saving(run: Path, since: float) -> bool:
+    """Whether a checkpoint is being written, or an old one removed: its folder has another name meanwhile.
+
+    Args:
+        since: when the run was started, as `time.time` says; what one before it has left does not count.
+    """
+    for folder in (run / "checkpoints").glob("step-*.tmp"):
+        try:
+            if folder.stat().st_ctime >= since:
+                return True
+        except FileNotFoundError:
+            continue
+    return False
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ class Trial:
         part.wrong += self._broken_promises(part, fault, before)
         if (
             passed_over
-            and part.steps > part.resumed_at
+            and read_lines(self.run) != before  # it got as far as to look for a checkpoint
             and b"passed over" not in self.log.read_bytes()[said:]
         ):
             part.wrong.append(
@@ -228,7 +228,7 @@ def disturb(scene: Scene, fault: Fault | None, part: Part) -> None:
     try:
         if fault is not None:
             part.did = fault.strike(scene)
-            part.saving = is_saving(scene.run)
+            part.saving = is_saving(scene.run, scene.launched)
         wait_for_end(scene.job, scene.limit)
     except MissedError:
         part.missed = True

@@ -27,7 +27,7 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
     folder = config.run_folder
     checkpoint, passed_over = find_checkpoint(config.resume, folder / "checkpoints")
     for reason in passed_over:
-        print(f"passed over: {reason}")
+        print(f"passed over: {reason}", flush=True)
     if checkpoint is not None:
         check_same_experiment(checkpoint, experiment_key(config))
     elif config.init_from is not None:

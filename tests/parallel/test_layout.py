@@ -120,7 +120,9 @@ def compare_models(
         expected_grad = whole.get_parameter(key).grad
         assert parameter.grad is not None and expected_grad is not None, key
         close(average(parameter.grad), expected_grad, tolerance, f"{name}: gradient of {key}")
-        assert expected_grad.abs().max() > 0, key
+        # of one frame alone, queries and keys do not matter
+        still = batch[0].shape[2] == 1 and key.startswith("temporal_blocks") and "_norm" in key
+        assert still or expected_grad.abs().max() > 0, key
 
 
 def average(value: Tensor) -> Tensor:

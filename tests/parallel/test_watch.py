@@ -139,12 +139,17 @@ def play(scene: Callable[[int, Watch], None], rank: int, port: int, said: Path) 
     ended()
 
 
+ONE_AT_A_TIME = threading.Lock()
+"""Forking from several threads at once is refused by some libraries."""
+
+
 @contextmanager
 def playing(scene: Callable[[int, Watch], None], said: Path) -> Iterator[list[multiprocessing.Process]]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [fork.Process(target=play, args=(scene, rank, store.port, said)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
+    with ONE_AT_A_TIME:
+        for process in processes:
+            process.start()
     try:
         yield processes  # type: ignore[misc]
     finally:
