@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,13 @@ def before_step(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[],
         return original(self, index, batch)
 
     monkeypatch.setattr(Trainer, "step", stepping)
+
+
+def checkpoint_is_written() -> None:
+    """Wait for the checkpoint that is being written while training goes on."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(60)
 
 
 def ended(argv: list[str]) -> int:
@@ -134,7 +142,12 @@ def test_a_folder_that_becomes_read_only_ends_the_run_which_says_so(
 ) -> None:
     run = tmp_path / "outputs" / "tiny"
     with ExitStack() as stack, monkeypatch.context() as patch:
-        before_step(patch, {3: lambda: stack.enter_context(read_only(run))})
+
+        def goes() -> None:
+            checkpoint_is_written()
+            stack.enter_context(read_only(run))
+
+        before_step(patch, {3: goes})
         assert ended(settings()) == 2
         check_one_error(capfd.readouterr().err, run, "step-00000004 could not be written")
         assert ended(settings()) == 2, "nor can it go on"
@@ -162,7 +175,12 @@ def test_a_disk_that_turns_read_only_under_open_files_ends_the_run(
     subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
     mounted("mount", "-o", "loop", str(image), str(disk))
     try:
-        before_step(monkeypatch, {3: lambda: mounted("mount", "-o", "remount,abort", str(disk))})
+
+        def goes() -> None:
+            checkpoint_is_written()
+            mounted("mount", "-o", "remount,abort", str(disk))
+
+        before_step(monkeypatch, {3: goes})
         assert ended(settings()) == 2
         said = capfd.readouterr().err
         check_one_error(said, run, "metrics.jsonl could not be written")
