@@ -124,7 +124,7 @@ class ValidationLoss:
         self.config, self.inputs, self.mesh = config.validation, inputs, mesh
         self.assignment = inputs.plan.assignment
         if self.config.loss_manifest is not None:
-            data = replace(config.data, manifest=self.config.loss_manifest, root=None)
+            data = replace(config.data, manifest=self.config.loss_manifest, root=None, sources=[])
             self.assignment = build_plan(data, config.seed).assignment
         self.chosen = mesh.on_first(lambda: readable(self.assignment, self.config.loss_clips))
         captions = [self.assignment.clips[index].text for index in chain.from_iterable(self.chosen)]
