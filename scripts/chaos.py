@@ -48,7 +48,7 @@ model: {{depth: 1, hidden_size: 48, num_heads: 2, patch_size: [1, 8, 8], input_s
 flow: {{conditioning: {{first: 0.3}}}}
 trainer: {{steps: 48, device: cpu}}
 optimizer: {{lr: 1.0e-4}}
-parallel: {{timeout: 60, silence: 15}}
+parallel: {{timeout: 30, silence: 15}}
 checkpoint: {{every: 2, keep_last: 3}}
 """
 """A run of a few seconds that saves often."""
@@ -104,7 +104,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--splits", nargs="+", default=SPLITS, help=f"DPxSP or DPxSP:sharded ({' '.join(SPLITS)})"
     )
     parser.add_argument(
-        "--limit", type=float, default=120, help="seconds for a job to go on, or to end (120)"
+        "--limit", type=float, default=240, help="seconds for a job to go on, or to end (240)"
     )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, from split to split (1e-5)")
     parser.add_argument("--output", type=Path, default=Path("outputs/chaos"), help="folder (outputs/chaos)")

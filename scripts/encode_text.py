@@ -98,7 +98,7 @@ def _columns(path: Path) -> list[str]:
                 return [name.strip() for name in next(csv.reader(file), [])]
             row = json.loads(next((line for line in file if not line.isspace()), "{}"))
             return list(row) if isinstance(row, dict) else []
-    except (OSError, ValueError, csv.Error):
+    except (OSError, ValueError, RecursionError, csv.Error):
         return []
 
 

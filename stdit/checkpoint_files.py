@@ -88,7 +88,7 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{str(file.parent)!r} is not {what}: it has no {file.name}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(file)!r} is not JSON ({error}): it is damaged, save it anew") from error
     if not isinstance(content, dict):
         raise UserError(f"{str(file)!r} holds no JSON object: it is damaged, save it anew")
@@ -104,7 +104,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {folder} has no {META}: empty, or never finished. Use another one.")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = f"checkpoint {folder}: {META} is not valid JSON ({error}): use another checkpoint."
         raise UserError(message) from None
     if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):

@@ -25,6 +25,8 @@ from stdit.errors import UserError
 
 FACTS_FILE = "text_states.json"
 CAPTIONS_A_FILE = 1024
+FACTS = {"channels": int, "max_length": int, "fingerprint": str}
+"""What a folder says about its encoder, of which type."""
 
 
 class StoredText(TextEncoder):
@@ -41,14 +43,16 @@ class StoredText(TextEncoder):
         facts = read_json(
             self.folder / FACTS_FILE, "a folder of text states (scripts/encode_text.py makes one)"
         )
-        self.channels, self.max_length = int(facts["channels"]), int(facts["max_length"])
-        self._fingerprint = str(facts["fingerprint"])
+        for fact, kind in FACTS.items():
+            if type(facts.get(fact)) is not kind:
+                raise UserError(f"{self.folder / FACTS_FILE} says no {fact} that can be read: encode again.")
+        self.channels, self.max_length, self._fingerprint = (facts[fact] for fact in FACTS)
         self.register_buffer(
             "place", torch.zeros(()), persistent=False
         )  # says on which device states are wanted
         self._places: dict[str, tuple[Any, int, int]] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
-            self._places |= _captions(file)
+            self._places |= _captions(file, self.channels)
 
     def __contains__(self, text: str) -> bool:
         return text in self._places
@@ -83,13 +87,25 @@ class StoredText(TextEncoder):
         write_json(directory / TEXT_ENCODER_FILE, {"name": self.name, "folder": str(self.folder.resolve())})
 
 
-def _captions(file: Path) -> dict[str, tuple[Any, int, int]]:
+def _captions(file: Path, channels: int) -> dict[str, tuple[Any, int, int]]:
     """For each caption of a file, the open file and where its tokens begin and end."""
     try:
         opened = safe_open(file, framework="pt")
         captions = json.loads(opened.metadata()["captions"])
         offsets = opened.get_tensor("offsets").tolist()
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
+            raise ValueError("its captions are no texts")
+        if (
+            opened.get_slice("states").get_shape() != [offsets[-1], channels]
+            or len(offsets) != len(captions) + 1
+        ):
+            raise ValueError("its states are not those of its captions")
+        if any(type(offset) is not int for offset in offsets) or [0, *sorted(offsets)] != [
+            offsets[0],
+            *offsets,
+        ]:
+            raise ValueError("its offsets do not rise from 0")
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"text states {file} cannot be read ({error}): delete it, and encode again."
         ) from error

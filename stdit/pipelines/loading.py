@@ -202,9 +202,12 @@ def _read_config(run: Path) -> dict[str, Any]:
             f"{run} is not a run: it has no config.yaml. Keep checkpoints inside their run's folder."
         )
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no settings")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): write it anew.") from None
+    return config
 
 
 def _load_codec(run: Path, config: dict[str, Any]) -> Any:

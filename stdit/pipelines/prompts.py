@@ -141,7 +141,7 @@ def _read_jsonl(path: Path, text: str) -> list[PromptLine]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}not valid JSON ({error}).") from None
         if not isinstance(values, dict):
             raise UserError(f'{where}must be an object, such as {{"prompt": "a red ball"}}.')
@@ -168,8 +168,8 @@ def _csv_value(name: str, value: str, where: str) -> Any:
         return value
     try:
         return read(value)
-    except (ValueError, KeyError):
-        raise UserError(f"{where}{name} = {value!r}: must be {words}.") from None
+    except (ValueError, KeyError, RecursionError):
+        raise UserError(f"{where}{name} = {value[:200]!r}: must be {words}.") from None
 
 
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:

@@ -155,7 +155,8 @@ def as_json(trees: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
     """Trees as JSON, most of them whole; integers may be too long for Python to write."""
     texts = trees.map(lambda tree: json.dumps(tree, ensure_ascii=False))
     cut = st.tuples(texts, st.integers(0, 40)).map(lambda pair: pair[0][: -pair[1] or None])
-    return as_bytes(st.one_of(texts, texts, texts, cut))
+    deep = texts.map(lambda text: text[:-1] + ', "deep": ' + "[" * 5000)
+    return as_bytes(st.one_of(texts, texts, texts, texts, cut, deep))
 
 
 @st.composite
