@@ -20,7 +20,8 @@ from stdit.parallel.watch import RankWatch, Watch, place, watched
 from stdit.training.system import Stop
 
 RANKS = 3
-fork = multiprocessing.get_context("fork")
+server = multiprocessing.get_context("forkserver")  # pytest's own process has threads, and must not be forked
+server.set_forkserver_preload([__name__])
 
 
 def wait_for_others() -> None:
@@ -139,17 +140,18 @@ def play(scene: Callable[[int, Watch], None], rank: int, port: int, said: Path) 
     ended()
 
 
-ONE_AT_A_TIME = threading.Lock()
-"""Forking from several threads at once is refused by some libraries."""
+def host(port: "multiprocessing.Queue[int]") -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.put(store.port)
+    time.sleep(60)
 
 
 @contextmanager
 def playing(scene: Callable[[int, Watch], None], said: Path) -> Iterator[list[multiprocessing.Process]]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [fork.Process(target=play, args=(scene, rank, store.port, said)) for rank in range(RANKS)]
-    with ONE_AT_A_TIME:
-        for process in processes:
-            process.start()
+    processes = [server.Process(target=play, args=(scene, rank, store.port, said)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
     try:
         yield processes  # type: ignore[misc]
     finally:
@@ -263,16 +265,10 @@ def test_clocks_that_jump_disturb_nobody(tmp_path: Path) -> None:
 def test_where_the_store_is_lost_its_machine_is_named(
     tmp_path: Path, number: signal.Signals, words: str
 ) -> None:
-    said, port = tmp_path / "said", fork.Queue()
-
-    def host() -> None:
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port.put(store.port)
-        time.sleep(60)
-
-    hosting = fork.Process(target=host)
+    said, port = tmp_path / "said", server.Queue()
+    hosting = server.Process(target=host, args=(port,))
     hosting.start()
-    process = fork.Process(target=play, args=(stops, 2, port.get(), said))
+    process = server.Process(target=play, args=(stops, 2, port.get(), said))
     process.start()
     time.sleep(1)
     os.kill(hosting.pid or 0, number)
