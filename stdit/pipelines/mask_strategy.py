@@ -47,7 +47,7 @@ def _parse(entry: str, references: Sequence[str]) -> MaskEntry:
         numbers = [float(field) for field in fields] + list(DEFAULTS[len(fields) :])
         *places, ratio = numbers
         part, reference, source_start, start, length = map(int, places)
-    except ValueError:
+    except (ValueError, OverflowError):  # of inf
         raise UserError(
             f"mask_strategy {entry!r}: must be up to six numbers: part, reference, start in the reference, "
             "start, length (all in latent frames), edit ratio; such as 0,0,0,0,1,0."

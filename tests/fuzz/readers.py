@@ -246,7 +246,11 @@ def _masks(text: str, folder: Path) -> object:
 def _condition(inputs: tuple[str, list[Any]], folder: Path) -> None:
     """A condition of scripts/prepare_data.py, on rows whose columns may be of any kind."""
     text, rows = inputs
-    values = [{key: str(value) for key, value in row.items()} for row in rows if isinstance(row, dict)]
+    values = [
+        {key: str(value) for key, value in row.items()}
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+    ]
     condition = parse_where(text, column_kinds(values, list(MANIFEST_ROWS[0])))
     for row in values:
         condition.objection(row)

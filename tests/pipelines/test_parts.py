@@ -137,6 +137,7 @@ def test_open_soras_codec_in_parts(tmp_path, monkeypatch):
         (dict(mask_strategy="0"), "names reference 0, but reference_path has 0"),
         (dict(reference_path="a.png"), "reference_path without mask_strategy"),
         (dict(mask_strategy="0,x"), "must be up to six numbers"),
+        (dict(mask_strategy="0,0,0,0,inf"), "must be up to six numbers"),
         (dict(mask_strategy="0,0,0,0,1,0,0"), "must be up to six numbers"),
         (dict(mask_strategy="0,0,0,0,0", reference_path="a.png"), "the length at least 1"),
         (dict(mask_strategy="0,0,0,0,1,2", reference_path="a.png"), "the edit ratio from 0 to 1"),
