@@ -165,6 +165,7 @@ def test_same_numbers_and_gradients(how: str) -> None:
     if how == "checkpointing":
         other.enable_gradient_checkpointing()
     else:
+        torch.compiler.reset()
         other.compile_blocks(backend="aot_eager", fullgraph=True)
     for model in (plain, other):
         model(**batch).square().mean().backward()
@@ -177,6 +178,7 @@ def test_same_numbers_and_gradients(how: str) -> None:
 def test_compiled_by_inductor_is_the_same() -> None:
     model, batch = small(depth=1), inputs()
     expected = model(**batch)
+    torch.compiler.reset()
     model.compile_blocks()
     torch.testing.assert_close(model(**batch), expected, atol=1e-4, rtol=1e-4)
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,53 +21,66 @@ from stdit.parallel.watch import RankWatch, Watch, place, watched
 from stdit.training.system import Stop
 
 RANKS = 3
+PATIENCE = 60.0
+"""Seconds that a process may take, on a machine that has other work."""
 server = multiprocessing.get_context("forkserver")  # pytest's own process has threads, and must not be forked
 server.set_forkserver_preload([__name__])
 
 
 def wait_for_others() -> None:
     """As a collective does, of which another rank has no part."""
-    threading.Event().wait(30)
+    threading.Event().wait(PATIENCE)
 
 
-def dies(rank: int, watch: Watch) -> None:
-    watch.at("step 12, computing")
+def begin(watch: RankWatch, doing: str) -> None:
+    """Begin something, and go on when all ranks have begun something, and each can know it of the others."""
+    watch.at(doing)
+    wait_until(lambda: all(b"step" in watch.store.get(str(rank)) for rank in range(watch.size)))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def dies(rank: int, watch: RankWatch) -> None:
+    begin(watch, "step 12, computing")
     if rank == 1:
-        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.5)
     raise RuntimeError("Connection closed by peer")
 
 
-def hangs(rank: int, watch: Watch) -> None:
-    watch.at("step 12, waiting for data")
+def hangs(rank: int, watch: RankWatch) -> None:
+    begin(watch, "step 12, waiting for data")
     if rank != 1:
         watch.at("step 12, computing")
     wait_for_others()
 
 
-def all_hang(rank: int, watch: Watch) -> None:
-    watch.at("step 12, computing")
+def all_hang(rank: int, watch: RankWatch) -> None:
+    begin(watch, "step 12, computing")
     wait_for_others()
 
 
-def stops(rank: int, watch: Watch) -> None:
-    watch.at("step 12, computing")
+def stops(rank: int, watch: RankWatch) -> None:
+    begin(watch, "step 12, computing")
     if rank == 1:
-        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGSTOP)
     wait_for_others()
 
 
-def fails(rank: int, watch: Watch) -> None:
-    watch.at("step 12, computing")
+def fails(rank: int, watch: RankWatch) -> None:
+    begin(watch, "step 12, computing")
     if rank == 1:
         1 / 0  # noqa: B018
     wait_for_others()
 
 
-def finds_no_room(rank: int, watch: Watch) -> None:
-    watch.at("step 13, saving")
+def finds_no_room(rank: int, watch: RankWatch) -> None:
+    begin(watch, "step 13, saving")
     if rank == 0:
         raise UserError("checkpoint x could not be written")
     if rank == 1:
@@ -75,8 +89,8 @@ def finds_no_room(rank: int, watch: Watch) -> None:
     wait_for_others()
 
 
-def all_fail(rank: int, watch: Watch) -> None:
-    watch.at("step 12, computing")
+def all_fail(rank: int, watch: RankWatch) -> None:
+    begin(watch, "step 12, computing")
     raise UserError("loss or gradient not finite")
 
 
@@ -99,6 +113,11 @@ def clocks_jump(rank: int, watch: Watch) -> None:
         time.sleep(0.7)
 
 
+def waits(rank: int, watch: Watch) -> None:
+    watch.at("step 12, computing")
+    wait_for_others()
+
+
 SCENES = {
     scene.__name__: scene
     for scene in (dies, hangs, all_hang, stops, fails, finds_no_room, all_fail, is_told_twice, ends_well)
@@ -113,12 +132,12 @@ class End:
     said: str
 
 
-def play(scene: Callable[[int, Watch], None], rank: int, port: int, said: Path) -> None:
+def play(scene: Callable[[int, RankWatch], None], rank: int, port: int, said: Path) -> None:
     sys.stderr = open(said, "a")
     os.dup2(sys.stderr.fileno(), 2)
     store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    patient = {} if scene in (hangs, all_hang) else {"timeout": 30.0}
-    patient |= {} if scene is stops else {"silence": 30.0}
+    patient = {} if scene in (hangs, all_hang) else {"timeout": PATIENCE}
+    patient |= {} if scene in (stops, waits) else {"silence": PATIENCE}
     times = {"timeout": 2.0, "silence": 2.0, "interval": 0.1, "grace": 1.0, **patient}
 
     def main() -> int:
@@ -143,11 +162,11 @@ def play(scene: Callable[[int, Watch], None], rank: int, port: int, said: Path) 
 def host(port: "multiprocessing.Queue[int]") -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port.put(store.port)
-    time.sleep(60)
+    time.sleep(PATIENCE)
 
 
 @contextmanager
-def playing(scene: Callable[[int, Watch], None], said: Path) -> Iterator[list[multiprocessing.Process]]:
+def playing(scene: Callable[[int, RankWatch], None], said: Path) -> Iterator[list[multiprocessing.Process]]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [server.Process(target=play, args=(scene, rank, store.port, said)) for rank in range(RANKS)]
     for process in processes:
@@ -162,24 +181,21 @@ def playing(scene: Callable[[int, Watch], None], said: Path) -> Iterator[list[mu
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
-    """All scenes, played at once."""
+    """All scenes, some at a time."""
     folder, result = tmp_path_factory.mktemp("scenes"), {}
 
     def of(name: str) -> None:
         with playing(SCENES[name], folder / name) as processes:
             if name == "stops":
-                processes[0].join(20)
-                processes[2].join(20)
+                processes[0].join(PATIENCE)
+                processes[2].join(PATIENCE)
                 os.kill(processes[1].pid or 0, signal.SIGCONT)
             for process in processes:
-                process.join(20)
+                process.join(PATIENCE)
             result[name] = End([process.exitcode for process in processes], (folder / name).read_text())
 
-    threads = [threading.Thread(target=of, args=(name,)) for name in SCENES]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(of, SCENES))
     return result
 
 
@@ -250,7 +266,7 @@ def test_ranks_that_end_well_say_nothing(ends: dict[str, End]) -> None:
 def test_clocks_that_jump_disturb_nobody(tmp_path: Path) -> None:
     with playing(clocks_jump, tmp_path / "said") as processes:
         for process in processes:
-            process.join(20)
+            process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert (tmp_path / "said").read_text() == ""
 
@@ -265,16 +281,21 @@ def test_clocks_that_jump_disturb_nobody(tmp_path: Path) -> None:
 def test_where_the_store_is_lost_its_machine_is_named(
     tmp_path: Path, number: signal.Signals, words: str
 ) -> None:
-    said, port = tmp_path / "said", server.Queue()
-    hosting = server.Process(target=host, args=(port,))
+    said, ports = tmp_path / "said", server.Queue()
+    hosting = server.Process(target=host, args=(ports,))
     hosting.start()
-    process = server.Process(target=play, args=(stops, 2, port.get(), said))
+    port = ports.get()
+    process = server.Process(target=play, args=(waits, 2, port, said))
     process.start()
-    time.sleep(1)
-    os.kill(hosting.pid or 0, number)
-    process.join(20)
-    hosting.kill()
-    hosting.join()
+    try:
+        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        wait_until(lambda: b"step" in store.get("2"))
+        os.kill(hosting.pid or 0, number)
+        process.join(PATIENCE)
+    finally:
+        for one in (hosting, process):
+            one.kill()
+        hosting.join()
     assert process.exitcode == 1
     assert f"error: rank 0 is lost, or its machine: rank 2, step 12, computing, {words}" in said.read_text()
 

@@ -1,4 +1,6 @@
+import copy
 import json
+import shutil
 from unittest.mock import Mock
 
 import numpy as np
@@ -127,8 +129,11 @@ def test_text_states_are_looked_at_before_a_model_is_loaded(pipe, tmp_path, monk
     assert list(store_text(pipe.text_encoder, ["a"], tmp_path / "text")) == [1]
     with pytest.raises(UserError, match="no states of 1 captions, such as 'b'"):
         sample_to_files(config)
-    facts = tmp_path / "text" / "text_states.json"
-    facts.write_text(facts.read_text().replace('"channels": 16', '"channels": 32'))
+    shutil.rmtree(tmp_path / "text")
+    wider = copy.copy(pipe.text_encoder)
+    wider.channels = 32
+    wider.encode = lambda texts: (torch.ones(len(texts), 1, 32), torch.ones(len(texts), 1, dtype=torch.bool))
+    assert list(store_text(wider, ["", "a", "b"], tmp_path / "text")) == [3]
     with pytest.raises(UserError, match="states have 32 channels, but the model takes 16"):
         sample_to_files(config)
 
