@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,7 +260,7 @@ def generate(
             continue
         small = name.endswith(".gif")
         size = (height // 2, width // 2) if small else (height, width)
-        with av.open(folder / name, "w") as container:
+        with scheduled_as_before(), av.open(folder / name, "w") as container:
             stream = container.add_stream(codec, rate=10 if small else 30, options=options)
             stream.height, stream.width = size
             stream.pix_fmt = "rgb8" if small else "yuv420p"
@@ -268,6 +269,19 @@ def generate(
             container.mux(stream.encode())
         paths.append(folder / name)
     return paths
+
+
+@contextmanager
+def scheduled_as_before() -> Iterator[None]:
+    """Undo what SVT-AV1 does when root calls it: it makes this process a real-time one, and others starve."""
+    if not hasattr(os, "sched_getscheduler"):  # only Linux has it
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def moving_picture(num_frames: int, height: int, width: int) -> Any:

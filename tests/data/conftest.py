@@ -9,6 +9,8 @@ import av
 import numpy as np
 import pytest
 
+from scripts.bench_data import scheduled_as_before
+
 
 def grey_frames(num_frames: int, height: int, width: int) -> np.ndarray:
     levels = np.arange(num_frames) * 10 % 256
@@ -33,7 +35,7 @@ def _write_video(
     path.parent.mkdir(parents=True, exist_ok=True)
     if options is None:
         options = {"qp": "0"} if codec == "libx264" else {}
-    with av.open(path, "w") as container:
+    with scheduled_as_before(), av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt or ("rgb8" if codec == "gif" else "yuv420p")
