@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import sys
+import time
 import types
 import typing
 from argparse import ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
@@ -19,12 +20,15 @@ from stdit.errors import OtherRankError, UserError
 
 Config = TypeVar("Config")
 OWN_FLAGS = ("help", "config", "print_config")
+PATIENCE = 10.0
+"""Seconds in which a launcher ends the other processes when one has failed."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit: with its code, with that of a `UserError` (2), with 130 after Ctrl-C.
 
-    Of several processes that fail alike, the first on each machine speaks.
+    Of several processes that fail alike, the first on each machine speaks. The others wait for their launcher to end
+    them then; one that it leaves alone has failed alone, and speaks as well.
     """
     try:
         code = main() or 0
@@ -32,8 +36,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except OtherRankError as error:
         code = error.code
     except UserError as error:
-        if _speaks():
-            print(f"error: {error}", file=sys.stderr)
+        whose = ""
+        if not _speaks():
+            time.sleep(PATIENCE)
+            whose = f"rank {os.environ.get('RANK', os.environ['LOCAL_RANK'])}: "
+        print(f"error: {whose}{error}", file=sys.stderr)
         code = error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -201,6 +201,22 @@ def test_run_exits_with_codes(capsys: pytest.CaptureFixture[str]) -> None:
         run(lambda: fail(ValueError("bug")))
 
 
+def test_a_process_beside_the_first_speaks_if_it_fails_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "5")
+    waited: list[float] = []
+    monkeypatch.setattr("stdit.cli.time.sleep", waited.append)
+
+    def fail() -> None:
+        raise UserError("depth = 0: must be 1")
+
+    with pytest.raises(SystemExit, match="2"):
+        run(fail)
+    assert capsys.readouterr().err == "error: rank 5: depth = 0: must be 1\n" and waited == [10.0]
+
+
 def test_parsing_imports_nothing_heavy() -> None:
     code = "import sys, stdit.cli; print({'torch', 'diffusers', 'transformers'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
