@@ -1,8 +1,10 @@
 """From a decoded frame or picture to uint8 RGB of the size wanted: upright, opaque, cropped, undistorted."""
 
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -20,6 +22,8 @@ WHITE = 255
 SCALE_FLAGS = "flags=bicubic:param0=0:param1=0.5"
 MOST_REDUCTION = 64
 """Beyond it the scaler's coefficients are too coarse."""
+
+MOST_GRAPHS = 8
 
 UNSPECIFIED = 2
 """In FFmpeg's numbers of colour matrices, transfers and primaries."""
@@ -39,6 +43,23 @@ class Region(NamedTuple):
     width: int
 
 
+class Graphs(threading.local):
+    """What this thread has set up of FFmpeg lately, for clips of one kind: it takes as long as some small frames."""
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[tuple, Graph] = OrderedDict()
+
+    def of(self, kind: tuple, set_up: Callable[[], Graph]) -> Graph:
+        graph = self.graphs.pop(kind, None) or set_up()
+        self.graphs[kind] = graph
+        if len(self.graphs) > MOST_GRAPHS:
+            self.graphs.popitem(last=False)
+        return graph
+
+
+KEPT = Graphs()
+
+
 class FrameFitter:
     """Decoded frames to uint8 [3 H W] of one size; holds what FFmpeg sets up for one kind of frame."""
 
@@ -53,6 +74,7 @@ class FrameFitter:
         self.height, self.width, self.place, self.threads, self.opaque = height, width, place, threads, opaque
         self._kind: tuple | None = None
         self._graph: Graph | None = None
+        self._alpha: dict[str, bool] = {}
 
     def fit(self, frame: av.VideoFrame, aspect: float) -> torch.Tensor:
         """What `fill` makes of `rgb(frame)`, in one step of FFmpeg's scaler where that does as well.
@@ -60,7 +82,7 @@ class FrameFitter:
         Against the exact colours, scaled in floating point, pixels of real clips are off by 0.5 to 1.1 levels of 255
         on average, those of `fill` by 0.6 to 1.3, since their colours are taken from the nearest place.
         """
-        if self.opaque or not any(component.is_alpha for component in frame.format.components):
+        if self.opaque or not self._has_alpha(frame):
             pixels = self.scale(frame, aspect, *orientation(frame))
             if pixels is not None:
                 return pixels
@@ -70,6 +92,33 @@ class FrameFitter:
         self, frame: av.VideoFrame, aspect: float, turns: int, mirrored: bool = False
     ) -> torch.Tensor | None:
         """The one step, for a frame of that `orientation`; None where it would do less well."""
+        kind = (frame.format.name, frame.height, frame.width, aspect, turns, mirrored)
+        if kind != self._kind:
+            self._kind, self._graph = kind, self._set_up(frame, aspect, turns, mirrored)
+        if self._graph is None:
+            return None
+        try:
+            self._graph.vpush(with_known_colours(frame))
+            scaled = self._graph.vpull()
+        except BaseException:
+            KEPT.graphs.clear()  # it may hold a frame
+            raise
+        planes = scaled.planes  # made anew at each call
+        pixels = np.empty((3, scaled.height, scaled.width), np.uint8)
+        for channel, plane in enumerate(PLANES):
+            pixels[channel] = _rows(planes[plane])[:, : scaled.width]
+        if turns or mirrored:
+            upright = np.rot90(pixels[..., ::-1] if mirrored else pixels, turns, axes=(1, 2))
+            pixels = np.ascontiguousarray(upright)
+        return torch.from_numpy(pixels)
+
+    def _has_alpha(self, frame: av.VideoFrame) -> bool:
+        name = frame.format.name
+        if name not in self._alpha:
+            self._alpha[name] = any(component.is_alpha for component in frame.format.components)
+        return self._alpha[name]
+
+    def _set_up(self, frame: av.VideoFrame, aspect: float, turns: int, mirrored: bool) -> Graph | None:
         down, across = self.place
         for _ in range(turns):
             down, across = across, 1 - down
@@ -79,19 +128,10 @@ class FrameFitter:
         region = largest(frame.height, frame.width, width / height / pixel_aspect, (down, across))
         if max(region.height / height, region.width / width) > MOST_REDUCTION:
             return None
-        kind = (frame.format.name, frame.height, frame.width, region, height, width)
-        if kind != self._kind:
-            self._kind, self._graph = kind, self._set_up(frame, region, height, width)
-        assert self._graph is not None
-        self._graph.vpush(with_known_colours(frame))
-        scaled = self._graph.vpull()
-        pixels = np.empty((3, height, width), np.uint8)
-        for channel, plane in enumerate(PLANES):
-            pixels[channel] = _rows(scaled, plane)[:, :width]
-        upright = np.rot90(pixels[..., ::-1] if mirrored else pixels, turns, axes=(1, 2))
-        return torch.from_numpy(np.ascontiguousarray(upright))
+        kind = (frame.format.name, frame.height, frame.width, region, height, width, self.threads)
+        return KEPT.of(kind, lambda: self._new_graph(frame, region, height, width))
 
-    def _set_up(self, frame: av.VideoFrame, region: Region, height: int, width: int) -> Graph:
+    def _new_graph(self, frame: av.VideoFrame, region: Region, height: int, width: int) -> Graph:
         graph = Graph()
         if hasattr(graph, "threads"):  # in newer PyAV
             graph.threads = self.threads
@@ -121,7 +161,7 @@ def rgb(frame: av.VideoFrame, threads: int = 1, side: int | None = None) -> np.n
     converted = VideoReformatter().reformat(
         with_known_colours(frame), format=layout, height=height, width=width, **options
     )
-    rows = _rows(converted, 0)[:, : converted.width * channels]
+    rows = _rows(converted.planes[0])[:, : converted.width * channels]
     pixels = rows.reshape(converted.height, converted.width, channels)
     turns, mirrored = orientation(frame)
     opaque = _over_white(pixels) if alpha else pixels
@@ -200,10 +240,9 @@ def _at_most(height: int, width: int, side: int | None) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _rows(frame: av.VideoFrame, plane: int) -> np.ndarray:
+def _rows(plane: Any) -> np.ndarray:
     """uint8 [H, bytes of a row], of which the last may be of no use; valid as long as the array lives."""
-    data = frame.planes[plane]
-    return np.frombuffer(data, np.uint8).reshape(data.height, data.line_size)
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
 
 
 def _over_white(pixels: np.ndarray) -> np.ndarray:
