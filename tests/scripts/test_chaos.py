@@ -52,9 +52,12 @@ def test_training_keeps_its_promises_under_other_launchers(tmp_path: Path) -> No
         "--output",
         str(tmp_path / "chaos"),
     ]
-    done = chaos(
-        *own, *tiny_settings(tmp_path), "--trainer.steps", "40", "--checkpoint.keep_last", "3", limit=900
-    )
+    settings = [*tiny_settings(tmp_path), "--trainer.steps", "40", "--checkpoint.keep_last", "3"]
+    settings += [
+        "--optimizer.lr",
+        "1e-4",
+    ]  # at 1e-3 rounding, which splits differ in, grows beyond the tolerance
+    done = chaos(*own, *settings, limit=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "drop_link: skipped, since only the warm launcher" in done.stdout
 
