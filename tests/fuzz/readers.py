@@ -228,7 +228,7 @@ def _folder_manifest(names: list[tuple[str, str]], folder: Path) -> object:
     for name, text in names:
         try:
             path = folder / name
-            if not path.resolve().is_relative_to(folder.resolve()):
+            if folder.resolve() not in path.resolve().parents:
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", errors="surrogatepass")

@@ -41,22 +41,13 @@ def test_training_keeps_its_promises(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_keeps_its_promises_under_other_launchers(tmp_path: Path) -> None:
-    own = [
-        "--faults",
-        "4",
-        "--launcher",
-        "torchrun",
-        "--splits",
-        "1x1",
-        "1x2",
-        "--output",
-        str(tmp_path / "chaos"),
-    ]
-    settings = [*tiny_settings(tmp_path), "--trainer.steps", "40", "--checkpoint.keep_last", "3"]
-    settings += [
-        "--optimizer.lr",
+    own = ["--faults", "4", "--launcher", "torchrun", "--splits", "1x1", "1x2"]
+    own += ["--output", str(tmp_path / "chaos")]
+    own += [
+        "--tolerance",
         "1e-4",
-    ]  # at 1e-3 rounding, which splits differ in, grows beyond the tolerance
+    ]  # weights whose gradient is nothing but rounding go either way, by the rate
+    settings = [*tiny_settings(tmp_path), "--trainer.steps", "40", "--checkpoint.keep_last", "3"]
     done = chaos(*own, *settings, limit=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "drop_link: skipped, since only the warm launcher" in done.stdout
