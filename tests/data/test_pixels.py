@@ -37,7 +37,7 @@ def off(a: torch.Tensor, b: np.ndarray) -> float:
         ("b.mp4", "libx264", "yuv420p10le"),
         ("c.mp4", "libx264", "yuv444p"),
         ("d.mp4", "libx264", "yuv422p10le"),
-        ("e.mp4", "libx265", "yuv420p10le"),
+        ("e.mkv", "ffv1", "yuv420p10le"),
         ("f.mkv", "ffv1", "gray"),
         ("g.mkv", "ffv1", "bgr0"),
         ("h.mkv", "ffv1", "yuva420p"),
