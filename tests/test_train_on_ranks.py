@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from stdit.data.decode import decode_clip
+from stdit.parallel.watch import INTERVAL
 from tests.launch import ROOT, launch, start
 from tests.test_train import metrics
 from tests.training.tiny import tiny_settings
@@ -200,6 +201,7 @@ def test_when_a_rank_dies_all_end_and_one_says_so(alone: Any) -> None:
         worker = wait_for_workers(process, run.with_name("dead"))[1]
         everyone = psutil.Process(process.pid).children(recursive=True)
         assert len(everyone) >= 4, "two ranks and their loaders"
+        time.sleep(2 * INTERVAL)  # after which each has said that it is in a step
         worker.kill()
         _, errors = process.communicate(timeout=60)
     finally:
@@ -208,7 +210,7 @@ def test_when_a_rank_dies_all_end_and_one_says_so(alone: Any) -> None:
     assert "local_rank: 1" in errors and "SIGKILL" in errors  # torchrun's words
     assert "[rank0]: Traceback" not in errors
     ours = re.findall(r"error: .*", errors)  # none where torchrun, which stops the others, was faster
-    said = r"error: rank 1 is lost, .* rank 0, step \d+, .* last heard of in "
+    said = r"error: rank 1 is lost, .* rank 0, step \d+, .* last heard of in step \d+"
     assert len(ours) <= 1 and all(re.search(said, line) for line in ours), ours
     assert not psutil.wait_procs(everyone, timeout=10)[1]
 

@@ -43,10 +43,8 @@ def test_training_keeps_its_promises(tmp_path: Path) -> None:
 def test_training_keeps_its_promises_under_other_launchers(tmp_path: Path) -> None:
     own = ["--faults", "4", "--launcher", "torchrun", "--splits", "1x1", "1x2"]
     own += ["--output", str(tmp_path / "chaos")]
-    own += [
-        "--tolerance",
-        "1e-4",
-    ]  # weights whose gradient is nothing but rounding go either way, by the rate
+    # Weights whose gradient is nothing but rounding go either way, by the rate.
+    own += ["--tolerance", "1e-4"]
     settings = [*tiny_settings(tmp_path), "--trainer.steps", "40", "--checkpoint.keep_last", "3"]
     done = chaos(*own, *settings, limit=900)
     assert done.returncode == 0, done.stdout + done.stderr
