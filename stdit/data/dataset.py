@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -167,15 +168,15 @@ class VideoReader:
     flip: bool
 
     def read(self, planned: PlannedBatch, index: int, clip_index: int) -> Sample:
-        clip, start = self.plan.item(planned.step, planned.bucket_index, index, clip_index)
-        generator = torch.Generator().manual_seed(self.plan.crop_seed(planned.step, index))
-        down, across, turn = torch.rand(3, generator=generator).tolist()
-        if self.crop == "center":
-            down = across = 0.5
-        mirrored = self.flip and turn < 0.5 and may_mirror(clip.text)
-        return Sample(
-            clip_index, read_view(clip, planned.bucket, View(start, down, across, mirrored)).contiguous()
-        )
+        clip, start = self.plan.item(planned, index, clip_index)
+        view = View(start)
+        if self.crop == "random" or self.flip:
+            generator = torch.Generator().manual_seed(self.plan.crop_seed(planned.step, index))
+            down, across, turn = torch.rand(3, generator=generator).tolist()
+            if self.crop == "random":
+                view = view._replace(down=down, across=across)
+            view = view._replace(mirrored=self.flip and turn < 0.5 and may_mirror(clip.text))
+        return Sample(clip_index, read_view(clip, planned.bucket, view).contiguous())
 
     def collate(self, samples: Sequence[Sample], captions: Sequence[str]) -> Batch:
         return {"frames": torch.stack([sample.frames for sample in samples if sample.frames is not None])}
@@ -200,7 +201,7 @@ class _StepDataset(Dataset):
         began, computed = time.perf_counter(), time.thread_time()
         planned = self.plan.batch(step)
         failed: dict[Media, Skipped] = {}
-        rows = self.mesh.rows(len(planned.items))
+        rows = self.mesh.rows(len(planned.indices))
         read = [self._read(planned, index, failed) for index in rows]
         whole = [sample for sample in read if sample is not None]
         if len(whole) < len(read):
@@ -310,8 +311,13 @@ class VideoBatches(Loader):
 
 
 def to_video(frames: Tensor) -> Tensor:
-    """uint8 [B T 3 H W] to float32 [B 3 T H W] in [-1, 1]."""
-    return frames.transpose(1, 2).float().div_(127.5).sub_(1)
+    """uint8 [B T 3 H W] on the CPU to float32 [B 3 T H W] in [-1, 1]."""
+    video = frames.numpy().astype(
+        np.float32
+    )  # with NumPy, since torch's threads would wait for those of loaders
+    video /= 127.5
+    video -= 1
+    return torch.from_numpy(video).transpose(1, 2)
 
 
 def describe(plan: BatchPlan, planned: PlannedBatch, used: Sequence[int]) -> Batch:
@@ -324,7 +330,7 @@ def describe(plan: BatchPlan, planned: PlannedBatch, used: Sequence[int]) -> Bat
     size = len(used)
     return {
         "step": planned.step,
-        "size": len(planned.items),
+        "size": len(planned.indices),
         "text": [plan.assignment.clips.texts[index] for index in used],
         "fps": torch.full((size,), float(bucket.fps)),
         "height": torch.full((size,), float(bucket.height)),

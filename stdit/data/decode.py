@@ -127,8 +127,8 @@ def decode_clip(
                     opaque = opened.stream.codec_context.name == "gif"
                     fitter = FrameFitter(height, width, place, threads, opaque)
                     for frame, places in read(opened, times, tolerance):
-                        pixels = fitter.fit(frame, _shown_aspect(opened, frame))
-                        clip[places.start : places.stop] = pixels.numpy()
+                        fitter.fit(frame, _shown_aspect(opened, frame), clip[places.start])
+                        clip[places.start + 1 : places.stop] = clip[places.start]
                 else:
                     for picture, places in pictures_at(media, opened, times, tolerance):
                         clip[places.start : places.stop] = fill(picture, 1.0, height, width, place).numpy()

@@ -8,7 +8,7 @@ frame that is not later than the time, and seek to the key frame before the firs
 
 import itertools
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
@@ -178,29 +178,33 @@ def assign(
     the video ends before the last of `times`.
     """
     around: deque[tuple[Packet | None, float | None]] = deque()
+    presented: list[float] = []  # ascending: of the packets in `around`
     forward = Forward(video.media)
     ends: list[None] = [None] * REORDER_DEPTH
     for packet in itertools.chain(packets, ends):
-        presented = _presented(packet, clock)
-        if presented is not None:
-            forward.check(presented)
-        around.append((packet, presented))
+        shown = _presented(packet, clock)
+        if shown is not None:
+            forward.check(shown)
+            insort(presented, shown)
+        around.append((packet, shown))
         if len(around) <= REORDER_DEPTH:
             continue
         if len(around) > 2 * REORDER_DEPTH + 1:
-            around.popleft()
+            _, passed = around.popleft()
+            if passed is not None:
+                presented.remove(passed)
         current, time = around[-1 - REORDER_DEPTH]
         if current is None:
             continue
         if time is None:
             yield current, range(0)
             continue
-        others = [other for _, other in around if other is not None and other >= time]
-        if others.count(time) > 1:
+        following = next(iter(presented[bisect_left(presented, time) + 1 :]), None)
+        if following == time:
             raise Unclear
         begin = bisect_left(times, time - tolerance)
-        if len(others) > 1:
-            end = bisect_left(times, min(other for other in others if other > time) - tolerance)
+        if following is not None:
+            end = bisect_left(times, following - tolerance)
         else:
             length = float((current.duration or 0) * clock.tick) or 1 / clock.rate
             end = bisect_right(times, time + max(tolerance, length - tolerance))

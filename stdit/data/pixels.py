@@ -76,27 +76,28 @@ class FrameFitter:
         self._graph: Graph | None = None
         self._alpha: dict[str, bool] = {}
 
-    def fit(self, frame: av.VideoFrame, aspect: float) -> torch.Tensor:
-        """What `fill` makes of `rgb(frame)`, in one step of FFmpeg's scaler where that does as well.
+    def fit(self, frame: av.VideoFrame, aspect: float, out: np.ndarray) -> None:
+        """Write to `out`, uint8 [3 H W], what `fill` makes of `rgb(frame)`, in one step of FFmpeg's scaler where that
+        does as well.
 
         Against the exact colours, scaled in floating point, pixels of real clips are off by 0.5 to 1.1 levels of 255
         on average, those of `fill` by 0.6 to 1.3, since their colours are taken from the nearest place.
         """
-        if self.opaque or not self._has_alpha(frame):
-            pixels = self.scale(frame, aspect, *orientation(frame))
-            if pixels is not None:
-                return pixels
-        return fill(rgb(frame, self.threads), aspect, self.height, self.width, self.place)
+        if (
+            not self.opaque
+            and self._has_alpha(frame)
+            or not self.scale(frame, aspect, *orientation(frame), out)
+        ):
+            out[:] = fill(rgb(frame, self.threads), aspect, self.height, self.width, self.place).numpy()
 
-    def scale(
-        self, frame: av.VideoFrame, aspect: float, turns: int, mirrored: bool = False
-    ) -> torch.Tensor | None:
-        """The one step, for a frame of that `orientation`; None where it would do less well."""
+    def scale(self, frame: av.VideoFrame, aspect: float, turns: int, mirrored: bool, out: np.ndarray) -> bool:
+        """The one step, for a frame of that `orientation`; false, and nothing is written, where it would do less
+        well."""
         kind = (frame.format.name, frame.height, frame.width, aspect, turns, mirrored)
         if kind != self._kind:
             self._kind, self._graph = kind, self._set_up(frame, aspect, turns, mirrored)
         if self._graph is None:
-            return None
+            return False
         try:
             self._graph.vpush(with_known_colours(frame))
             scaled = self._graph.vpull()
@@ -104,13 +105,10 @@ class FrameFitter:
             KEPT.graphs.clear()  # it may hold a frame
             raise
         planes = scaled.planes  # made anew at each call
-        pixels = np.empty((3, scaled.height, scaled.width), np.uint8)
-        for channel, plane in enumerate(PLANES):
-            pixels[channel] = _rows(planes[plane])[:, : scaled.width]
-        if turns or mirrored:
-            upright = np.rot90(pixels[..., ::-1] if mirrored else pixels, turns, axes=(1, 2))
-            pixels = np.ascontiguousarray(upright)
-        return torch.from_numpy(pixels)
+        for pixels, plane in zip(out, PLANES, strict=True):
+            rows = _rows(planes[plane])[:, : scaled.width]
+            pixels[:] = np.rot90(rows[:, ::-1] if mirrored else rows, turns) if turns or mirrored else rows
+        return True
 
     def _has_alpha(self, frame: av.VideoFrame) -> bool:
         name = frame.format.name
@@ -172,7 +170,7 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
     """How to make a frame upright, as its display matrix says: quarter turns counter-clockwise, after it was mirrored
     left to right or not."""
     turns = round(frame.rotation / 90)
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX) if frame.side_data else None  # most frames have none
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
         if a * d < b * c:  # the angle is that of the first row, which mirroring turns about
@@ -242,7 +240,7 @@ def _at_most(height: int, width: int, side: int | None) -> tuple[int, int]:
 
 def _rows(plane: Any) -> np.ndarray:
     """uint8 [H, bytes of a row], of which the last may be of no use; valid as long as the array lives."""
-    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+    return np.ndarray((plane.height, plane.line_size), np.uint8, plane)
 
 
 def _over_white(pixels: np.ndarray) -> np.ndarray:

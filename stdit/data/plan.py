@@ -36,9 +36,8 @@ class PlannedBatch:
     epoch: int
     bucket: Bucket
     bucket_index: int
-    items: list[PlannedItem]
     indices: list[int]
-    """Places of the items' clips in `Assignment.clips`."""
+    """Places of its clips in `Assignment.clips`."""
 
 
 @dataclass
@@ -99,8 +98,7 @@ class BatchPlan:
         epoch, k, first = self._locate(step)
         bucket = self.assignment.buckets[k]
         indices = [self._clip_index(epoch, k, first + i) for i in range(bucket.batch_size)]
-        items = [self.item(step, k, i, index) for i, index in enumerate(indices)]
-        return PlannedBatch(step, epoch, bucket, k, items, indices)
+        return PlannedBatch(step, epoch, bucket, k, indices)
 
     def replacements(self, step: int, index: int) -> Iterator[int]:
         """Places in `Assignment.clips` of those that stand in, in turn, for item `index` of a batch that
@@ -115,11 +113,11 @@ class BatchPlan:
         if self.assignment.weights(k) is not None:
             yield from self.assignment.members[k].tolist()
 
-    def item(self, step: int, bucket_index: int, index: int, clip_index: int) -> PlannedItem:
-        """A clip as item `index` of a step's batch."""
-        clip = self.assignment.clips[clip_index]
-        bucket = self.assignment.buckets[bucket_index]
-        return PlannedItem(clip, clip.start + window_start_seconds(clip, bucket, self.seed, step, index))
+    def item(self, planned: PlannedBatch, index: int, clip_index: int | None = None) -> PlannedItem:
+        """Item `index` of a batch: of the clip that is planned, or of one that stands in for it."""
+        clip = self.assignment.clips[planned.indices[index] if clip_index is None else clip_index]
+        start = window_start_seconds(clip, planned.bucket, self.seed, planned.step, index)
+        return PlannedItem(clip, clip.start + start)
 
     def crop_seed(self, step: int, index: int) -> int:
         """Seed of the random crop of item `index` of a step's batch."""

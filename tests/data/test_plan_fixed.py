@@ -43,8 +43,9 @@ def digest(values: object) -> str:
 
 def facts(plan: BatchPlan, step: int) -> list[object]:
     batch = plan.batch(step)
-    starts = [item.start.hex() for item in batch.items]
-    crops = [plan.crop_seed(step, index) for index in range(len(batch.items))]
+    items = [plan.item(batch, index) for index in range(len(batch.indices))]
+    starts = [item.start.hex() for item in items]
+    crops = [plan.crop_seed(step, index) for index in range(len(batch.indices))]
     stand_ins = list(plan.replacements(step, 1))[:5]
     return [step, batch.epoch, batch.bucket_index, batch.indices, starts, crops, stand_ins]
 
