@@ -146,17 +146,17 @@ def _is_left(file: Path, old: float) -> bool:
 def _whole_rows(shard: Shard) -> list[int]:
     """Entries whose bytes are those that were written."""
     try:
-        stored = open_values(shard.file)
-        return [row for row in range(len(shard.keys)) if shard.read(stored, row) is not None]
+        values = open_values(shard.file)
+        return [row for row in range(len(shard.keys)) if shard.read(values, row) is not None]
     except (OSError, SafetensorError):
         return []
 
 
 def _entries(shard: Shard, rows: list[int]) -> list[Entry]:
     stored = open_values(shard.file)
-    values = ((row, shard.read(stored, row)) for row in rows)
+    read = ((row, shard.read(stored, row)) for row in rows)
     return [
         Entry(shard.kind, shard.maker, shard.keys[row].tobytes(), value)  # type: ignore[arg-type]
-        for row, value in values
+        for row, value in read
         if value is not None
     ]

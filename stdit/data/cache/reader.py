@@ -68,8 +68,10 @@ class CachedReader:
 
     def number(self, step: int, index: int, count: int) -> int:
         """Which of its views item `index` of a step's batch is, drawn evenly."""
+        if count == 1:
+            return 0
         generator = torch.Generator().manual_seed(self.plan.crop_seed(step, index))
-        return int(torch.randint(count, (1,), generator=generator)) if count > 1 else 0
+        return int(torch.randint(count, (1,), generator=generator))
 
     def read(self, planned: PlannedBatch, index: int, clip_index: int) -> Sample:
         place = planned.bucket_index, clip_index

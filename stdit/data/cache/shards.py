@@ -62,30 +62,34 @@ class Shard:
     hashes: np.ndarray
     """int64 [N]"""
 
-    def read(self, stored: "safe_open", row: int) -> Tensor | None:
+    def read(self, values: Tensor, row: int) -> Tensor | None:
         """The tensor of an entry; None if its bytes are not those that were written.
 
         Args:
-            stored: the shard's file, open.
+            values: the shard's, from `open_values`.
         """
-        value = stored.get_slice("values")[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()
+        value = values[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()
         return value if hash_of(value) == self.hashes[row] else None
 
 
-def open_values(file: Path) -> "safe_open":
-    """A shard's file, mapped into memory. Raises OSError or SafetensorError."""
-    return safe_open(file, framework="pt")
+def open_values(file: Path) -> Tensor:
+    """The values of a shard, mapped into memory: read from the file as they are used. Raises OSError or
+    SafetensorError."""
+    with safe_open(file, framework="pt") as stored:
+        return stored.get_tensor("values")
 
 
 def read_shard(file: Path) -> Shard:
     """Keys and places of a shard's entries. Raises DamagedShard."""
     try:
-        stored = open_values(file)
-        facts = stored.metadata() or {}
-        if facts.get("format") != FORMAT:
-            raise DamagedShard(f"of the format {facts.get('format')}, not {FORMAT}")
-        keys, offsets, hashes = (stored.get_tensor(name).numpy() for name in ("keys", "offsets", "hashes"))
-        count, size = len(keys), stored.get_slice("values").get_shape()
+        with safe_open(file, framework="pt") as stored:
+            facts = stored.metadata() or {}
+            if facts.get("format") != FORMAT:
+                raise DamagedShard(f"of the format {facts.get('format')}, not {FORMAT}")
+            keys, offsets, hashes = (
+                stored.get_tensor(name).numpy() for name in ("keys", "offsets", "hashes")
+            )
+            count, size = len(keys), stored.get_slice("values").get_shape()
         steps = np.diff(offsets)
         if keys.shape != (count, KEY_BYTES) or len(hashes) != count or len(offsets) != count + 1:
             raise DamagedShard("its parts do not fit together")

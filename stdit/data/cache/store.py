@@ -32,7 +32,7 @@ class Store:
         """Why files are passed over, by name."""
         self._seen: int | None = None
         self._tables: dict[str, _Table] = {}
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, Tensor] = OrderedDict()
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Store:
             self._tables[kind] = _Table([shard for shard in self.shards.values() if shard.kind == kind])
         return self._tables[kind]
 
-    def _mapped(self, file: Path) -> Any:
+    def _mapped(self, file: Path) -> Tensor:
         if file.name not in self._open:
             while len(self._open) >= OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -126,7 +126,7 @@ class _Table:
     def place(self, key: bytes) -> int:
         """Of a key; -1 if it is not there."""
         first, second = np.frombuffer(key, np.uint64).tolist()
-        place = int(np.searchsorted(self._firsts, np.uint64(first)))
+        place = int(self._firsts.searchsorted(np.uint64(first)))
         while place < len(self.keys) and self.keys[place, 0] == first:
             if self.keys[place, 1] == second and place not in self.gone:
                 return place
