@@ -9,6 +9,7 @@ is to blame, in which step, and why; the others end without a word.
 import json
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -297,18 +298,16 @@ def end_process(code: int) -> NoReturn:
 
 
 def watch_of(mesh: Mesh, config: TrainingParallelConfig) -> Watch:
-    """The watch of this process."""
+    """The watch of this process; all ranks make theirs together."""
     if mesh.size == 1:
         return Watch()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(
         address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=config.timeout)
     )
-    attempt = os.environ.get(
-        "TORCHELASTIC_RESTART_COUNT", "0"
-    )  # torchrun keeps its store when it starts anew
+    name = mesh.gather(secrets.token_hex(8))[0]  # torchrun keeps its store when it starts processes anew
     return RankWatch(
-        store=PrefixStore(f"stdit/watch/{attempt}", store),
+        store=PrefixStore(f"stdit/watch/{name}", store),
         rank=mesh.rank,
         size=mesh.size,
         silence=config.silence,

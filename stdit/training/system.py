@@ -16,10 +16,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed import PrefixStore, Store
-from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from tqdm import tqdm
 
+from stdit.parallel.meeting import init_method
 from stdit.parallel.mesh import Mesh, runs_on_cpu
 from stdit.parallel.watch import end_process
 from stdit.training.trainer import TrainerConfig
@@ -47,20 +46,6 @@ def started() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def meet(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
-    """How the processes find each other: as with "env://", but anew each time that torchrun starts them.
-
-    With its static rendezvous torchrun keeps one store, in which a process that starts again would find the addresses
-    of those that are about to end.
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    for store, rank, size in rendezvous("env://", **options):
-        yield PrefixStore(f"stdit/attempt/{attempt}", store), rank, size
-
-
-register_rendezvous_handler("stdit", meet)
-
-
 def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
     """Set threads and memory, choose the device, and meet the other processes, if any were started.
 
@@ -76,8 +61,9 @@ def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
         cpu=runs_on_cpu(config.device),
         kwargs_handlers=[
             InitProcessGroupKwargs(
-                init_method="stdit://", timeout=timedelta(seconds=1.2 * timeout + 30)
-            ),  # the watch speaks before
+                init_method=init_method(),
+                timeout=timedelta(seconds=1.2 * timeout + 30),  # the watch speaks before
+            ),
             AutocastKwargs(cache_enabled=False),  # which would keep all rounded weights until the pass ends
         ],
     )
