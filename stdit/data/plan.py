@@ -113,9 +113,9 @@ class BatchPlan:
         if self.assignment.weights(k) is not None:
             yield from self.assignment.members[k].tolist()
 
-    def item(self, planned: PlannedBatch, index: int, clip_index: int | None = None) -> PlannedItem:
-        """Item `index` of a batch: of the clip that is planned, or of one that stands in for it."""
-        clip = self.assignment.clips[planned.indices[index] if clip_index is None else clip_index]
+    def item(self, planned: PlannedBatch, index: int, clip_index: int) -> PlannedItem:
+        """A clip, the planned one or one that stands in for it, as item `index` of a batch."""
+        clip = self.assignment.clips[clip_index]
         start = window_start_seconds(clip, planned.bucket, self.seed, planned.step, index)
         return PlannedItem(clip, clip.start + start)
 

@@ -26,7 +26,7 @@ def make_plan(counts=(10, 3), batch_sizes=(4, 2), seed=0, seconds=2.0, windows=1
 
 
 def items(plan, batch):
-    return [plan.item(batch, index) for index in range(len(batch.indices))]
+    return [plan.item(batch, index, clip_index) for index, clip_index in enumerate(batch.indices)]
 
 
 def batches(plan, steps):

@@ -43,7 +43,7 @@ def digest(values: object) -> str:
 
 def facts(plan: BatchPlan, step: int) -> list[object]:
     batch = plan.batch(step)
-    items = [plan.item(batch, index) for index in range(len(batch.indices))]
+    items = [plan.item(batch, index, clip_index) for index, clip_index in enumerate(batch.indices)]
     starts = [item.start.hex() for item in items]
     crops = [plan.crop_seed(step, index) for index in range(len(batch.indices))]
     stand_ins = list(plan.replacements(step, 1))[:5]

@@ -153,8 +153,8 @@ def _whole_rows(shard: Shard) -> list[int]:
 
 
 def _entries(shard: Shard, rows: list[int]) -> list[Entry]:
-    stored = open_values(shard.file)
-    read = ((row, shard.read(stored, row)) for row in rows)
+    values = open_values(shard.file)
+    read = ((row, shard.read(values, row)) for row in rows)
     return [
         Entry(shard.kind, shard.maker, shard.keys[row].tobytes(), value)  # type: ignore[arg-type]
         for row, value in read

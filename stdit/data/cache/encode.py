@@ -172,7 +172,7 @@ def _encode_clips(
 def encode_view(codec: "VideoCodec", frames: Tensor, device: torch.device | str) -> Tensor:
     """Latents float32 [C T' H' W'] on the CPU of frames uint8 [T 3 H W]; by itself, whatever else is encoded."""
     with torch.no_grad():
-        return codec.encode(to_video(frames[None]).to(device))[0].float().cpu()
+        return codec.encode(to_video(frames[None].to(device)))[0].float().cpu()
 
 
 def _encode_texts(
