@@ -173,9 +173,9 @@ class VideoReader:
         if self.crop == "random" or self.flip:
             generator = torch.Generator().manual_seed(self.plan.crop_seed(planned.step, index))
             down, across, turn = torch.rand(3, generator=generator).tolist()
-            if self.crop == "random":
-                view = view._replace(down=down, across=across)
-            view = view._replace(mirrored=self.flip and turn < 0.5 and may_mirror(clip.text))
+            if self.crop == "center":
+                down = across = 0.5
+            view = View(start, down, across, self.flip and turn < 0.5 and may_mirror(clip.text))
         return Sample(clip_index, read_view(clip, planned.bucket, view).contiguous())
 
     def collate(self, samples: Sequence[Sample], captions: Sequence[str]) -> Batch:

@@ -116,9 +116,7 @@ def decode_clip(
     drawn = torch.rand(2, generator=generator).tolist() if crop == "random" else [0.5, 0.5]
     place = drawn if isinstance(crop, str) else list(crop)
     times, tolerance = [start + k / fps for k in range(num_frames)], TOLERANCE / fps
-    clip = np.empty(
-        (num_frames, 3, height, width), np.uint8
-    )  # to which NumPy copies small frames in less time
+    clip = np.empty((num_frames, 3, height, width), np.uint8)  # NumPy copies small frames in less time
     ways: tuple[Read, ...] = (by_packets, by_frames, partial(by_frames, seek=False))
     for read in ways:
         try:

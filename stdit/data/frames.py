@@ -199,7 +199,8 @@ def assign(
         if time is None:
             yield current, range(0)
             continue
-        following = next(iter(presented[bisect_left(presented, time) + 1 :]), None)
+        after = bisect_left(presented, time) + 1
+        following = presented[after] if after < len(presented) else None
         if following == time:
             raise Unclear
         begin = bisect_left(times, time - tolerance)

@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import cache
 from typing import Any, NamedTuple
 
 import av
@@ -74,7 +75,6 @@ class FrameFitter:
         self.height, self.width, self.place, self.threads, self.opaque = height, width, place, threads, opaque
         self._kind: tuple | None = None
         self._graph: Graph | None = None
-        self._alpha: dict[str, bool] = {}
 
     def fit(self, frame: av.VideoFrame, aspect: float, out: np.ndarray) -> None:
         """Write to `out`, uint8 [3 H W], what `fill` makes of `rgb(frame)`, in one step of FFmpeg's scaler where that
@@ -83,11 +83,8 @@ class FrameFitter:
         Against the exact colours, scaled in floating point, pixels of real clips are off by 0.5 to 1.1 levels of 255
         on average, those of `fill` by 0.6 to 1.3, since their colours are taken from the nearest place.
         """
-        if (
-            not self.opaque
-            and self._has_alpha(frame)
-            or not self.scale(frame, aspect, *orientation(frame), out)
-        ):
+        plain = self.opaque or not has_alpha(frame.format.name)
+        if not (plain and self.scale(frame, aspect, *orientation(frame), out)):
             out[:] = fill(rgb(frame, self.threads), aspect, self.height, self.width, self.place).numpy()
 
     def scale(self, frame: av.VideoFrame, aspect: float, turns: int, mirrored: bool, out: np.ndarray) -> bool:
@@ -109,12 +106,6 @@ class FrameFitter:
             rows = _rows(planes[plane])[:, : scaled.width]
             pixels[:] = np.rot90(rows[:, ::-1] if mirrored else rows, turns) if turns or mirrored else rows
         return True
-
-    def _has_alpha(self, frame: av.VideoFrame) -> bool:
-        name = frame.format.name
-        if name not in self._alpha:
-            self._alpha[name] = any(component.is_alpha for component in frame.format.components)
-        return self._alpha[name]
 
     def _set_up(self, frame: av.VideoFrame, aspect: float, turns: int, mirrored: bool) -> Graph | None:
         down, across = self.place
@@ -149,11 +140,17 @@ class FrameFitter:
         return graph
 
 
+@cache
+def has_alpha(pixel_format: str) -> bool:
+    """Whether pixels of a format, by FFmpeg's name for it, may be transparent."""
+    return any(component.is_alpha for component in av.VideoFormat(pixel_format).components)
+
+
 def rgb(frame: av.VideoFrame, threads: int = 1, side: int | None = None) -> np.ndarray:
     """uint8 [H W 3] as shown, the longer side at most `side`; may have gaps between rows."""
     # From 17 on PyAV starts threads for each frame unless told otherwise: most of the time of a small clip.
     options = {"threads": threads} if int(av.__version__.split(".")[0]) >= 17 else {}
-    alpha = any(component.is_alpha for component in frame.format.components)
+    alpha = has_alpha(frame.format.name)
     layout, channels = ("rgba", 4) if alpha else ("rgb24", 3)
     height, width = _at_most(frame.height, frame.width, side)
     converted = VideoReformatter().reformat(

@@ -68,10 +68,11 @@ def agree(store: Store, rank: int, size: int, patience: float) -> str:
             if store.check([f"stdit/begun/{name}"]):
                 return name
         time.sleep(PAUSE)
-    others = [other for other in ranks if other != rank]
-    missing = [other for other in others if not store.check([here[other]])] or [
-        other for other in others if not store.check([f"stdit/came/{name}/{other}"])
-    ]
+
+    def absent(keys: list[str]) -> list[int]:
+        return [other for other in ranks if other != rank and not store.check([keys[other]])]
+
+    missing = absent(here) or absent([f"stdit/came/{name}/{other}" for other in ranks]) or [0]
     raise LostRankError(
         f"rank {', '.join(map(str, missing))} did not come to the start of the run within {patience:.0f} s: it was "
         "not started, has failed, or does not reach the first machine; the same command tries again"
