@@ -42,11 +42,7 @@ def test_training_keeps_its_promises(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_keeps_its_promises_under_other_launchers(tmp_path: Path) -> None:
     own = ["--faults", "4", "--launcher", "torchrun", "--splits", "1x1", "1x2"]
-    own += ["--output", str(tmp_path / "chaos")]
-    # Weights whose gradient is nothing but rounding go either way, by the rate.
-    own += ["--tolerance", "1e-4"]
-    settings = [*tiny_settings(tmp_path), "--trainer.steps", "40", "--checkpoint.keep_last", "3"]
-    done = chaos(*own, *settings, limit=900)
+    done = chaos(*own, "--output", str(tmp_path / "chaos"), "--trainer.steps", "40", limit=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "drop_link: skipped, since only the warm launcher" in done.stdout
 
