@@ -69,7 +69,8 @@ def test_the_reference_written_out_equals_open_sora(case: str) -> None:
         doubled(weights(tensors)), doubled(tensors)["in.x"], **doubled(spread(condition(tensors), frames))
     )
     free = frames[:, None, :, None, None]
-    torch.testing.assert_close(out.float() * free, tensors["out"] * free, atol=5e-6, rtol=0)
+    # not less than 1e-5: on some CPUs float32 exponentials differ in the last bit, which alone moves it by 7e-6
+    torch.testing.assert_close(out.float() * free, tensors["out"] * free, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("given", [False, True])
