@@ -6,8 +6,9 @@
     python scripts/bench_step.py --sizes reference --threads 2 --beside other.py
 
 For each size: forward alone; forward and backward; the same with a given first frame, and with activation
-checkpointing. Each runs in a process of its own, on a CPU twice: "kept" does not give freed memory back to the
-system, as train.py does. "GiB" is the peak above the built model and its inputs;
+checkpointing. Each runs in a process of its own, on a CPU in several ways: "kept" does not give freed memory back to
+the system, as train.py does; "flash" does that, too, but leaves attention among few tokens to PyTorch's flash kernel;
+"medium" is "kept" with trainer.matmul_precision = medium. "GiB" is the peak above the built model and its inputs;
 "of matmul" is the model's arithmetic (matrix products and attention, without recomputation) a second, as a share of
 what a large matrix product reaches there in the same precision.
 
@@ -52,6 +53,7 @@ class Size:
 SIZES = {
     "reference": Size(384, 4, 6, 16, 32, 64, 512),
     "small": Size(128, 4, 4, 8, 16, 16, 384, batch=4),
+    "quickstart": Size(128, 2, 4, 4, 4, 24, 1152, batch=64),
     "S": Size(384, 12, 6, 8, 32, 120, 4096),
     "B": Size(768, 12, 12, 8, 32, 120, 4096),
     "XL-2": Size(1152, 28, 16, 15, 32, 300, 4096),
@@ -86,6 +88,8 @@ def main() -> None:
     sides: dict[str, dict[str, Any]] = {"eager": {}}
     if args.device == "cpu":
         sides["kept"] = {"kept": True}
+        sides["flash"] = {"kept": True, "flash": True}
+        sides["medium"] = {"kept": True, "matmul_precision": "medium"}
     if args.compile == "true":
         sides["compiled"] = {"compiled": True}
     if args.beside:
@@ -128,6 +132,8 @@ def measure(
     steps: int,
     compiled: bool = False,
     kept: bool = False,
+    flash: bool = False,
+    matmul_precision: str = "highest",
     backward: bool = True,
     given: bool = False,
     checkpointing: bool = False,
@@ -140,6 +146,11 @@ def measure(
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from stdit.models import attention
+
+    torch.set_float32_matmul_precision(matmul_precision)
+    if flash:
+        attention.SHORT = 0
     if threads is not None:
         torch.set_num_threads(threads)
     if kept:

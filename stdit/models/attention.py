@@ -2,9 +2,21 @@
 
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from stdit.models.embeddings import rotate
+
+SHORT = 64
+"""Up to so many tokens, PyTorch's flash kernel for CPUs takes longer than products of whole batches."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Each of ``q [R h N d]`` reads ``k, v [R h L d]``, where ``visible [R 1 1 L]`` is true; None: all of them."""
+    if q.device.type == "cpu" and max(q.shape[-2], k.shape[-2]) <= SHORT:
+        with sdpa_kernel(SDPBackend.MATH):
+            return scaled_dot_product_attention(q, k, v, visible)
+    return scaled_dot_product_attention(q, k, v, visible)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -24,7 +36,7 @@ class SelfAttention(nn.Module):
         self.q_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
-        self.attend = scaled_dot_product_attention  # stdit/parallel/baselines.py puts others here
+        self.attend = attention  # stdit/parallel/baselines.py puts others here
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "R N (three h d) -> three R h N d", three=3, h=self.num_heads)
@@ -48,4 +60,4 @@ class CrossAttention(nn.Module):
         q = rearrange(self.q_linear(x), "B N (h d) -> B h N d", h=self.num_heads)
         k, v = rearrange(self.kv_linear(y), "B L (two h d) -> two B h L d", two=2, h=self.num_heads)
         visible = None if mask is None else mask[:, None, None, :]  # [B 1 1 L]
-        return self.proj(rearrange(scaled_dot_product_attention(q, k, v, visible), "B h N d -> B N (h d)"))
+        return self.proj(rearrange(attention(q, k, v, visible), "B h N d -> B N (h d)"))

@@ -107,10 +107,11 @@ class CaptionEmbedder(nn.Module):
         self.y_proj = Mlp(caption_channels, dim, dim)
         self.y_embedding = nn.Parameter(torch.empty(max_length, caption_channels))
 
-    def replace_dropped(self, states: Tensor, drop: Tensor) -> Tensor:
-        """Put the null caption in place of those captions for which ``drop [B]`` is true."""
-        null = self.y_embedding[: states.shape[1]].to(states.dtype)
-        return torch.where(drop[:, None, None], null, states)
+    def null(self, states: Tensor) -> Tensor:
+        """States of the null caption, ``[L E]``, as long and as precise as ``states [B L E]``."""
+        return self.y_embedding[: states.shape[1]].to(states.dtype)
 
-    def forward(self, states: Tensor) -> Tensor:
-        return self.y_proj(states)
+    def forward(self, states: Tensor, drop: Tensor | None = None) -> Tensor:
+        """``[B L E] -> [B L D]``; where ``drop [B]`` is true, of the null caption."""
+        y = self.y_proj(states)
+        return y if drop is None else torch.where(drop[:, None, None], self.y_proj(self.null(states)), y)

@@ -291,15 +291,18 @@ class STDiT(ModelMixin, ConfigMixin):
             x = x + shards.per_frame(positions, "frames").to(dtype)
         grid = Grid(columns, rotary_angles(shards.frames, x.shape[-1] // self.config.num_heads, x.device))
 
-        if drop_caption is not None:
-            encoder_hidden_states = self.y_embedder.replace_dropped(encoder_hidden_states, drop_caption)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
-        y = self.y_embedder(encoder_hidden_states.to(dtype))  # [B L D]
+        states = encoder_hidden_states.to(dtype)
+        y = self.y_embedder(states, drop_caption)  # [B L D]
 
         frames = timestep[:, None] if timestep.ndim == 1 else timestep  # [B F]
         t = (self.t_embedder(frames) + self.fps_embedder(fps)[:, None]).to(dtype)  # [B F D]
         if self.pooled_embedder is not None:
-            t = t + self.pooled_embedder(masked_mean(encoder_hidden_states, mask).to(dtype))[:, None]
+            pooled = masked_mean(states, mask)  # [B E]
+            if drop_caption is not None:
+                null = masked_mean(self.y_embedder.null(states), mask)
+                pooled = torch.where(drop_caption[:, None], null, pooled)
+            t = t + self.pooled_embedder(pooled)[:, None]
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
 
         blocks = self.blocks()
@@ -350,11 +353,11 @@ class STDiT(ModelMixin, ConfigMixin):
 
 
 def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the text tokens that ``mask [B L]`` shows: ``[B L E] -> [B E]``."""
+    """Mean over the text tokens that ``mask [B L]`` shows: ``[B L E] -> [B E]``, or ``[L E]``, the same for all."""
     if mask is None:
-        return states.mean(1)
-    weight = mask.to(states.dtype)[..., None]
-    return (states * weight).sum(1) / weight.sum(1)
+        return states.mean(-2)
+    weight = mask.to(states.dtype)
+    return ((weight / weight.sum(1, keepdim=True))[:, None] @ states)[:, 0]
 
 
 # diffusers reads a model's settings off the signature of its __init__; the dataclass is the one list of them.

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 from stdit.errors import UserError
+from stdit.models.attention import attention
 from stdit.parallel.collectives import add_up, gather, pass_on, reshard
 from stdit.parallel.group import Group
 from stdit.parallel.layout import Layout, Shards, shares
@@ -142,7 +143,7 @@ def attend_with_own_heads(shards: StayingShards, axis: int, q: Tensor, k: Tensor
     """
     heads, sizes = shares(q.shape[1], shards.group.size), shards.sizes(q.shape[axis], shards.own)
     q, k, v = reshard(torch.stack([q, k, v]), shards.group, 2, heads, axis + 1, sizes)
-    return reshard(scaled_dot_product_attention(q, k, v), shards.group, axis, sizes, 1, heads)
+    return reshard(attention(q, k, v), shards.group, axis, sizes, 1, heads)
 
 
 class _RingAttention(torch.autograd.Function):

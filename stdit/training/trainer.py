@@ -35,6 +35,9 @@ class TrainerConfig:
     """Clips in one pass of a process; the gradients of the passes add up. None: its whole share of the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model; weights, optimizer and loss stay in float32."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """How exact products of float32 matrices are, as in torch.set_float32_matmul_precision: high takes TF32 on GPUs
+    that have it, medium bfloat16 on CPUs that have it; on other CPUs medium may be the faster of two exact ways."""
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to this; .inf leaves them alone."""
     max_nonfinite_steps: int = 10
