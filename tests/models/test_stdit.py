@@ -13,7 +13,7 @@ from stdit.models.stdit import Grid, STDiT, TemporalBlock
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {
-    "tiny": 1_439_744,
+    "tiny": 1_562_624,
     "S": 61_150_880,
     "B": 236_970_272,
     "XL-2": 1_208_872_736,
