@@ -1,22 +1,27 @@
 """Self-attention within rows of tokens, and cross-attention to the caption, by PyTorch's SDPA."""
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from stdit.models.embeddings import rotate
 
 SHORT = 64
-"""Up to so many tokens, PyTorch's flash kernel for CPUs takes longer than products of whole batches."""
+"""Up to so many tokens, PyTorch's flash kernel for CPUs takes longer than products of whole batches
+(``scripts/bench_step.py --sizes quickstart``)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Each of ``q [R h N d]`` reads ``k, v [R h L d]``, where ``visible [R 1 1 L]`` is true; None: all of them."""
-    if q.device.type == "cpu" and max(q.shape[-2], k.shape[-2]) <= SHORT:
-        with sdpa_kernel(SDPBackend.MATH):
-            return scaled_dot_product_attention(q, k, v, visible)
-    return scaled_dot_product_attention(q, k, v, visible)
+    """Each of ``q [R h N d]`` reads ``k, v [R h L d]``, where ``visible [R 1 1 L]`` is true: in one place at least;
+    None: all of them."""
+    short = max(q.shape[-2], k.shape[-2]) <= SHORT
+    if q.device.type != "cpu" or q.dtype != torch.float32 or not short:
+        return scaled_dot_product_attention(q, k, v, visible)
+    scores = q * q.shape[-1] ** -0.5 @ k.mT  # [R h N L]
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1) @ v
 
 
 class HeadNorm(nn.RMSNorm):

@@ -112,6 +112,6 @@ class CaptionEmbedder(nn.Module):
         return self.y_embedding[: states.shape[1]].to(states.dtype)
 
     def forward(self, states: Tensor, drop: Tensor | None = None) -> Tensor:
-        """``[B L E] -> [B L D]``; where ``drop [B]`` is true, of the null caption."""
+        """``[B L E] -> [B L D]``; where ``drop [B]`` is true, the null caption's."""
         y = self.y_proj(states)
         return y if drop is None else torch.where(drop[:, None, None], self.y_proj(self.null(states)), y)

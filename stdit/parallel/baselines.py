@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from stdit.errors import UserError
-from stdit.models.attention import attention
 from stdit.parallel.collectives import add_up, gather, pass_on, reshard
 from stdit.parallel.group import Group
 from stdit.parallel.layout import Layout, Shards, shares
@@ -93,14 +92,14 @@ def ulysses(model: Any, shards: StayingShards) -> None:
     """Temporal attention sees all frames with a share of the heads; spatial attention is left alone."""
     for block in model.temporal_blocks:
         block.attn.register_forward_pre_hook(partial(_own_angles, shards))
-        block.attn.attend = partial(attend_with_own_heads, shards, 2)
+        block.attn.attend = partial(attend_with_own_heads, block.attn.attend, shards, 2)
 
 
 def ulysses_all(model: Any, shards: StayingShards) -> None:
     """Every attention sees all frames with a share of the heads."""
     ulysses(model, shards)
     for block in model.spatial_blocks:
-        block.attn.attend = partial(attend_with_own_heads, shards, 0)
+        block.attn.attend = partial(attend_with_own_heads, block.attn.attend, shards, 0)
 
 
 def ring(model: Any, shards: StayingShards) -> None:
@@ -136,14 +135,21 @@ def _own_angles(shards: Shards, _: nn.Module, args: tuple[Tensor, Tensor]) -> tu
     return x, angles.split(shards.frames_of)[shards.group.rank]
 
 
-def attend_with_own_heads(shards: StayingShards, axis: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_with_own_heads(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    shards: StayingShards,
+    axis: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> Tensor:
     """Attention ``[R h n d]``, to which the ranks bring what they have of axis 0 or 2, each for its share of heads.
 
     Two exchanges: q, k and v there, and the result back (arXiv:2309.14509, section 3.2).
     """
     heads, sizes = shares(q.shape[1], shards.group.size), shards.sizes(q.shape[axis], shards.own)
     q, k, v = reshard(torch.stack([q, k, v]), shards.group, 2, heads, axis + 1, sizes)
-    return reshard(attention(q, k, v), shards.group, axis, sizes, 1, heads)
+    return reshard(attend(q, k, v), shards.group, axis, sizes, 1, heads)
 
 
 class _RingAttention(torch.autograd.Function):

@@ -56,7 +56,6 @@ def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    torch.set_float32_matmul_precision(config.matmul_precision)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision],
         cpu=runs_on_cpu(config.device),

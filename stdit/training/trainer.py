@@ -1,7 +1,8 @@
 """One training step: a pure function of (seed, step) and of the state."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,8 +37,8 @@ class TrainerConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model; weights, optimizer and loss stay in float32."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """How exact products of float32 matrices are, as in torch.set_float32_matmul_precision: high takes TF32 on GPUs
-    that have it, medium bfloat16 on CPUs that have it; on other CPUs medium may be the faster of two exact ways."""
+    """How exact products of float32 matrices are in a step, as in torch.set_float32_matmul_precision: high and medium
+    take TF32 on GPUs; medium takes bfloat16 on CPUs with matrix units, and on others may be a faster exact way."""
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to this; .inf leaves them alone."""
     max_nonfinite_steps: int = 10
@@ -65,6 +66,17 @@ class TrainerConfig:
                 raise UserError(f"trainer.{name} = {value}: must be at least 1")
         if not self.max_grad_norm > 0:
             raise UserError(f"trainer.max_grad_norm = {self.max_grad_norm}: must be positive; .inf for none")
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """While it lasts, products of float32 matrices are so exact."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Trainer:
@@ -106,6 +118,10 @@ class Trainer:
         Raises:
             UserError: after ``max_nonfinite_steps`` steps in a row without a finite loss and gradient.
         """
+        with matmul_precision(self.config.matmul_precision):
+            return self._step(step, batch)
+
+    def _step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
         factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
         if step in self.spikes.left_out:
             return {**self._line(None, None, factor), "left_out": True}

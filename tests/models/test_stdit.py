@@ -109,8 +109,11 @@ def test_samples_of_a_batch_are_independent() -> None:
     assert (model(**batch | {"height": torch.tensor([40.0, 40.0])})[1] - whole[1]).abs().max() > 1e-3
 
 
-def test_null_caption_replaces_the_text_and_learns() -> None:
+@pytest.mark.parametrize("masked", [True, False])
+def test_null_caption_replaces_the_text_and_learns(masked: bool) -> None:
     model, batch = small(pooled_text=True), inputs()
+    if not masked:
+        del batch["encoder_attention_mask"]
     drop = torch.tensor([True, False])
     out = model(**batch, drop_caption=drop)
     torch.testing.assert_close(out[1], model(**batch)[1])

@@ -104,6 +104,17 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32() -> None:
     assert {p.dtype for p in one.model.parameters()} == {torch.float32}
 
 
+def test_products_are_as_exact_as_the_settings_say_within_a_step() -> None:
+    one = trainer(matmul_precision="medium")
+    seen = []
+    hook = lambda *_: seen.append(torch.get_float32_matmul_precision())  # noqa: E731
+    one.model.register_forward_hook(hook)
+    one.model.register_full_backward_hook(hook)
+    assert not one.step(0, tiny_batch(0))["skipped"]
+    assert seen == ["medium", "medium"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_activation_checkpointing_changes_no_gradient() -> None:
     plain, checkpointed = trainer(), trainer()
     checkpointed.model.enable_gradient_checkpointing()  # type: ignore[operator]
