@@ -141,9 +141,9 @@ def activation_bytes(load: Load, split: Split) -> int:
 
     Counted in `tests/parallel/test_planner.py`, in blocks that attend to the caption, with an MLP four times as
     wide. For a token and a unit of width, a block keeps 112 bytes in float32 and 68 under autocast to bfloat16,
-    which leaves the norms in float32; SDPA keeps no attention matrix, and those of
-    few tokens, which a CPU keeps, count little. While a block is recomputed, gradients on
-    their way take half as much again. Without a backward pass a block holds 12 numbers.
+    which leaves the norms in float32; SDPA keeps no attention matrix, and those of few tokens, which a CPU keeps,
+    count little. While a block is recomputed, gradients on their way take half as much again. Without a backward
+    pass a block holds 12 numbers.
     """
     clips = max(split.clips(load))
     tokens: dict[Layout, int] = {
