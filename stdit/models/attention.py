@@ -1,4 +1,4 @@
-"""Self-attention within rows of tokens, and cross-attention to the caption, by PyTorch's SDPA."""
+"""Self-attention within rows of tokens, and cross-attention to the caption: SDPA, or plain products if faster."""
 
 import torch
 from einops import rearrange
