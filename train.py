@@ -16,12 +16,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 from stdit.cli import run
-from stdit.config import TrainConfig, parse_train
-from stdit.training.folder import claimed
+from stdit.training.config import TrainConfig, parse_train
+from stdit.training.run_folder import claimed
 from stdit.training.system import Interrupts, interrupts, prepare_process, progress_bar, started
 
 if TYPE_CHECKING:
-    from stdit.parallel.watch import Watch
+    from stdit.parallel.processes.watchdog import Watchdog
     from stdit.training.batches import Batches
     from stdit.training.run import Run
 
@@ -46,38 +46,40 @@ def dry_run(config: TrainConfig) -> int:
 def train(config: TrainConfig) -> int:
     """Train until the last step, or until a signal; returns the exit code."""
     with interrupts() as signals, ExitStack() as stack:
-        from stdit.parallel.memory import memory_of_process
-        from stdit.parallel.mesh import build_mesh, settle
-        from stdit.parallel.planner import Split
-        from stdit.parallel.watch import watch_of, watched
+        from stdit.parallel.processes.memory import memory_of_process
+        from stdit.parallel.processes.mesh import build_mesh, settle
+        from stdit.parallel.processes.watchdog import build_watchdog, watching
+        from stdit.parallel.sequence.planner import Split
 
         accelerator = prepare_process(config.trainer, config.parallel.timeout)
         mesh = build_mesh(config.parallel, accelerator.device)
-        with watched(watch_of(mesh, config.parallel)) as watch:  # it speaks before what an error closes
+        with watching(
+            build_watchdog(mesh, config.parallel)
+        ) as watchdog:  # it speaks before what an error closes
             mesh.check_same("the configuration", str(config))
             if config.parallel.sp != "auto":
-                mesh.check_batches(
+                mesh.check_batch_sizes(
                     bucket.batch_size for bucket in config.data.buckets if not bucket.max_tokens
                 )
-            folder, checkpoint = mesh.on_first(lambda: stack.enter_context(claimed(config)))
+            folder, checkpoint = mesh.on_main(lambda: stack.enter_context(claimed(config)))
             from stdit.training.batches import build_batches
             from stdit.training.build import build_parts
-            from stdit.training.needs import Needs
+            from stdit.training.memory_estimate import Needs
             from stdit.training.report import start_line
             from stdit.training.run import Run
             from stdit.training.trainer import Trainer
             from stdit.training.validation_loss import validation_loss_of
 
             memory = memory_of_process(accelerator.device, config.parallel.memory_gib)
-            parts = mesh.everywhere(lambda: build_parts(config, checkpoint, mesh.size, memory))
+            parts = mesh.on_all_ranks(lambda: build_parts(config, checkpoint, mesh.world_size, memory))
             mesh.check_same("the experiment", str(parts.experiment))
             needs = Needs(parts)
-            mesh = settle(mesh, config.parallel, lambda: needs.choice(mesh.size, memory))
-            mesh.check_batches(bucket.batch_size for bucket in parts.plan.assignment.buckets)
+            mesh = settle(mesh, config.parallel, lambda: needs.choice(mesh.world_size, memory))
+            mesh.check_batch_sizes(bucket.batch_size for bucket in parts.plan.assignment.buckets)
             parts.to(accelerator.device)
             held_out = validation_loss_of(parts, mesh)
             notes = [*parts.plan.assignment.left_out(), *parts.plan.notes]
-            notes += needs.warnings(Split(mesh.size, mesh.sequence.size))
+            notes += needs.warnings(Split(mesh.world_size, mesh.sp.size))
             notes += [str(held_out)] if held_out else []
             print(start_line(parts), *notes, sep="\n", flush=True)
             trainer = Trainer(
@@ -91,22 +93,22 @@ def train(config: TrainConfig) -> int:
                 config.seed,
                 config.parallel.shard_parameters,
             )
-            work = mesh.in_turn(lambda: Run(folder, parts, trainer, checkpoint, held_out))
+            work = mesh.main_first(lambda: Run(folder, parts, trainer, checkpoint, held_out))
             stack.push(work.close)
-            return loop(work, build_batches(parts, folder, mesh), signals, watch)
+            return loop(work, build_batches(parts, folder, mesh), signals, watchdog)
     print(f"{signals}: stopped at once, and the same command goes on from what was saved before")
     return signals.exit_code
 
 
-def loop(work: "Run", batches: "Batches", signals: Interrupts, watch: "Watch") -> int:
+def loop(work: "Run", batches: "Batches", signals: Interrupts, watchdog: "Watchdog") -> int:
     """Do the steps that are left, and what is due between them and at the end; returns the exit code."""
     config = work.config
     work.make_up_validation()
     signals.patient = True
-    with progress_bar(work.start, config.trainer.steps, work.mesh.is_first) as bar:
-        for wait, batch in timed(work.from_start(batches, watch)):
+    with progress_bar(work.start, config.trainer.steps, work.mesh.is_main) as bar:
+        for wait, batch in timed(work.from_start(batches, watchdog)):
             begin, step, done = time.perf_counter(), batch["step"], batch["step"] + 1
-            watch.at(f"step {step}, computing")
+            watchdog.phase(f"step {step}, computing")
             values = work.trainer.step(step, batch)
             seconds = time.perf_counter() - begin
             bar.show(work.record(batch, {**values, **work.measure(done)}, seconds, wait))
@@ -114,15 +116,15 @@ def loop(work: "Run", batches: "Batches", signals: Interrupts, watch: "Watch") -
                 bar.n = work.start
                 continue
             if work.is_asked_to_save(signals) or work.is_due(done, config.checkpoint.every):
-                watch.at(f"step {done}, saving")
+                watchdog.phase(f"step {done}, saving")
                 saved = work.save(done, at_once=signals.agreed is not None or done == config.trainer.steps)
             if signals.agreed:
                 bar.write(f"{signals}: {saved} is saved, and the same command goes on from there")
                 return signals.exit_code
             if work.validation_is_due(done):
-                watch.at(f"step {done}, validation")
+                watchdog.phase(f"step {done}, validation")
                 work.validate(done)
-    watch.at(f"step {config.trainer.steps}, export")
+    watchdog.phase(f"step {config.trainer.steps}, export")
     print(f"trained for {config.trainer.steps} steps: {work.finish()}")
     return signals.exit_code
 

@@ -48,7 +48,8 @@ def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path
     from stdit.codecs import CodecConfig, TextEncoderConfig, build_codec
     from stdit.codecs.text import build_text_encoder
     from stdit.data.config import LENGTHS, resolve_size
-    from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+    from stdit.diffusion.config import FlowConfig
+    from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
 
     codec = build_codec(CodecConfig(name="opensora", path=str(codec_folder)))

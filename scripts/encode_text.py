@@ -71,8 +71,8 @@ def main() -> None:
 
 def read_captions(file: str | Path, caption_scores: Sequence[str] = ()) -> list[str]:
     """All texts of a manifest or a file of prompts. Raises UserError."""
-    from stdit.data.archives import is_archive
-    from stdit.data.manifest import read_texts
+    from stdit.data.manifest.archives import is_archive
+    from stdit.data.manifest.reading import read_texts
     from stdit.pipelines.prompts import read_prompts
 
     path = Path(file)

@@ -68,7 +68,7 @@ def read_expected(files: list[Path]) -> list[Expected]:
 
 def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expected, str, np.ndarray]]:
     """Every video of a folder whose prompt is expected, as uint8 [T H W 3], with its file's name."""
-    from stdit.data.decode import DecodeError, decode_clip, probe
+    from stdit.data.decoding.decode import DecodeError, decode_clip, probe
 
     by_prompt = {row["prompt"]: row for row in reversed(expected)}
     paths = sorted(folder.glob("*.mp4"))

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from stdit.cli import run
-from stdit.config import TrainConfig, parse_train
 from stdit.data.buckets import Bucket
 from stdit.errors import UserError
-from stdit.parallel.layout import Shards
-from stdit.parallel.mesh import Mesh, build_mesh
-from stdit.parallel.parameters import whole
+from stdit.parallel.processes.mesh import Mesh, build_mesh
+from stdit.parallel.processes.parameters import whole
+from stdit.parallel.sequence.sharding import TokenSharding
+from stdit.training.config import TrainConfig, parse_train
 
 STEPS = 5
 
@@ -45,7 +45,7 @@ def main() -> int:
         raise UserError("parallel.sp = auto: give the number of ranks whose numbers are to be compared")
     accelerator = prepare_process(config.trainer, config.parallel.timeout)
     mesh = build_mesh(config.parallel, accelerator.device)
-    mesh.check_batches([config.data.buckets[0].batch_size])
+    mesh.check_batch_sizes([config.data.buckets[0].batch_size])
     ok = True
     for what, name, difference in compare(config, accelerator, mesh):
         allowed = own.step_tolerance if "weights" in what else own.tolerance
@@ -75,7 +75,7 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
     shape = (int(batch["height"][0]), int(batch["width"][0]))
     draws = draw_batch(flow, config.seed, 0, range(size), tuple(x.shape[1:]), *shape).to(x.device)
     x_t = flow.scale_model_input(flow.add_noise(x, draws.noise, draws.t), draws.t)
-    shards: Shards = model.shards(mesh.sequence, *x.shape[2:])
+    sharding: TokenSharding = model.token_sharding(mesh.sp, *x.shape[2:])
     condition = {
         "timestep": 1000 * draws.t,
         "encoder_hidden_states": batch["text_states"].to(x.device),
@@ -83,11 +83,11 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
         **{name: batch[name].to(x.device) for name in ("fps", "height", "width")},
     }
     with torch.no_grad():
-        expected = shards.split(alone.model(x_t, **condition), dim=2)
-        found = shared.model(shards.split(x_t, dim=2), **condition, shards=shards)
+        expected = sharding.split(alone.model(x_t, **condition), dim=2)
+        found = shared.model(sharding.split(x_t, dim=2), **condition, sharding=sharding)
     yield "output", *largest(mesh, {"": (found, expected)})
 
-    rows = mesh.rows(size)
+    rows = mesh.sample_range(size)
     part = {name: value[rows.start : rows.stop] for name, value in batch.items()}
     runs = ((shared, part | {"size": size}), (alone, batch | {"size": size}))
     losses = [one.accumulate(0, data)[None] for one, data in runs]
@@ -175,7 +175,7 @@ def largest(mesh: Mesh, compared: dict[str, tuple[Tensor, Tensor]]) -> tuple[str
         if expected.numel():
             gap = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
             differences.append((name, float(gap.nan_to_num(nan=float("inf")))))
-    every = [worst for rank in mesh.gather(differences) for worst in rank]
+    every = [worst for rank in mesh.all_gather_objects(differences) for worst in rank]
     return max(every, key=lambda one: one[1])
 
 

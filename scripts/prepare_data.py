@@ -161,7 +161,7 @@ def report(args: Namespace) -> list[str]:
 
     data, seed = None, 0
     if args.config:
-        from stdit.config import parse_train
+        from stdit.training.config import parse_train
 
         files = [flag for name in args.config for flag in ("--config", name)]
         train = parse_train([*files, "--data.sources=[]", "--data.manifest", args.source])
@@ -170,7 +170,7 @@ def report(args: Namespace) -> list[str]:
 
 
 def encode(args: Namespace) -> list[str]:
-    from stdit.config import parse_train
+    from stdit.training.config import parse_train
 
     part = read_part(args.part)
     config = parse_train(args.settings)
@@ -200,7 +200,7 @@ def cache(args: Namespace) -> list[str]:
             raise UserError(f"{found}\nprune removes what is broken; encode, or training, makes it again")
         return [str(found)]
 
-    from stdit.config import parse_train
+    from stdit.training.config import parse_train
 
     configs = [parse_train(["--config", name]) for name in args.config]
 

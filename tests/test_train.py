@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 import train
 from stdit.checkpoint_files import verify
 from stdit.cli import run as run_main
-from stdit.config import parse_train
 from stdit.data.cache import encode as encode_module
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
-from stdit.parallel.storage import STEMS
+from stdit.parallel.processes.storage import STEMS
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.training import saving, system
+from stdit.training.config import parse_train
 from stdit.training.run import Run
 from stdit.training.trainer import Trainer
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae

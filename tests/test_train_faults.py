@@ -16,7 +16,7 @@ import pytest
 
 from stdit.checkpoint_files import META, newest_whole
 from stdit.cli import run as run_main
-from stdit.parallel.storage import STEMS
+from stdit.parallel.processes.storage import STEMS
 from stdit.training.run import Run
 from stdit.training.trainer import Trainer
 from tests.test_train import Settings, do, metrics, numbers, same_state, settings  # noqa: F401

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stdit.data.decode import decode_clip
-from stdit.parallel.watch import INTERVAL
+from stdit.data.decoding.decode import decode_clip
+from stdit.parallel.processes.watchdog import INTERVAL
 from tests.launch import ROOT, launch, start
 from tests.test_train import metrics
 from tests.training.tiny import tiny_settings

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from stdit.data.clips import Clip, Clips
 from stdit.data.config import BucketConfig, resolve_size
+from stdit.data.decoding.media import without_secrets
 from stdit.data.fit import Dropped, choose, divided, resampled_frames, window_counts
-from stdit.data.manifest import Skipped, summarise
-from stdit.data.media import without_secrets
+from stdit.data.manifest.clips import Clip, Clips
+from stdit.data.manifest.reading import Skipped, summarise
 from stdit.errors import UserError
 
 __all__ = ["Assignment", "Bucket", "assign", "resampled_frames", "resolve_size"]

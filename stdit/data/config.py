@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from stdit.data.media import is_url
+from stdit.data.decoding.media import is_url
 from stdit.errors import UserError
 
 LARGEST = 16384

@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stdit.data.buckets import Assignment, Bucket, assign
-from stdit.data.clips import Clip
 from stdit.data.config import BucketConfig, DataConfig
-from stdit.data.decode import DecodeError, decode_clip
-from stdit.data.manifest import Skipped, read_sources, remarks
-from stdit.data.media import Media
+from stdit.data.decoding.decode import DecodeError, decode_clip
+from stdit.data.decoding.media import Media
+from stdit.data.manifest.clips import Clip
+from stdit.data.manifest.reading import Skipped, read_sources, remarks
 from stdit.data.plan import BatchPlan, PlannedBatch
 from stdit.data.skips import SkipTally
 from stdit.data.views import View, may_mirror, view_of
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
 
 __all__ = ["BucketConfig", "DataConfig", "VideoBatches", "build_plan"]
 
@@ -201,7 +201,7 @@ class _StepDataset(Dataset):
         began, computed = time.perf_counter(), time.thread_time()
         planned = self.plan.batch(step)
         failed: dict[Media, Skipped] = {}
-        rows = self.mesh.rows(len(planned.indices))
+        rows = self.mesh.sample_range(len(planned.indices))
         read = [self._read(planned, index, failed) for index in rows]
         whole = [sample for sample in read if sample is not None]
         if len(whole) < len(read):
@@ -271,9 +271,9 @@ class Loader:
             generator=torch.Generator(),  # its own, so that torch's global random state is left alone
         )
         for batch in loader:
-            failures = self.mesh.heard(batch.pop("failures"))
+            failures = self.mesh.gather_failures(batch.pop("failures"))
             if failures:
-                self.mesh.everywhere(partial(self._count, failures, batch["step"]))
+                self.mesh.on_all_ranks(partial(self._count, failures, batch["step"]))
             yield batch | {"replaced": sum(part.replaced for part in failures)}
 
     def _count(self, failures: list[Failures], step: int) -> None:

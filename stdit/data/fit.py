@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from stdit.data.clips import Clip, Clips
-from stdit.data.manifest import EXAMPLES, Kind, Skipped, summary_lines
+from stdit.data.manifest.clips import Clip, Clips
+from stdit.data.manifest.reading import EXAMPLES, Kind, Skipped, summary_lines
 
 if TYPE_CHECKING:
     from stdit.data.buckets import Bucket

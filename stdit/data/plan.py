@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stdit.data.buckets import Assignment, Bucket
-from stdit.data.clips import Clip
+from stdit.data.manifest.clips import Clip
 
 # Names of independent random streams under one seed; those of buckets are their numbers.
 ORDER_STREAM = 0x6F726472

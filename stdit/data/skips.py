@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from stdit.data.manifest import Skipped, summarise
+from stdit.data.manifest.reading import Skipped, summarise
 from stdit.errors import UserError
 
 logger = logging.getLogger(__name__)

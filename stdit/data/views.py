@@ -4,8 +4,8 @@ import re
 from typing import NamedTuple
 
 from stdit.data.buckets import Bucket
-from stdit.data.clips import Clip
 from stdit.data.config import DataConfig
+from stdit.data.manifest.clips import Clip
 from stdit.data.plan import slack_seconds
 
 # Martin Roberts, The Unreasonable Effectiveness of Quasirandom Sequences, 2018: frac(1/2 + n a) in three dimensions,

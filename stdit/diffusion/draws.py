@@ -11,7 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from stdit.diffusion.conditioning import MASK_STRATEGIES
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.flow import RectifiedFlow
 
 
 def sample_generator(seed: int, step: int, index: int) -> Generator:
@@ -21,20 +22,22 @@ def sample_generator(seed: int, step: int, index: int) -> Generator:
 
 
 @dataclass(frozen=True)
-class Draws:
+class TrainingDraws:
     """The random numbers of B samples; F is 1 where no frame can be given, else T."""
 
     t: Tensor
     """Noise levels ``[B F]``; 0 for given frames."""
     noise: Tensor
     """``[B C T H W]``, standard normal."""
-    given: Tensor
+    condition_mask: Tensor
     """True for given frames, ``[B T]``."""
     drop_caption: Tensor
     """True where the null caption is trained, ``[B]``."""
 
-    def to(self, device: torch.device) -> "Draws":
-        return Draws(*(value.to(device) for value in (self.t, self.noise, self.given, self.drop_caption)))
+    def to(self, device: torch.device) -> "TrainingDraws":
+        return TrainingDraws(
+            *(value.to(device) for value in (self.t, self.noise, self.condition_mask, self.drop_caption))
+        )
 
 
 def draw_batch(
@@ -45,7 +48,7 @@ def draw_batch(
     latent_shape: tuple[int, int, int, int],
     height: int,
     width: int,
-) -> Draws:
+) -> TrainingDraws:
     """Draw for those samples of the global batch of ``step`` whose ``indices`` are given.
 
     Args:
@@ -60,7 +63,7 @@ def draw_batch(
         given.append(_draw_given(flow.config, latent_shape[1], generator))
         t.append(level * ~given[-1] if flow.config.conditioning else level[None])
         noise.append(torch.randn(latent_shape, generator=generator))
-    return Draws(torch.stack(t), torch.stack(noise), torch.stack(given), torch.stack(drop))
+    return TrainingDraws(torch.stack(t), torch.stack(noise), torch.stack(given), torch.stack(drop))
 
 
 def _draw_given(config: FlowConfig, frames: int, generator: Generator) -> Tensor:

@@ -9,7 +9,7 @@ from stdit.models.embeddings import rotate
 
 SHORT = 64
 """Up to so many tokens, PyTorch's flash kernel for CPUs takes longer than products of whole batches
-(``scripts/bench_step.py --sizes quickstart``)."""
+(``scripts/bench/step.py --sizes quickstart``)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
         self.q_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
-        self.attend = attention  # stdit/parallel/baselines.py puts others here
+        self.attend = attention  # scripts/bench/baselines.py puts others here
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "R N (three h d) -> three R h N d", three=3, h=self.num_heads)

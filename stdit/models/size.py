@@ -11,8 +11,8 @@ from torch import nn
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.stdit import STDiT
-from stdit.parallel.layout import block_layouts
-from stdit.parallel.planner import Load
+from stdit.parallel.sequence.planner import Load
+from stdit.parallel.sequence.sharding import block_shard_axes
 
 
 def batch_load(config: STDiTConfig, latent_shape: Sequence[int], clips: int, **options: Any) -> Load:
@@ -21,7 +21,7 @@ def batch_load(config: STDiTConfig, latent_shape: Sequence[int], clips: int, **o
         clips,
         *token_grid(latent_shape, config.patch_size),
         width=config.hidden_size,
-        layouts=tuple(block_layouts(config.depth, config.block_order)),
+        shard_axes=tuple(block_shard_axes(config.depth, config.block_order)),
         out_features=prod(config.patch_size) * config.out_channels,
         **options,
     )

@@ -34,8 +34,8 @@ from stdit.models.embeddings import (
     sincos,
     spatial_positions,
 )
-from stdit.parallel.group import Group
-from stdit.parallel.layout import Layout, Shards, block_layouts
+from stdit.parallel.sequence.group import Group
+from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding, block_shard_axes
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -56,10 +56,10 @@ class STDiTBlock(nn.Module):
     """Self-attention, cross-attention and MLP on ``[B T S D]``.
 
     A subclass says which tokens see each other; everything else acts on each token by itself, so a block also
-    runs on a shard of the tensor along the other axis: in ``layout``.
+    runs on a shard of the tensor along the other axis: in ``shard``.
     """
 
-    layout: ClassVar[Layout]
+    shard: ClassVar[ShardAxis]
 
     def __init__(self, config: STDiTConfig, cross_attention: bool, conv: type[nn.Conv1d | nn.Conv2d]) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class STDiTBlock(nn.Module):
 class SpatialBlock(STDiTBlock):
     """The patches of one frame see each other."""
 
-    layout = "frames"
+    shard = "time"
 
     def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
         super().__init__(config, cross_attention, nn.Conv2d)
@@ -109,7 +109,7 @@ class SpatialBlock(STDiTBlock):
 class TemporalBlock(STDiTBlock):
     """The frames of one patch see each other, with rotary positions."""
 
-    layout = "tracks"
+    shard = "space"
 
     def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
         super().__init__(config, cross_attention, nn.Conv1d)
@@ -121,8 +121,8 @@ class TemporalBlock(STDiTBlock):
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
         if self.mlp_conv is None:
             return x
-        tracks = rearrange(x, "B T S D -> (B S) D T")
-        return x + rearrange(self.mlp_conv(tracks), "(B S) D T -> B T S D", B=x.shape[0])
+        lines = rearrange(x, "B T S D -> (B S) D T")
+        return x + rearrange(self.mlp_conv(lines), "(B S) D T -> B T S D", B=x.shape[0])
 
 
 class FinalLayer(nn.Module):
@@ -220,8 +220,8 @@ class STDiT(ModelMixin, ConfigMixin):
 
     def blocks(self) -> list[STDiTBlock]:
         """The blocks in the order in which they run."""
-        rest: dict[Layout, Any] = {"frames": iter(self.spatial_blocks), "tracks": iter(self.temporal_blocks)}
-        return [next(rest[layout]) for layout in block_layouts(self.config.depth, self.config.block_order)]
+        rest: dict[ShardAxis, Any] = {"time": iter(self.spatial_blocks), "space": iter(self.temporal_blocks)}
+        return [next(rest[shard]) for shard in block_shard_axes(self.config.depth, self.config.block_order)]
 
     def with_weights(self, tensors: dict[str, Tensor]) -> "STDiT":
         """A model with these settings, around these tensors: they are not copied."""
@@ -245,12 +245,12 @@ class STDiT(ModelMixin, ConfigMixin):
         height: Tensor | None = None,
         width: Tensor | None = None,
         drop_caption: Tensor | None = None,
-        shards: Shards | None = None,
+        sharding: TokenSharding | None = None,
     ) -> Tensor:
         """Predict, for noisy latents, what the diffusion objective asks for.
 
         Args:
-            hidden_states: noisy latents ``[B C T H W]``, of any size; with ``shards``, this rank's frames of them.
+            hidden_states: noisy latents ``[B C T H W]``, of any size; with ``sharding``, this rank's frames of them.
             timestep: noise level in [0, 1000], ``[B]``, ``[B 1]``, or one for each latent frame ``[B T]`` (0: a
                 given frame).
             encoder_hidden_states: text states ``[B L E]``, L at most ``model_max_length``.
@@ -259,7 +259,7 @@ class STDiT(ModelMixin, ConfigMixin):
             height: height of the video in pixels, ``[B]``.
             width: width of the video in pixels, ``[B]``.
             drop_caption: true where the learned null caption replaces the text, ``[B]``; None: nowhere.
-            shards: how the ranks of a group share the videos, from :meth:`shards`; None: this rank has them whole.
+            sharding: how the ranks of a group share the videos, from :meth:`token_sharding`; None: not sharded.
 
         Returns:
             ``[B C_out T H W]``, C_out being ``out_channels``, of the frames that were given.
@@ -270,8 +270,8 @@ class STDiT(ModelMixin, ConfigMixin):
         if fps is None or height is None or width is None:
             raise ValueError("STDiT needs fps, height and width [B] (frames per second, pixels)")
         C, T, H, W = hidden_states.shape[1:]
-        shards = shards or self.shards(Group(), T, H, W)
-        self._check(hidden_states, timestep, encoder_hidden_states, shards)
+        sharding = sharding or self.token_sharding(Group(), T, H, W)
+        self._check(hidden_states, timestep, encoder_hidden_states, sharding)
         pt, ph, pw = self.config.patch_size
         padded = pad(hidden_states, (0, -W % pw, 0, -H % ph, 0, -T % pt))
         rows, columns = padded.shape[3] // ph, padded.shape[4] // pw
@@ -285,11 +285,11 @@ class STDiT(ModelMixin, ConfigMixin):
             )[:, None]
         )
         if self.config.frame_positions:
-            positions = sincos(torch.arange(shards.frames, device=x.device), x.shape[-1])[
+            positions = sincos(torch.arange(sharding.frames, device=x.device), x.shape[-1])[
                 None, :, None
             ]  # [1 T 1 D]
-            x = x + shards.per_frame(positions, "frames").to(dtype)
-        grid = Grid(columns, rotary_angles(shards.frames, x.shape[-1] // self.config.num_heads, x.device))
+            x = x + sharding.per_frame(positions, "time").to(dtype)
+        grid = Grid(columns, rotary_angles(sharding.frames, x.shape[-1] // self.config.num_heads, x.device))
 
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         states = encoder_hidden_states.to(dtype)
@@ -306,12 +306,12 @@ class STDiT(ModelMixin, ConfigMixin):
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
 
         blocks = self.blocks()
-        layouts = [block.layout for block in blocks]
-        x = shards.switch(x, "frames", layouts[0])
-        for block, following in zip(blocks, [*layouts[1:], layouts[-1]], strict=True):
+        shard_axes = [block.shard for block in blocks]
+        x = sharding.switch(x, "time", shard_axes[0])
+        for block, following in zip(blocks, [*shard_axes[1:], shard_axes[-1]], strict=True):
             stage = partial(self._run, block, y, mask, grid)
-            x = shards.through(stage, x, modulation, block.layout, following)
-        x = shards.through(self.final_layer, x, t, layouts[-1], "frames")
+            x = sharding.run_then_switch(stage, x, modulation, block.shard, following)
+        x = sharding.run_then_switch(self.final_layer, x, t, shard_axes[-1], "time")
         x = rearrange(
             x, "B T (H W) (pt ph pw C) -> B C (T pt) (H ph) (W pw)", H=rows, W=columns, pt=pt, ph=ph, pw=pw
         )
@@ -324,16 +324,16 @@ class STDiT(ModelMixin, ConfigMixin):
             return self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
         return block(x, y, mask, modulation, grid)
 
-    def shards(self, group: Group, latent_frames: int, height: int, width: int) -> Shards:
-        """How a group shares latents of this size: ``latent_frames``, and height and width in latents."""
+    def token_sharding(self, group: Group, latent_frames: int, height: int, width: int) -> TokenSharding:
+        """How a group shards latents of this size: ``latent_frames``, and height and width in latents."""
         patch = self.config.patch_size
-        return Shards(group, *token_grid((latent_frames, height, width), patch), patch[0])
+        return TokenSharding(group, *token_grid((latent_frames, height, width), patch), patch[0])
 
     def _check(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, shards: Shards
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, sharding: TokenSharding
     ) -> None:
         B, C = hidden_states.shape[:2]
-        T = shards.frames
+        T = sharding.frames
         if C != self.config.in_channels:
             raise ValueError(
                 f"latents have {C} channels, but this model was made for {self.config.in_channels}"

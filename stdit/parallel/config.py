@@ -38,13 +38,15 @@ class TrainingParallelConfig(ParallelConfig):
 
     shard_parameters: bool = False
     """Each rank keeps its share of weights, gradients, optimizer state and averages: less memory, more traffic."""
-    silence: float = 300.0
+    heartbeat_timeout: float = 300.0
     """Seconds without a sign of life after which a rank counts as lost, and the run ends."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 5 <= self.silence < inf:
-            raise UserError(f"parallel.silence = {self.silence}: must be at least 5 seconds")
+        if not 5 <= self.heartbeat_timeout < inf:
+            raise UserError(
+                f"parallel.heartbeat_timeout = {self.heartbeat_timeout}: must be at least 5 seconds"
+            )
 
 
 @dataclass

@@ -129,7 +129,7 @@ def given_frames(condition: Condition, fps: float, height: int, width: int) -> "
     from torch import Tensor
 
     from stdit.data.dataset import to_video
-    from stdit.data.decode import decode_clip, probe
+    from stdit.data.decoding.decode import decode_clip, probe
     from stdit.pipelines.images import first_frames, fit, tell_size
 
     source, skip, length = condition.source, condition.skip, condition.length
@@ -146,7 +146,7 @@ def given_frames(condition: Condition, fps: float, height: int, width: int) -> "
 
 def _count(path: Path, fps: float) -> int:
     """Frames of a file at so many a second."""
-    from stdit.data.decode import probe
+    from stdit.data.decoding.decode import probe
 
     with _readable():
         info = probe(path)
@@ -156,7 +156,7 @@ def _count(path: Path, fps: float) -> int:
 @contextmanager
 def _readable() -> Iterator[None]:
     """A file that is no picture or video, in words for people."""
-    from stdit.data.decode import DecodeError
+    from stdit.data.decoding.decode import DecodeError
 
     try:
         yield

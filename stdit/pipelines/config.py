@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from stdit.data.config import LARGEST
-from stdit.data.scores import SCORES, score_suffix
+from stdit.data.manifest.caption_scores import SCORES, score_suffix
 from stdit.errors import UserError
 from stdit.parallel.config import SamplingParallelConfig
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stdit.data.decode import upright_rgb
+from stdit.data.decoding.decode import upright_rgb
 from stdit.errors import UserError
 
 Image = PIL.Image.Image | np.ndarray | Tensor

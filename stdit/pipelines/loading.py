@@ -171,7 +171,7 @@ def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, 
 def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:
     """The STDiT of a verified checkpoint, and the part of it (ema or model) whose weights it has."""
     from stdit.models.stdit import STDiT
-    from stdit.parallel.storage import Stored
+    from stdit.parallel.processes.storage import Stored
 
     has_average = any(name.startswith("ema/") for name in meta["files"])
     if ema and not has_average:

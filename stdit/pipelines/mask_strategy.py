@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from stdit.errors import UserError
 from stdit.pipelines.conditions import Condition
-from stdit.pipelines.parts import Parts
+from stdit.pipelines.segments import Parts
 
 if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec

@@ -23,9 +23,9 @@ from stdit.diffusion.flow import RectifiedFlow, per_frame
 from stdit.diffusion.guidance import GUIDANCE_SCHEDULES, moments, rescale, spread
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
-from stdit.parallel.collectives import gather
-from stdit.parallel.layout import Shards
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.sequence.collectives import gather
+from stdit.parallel.sequence.sharding import TokenSharding
 from stdit.pipelines.conditions import Condition, given_frames, settled
 from stdit.pipelines.config import SETTINGS, GuidanceSchedule, VideoSettings
 from stdit.pipelines.images import Image
@@ -267,34 +267,37 @@ class STDiTPipeline(DiffusionPipeline):
             condition[name] = torch.full((rows,), float(value), device=device)
 
         noise = torch.stack([_noise(shape, one) for one in generators]).to(device)  # [B C T H W]
-        latents, ceiling = torch.zeros_like(noise), torch.ones(len(prompts), shape[1], device=device)  # [B T]
+        latents, max_noise_level = (
+            torch.zeros_like(noise),
+            torch.ones(len(prompts), shape[1], device=device),
+        )  # [B T]
         for index, some in enumerate(given):
             for one in some:
-                self._lay_in(one, latents[index], ceiling[index], num_frames, settings)
-        if (ceiling < 1).any() and self.transformer.config.patch_size[0] > 1:
+                self._lay_in(one, latents[index], max_noise_level[index], num_frames, settings)
+        if (max_noise_level < 1).any() and self.transformer.config.patch_size[0] > 1:
             raise UserError(
                 "this model joins frames in its patches, so no single one can be given: leave the image and the "
                 "conditions out."
             )
-        idle = (ceiling > 0) & (ceiling < sigmas[-2])
+        idle = (max_noise_level > 0) & (max_noise_level < sigmas[-2])
         if idle.any():
             logger.warning(
                 "given frames with a strength above %.3g are kept as they are: %d steps are too few to change them",
                 *(1 - sigmas[-2].item(), len(sigmas) - 1),
             )
-            ceiling = ceiling.masked_fill(idle, 0)
-        if (ceiling == 0).all(1).any():
+            max_noise_level = max_noise_level.masked_fill(idle, 0)
+        if (max_noise_level == 0).all(1).any():
             raise UserError(
                 f"num_frames = {num_frames} is {shape[1]} latent {'frame' if shape[1] == 1 else 'frames'}, and all "
                 "are given, which leaves nothing to make: ask for more frames, or give fewer."
             )
 
-        shards = self.transformer.shards(self.mesh.sequence, *shape[1:])
+        sharding = self.transformer.token_sharding(self.mesh.sp, *shape[1:])
         latents = self._denoise(
-            shards.split(latents, dim=2),
-            shards.split(noise, dim=2),
-            ceiling,
-            shards,
+            sharding.split(latents, dim=2),
+            sharding.split(noise, dim=2),
+            max_noise_level,
+            sharding,
             sigmas,
             condition,
             scales,
@@ -303,9 +306,9 @@ class STDiTPipeline(DiffusionPipeline):
             list(callback_on_step_end_tensor_inputs),
         )
         if output_type == "latent":
-            frames = shards.gather(latents, 2, shape[1])
+            frames = sharding.gather(latents, 2, shape[1])
         else:
-            frames = self._decode(latents, shards, shape[1], settings, output_type)
+            frames = self._decode(latents, sharding, shape[1], settings, output_type)
         self.maybe_free_model_hooks()
         return STDiTPipelineOutput(frames=frames) if return_dict else (frames,)
 
@@ -313,8 +316,8 @@ class STDiTPipeline(DiffusionPipeline):
         self,
         latents: Tensor,
         noise: Tensor,
-        ceiling: Tensor,
-        shards: Shards,
+        max_noise_level: Tensor,
+        sharding: TokenSharding,
         sigmas: Tensor,
         condition: dict[str, Tensor],
         scales: list[float],
@@ -324,23 +327,23 @@ class STDiTPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Euler's method from noise (sigma 1) to data (sigma 0): Liu et al. 2022 (arXiv:2209.03003).
 
-        A frame is given, without noise, until sigma has come down to its ``ceiling [B T]``; from there on it is made
-        as the others are. So 1 is a free frame, which begins as noise, and 0 one that stays as it is.
+        A frame is given, without noise, until sigma has come down to its ``max_noise_level [B T]``; from there on it
+        is made as the others are. So 1 is a free frame, which begins as noise, and 0 one that stays as it is.
         ``latents`` and ``noise`` are this rank's frames.
         """
-        if (ceiling == 1).all():
-            ceiling = ceiling[:, :1]  # one level a sample is cheaper for the model
-        free = torch.zeros_like(ceiling, dtype=torch.bool)
+        if (max_noise_level == 1).all():
+            max_noise_level = max_noise_level[:, :1]  # one level a sample is cheaper for the model
+        free = torch.zeros_like(max_noise_level, dtype=torch.bool)
         for index, (sigma, sigma_next) in enumerate(
             self.progress_bar(list(zip(sigmas[:-1], sigmas[1:], strict=True)))
         ):
-            new, free = (sigma <= ceiling) & ~free, sigma <= ceiling  # [B F]
-            joins = per_frame(shards.split(new, dim=1))
+            new, free = (sigma <= max_noise_level) & ~free, sigma <= max_noise_level  # [B F]
+            joins = per_frame(sharding.split(new, dim=1))
             latents = torch.where(joins, torch.lerp(latents, noise, sigma), latents)
             velocity = self._guided_velocity(
-                latents, sigma * free, shards, condition, scales[index], rescaled
+                latents, sigma * free, sharding, condition, scales[index], rescaled
             )
-            step = shards.split((sigma - sigma_next) * free, dim=1)
+            step = sharding.split((sigma - sigma_next) * free, dim=1)
             latents = latents + per_frame(step) * velocity
             if callback is not None:
                 tensors = {name: {"latents": latents}[name] for name in callback_inputs}
@@ -351,7 +354,7 @@ class STDiTPipeline(DiffusionPipeline):
         self,
         x_t: Tensor,
         t: Tensor,
-        shards: Shards,
+        sharding: TokenSharding,
         condition: dict[str, Tensor],
         scale: float,
         rescaled: float,
@@ -362,25 +365,29 @@ class STDiTPipeline(DiffusionPipeline):
         """
         if scale == 1:
             own = {name: value[: len(x_t)] for name, value in condition.items()}
-            return self._velocity(x_t, t, shards, own)
-        group = self.mesh.guidance
+            return self._velocity(x_t, t, sharding, own)
+        group = self.mesh.cfg
         if group.size == 1:
-            both = self._velocity(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), shards, condition)
+            both = self._velocity(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), sharding, condition)
         else:
             own = {name: value.chunk(2)[group.rank] for name, value in condition.items()}
-            both = gather(self._velocity(x_t, t, shards, own), group, 0, [len(x_t)] * 2)
+            both = gather(self._velocity(x_t, t, sharding, own), group, 0, [len(x_t)] * 2)
         conditional, unconditional = both.chunk(2)
         velocity = unconditional + scale * (conditional - unconditional)
         if not rescaled:
             return velocity
         parts = torch.stack([moments(conditional), moments(velocity)])[None]
-        sums = gather(parts, shards.group, 0, [1] * shards.group.size).sum(0)  # over the ranks' frames
+        sums = gather(parts, sharding.group, 0, [1] * sharding.group.size).sum(0)  # over the ranks' frames
         return rescale(velocity, spread(sums[0]), spread(sums[1]), rescaled)
 
-    def _velocity(self, x_t: Tensor, t: Tensor, shards: Shards, condition: dict[str, Tensor]) -> Tensor:
-        level = shards.split(t, dim=1)
+    def _velocity(
+        self, x_t: Tensor, t: Tensor, sharding: TokenSharding, condition: dict[str, Tensor]
+    ) -> Tensor:
+        level = sharding.split(t, dim=1)
         model_input = self.scheduler.scale_model_input(x_t, level).to(self.transformer.dtype)
-        output = self.transformer(hidden_states=model_input, timestep=1000 * t, **condition, shards=shards)
+        output = self.transformer(
+            hidden_states=model_input, timestep=1000 * t, **condition, sharding=sharding
+        )
         return self.scheduler.velocity(output.float(), x_t, level)
 
     def _encode_prompts(
@@ -406,11 +413,11 @@ class STDiTPipeline(DiffusionPipeline):
         self,
         condition: Condition,
         latents: Tensor,
-        ceiling: Tensor,
+        max_noise_level: Tensor,
         num_frames: int,
         settings: dict[str, Any],
     ) -> None:
-        """Put given frames into ``latents [C T H W]``, and their level into ``ceiling [T]``."""
+        """Put given frames into ``latents [C T H W]``, and their level into ``max_noise_level [T]``."""
         fps, height, width = float(settings["fps"]), int(settings["height"]), int(settings["width"])
         condition = settled(condition, num_frames, fps)
         video = given_frames(condition, fps, height, width)[None]  # [1 3 T H W]
@@ -418,10 +425,15 @@ class STDiTPipeline(DiffusionPipeline):
         start, _ = condition.span(num_frames)
         first, given = self.codec.encode_inside(video.to(latents.device), start, num_frames)
         place = slice(first, first + given.shape[2])
-        latents[:, place], ceiling[place] = given[0], 1 - condition.strength
+        latents[:, place], max_noise_level[place] = given[0], 1 - condition.strength
 
     def _decode(
-        self, latents: Tensor, shards: Shards, latent_frames: int, settings: dict[str, Any], output_type: str
+        self,
+        latents: Tensor,
+        sharding: TokenSharding,
+        latent_frames: int,
+        settings: dict[str, Any],
+        output_type: str,
     ) -> Any:
         """Pixels of each video by itself: less memory, and no dependence on the batch.
 
@@ -431,13 +443,15 @@ class STDiTPipeline(DiffusionPipeline):
         _onload(self.codec)
         alone = self.codec.frames_alone
         if not alone:
-            latents = shards.gather(latents, 2, latent_frames)
+            latents = sharding.gather(latents, 2, latent_frames)
         frames = None if alone else size[0]
         video = [self.codec.decode(one[None], frames, size[1], size[2]) for one in latents]
         pixels = torch.cat(video)  # [B 3 T H W]
         if alone:
-            each = [frames * self.codec.stride[0] for frames in shards.latent_frames_of(latent_frames)]
-            pixels = gather(pixels, shards.group, 2, each)
+            each = [
+                frames * self.codec.stride[0] for frames in sharding.latent_frames_per_rank(latent_frames)
+            ]
+            pixels = gather(pixels, sharding.group, 2, each)
         return VideoProcessor().postprocess_video(pixels[:, :, : size[0]].float(), output_type=output_type)
 
 

@@ -19,14 +19,14 @@ from stdit.pipelines.conditions import Condition, check_source, parse_condition,
 from stdit.pipelines.config import PROMPT_SETTINGS, SETTINGS, PromptSettings, SampleConfig, VideoSettings
 from stdit.pipelines.loading import Source, check_text, find_source, load_pipeline, pipeline_settings
 from stdit.pipelines.mask_strategy import MaskEntry, parse_mask_strategy, translate_masks
-from stdit.pipelines.parts import Parts, make_in_parts
 from stdit.pipelines.prompts import PromptLine, read_prompts
+from stdit.pipelines.segments import Parts, make_in_parts
 from stdit.pipelines.sizes import size_multiple
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from stdit.parallel.mesh import Mesh
+    from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
 
 __all__ = ["Request", "Source", "load_pipeline", "plan_requests", "sample_to_files", "sample_videos"]
@@ -151,7 +151,7 @@ def sample_videos(
     What a request leaves open is as the pipeline has it. With a mesh all its ranks work, and the first gets all
     videos; every rank must walk through the iterator.
     """
-    from stdit.parallel.mesh import Mesh
+    from stdit.parallel.processes.mesh import Mesh
 
     mesh = mesh or Mesh()
     pipe.share(mesh)
@@ -214,9 +214,9 @@ def _rounds(
         now = batches[start : start + mesh.dp]
         before = sum(map(len, batches[:start]))
         which = f"videos {before + 1}-{before + sum(map(len, now))} of {len(requests)}"
-        mine = now[mesh.part] if mesh.part < len(now) else []
-        videos = mesh.everywhere(partial(_sample, pipe, mine, which))
-        yield [video for part in mesh.parts_on_first(videos) for video in part]
+        mine = now[mesh.dp_rank] if mesh.dp_rank < len(now) else []
+        videos = mesh.on_all_ranks(partial(_sample, pipe, mine, which))
+        yield [video for part in mesh.gather_on_main(videos) for video in part]
 
 
 def sample_to_files(config: SampleConfig) -> list[Path]:
@@ -234,26 +234,26 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     if config.text is not None:
         check_text(config.text, texts, source)
     device = join_processes(config)
-    from stdit.parallel.memory import memory_of_process
-    from stdit.parallel.mesh import build_mesh, settle
+    from stdit.parallel.processes.memory import memory_of_process
+    from stdit.parallel.processes.mesh import build_mesh, settle
     from stdit.pipelines.sharing import Videos
 
     mesh = build_mesh(config.parallel, device)
     mesh.check_same("the configuration or the prompts", f"{config} {requests}")
-    folder = mesh.on_first(lambda: writable(_output_folder(config, source)))
+    folder = mesh.on_main(lambda: writable(_output_folder(config, source)))
 
-    pipe, weights = mesh.everywhere(lambda: load_pipeline(source, config.ema, config.text))
-    mesh.everywhere(lambda: pipe.text_encoder.check(texts))
+    pipe, weights = mesh.on_all_ranks(lambda: load_pipeline(source, config.ema, config.text))
+    mesh.on_all_ranks(lambda: pipe.text_encoder.check(texts))
     mesh.check_same("the model", weights)
     pipe.to(device, _dtype(config.dtype))
     if config.resolution is not None:
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     videos = Videos(pipe, [settings_of(request, pipe) for request in requests], config)
     memory = memory_of_process(device, config.parallel.memory_gib)
-    mesh = settle(mesh, config.parallel, lambda: videos.choice(mesh.size, memory))
+    mesh = settle(mesh, config.parallel, lambda: videos.choice(mesh.world_size, memory))
     pipe.share(mesh)
-    if mesh.is_first:
-        for warning in videos.warnings(mesh.sequence.size, mesh.size):
+    if mesh.is_main:
+        for warning in videos.warnings(mesh.sp.size, mesh.world_size):
             logger.warning(warning)
         print(f"sampling from {source.path} (weights {weights})", flush=True)
         if (
@@ -268,8 +268,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
 
     writer = _Writer(folder, pipe, source, weights, config)
     for made in _rounds(pipe, requests, config.batch_size, mesh):
-        mesh.on_first(partial(writer.write, made))
-    return mesh.on_first(writer.finish)
+        mesh.on_main(partial(writer.write, made))
+    return mesh.on_main(writer.finish)
 
 
 @dataclass
@@ -447,7 +447,7 @@ def join_processes(config: SampleConfig) -> Any:
         return find_device(config.device)
     from accelerate import PartialState
 
-    from stdit.parallel.mesh import runs_on_cpu
+    from stdit.parallel.processes.mesh import runs_on_cpu
 
     timeout = timedelta(seconds=config.parallel.timeout)
     return PartialState(cpu=runs_on_cpu(config.device), timeout=timeout).device

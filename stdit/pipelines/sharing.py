@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.models.config import STDiTConfig
 from stdit.models.size import batch_load, held_bytes
-from stdit.parallel.planner import Choice, Load, Split, activation_bytes, choose, divisors, idle_warning
+from stdit.parallel.sequence.planner import (
+    Choice,
+    Load,
+    Split,
+    activation_bytes,
+    choose,
+    divisors,
+    idle_warning,
+)
 from stdit.pipelines.config import SampleConfig
 
 if TYPE_CHECKING:

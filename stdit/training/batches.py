@@ -18,9 +18,9 @@ from stdit.data.cache.reader import CachedReader, Makers
 from stdit.data.cache.store import Store
 from stdit.data.dataset import VideoBatches
 from stdit.data.skips import SkipFile, SkipList, SkipTally
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
 from stdit.training.build import Inputs, Parts
-from stdit.training.waiting import watched
+from stdit.training.data_stalls import watched
 
 Batches = Callable[[int, int], Iterator[dict[str, Any]]]
 """From (first step, last step + 1) to batches with latents and text states, in order."""
@@ -39,10 +39,10 @@ def build_batches(parts: Parts, folder: Path, mesh: Mesh) -> Batches:
         UserError: while encoding, or iterating, when too many clips cannot be read.
     """
     data = parts.config.data
-    listed = SkipFile(folder / "skipped.jsonl") if mesh.is_first else SkipList()
+    listed = SkipFile(folder / "skipped.jsonl") if mesh.is_main else SkipList()
     tally = SkipTally(parts.plan.assignment.files, data.max_skipped_share, listed)
     batches = BATCHES[data.cache](parts, tally, mesh)
-    return lambda start, stop: watched(batches(start, stop), data, speaks=mesh.is_first)
+    return lambda start, stop: watched(batches(start, stop), data, speaks=mesh.is_main)
 
 
 def _fresh(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
@@ -75,15 +75,15 @@ def _from_memory(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
             parts.codec,
             parts.text_encoder,
             device=mesh.device,
-            part=(mesh.rank, mesh.size),
+            part=(mesh.rank, mesh.world_size),
             tally=tally,
             check=True,
-            progress=mesh.is_first,
+            progress=mesh.is_main,
         )
 
-    for summary in mesh.gather(mesh.everywhere(encode)):
-        mesh.everywhere(partial(tally.add, summary.failed))
-    cache = mesh.everywhere(lambda: MemoryCache.read(reader))
+    for summary in mesh.all_gather_objects(mesh.on_all_ranks(encode)):
+        mesh.on_all_ranks(partial(tally.add, summary.failed))
+    cache = mesh.on_all_ranks(lambda: MemoryCache.read(reader))
     _release(parts)
     return EncodedBatches(reader, cache, mesh)
 

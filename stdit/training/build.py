@@ -14,7 +14,6 @@ from stdit.checkpoint_files import META, read_meta
 from stdit.codecs import build_codec
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder, build_text_encoder
-from stdit.config import TrainConfig, experiment_key
 from stdit.data.buckets import Bucket
 from stdit.data.cache.fitted import fitted
 from stdit.data.dataset import build_plan
@@ -24,10 +23,11 @@ from stdit.errors import UserError
 from stdit.models.config import token_grid
 from stdit.models.size import count_unbuilt
 from stdit.models.stdit import STDiT
-from stdit.parallel.parameters import KEPT, state_bytes
-from stdit.parallel.planner import gib
-from stdit.training.folder import find_weights
+from stdit.parallel.processes.parameters import KEPT, state_bytes
+from stdit.parallel.sequence.planner import gib
+from stdit.training.config import TrainConfig, experiment_key
 from stdit.training.optim import count_matrices
+from stdit.training.run_folder import find_weights
 
 
 @dataclass

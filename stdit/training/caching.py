@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from stdit.config import TrainConfig
 from stdit.data.cache.care import PruneSummary, prune
 from stdit.data.cache.encode import EncodeSummary, encode_plan, wanted_keys
 from stdit.data.skips import SkipTally
 from stdit.training.batches import reader_of
 from stdit.training.build import build_inputs
+from stdit.training.config import TrainConfig
 
 
 def encode(

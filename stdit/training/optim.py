@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from stdit.errors import UserError
-from stdit.parallel.parameters import placed, whole
+from stdit.parallel.processes.parameters import placed, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 BLOCK_MATRIX = re.compile(r"(?:spatial|temporal)_blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")

@@ -5,17 +5,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from stdit.config import TrainConfig
-from stdit.parallel.memory import memory_of_process
-from stdit.parallel.mesh import check_divides, runs_on_cpu
-from stdit.parallel.planner import Load, Split, balance, divisors, gib, sent
+from stdit.parallel.processes.memory import memory_of_process
+from stdit.parallel.processes.mesh import check_divides, runs_on_cpu
+from stdit.parallel.sequence.planner import Load, Split, balance, divisors, gib, sent
 from stdit.training.build import Inputs, Parts, build_inputs
-from stdit.training.needs import Needs
+from stdit.training.config import TrainConfig
+from stdit.training.memory_estimate import Needs
 
 MIB = 2**20
 WORLDS = (1, 2, 4, 8)
 """Numbers of processes to compare where a single one was started."""
-COLUMNS = ("processes", "sp", "dp", "frames", "tracks", "balance", "sent MB", "memory GiB")
+COLUMNS = ("processes", "sp", "dp", "frames", "patches", "balance", "sent MB", "memory GiB")
 
 
 def report_of(config: TrainConfig, processes: int) -> str:
@@ -71,7 +71,7 @@ def _batch_lines(needs: Needs, split: Split) -> Iterator[str]:
     for bucket, load in needs.loads.items():
         part = max(split.clips(load))
         micro = min(load.micro or part, part)
-        each = load.frames * load.tracks
+        each = load.frames * load.patches
         latents = "x".join(map(str, (needs.inputs.codec.channels, *needs.latent_shape(bucket))))
         parts = f"{split.dp} parts of " if split.dp > 1 else ""
         yield (
@@ -84,7 +84,7 @@ def _sharing_lines(needs: Needs, worlds: Sequence[int], memory: int) -> Iterator
     """A table for each bucket, and what ``parallel.sp = auto`` would choose."""
     for bucket, load in needs.loads.items():
         yield (
-            f"sharing of {bucket}: {load.frames} frames of {load.tracks:,} tokens, batches of {load.clips}, "
+            f"sharing of {bucket}: {load.frames} frames of {load.patches:,} tokens, batches of {load.clips}, "
             "and what a rank has and sends in a step"
         )
         yield "".join(f" {name:>10}" for name in COLUMNS)
@@ -101,7 +101,7 @@ def _row(needs: Needs, load: Load, split: Split) -> str:
         return "".join(f" {cell:>10}" for cell in cells) + f"   cannot split a batch of {load.clips}"
     traffic = max(sum(sent(load, split, rank)[:2]) for rank in range(split.processes))
     memory = needs.total(load, split)
-    cells += [_range(split.frames(load)), _range(split.tracks(load)), f"{balance(load, split):.2f}"]
+    cells += [_range(split.frames(load)), _range(split.patches(load)), f"{balance(load, split):.2f}"]
     return "".join(f" {cell:>10}" for cell in [*cells, f"{traffic / 1e6:,.1f}", gib(memory)])
 
 

@@ -14,8 +14,8 @@ import stdit
 from stdit.checkpoint_files import is_whole, share, step_of
 from stdit.cli import plain, to_yaml
 from stdit.models.config import token_grid
-from stdit.parallel.parameters import gathered, whole
-from stdit.parallel.watch import Watch
+from stdit.parallel.processes.parameters import gathered, whole
+from stdit.parallel.processes.watchdog import Watchdog
 from stdit.pipelines.video_io import written_aside
 from stdit.training.batches import Batches
 from stdit.training.build import Parts
@@ -69,7 +69,7 @@ class Run:
                     f"same, it takes up to {-(-trainer.parts // self.mesh.dp)} passes a step"
                 )
         self.metrics, self.tracker, self.requests = Metrics(), Tracker(), Requests()
-        if self.mesh.is_first:
+        if self.mesh.is_main:
             self.requests = RunRequests(folder, self.config.checkpoint.minutes)
             self._write_what_it_is(new=checkpoint is None)
             self.metrics = MetricsFile(folder / "metrics.jsonl", self.start)
@@ -163,14 +163,14 @@ class Run:
     def make_up_validation(self) -> None:
         """Write the validation videos of the step to go on from, if the run ended between saving it and them."""
         if self.start and self.validation_is_due(self.start):
-            if not self.mesh.on_first(self._samples(self.start).exists):
+            if not self.mesh.on_main(self._samples(self.start).exists):
                 self.validate(self.start)
 
     def validate(self, step: int) -> None:
         """Write videos of the fixed prompts, made by all ranks with the averaged weights after ``step`` steps."""
         pipe = self.pipeline(step, {name: whole(t) for name, t in self.trainer.ema.state_dict().items()})
         videos = make_samples(pipe, self.config.validation.prompts, self.config.validation.seed, self.mesh)
-        self.mesh.on_first(lambda: self._write_samples(videos, pipe.config, step))
+        self.mesh.on_main(lambda: self._write_samples(videos, pipe.config, step))
 
     def _write_samples(self, videos: list[Any], settings: dict[str, Any], step: int) -> None:
         config, folder = self.config.validation, self._samples(step)
@@ -182,7 +182,7 @@ class Run:
     def export(self, step: int) -> None:
         """Write ``pipeline/`` with the averaged weights, replacing an earlier one only when it is whole."""
         average = gathered(self.trainer.ema.state_dict(), self.mesh)
-        self.mesh.on_first(lambda: self._export(self.pipeline(step, average)))
+        self.mesh.on_main(lambda: self._export(self.pipeline(step, average)))
 
     def _export(self, pipe: Any) -> None:
         target = self.folder / "pipeline"
@@ -193,7 +193,7 @@ class Run:
         """Export the pipeline, unless an earlier part of the run did; says where it is and how to use it."""
         step = max(self.start, self.config.trainer.steps)
         target = self.folder / "pipeline"
-        if self.mesh.on_first(self._exported_step) != step:
+        if self.mesh.on_main(self._exported_step) != step:
             self.export(step)
         return f'{target} is written. Sample: python sample.py --checkpoint {self.folder} --prompt "..."'
 
@@ -232,13 +232,13 @@ class Run:
         if "spike" not in values or skip == 1:
             return False
         self.checkpoints.wait()
-        checkpoint = self.mesh.on_first(lambda: self._set_back(step - skip + 1))
+        checkpoint = self.mesh.on_main(lambda: self._set_back(step - skip + 1))
         if checkpoint is None:
             return False
-        meta = self.mesh.everywhere(lambda: check_same_experiment(checkpoint, self.experiment))
+        meta = self.mesh.on_all_ranks(lambda: check_same_experiment(checkpoint, self.experiment))
         self.trainer.read(checkpoint, meta)
         self.start, self.went_back = meta["step"], True
-        if self.mesh.is_first:
+        if self.mesh.is_main:
             self.metrics.close()
             self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.start)
             print(f"step {step}: the loss jumped to {values['spike']:.4g}; back to {checkpoint}")
@@ -257,14 +257,14 @@ class Run:
                 return path
         return None
 
-    def from_start(self, batches: Batches, watch: Watch) -> Iterator[dict[str, Any]]:
+    def from_start(self, batches: Batches, watchdog: Watchdog) -> Iterator[dict[str, Any]]:
         """Batches from where the run goes on, and once more each time that it goes back."""
         self.went_back = True
         while self.went_back:
             self.went_back = False
             iterator = iter(batches(self.start, self.config.trainer.steps))
             for step in range(self.start, self.config.trainer.steps):
-                watch.at(f"step {step}, waiting for data")
+                watchdog.phase(f"step {step}, waiting for data")
                 yield next(iterator)
                 if self.went_back:
                     break

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from stdit.checkpoint_files import is_whole, publish, sealed, step_of, write_manifest
 from stdit.errors import UserError
-from stdit.parallel.mesh import Mesh
-from stdit.parallel.storage import Division, Piece, Pieces, State, write_pieces
+from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.storage import Division, Piece, Pieces, State, write_pieces
 from stdit.training.checkpoint import CheckpointConfig, written
 
 LOSSES = "validation_loss.json"
@@ -46,7 +46,7 @@ class Checkpoints:
         """Of the save before: how long training stood still, and waited for an earlier one to be written."""
         self.losses = read_losses(folder / LOSSES)
         """Validation losses by step."""
-        if mesh.is_first:
+        if mesh.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for aside in folder.glob("step-*.tmp"):
                 shutil.rmtree(aside)
@@ -76,9 +76,9 @@ class Checkpoints:
         folder = self.folder / f"step-{step:08d}"
         aside = folder.with_name(f"{folder.name}.tmp")
         with written(f"checkpoint {folder}", aside):
-            if self.mesh.on_first(lambda: _is_there(folder)):
+            if self.mesh.on_main(lambda: _is_there(folder)):
                 return folder
-            self.mesh.on_first(lambda: _begin(aside, describe))
+            self.mesh.on_main(lambda: _begin(aside, describe))
         pieces = self.division.pieces(state)
         meta = {"step": step, **meta}
         if at_once or not self.config.asynchronous:
@@ -92,7 +92,7 @@ class Checkpoints:
 
     def _apart(self) -> Mesh:
         if self.apart is None:
-            self.apart = self.mesh.apart(self.timeout)
+            self.apart = self.mesh.with_control_group(self.timeout)
         return self.apart
 
     def wait(self, seconds: float | None = None) -> None:
@@ -113,8 +113,8 @@ class Checkpoints:
 
     def _write(self, mesh: Mesh, folder: Path, aside: Path, pieces: Pieces, meta: dict[str, Any]) -> None:
         with written(f"checkpoint {folder}", aside):
-            files = mesh.gather(mesh.everywhere(lambda: self._write_mine(aside, pieces)))
-            mesh.on_first(lambda: self._publish(aside, folder, meta, files))
+            files = mesh.all_gather_objects(mesh.on_all_ranks(lambda: self._write_mine(aside, pieces)))
+            mesh.on_main(lambda: self._publish(aside, folder, meta, files))
 
     def _write_mine(self, aside: Path, pieces: Pieces) -> dict[str, Any]:
         if not aside.is_dir():
@@ -122,7 +122,7 @@ class Checkpoints:
                 f"rank {self.mesh.rank} does not see {aside}, which rank 0 made: let output_dir be on a file system "
                 "that all machines share"
             )
-        return sealed(aside, write_pieces(aside, pieces, self.mesh.rank, self.mesh.size))
+        return sealed(aside, write_pieces(aside, pieces, self.mesh.rank, self.mesh.world_size))
 
     def _publish(self, aside: Path, folder: Path, meta: dict[str, Any], files: list[dict[str, Any]]) -> None:
         others = (path for path in aside.rglob("*.json") if path.is_file())
@@ -136,7 +136,7 @@ class Checkpoints:
     def validated(self, step: int, loss: float) -> None:
         """Note the validation loss after ``step`` steps, by which the best checkpoints stay, on every rank or one."""
         self.losses[step] = loss
-        if self.mesh.is_first:
+        if self.mesh.is_main:
             file = self.folder / LOSSES
             aside = file.with_name(f"{file.name}.tmp")
             with written(f"{file}", aside):

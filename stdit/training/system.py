@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from stdit.parallel.meeting import init_method
-from stdit.parallel.mesh import Mesh, runs_on_cpu
-from stdit.parallel.watch import end_process
+from stdit.parallel.processes.mesh import Mesh, runs_on_cpu
+from stdit.parallel.processes.rendezvous import init_method
+from stdit.parallel.processes.watchdog import end_process
 from stdit.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Interrupts:
             The largest of each of ``others``, over all ranks.
         """
         caught = signal.SIGTERM if stop else self.caught
-        number, *agreed = mesh.largest_of([0 if caught is None else caught.value, *others])
+        number, *agreed = mesh.all_reduce_max([0 if caught is None else caught.value, *others])
         self.agreed = signal.Signals(number) if number else None
         return agreed
 

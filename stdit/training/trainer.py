@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from stdit.diffusion.draws import Draws, draw_batch
+from stdit.diffusion.draws import TrainingDraws, draw_batch
 from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
-from stdit.parallel.mesh import Mesh
-from stdit.parallel.parameters import replicated, sharded, whole
-from stdit.parallel.storage import Stored
+from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.parameters import replicated, sharded, whole
+from stdit.parallel.processes.storage import Stored
+from stdit.training.block_norms import LayerNorms
 from stdit.training.ema import EMA, EMAConfig
-from stdit.training.layers import LayerNorms
 from stdit.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
 from stdit.training.spikes import SpikeConfig, SpikeGuard, mean_level
 
@@ -112,7 +112,7 @@ class Trainer:
 
         Args:
             batch: latents ``[B C T H W]``, text_states ``[B L E]``, text_mask ``[B L]``, and fps, height
-                and width ``[B]`` in frames per second and pixels, of the samples that `Mesh.rows` gives this
+                and width ``[B]`` in frames per second and pixels, of the samples that `Mesh.sample_range` gives this
                 rank; size, of the global batch.
 
         Raises:
@@ -161,16 +161,16 @@ class Trainer:
 
     def accumulate(self, step: int, batch: dict[str, Any]) -> Tensor:
         """The loss of the global batch; its gradients are left in the parameters, averaged over all ranks."""
-        passes = self.mesh.passes(batch["size"], self.most_at_once(batch["size"]))
+        passes = self.mesh.micro_batches(batch["size"], self.most_at_once(batch["size"]))
         total = torch.zeros((), device=self.accelerator.device)
         for index, (rows, counts) in enumerate(passes):
-            with nullcontext() if index == len(passes) - 1 else self.network.apart():
+            with nullcontext() if index == len(passes) - 1 else self.network.no_sync():
                 # Ranks average their gradients, and each has a part of the sum: hence the factor.
-                factor = counts * self.mesh.size / batch["size"]
+                factor = counts * self.mesh.world_size / batch["size"]
                 loss = self._losses(step, batch, rows).sum() * factor
                 loss.backward()
             total += loss.detach()
-        return self.mesh.average(total)
+        return self.mesh.all_reduce_mean(total)
 
     def most_at_once(self, batch_size: int) -> int | None:
         """Clips that a rank has in one pass, at most; None: its share of the batch.
@@ -184,19 +184,19 @@ class Trainer:
     def _losses(self, step: int, batch: dict[str, Any], rows: slice) -> Tensor:
         """Loss of some samples of this rank's part of the batch, over this rank's frames of them."""
         size = (int(batch["height"][0]), int(batch["width"][0]))
-        indices, shape = self.mesh.rows(batch["size"])[rows], tuple(batch["latents"].shape[1:])
+        indices, shape = self.mesh.sample_range(batch["size"])[rows], tuple(batch["latents"].shape[1:])
         return self.losses(batch, rows, draw_batch(self.flow, self.seed, step, indices, shape, *size))
 
-    def losses(self, batch: dict[str, Any], rows: slice, draws: Draws) -> Tensor:
+    def losses(self, batch: dict[str, Any], rows: slice, draws: TrainingDraws) -> Tensor:
         """The same with given randomness; the ranks that share a sample have parts of its loss, that add up."""
         device = self.accelerator.device
         names = ("latents", "text_states", "text_mask", "fps", "height", "width")
         x, states, mask, fps, height, width = (batch[name][rows].to(device) for name in names)
         draws = draws.to(device)
         x_t = self.flow.add_noise(x, draws.noise, draws.t)
-        shards = self.model.shards(self.mesh.sequence, *x.shape[2:])  # type: ignore[operator]
-        x, noise, x_t = (shards.split(value, dim=2) for value in (x, draws.noise, x_t))
-        t, weight = (shards.split(value, dim=1) for value in (draws.t, frame_weights(draws.given)))
+        sharding = self.model.token_sharding(self.mesh.sp, *x.shape[2:])  # type: ignore[operator]
+        x, noise, x_t = (sharding.split(value, dim=2) for value in (x, draws.noise, x_t))
+        t, weight = (sharding.split(value, dim=1) for value in (draws.t, frame_weights(draws.condition_mask)))
         with self.accelerator.autocast():
             output = self.network.module(
                 hidden_states=self.flow.scale_model_input(x_t, t),
@@ -207,7 +207,7 @@ class Trainer:
                 height=height,
                 width=width,
                 drop_caption=draws.drop_caption,
-                shards=shards,
+                sharding=sharding,
             )
         return self.flow.loss(output, x, noise, x_t, t, weight)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from stdit.data.buckets import Assignment
-    from stdit.parallel.mesh import Mesh
+    from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
 
 

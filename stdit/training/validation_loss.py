@@ -15,11 +15,11 @@ from torch import Tensor
 
 from stdit.data.buckets import Assignment, Bucket
 from stdit.data.dataset import build_plan, middle_window, to_video
-from stdit.data.decode import DecodeError
-from stdit.diffusion.draws import Draws, sample_generator
+from stdit.data.decoding.decode import DecodeError
+from stdit.diffusion.draws import TrainingDraws, sample_generator
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
 from stdit.training.build import Inputs
 from stdit.training.trainer import Trainer
 
@@ -60,7 +60,7 @@ def fixed_draws(
     latent_shape: tuple[int, int, int, int],
     height: int,
     width: int,
-) -> Draws:
+) -> TrainingDraws:
     """Noise that depends on the clip alone, and the level of each row; no frame is given, no caption dropped.
 
     Args:
@@ -73,7 +73,7 @@ def fixed_draws(
         torch.randn(latent_shape, generator=sample_generator(seed, NOISE_STREAM, row.clip)) for row in rows
     ]
     t = torch.stack([at[row.level] for row in rows])[:, None]
-    return Draws(
+    return TrainingDraws(
         t.expand(-1, frames) if flow.config.conditioning else t,
         torch.stack(noise),
         torch.zeros(len(rows), frames, dtype=torch.bool),
@@ -93,16 +93,16 @@ def losses_by_level(
     mesh, totals, weights = trainer.mesh, torch.zeros(levels), torch.zeros(levels)
     for rows, batch in batches:
         weights.index_add_(0, *_by_level(rows))
-        mine = [rows[row] for row in mesh.rows(len(rows))]
+        mine = [rows[row] for row in mesh.sample_range(len(rows))]
         size = (int(batch["height"][0]), int(batch["width"][0]))
-        for part, counts in mesh.passes(len(rows), trainer.most_at_once(len(rows))):
+        for part, counts in mesh.micro_batches(len(rows), trainer.most_at_once(len(rows))):
             shape = tuple(batch["latents"].shape[1:])
             draws = fixed_draws(trainer.flow, trainer.seed, mine[part], levels, shape, *size)  # type: ignore[arg-type]
             losses = trainer.losses(batch, part, draws).cpu()
             level, weight = _by_level(mine[part])
             totals.index_add_(0, level, losses * weight * counts)
     sums = (
-        mesh.average(totals.to(mesh.device)).cpu() * mesh.size
+        mesh.all_reduce_mean(totals.to(mesh.device)).cpu() * mesh.world_size
     )  # a rank has a part of the clips, or of their frames
     return (sums / weights).tolist()
 
@@ -126,7 +126,7 @@ class ValidationLoss:
         if self.config.loss_manifest is not None:
             data = replace(config.data, manifest=self.config.loss_manifest, root=None, sources=[])
             self.assignment = build_plan(data, config.seed).assignment
-        self.chosen = mesh.on_first(lambda: readable(self.assignment, self.config.loss_clips))
+        self.chosen = mesh.on_main(lambda: readable(self.assignment, self.config.loss_clips))
         captions = [self.assignment.clips[index].text for index in chain.from_iterable(self.chosen)]
         inputs.text_encoder.check(captions)
         self._encoded: dict[int, list[tuple[tuple[Row, ...], dict[str, Any]]]] = {}
@@ -160,14 +160,14 @@ class ValidationLoss:
         if place not in self._encoded:
             bucket, clips = self.assignment.buckets[place], self.chosen[place]
             rows = rows_of(len(clips), self.config.loss_levels, bucket.batch_size)
-            self._encoded[place] = self.mesh.everywhere(
+            self._encoded[place] = self.mesh.on_all_ranks(
                 lambda: [(batch, self._batch(bucket, clips, batch)) for batch in rows]
             )
         return self._encoded[place]
 
     @torch.no_grad()
     def _batch(self, bucket: Bucket, clips: Sequence[int], rows: Sequence[Row]) -> dict[str, Any]:
-        mine = [clips[rows[row].clip] for row in self.mesh.rows(len(rows))]
+        mine = [clips[rows[row].clip] for row in self.mesh.sample_range(len(rows))]
         latents: dict[int, Tensor] = {}
         for index in dict.fromkeys(mine):
             video = to_video(middle_window(self.assignment.clips[index], bucket)[None]).to(self.mesh.device)

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from scripts.bench_data import scheduled_as_before
+from scripts.bench.data import scheduled_as_before
 
 
 def grey_frames(num_frames: int, height: int, width: int) -> np.ndarray:

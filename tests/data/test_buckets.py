@@ -2,8 +2,8 @@ import pytest
 
 from stdit.data.buckets import Bucket, assign, resampled_frames, resolve_size
 from stdit.data.config import ASPECT_RATIOS, RESOLUTIONS, BucketConfig, DataConfig
-from stdit.data.manifest import Clip, Skipped
-from stdit.data.media import Media
+from stdit.data.decoding.media import Media
+from stdit.data.manifest.reading import Clip, Skipped
 from stdit.errors import UserError
 
 

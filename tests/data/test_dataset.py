@@ -10,7 +10,7 @@ import torch
 
 from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
 from stdit.errors import OtherRankError, UserError
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
 from tests.parallel.ranks import run_on_ranks
 
 
@@ -143,7 +143,7 @@ def read_parts(group, plan, expected):
     mesh = Mesh(group.rank, group.size)
     loader = VideoBatches(plan, crop="random", mesh=mesh)
     for part, whole in zip(loader(0, 4), expected, strict=True):
-        rows = mesh.rows(5)
+        rows = mesh.sample_range(5)
         assert len(part["video"]) == len(rows) == (3, 2)[group.rank]
         assert torch.equal(part["video"], whole["video"][rows.start : rows.stop])
         assert part["text"] == whole["text"][rows.start : rows.stop]
@@ -256,9 +256,9 @@ def test_light_to_import():
 
 @pytest.mark.slow
 def test_a_worker_does_not_grow_over_ten_thousand_clips(tmp_path):
-    """Runs what `scripts/bench_data.py --memory 10000` runs."""
+    """Runs what `scripts/bench/data.py --memory 10000` runs."""
     output = tmp_path / "memory.json"
-    script = Path(__file__).parents[2] / "scripts" / "bench_data.py"
+    script = Path(__file__).parents[2] / "scripts" / "bench" / "data.py"
     subprocess.run([sys.executable, script, "--memory", "10000", "--output", output], check=True)
     figures = json.loads(output.read_text())
     assert figures["mib_after_10000"] < figures["mib_after_1000"] + 8

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from stdit.data.buckets import Bucket, assign
-from stdit.data.manifest import Clip
-from stdit.data.media import Media
+from stdit.data.decoding.media import Media
+from stdit.data.manifest.reading import Clip
 from stdit.data.plan import BatchPlan
 
 

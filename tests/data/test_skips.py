@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from stdit.data.manifest import Skipped
+from stdit.data.manifest.reading import Skipped
 from stdit.data.skips import SkipFile, SkipTally
 from stdit.errors import UserError
 

@@ -1,9 +1,9 @@
 import pytest
 
 from stdit.data.buckets import Bucket
-from stdit.data.clips import Clip
 from stdit.data.config import DataConfig
-from stdit.data.media import Media
+from stdit.data.decoding.media import Media
+from stdit.data.manifest.clips import Clip
 from stdit.data.views import View, may_mirror, view_count, view_of
 
 CLIP = Clip(Media("a.mp4"), "a dog", num_frames=32, fps=8.0, height=32, width=48)

@@ -2,13 +2,14 @@
 
 import torch
 
-from stdit.diffusion.draws import Draws, draw_batch
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.draws import TrainingDraws, draw_batch
+from stdit.diffusion.flow import RectifiedFlow
 
 SHAPE = (2, 3, 4, 4)
 
 
-def draw(indices, seed: int = 0, step: int = 5, **settings) -> Draws:
+def draw(indices, seed: int = 0, step: int = 5, **settings) -> TrainingDraws:
     flow = RectifiedFlow(FlowConfig(caption_dropout=0.5, **settings))
     return draw_batch(flow, seed, step, indices, SHAPE, 32, 32)
 
@@ -29,9 +30,9 @@ def test_seed_step_and_index_all_matter() -> None:
 def test_given_frames_have_level_zero() -> None:
     draws = draw(range(40), conditioning={"first": 0.5})
     assert draws.t.shape == (40, 3)
-    assert (draws.t[draws.given] == 0).all() and (draws.t[~draws.given] > 0).all()
-    assert 5 < draws.given[:, 0].sum() < 35
-    assert not draws.given[:, 1:].any()
+    assert (draws.t[draws.condition_mask] == 0).all() and (draws.t[~draws.condition_mask] > 0).all()
+    assert 5 < draws.condition_mask[:, 0].sum() < 35
+    assert not draws.condition_mask[:, 1:].any()
 
 
 def test_one_level_for_all_frames_where_none_is_given() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow, frame_weights
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
 
 VARIANCE = torch.tensor([4.0, 1.0, 0.01])

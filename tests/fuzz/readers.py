@@ -20,9 +20,8 @@ from stdit.checkpoint_files import FORMAT, newest_whole, verify
 from stdit.cli import parse
 from stdit.codecs.pixel import PixelCodec
 from stdit.codecs.stored_text import StoredText
-from stdit.config import TrainConfig, experiment_key, parse_train
 from stdit.data.config import DataConfig, resolve_size
-from stdit.data.manifest import read_manifest, read_texts
+from stdit.data.manifest.reading import read_manifest, read_texts
 from stdit.data.preparation.expressions import column_kinds
 from stdit.data.preparation.expressions import parse_condition as parse_where
 from stdit.errors import UserError
@@ -31,9 +30,10 @@ from stdit.pipelines.conditions import parse_condition
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.loading import find_source, load_transformer, pipeline_settings
 from stdit.pipelines.mask_strategy import parse_mask_strategy, translate_masks
-from stdit.pipelines.parts import Parts
 from stdit.pipelines.prompts import read_prompts
+from stdit.pipelines.segments import Parts
 from stdit.training.checkpoint import check_same_experiment, find_checkpoint
+from stdit.training.config import TrainConfig, experiment_key, parse_train
 from tests.fuzz.inputs import (
     as_bytes,
     as_json,
@@ -188,7 +188,7 @@ def _tar(members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> byt
 
 
 def _tars() -> st.SearchStrategy[bytes]:
-    """Shards: with members of odd names and captions, or with odd bytes."""
+    """TokenSharding: with members of odd names and captions, or with odd bytes."""
     names = changed_text(["a.mp4", "a.txt", "b/c.json", "a.json", "../a.mp4"]).map(lambda name: name[:200])
     captions = st.one_of(as_bytes(changed_text(["a ball"])), as_json(changed_tree([MANIFEST_ROWS[0]])))
     odd = st.lists(st.tuples(names, captions), max_size=4).map(_tar)
@@ -354,7 +354,7 @@ def readers() -> dict[str, Reader]:
         "manifest csv": Reader(as_bytes(changed_text(MANIFEST)), _in_file("m.csv", read_manifest), cost=2),
         "manifest jsonl": Reader(_jsonl(MANIFEST_ROWS), _in_file("m.jsonl", read_manifest), cost=2),
         "manifest parquet": Reader(_parquets(), _in_file("m.parquet", read_manifest), cost=4),
-        "shards": Reader(_tars(), _in_file("m.tar", read_manifest), cost=4),
+        "sharding": Reader(_tars(), _in_file("m.tar", read_manifest), cost=4),
         "captions csv": Reader(as_bytes(changed_text(MANIFEST)), _in_file("m.csv", read_texts)),
         "manifest folder": Reader(names, _folder_manifest, cost=3),
         "condition": Reader(changed_text(CONDITIONS), lambda text, _: parse_condition(text).span(16)),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stdit.models.stdit import STDiT
-from stdit.parallel.group import Group
+from stdit.parallel.sequence.group import Group
 from tests.models.golden import GOLDEN, golden, weights
 from tests.models.reference import stdit3
 from tests.parallel.ranks import run_on_ranks
@@ -151,16 +151,16 @@ def on_ranks(group: Group) -> None:
         tensors = golden(case)
         model = STDiT.from_opensora(weights(tensors))
         x = tensors["in.x"].requires_grad_()
-        shards = model.shards(group, *x.shape[2:])
-        out = model(hidden_states=shards.split(x, 2), **condition(tensors), shards=shards)
+        sharding = model.token_sharding(group, *x.shape[2:])
+        out = model(hidden_states=sharding.split(x, 2), **condition(tensors), sharding=sharding)
         free = generated_frames(tensors)[:, None, :, None, None]
-        whole = out * shards.split(free, 2)
+        whole = out * sharding.split(free, 2)
         (whole.square().sum() / tensors["out"].numel()).backward()
         for value in (x, *model.parameters()):
             if value.grad is not None:
                 torch.distributed.all_reduce(value.grad)
         assert x.grad is not None
-        check(model, tensors, shards.gather(out, 2, x.shape[2]), x.grad, atol=1e-5, share=1e-5)
+        check(model, tensors, sharding.gather(out, 2, x.shape[2]), x.grad, atol=1e-5, share=1e-5)
 
 
 def test_on_two_ranks() -> None:

@@ -123,7 +123,7 @@ def test_null_caption_replaces_the_text_and_learns(masked: bool) -> None:
     assert model.y_embedder.y_embedding.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("axis", ["space", "time"])
+@pytest.mark.parametrize("axis", ["space", "frames"])
 def test_convolution_sees_neighbours_along_the_attended_axis_only(axis: str) -> None:
     model = small(mlp_conv=True)
     block = (model.spatial_blocks if axis == "space" else model.temporal_blocks)[0]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from stdit.parallel.group import Group
+from stdit.parallel.sequence.group import Group
 
 TIMEOUT = datetime.timedelta(seconds=120)
 

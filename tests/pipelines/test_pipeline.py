@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stdit.codecs import CodecConfig, build_codec
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.pipelines.images import first_frames
 from stdit.pipelines.pipeline import STDiTPipeline

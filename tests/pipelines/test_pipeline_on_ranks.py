@@ -9,10 +9,10 @@ import torch
 
 from stdit.codecs import build_codec
 from stdit.codecs.config import CodecConfig
-from stdit.data.decode import decode_clip
+from stdit.data.decoding.decode import decode_clip
 from stdit.parallel.config import SamplingParallelConfig
-from stdit.parallel.group import Group
-from stdit.parallel.mesh import Mesh, build_mesh
+from stdit.parallel.processes.mesh import Mesh, build_mesh
+from stdit.parallel.sequence.group import Group
 from stdit.pipelines.pipeline import STDiTPipeline
 from tests.codecs.tiny import save_tiny_vae
 from tests.launch import launch

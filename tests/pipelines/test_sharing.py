@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stdit.parallel.config import SamplingParallelConfig
-from stdit.parallel.planner import GIB, Split
+from stdit.parallel.sequence.planner import GIB, Split
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.sampling import Request, settings_of
 from stdit.pipelines.sharing import Videos

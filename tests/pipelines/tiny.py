@@ -10,7 +10,8 @@ from stdit.checkpoint_files import publish, write_manifest
 from stdit.codecs.config import TextEncoderConfig
 from stdit.codecs.pixel import PixelCodec
 from stdit.codecs.text import TextEncoder, build_text_encoder
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.flow import RectifiedFlow
 from stdit.models.config import STDiTConfig
 from stdit.models.stdit import STDiT
 from stdit.pipelines.pipeline import STDiTPipeline

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from scripts.convert_opensora import main
 from stdit.cli import run
-from stdit.config import parse_train
 from stdit.models.opensora import to_opensora
 from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
 from stdit.training.build import build_parts
+from stdit.training.config import parse_train
 from tests.codecs.tiny import save_tiny_t5, tiny_opensora_vae
 from tests.models.golden import golden, weights
 from tests.training.tiny import tiny_model, tiny_settings

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.bench_sp import NoLinkError, limited_link
+from scripts.bench.sequence import NoLinkError, limited_link
 from tests.launch import ROOT
 from tests.test_train import metrics
 from tests.training.tiny import tiny_settings

@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from stdit.config import parse_train
 from stdit.data.cache.care import verify
 from stdit.data.cache.store import Store
 from stdit.data.config import DataConfig, SourceConfig
 from stdit.errors import UserError
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.loading import load_pipeline
 from stdit.training import build
 from stdit.training.batches import build_batches
 from stdit.training.caching import encode, prune_cache
+from stdit.training.config import parse_train
 from stdit.training.trainer import Trainer
 from tests.codecs.tiny import save_tiny_vae
 from tests.parallel.ranks import run_on_ranks
@@ -196,7 +196,7 @@ def on_rank(group, runs, folder, expected):
     for argv in runs:
         batches = build_batches(parts_of(argv), folder, mesh)(0, 4)
         for part, whole in zip(batches, expected, strict=True):
-            (row,) = mesh.rows(2)
+            (row,) = mesh.sample_range(2)
             assert torch.equal(part["latents"], whole["latents"][row : row + 1])
             states = whole["text_states"][row][whole["text_mask"][row]]
             torch.testing.assert_close(part["text_states"][0], states, atol=1e-5, rtol=1e-5)

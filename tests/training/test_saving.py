@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stdit.checkpoint_files import verify, write_manifest
 from stdit.errors import UserError
-from stdit.parallel.mesh import Mesh
-from stdit.parallel.storage import PLACEMENT, Stored
+from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.storage import PLACEMENT, Stored
 from stdit.training import saving
 from stdit.training.checkpoint import CheckpointConfig, find_checkpoint
 from stdit.training.saving import Checkpoints, Copy, kept

@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 import torch
 
+from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.draws import draw_batch
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.training.optim import OptimizerConfig
 from stdit.training.spikes import SpikeConfig, SpikeGuard, mean_level

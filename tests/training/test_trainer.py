@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stdit.errors import UserError
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
 from stdit.training.checkpoint import CheckpointConfig
 from stdit.training.optim import OptimizerConfig
 from stdit.training.saving import Checkpoints

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from stdit.checkpoint_files import read_meta, verify
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import TrainingParallelConfig
-from stdit.parallel.group import Group
-from stdit.parallel.mesh import Mesh, build_mesh
-from stdit.parallel.parameters import state_bytes, whole
+from stdit.parallel.processes.mesh import Mesh, build_mesh
+from stdit.parallel.processes.parameters import state_bytes, whole
+from stdit.parallel.sequence.group import Group
 from stdit.pipelines.loading import load_transformer
 from stdit.training import saving
 from stdit.training.checkpoint import CheckpointConfig
@@ -27,7 +27,7 @@ from stdit.training.saving import Checkpoints
 from stdit.training.system import Interrupts
 from stdit.training.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
-from tests.parallel.test_layout import average, close
+from tests.parallel.sequence.test_sharding import average, close
 from tests.training.test_validation_loss import measured
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
@@ -150,7 +150,7 @@ def skip_alike(sp: int) -> None:
         train(one)
         before = tensors(one)
         broken = batch(one.mesh, STEPS)
-        if one.mesh.part == one.mesh.dp - 1:
+        if one.mesh.dp_rank == one.mesh.dp - 1:
             broken["latents"][-1, :, -1] = float("nan")
         values = one.step(STEPS, broken)
         assert values["skipped"] and values["grad_norm"] is None
@@ -188,10 +188,12 @@ def keep_a_share(sp: int) -> None:
     ]
     mine = sum(tensor.to_local().nbytes for tensor in kept)  # type: ignore[union-attr]
     count = sum(p.numel() for p in one.parameters)
-    total = float(average(torch.tensor(float(mine)))) * one.mesh.size
+    total = float(average(torch.tensor(float(mine)))) * one.mesh.world_size
     assert total == state_bytes(count, 1, False)
     assert (
-        state_bytes(count, one.mesh.size, True) * 0.9 < mine < state_bytes(count, one.mesh.size, True) * 1.1
+        state_bytes(count, one.mesh.world_size, True) * 0.9
+        < mine
+        < state_bytes(count, one.mesh.world_size, True) * 1.1
     )
 
 
@@ -219,7 +221,7 @@ def resume(sp: int, folder: Path) -> None:
         assert max(sizes) < 1.2 * min(sizes)  # each rank writes its part of what all have
         goes_on(copies, where, trainer(mesh, False, optimizer), [saved], range(4, 6))
 
-        if mesh.is_first:
+        if mesh.is_main:
             write(alone, folder / optimizer.name / "alone", 4)
         dist.barrier()
         again.read(folder / optimizer.name / "alone" / "step-00000004", {"nonfinite_in_a_row": 0, "parts": 1})
@@ -261,7 +263,7 @@ def agree() -> None:
     """What one rank is asked, all do after the same step."""
     mesh, signals = mesh_of(1), Interrupts()
     assert signals.agree(mesh, others=[mesh.rank, 1 - mesh.rank, 0]) == [1, 1, 0] and signals.agreed is None
-    signals.agree(mesh, stop=mesh.is_first)
+    signals.agree(mesh, stop=mesh.is_main)
     assert signals.agreed == signal.SIGTERM and signals.exit_code == 0
 
 

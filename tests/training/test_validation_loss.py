@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
-from stdit.parallel.mesh import Mesh
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.flow import RectifiedFlow
+from stdit.parallel.processes.mesh import Mesh
 from stdit.training.optim import OptimizerConfig
 from stdit.training.trainer import Trainer
 from stdit.training.validation_loss import Row, fixed_draws, losses_by_level, quantiles, rows_of
@@ -20,7 +21,7 @@ def batches(mesh: Mesh = ALONE, size: int = 4) -> list[tuple[tuple[Row, ...], di
     clips = tiny_batch(0, 3)
     found = []
     for rows in rows_of(3, LEVELS, size):
-        mine = [rows[row].clip for row in mesh.rows(size)]
+        mine = [rows[row].clip for row in mesh.sample_range(size)]
         found.append(
             (rows, {name: value[mine] for name, value in clips.items() if name != "size"} | {"size": size})
         )
@@ -61,7 +62,7 @@ def test_noise_belongs_to_the_clip() -> None:
     again = fixed_draws(flow, 5, rows[1:2], LEVELS, (2, 3, 4, 4), 8, 8)
     assert torch.equal(draws.noise[0], draws.noise[1]) and not torch.equal(draws.noise[1], draws.noise[2])
     assert torch.equal(draws.noise[1:2], again.noise) and draws.t[0] < draws.t[1] == draws.t[2]
-    assert not draws.given.any() and not draws.drop_caption.any()
+    assert not draws.condition_mask.any() and not draws.drop_caption.any()
 
 
 def test_it_is_of_the_averages_and_leaves_everything_as_it_was() -> None:

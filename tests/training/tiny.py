@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from stdit.diffusion.flow import FlowConfig, RectifiedFlow
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.flow import RectifiedFlow
 from stdit.models.stdit import STDiT
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.video_io import write_mp4
 from stdit.training.ema import EMAConfig
 from stdit.training.optim import OptimizerConfig
@@ -67,7 +68,7 @@ def tiny_batch(
         "height": torch.full((size,), 4.0),
         "width": torch.full((size,), float(columns)),
     }
-    rows = mesh.rows(size)
+    rows = mesh.sample_range(size)
     return {"size": size, **{name: value[rows.start : rows.stop] for name, value in batch.items()}}
 
 

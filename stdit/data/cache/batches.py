@@ -19,10 +19,10 @@ from stdit.data.cache.keys import text_key
 from stdit.data.cache.reader import CachedReader
 from stdit.data.cache.shards import Entry, Kind, Writer
 from stdit.data.dataset import Batch, Loader, describe
-from stdit.data.decode import DecodeError
+from stdit.data.decoding.decode import DecodeError
 from stdit.data.skips import SkipTally
 from stdit.errors import UserError
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class EncodedBatches:
                 )
             used.append(stand_in)
         replaced = sum(a != b for a, b in zip(used, planned.indices, strict=True))
-        rows = self.mesh.rows(len(used))
+        rows = self.mesh.sample_range(len(used))
         mine = [used[row] for row in rows]
         batch = describe(self.plan, planned, mine) | {"replaced": replaced}
         states, mask = padded([self.cache.texts[caption] for caption in batch["text"]])
@@ -127,7 +127,7 @@ class DiskBatches(Loader):
     ) -> None:
         super().__init__(reader.plan, reader, tally, reader.config.workers, pin_memory, mesh)
         self.reader, self.encode_view, self.encode_text = reader, encode_view, encode_text
-        self._keeps = mesh.sequence.rank == 0  # ranks that share a video need not all write it
+        self._keeps = mesh.sp.rank == 0  # ranks that share a video need not all write it
         self.writer = Writer(reader.store.folder)
 
     def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:

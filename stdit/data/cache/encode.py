@@ -16,8 +16,8 @@ from stdit.data.cache.keys import text_key
 from stdit.data.cache.reader import CachedReader
 from stdit.data.cache.shards import Entry, Writer
 from stdit.data.dataset import read_view, start_worker, to_video
-from stdit.data.decode import DecodeError
-from stdit.data.manifest import Skipped, summarise
+from stdit.data.decoding.decode import DecodeError
+from stdit.data.manifest.reading import Skipped, summarise
 from stdit.data.plan import BatchPlan
 from stdit.data.skips import SkipTally
 

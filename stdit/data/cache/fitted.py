@@ -14,7 +14,7 @@ from stdit.data.cache.shards import Entry, Writer
 from stdit.data.cache.store import Store
 from stdit.data.config import DataConfig
 from stdit.data.dataset import middle_window, to_video
-from stdit.data.decode import DecodeError
+from stdit.data.decoding.decode import DecodeError
 from stdit.data.plan import BatchPlan
 from stdit.errors import UserError
 

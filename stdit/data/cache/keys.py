@@ -12,7 +12,7 @@ import xxhash
 from stdit.data.buckets import Bucket
 from stdit.data.cache.shards import Entry
 from stdit.data.cache.store import Store
-from stdit.data.media import Media
+from stdit.data.decoding.media import Media
 from stdit.data.views import View
 
 DECODING = 1

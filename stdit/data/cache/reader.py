@@ -15,10 +15,10 @@ from stdit.data.buckets import Bucket
 from stdit.data.cache.keys import Contents, latents_key, text_key
 from stdit.data.cache.shards import Entry
 from stdit.data.cache.store import Store
-from stdit.data.clips import Clip
 from stdit.data.config import DataConfig
 from stdit.data.dataset import Batch, Sample, read_view
-from stdit.data.decode import DecodeError
+from stdit.data.decoding.decode import DecodeError
+from stdit.data.manifest.clips import Clip
 from stdit.data.plan import BatchPlan, PlannedBatch
 from stdit.data.views import View, view_count, view_of
 

@@ -13,10 +13,10 @@ import av.container
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from stdit.data.decode import INSTANT, DecodeError, VideoInfo, probe, walk
-from stdit.data.frames import REORDER_DEPTH
-from stdit.data.media import Media
-from stdit.data.opening import Video, open_clip
+from stdit.data.decoding.decode import INSTANT, DecodeError, VideoInfo, probe, walk
+from stdit.data.decoding.frames import REORDER_DEPTH
+from stdit.data.decoding.media import Media
+from stdit.data.decoding.opening import Video, open_clip
 from stdit.data.preparation.table import written_whole
 from stdit.errors import UserError
 

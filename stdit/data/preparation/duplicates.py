@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from stdit.data.decode import decode_clip
-from stdit.data.manifest import row_name
+from stdit.data.decoding.decode import decode_clip
+from stdit.data.manifest.reading import row_name
 from stdit.data.preparation.flow import Result, Section, Task, each_clip, finish
 from stdit.errors import UserError
 

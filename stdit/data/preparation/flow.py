@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stdit.data.decode import VideoInfo, probe
-from stdit.data.fields import cut
-from stdit.data.manifest import RowError, Skipped, read_fields, row_name, summarise
-from stdit.data.media import Media, MediaError, inside, is_url
+from stdit.data.decoding.decode import VideoInfo, probe
+from stdit.data.decoding.media import Media, MediaError, inside, is_url
+from stdit.data.manifest.fields import cut
+from stdit.data.manifest.reading import RowError, Skipped, read_fields, row_name, summarise
 from stdit.data.preparation.jobs import Journal, LeftOut, Outcome, key_of, run_all
 from stdit.data.preparation.table import REFUSED, Row, Table, check_output, read_table, write_table
 from stdit.errors import UserError

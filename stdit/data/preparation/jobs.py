@@ -17,8 +17,8 @@ import torch
 import xxhash
 from tqdm import tqdm
 
-from stdit.data.decode import DecodeError
-from stdit.data.media import Media
+from stdit.data.decoding.decode import DecodeError
+from stdit.data.decoding.media import Media
 from stdit.errors import UserError
 
 

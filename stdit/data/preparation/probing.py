@@ -1,8 +1,8 @@
 """`probe`: frames, rate and size of every file."""
 
-from stdit.data.decode import probe
+from stdit.data.decoding.decode import probe
+from stdit.data.manifest.rows import METADATA
 from stdit.data.preparation.flow import Result, Section, Task, each_clip, finish
-from stdit.data.rows import METADATA
 
 
 def probe_clips(task: Task) -> list[str]:

@@ -10,13 +10,13 @@ from PIL import Image
 
 from stdit.data.config import DataConfig
 from stdit.data.dataset import build_assignment
-from stdit.data.manifest import row_name
+from stdit.data.manifest.reading import row_name
+from stdit.data.manifest.rows import METADATA, RANGE, WINDOW
 from stdit.data.preparation import page
 from stdit.data.preparation.expressions import as_number, column_kinds
 from stdit.data.preparation.flow import Section, Task, each_clip
 from stdit.data.preparation.scoring import View, middle_frames
 from stdit.data.preparation.table import Row, Table, written_whole
-from stdit.data.rows import METADATA, RANGE, WINDOW
 from stdit.errors import UserError
 
 SIDE = 200

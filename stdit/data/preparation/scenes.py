@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from stdit.data.decode import walk
-from stdit.data.media import inside, is_url
+from stdit.data.decoding.decode import walk
+from stdit.data.decoding.media import inside, is_url
+from stdit.data.manifest.rows import METADATA, WINDOW
 from stdit.data.preparation.cutting import cut
 from stdit.data.preparation.flow import Part, Result, Section, Task, each_clip, finish
 from stdit.data.preparation.jobs import LeftOut
 from stdit.data.preparation.table import Row, Table
-from stdit.data.rows import METADATA, WINDOW
 from stdit.errors import UserError
 
 ARCHIVE = ("member", "offset", "size")

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from stdit.data.decode import decode_clip
+from stdit.data.decoding.decode import decode_clip
+from stdit.data.manifest.rows import METADATA, RANGE, WINDOW
 from stdit.data.preparation.flow import Result, Section, Task, each_clip, finish
 from stdit.data.preparation.jobs import LeftOut
-from stdit.data.rows import METADATA, RANGE, WINDOW
 from stdit.errors import UserError
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from stdit.data.manifest import open_rows
+from stdit.data.manifest.reading import open_rows
 from stdit.errors import UserError
 
 Row = dict[str, Any]

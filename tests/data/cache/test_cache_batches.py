@@ -13,7 +13,7 @@ from stdit.data.cache.store import Store
 from stdit.data.dataset import VideoBatches
 from stdit.data.skips import SkipTally
 from stdit.errors import UserError
-from stdit.parallel.mesh import Mesh
+from stdit.parallel.processes.mesh import Mesh
 from tests.data.cache.tiny import TinyCodec, shards
 
 KEYS = ("latents", "text_states", "text_mask", "fps", "height", "width", "clip_indices")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stdit.data.decode import DecodeError
+from stdit.data.decoding.decode import DecodeError
 from stdit.data.preparation.jobs import Journal, LeftOut, Outcome, in_processes, run_all
 from stdit.errors import UserError
 

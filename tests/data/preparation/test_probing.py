@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stdit.data.manifest import read_manifest
+from stdit.data.manifest.reading import read_manifest
 from stdit.data.preparation import probing
 from stdit.data.preparation.flow import Section
 from stdit.data.preparation.probing import probe_clips

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stdit.data.decode import probe, walk
-from stdit.data.media import Media
+from stdit.data.decoding.decode import probe, walk
+from stdit.data.decoding.media import Media
 from stdit.data.preparation import scenes as module
 from stdit.data.preparation.cutting import copy_part, cut
 from stdit.data.preparation.scenes import SceneConfig, split_clips

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stdit.data.media import Media
+from stdit.data.decoding.media import Media
 from stdit.data.preparation import scoring
 from stdit.data.preparation.flow import Section
 from stdit.data.preparation.scoring import SCORES, View, middle_frames, score_clips

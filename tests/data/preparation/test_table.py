@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from stdit.data.manifest import read_manifest
+from stdit.data.manifest.reading import read_manifest
 from stdit.data.preparation import table as module
 from stdit.data.preparation.filtering import filter_clips
 from stdit.data.preparation.table import Table, read_table, typed, write_table, written_whole

@@ -1,0 +1,156 @@
+"""How long a checkpoint stops training, written in the background and written at once, and what memory it takes.
+
+    python scripts/bench/checkpoint.py
+    python scripts/bench/checkpoint.py --folder /scratch/bench --saves 5 --output checkpoint.json
+    python scripts/bench/checkpoint.py --device cuda
+
+One process saves the weights, averages and AdamW's moments of a model of 100 million parameters, both ways in turn,
+to a folder that is removed afterwards: choose it on the disk that checkpoints are to lie on. Between saves the
+optimizer goes on moving the state, and the figures say how much slower that is while a save is written. Memory is
+what the process holds above what it held before the first save, at most, as a multiple of what a checkpoint holds.
+"""
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+import psutil
+import torch
+
+from stdit.cli import run, script_parser
+from stdit.errors import UserError
+from stdit.models.stdit import STDiT
+from stdit.parallel.processes.mesh import Mesh
+from stdit.pipelines.sampling import find_device
+from stdit.training.checkpoint import CheckpointConfig
+from stdit.training.ema import EMA, EMAConfig
+from stdit.training.optim import OptimizerConfig, build_optimizer
+from stdit.training.saving import Checkpoints
+
+
+def main() -> None:
+    parser = script_parser(__doc__)
+    parser.add_argument("--hidden_size", type=int, default=768)
+    parser.add_argument("--depth", type=int, default=5, help="pairs of blocks")
+    parser.add_argument("--saves", type=int, default=3, help="of each kind, of which the median counts")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--folder", type=Path, help="where to write; default: where temporary files go")
+    parser.add_argument("--output", type=Path, help="a JSON file of all figures")
+    args = parser.parse_args()
+    if args.saves < 1:
+        raise UserError(f"saves = {args.saves}: must be at least 1")
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        figures = measure(State(args.hidden_size, args.depth, args.device), folder, args.saves)
+    finally:
+        shutil.rmtree(folder)
+    print(
+        f"{figures['parameters'] / 1e6:.0f} M parameters, {figures['bytes'] / 2**30:.2f} GiB a checkpoint\n"
+        f"at once           {figures['at_once_seconds']:8.3f} s\n"
+        f"in the background {figures['pause_seconds']:8.3f} s that training stops, "
+        f"{100 * figures['pause_ratio']:.1f}% of that (the first time {figures['first_pause_seconds']:.3f} s)\n"
+        f"                  {figures['behind_seconds']:8.3f} s until it is on the disk, in which steps take "
+        f"{figures['slowdown']:.2f} times as long\n"
+        f"memory            {figures['memory_ratio']:8.2f} checkpoints at most"
+    )
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+class State:
+    """A model with its average and AdamW, and steps that move them without looking at data."""
+
+    def __init__(self, hidden_size: int, depth: int, device: str) -> None:
+        torch.manual_seed(0)
+        heads = max(1, hidden_size // 64)
+        model = STDiT(depth=depth, hidden_size=hidden_size, num_heads=heads, caption_channels=hidden_size)
+        self.model = model.to(find_device(device))
+        self.ema = EMA(self.model, EMAConfig())
+        self.optimizer = build_optimizer(self.model, OptimizerConfig())
+        self.step()
+
+    def step(self) -> float:
+        """Move everything; returns the seconds that it took."""
+        begin = time.perf_counter()
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.full_like(parameter, 1e-3)
+        self.optimizer.step(1.0)
+        self.ema.update(self.model, 0)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter() - begin
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+
+def measure(state: State, folder: Path, saves: int) -> dict[str, float]:
+    """Save in the background and at once in turn, and once before, to have the memory for the copy."""
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1), Mesh())
+    size = sum(tensor.nbytes for part in state.tensors().values() for tensor in part.values())
+    quiet = [state.step() for _ in range(saves)]
+    pauses, at_once, behind, busy = [], [], [], []
+    with peak_memory() as peak:
+        for number in range(saves + 1):
+            pauses.append(save(checkpoints, 2 * number, state, at_once=False))
+            begin = time.perf_counter()
+            while not checkpoints.writing.ended(0):  # type: ignore[union-attr]
+                busy.append(state.step())
+            behind.append(time.perf_counter() - begin)
+            checkpoints.wait()
+            at_once.append(save(checkpoints, 2 * number + 1, state, at_once=True))
+    pause, whole = statistics.median(pauses[1:]), statistics.median(at_once[1:])
+    return {
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "bytes": size,
+        "at_once_seconds": whole,
+        "pause_seconds": pause,
+        "pause_ratio": pause / whole,
+        "first_pause_seconds": pauses[0],
+        "behind_seconds": statistics.median(behind[1:]),
+        "slowdown": statistics.mean(busy) / statistics.mean(quiet),
+        "memory_ratio": peak[0] / size,
+    }
+
+
+def save(checkpoints: Checkpoints, step: int, state: State, at_once: bool) -> float:
+    """Seconds that training stands still."""
+    begin = time.perf_counter()
+    checkpoints.save(step, state.tensors(), {}, at_once=at_once)
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Bytes that this process holds at most while it lasts, above what it holds at its begin."""
+    process, done = psutil.Process(), Event()
+    before, peak = process.memory_info().rss, [0]
+
+    def look() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+
+    thread = Thread(target=look)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    run(main)

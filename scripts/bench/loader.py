@@ -1,0 +1,159 @@
+"""How many clips a second the loaders deliver, beside how many the model trains on, which should never wait.
+
+    python scripts/bench/loader.py                                      # the quickstart, two threads
+    python scripts/bench/loader.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv
+
+Without --data.manifest it builds a small part of the embedded data set aside. All are measured one after the other in
+one process, each alone on the machine:
+
+    training     steps of the model, batches at hand
+    memory       data.cache memory: latents and text states held in memory
+    disk         data.cache disk: read from the files of the cache, in the training process and in loader processes
+    mp4          decoded from the files, resized, as float32, in the training process and in loader processes
+    mp4, codec   the same, and encoded by the codec in the training process, as data.cache none has it
+
+Text is not encoded in any of them: a run without a cache encodes each caption again every time that it comes, one
+with a cache once. What that takes is shown beside, as clips a second of the text encoder alone.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from stdit.cli import run
+from stdit.training.config import TrainConfig, parse_train
+
+CLIPS = 256
+SECONDS = 6.0
+"""Of each measurement."""
+OWN = {"--seconds": SECONDS, "--loaders": float(min(2, os.cpu_count() or 1)), "--threads": 2.0}
+Cache = Literal["memory", "disk"]
+DEFAULT = "configs/train/quickstart.yaml"
+
+
+def main(argv: list[str] | None = None) -> None:
+    own, rest = own_flags(list(sys.argv[1:] if argv is None else argv))
+    if "--help" in rest or "-h" in rest:
+        print(__doc__, f"Flags of its own: {', '.join(OWN)}; all others are those of train.py.")
+        return
+    if not any(argument.split("=")[0] == "--config" for argument in rest):
+        rest = ["--config", DEFAULT, *rest]
+    with tempfile.TemporaryDirectory() as aside:
+        if not any(argument.split("=")[0] == "--data.manifest" for argument in rest):
+            rest += ["--data.manifest", str(shapes(Path(aside)))]
+        config = parse_train([*rest, "--trainer.num_threads", str(int(own["--threads"]))])
+        data = replace(config.data, cache_dir=str(Path(aside) / "cache"))
+        measure(replace(config, data=data), own["--seconds"], int(own["--loaders"]))
+
+
+def own_flags(argv: list[str]) -> tuple[dict[str, float], list[str]]:
+    """Values of the flags in OWN, and the other arguments."""
+    own, rest, arguments = dict(OWN), [], iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in OWN:
+            own[name] = float(value if equals else next(arguments))
+        else:
+            rest.append(argument)
+    return own, rest
+
+
+def shapes(folder: Path) -> Path:
+    """The manifest of a small part of the embedded data set."""
+    from stdit.data.shapes.build import ShapesConfig, build
+
+    build(folder / "shapes", ShapesConfig(num_clips=CLIPS))
+    return folder / "shapes" / "manifest.csv"
+
+
+def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
+    """Print clips a second of each loader, and how many times that is what the model trains on."""
+    import torch
+
+    from stdit.parallel.processes.mesh import Mesh
+    from stdit.training.batches import build_batches
+    from stdit.training.build import Parts, build_parts
+    from stdit.training.system import prepare_process
+    from stdit.training.trainer import Trainer
+
+    accelerator = prepare_process(config.trainer, 60)
+    mesh = Mesh(device=accelerator.device)
+
+    folder = Path(str(config.data.cache_dir)).parent
+    base = build_parts(replace(config, data=replace(config.data, cache="memory")), None, 1, 1 << 60)
+    base.to(mesh.device)
+
+    def parts(cache: Cache, workers: int = 0) -> Parts:
+        data = replace(base.config.data, cache=cache, workers=workers)
+        return replace(base, config=replace(base.config, data=data))
+
+    def loader(cache: Cache, workers: int = 0) -> Iterator[dict[str, Any]]:
+        return build_batches(parts(cache, workers), folder, mesh)(0, 1 << 40)
+
+    memory = loader("memory")  # which encodes everything
+    some = [next(memory) for _ in range(20)]
+    trainer = Trainer(
+        base.model, base.flow, accelerator, mesh, config.trainer, config.optimizer, config.ema, config.seed
+    )
+    rates = {"training": rate(training(trainer, some), seconds), "memory": rate(memory, seconds)}
+    rates["disk, 0 loaders"] = rate(loader("disk"), seconds)
+    rates[f"disk, {loaders} loaders"] = rate(loader("disk", loaders), seconds)
+    rates["mp4, 0 loaders"] = rate(videos(base, 0), seconds)
+    rates[f"mp4, {loaders} loaders"] = rate(videos(base, loaders), seconds)
+    rates[f"mp4, codec, {loaders} loaders"] = rate(with_codec(base, loaders), seconds)
+    rates["(text encoder)"] = rate(texts(base, some), seconds)
+    print(f"{torch.get_num_threads()} threads, batches of {some[0]['size']}, {config.model.hidden_size} wide")
+    print(f"{'':<24}{'clips/s':>12}{'of training':>14}")
+    for name, clips in rates.items():
+        print(f"{name:<24}{clips:>12,.0f}{clips / rates['training']:>13.1f}x")
+
+
+def rate(batches: Iterator[dict[str, Any]], seconds: float) -> float:
+    """Clips a second, once the first two batches have come."""
+    for _ in range(2):
+        next(batches)
+    clips, begin = 0, time.perf_counter()
+    while (passed := time.perf_counter() - begin) < seconds:
+        clips += next(batches)["size"]
+    return clips / passed
+
+
+def training(trainer: Any, batches: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches, again and again, each once the model has trained on it."""
+    step = 0
+    while True:
+        batch = batches[step % len(batches)]
+        trainer.step(step, batch)
+        step += 1
+        yield batch
+
+
+def videos(parts: Any, workers: int) -> Iterator[dict[str, Any]]:
+    """As data.cache none reads them."""
+    from stdit.data.dataset import VideoBatches
+
+    return VideoBatches(parts.plan, workers, parts.config.data.crop)(0)
+
+
+def with_codec(parts: Any, workers: int) -> Iterator[dict[str, Any]]:
+    for batch in videos(parts, workers):
+        parts.codec.encode(batch["video"])
+        yield batch
+
+
+def texts(parts: Any, batches: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches, each once its captions are encoded."""
+    encode: Callable[[list[str]], Any] = parts.text_encoder.encode
+    while True:
+        for batch in batches:
+            encode(batch["text"])
+            yield batch
+
+
+if __name__ == "__main__":
+    run(main)

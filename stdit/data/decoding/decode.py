@@ -1,0 +1,221 @@
+"""From a file to frames: what it holds, and the frames of a window, resized and cropped.
+
+Letters: T frames, H height, W width. `opening` opens and checks, `frames` finds the frames on screen at given times
+(`pictures` those of images), `pixels` makes them RGB of one size.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+from stdit.data.decoding.frames import (
+    Forward,
+    Shown,
+    by_frames,
+    by_packets,
+    decodable,
+    hidden,
+    one_by_one,
+    pixel_aspect,
+    whole,
+)
+from stdit.data.decoding.media import Media
+from stdit.data.decoding.opening import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    DecodeError,
+    Unclear,
+    Video,
+    check_size,
+    open_clip,
+)
+from stdit.data.decoding.pictures import is_still, pictures_at, timed_pictures
+from stdit.data.decoding.pixels import FrameFitter, fill, rgb, shrink, upright_rgb
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "DecodeError",
+    "VideoInfo",
+    "decode_clip",
+    "probe",
+    "upright_rgb",
+    "walk",
+]
+
+# A frame counts as shown at a target time that it misses by less than this share of the target interval:
+# containers round times to milliseconds, and 29.97 fps is meant to serve a target of 30.
+TOLERANCE = 0.1
+
+INSTANT = 1e-4
+"""Seconds by which the times of one frame may differ, once rounded to what a manifest holds."""
+
+Read = Callable[[Video, list[float], float], Iterator[Shown]]
+
+
+class VideoInfo(NamedTuple):
+    """What a file holds. Sizes are those shown: after rotation, with square pixels."""
+
+    num_frames: int
+    fps: float
+    """Mean rate in frames per second, so that num_frames / fps is the duration; 1.0 for an image."""
+    height: int
+    width: int
+
+
+def probe(file: Media | Path) -> VideoInfo:
+    """Frames, rate and size of a video or image, from its packets and its first frame.
+
+    Counts packets instead of believing the header, which promises too much for a truncated file.
+    Raises DecodeError.
+    """
+    media = Media.of(file)
+    for quick in (True, False):
+        try:
+            with open_clip(media, quick=quick) as opened:
+                return _probe_video(opened) if isinstance(opened, Video) else _probe_picture(opened)
+        except Unclear:
+            continue
+    raise AssertionError("what is not quick is never unclear")
+
+
+def decode_clip(
+    file: Media | Path,
+    num_frames: int,
+    fps: float,
+    height: int,
+    width: int,
+    start: float = 0.0,
+    crop: Literal["center", "random"] | tuple[float, float] = "center",
+    generator: torch.Generator | None = None,
+    threads: int = 1,
+) -> torch.Tensor:
+    """Frames at start, start + 1/fps, ... of one file, resized and cropped to fill height x width
+    undistorted.
+
+    Frame k is the one on screen at ``start + k / fps`` seconds after the first: the latest that is not later,
+    by presentation time. A still image is a video of one frame.
+
+    Args:
+        start: seconds; the decoder seeks to the key frame before it.
+        crop: where the part lies in what is cut off, down and across from 0 to 1; "center" is (0.5, 0.5), and
+            "random" draws one place for all frames from `generator` (CPU).
+        threads: of the decoder; 1 is right inside loader workers.
+
+    Returns: uint8 [T 3 H W].
+    Raises DecodeError when the file is damaged, too large, or ends before the last frame asked for.
+    """
+    media = Media.of(file)
+    drawn = torch.rand(2, generator=generator).tolist() if crop == "random" else [0.5, 0.5]
+    place = drawn if isinstance(crop, str) else list(crop)
+    times, tolerance = [start + k / fps for k in range(num_frames)], TOLERANCE / fps
+    clip = np.empty((num_frames, 3, height, width), np.uint8)  # NumPy copies small frames in less time
+    ways: tuple[Read, ...] = (by_packets, by_frames, partial(by_frames, seek=False))
+    for read in ways:
+        try:
+            with open_clip(media, threads, quick=read is by_packets) as opened:
+                if isinstance(opened, Video):
+                    opaque = opened.stream.codec_context.name == "gif"
+                    fitter = FrameFitter(height, width, place, threads, opaque)
+                    for frame, places in read(opened, times, tolerance):
+                        fitter.fit(frame, _shown_aspect(opened, frame), clip[places.start])
+                        clip[places.start + 1 : places.stop] = clip[places.start]
+                else:
+                    for picture, places in pictures_at(media, opened, times, tolerance):
+                        clip[places.start : places.stop] = fill(picture, 1.0, height, width, place).numpy()
+            return torch.from_numpy(clip)
+        except Unclear:
+            continue
+    raise AssertionError("reading from the start is never unclear")
+
+
+def walk(
+    file: Media | Path, start: float = 0.0, end: float = math.inf, side: int | None = None
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Every frame of a video from `start` on and before `end`, in seconds after the first, one at a time.
+
+    Yields: (seconds, RGB uint8 [H W 3]), as shown but for the shape of pixels; the longer side is at most `side`.
+    Raises DecodeError.
+    """
+    media = Media.of(file)
+    for seek in (True, False):
+        try:
+            with open_clip(media, quick=False) as opened:
+                for time, picture in _timed(opened, start if seek else 0.0, side):
+                    if time >= end - INSTANT:
+                        return
+                    if time >= start - INSTANT:
+                        yield time, picture()
+            return
+        except Unclear:
+            continue
+
+
+def _timed(
+    opened: Video | Image.Image, start: float, side: int | None
+) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+    """(seconds, what makes the picture) of every frame, from `start` or before it on."""
+    if isinstance(opened, Video):
+        for time, _, frame in one_by_one(opened, start):
+            yield time, partial(rgb, whole(opened, frame), side=side)
+    else:
+        for time, _, pixels in timed_pictures(opened):
+            yield time, partial(shrink, pixels, side)
+
+
+def _probe_video(video: Video) -> VideoInfo:
+    tick, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0) or 1.0
+    count, untimed, first, frame = 0, 0, None, None
+    last, length, forward = None, 0, Forward(video.media)
+    for packet in decodable(video.container.demux(video.stream)):
+        if frame is None:
+            frame = next(iter(packet.decode()), None)
+        if hidden(packet):
+            continue
+        count += 1
+        pts = packet.dts if packet.pts is None else packet.pts
+        if pts is None:
+            untimed += 1
+        else:
+            forward.check(pts * tick)
+            first = pts if first is None else min(first, pts)
+            if last is None or pts >= last:
+                last, length = pts, packet.duration or 0
+    frame = frame or next(iter(video.stream.codec_context.decode(None)), None)
+    if frame is None:
+        raise DecodeError(video.media, "holds no frame that can be decoded")
+    check_size(video.media, frame.width, frame.height)
+    if 0 < untimed < count:
+        raise DecodeError(video.media, f"{untimed} of its {count} frames have no time")
+    seconds = (last - first) * tick if first is not None and last is not None else 0.0
+    if length:
+        seconds += length * tick
+    elif count > 1:
+        seconds *= count / (count - 1)
+    height, width = frame.height, max(1, round(frame.width * pixel_aspect(video)))
+    if frame.rotation % 180:
+        height, width = width, height
+    return VideoInfo(count, count / seconds if seconds > 0 else rate, height, width)
+
+
+def _probe_picture(image: Image.Image) -> VideoInfo:
+    if is_still(image):
+        upright = upright_rgb(image)
+        return VideoInfo(1, 1.0, upright.height, upright.width)
+    count, seconds, shape = 0, 0.0, (0, 0)
+    for time, length, pixels in timed_pictures(image):
+        count, seconds, shape = count + 1, time + length, pixels.shape[:2]
+    return VideoInfo(count, count / seconds, *shape)
+
+
+def _shown_aspect(video: Video, frame: av.VideoFrame) -> float:
+    """Width of a pixel over its height, after rotation."""
+    aspect = pixel_aspect(video)
+    return 1 / aspect if frame.rotation % 180 else aspect

@@ -1,0 +1,254 @@
+"""From manifests to clips: what is there, what it says about itself, and what has to be left out and why.
+
+Rows are read by column, many at a time. A row that says everything about its clip costs no look at the file system,
+since a million of them would take minutes; its file is checked when it is opened.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from stdit.data.config import DataConfig
+from stdit.data.decoding.decode import DecodeError, probe
+from stdit.data.decoding.media import Media, MediaError, is_url, locate
+from stdit.data.manifest.archives import archive_rows, find_shards, is_archive, shard_root
+from stdit.data.manifest.clips import Clip, Clips
+from stdit.data.manifest.fields import LIMITS, cut, is_allowed, read_number
+from stdit.data.manifest.index import key_of, load, save
+from stdit.data.manifest.rows import METADATA, WINDOW, Rows, near_misses, read_rows
+from stdit.data.manifest.scan import KNOWN, add_scores, scan_rows
+from stdit.errors import UserError
+
+__all__ = ["Clip", "Clips", "Skipped", "read_manifest", "read_sources", "read_texts", "remarks", "summarise"]
+
+EXAMPLES = 2
+"""Of one kind of reason that a summary names."""
+
+
+class Skipped(NamedTuple):
+    """Something left out. `reason` is "kind" or "kind: detail"; reports count by kind."""
+
+    path: str
+    reason: str
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message is "kind" or "kind: detail"."""
+
+
+class Kind(NamedTuple):
+    """Cases of one kind of reason."""
+
+    total: int
+    examples: list[Skipped]
+
+
+def read_sources(config: DataConfig, index: Path | None = None) -> tuple[Clips, list[Skipped]]:
+    """Clips of all sources of a data set, one source after the other, and what was left out. Raises UserError.
+
+    `index` is a folder for what the rows of large manifests say.
+    """
+    parts, skipped = [], []
+    for number, source in enumerate(config.all_sources()):
+        clips, left_out = read_manifest(
+            source.manifest,
+            source.root,
+            config.caption_scores,
+            source.weight,
+            index and index / f"source-{number}.safetensors",
+        )
+        parts.append(clips)
+        skipped += left_out
+    return Clips.concatenate(parts), skipped
+
+
+def read_manifest(
+    manifest: Path | str,
+    root: Path | str | None = None,
+    caption_scores: Sequence[str] = (),
+    weight: float = 1.0,
+    index: Path | None = None,
+) -> tuple[Clips, list[Skipped]]:
+    """Clips in the order of the manifest, and what was left out.
+
+    Args:
+        manifest: a .csv, .jsonl or .parquet whose rows have path,text and any of num_frames,fps,height,width (of the
+            whole file; what is not given is probed), start,end (seconds, of the part of the file that is the clip),
+            member,offset,size (of a file in the archive `path`, so that its shard need not be walked) and others
+            (kept in `Clip.extra`); or a folder that holds videos and images, each with its caption in a .txt of the
+            same name beside it; or tar shards, each clip with a .txt or .json of the same name.
+        root: folder or URL; paths are relative to it, and a file outside it is never opened; default: the folder of
+            the manifest.
+        caption_scores: columns whose values follow the captions (`stdit.data.manifest.caption_scores`).
+        weight: how often each clip is to come in an epoch.
+        index: file that keeps what the rows say, and spares reading them when they are the same (`index.py`).
+
+    Raises UserError when the manifest itself is unusable or nothing is left.
+    """
+    chunks, data_root = open_rows(str(manifest), None if root is None else str(root))
+    worth_it = index and not is_archive(str(manifest))  # to hash a shard takes longer than to walk it
+    key = key_of(str(manifest), data_root, caption_scores, weight) if worth_it else None
+    scan = load(index, key) if index and key else None
+    if scan is None:
+        scan = scan_rows(chunks, data_root, caption_scores, weight)
+        if index and key:
+            save(index, key, scan)
+    clips, places, unread = scan
+    if not scan.total:
+        raise UserError(f"manifest {manifest} lists no clips: {_what_to_add(str(manifest))}")
+
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(lambda row: _read_row(row[0], row[1], data_root, weight), unread.values())
+        bar = tqdm(results, total=len(unread), desc="reading clips", unit="clip", delay=3, disable=None)
+        outcomes = dict(zip(unread, bar, strict=True))
+    skipped = [outcome for outcome in outcomes.values() if isinstance(outcome, Skipped)]
+    read = {place: outcome for place, outcome in outcomes.items() if isinstance(outcome, Clip)}
+    if read:
+        order = np.concatenate([places, np.array(list(read))]).argsort()
+        clips = Clips.concatenate([clips, Clips.of(read.values())]).take(order)
+    if not len(clips):
+        raise UserError("\n".join([f"manifest {manifest}: no clip can be used", *summarise(skipped)]))
+    return clips, skipped
+
+
+def read_texts(manifest: Path | str, caption_scores: Sequence[str] = ()) -> list[str]:
+    """The captions of a manifest, whose videos are not opened. Raises UserError."""
+    texts: list[str] = []
+    for rows in open_rows(str(manifest), None)[0]:
+        add_scores(rows, caption_scores)
+        texts += filter(None, rows.columns["text"])
+    return texts
+
+
+def remarks(clips: Clips) -> list[str]:
+    """What is odd about clips that can be used all the same, for people."""
+    lines = []
+    if repeated := len(clips) - len(np.unique(clips.texts.digests())):
+        lines.append(f"{repeated} of {len(clips)} clips repeat the caption of an earlier one")
+    parts = clips.files ^ (np.ascontiguousarray(clips.start) + 0.0).view(np.uint64)
+    if len(first := np.unique(parts, return_index=True)[1]) < len(parts):
+        again = np.setdiff1d(np.arange(len(parts)), first).tolist()
+        shown = [str(clips[place].media) for place in again[:EXAMPLES]]
+        lines.append(
+            f"{len(again)} clips are listed again: {', '.join(shown)}{', ...' * (len(again) > EXAMPLES)}"
+        )
+    for name, meant in near_misses(clips.extra):
+        lines.append(f"column {name!r} is not read: is it meant to be {meant!r}?")
+    return lines
+
+
+def summarise(skipped: Iterable[Skipped]) -> list[str]:
+    """One line for each kind of reason, most frequent first, with a count and the first examples."""
+    kinds: dict[str, Kind] = {}
+    for case in skipped:
+        name = case.reason.partition(": ")[0]
+        total, examples = kinds.get(name, Kind(0, []))
+        kinds[name] = Kind(total + 1, examples if len(examples) == EXAMPLES else [*examples, case])
+    return summary_lines(kinds)
+
+
+def summary_lines(kinds: dict[str, Kind]) -> list[str]:
+    """One line for each kind of reason, as `summarise` gives."""
+    lines = []
+    for kind, (count, examples) in sorted(kinds.items(), key=lambda item: -item[1].total):
+        details = [(path, reason.partition(": ")[2]) for path, reason in examples]
+        cases = ", ".join(f"{path} ({detail})" if detail else path for path, detail in details)
+        lines.append(f"  {count} x {kind}: {cases}{', ...' if count > len(examples) else ''}")
+    return lines
+
+
+def open_rows(manifest: str, root: str | None) -> tuple[Iterator[Rows], str]:
+    """The rows of a manifest of any kind, and its data root. Raises UserError."""
+    if root is not None and not is_url(root):
+        if not os.path.isdir(root):
+            raise UserError(f"data root {root} is not a folder: check data.root")
+        root = os.path.realpath(root)
+    if is_archive(manifest):
+        root = root or shard_root(manifest)
+        return archive_rows(find_shards(manifest), root), root
+    if is_url(manifest):
+        raise UserError(
+            f"manifest {manifest}: only tar shards are read from a URL: copy the manifest to a disk, and give "
+            "the folder of its videos as data.root"
+        )
+    path = Path(manifest)
+    if not path.exists():
+        raise UserError(f"manifest {manifest} does not exist: check data.manifest")
+    root = root or os.path.realpath(path if path.is_dir() else path.parent)
+    return read_rows(path, Path(root)), root
+
+
+def _what_to_add(manifest: str) -> str:
+    if os.path.isdir(manifest) and any(Path(manifest).glob("*.tar")):
+        return f"to train on its tar shards, name them: {manifest.rstrip('/')}/*.tar"
+    return "add rows below the header, or videos to the folder"
+
+
+def row_name(fields: Mapping[str, str]) -> str:
+    """What to call the file of a row."""
+    return "/".join(filter(None, (fields["path"], fields.get("member")))) or "(no path)"
+
+
+def read_fields(fields: Mapping[str, str], root: str) -> tuple[Media, dict[str, float]]:
+    """Where the file of a row is, at which nothing is looked, and the numbers that the row gives.
+
+    Raises RowError, and MediaError for what lies outside the root.
+    """
+    member, given = fields.get("member") or "", {}
+    for column, (least, _, whole) in LIMITS.items():
+        if text := fields.get(column):
+            number = read_number(text)
+            if not is_allowed(column, number):
+                above = "of 0 or more" if least == 0 else "above 0"
+                raise RowError(f"{column} is not a {'whole ' if whole else ''}number {above}: {text!r}")
+            given[column] = number
+    if bool(member) != ("offset" in given) or bool(member) != ("size" in given):
+        raise RowError("member, offset and size: a row has all of them or none")
+    size = int(given["size"]) if member else None
+    return Media(locate(fields["path"], root), member, int(given.get("offset", 0)), size, root), given
+
+
+def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) -> Clip | Skipped:
+    """The clip of one row, or why it has to be left out."""
+    name = row_name(fields)
+    if refused:
+        return Skipped(name, refused)
+    if not fields["path"]:
+        return Skipped(name, "path missing")
+    if not fields["text"]:
+        return Skipped(name, "caption missing")
+    try:
+        media, given = read_fields(fields, root)
+        if not all(column in given for column in METADATA):
+            if not media.is_remote:
+                media.local_path()
+            given = probe(media)._asdict() | given
+    except (RowError, MediaError) as error:
+        return Skipped(name, str(error))
+    except DecodeError as error:
+        return Skipped(name, f"cannot be read: {error.reason}")
+    window = (given.get(column, math.nan) for column in WINDOW)
+    start, end, num_frames = map(float, cut(given["num_frames"], given["fps"], *window))
+    if num_frames == 0:
+        seconds = given["num_frames"] / given["fps"]
+        if start >= seconds:
+            return Skipped(name, f"start is after the end of the file: {start:g} s of {seconds:g} s")
+        return Skipped(name, f"end is not after start: {given['end']:g} s and {start:g} s")
+    return Clip(
+        media=media,
+        text=fields["text"],
+        num_frames=int(num_frames),
+        fps=given["fps"],
+        height=int(given["height"]),
+        width=int(given["width"]),
+        start=start,
+        end=None if math.isnan(end) else end,
+        weight=weight,
+        extra={column: value for column, value in fields.items() if column not in KNOWN},
+    )

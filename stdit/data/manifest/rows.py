@@ -1,0 +1,241 @@
+"""The rows of a manifest, whatever its format: CSV, JSON lines, Parquet, a folder with captions beside its videos.
+
+Rows come by column, many at a time, every field as text: a million of them are read in seconds. Nothing that they
+name is opened here.
+"""
+
+import csv
+import difflib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+from stdit.data.decoding.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from stdit.errors import UserError
+
+REQUIRED = ("path", "text")
+METADATA = ("num_frames", "fps", "height", "width")
+WINDOW = ("start", "end")
+RANGE = ("offset", "size")
+ROWS_AT_ONCE = 4096
+"""Few enough that a processor's cache holds them: a third faster than 65536 on CSV."""
+
+OTHER_NAMES = {
+    "path": ("file", "filename", "filepath", "video", "video_path", "image"),
+    "text": ("caption", "prompt", "description", "sentence", "title"),
+}
+"""What other data sets call the columns that have to be there."""
+
+
+class Rows(NamedTuple):
+    """Some rows of a manifest by column."""
+
+    columns: dict[str, list[str]]
+    """Fields by name, "path" and "text" among them, without space around them; empty where a row has none."""
+    refused: dict[int, str]
+    """Why a row cannot be used, "kind" or "kind: detail", by its place."""
+
+    def __len__(self) -> int:
+        return len(self.columns["path"])
+
+    def fields(self, place: int) -> dict[str, str]:
+        """One row."""
+        return {name: column[place] for name, column in self.columns.items()}
+
+
+def read_rows(manifest: Path, root: Path) -> Iterator[Rows]:
+    """Rows in their order. Raises UserError when the manifest itself cannot be read.
+
+    Args:
+        manifest: .csv, .jsonl, .parquet, or a folder; of a file with any other name the content decides.
+        root: resolved; captions of a folder that lie outside are not read.
+    """
+    if manifest.is_dir():
+        yield from _folder_rows(manifest, root)
+        return
+    try:
+        yield from _reader(manifest)(manifest)
+    except UnicodeDecodeError as error:
+        raise UserError(f"manifest {manifest} is not UTF-8 ({error}): save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"manifest {manifest} cannot be read: {error.strerror or error}") from error
+
+
+def check_columns(manifest: Path | str, names: Sequence[str]) -> None:
+    """Raises UserError if one that has to be there is missing, with the one that was probably meant."""
+    for column in names:
+        if names.count(column) > 1:
+            raise UserError(f"manifest {manifest} has two columns {column!r}: rename or remove one")
+    for column in REQUIRED:
+        if column in names:
+            continue
+        lower = {name.strip().lower(): name for name in names}
+        others = [name for other in (column, *OTHER_NAMES[column]) if (name := lower.get(other))]
+        near = others or [lower[name] for name in difflib.get_close_matches(column, lower, 1, 0.6)]
+        free = [name for name in near if name not in REQUIRED]
+        hint = f" (rename {free[0]!r}?)" if free else ""
+        raise UserError(
+            f"manifest {manifest} has no column {column!r}; it has {shorten(', '.join(names), 200)}{hint}: "
+            "its rows must have at least path,text"
+        )
+
+
+def near_misses(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Columns that look like a known one that is not there: (as it is, as it was probably meant)."""
+    known, names = (*METADATA, *WINDOW, *RANGE, "aesthetic", "motion", "camera"), list(names)
+    near = (
+        (name, difflib.get_close_matches(name.lower(), known, 1, 0.8)) for name in names if name not in known
+    )
+    return [(name, meant[0]) for name, meant in near if meant and meant[0] not in names]
+
+
+def as_text(value: Any) -> str:
+    """A field as a CSV has it."""
+    if isinstance(value, str):
+        return value.strip()
+    if value is None or value != value:  # not a number: how pandas writes that there is none
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace").strip()
+    return (
+        json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
+    )
+
+
+def _reader(manifest: Path) -> Callable[[Path], Iterator[Rows]]:
+    readers = {".jsonl": _json_rows, ".ndjson": _json_rows, ".parquet": _parquet_rows}
+    if reader := readers.get(manifest.suffix.lower()):
+        return reader
+    with manifest.open("rb") as file:
+        begin = file.read(8)
+    if begin.startswith(b"PAR1"):
+        return _parquet_rows
+    return _json_rows if begin.removeprefix(b"\xef\xbb\xbf").startswith(b"{") else _csv_rows
+
+
+def _csv_rows(manifest: Path) -> Iterator[Rows]:
+    with manifest.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next((row for row in reader if row), None)
+            if header is None:
+                raise UserError(
+                    f"manifest {manifest} is empty: its first line must name the columns path,text"
+                )
+            names = [name.strip() for name in header]
+            check_columns(manifest, names)
+            before = reader.line_num
+            while chunk := list(itertools.islice(reader, ROWS_AT_ONCE)):
+                rows, refused = _even(chunk, len(names), before)
+                before = reader.line_num
+                columns = zip(*rows, strict=True) if rows else itertools.repeat((), len(names))
+                yield Rows(
+                    {name: list(map(str.strip, column)) for name, column in zip(names, columns, strict=True)},
+                    refused,
+                )
+        except csv.Error as error:
+            raise UserError(
+                f"manifest {manifest}, line {reader.line_num}: {error}: check its quotes"
+            ) from error
+
+
+def _even(rows: list[list[str]], width: int, line: int) -> tuple[list[list[str]], dict[int, str]]:
+    """Rows of `width` fields, without blank ones, and why those are refused that have more; `line` is the one before
+    the first."""
+    if set(map(len, rows)) == {width}:
+        return rows, {}
+    even: list[list[str]] = []
+    refused = {}
+    for row in rows:
+        line += 1 + sum(field.count("\n") for field in row)
+        if len(row) > width:
+            refused[len(even)] = (
+                f"malformed row: line {line} has more fields than the header; quote captions that hold commas"
+            )
+        if row:
+            even.append((row + [""] * width)[:width])
+    return even, refused
+
+
+def _json_rows(manifest: Path) -> Iterator[Rows]:
+    checked = False
+    with manifest.open(encoding="utf-8-sig", newline="\n") as file:
+        lines = ((number, line) for number, line in enumerate(file, start=1) if not line.isspace())
+        while chunk := list(itertools.islice(lines, ROWS_AT_ONCE)):
+            rows, refused = [], {}
+            for place, (number, line) in enumerate(chunk):
+                row, refusal = _json_row(line)
+                rows.append(row)
+                if refusal:
+                    refused[place] = f"malformed row: line {number} {refusal}"
+            names = list(dict.fromkeys(itertools.chain(*rows)))
+            if not checked and names:
+                check_columns(manifest, names)
+                checked = True
+            columns = {
+                name: [as_text(row.get(name)) for row in rows] for name in dict.fromkeys((*REQUIRED, *names))
+            }
+            yield Rows(columns, refused)
+
+
+def _json_row(line: str) -> tuple[dict[str, Any], str]:
+    """The row of a line, or an empty one and what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return {}, f"is not JSON ({error})"
+    return (
+        (row, "")
+        if isinstance(row, dict)
+        else ({}, 'is no object such as {"path": "a.mp4", "text": "a ball"}')
+    )
+
+
+def _parquet_rows(manifest: Path) -> Iterator[Rows]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"manifest {manifest} is in Parquet, which needs pyarrow: pip install 'stdit[parquet]'"
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(manifest) as file:
+            schema = file.schema_arrow
+            check_columns(manifest, schema.names)
+            names = [field.name for field in schema if field.name in REQUIRED or not _is_bytes(field.type)]
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
+                columns = zip(batch.schema.names, batch.columns, strict=True)
+                yield Rows(
+                    {name: [as_text(field) for field in column.to_pylist()] for name, column in columns}, {}
+                )
+    except pyarrow.ArrowException as error:
+        reason = str(error).partition(". ")[0].partition("\n")[0]
+        raise UserError(
+            f"manifest {manifest} is not a whole Parquet file ({reason}): write it anew"
+        ) from error
+
+
+def _is_bytes(kind: Any) -> bool:
+    """Whether a column of Parquet holds bytes, such as whole files, which nothing here reads."""
+    return "binary" in str(kind)
+
+
+def _folder_rows(folder: Path, root: Path) -> Iterator[Rows]:
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    paths, texts, refused = list[str](), list[str](), dict[int, str]()
+    for path in sorted(p for p in folder.absolute().rglob("*") if p.suffix.lower() in suffixes):
+        caption = path.with_suffix(".txt")
+        inside = caption.resolve().is_relative_to(root)
+        text = ""
+        try:
+            text = caption.read_text(encoding="utf-8-sig").strip() if inside and caption.is_file() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            refused[len(paths)] = f"caption file cannot be read: {caption.name}: {error}"
+        paths.append(str(path))
+        texts.append(text)
+    if paths:
+        yield Rows({"path": paths, "text": texts}, refused)

@@ -1,0 +1,56 @@
+"""Norms of weights, gradients and updates, by block: where in a model training goes wrong, or does nothing."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.parameters import local
+
+BLOCK = re.compile(r"\w+_blocks\.\d+|\w+")
+
+
+class LayerNorms:
+    """Norms in one step: made between its backward pass and its update, of which it keeps the weights before."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        self.model, self.mesh = model, mesh
+        self.before = {name: local(p.detach()).clone() for name, p in model.named_parameters()}
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        self.gradients = norms_by_block(gradients, mesh)
+
+    def after_update(self) -> dict[str, dict[str, float]]:
+        """By block: ``weight``, ``gradient`` (before it is clipped), ``update`` (weight after less before)."""
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        moved = {name: local(p) - self.before[name] for name, p in weights.items()}
+        sharded = any(local(p) is not p for p in weights.values())
+        found = {
+            "weight": norms_by_block(weights, self.mesh),
+            "gradient": self.gradients,
+            "update": norms_by_block(moved, self.mesh, sharded),
+        }
+        return {
+            block: {name: norms[block] for name, norms in found.items() if block in norms}
+            for block in found["weight"]
+        }
+
+
+def norms_by_block(
+    tensors: Mapping[str, Tensor], mesh: Mesh, sharded: bool | None = None
+) -> dict[str, float]:
+    """Euclidean norm of all tensors of a block, whole; every rank must call this.
+
+    Args:
+        tensors: by the name of the parameter; if any is a DTensor, or all are ``sharded``, ranks have shares.
+    """
+    squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mesh.device))
+    for name, tensor in tensors.items():
+        block = BLOCK.match(name)
+        squares[block[0] if block else name] += local(tensor).float().square().sum()
+    total = torch.stack(list(squares.values()))
+    if any(local(tensor) is not tensor for tensor in tensors.values()) if sharded is None else sharded:
+        total = mesh.all_reduce_mean(total) * mesh.world_size
+    return {block: float(norm) for block, norm in zip(squares, total.sqrt().tolist(), strict=True)}

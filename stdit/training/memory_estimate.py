@@ -1,0 +1,108 @@
+"""What a run takes of each process, by how the processes share the work; and the sharing that it had best have."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from stdit.data.buckets import Bucket
+from stdit.models.size import batch_load, held_bytes
+from stdit.parallel.processes.parameters import FLOAT
+from stdit.parallel.sequence.planner import (
+    Choice,
+    Load,
+    Split,
+    activation_bytes,
+    choose,
+    divisors,
+    idle_warning,
+)
+from stdit.training.build import Inputs, ModelSize
+
+
+@dataclass
+class Needs:
+    """What a run takes. It is estimated for the process that needs most."""
+
+    inputs: Inputs
+
+    @cached_property
+    def size(self) -> ModelSize:
+        """Of the model."""
+        return ModelSize.of(self.inputs.config)
+
+    @cached_property
+    def frozen(self) -> int:
+        """Bytes of the codec and the text encoder."""
+        return held_bytes(self.inputs.codec, self.inputs.text_encoder)
+
+    @cached_property
+    def buckets(self) -> list[tuple[Bucket, int]]:
+        """Buckets that have clips, with their number."""
+        assignment = self.inputs.plan.assignment
+        pairs = zip(assignment.buckets, assignment.members, strict=True)
+        return [(bucket, len(members)) for bucket, members in pairs if len(members)]
+
+    @cached_property
+    def loads(self) -> dict[Bucket, Load]:
+        """What a batch of each bucket asks of the model."""
+        trainer = self.inputs.config.trainer
+        return {
+            bucket: batch_load(
+                self.inputs.config.model,
+                self.latent_shape(bucket),
+                bucket.batch_size,
+                element=2 if trainer.precision == "bf16" else FLOAT,
+                micro=trainer.micro_batch_size,
+                kept="inputs" if trainer.activation_checkpointing else "blocks",
+            )
+            for bucket, _ in self.buckets
+        }
+
+    def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """(T, H, W) of the latents of a bucket's clips."""
+        return self.inputs.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+
+    def lasting(self, split: Split) -> dict[str, int]:
+        """Bytes that a process holds all the time, by what they hold."""
+        config = self.inputs.config
+        estimate = {
+            "weights, gradients, optimizer, average": self.size.kept(
+                split.processes, config.parallel.shard_parameters
+            ),
+            "codec and text encoder": self.frozen,
+        }
+        if config.trainer.precision == "bf16" and not config.trainer.activation_checkpointing:
+            estimate["weights in bf16"] = 2 * self.size.parameters  # which layers keep for the backward pass
+        if config.data.cache == "memory":
+            views = config.data.views * (1 + config.data.flip)
+            estimate["encoded clips"] = sum(
+                clips * views * FLOAT * self.inputs.codec.channels * math.prod(self.latent_shape(bucket))
+                for bucket, clips in self.buckets
+            )
+        return estimate
+
+    def total(self, load: Load, split: Split) -> int:
+        """Bytes of a process while it trains on a batch."""
+        return sum(self.lasting(split).values()) + activation_bytes(load, split)
+
+    def memory(self, split: Split) -> dict[str, int]:
+        """Bytes of a process by what they hold, for the batch that needs most."""
+        return {
+            **self.lasting(split),
+            "activations": max(activation_bytes(load, split) for load in self.loads.values()),
+        }
+
+    def degrees(self, processes: int) -> list[int]:
+        """How many of so many processes may share a video, such that each has a part of every batch."""
+        smallest = min(bucket.batch_size for bucket in self.inputs.plan.assignment.buckets)
+        return [sp for sp in divisors(processes) if processes // sp <= smallest]
+
+    def choice(self, processes: int, memory: int) -> Choice:
+        """How many of the processes had best share a video, when each may use so many bytes."""
+        degrees = self.degrees(processes)
+        return choose({sp: sum(self.memory(Split(processes, sp)).values()) for sp in degrees}, memory)
+
+    def warnings(self, split: Split) -> list[str]:
+        """What a user should know about a way to share the videos."""
+        bucket, load = min(self.loads.items(), key=lambda item: item[1].frames)
+        return idle_warning(f"a clip of {bucket}", load.frames, split)

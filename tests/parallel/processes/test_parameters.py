@@ -1,0 +1,55 @@
+import pytest
+import torch
+from torch import nn
+
+from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.parameters import replicated, sharded, state_bytes
+from stdit.parallel.sequence.group import Group
+from tests.parallel.ranks import run_on_ranks
+
+
+@pytest.mark.parametrize(
+    "ranks, sharded, expected",
+    [(1, False, 200), (4, False, 200), (1, True, 200), (5, True, 40), (4, True, 60)],
+)
+def test_state_is_whole_or_divided(ranks: int, sharded: bool, expected: int) -> None:
+    assert state_bytes(10, ranks, sharded) == expected
+
+
+@pytest.mark.parametrize("spread", [replicated, sharded])
+def test_one_rank_alone_keeps_its_model(spread: object) -> None:
+    model = nn.Linear(2, 2)
+    network = spread(model, Mesh())  # type: ignore[operator]
+    assert network.module is model and type(model) is nn.Linear
+    with network.no_sync():
+        assert isinstance(model.weight, nn.Parameter) and type(model.weight.data) is torch.Tensor
+
+
+class Backwards(nn.Module):
+    """Layers that are used in another order than they are made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(40, 40) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[::-1]:
+            x = layer(x)
+        return x
+
+
+def check_every_pass_sums_alike(group: Group) -> None:
+    torch.manual_seed(0)
+    model = Backwards()
+    network = replicated(model, Mesh(group.rank, group.size))
+    torch.manual_seed(group.rank)
+    x, passes = torch.randn(8, 40), []
+    for _ in range(3):
+        model.zero_grad()
+        network.module(x=x).square().sum().backward()
+        passes.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.equal(passes[0], passes[1]) and torch.equal(passes[0], passes[2])
+
+
+def test_the_first_pass_of_a_process_sums_as_later_ones_do() -> None:
+    run_on_ranks(3, check_every_pass_sums_alike)

@@ -1,0 +1,274 @@
+"""The sharded model against the whole one: output, loss and every gradient, on weights without zeros."""
+
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.flow import RectifiedFlow, frame_weights
+from stdit.models.embeddings import rotary_angles
+from stdit.models.stdit import Grid, STDiT
+from stdit.parallel.sequence.collectives import _PipelinedAllToAll
+from stdit.parallel.sequence.group import Group
+from stdit.parallel.sequence.sharding import TokenSharding, even_sizes
+from tests.parallel.ranks import run_on_ranks
+
+BASE: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "caption_channels": 6,
+    "model_max_length": 5,
+    "patch_size": (1, 2, 2),
+}
+CASES: dict[str, dict[str, Any]] = {
+    "alternate": {"frames": 5},
+    "paired": {"frames": 5, "block_order": "paired"},
+    "one clip": {"frames": 7, "batch": 1},
+    "image": {"frames": 1},
+    "image, one clip": {"frames": 1, "batch": 1},
+    "fewer frames than ranks": {"frames": 2, "block_order": "paired"},
+    "fewer patches than ranks": {"frames": 3, "rows": 2, "columns": 2},
+    "given frames": {"frames": 5, "given": True},
+    "given frames, paired, one clip": {"frames": 5, "given": True, "block_order": "paired", "batch": 1},
+    "checkpointing": {"frames": 5, "checkpointing": True},
+    "checkpointing, paired": {"frames": 4, "checkpointing": True, "block_order": "paired"},
+    "patches of two frames": {"frames": 5, "patch_size": (2, 2, 2)},
+    "every option": {
+        "frames": 5,
+        "mlp_conv": True,
+        "frame_positions": True,
+        "pooled_text": True,
+        "cross_attention": "spatial",
+        "gate_init": 0.5,
+    },
+}
+
+
+def make_model(dtype: torch.dtype, **settings: Any) -> STDiT:
+    torch.manual_seed(0)
+    model = STDiT(**{**BASE, **settings}).to(dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+            assert (parameter != 0).all()
+    return model
+
+
+def make_batch(frames: int, rows: int, columns: int, batch: int, given: bool, dtype: torch.dtype) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    x, noise = (
+        torch.randn(batch, 4, frames, rows, columns, generator=generator, dtype=dtype) for _ in range(2)
+    )
+    mask = torch.ones(batch, 5, dtype=torch.bool)
+    mask[0, 3:] = False
+    t = torch.linspace(0.2, 0.9, batch, dtype=dtype)[:, None]  # [B 1]
+    first = torch.zeros(batch, frames, dtype=torch.bool)
+    if given:
+        first[:, 0] = True
+        t = t * ~first  # [B T]
+    condition = {
+        "encoder_hidden_states": torch.randn(batch, 5, 6, generator=generator, dtype=dtype),
+        "encoder_attention_mask": mask,
+        "fps": torch.full((batch,), 24.0, dtype=dtype),
+        "height": torch.full((batch,), 8.0 * rows, dtype=dtype),
+        "width": torch.full((batch,), 8.0 * columns, dtype=dtype),
+        "drop_caption": torch.arange(batch) % 2 == 0,
+    }
+    return x, noise, t, frame_weights(first), condition
+
+
+def run(
+    model: STDiT, sharding: TokenSharding, x: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: Any
+) -> tuple[Tensor, Tensor]:
+    """Output of this rank's frames, and its part of the loss times the number of ranks; leaves gradients."""
+    flow = RectifiedFlow(FlowConfig())
+    x_t = flow.add_noise(x, noise, t)
+    x, noise, x_t = (sharding.split(value, dim=2) for value in (x, noise, x_t))
+    output = model(x_t, 1000 * t, **condition, sharding=sharding)
+    weight, level = sharding.split(weight, dim=1), sharding.split(t, dim=1)
+    loss = flow.loss(output[:, :4], x, noise, x_t, level, weight).mean() * sharding.group.size
+    loss.backward()
+    return output.detach(), loss.detach()
+
+
+def compare(group: Group, name: str, dtype: torch.dtype, tolerance: float) -> None:
+    case = {"rows": 5, "columns": 6, "batch": 3, "given": False, "checkpointing": False, **CASES[name]}
+    sizes = [case.pop(key) for key in ("frames", "rows", "columns", "batch", "given")]
+    checkpointing = case.pop("checkpointing")
+    models, batch = [], make_batch(*sizes, dtype)
+    for _ in range(2):
+        models.append(make_model(dtype, **case))
+        if checkpointing:
+            models[-1].enable_gradient_checkpointing()
+    compare_models(*models, models[1].token_sharding(group, *sizes[:3]), batch, tolerance, name)
+
+
+def compare_models(
+    whole: STDiT, sharded: STDiT, sharding: TokenSharding, batch: Any, tolerance: float, name: str
+) -> None:
+    """A model on one rank, and another of the same weights on a group."""
+    expected, loss = run(whole, whole.token_sharding(Group(), *batch[0].shape[2:]), *batch)
+    output, part = run(sharded, sharding, *batch)
+    close(output, sharding.split(expected, dim=2), tolerance, f"{name}: output")
+    close(average(part), loss, tolerance, f"{name}: loss")
+    for key, parameter in sharded.named_parameters():
+        expected_grad = whole.get_parameter(key).grad
+        assert parameter.grad is not None and expected_grad is not None, key
+        close(average(parameter.grad), expected_grad, tolerance, f"{name}: gradient of {key}")
+        assert expected_grad.abs().max() > 0 or sees_itself_alone(key, *batch[0].shape[2:]), key
+
+
+def sees_itself_alone(key: str, frames: int, rows: int, columns: int) -> bool:
+    """Whether a weight belongs to queries or keys of which each sees one token, so that they do not matter."""
+    tokens = frames if key.startswith("temporal_blocks") else rows * columns // 4
+    return "_norm" in key and tokens == 1
+
+
+def average(value: Tensor) -> Tensor:
+    """Over all ranks."""
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Differences relative to the largest expected value."""
+    assert found.shape == expected.shape, what
+    if expected.numel():
+        gap = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
+        assert gap <= tolerance, f"{what} differs by {gap:.1e}, relative to its largest value"
+
+
+def compare_all(group: Group) -> None:
+    for name in CASES:
+        compare(group, name, torch.float64, 1e-12)
+        compare(group, name, torch.float32, 1e-5)
+        for chunks in (2, 3):
+            compare(replace(group, chunks=chunks), name, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_equals_one_process(ranks: int) -> None:
+    run_on_ranks(ranks, compare_all)
+
+
+@pytest.mark.parametrize(
+    "total, ranks, expected", [(5, 2, [3, 2]), (4, 4, [1] * 4), (2, 3, [1, 1, 0]), (7, 1, [7])]
+)
+def test_shares_differ_by_at_most_one(total: int, ranks: int, expected: list[int]) -> None:
+    assert even_sizes(total, ranks) == expected
+
+
+def test_one_rank_alone_copies_nothing() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    sharding = TokenSharding(Group(), 3, 4)
+    assert sharding.switch(x, "time", "space") is x
+    assert sharding.switch(x, "space", "time") is x
+    assert sharding.split(x, dim=1) is x
+    assert sharding.per_frame(x, "time").data_ptr() == x.data_ptr()
+
+
+def count_traffic(group: Group, block_order: str, checkpointing: bool) -> None:
+    """Frames, patches and width divide, so that the formula is exact (arXiv:2403.10266, table 3).
+
+    Pieces that overlap with computation are more calls, and no more bytes.
+    """
+    frames, rows, columns, batch, dim, pairs = 12, 4, 12, 2, 16, 4
+    model = make_model(torch.float32, depth=pairs, block_order=block_order)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    group.traffic.clear()
+    sharding = model.token_sharding(group, frames, rows, columns)
+    run(model, sharding, *make_batch(frames, rows, columns, batch, False, torch.float32))
+
+    tokens = batch * frames * (rows // 2) * (columns // 2)
+    M, output = 4 * tokens * dim, 4 * tokens * model.out_channels * 2 * 2  # bytes
+    # Alternate blocks end in patches: the last of their two switches a pair carries the output instead.
+    switches, ends = (2 * pairs - 1, 1) if block_order == "alternate" else (pairs, 0)
+    sent = (switches * M + ends * output) * (group.size - 1) // group.size**2
+    assert group.traffic.bytes["all_to_all"] == 2 * sent, "forward and backward"
+    assert group.traffic.calls["all_to_all"] == 2 * (switches + ends) * group.chunks
+
+
+def count_all_traffic(group: Group) -> None:
+    for block_order in ("alternate", "paired"):
+        for checkpointing in (False, True):
+            for chunks in (1, 3):
+                count_traffic(replace(group, chunks=chunks), block_order, checkpointing)
+
+
+def test_traffic_is_that_of_the_formula() -> None:
+    run_on_ranks(2, count_all_traffic)
+
+
+def watch_gradients_return(group: Group) -> None:
+    original, asked = _PipelinedAllToAll.returned, []
+
+    def returned(travel: _PipelinedAllToAll, index: int) -> Tensor:
+        asked.append((index, next(iter(travel.returning))))
+        return original(travel, index)
+
+    model = make_model(torch.float32, depth=1)
+    sharding = model.sharding(replace(group, chunks=3), 6, 6, 6)
+    with patch.object(_PipelinedAllToAll, "returned", returned):
+        run(model, sharding, *make_batch(6, 6, 6, 1, False, torch.float32))
+    assert len(asked) == 2 * 3
+    assert all(index == first_sent for index, first_sent in asked), asked
+
+
+def test_pieces_of_the_gradient_travel_in_the_order_in_which_they_are_used() -> None:
+    run_on_ranks(2, watch_gradients_return)
+
+
+def compile_a_switch_and_a_block(group: Group) -> None:
+    model = make_model(torch.float32).eval()
+    block, sharding = model.temporal_blocks[0], TokenSharding(group, 5, 7)
+    grid = Grid(7, rotary_angles(5, 8, torch.device("cpu")))
+    torch.manual_seed(1)
+    inputs = [
+        torch.randn(shape)
+        for shape in ((2, sharding.frames_per_rank[group.rank], 7, 16), (2, 5, 16), (2, 1, 6, 16))
+    ]
+
+    def switch_and_run(x: Tensor, y: Tensor, modulation: Tensor) -> Tensor:
+        return block(sharding.switch(x, "time", "space"), y, None, modulation, grid)
+
+    compiled = torch.compile(switch_and_run, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (switch_and_run, compiled):
+        x = inputs[0].clone().requires_grad_()
+        output = function(x, *inputs[1:])
+        output.sum().backward()
+        results.append((output.detach(), x.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_switch_and_block_compile_to_one_graph() -> None:
+    run_on_ranks(2, compile_a_switch_and_a_block)
+
+
+def gather_and_look(group: Group) -> None:
+    """The adjoint of gathering: a rank's gradient is the sum of what all ranks do with its part."""
+    frames, patch_frames = 7, 2
+    sharding = TokenSharding(group, 4, 5, patch_frames)
+    whole = torch.randn(2, frames, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.randn(
+        group.size, 2, frames, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    mine = sharding.split(whole, dim=1).clone().requires_grad_()
+    gathered = sharding.gather(mine, 1, frames)
+    torch.testing.assert_close(gathered, whole)
+    (gathered * weights[group.rank]).sum().backward()
+    torch.testing.assert_close(mine.grad, sharding.split(weights.sum(0), dim=1))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gather_and_its_adjoint(ranks: int) -> None:
+    run_on_ranks(ranks, gather_and_look)

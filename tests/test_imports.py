@@ -1,0 +1,98 @@
+"""The layering of the code: no circle of imports, between files or between packages, and packages in layers."""
+
+import ast
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    "errors checkpoint_files cli",
+    "parallel",
+    "models",
+    "diffusion",
+    "codecs",
+    "data",
+    "pipelines",
+    "training",
+]
+"""From the ground up: a file imports only from its own layer and those below it."""
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+FILES = sorted((ROOT / "stdit").rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """``stdit/data/plan.py`` -> ``stdit.data.plan``; a package has the name of its folder."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of stdit that a file imports, anywhere in it: also in functions, and for type checkers alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in submodules}
+    return {name for name in found if name in MODULES}
+
+
+def package(module: str) -> str:
+    """The folder of a file; a package's face belongs to none, since it only hands names on."""
+    return module.rpartition(".")[0]
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """One circle of a graph of imports; empty if it has none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def is_face(module: str) -> bool:
+    return MODULES[module].name == "__init__.py"
+
+
+def test_no_circle_of_files() -> None:
+    graph = {name: imports(path) for name, path in MODULES.items()}
+    assert circle(graph) == []
+
+
+def test_no_circle_of_packages() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        if not is_face(name):
+            others = {package(other) for other in imports(path) if not is_face(other)}
+            graph.setdefault(package(name), set()).update(others - {package(name), "stdit"})
+    assert circle(graph) == []
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "stdit"])
+def test_imports_point_down(module: str) -> None:
+    level = LEVEL[module.split(".")[1]]
+    above = {
+        name for name in imports(MODULES[module]) if name != "stdit" and LEVEL[name.split(".")[1]] > level
+    }
+    assert above == set()
+
+
+def test_a_circle_is_seen() -> None:
+    assert set(circle({"a": ["b"], "b": ["c"], "c": ["a"], "d": ["a"]})) == {"a", "b", "c"}
+
+
+def test_imports_in_functions_and_for_type_checkers_are_seen(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from stdit.codecs.base import VideoCodec\n\n\n"
+        "def load() -> None:\n    from stdit.data import plan\n"
+    )
+    assert imports(file) == {"stdit.codecs.base", "stdit.data.plan"}

@@ -1,0 +1,47 @@
+"""The lock on the folder of a run. What is found in it is tested with train.py."""
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from stdit.errors import UserError
+from stdit.training.config import TrainConfig
+from stdit.training.run_folder import claimed
+
+fork = multiprocessing.get_context("fork")
+
+
+def hold(config: TrainConfig, ready: "multiprocessing.Queue[int]") -> None:
+    """Hold the lock, beside a child as a loader is one, until killed."""
+    with claimed(config):
+        loader = fork.Process(target=time.sleep, args=(30,))
+        loader.start()
+        ready.put(loader.pid or 0)
+        time.sleep(30)
+
+
+def test_a_folder_has_one_run_and_says_which(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    config = TrainConfig(output_dir=str(tmp_path))
+    ready: multiprocessing.Queue[int] = fork.Queue()
+    holder = fork.Process(target=hold, args=(config, ready))
+    holder.start()
+    loader = ready.get(timeout=20)
+    try:
+        who = rf"\({re.escape(socket.gethostname())}, process {holder.pid}, since \d{{4}}-\d\d-\d\d .* UTC\)"
+        with pytest.raises(UserError, match=rf"another process trains in .* {who}: wait for it"):
+            claimed(config).__enter__()
+        holder.kill()
+        holder.join()
+        with claimed(config) as (folder, checkpoint):  # though what it started lives on
+            os.kill(loader, 0)
+            assert folder == tmp_path / "run" and checkpoint is None
+    finally:
+        holder.kill()
+        os.kill(loader, signal.SIGKILL)
