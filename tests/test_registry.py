@@ -31,7 +31,9 @@ def test_a_heavy_entry_is_imported_when_it_is_asked_for() -> None:
 
 def test_an_unknown_name_gives_the_nearest_one_and_the_way_out() -> None:
     registry = Registry("speech.name", {"shout": shout})
-    with pytest.raises(UserError, match=r"speech.name = shuot: .*one of shout .*mean shout\?.*--import MODULE"):
+    with pytest.raises(
+        UserError, match=r"speech.name = shuot: .*one of shout .*mean shout\?.*--import MODULE"
+    ):
         registry.get("shuot")
     with pytest.raises(UserError, match=r"speech.name = sing.*made with --import my_songs: add it"):
         registry.check("sing", imports=["my_songs"])
