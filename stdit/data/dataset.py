@@ -46,31 +46,20 @@ def build_assignment(config: DataConfig, seed: int = 0, index: Path | None = Non
     return replace(assignment, remarks=remarks(clips))
 
 
-def build_plan(config: DataConfig, seed: int = 0, index: Path | None = None) -> BatchPlan:
-    """From the settings to the plan of all batches; `plan.report()` is what to show. Raises UserError.
+def build_plan(
+    config: DataConfig,
+    seed: int = 0,
+    index: Path | None = None,
+    known: Callable[[Clip], bool] = lambda clip: False,
+) -> BatchPlan:
+    """Return the plan of all batches; `plan.report()` describes it. Raises UserError.
 
-    `index` is a folder for what the rows of large manifests say, so that they are read but once.
+    Args:
+        index: folder in which the rows of large manifests are kept, so that they are read only once.
+        known: whether a clip is known to be readable, so that it need not be opened; see `cache.keys.remembered`.
     """
     assignment = build_assignment(config, seed, index)
-    return BatchPlan(without_dead_buckets(assignment, config.max_skipped_share, _known(config)), seed)
-
-
-def _known(config: DataConfig) -> Callable[[Clip], bool]:
-    """Whether the cache remembers a clip: only files that were decoded are remembered, so it need not be opened."""
-    if config.cache == "none":
-        return lambda clip: False
-    from stdit.data.cache.keys import Contents
-    from stdit.data.cache.store import Store
-
-    contents = Contents(Store(config.cache_folder()))
-
-    def known(clip: Clip) -> bool:
-        try:
-            return contents.known(clip.media)[1] is not None
-        except OSError:
-            return False
-
-    return known
+    return BatchPlan(without_dead_buckets(assignment, config.max_skipped_share, known), seed)
 
 
 def without_dead_buckets(

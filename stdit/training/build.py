@@ -16,6 +16,7 @@ from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder, build_text_encoder
 from stdit.data.buckets import Bucket
 from stdit.data.cache.fitted import fitted
+from stdit.data.cache.keys import remembered
 from stdit.data.dataset import build_plan
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
@@ -86,7 +87,8 @@ def build_parts(config: TrainConfig, checkpoint: Path | None, processes: int, me
 
 def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> Inputs:
     """All but the model; ``dry_run`` leaves a codec unfitted. Raises UserError as `build_parts` does."""
-    plan = build_plan(config.data, config.seed, None if dry_run else config.run_folder / "clips")
+    index = None if dry_run else config.run_folder / "clips"
+    plan = build_plan(config.data, config.seed, index, remembered(config.data))
     if checkpoint is not None and (saved := checkpoint.parent.parent / "codec").is_dir():
         codec = VideoCodec.from_pretrained(saved)
     else:

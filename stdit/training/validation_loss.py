@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.buckets import Assignment, Bucket
+from stdit.data.cache.keys import remembered
 from stdit.data.dataset import build_plan, middle_window, to_video
 from stdit.data.decoding.decode import DecodeError
 from stdit.diffusion.draws import TrainingDraws, sample_generator
@@ -125,7 +126,7 @@ class ValidationLoss:
         self.assignment = inputs.plan.assignment
         if self.config.loss_manifest is not None:
             data = replace(config.data, manifest=self.config.loss_manifest, root=None, sources=[])
-            self.assignment = build_plan(data, config.seed).assignment
+            self.assignment = build_plan(data, config.seed, known=remembered(data)).assignment
         self.chosen = mesh.on_main(lambda: readable(self.assignment, self.config.loss_clips))
         captions = [self.assignment.clips[index].text for index in chain.from_iterable(self.chosen)]
         inputs.text_encoder.check(captions)

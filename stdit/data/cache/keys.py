@@ -4,6 +4,7 @@ So a cache cannot be stale: with another file, codec, caption or size, other ent
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,9 @@ import xxhash
 from stdit.data.buckets import Bucket
 from stdit.data.cache.shards import Entry
 from stdit.data.cache.store import Store
+from stdit.data.config import DataConfig
 from stdit.data.decoding.media import Media
+from stdit.data.manifest.clips import Clip
 from stdit.data.views import View
 
 DECODING = 1
@@ -64,3 +67,21 @@ def hash_bytes(media: Media) -> bytes:
         while chunk := file.read(1 << 22):
             running.update(chunk)
     return running.digest()
+
+
+def remembered(config: DataConfig) -> Callable[[Clip], bool]:
+    """Return a function that says whether the cache knows the hash of a clip's file.
+
+    Only files that were decoded are hashed, so such a clip is readable and need not be opened to check.
+    """
+    if config.cache == "none":
+        return lambda clip: False
+    contents = Contents(Store(config.cache_folder()))
+
+    def known(clip: Clip) -> bool:
+        try:
+            return contents.known(clip.media)[1] is not None
+        except OSError:
+            return False
+
+    return known

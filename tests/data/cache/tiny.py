@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from stdit.data.cache.encode import encode_plan
+from stdit.data.cache.keys import remembered
 from stdit.data.cache.reader import CachedReader, Makers
 from stdit.data.cache.store import Store
 from stdit.data.dataset import build_plan
@@ -56,7 +57,7 @@ class Work:
 
     def __init__(self, config, seed=0, codec="tiny", text="text"):
         self.config, self.codec, self.text = config, TinyCodec(codec), TinyEncoder(text)
-        self.plan = build_plan(config, seed)
+        self.plan = build_plan(config, seed, known=remembered(config))
         makers = Makers(codec, text)
         self.reader = CachedReader(self.plan, config, Store(config.cache_folder()), makers)
 
