@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and test.sh: makes .venv, installs the project with the extras in $1 (such
-# as [dev]), and activates it. A second call does nothing, unless pyproject.toml has changed.
+# Sourced by quickstart.sh and test.sh: makes .venv, installs the project with the extras in $1 (such as [dev]), and
+# activates it. Does not install again unless pyproject.toml has changed.
 
 python=""
 for candidate in python3 python3.13 python3.12 python3.11 python; do
@@ -11,7 +11,7 @@ for candidate in python3 python3.13 python3.12 python3.11 python; do
 done
 if [ ! -x .venv/bin/python ]; then
     if [ -z "$python" ]; then
-        echo "error: no Python 3.11, 3.12 or 3.13 with venv was found: install one, then run this again" >&2
+        echo "error: no Python 3.11, 3.12 or 3.13 with venv was found: install one, then run this command again" >&2
         exit 1
     fi
     echo "Making .venv with $("$python" --version)"

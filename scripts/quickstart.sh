@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# The main job on the embedded data set, on a CPU: train, sample from prompts, score. Sets up .venv first. What an
-# earlier call has finished is used again, as long as it was made from the model as it is now; an interrupted
-# training goes on where it stopped.
+# Train on the embedded data set, sample from prompts, and score the videos; no GPU needed. Sets up .venv first.
+# Run it again after an interruption: training resumes, and videos and scores of the current model are reused.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh ''
@@ -12,21 +11,21 @@ run() {
     "$@"
 }
 
-newer_than_the_model() {
+newer_than_model() {
     [ "$1" -nt outputs/quickstart/pipeline/model_index.json ]
 }
 
 run python scripts/make_shapes.py --output data/shapes
 run python train.py --config configs/train/quickstart.yaml
-if [ ! -e outputs/quickstart/pipeline/model_index.json ]; then  # after SIGTERM training ends with 0, too
-    echo "Training is not finished: run this again, and it goes on." >&2
+if [ ! -e outputs/quickstart/pipeline/model_index.json ]; then  # train.py exits with 0 after SIGTERM as well
+    echo "Training was stopped before its end: run the same command again to resume." >&2
     exit 143
 fi
-if ! newer_than_the_model outputs/quickstart/videos/sheet.png; then  # which is written last
+if ! newer_than_model outputs/quickstart/videos/sheet.png; then  # sample.py writes the sheet last
     rm -rf outputs/quickstart/videos
     run python sample.py --checkpoint outputs/quickstart --prompts data/shapes/prompts.txt --output outputs/quickstart/videos
 fi
-if ! newer_than_the_model outputs/quickstart/scores.json; then
+if ! newer_than_model outputs/quickstart/scores.json; then
     run python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --output outputs/quickstart/scores.json
 fi
 
