@@ -47,9 +47,9 @@ def train(config: TrainConfig) -> int:
     """Train until the last step, or until a signal; returns the exit code."""
     with interrupts() as signals, ExitStack() as stack:
         from stdit.parallel.processes.memory import memory_of_process
-        from stdit.parallel.processes.mesh import build_mesh, settle
+        from stdit.parallel.processes.mesh import build_mesh, resolve_sp
         from stdit.parallel.processes.watchdog import build_watchdog, watching
-        from stdit.parallel.sequence.planner import Split
+        from stdit.parallel.sequence.planner import ParallelDims
 
         accelerator = prepare_process(config.trainer, config.parallel.timeout)
         mesh = build_mesh(config.parallel, accelerator.device)
@@ -74,12 +74,12 @@ def train(config: TrainConfig) -> int:
             parts = mesh.on_all_ranks(lambda: build_parts(config, checkpoint, mesh.world_size, memory))
             mesh.check_same("the experiment", str(parts.experiment))
             needs = Needs(parts)
-            mesh = settle(mesh, config.parallel, lambda: needs.choice(mesh.world_size, memory))
+            mesh = resolve_sp(mesh, config.parallel, lambda: needs.choice(mesh.world_size, memory))
             mesh.check_batch_sizes(bucket.batch_size for bucket in parts.plan.assignment.buckets)
             parts.to(accelerator.device)
             held_out = validation_loss_of(parts, mesh)
             notes = [*parts.plan.assignment.left_out(), *parts.plan.notes]
-            notes += needs.warnings(Split(mesh.world_size, mesh.sp.size))
+            notes += needs.warnings(ParallelDims(mesh.world_size, mesh.sp.size))
             notes += [str(held_out)] if held_out else []
             print(start_line(parts), *notes, sep="\n", flush=True)
             trainer = Trainer(

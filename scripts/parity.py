@@ -22,7 +22,7 @@ from stdit.cli import run
 from stdit.data.buckets import Bucket
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh, build_mesh
-from stdit.parallel.processes.parameters import whole
+from stdit.parallel.processes.parameters import full_tensor
 from stdit.parallel.sequence.sharding import TokenSharding
 from stdit.training.config import TrainConfig, parse_train
 
@@ -165,7 +165,7 @@ def random_batch(config: TrainConfig, pipe: Any) -> dict[str, Any]:
 
 def pairs(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Tensors of one name beside each other; found ones may be sharded."""
-    return {name: (whole(found[name]), expected[name]) for name in expected}
+    return {name: (full_tensor(found[name]), expected[name]) for name in expected}
 
 
 def largest(mesh: Mesh, compared: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, float]:

@@ -231,7 +231,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_after_the_next_step(
         return original(self, index, batch)
 
     monkeypatch.setattr(Trainer, "step", stepping)
-    monkeypatch.setattr(saving, "write_pieces", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(saving, "write_chunks", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"step-00000002 could not be written .*No space left"):
         do(settings())
     run = tmp_path / "outputs" / "tiny"

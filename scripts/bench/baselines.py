@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from stdit.errors import UserError
-from stdit.parallel.sequence.collectives import all_to_all, gather, reduce_scatter, ring_send
+from stdit.parallel.sequence.collectives import all_gather, all_to_all, reduce_scatter, ring_send
 from stdit.parallel.sequence.group import Group
 from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding, even_sizes
 
@@ -223,7 +223,7 @@ def _split_columns(
 
     def bring_all(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *rest = args
-        return gather(x, group, frames_axis, sharding.sizes(x.shape[frames_axis], sharding.own)), *rest
+        return all_gather(x, group, frames_axis, sharding.sizes(x.shape[frames_axis], sharding.own)), *rest
 
     def keep_own(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return reduce_scatter(

@@ -11,13 +11,13 @@ from torch import nn
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.stdit import STDiT
-from stdit.parallel.sequence.planner import Load
+from stdit.parallel.sequence.planner import Workload
 from stdit.parallel.sequence.sharding import block_shard_axes
 
 
-def batch_load(config: STDiTConfig, latent_shape: Sequence[int], clips: int, **options: Any) -> Load:
-    """What a batch of clips, whose latents are (T, H, W), asks of a model; ``options`` are those of `Load`."""
-    return Load(
+def batch_load(config: STDiTConfig, latent_shape: Sequence[int], clips: int, **options: Any) -> Workload:
+    """What a batch of clips, whose latents are (T, H, W), asks of a model; ``options`` are those of `Workload`."""
+    return Workload(
         clips,
         *token_grid(latent_shape, config.patch_size),
         width=config.hidden_size,

@@ -171,7 +171,7 @@ def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, 
 def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:
     """The STDiT of a verified checkpoint, and the part of it (ema or model) whose weights it has."""
     from stdit.models.stdit import STDiT
-    from stdit.parallel.processes.storage import Stored
+    from stdit.parallel.processes.storage import StoredTensors
 
     has_average = any(name.startswith("ema/") for name in meta["files"])
     if ema and not has_average:
@@ -180,7 +180,7 @@ def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any
     if "model/config.json" not in meta["files"]:
         raise UserError(f"checkpoint {folder} lacks model/config.json: use another checkpoint.")
     transformer = STDiT.from_config(STDiT.load_config(folder / "model"))
-    Stored(folder / used).read_into(transformer.state_dict())
+    StoredTensors(folder / used).read_into(transformer.state_dict())
     return transformer.eval(), used
 
 

@@ -24,7 +24,7 @@ from stdit.diffusion.guidance import GUIDANCE_SCHEDULES, moments, rescale, sprea
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.sequence.collectives import gather
+from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.sharding import TokenSharding
 from stdit.pipelines.conditions import Condition, given_frames, settled
 from stdit.pipelines.config import SETTINGS, GuidanceSchedule, VideoSettings
@@ -371,13 +371,15 @@ class STDiTPipeline(DiffusionPipeline):
             both = self._velocity(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), sharding, condition)
         else:
             own = {name: value.chunk(2)[group.rank] for name, value in condition.items()}
-            both = gather(self._velocity(x_t, t, sharding, own), group, 0, [len(x_t)] * 2)
+            both = all_gather(self._velocity(x_t, t, sharding, own), group, 0, [len(x_t)] * 2)
         conditional, unconditional = both.chunk(2)
         velocity = unconditional + scale * (conditional - unconditional)
         if not rescaled:
             return velocity
         parts = torch.stack([moments(conditional), moments(velocity)])[None]
-        sums = gather(parts, sharding.group, 0, [1] * sharding.group.size).sum(0)  # over the ranks' frames
+        sums = all_gather(parts, sharding.group, 0, [1] * sharding.group.size).sum(
+            0
+        )  # over the ranks' frames
         return rescale(velocity, spread(sums[0]), spread(sums[1]), rescaled)
 
     def _velocity(
@@ -451,7 +453,7 @@ class STDiTPipeline(DiffusionPipeline):
             each = [
                 frames * self.codec.stride[0] for frames in sharding.latent_frames_per_rank(latent_frames)
             ]
-            pixels = gather(pixels, sharding.group, 2, each)
+            pixels = all_gather(pixels, sharding.group, 2, each)
         return VideoProcessor().postprocess_video(pixels[:, :, : size[0]].float(), output_type=output_type)
 
 

@@ -235,7 +235,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         check_text(config.text, texts, source)
     device = join_processes(config)
     from stdit.parallel.processes.memory import memory_of_process
-    from stdit.parallel.processes.mesh import build_mesh, settle
+    from stdit.parallel.processes.mesh import build_mesh, resolve_sp
     from stdit.pipelines.sharing import Videos
 
     mesh = build_mesh(config.parallel, device)
@@ -250,7 +250,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     videos = Videos(pipe, [settings_of(request, pipe) for request in requests], config)
     memory = memory_of_process(device, config.parallel.memory_gib)
-    mesh = settle(mesh, config.parallel, lambda: videos.choice(mesh.world_size, memory))
+    mesh = resolve_sp(mesh, config.parallel, lambda: videos.choice(mesh.world_size, memory))
     pipe.share(mesh)
     if mesh.is_main:
         for warning in videos.warnings(mesh.sp.size, mesh.world_size):

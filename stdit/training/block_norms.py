@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.processes.parameters import local
+from stdit.parallel.processes.parameters import local_tensor
 
 BLOCK = re.compile(r"\w+_blocks\.\d+|\w+")
 
@@ -18,15 +18,15 @@ class LayerNorms:
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh
-        self.before = {name: local(p.detach()).clone() for name, p in model.named_parameters()}
+        self.before = {name: local_tensor(p.detach()).clone() for name, p in model.named_parameters()}
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         self.gradients = norms_by_block(gradients, mesh)
 
     def after_update(self) -> dict[str, dict[str, float]]:
         """By block: ``weight``, ``gradient`` (before it is clipped), ``update`` (weight after less before)."""
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        moved = {name: local(p) - self.before[name] for name, p in weights.items()}
-        sharded = any(local(p) is not p for p in weights.values())
+        moved = {name: local_tensor(p) - self.before[name] for name, p in weights.items()}
+        sharded = any(local_tensor(p) is not p for p in weights.values())
         found = {
             "weight": norms_by_block(weights, self.mesh),
             "gradient": self.gradients,
@@ -49,8 +49,8 @@ def norms_by_block(
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mesh.device))
     for name, tensor in tensors.items():
         block = BLOCK.match(name)
-        squares[block[0] if block else name] += local(tensor).float().square().sum()
+        squares[block[0] if block else name] += local_tensor(tensor).float().square().sum()
     total = torch.stack(list(squares.values()))
-    if any(local(tensor) is not tensor for tensor in tensors.values()) if sharded is None else sharded:
+    if any(local_tensor(tensor) is not tensor for tensor in tensors.values()) if sharded is None else sharded:
         total = mesh.all_reduce_mean(total) * mesh.world_size
     return {block: float(norm) for block, norm in zip(squares, total.sqrt().tolist(), strict=True)}

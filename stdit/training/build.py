@@ -24,8 +24,8 @@ from stdit.errors import UserError
 from stdit.models.config import token_grid
 from stdit.models.size import count_unbuilt
 from stdit.models.stdit import STDiT
-from stdit.parallel.processes.parameters import KEPT, state_bytes
-from stdit.parallel.sequence.planner import gib
+from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
+from stdit.parallel.sequence.planner import format_gib
 from stdit.training.config import TrainConfig, experiment_key
 from stdit.training.optim import count_matrices
 from stdit.training.run_folder import find_weights
@@ -130,7 +130,7 @@ class ModelSize(NamedTuple):
     def kept(self, processes: int, sharded: bool) -> int:
         """Bytes that each of the processes keeps of it: weights, gradients, optimizer, average."""
         every, saved = (state_bytes(count, processes, sharded) for count in self)
-        return every - saved // KEPT
+        return every - saved // STATES_PER_WEIGHT
 
 
 def check_size(config: TrainConfig, processes: int, memory: int) -> None:
@@ -140,8 +140,8 @@ def check_size(config: TrainConfig, processes: int, memory: int) -> None:
     if kept > memory:
         raise UserError(
             f"model.depth = {config.model.depth} and model.hidden_size = {config.model.hidden_size} make "
-            f"{size.parameters:,} parameters, of which a process keeps {gib(kept)} GiB (weights, gradients, "
-            f"optimizer, average), but it has {gib(memory)} GiB: lower them, divide it among processes "
+            f"{size.parameters:,} parameters, of which a process keeps {format_gib(kept)} GiB (weights, gradients, "
+            f"optimizer, average), but it has {format_gib(memory)} GiB: lower them, divide it among processes "
             "(parallel.shard_parameters), or set parallel.memory_gib if it has more"
         )
 

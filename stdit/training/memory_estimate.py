@@ -6,13 +6,13 @@ from functools import cached_property
 
 from stdit.data.buckets import Bucket
 from stdit.models.size import batch_load, held_bytes
-from stdit.parallel.processes.parameters import FLOAT
 from stdit.parallel.sequence.planner import (
-    Choice,
-    Load,
-    Split,
+    FLOAT32_BYTES,
+    ParallelDims,
+    SpChoice,
+    Workload,
     activation_bytes,
-    choose,
+    choose_sp,
     divisors,
     idle_warning,
 )
@@ -43,7 +43,7 @@ class Needs:
         return [(bucket, len(members)) for bucket, members in pairs if len(members)]
 
     @cached_property
-    def loads(self) -> dict[Bucket, Load]:
+    def loads(self) -> dict[Bucket, Workload]:
         """What a batch of each bucket asks of the model."""
         trainer = self.inputs.config.trainer
         return {
@@ -51,9 +51,9 @@ class Needs:
                 self.inputs.config.model,
                 self.latent_shape(bucket),
                 bucket.batch_size,
-                element=2 if trainer.precision == "bf16" else FLOAT,
-                micro=trainer.micro_batch_size,
-                kept="inputs" if trainer.activation_checkpointing else "blocks",
+                element_size=2 if trainer.precision == "bf16" else FLOAT32_BYTES,
+                micro_batch_size=trainer.micro_batch_size,
+                saved="inputs" if trainer.activation_checkpointing else "blocks",
             )
             for bucket, _ in self.buckets
         }
@@ -62,7 +62,7 @@ class Needs:
         """(T, H, W) of the latents of a bucket's clips."""
         return self.inputs.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
 
-    def lasting(self, split: Split) -> dict[str, int]:
+    def lasting(self, split: ParallelDims) -> dict[str, int]:
         """Bytes that a process holds all the time, by what they hold."""
         config = self.inputs.config
         estimate = {
@@ -76,16 +76,20 @@ class Needs:
         if config.data.cache == "memory":
             views = config.data.views * (1 + config.data.flip)
             estimate["encoded clips"] = sum(
-                clips * views * FLOAT * self.inputs.codec.channels * math.prod(self.latent_shape(bucket))
+                clips
+                * views
+                * FLOAT32_BYTES
+                * self.inputs.codec.channels
+                * math.prod(self.latent_shape(bucket))
                 for bucket, clips in self.buckets
             )
         return estimate
 
-    def total(self, load: Load, split: Split) -> int:
+    def total(self, load: Workload, split: ParallelDims) -> int:
         """Bytes of a process while it trains on a batch."""
         return sum(self.lasting(split).values()) + activation_bytes(load, split)
 
-    def memory(self, split: Split) -> dict[str, int]:
+    def memory(self, split: ParallelDims) -> dict[str, int]:
         """Bytes of a process by what they hold, for the batch that needs most."""
         return {
             **self.lasting(split),
@@ -97,12 +101,14 @@ class Needs:
         smallest = min(bucket.batch_size for bucket in self.inputs.plan.assignment.buckets)
         return [sp for sp in divisors(processes) if processes // sp <= smallest]
 
-    def choice(self, processes: int, memory: int) -> Choice:
+    def choice(self, processes: int, memory: int) -> SpChoice:
         """How many of the processes had best share a video, when each may use so many bytes."""
         degrees = self.degrees(processes)
-        return choose({sp: sum(self.memory(Split(processes, sp)).values()) for sp in degrees}, memory)
+        return choose_sp(
+            {sp: sum(self.memory(ParallelDims(processes, sp)).values()) for sp in degrees}, memory
+        )
 
-    def warnings(self, split: Split) -> list[str]:
+    def warnings(self, split: ParallelDims) -> list[str]:
         """What a user should know about a way to share the videos."""
         bucket, load = min(self.loads.items(), key=lambda item: item[1].frames)
         return idle_warning(f"a clip of {bucket}", load.frames, split)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from stdit.errors import UserError
-from stdit.parallel.processes.parameters import placed, whole
+from stdit.parallel.processes.parameters import distribute_like, full_tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 BLOCK_MATRIX = re.compile(r"(?:spatial|temporal)_blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
@@ -242,10 +242,10 @@ class Muon(Optimizer):
         """Move parameters, each one or several matrices of rows x columns, which are whole for so long."""
         directions = [p.grad.clone() for p in params if p.grad is not None]
         torch._foreach_lerp_(directions, [self._momentum(p) for p in params], momentum)  # Nesterov
-        matrices = torch.cat([whole(direction).view(-1, rows, columns) for direction in directions])
+        matrices = torch.cat([full_tensor(direction).view(-1, rows, columns) for direction in directions])
         steps = orthogonalise(matrices, iterations).split([len(p) // rows for p in params])
         size = max(1, rows / columns) ** 0.5 if scale == "original" else 0.2 * max(rows, columns) ** 0.5
-        shares = [placed(step.flatten(0, 1), p) for step, p in zip(steps, params, strict=True)]
+        shares = [distribute_like(step.flatten(0, 1), p) for step, p in zip(steps, params, strict=True)]
         torch._foreach_add_(params, shares, alpha=-lr * size)
 
     def _momentum(self, parameter: Tensor) -> Tensor:

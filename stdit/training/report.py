@@ -7,7 +7,14 @@ import torch
 
 from stdit.parallel.processes.memory import memory_of_process
 from stdit.parallel.processes.mesh import check_divides, runs_on_cpu
-from stdit.parallel.sequence.planner import Load, Split, balance, divisors, gib, sent
+from stdit.parallel.sequence.planner import (
+    ParallelDims,
+    Workload,
+    balance,
+    divisors,
+    estimate_traffic,
+    format_gib,
+)
 from stdit.training.build import Inputs, Parts, build_inputs
 from stdit.training.config import TrainConfig
 from stdit.training.memory_estimate import Needs
@@ -56,21 +63,21 @@ def report(inputs: Inputs, processes: int, memory: int) -> str:
     return "\n".join(lines)
 
 
-def _asked_split(needs: Needs, processes: int, memory: int) -> Split:
+def _asked_split(needs: Needs, processes: int, memory: int) -> ParallelDims:
     """How the settings share the work; one process stands for as many as are to share a video."""
     config = needs.inputs.config.parallel
     if config.sp == "auto":
-        return Split(processes, needs.choice(processes, memory).sp)
+        return ParallelDims(processes, needs.choice(processes, memory).sp)
     if processes == 1:
-        return Split(config.sp, config.sp)
+        return ParallelDims(config.sp, config.sp)
     check_divides({"sp": config.sp}, processes)
-    return Split(processes, config.sp)
+    return ParallelDims(processes, config.sp)
 
 
-def _batch_lines(needs: Needs, split: Split) -> Iterator[str]:
+def _batch_lines(needs: Needs, split: ParallelDims) -> Iterator[str]:
     for bucket, load in needs.loads.items():
         part = max(split.clips(load))
-        micro = min(load.micro or part, part)
+        micro = min(load.micro_batch_size or part, part)
         each = load.frames * load.patches
         latents = "x".join(map(str, (needs.inputs.codec.channels, *needs.latent_shape(bucket))))
         parts = f"{split.dp} parts of " if split.dp > 1 else ""
@@ -90,19 +97,19 @@ def _sharing_lines(needs: Needs, worlds: Sequence[int], memory: int) -> Iterator
         yield "".join(f" {name:>10}" for name in COLUMNS)
         for processes in worlds:
             for sp in divisors(processes):
-                yield _row(needs, load, Split(processes, sp))
+                yield _row(needs, load, ParallelDims(processes, sp))
     for processes in worlds:
         yield f"parallel.sp = auto, of {processes} processes: {needs.choice(processes, memory)}"
 
 
-def _row(needs: Needs, load: Load, split: Split) -> str:
+def _row(needs: Needs, load: Workload, split: ParallelDims) -> str:
     cells: list[object] = [split.processes, split.sp, split.dp]
     if split.dp > load.clips:
         return "".join(f" {cell:>10}" for cell in cells) + f"   cannot split a batch of {load.clips}"
-    traffic = max(sum(sent(load, split, rank)[:2]) for rank in range(split.processes))
+    traffic = max(sum(estimate_traffic(load, split, rank)[:2]) for rank in range(split.processes))
     memory = needs.total(load, split)
     cells += [_range(split.frames(load)), _range(split.patches(load)), f"{balance(load, split):.2f}"]
-    return "".join(f" {cell:>10}" for cell in [*cells, f"{traffic / 1e6:,.1f}", gib(memory)])
+    return "".join(f" {cell:>10}" for cell in [*cells, f"{traffic / 1e6:,.1f}", format_gib(memory)])
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -110,7 +117,7 @@ def _range(numbers: Sequence[int]) -> str:
     return str(most) if least == most else f"{least}-{most}"
 
 
-def _memory_line(estimate: dict[str, int], split: Split, memory: int) -> str:
+def _memory_line(estimate: dict[str, int], split: ParallelDims, memory: int) -> str:
     total = sum(estimate.values())
     parts = ", ".join(f"{name} {math.ceil(size / MIB):,}" for name, size in estimate.items())
     where = f" a process, of {split.processes}" if split.processes > 1 else ""

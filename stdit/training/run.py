@@ -14,7 +14,7 @@ import stdit
 from stdit.checkpoint_files import is_whole, share, step_of
 from stdit.cli import plain, to_yaml
 from stdit.models.config import token_grid
-from stdit.parallel.processes.parameters import gathered, whole
+from stdit.parallel.processes.parameters import full_tensor, gather_full_tensors
 from stdit.parallel.processes.watchdog import Watchdog
 from stdit.pipelines.video_io import written_aside
 from stdit.training.batches import Batches
@@ -168,7 +168,9 @@ class Run:
 
     def validate(self, step: int) -> None:
         """Write videos of the fixed prompts, made by all ranks with the averaged weights after ``step`` steps."""
-        pipe = self.pipeline(step, {name: whole(t) for name, t in self.trainer.ema.state_dict().items()})
+        pipe = self.pipeline(
+            step, {name: full_tensor(t) for name, t in self.trainer.ema.state_dict().items()}
+        )
         videos = make_samples(pipe, self.config.validation.prompts, self.config.validation.seed, self.mesh)
         self.mesh.on_main(lambda: self._write_samples(videos, pipe.config, step))
 
@@ -181,7 +183,7 @@ class Run:
 
     def export(self, step: int) -> None:
         """Write ``pipeline/`` with the averaged weights, replacing an earlier one only when it is whole."""
-        average = gathered(self.trainer.ema.state_dict(), self.mesh)
+        average = gather_full_tensors(self.trainer.ema.state_dict(), self.mesh)
         self.mesh.on_main(lambda: self._export(self.pipeline(step, average)))
 
     def _export(self, pipe: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from stdit.checkpoint_files import is_whole, publish, sealed, step_of, write_manifest
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.processes.storage import Division, Piece, Pieces, State, write_pieces
+from stdit.parallel.processes.storage import SavePlan, StateChunks, StateDicts, TensorChunk, write_chunks
 from stdit.training.checkpoint import CheckpointConfig, written
 
 LOSSES = "validation_loss.json"
@@ -39,7 +39,7 @@ class Checkpoints:
             timeout: seconds that the thread of a rank waits for those of the others.
         """
         self.folder, self.config, self.mesh, self.timeout = folder, config, mesh, timeout
-        self.division, self.copy = Division(mesh), Copy()
+        self.save_plan, self.copy = SavePlan(mesh), Copy()
         self.apart: Mesh | None = None
         self.writing: Writing | None = None
         self.seconds: dict[str, float] = {}
@@ -54,7 +54,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: State,
+        state: StateDicts,
         meta: dict[str, Any],
         describe: Callable[[Path], object] = lambda folder: None,
         at_once: bool = False,
@@ -79,7 +79,7 @@ class Checkpoints:
             if self.mesh.on_main(lambda: _is_there(folder)):
                 return folder
             self.mesh.on_main(lambda: _begin(aside, describe))
-        pieces = self.division.pieces(state)
+        pieces = self.save_plan.chunks(state)
         meta = {"step": step, **meta}
         if at_once or not self.config.asynchronous:
             self._write(self.mesh, folder, aside, pieces, meta)
@@ -111,18 +111,20 @@ class Checkpoints:
         """Whether `wait` would raise now, as it soon will on all ranks."""
         return self.writing is not None and self.writing.error is not None
 
-    def _write(self, mesh: Mesh, folder: Path, aside: Path, pieces: Pieces, meta: dict[str, Any]) -> None:
+    def _write(
+        self, mesh: Mesh, folder: Path, aside: Path, pieces: StateChunks, meta: dict[str, Any]
+    ) -> None:
         with written(f"checkpoint {folder}", aside):
             files = mesh.all_gather_objects(mesh.on_all_ranks(lambda: self._write_mine(aside, pieces)))
             mesh.on_main(lambda: self._publish(aside, folder, meta, files))
 
-    def _write_mine(self, aside: Path, pieces: Pieces) -> dict[str, Any]:
+    def _write_mine(self, aside: Path, pieces: StateChunks) -> dict[str, Any]:
         if not aside.is_dir():
             raise UserError(
                 f"rank {self.mesh.rank} does not see {aside}, which rank 0 made: let output_dir be on a file system "
                 "that all machines share"
             )
-        return sealed(aside, write_pieces(aside, pieces, self.mesh.rank, self.mesh.world_size))
+        return sealed(aside, write_chunks(aside, pieces, self.mesh.rank, self.mesh.world_size))
 
     def _publish(self, aside: Path, folder: Path, meta: dict[str, Any], files: list[dict[str, Any]]) -> None:
         others = (path for path in aside.rglob("*.json") if path.is_file())
@@ -232,11 +234,11 @@ class Copy:
     def __init__(self) -> None:
         self.room: dict[tuple[str, str], Tensor] = {}
 
-    def of(self, pieces: Pieces) -> Pieces:
+    def of(self, pieces: StateChunks) -> StateChunks:
         """The same pieces, which steps do not change; they last until the next call."""
         copied = {
             part: {
-                name: Piece(self._room(part, name, piece.tensor), piece.offsets)
+                name: TensorChunk(self._room(part, name, piece.tensor), piece.offsets)
                 for name, piece in named.items()
             }
             for part, named in pieces.items()

@@ -15,8 +15,8 @@ from stdit.diffusion.draws import TrainingDraws, draw_batch
 from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.processes.parameters import replicated, sharded, whole
-from stdit.parallel.processes.storage import Stored
+from stdit.parallel.processes.parameters import full_tensor, replicate_model, shard_model
+from stdit.parallel.processes.storage import StoredTensors
 from stdit.training.block_norms import LayerNorms
 from stdit.training.ema import EMA, EMAConfig
 from stdit.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
@@ -98,7 +98,7 @@ class Trainer:
         self.accelerator, self.mesh, self.flow = accelerator, mesh, flow
         if config.compile:
             model.compile_blocks()  # type: ignore[operator]
-        self.model, self.network = model, (sharded if shard_parameters else replicated)(model, mesh)
+        self.model, self.network = model, (shard_model if shard_parameters else replicate_model)(model, mesh)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, ema)
@@ -127,7 +127,7 @@ class Trainer:
             return {**self._line(None, None, factor), "left_out": True}
         total = self.accumulate(step, batch)
         layers = LayerNorms(self.model, self.mesh) if self._measures_layers(step) else None
-        gradient_norm = float(whole(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
+        gradient_norm = float(full_tensor(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         finite = math.isfinite(total) and math.isfinite(gradient_norm)
         spike = finite and self.spikes.is_spike(self._mean_level(step, batch), float(total))
         if finite and not spike:
@@ -233,12 +233,12 @@ class Trainer:
         Raises:
             UserError: if it cannot be read, or is of another model or optimizer.
         """
-        stored = Stored(checkpoint / "optimizer")
+        stored = StoredTensors(checkpoint / "optimizer")
         state = {**self.state(), "optimizer": self.optimizer.like(stored.shapes())}
         stored.read_into(state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         for part in ("model", "ema"):
-            Stored(checkpoint / part).read_into(state[part])
+            StoredTensors(checkpoint / part).read_into(state[part])
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
         self.parts = max(self.mesh.dp, meta["parts"])
         self.spikes.take_over(meta.get("spikes", {}))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stdit.parallel.config import SamplingParallelConfig
-from stdit.parallel.sequence.planner import GIB, Split
+from stdit.parallel.sequence.planner import GIB, ParallelDims
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.sampling import Request, settings_of
 from stdit.pipelines.sharing import Videos
@@ -44,14 +44,14 @@ def test_videos_are_spread_first(
 
 def test_little_memory_makes_more_ranks_share(pipe: Any) -> None:
     many = videos(pipe, 8, num_frames=4, height=64, width=64)
-    needed = {sp: many.memory(Split(4, sp)) for sp in (1, 2, 4)}
+    needed = {sp: many.memory(ParallelDims(4, sp)) for sp in (1, 2, 4)}
     assert needed[1] > needed[2] > needed[4]
     for memory, expected in ((needed[1], (1, True)), (needed[2], (2, True)), (needed[4] - 1, (4, False))):
         assert many.choice(4, memory)[::2] == expected
 
 
 def test_guidance_apart_takes_less(pipe: Any) -> None:
-    split = Split(2, 1)
+    split = ParallelDims(2, 1)
     together, apart = (videos(pipe, 2, cfg, height=64, width=64).memory(split) for cfg in (1, 2))
     assert together > apart
     assert videos(pipe, 2, guidance_scale=1.0, height=64, width=64).memory(split) == apart

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stdit.errors import UserError
-from stdit.parallel.sequence.planner import GIB, Split
+from stdit.parallel.sequence.planner import GIB, ParallelDims
 from stdit.training.build import build_inputs, build_parts
 from stdit.training.config import experiment_key, parse_train
 from stdit.training.memory_estimate import Needs
@@ -31,23 +31,25 @@ def needs_of(argv: list[str]) -> Needs:
     return Needs(build_inputs(parse_train(argv), dry_run=True))
 
 
-def total(needs: Needs, split: Split) -> int:
+def total(needs: Needs, split: ParallelDims) -> int:
     return sum(needs.memory(split).values())
 
 
 def test_memory_falls_with_the_ranks_that_share_a_clip(settings: list[str]) -> None:
     needs = needs_of(settings)
-    one, two, four = (needs.memory(Split(4, sp)) for sp in (1, 2, 4))
+    one, two, four = (needs.memory(ParallelDims(4, sp)) for sp in (1, 2, 4))
     assert one["activations"] == 2 * two["activations"] == 4 * four["activations"]
     assert one[WEIGHTS] == four[WEIGHTS]
-    adamw = needs_of([*settings, "--optimizer.name", "adamw"]).memory(Split(4, 1))
+    adamw = needs_of([*settings, "--optimizer.name", "adamw"]).memory(ParallelDims(4, 1))
     assert adamw[WEIGHTS] == 20 * needs.size.parameters > one[WEIGHTS]
     sharded = needs_of([*settings, "--parallel.shard_parameters", "true"])
-    assert sharded.memory(Split(4, 2))[WEIGHTS] == pytest.approx(one[WEIGHTS] / 4, abs=20)
-    assert sharded.memory(Split(1, 1))[WEIGHTS] == one[WEIGHTS]
-    checkpointing = needs_of([*settings, "--trainer.activation_checkpointing", "true"]).memory(Split(4, 1))
+    assert sharded.memory(ParallelDims(4, 2))[WEIGHTS] == pytest.approx(one[WEIGHTS] / 4, abs=20)
+    assert sharded.memory(ParallelDims(1, 1))[WEIGHTS] == one[WEIGHTS]
+    checkpointing = needs_of([*settings, "--trainer.activation_checkpointing", "true"]).memory(
+        ParallelDims(4, 1)
+    )
     assert checkpointing["activations"] < one["activations"]
-    bf16 = needs_of([*settings, "--trainer.precision", "bf16"]).memory(Split(4, 1))
+    bf16 = needs_of([*settings, "--trainer.precision", "bf16"]).memory(ParallelDims(4, 1))
     assert bf16["activations"] < one["activations"]
     assert bf16["weights in bf16"] == 2 * needs.size.parameters
 
@@ -55,13 +57,13 @@ def test_memory_falls_with_the_ranks_that_share_a_clip(settings: list[str]) -> N
 def test_sharing_a_whole_share_of_the_batch_saves_nothing(settings: list[str]) -> None:
     """Twice the ranks have half of twice the clips."""
     needs = needs_of([*settings, "--trainer.micro_batch_size", "null"])
-    assert total(needs, Split(2, 1)) == total(needs, Split(2, 2))
+    assert total(needs, ParallelDims(2, 1)) == total(needs, ParallelDims(2, 2))
 
 
 def test_the_choice_follows_memory_and_batches(settings: list[str]) -> None:
     needs = needs_of(settings)
     assert needs.degrees(4) == [2, 4], "a batch of 2 cannot be split into 4"
-    two, four = (total(needs, Split(4, sp)) for sp in (2, 4))
+    two, four = (total(needs, ParallelDims(4, sp)) for sp in (2, 4))
     assert two > four
     for memory, expected in (
         (two, (2, True)),
@@ -75,7 +77,7 @@ def test_the_choice_follows_memory_and_batches(settings: list[str]) -> None:
 
 def test_the_report_compares_ways_to_share(settings: list[str]) -> None:
     needs = needs_of(settings)
-    memory = total(needs, Split(2, 2))
+    memory = total(needs, ParallelDims(2, 2))
     shown = report(needs.inputs, 1, memory)
     assert "parallel.sp = auto, of 2 processes: 2, the smallest of 1, 2 that fits" in shown
     assert "parallel.sp = auto, of 8 processes: 4, the smallest of 4, 8 that fits" in shown

@@ -12,7 +12,7 @@ from torch import Tensor
 from stdit.checkpoint_files import verify, write_manifest
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.processes.storage import PLACEMENT, Stored
+from stdit.parallel.processes.storage import PLACEMENT, StoredTensors
 from stdit.training import saving
 from stdit.training.checkpoint import CheckpointConfig, find_checkpoint
 from stdit.training.saving import Checkpoints, Copy, kept
@@ -45,7 +45,7 @@ def names(folder: Path) -> list[str]:
 
 def weight(folder: Path) -> Tensor:
     read = {"weight": torch.empty(2, 3)}
-    Stored(folder / "model").read_into(read)
+    StoredTensors(folder / "model").read_into(read)
     return read["weight"]
 
 
@@ -103,7 +103,7 @@ def test_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full as soon as the files are written."""
-    original = saving.write_pieces
+    original = saving.write_chunks
 
     def refuse(folder: Path, *args: Any) -> list[Path]:
         files = original(folder, *args)
@@ -111,7 +111,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(28, "No space left on device")
         return files
 
-    monkeypatch.setattr(saving, "write_pieces", refuse)
+    monkeypatch.setattr(saving, "write_chunks", refuse)
 
 
 def test_a_refusing_disk_leaves_older_checkpoints_as_they_were(tmp_path: Path, refused: None) -> None:
@@ -137,13 +137,13 @@ def test_a_broken_checkpoint_of_the_same_step_is_moved_aside(tmp_path: Path) -> 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Writing stands still until this is called."""
-    go, original = Event(), saving.write_pieces
+    go, original = Event(), saving.write_chunks
 
     def slow(*args: Any) -> list[Path]:
         assert go.wait(30)
         return original(*args)
 
-    monkeypatch.setattr(saving, "write_pieces", slow)
+    monkeypatch.setattr(saving, "write_chunks", slow)
     return go.set
 
 
@@ -198,7 +198,7 @@ def test_the_error_of_a_thread_comes_out_where_it_is_waited_for(
 def test_a_state_without_tensors_is_read_as_one(tmp_path: Path) -> None:
     """Of the optimizer, when all steps were skipped."""
     folder = save(folder_of(tmp_path), 1)
-    assert Stored(folder / "optimizer").shapes() == {}
+    assert StoredTensors(folder / "optimizer").shapes() == {}
 
 
 class Planted:
@@ -249,7 +249,7 @@ def test_a_header_that_does_not_say_where_its_parts_belong(
 ) -> None:
     save_file({"weight": torch.zeros(2, 3)}, tmp_path / "a.safetensors", metadata={PLACEMENT: placement})
     with pytest.raises(UserError, match=message):
-        Stored(tmp_path)
+        StoredTensors(tmp_path)
 
 
 def test_tensors_of_another_model(tmp_path: Path) -> None:
@@ -258,6 +258,6 @@ def test_tensors_of_another_model(tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r"model is not of this model: [12] tensors differ, such as weights?, "
         ):
-            Stored(folder / "model").read_into(other)
+            StoredTensors(folder / "model").read_into(other)
     with pytest.raises(UserError, match="it has no .safetensors file"):
-        Stored(tmp_path)
+        StoredTensors(tmp_path)

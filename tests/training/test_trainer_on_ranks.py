@@ -17,7 +17,7 @@ from stdit.checkpoint_files import read_meta, verify
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.processes.mesh import Mesh, build_mesh
-from stdit.parallel.processes.parameters import state_bytes, whole
+from stdit.parallel.processes.parameters import full_tensor, state_bytes
 from stdit.parallel.sequence.group import Group
 from stdit.pipelines.loading import load_transformer
 from stdit.training import saving
@@ -85,7 +85,7 @@ def tensors(one: Trainer) -> dict[str, Tensor]:
     """Weights, averages and optimizer state, whole."""
     parts = {"weight": one.model, "average": one.ema, "state": one.optimizer}
     return {
-        f"{what} {name}": whole(tensor).clone()
+        f"{what} {name}": full_tensor(tensor).clone()
         for what, part in parts.items()
         for name, tensor in part.state_dict().items()  # type: ignore[attr-defined]
     }
@@ -211,7 +211,7 @@ def resume(sp: int, folder: Path) -> None:
             f"ema-0000{n}-of-00002.safetensors" for n in (1, 2)
         }
         model, used = load_transformer(where, read_meta(where), ema=True)
-        average = {name: whole(tensor) for name, tensor in saved.ema.state_dict().items()}
+        average = {name: full_tensor(tensor) for name, tensor in saved.ema.state_dict().items()}
         assert used == "ema" and equal(dict(model.state_dict()), average)
         losses = goes_on(saved, where, again, [copies, alone], range(2, 4))
         (folder / optimizer.name / "losses.json").write_text(json.dumps(losses))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from math import prod
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,8 @@ from torch import Tensor
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import ParallelConfig, SamplingParallelConfig
 from stdit.parallel.sequence.group import Group
+from stdit.parallel.sequence.planner import SpChoice
 from stdit.parallel.sequence.sharding import even_sizes, micro_batches
-
-if TYPE_CHECKING:
-    from stdit.parallel.sequence.planner import Choice
 
 Result = TypeVar("Result")
 
@@ -225,7 +223,7 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     return Mesh(rank, size, groups.get("sp", Group()), groups.get("cfg", Group()), device)
 
 
-def settle(mesh: Mesh, config: ParallelConfig, choose: Callable[[], "Choice"]) -> Mesh:
+def resolve_sp(mesh: Mesh, config: ParallelConfig, choose: Callable[[], SpChoice]) -> Mesh:
     """The grid that ``sp = auto`` comes to, by the choice of the first rank; other settings have theirs already."""
     if config.sp != "auto":
         return mesh

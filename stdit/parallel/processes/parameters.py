@@ -19,9 +19,9 @@ from torch.distributed import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.sequence.planner import FLOAT32_BYTES
 
-FLOAT = 4
-KEPT = 5
+STATES_PER_WEIGHT = 5
 """Numbers for each weight: itself, its gradient, AdamW's two moments, its average."""
 
 
@@ -35,7 +35,7 @@ class Network:
     """For passes before the last of a step: while it lasts, gradients need not be averaged."""
 
 
-def replicated(model: nn.Module, mesh: Mesh) -> Network:
+def replicate_model(model: nn.Module, mesh: Mesh) -> Network:
     """All weights on every rank."""
     model.to(mesh.device)
     if mesh.world_size == 1:
@@ -61,13 +61,13 @@ class _OneUnused(nn.Module):
         return self.model(**inputs)
 
 
-def sharded(model: nn.Module, mesh: Mesh) -> Network:
+def shard_model(model: nn.Module, mesh: Mesh) -> Network:
     """A share of the weights on each rank; every rank must call the model equally often.
 
     Gradients are averaged in every pass: until then they are whole, and take the room that sharding is to save.
     """
     if mesh.world_size == 1:
-        return replicated(model, mesh)
+        return replicate_model(model, mesh)
     from torch.distributed.fsdp import fully_shard
 
     ranks = init_device_mesh(mesh.device.type, (mesh.world_size,))
@@ -78,34 +78,34 @@ def sharded(model: nn.Module, mesh: Mesh) -> Network:
     return Network(model)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of which each rank may keep a share; every rank must call this."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's share of a tensor; all of one that is not sharded."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+def gather_full_tensors(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     """The tensors whole on the first rank, and none on the others; every rank must call this.
 
     What was sharded is gathered one by one, and then in the memory of the CPU.
     """
     kept = {}
     for name, tensor in tensors.items():
-        full = whole(tensor)
+        full = full_tensor(tensor)
         if mesh.is_main:
             kept[name] = full if full is tensor else full.cpu()
     return kept
 
 
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole ``tensor`` on the device of ``like``; if that is sharded, and as large, this rank's share of it."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -121,4 +121,4 @@ def state_bytes(parameter_count: int, ranks: int, sharded: bool) -> int:
     Replicated, a rank keeps all of it; sharded over the ranks, its share (arXiv:1910.02054, figure 1).
     """
     mine = -(-parameter_count // ranks) if sharded else parameter_count
-    return KEPT * FLOAT * mine
+    return STATES_PER_WEIGHT * FLOAT32_BYTES * mine

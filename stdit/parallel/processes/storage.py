@@ -20,6 +20,7 @@ from torch import Tensor
 from stdit.checkpoint_files import share
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.parameters import local_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -30,12 +31,12 @@ STEMS = {"model": "diffusion_pytorch_model", "ema": "ema", "optimizer": "optimiz
 PLACEMENT = "DCP_SHARDING_INFO"
 """Under which the header of a file has, as torch's reader wants it, where its tensors begin in whole ones."""
 
-State = Mapping[str, Mapping[str, Tensor]]
+StateDicts = Mapping[str, Mapping[str, Tensor]]
 """By part (model, ema, optimizer), tensors by name; whole on every rank, or a share on each (DTensor)."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorChunk:
     """What one rank writes of a tensor."""
 
     tensor: Tensor
@@ -43,27 +44,30 @@ class Piece:
     """Where it begins in the whole tensor."""
 
 
-Pieces = dict[str, dict[str, Piece]]
+StateChunks = dict[str, dict[str, TensorChunk]]
 """By part and name."""
 
 
 @dataclass
-class Division:
+class SavePlan:
     """Which rank writes what: each its share of what is sharded; of what all have, each a part, once."""
 
     mesh: Mesh
     planned: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = field(default_factory=dict)
     """By names of all tensors, the offsets of those that this rank writes: they change only while state appears."""
 
-    def pieces(self, state: State) -> Pieces:
+    def chunks(self, state: StateDicts) -> StateChunks:
         """What this rank writes of ``state``, not copied; every rank must call this."""
-        return {part: self._pieces(dict(tensors)) for part, tensors in state.items()}
+        return {part: self._chunks(dict(tensors)) for part, tensors in state.items()}
 
-    def _pieces(self, tensors: dict[str, Tensor]) -> dict[str, Piece]:
+    def _chunks(self, tensors: dict[str, Tensor]) -> dict[str, TensorChunk]:
         key = tuple(tensors)
         if key not in self.planned:
             self.planned[key] = self._plan(tensors)
-        return {name: Piece(local(tensors[name]), at) for name, at in self.planned[key].items()}
+        return {
+            name: TensorChunk(local_tensor(tensors[name]).detach(), at)
+            for name, at in self.planned[key].items()
+        }
 
     def _plan(self, tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
         from torch.distributed.checkpoint import DefaultSavePlanner
@@ -73,17 +77,10 @@ class Division:
         plans, _ = planner.create_global_plan(self.mesh.all_gather_objects(planner.create_local_plan()))
         items = plans[self.mesh.rank].items
         mine = {item.index.fqn: tuple(item.index.offset or ()) for item in items}
-        return {name: at for name, at in mine.items() if local(tensors[name]).numel()}
+        return {name: at for name, at in mine.items() if local_tensor(tensors[name]).numel()}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def write_pieces(folder: Path, pieces: Pieces, rank: int, ranks: int) -> list[Path]:
+def write_chunks(folder: Path, pieces: StateChunks, rank: int, ranks: int) -> list[Path]:
     """Write this rank's files, one for each part of which it has pieces, into the folders of the parts.
 
     Returns:
@@ -108,7 +105,7 @@ def write_pieces(folder: Path, pieces: Pieces, rank: int, ranks: int) -> list[Pa
     return files
 
 
-class Stored:
+class StoredTensors:
     """The tensors in the files of one folder, such as ``checkpoint/ema``. Files of safetensors only; no pickle.
 
     Raises:

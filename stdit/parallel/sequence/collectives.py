@@ -140,7 +140,7 @@ class _Join(torch.autograd.Function):
         return None, *(grad.new_zeros(()) for _ in range(ctx.tokens))
 
 
-def gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
+def all_gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
     """Give every rank the whole of an axis of which rank r has ``sizes[r]``."""
     if group.size == 1:
         return x

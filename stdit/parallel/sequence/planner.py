@@ -10,19 +10,19 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from stdit.parallel.processes.parameters import FLOAT
 from stdit.parallel.sequence.sharding import ShardAxis, even_sizes, micro_batches
 
 GIB = 2**30
+FLOAT32_BYTES = 4
 
 
-def gib(size: int) -> str:
+def format_gib(size: int) -> str:
     """Bytes in GiB, to three digits or to whole ones."""
     return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:.3g}"
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """A batch of videos and the model that it passes through."""
 
     clips: int
@@ -37,11 +37,11 @@ class Load:
     """Of the blocks, in the order in which they run."""
     out_features: int
     """Numbers that the last layer gives for a token."""
-    element: int = FLOAT
+    element_size: int = FLOAT32_BYTES
     """Bytes of a number."""
-    micro: int | None = None
+    micro_batch_size: int | None = None
     """Most clips of a rank in one pass; None: its whole share."""
-    kept: Literal["blocks", "inputs", "nothing"] = "blocks"
+    saved: Literal["blocks", "inputs", "nothing"] = "blocks"
     """For the backward pass: what blocks computed, only what entered them (checkpointing), or nothing (sampling)."""
 
     @cached_property
@@ -62,7 +62,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Split:
+class ParallelDims:
     """Processes, of which each ``sp`` neighbours share their videos."""
 
     processes: int
@@ -75,15 +75,15 @@ class Split:
         """Parts of the batch."""
         return self.processes // self.sp
 
-    def clips(self, load: Load) -> list[int]:
+    def clips(self, load: Workload) -> list[int]:
         """Clips of each part of the batch."""
         return even_sizes(load.clips, self.dp)
 
-    def frames(self, load: Load) -> list[int]:
+    def frames(self, load: Workload) -> list[int]:
         """Frames of each rank of a sequence, where time is sharded."""
         return even_sizes(load.frames, self.sp)
 
-    def patches(self, load: Load) -> list[int]:
+    def patches(self, load: Workload) -> list[int]:
         """Patches of each rank of a sequence, where space is sharded."""
         return even_sizes(load.patches, self.sp)
 
@@ -93,7 +93,7 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def balance(load: Load, split: Split) -> float:
+def balance(load: Workload, split: ParallelDims) -> float:
     """Tokens of a rank, on average, over those of the busiest, for which the others wait; 1.0: all have as many.
 
     Spatial blocks take as long as the largest share of frames, temporal ones as the largest of patches.
@@ -103,7 +103,7 @@ def balance(load: Load, split: Split) -> float:
     return tokens / (split.processes * max(split.clips(load)) * busiest)
 
 
-class Sent(NamedTuple):
+class TrafficEstimate(NamedTuple):
     """What a rank sends to those that share its videos, in one step."""
 
     forward: int
@@ -114,7 +114,7 @@ class Sent(NamedTuple):
     """All-to-alls, forward and backward."""
 
 
-def sent(load: Load, split: Split, rank: int) -> Sent:
+def estimate_traffic(load: Workload, split: ParallelDims, rank: int) -> TrafficEstimate:
     """Exactly what one of ``split.processes`` ranks sends (arXiv:2403.10266, section 3).
 
     Of its T_n frames it sends the patches of the others, or of its S_n patches the frames of the others; backward
@@ -131,12 +131,12 @@ def sent(load: Load, split: Split, rank: int) -> Sent:
         backward += count * width * numbers[other[target]]
         pieces += count * min(split.chunks, sharded[target])
     parts = split.clips(load)
-    clips = [len(range(parts[part])[rows]) for rows, _ in micro_batches(parts, part, load.micro)]
-    size = sum(clips) * load.element
-    return Sent(size * forward, size * backward, 2 * len(clips) * pieces if split.sp > 1 else 0)
+    clips = [len(range(parts[part])[rows]) for rows, _ in micro_batches(parts, part, load.micro_batch_size)]
+    size = sum(clips) * load.element_size
+    return TrafficEstimate(size * forward, size * backward, 2 * len(clips) * pieces if split.sp > 1 else 0)
 
 
-def activation_bytes(load: Load, split: Split) -> int:
+def activation_bytes(load: Workload, split: ParallelDims) -> int:
     """Estimate of the most that a rank holds of a pass: the first one, which has the largest share of everything.
 
     Counted in `tests/parallel/sequence/test_planner.py`, in blocks that attend to the caption, with an MLP four times
@@ -152,16 +152,16 @@ def activation_bytes(load: Load, split: Split) -> int:
     }
     in_all_blocks = sum(count * tokens[shard] for shard, count in load.blocks.items())
     in_a_block = max(tokens.values())
-    block = 22 * load.element + 6 * FLOAT
+    block = 22 * load.element_size + 6 * FLOAT32_BYTES
     kept = {
         "blocks": block * in_all_blocks,
-        "inputs": load.element * in_all_blocks + 3 * block // 2 * in_a_block,
-        "nothing": 12 * load.element * in_a_block,
-    }[load.kept]
-    return min(load.micro or clips, clips) * load.width * kept
+        "inputs": load.element_size * in_all_blocks + 3 * block // 2 * in_a_block,
+        "nothing": 12 * load.element_size * in_a_block,
+    }[load.saved]
+    return min(load.micro_batch_size or clips, clips) * load.width * kept
 
 
-class Choice(NamedTuple):
+class SpChoice(NamedTuple):
     """How many of some processes share each video, and why so many."""
 
     sp: int
@@ -173,7 +173,7 @@ class Choice(NamedTuple):
         return f"{self.sp}, {self.reason}"
 
 
-def choose(needs: Mapping[int, int], available: int) -> Choice:
+def choose_sp(needs: Mapping[int, int], available: int) -> SpChoice:
     """The smallest number of ranks with which a process has memory enough; if none has, that which needs least.
 
     Args:
@@ -186,10 +186,12 @@ def choose(needs: Mapping[int, int], available: int) -> Choice:
     reason = (
         f"the smallest of {tried} that fits" if fitting else f"which takes least, and none of {tried} fits"
     )
-    return Choice(sp, f"{reason}: about {gib(needs[sp])} of {gib(available)} GiB a process", bool(fitting))
+    return SpChoice(
+        sp, f"{reason}: about {format_gib(needs[sp])} of {format_gib(available)} GiB a process", bool(fitting)
+    )
 
 
-def idle_warning(what: str, frames: int, split: Split) -> list[str]:
+def idle_warning(what: str, frames: int, split: ParallelDims) -> list[str]:
     """A line that says which ranks have nothing to do, if ``what`` has fewer frames of tokens than ranks share it."""
     if frames >= split.sp:
         return []

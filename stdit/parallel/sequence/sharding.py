@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from stdit.parallel.sequence.collectives import all_to_all, all_to_all_pipelined, gather
+from stdit.parallel.sequence.collectives import all_gather, all_to_all, all_to_all_pipelined
 from stdit.parallel.sequence.group import Group
 
 ShardAxis = Literal["time", "space"]
@@ -127,7 +127,7 @@ class TokenSharding:
 
     def gather(self, latents: Tensor, dim: int, latent_frames: int) -> Tensor:
         """All ``latent_frames`` of something of which each rank has its share along ``dim``."""
-        return gather(latents, self.group, dim, self.latent_frames_per_rank(latent_frames))
+        return all_gather(latents, self.group, dim, self.latent_frames_per_rank(latent_frames))
 
     def latent_frames_per_rank(self, latent_frames: int) -> list[int]:
         """Latent frames of each rank, of so many in all: whole patches, but for the last."""

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.processes.parameters import replicated, sharded, state_bytes
+from stdit.parallel.processes.parameters import replicate_model, shard_model, state_bytes
 from stdit.parallel.sequence.group import Group
 from tests.parallel.ranks import run_on_ranks
 
@@ -16,7 +16,7 @@ def test_state_is_whole_or_divided(ranks: int, sharded: bool, expected: int) -> 
     assert state_bytes(10, ranks, sharded) == expected
 
 
-@pytest.mark.parametrize("spread", [replicated, sharded])
+@pytest.mark.parametrize("spread", [replicate_model, shard_model])
 def test_one_rank_alone_keeps_its_model(spread: object) -> None:
     model = nn.Linear(2, 2)
     network = spread(model, Mesh())  # type: ignore[operator]
@@ -41,7 +41,7 @@ class Backwards(nn.Module):
 def check_every_pass_sums_alike(group: Group) -> None:
     torch.manual_seed(0)
     model = Backwards()
-    network = replicated(model, Mesh(group.rank, group.size))
+    network = replicate_model(model, Mesh(group.rank, group.size))
     torch.manual_seed(group.rank)
     x, passes = torch.randn(8, 40), []
     for _ in range(3):

@@ -307,4 +307,4 @@ def test_a_place_is_the_innermost_of_this_project() -> None:
     assert place(sys._getframe()).startswith("tests/parallel/processes/test_watchdog.py:")
     shown: list[str] = []
     sorted([2, 1], key=lambda _: shown.append(place(sys._getframe())) or 0)
-    assert "test_watch.py:" in shown[0] and ", in" not in shown[0]
+    assert "test_watchdog.py:" in shown[0] and ", in" not in shown[0]

@@ -15,14 +15,14 @@ from stdit.parallel.config import ParallelConfig
 from stdit.parallel.processes.mesh import build_mesh
 from stdit.parallel.sequence.group import Group
 from stdit.parallel.sequence.planner import (
-    Load,
-    Split,
+    ParallelDims,
+    Workload,
     activation_bytes,
     balance,
-    choose,
+    choose_sp,
     divisors,
-    gib,
-    sent,
+    estimate_traffic,
+    format_gib,
 )
 from stdit.parallel.sequence.sharding import block_shard_axes
 from tests.parallel.ranks import run_on_ranks
@@ -61,9 +61,13 @@ def count_what_is_sent(_: Group) -> None:
                 with torch.autocast("cpu", BF16, enabled=dtype == BF16):
                     run(model, model.token_sharding(group, *shape), *batch)
             load = batch_load(
-                STDiTConfig(**{**BASE, **settings}), shape, clips, element=dtype.itemsize, micro=2
+                STDiTConfig(**{**BASE, **settings}),
+                shape,
+                clips,
+                element_size=dtype.itemsize,
+                micro_batch_size=2,
             )
-            expected = sent(load, Split(mesh.world_size, sp, chunks), mesh.rank)
+            expected = estimate_traffic(load, ParallelDims(mesh.world_size, sp, chunks), mesh.rank)
             what = f"{name}, {sp} ranks, rank {mesh.rank}"
             assert group.traffic.bytes["all_to_all"] == expected.forward + expected.backward, what
             assert group.traffic.calls["all_to_all"] == expected.calls, what
@@ -73,7 +77,7 @@ def test_sent_is_what_is_counted() -> None:
     run_on_ranks(4, count_what_is_sent)
 
 
-LOAD = Load(
+LOAD = Workload(
     clips=4, frames=6, patches=10, width=8, shard_axes=tuple(block_shard_axes(2, "alternate")), out_features=5
 )
 
@@ -81,25 +85,25 @@ LOAD = Load(
 def test_bytes_by_hand() -> None:
     """Of 3 ranks, each has 2 frames, and 4, 3 and 3 patches; three switches of the width 8, and one of 5 outputs."""
     to_tracks, to_frames = 2 * 2 * (10 - 4), 2 * 4 * (6 - 2)  # numbers of 2 clips, for each unit of width
-    found = sent(LOAD, Split(6, 3), rank=0)
+    found = estimate_traffic(LOAD, ParallelDims(6, 3), rank=0)
     assert found.forward == 4 * (2 * 8 * to_tracks + (8 + 5) * to_frames)
     assert found.backward == 4 * (2 * 8 * to_frames + (8 + 5) * to_tracks)
     assert found.calls == 2 * 4
-    assert sent(LOAD, Split(6, 1), rank=5) == (0, 0, 0)
+    assert estimate_traffic(LOAD, ParallelDims(6, 1), rank=5) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
     "load, split, expected",
     [
-        (LOAD, Split(1, 1), 1.0),
-        (LOAD, Split(2, 2), 1.0),
-        (LOAD, Split(8, 2), 1.0),
-        (LOAD, Split(3, 1), 4 / 6),  # 2, 1 and 1 clips
-        (replace(LOAD, frames=1, patches=12), Split(4, 4), (1 / 4 + 1 / 4) / (1 + 1 / 4)),
-        (replace(LOAD, frames=5, patches=12), Split(4, 4), 2 * (5 / 4) / (2 + 5 / 4)),
+        (LOAD, ParallelDims(1, 1), 1.0),
+        (LOAD, ParallelDims(2, 2), 1.0),
+        (LOAD, ParallelDims(8, 2), 1.0),
+        (LOAD, ParallelDims(3, 1), 4 / 6),  # 2, 1 and 1 clips
+        (replace(LOAD, frames=1, patches=12), ParallelDims(4, 4), (1 / 4 + 1 / 4) / (1 + 1 / 4)),
+        (replace(LOAD, frames=5, patches=12), ParallelDims(4, 4), 2 * (5 / 4) / (2 + 5 / 4)),
     ],
 )
-def test_balance_is_the_mean_over_the_busiest(load: Load, split: Split, expected: float) -> None:
+def test_balance_is_the_mean_over_the_busiest(load: Workload, split: ParallelDims, expected: float) -> None:
     assert balance(load, split) == pytest.approx(expected)
 
 
@@ -108,7 +112,7 @@ def test_balance_is_the_mean_over_the_busiest(load: Load, split: Split, expected
     [(GIB // 1000, "0.001"), (12.34 * GIB, "12.3"), (99.99 * GIB, "100"), (12345 * GIB, "12,345")],
 )
 def test_sizes_are_readable(size: int, expected: str) -> None:
-    assert gib(size) == expected
+    assert format_gib(size) == expected
 
 
 def test_numbers_of_ranks() -> None:
@@ -118,9 +122,9 @@ def test_numbers_of_ranks() -> None:
 
 def test_the_smallest_that_fits_is_chosen_or_else_what_needs_least() -> None:
     needs = {1: 40 * GIB, 2: 21 * GIB, 4: 12 * GIB, 8: 12 * GIB}
-    assert choose(needs, 80 * GIB)[::2] == (1, True)
-    assert choose(needs, 24 * GIB)[::2] == (2, True)
-    fitting, least = choose(needs, 12 * GIB), choose(needs, 11 * GIB)
+    assert choose_sp(needs, 80 * GIB)[::2] == (1, True)
+    assert choose_sp(needs, 24 * GIB)[::2] == (2, True)
+    fitting, least = choose_sp(needs, 12 * GIB), choose_sp(needs, 11 * GIB)
     assert str(fitting) == "4, the smallest of 1, 2, 4, 8 that fits: about 12 of 12 GiB a process"
     assert str(least) == "4, which takes least, and none of 1, 2, 4, 8 fits: about 12 of 11 GiB a process"
     assert (fitting.fits, least.fits) == (True, False)
@@ -163,18 +167,18 @@ def test_activations_are_about_what_is_counted(kept: Any, dtype: torch.dtype) ->
             output.float().square().mean().backward()
     counted = {str(kind): size for kind, size in tracker.get_tracker_snapshot("peak")[x.device].items()}
     config = STDiTConfig(**{**BASE, **settings})
-    load = batch_load(config, x.shape[2:], len(x), element=dtype.itemsize, kept=kept)
+    load = batch_load(config, x.shape[2:], len(x), element_size=dtype.itemsize, saved=kept)
     rounded = 2 * parameter_count(model) if (kept, dtype) == ("blocks", BF16) else 0
     found = counted["_MemRefType.ACT"] + counted["_MemRefType.TEMP"] - rounded
-    assert activation_bytes(load, Split(1, 1)) == pytest.approx(found, rel=0.1)
+    assert activation_bytes(load, ParallelDims(1, 1)) == pytest.approx(found, rel=0.1)
 
 
 def test_activations_by_hand() -> None:
     """Of 3 ranks, the first has 2 of 6 frames of 10 patches, and 4 patches of 6 frames."""
-    split, width = Split(6, 3), 2 * 8  # of 2 clips
+    split, width = ParallelDims(6, 3), 2 * 8  # of 2 clips
     in_all_blocks, in_a_block = 2 * (2 * 10 + 4 * 6), 4 * 6
     assert activation_bytes(LOAD, split) == width * 112 * in_all_blocks
-    checkpointing, sampling = replace(LOAD, kept="inputs"), replace(LOAD, kept="nothing")
+    checkpointing, sampling = replace(LOAD, saved="inputs"), replace(LOAD, saved="nothing")
     assert activation_bytes(checkpointing, split) == width * (4 * in_all_blocks + 168 * in_a_block)
     assert activation_bytes(sampling, split) == width * 48 * in_a_block
-    assert activation_bytes(replace(LOAD, micro=1), split) * 2 == activation_bytes(LOAD, split)
+    assert activation_bytes(replace(LOAD, micro_batch_size=1), split) * 2 == activation_bytes(LOAD, split)

@@ -215,7 +215,7 @@ def watch_gradients_return(group: Group) -> None:
         return original(travel, index)
 
     model = make_model(torch.float32, depth=1)
-    sharding = model.sharding(replace(group, chunks=3), 6, 6, 6)
+    sharding = model.token_sharding(replace(group, chunks=3), 6, 6, 6)
     with patch.object(_PipelinedAllToAll, "returned", returned):
         run(model, sharding, *make_batch(6, 6, 6, 1, False, torch.float32))
     assert len(asked) == 2 * 3
