@@ -14,7 +14,7 @@ from tests.test_train import Settings, do, metrics, numbers, same_state, setting
 FLAGS = {
     "trainer__spike__factor": 3,
     "trainer__spike__window": 8,
-    "trainer__spike__skip": 3,
+    "trainer__spike__exclude_batches": 3,
     "checkpoint__every": 4,
 }
 
@@ -64,7 +64,7 @@ def test_the_validation_loss_and_norms_of_layers_are_in_the_metrics(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = {"validation__loss_every": 2, "validation__loss_clips": 3, "trainer__layers_every": 3}
+    flags = {"validation__loss_every": 2, "validation__loss_clips": 3, "trainer__block_norms_every": 3}
     assert do(settings(name="straight", trainer__steps=5, **flags)) == 0
     assert "validation loss on 3 clips of the training data, since" in capsys.readouterr().out
     run = tmp_path / "outputs" / "straight"

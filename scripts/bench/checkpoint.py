@@ -28,9 +28,9 @@ from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.sampling import find_device
-from stdit.training.checkpoint import CheckpointConfig
-from stdit.training.ema import EMA, EMAConfig
-from stdit.training.optim import OptimizerConfig, build_optimizer
+from stdit.training.config import CheckpointConfig, EMAConfig, OptimizerConfig
+from stdit.training.ema import EMA
+from stdit.training.optim import build_optimizer
 from stdit.training.saving import Checkpoints
 
 

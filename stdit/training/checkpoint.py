@@ -4,7 +4,6 @@ import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +12,6 @@ from stdit.errors import UserError
 
 NEEDED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "parts": int}
 """What a run takes from the manifest of the checkpoint that it goes on from."""
-
-
-@dataclass
-class CheckpointConfig:
-    """When the state of the run is saved, and for how long."""
-
-    every: int = 1000
-    """Steps between checkpoints; one is saved at the end, too."""
-    minutes: float | None = None
-    """A checkpoint is also saved when so many minutes have passed since the last one."""
-    asynchronous: bool = True
-    """Train on while a checkpoint is written; takes memory (of the CPU) for a copy of what the process writes."""
-    keep_last: int = 2
-    """So many of the newest checkpoints stay."""
-    keep_every: int | None = None
-    """Checkpoints at multiples of this step stay as well."""
-    keep_best: int = 0
-    """So many checkpoints with the lowest validation loss stay as well."""
-
-    def __post_init__(self) -> None:
-        for name in ("every", "keep_last", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"checkpoint.{name} = {value}: must be at least 1")
-        if self.minutes is not None and not self.minutes > 0:
-            raise UserError(f"checkpoint.minutes = {self.minutes}: must be positive")
-        if self.keep_best < 0:
-            raise UserError(f"checkpoint.keep_best = {self.keep_best}: must not be negative")
 
 
 def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:

@@ -1,9 +1,10 @@
-"""All settings of a training run, and the rules that tie them together. Imports nothing heavy."""
+"""All settings of a training run, and the rules that connect them. Imports no torch."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from stdit.cli import parse, plain
 from stdit.codecs.config import CodecConfig, TextEncoderConfig
@@ -12,16 +13,10 @@ from stdit.diffusion.config import FlowConfig
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
 from stdit.parallel.config import TrainingParallelConfig
-from stdit.training.checkpoint import CheckpointConfig
-from stdit.training.ema import EMAConfig
-from stdit.training.optim import OptimizerConfig
-from stdit.training.tracking import TrackerConfig
-from stdit.training.trainer import TrainerConfig
-from stdit.training.validation import ValidationConfig
+from stdit.pipelines.config import VideoSettings, check_seed
 
 EXPERIMENT = ("seed", "model", "codec", "text_encoder", "flow", "data", "optimizer", "ema")
-# What may change between two parts of a run. Paths may move: what lies there is known by its hash. The sizes
-# that the model takes from codec and text encoder follow from these.
+"""Groups of settings that a run must keep to be the same experiment."""
 FREE = {
     "codec.path",
     "codec.subfolder",
@@ -37,14 +32,238 @@ FREE = {
     "model.caption_channels",
     "model.model_max_length",
 }
+"""Settings of those groups that may change when a run resumes. Paths may move, because a hash identifies what they
+lead to. The sizes that the model takes from codec and text encoder follow from these two."""
 
-DESCRIPTION = """Train a text-to-video ST-DiT on a CPU or a GPU.
-The same command again resumes an interrupted run."""
-EXAMPLES = """examples:
+_DESCRIPTION = """Train a text-to-video ST-DiT on a CPU or a GPU.
+Run the same command again to resume an interrupted run."""
+_EXAMPLES = """examples:
   python train.py --config configs/train/quickstart.yaml
   python train.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv --name clips
   python train.py --config configs/train/quickstart.yaml --dry_run true
 """
+NEIGHBOUR_FRACTION = 4
+"""The spike guard compares a loss with 1/4 of the earlier ones: those with the nearest noise levels."""
+
+
+@dataclass
+class SpikeConfig:
+    """When a loss is a spike, and what to do about it."""
+
+    factor: float | None = None
+    """A loss above this many times the median of earlier ones at similar noise levels is a spike; none: no guard."""
+    window: int = 200
+    """Number of earlier steps to compare with; there are no spikes before this many steps."""
+    exclude_batches: int = 1
+    """Batches that a spike excludes from the run: its own and those before it. With more than 1 the run rolls back to
+    a checkpoint before them; with 1 the update is not applied, which has the same effect."""
+    max_spikes: int = 10
+    """Stop the run at this many spikes."""
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and not 1 < self.factor < math.inf:
+            raise UserError(f"trainer.spike.factor = {self.factor}: must be above 1")
+        for name, least in (("window", 2 * NEIGHBOUR_FRACTION), ("exclude_batches", 1), ("max_spikes", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"trainer.spike.{name} = {getattr(self, name)}: must be at least {least}")
+
+
+@dataclass
+class TrainerConfig:
+    """Number of steps, arithmetic and device."""
+
+    steps: int = 10000
+    """Steps of the whole run; a resumed run trains up to this step."""
+    micro_batch_size: int | None = None
+    """Clips of a micro-batch of a process, over which gradients accumulate. None: its whole share of the batch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the model; weights, optimizer and loss stay in float32."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Precision of float32 matrix products in a step, as in torch.set_float32_matmul_precision: high and medium
+    use TF32 on GPUs; medium uses bfloat16 on CPUs with matrix units, and on others may be a faster exact way."""
+    max_grad_norm: float = 1.0
+    """Scale gradients with a larger norm down to this; .inf for no clipping."""
+    max_nonfinite_steps: int = 10
+    """Skip steps without a finite loss and gradient; stop the run after this many in a row."""
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    """Guard against losses that jump."""
+    block_norms_every: int | None = None
+    """Steps between lines of metrics.jsonl with norms of weights, gradients and updates of each block; such a step
+    keeps a copy of the weights in memory."""
+    activation_checkpointing: bool = False
+    """Compute activations twice rather than keep them: less memory, a third more time."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: slow to start, and worth it on GPUs."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU if there is one."""
+    num_threads: int | None = None
+    """CPU threads; none: PyTorch's default."""
+    keep_freed_memory: bool = True
+    """On CPUs, keep freed memory for the next step rather than return it to the system: faster."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "micro_batch_size", "max_nonfinite_steps", "block_norms_every", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"trainer.{name} = {value}: must be at least 1")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"trainer.max_grad_norm = {self.max_grad_norm}: must be positive; .inf for none")
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer and learning rate schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
+    lr: float = 1e-4
+    """Learning rate of AdamW after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW: decay of the running mean and of the running square."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the running square."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of all matrices, times the learning rate."""
+    muon_lr: float = 5e-3
+    """Learning rate of Muon after warm-up."""
+    muon_momentum: float = 0.95
+    """Muon: momentum (Nesterov's)."""
+    muon_scale: Literal["original", "match_rms_adamw"] = "original"
+    """Muon: step sizes as Jordan's, sqrt(rows / columns), or as large as AdamW's, 0.2 sqrt(larger side)."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the decay of the learning rates at the end."""
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise from 0."""
+    decay_share: float = 1.0
+    """cosine, linear: share of all steps, at the end, over which the rates decay."""
+    final_share: float = 0.0
+    """cosine, linear: share of the rates that is left at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be positive")
+        for name, value in (("muon_momentum", self.muon_momentum), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= value < 1:
+                raise UserError(f"optimizer.{name} = {value}: must be at least 0 and below 1")
+        for name in ("weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must not be negative")
+        for name in ("decay_share", "final_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must lie between 0 and 1")
+
+
+@dataclass
+class EMAConfig:
+    """Exponential moving average of the weights."""
+
+    decay: float = 0.999
+    """Share of the average that each step keeps; 0 keeps the latest weights only."""
+    warmup: bool = True
+    """Keep less in early steps: min(decay, (1 + step) / (10 + step))."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"ema.decay = {self.decay}: must be at least 0 and below 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save a checkpoint, and how long to keep it."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step saves one, too."""
+    minutes: float | None = None
+    """Also save a checkpoint when this many minutes have passed since the last one."""
+    asynchronous: bool = True
+    """Continue to train while a checkpoint is written; needs CPU memory for a copy of what the process writes."""
+    keep_last: int = 2
+    """Number of newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep checkpoints at multiples of this step."""
+    keep_best: int = 0
+    """Also keep this many checkpoints with the lowest validation loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{name} = {value}: must be at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"checkpoint.minutes = {self.minutes}: must be positive")
+        if self.keep_best < 0:
+            raise UserError(f"checkpoint.keep_best = {self.keep_best}: must not be negative")
+
+
+@dataclass
+class ValidationConfig:
+    """Validation videos and validation loss. The video settings also become those of the exported pipeline."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Prompts of the videos in samples/ in the run folder, one each; none: no validation videos."""
+    every: int = 1000
+    """Steps between validations; the last step has one, too."""
+    seed: int = 0
+    """Seed of every video."""
+    num_inference_steps: int = 30
+    """Euler steps."""
+    guidance_scale: float = 1.5
+    """1 follows the prompt as trained; more follows it harder, at twice the cost."""
+    num_frames: int | None = None
+    """Length in frames; none: that of the bucket with the most clips. The same for height, width and fps."""
+    height: int | None = None
+    """Height in pixels."""
+    width: int | None = None
+    """Width in pixels."""
+    fps: float | None = None
+    """Frames per second."""
+    loss_every: int | None = None
+    """Steps between measurements of the validation loss: at fixed noise levels, with fixed noise, of fixed clips."""
+    loss_manifest: str | None = None
+    """Manifest of held-out clips for the validation loss; none: the first of the training clips."""
+    loss_clips: int = 16
+    """Most clips of each bucket in the validation loss."""
+    loss_levels: int = 4
+    """Noise levels of each clip in the validation loss: quantiles of the levels in training."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"validation.every = {self.every}: must be at least 1; for none, give no prompts")
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise UserError("validation.prompts has an empty prompt: write it, or delete it")
+        for name in ("loss_every", "loss_clips", "loss_levels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"validation.{name} = {value}: must be at least 1")
+        check_seed(self.seed, "validation.")
+        self.settings().check("validation.")
+
+    def settings(self) -> VideoSettings:
+        """Return the settings of a pipeline call that this config has."""
+        names = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
+        return VideoSettings(**{name: getattr(self, name) for name in names})
+
+
+@dataclass
+class TrackerConfig:
+    """Tracker to use beside ``metrics.jsonl``."""
+
+    name: Literal["none", "tensorboard", "wandb"] = "none"
+    """tensorboard writes to the run folder; wandb sends to wandb.ai, or writes to the run folder when offline."""
+    project: str = "stdit"
+    """wandb: project of the run."""
+    mode: Literal["online", "offline"] = "online"
+    """wandb: offline writes to the run folder, for `wandb sync`; so does online without key or network."""
+    every: int = 10
+    """Steps between measurements sent to the tracker; metrics.jsonl has them all."""
+    timeout: float = 60.0
+    """wandb: seconds to wait for a connection before going offline, and to send what is left at the end."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("timeout", 0.1)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"tracker.{name} = {getattr(self, name)}: must be at least {least}")
 
 
 @dataclass
@@ -52,44 +271,45 @@ class TrainConfig:
     """A training run."""
 
     name: str = "run"
-    """The run is kept in output_dir/name."""
+    """The run folder is output_dir/name."""
     output_dir: str = "outputs"
     """Folder of all runs."""
     seed: int = 0
-    """Decides initial weights, order of clips, noise: everything that is random."""
+    """Seed of everything random: initial weights, order of clips, noise."""
     resume: str = "auto"
-    """auto: go on from the newest whole checkpoint of the run; never: refuse to; or a checkpoint's path."""
+    """auto: resume from the newest whole checkpoint of the run; never: refuse to; or the path of a checkpoint."""
     init_from: str | None = None
     """Start from the weights of another run, checkpoint, pipeline or model folder, with a new optimizer."""
     dry_run: bool = False
-    """Build everything, print what would be trained and what it takes, and write nothing."""
+    """Build everything, print what the run would train on and the memory it needs, and write nothing."""
     model: STDiTConfig = field(default_factory=STDiTConfig)
     """The transformer."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     """From pixels to latents."""
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    """From captions to states."""
+    """From captions to text states."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The objective."""
     data: DataConfig = field(default_factory=DataConfig)
     """The clips."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """Length and arithmetic."""
+    """Number of steps, arithmetic and device."""
     parallel: TrainingParallelConfig = field(default_factory=TrainingParallelConfig)
     """Several processes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How weights follow gradients."""
+    """Optimizer and learning rate schedule."""
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Averaged weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What is kept."""
+    """When to save, and what to keep."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """Videos made on the way."""
+    """Validation videos and validation loss."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     """Where measurements go."""
 
     @property
     def run_folder(self) -> Path:
+        """The folder that the run writes to."""
         return Path(self.output_dir) / self.name
 
     def validate(self) -> None:
@@ -107,21 +327,23 @@ class TrainConfig:
             )
         if self.flow.conditioning and self.model.patch_size[0] > 1:
             raise UserError(
-                f"flow.conditioning and model.patch_size = {list(self.model.patch_size)}: a frame can only be given "
-                "where patches are one frame long: leave flow.conditioning out, or use a patch_size of [1, ...]"
+                f"flow.conditioning and model.patch_size = {list(self.model.patch_size)}: conditioning frames need "
+                "patches that are one frame long: leave flow.conditioning out, or use a patch_size of [1, ...]"
             )
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The checked settings of ``train.py``. Raises UserError."""
-    config = parse(TrainConfig, argv, DESCRIPTION, EXAMPLES)
+    """Parse and check the settings of ``train.py``. Raises UserError."""
+    config = parse(TrainConfig, argv, _DESCRIPTION, _EXAMPLES)
     config.validate()
     return config
 
 
 def experiment_key(config: TrainConfig) -> dict[str, Any]:
-    """Dotted settings that a run must keep to be the same experiment; its length, its checkpoints, its
-    validation and its tracker may change."""
+    """Return the settings, by dotted name, that a run must keep to be the same experiment.
+
+    Its length, checkpoints, validation and tracker may change.
+    """
     found = {
         key: value
         for group in EXPERIMENT
@@ -134,7 +356,7 @@ def experiment_key(config: TrainConfig) -> dict[str, Any]:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Dotted names and values (as JSON has them) of the fields of nested dataclasses."""
+    """Yield dotted name and value (as JSON has it) of each field of nested dataclasses."""
     if is_dataclass(value):
         for part in fields(value):
             yield from _leaves(getattr(value, part.name), f"{key}.{part.name}")

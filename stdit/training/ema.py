@@ -2,26 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from stdit.errors import UserError
-
-
-@dataclass
-class EMAConfig:
-    """How the averaged weights follow the trained ones."""
-
-    decay: float = 0.999
-    """Share of the average that each step keeps; 0 keeps the latest weights only."""
-    warmup: bool = True
-    """Keep less in early steps: min(decay, (1 + step) / (10 + step))."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise UserError(f"ema.decay = {self.decay}: must be at least 0 and below 1")
+from stdit.training.config import EMAConfig
 
 
 class EMA:

@@ -4,7 +4,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,56 +12,13 @@ from torch.optim import AdamW, Optimizer
 
 from stdit.errors import UserError
 from stdit.parallel.processes.parameters import distribute_like, full_tensor
+from stdit.training.config import OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 BLOCK_MATRIX = re.compile(r"(?:spatial|temporal)_blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
 STACKED = {"qkv": 3, "kv_linear": 2}
 AT_ONCE = 2**24
 """Numbers in the parameters that Muon orthogonalises at once, roughly."""
-
-
-@dataclass
-class OptimizerConfig:
-    """How weights follow gradients."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
-    lr: float = 1e-4
-    """Learning rate of AdamW after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW: decay of the running mean and of the running square."""
-    eps: float = 1e-8
-    """AdamW: added to the root of the running square."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of all matrices, times the learning rate."""
-    muon_lr: float = 5e-3
-    """Learning rate of Muon after warm-up."""
-    muon_momentum: float = 0.95
-    """Muon: momentum (Nesterov's)."""
-    muon_scale: Literal["original", "match_rms_adamw"] = "original"
-    """Muon: step sizes as Jordan's, sqrt(rows / columns), or as large as AdamW's, 0.2 sqrt(larger side)."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of the fall of the learning rates at the end."""
-    warmup_steps: int = 0
-    """Steps over which the learning rates rise from 0."""
-    decay_share: float = 1.0
-    """cosine, linear: share of all steps, at the end, over which the rates fall."""
-    final_share: float = 0.0
-    """cosine, linear: share of the rates that is left at the end."""
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "muon_lr", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be positive")
-        for name, value in (("muon_momentum", self.muon_momentum), *(("betas", beta) for beta in self.betas)):
-            if not 0 <= value < 1:
-                raise UserError(f"optimizer.{name} = {value}: must be at least 0 and below 1")
-        for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must not be negative")
-        for name in ("decay_share", "final_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must lie between 0 and 1")
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:

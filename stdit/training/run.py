@@ -230,7 +230,7 @@ class Run:
 
         Where there is none so early, they stay, and only the batch of ``step``, that was not trained on, is left out.
         """
-        skip = self.config.trainer.spike.skip
+        skip = self.config.trainer.spike.exclude_batches
         if "spike" not in values or skip == 1:
             return False
         self.checkpoints.wait()

@@ -17,7 +17,8 @@ from stdit.checkpoint_files import is_whole, publish, sealed, step_of, write_man
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.storage import SavePlan, StateChunks, StateDicts, TensorChunk, write_chunks
-from stdit.training.checkpoint import CheckpointConfig, written
+from stdit.training.checkpoint import written
+from stdit.training.config import CheckpointConfig
 
 LOSSES = "validation_loss.json"
 PATIENCE = 60.0

@@ -1,39 +1,13 @@
 """Losses that jump: which are spikes, and which batches a run leaves out because of them."""
 
 from collections import deque
-from dataclasses import dataclass
-from math import inf
 from statistics import median
 from typing import Any
 
 from stdit.diffusion.draws import sample_generator
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
-
-LIKE = 4
-"""One in so many of the earlier steps is like the present one: those whose noise levels are nearest."""
-
-
-@dataclass
-class SpikeConfig:
-    """When a loss is a spike, and what becomes of it."""
-
-    factor: float | None = None
-    """A loss above so many times the median of earlier ones, at like noise levels, is a spike; none: no guard."""
-    window: int = 200
-    """Steps that a loss is compared with; until there are so many, none is a spike."""
-    skip: int = 1
-    """Batches that a spike takes out of the run: its own and those before it. With more than 1 the run goes back to
-    a checkpoint before them; its own alone is left out on the spot, which comes to the same."""
-    most: int = 10
-    """So many spikes stop the run."""
-
-    def __post_init__(self) -> None:
-        if self.factor is not None and not 1 < self.factor < inf:
-            raise UserError(f"trainer.spike.factor = {self.factor}: must be above 1")
-        for name, least in (("window", 2 * LIKE), ("skip", 1), ("most", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"trainer.spike.{name} = {getattr(self, name)}: must be at least {least}")
+from stdit.training.config import NEIGHBOUR_FRACTION, SpikeConfig
 
 
 class SpikeGuard:
@@ -53,7 +27,7 @@ class SpikeGuard:
             return False
         if len(self.history) == self.config.window:
             like = sorted(self.history, key=lambda one: (abs(one[0] - level), one))[
-                : self.config.window // LIKE
+                : self.config.window // NEIGHBOUR_FRACTION
             ]
             if loss > self.config.factor * median(one[1] for one in like):
                 return True
@@ -62,12 +36,13 @@ class SpikeGuard:
 
     def leave_out(self, step: int) -> None:
         """Leave out what a spike in ``step`` takes out. Raises UserError if there were too many spikes."""
-        self.left_out |= set(range(max(0, step - self.config.skip + 1), step + 1))
+        self.left_out |= set(range(max(0, step - self.config.exclude_batches + 1), step + 1))
         self.spikes += 1
-        if self.spikes >= self.config.most:
+        if self.spikes >= self.config.max_spikes:
             raise UserError(
-                f"trainer.spike.most = {self.config.most} losses were spikes, the last in step {step}: lower "
-                "optimizer.lr (and muon_lr), raise trainer.spike.factor or skip, or look for broken clips."
+                f"trainer.spike.max_spikes = {self.config.max_spikes} losses were spikes, the last in step {step}: "
+                "lower optimizer.lr (and muon_lr), raise trainer.spike.factor or exclude_batches, or look for broken "
+                "clips."
             )
 
     def state(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from stdit.parallel.processes.mesh import Mesh, runs_on_cpu
 from stdit.parallel.processes.rendezvous import init_method
 from stdit.parallel.processes.watchdog import end_process
-from stdit.training.trainer import TrainerConfig
+from stdit.training.config import TrainerConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

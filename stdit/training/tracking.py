@@ -6,33 +6,12 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from stdit.errors import UserError
 from stdit.training.checkpoint import way_out
-
-
-@dataclass
-class TrackerConfig:
-    """A tracker beside ``metrics.jsonl``."""
-
-    name: Literal["none", "tensorboard", "wandb"] = "none"
-    """tensorboard writes to the run folder; wandb sends to wandb.ai, or writes there too when offline."""
-    project: str = "stdit"
-    """wandb: project of the run."""
-    mode: Literal["online", "offline"] = "online"
-    """wandb: offline writes to the run folder, for `wandb sync`; so does online without key or network."""
-    every: int = 10
-    """Steps between measurements sent to the tracker; metrics.jsonl has them all."""
-    timeout: float = 60.0
-    """wandb: seconds to try to reach it before it goes offline, and to send what is left at the end."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("timeout", 0.1)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"tracker.{name} = {getattr(self, name)}: must be at least {least}")
+from stdit.training.config import TrackerConfig
 
 
 class Metrics:

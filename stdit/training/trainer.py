@@ -3,9 +3,8 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,54 +17,13 @@ from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import full_tensor, replicate_model, shard_model
 from stdit.parallel.processes.storage import StoredTensors
 from stdit.training.block_norms import LayerNorms
-from stdit.training.ema import EMA, EMAConfig
-from stdit.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
-from stdit.training.spikes import SpikeConfig, SpikeGuard, mean_level
+from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
+from stdit.training.ema import EMA
+from stdit.training.optim import build_optimizer, learning_rate_factor
+from stdit.training.spikes import SpikeGuard, mean_level
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass
-class TrainerConfig:
-    """How long and how a run trains."""
-
-    steps: int = 10000
-    """Steps of the whole run; a resumed run goes on up to this."""
-    micro_batch_size: int | None = None
-    """Clips in one pass of a process; the gradients of the passes add up. None: its whole share of the batch."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the model; weights, optimizer and loss stay in float32."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """How exact products of float32 matrices are in a step, as in torch.set_float32_matmul_precision: high and medium
-    take TF32 on GPUs; medium takes bfloat16 on CPUs with matrix units, and on others may be a faster exact way."""
-    max_grad_norm: float = 1.0
-    """Longer gradients are scaled down to this; .inf leaves them alone."""
-    max_nonfinite_steps: int = 10
-    """A step without a finite loss and gradient is skipped; so many in a row stop the run."""
-    spike: SpikeConfig = field(default_factory=SpikeConfig)
-    """What becomes of losses that jump."""
-    layers_every: int | None = None
-    """Steps between lines of metrics.jsonl with norms of weights, gradients and updates of each block; on such a step
-    a copy of the weights is held."""
-    activation_checkpointing: bool = False
-    """Compute activations twice rather than keep them: less memory, a third more time."""
-    compile: bool = False
-    """Let torch.compile compile the blocks: slow to start, and worth it on GPUs."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: a GPU if there is one."""
-    num_threads: int | None = None
-    """CPU threads; none: as PyTorch chooses."""
-    keep_freed_memory: bool = True
-    """On CPUs, keep freed memory for the next step rather than return it to the system: faster."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "micro_batch_size", "max_nonfinite_steps", "layers_every", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"trainer.{name} = {value}: must be at least 1")
-        if not self.max_grad_norm > 0:
-            raise UserError(f"trainer.max_grad_norm = {self.max_grad_norm}: must be positive; .inf for none")
 
 
 @contextmanager
@@ -153,7 +111,7 @@ class Trainer:
         }
 
     def _measures_layers(self, step: int) -> bool:
-        return self.config.layers_every is not None and step % self.config.layers_every == 0
+        return self.config.block_norms_every is not None and step % self.config.block_norms_every == 0
 
     def _mean_level(self, step: int, batch: dict[str, Any]) -> float:
         size = (batch["latents"].shape[2], batch["height"][0], batch["width"][0])

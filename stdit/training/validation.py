@@ -1,12 +1,12 @@
 """Videos for fixed prompts while training goes on, and the settings with which the run samples by default."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.errors import UserError
-from stdit.pipelines.config import SETTINGS, VideoSettings, check_seed
+from stdit.pipelines.config import SETTINGS
+from stdit.training.config import ValidationConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,54 +14,6 @@ if TYPE_CHECKING:
     from stdit.data.buckets import Assignment
     from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
-
-
-@dataclass
-class ValidationConfig:
-    """Which videos to make while training, and how. The settings are those of the exported pipeline, too."""
-
-    prompts: list[str] = field(default_factory=list)
-    """A video of each is written to samples/ in the run folder; none: no validation."""
-    every: int = 1000
-    """Steps between validations; there is one at the end, too."""
-    seed: int = 0
-    """Seed of every video."""
-    num_inference_steps: int = 30
-    """Euler steps."""
-    guidance_scale: float = 1.5
-    """1 follows the prompt as trained; more follows it harder, at twice the cost."""
-    num_frames: int | None = None
-    """Length in frames; none: as the bucket with the most clips. Likewise height, width and fps."""
-    height: int | None = None
-    """Height in pixels."""
-    width: int | None = None
-    """Width in pixels."""
-    fps: float | None = None
-    """Frames per second."""
-    loss_every: int | None = None
-    """Steps between measurements of the validation loss: at fixed noise levels, with fixed noise, of fixed clips."""
-    loss_manifest: str | None = None
-    """Manifest of clips that do not train, for the validation loss; none: the first of those that do."""
-    loss_clips: int = 16
-    """Clips of each bucket in the validation loss, at most."""
-    loss_levels: int = 4
-    """Noise levels of each clip in the validation loss: quantiles of those that are trained."""
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(f"validation.every = {self.every}: must be at least 1; for none, give no prompts")
-        if any(not prompt.strip() for prompt in self.prompts):
-            raise UserError("validation.prompts has an empty one: write it, or delete it")
-        for name in ("loss_every", "loss_clips", "loss_levels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"validation.{name} = {value}: must be at least 1")
-        check_seed(self.seed, "validation.")
-        self.settings().check("validation.")
-
-    def settings(self) -> VideoSettings:
-        names = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
-        return VideoSettings(**{name: getattr(self, name) for name in names})
 
 
 def default_settings(config: ValidationConfig, assignment: "Assignment") -> dict[str, Any]:

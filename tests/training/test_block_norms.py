@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from stdit.training.optim import OptimizerConfig
+from stdit.training.config import OptimizerConfig
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
 
 def test_norms_are_those_of_each_block() -> None:
     one = tiny_trainer(
-        tiny_model(in_channels=3), OptimizerConfig(lr=1e-2), layers_every=2, max_grad_norm=1e-3
+        tiny_model(in_channels=3), OptimizerConfig(lr=1e-2), block_norms_every=2, max_grad_norm=1e-3
     )
     before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
     line = one.step(0, tiny_batch(0))

@@ -5,7 +5,8 @@ import pytest
 
 from stdit.checkpoint_files import newest_whole
 from stdit.errors import UserError
-from stdit.training.checkpoint import CheckpointConfig, check_same_experiment, find_checkpoint
+from stdit.training.checkpoint import check_same_experiment, find_checkpoint
+from stdit.training.config import CheckpointConfig
 from tests.training.test_saving import damage, folder_of, save
 
 

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from stdit.errors import UserError
-from stdit.training.ema import EMA, EMAConfig
+from stdit.training.config import EMAConfig
+from stdit.training.ema import EMA
 
 
 def test_average_follows_the_formula() -> None:

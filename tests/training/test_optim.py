@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from stdit.errors import UserError
+from stdit.training.config import OptimizerConfig
 from stdit.training.optim import (
     NEWTON_SCHULZ,
     Muon,
-    OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
     orthogonalise,

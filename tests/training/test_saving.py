@@ -14,7 +14,8 @@ from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.storage import PLACEMENT, StoredTensors
 from stdit.training import saving
-from stdit.training.checkpoint import CheckpointConfig, find_checkpoint
+from stdit.training.checkpoint import find_checkpoint
+from stdit.training.config import CheckpointConfig
 from stdit.training.saving import Checkpoints, Copy, kept
 
 WEIGHTS = "model/diffusion_pytorch_model.safetensors"

@@ -8,8 +8,8 @@ from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.draws import draw_batch
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
-from stdit.training.optim import OptimizerConfig
-from stdit.training.spikes import SpikeConfig, SpikeGuard, mean_level
+from stdit.training.config import OptimizerConfig, SpikeConfig
+from stdit.training.spikes import SpikeGuard, mean_level
 from stdit.training.trainer import Trainer
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
@@ -39,7 +39,7 @@ def test_nothing_is_a_spike_before_there_is_enough_to_compare_with() -> None:
 
 
 def test_what_is_left_out_is_remembered() -> None:
-    one, other = guard(skip=3), guard(skip=3)
+    one, other = guard(exclude_batches=3), guard(exclude_batches=3)
     fill(one, [1.0] * 8)
     one.leave_out(20)
     one.leave_out(1)
@@ -49,10 +49,10 @@ def test_what_is_left_out_is_remembered() -> None:
 
 
 def test_too_many_spikes_stop_the_run() -> None:
-    one = guard(most=2)
+    one = guard(max_spikes=2)
     one.leave_out(5)
     with pytest.raises(
-        UserError, match="trainer.spike.most = 2 losses were spikes, the last in step 9: lower"
+        UserError, match="trainer.spike.max_spikes = 2 losses were spikes, the last in step 9: lower"
     ):
         one.leave_out(9)
 
@@ -69,7 +69,8 @@ def test_the_mean_level_is_that_of_the_draws() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"factor": 1.0}, {"factor": math.inf}, {"window": 7}, {"skip": 0}, {"most": 0}]
+    "settings",
+    [{"factor": 1.0}, {"factor": math.inf}, {"window": 7}, {"exclude_batches": 0}, {"max_spikes": 0}],
 )
 def test_impossible_settings(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"trainer.spike.{next(iter(settings))} = "):

@@ -1,8 +1,8 @@
 import torch
 from accelerate.state import AcceleratorState
 
+from stdit.training.config import TrainerConfig
 from stdit.training.system import prepare_process
-from stdit.training.trainer import TrainerConfig
 
 
 def test_rounded_weights_are_not_kept_until_a_pass_ends() -> None:

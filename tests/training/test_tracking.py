@@ -7,7 +7,8 @@ from accelerate import PartialState
 
 from stdit.errors import UserError
 from stdit.pipelines.video_io import write_mp4, write_sheet
-from stdit.training.tracking import TRACKERS, MetricsFile, Tracker, TrackerConfig, build_tracker
+from stdit.training.config import TrackerConfig
+from stdit.training.tracking import TRACKERS, MetricsFile, Tracker, build_tracker
 
 
 def lines(path: Path) -> list[dict[str, float]]:

@@ -6,10 +6,9 @@ import torch
 
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
-from stdit.training.checkpoint import CheckpointConfig
-from stdit.training.optim import OptimizerConfig
+from stdit.training.config import CheckpointConfig, OptimizerConfig, TrainerConfig
 from stdit.training.saving import Checkpoints
-from stdit.training.trainer import Trainer, TrainerConfig
+from stdit.training.trainer import Trainer
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
 

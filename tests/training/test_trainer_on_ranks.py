@@ -21,8 +21,7 @@ from stdit.parallel.processes.parameters import full_tensor, state_bytes
 from stdit.parallel.sequence.group import Group
 from stdit.pipelines.loading import load_transformer
 from stdit.training import saving
-from stdit.training.checkpoint import CheckpointConfig
-from stdit.training.optim import OptimizerConfig
+from stdit.training.config import CheckpointConfig, OptimizerConfig
 from stdit.training.saving import Checkpoints
 from stdit.training.system import Interrupts
 from stdit.training.trainer import Trainer
@@ -160,12 +159,12 @@ def skip_alike(sp: int) -> None:
 
 def measure_alike(sp: int) -> None:
     """The validation loss and the norms of blocks are those of one process."""
-    alone = tiny_trainer(tiny_model(in_channels=3), ADAMW, layers_every=1)
+    alone = tiny_trainer(tiny_model(in_channels=3), ADAMW, block_norms_every=1)
     line = alone.step(0, tiny_batch(0))
     for sharded in (False, True):
         mesh = mesh_of(sp)
         one = tiny_trainer(
-            tiny_model(in_channels=3), ADAMW, mesh, sharded, layers_every=1, micro_batch_size=1
+            tiny_model(in_channels=3), ADAMW, mesh, sharded, block_norms_every=1, micro_batch_size=1
         )
         found = one.step(0, tiny_batch(0, mesh=mesh))["layers"]
         for block, norms in line["layers"].items():

@@ -3,7 +3,8 @@ import pytest
 
 from stdit.data.buckets import Assignment, Bucket
 from stdit.errors import UserError
-from stdit.training.validation import ValidationConfig, default_settings
+from stdit.training.config import ValidationConfig
+from stdit.training.validation import default_settings
 
 
 def test_videos_are_as_the_bucket_with_the_most_clips() -> None:
@@ -20,7 +21,7 @@ def test_videos_are_as_the_bucket_with_the_most_clips() -> None:
     ("settings", "message"),
     [
         ({"every": 0}, "validation.every = 0"),
-        ({"prompts": ["a", " "]}, "validation.prompts has an empty one"),
+        ({"prompts": ["a", " "]}, "validation.prompts has an empty prompt"),
         ({"num_frames": 0}, "validation.num_frames = 0"),
         ({"height": 8}, "validation.width is missing"),
         ({"seed": -1}, "validation.seed = -1"),

@@ -8,7 +8,7 @@ import torch
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.parallel.processes.mesh import Mesh
-from stdit.training.optim import OptimizerConfig
+from stdit.training.config import OptimizerConfig
 from stdit.training.trainer import Trainer
 from stdit.training.validation_loss import Row, fixed_draws, losses_by_level, quantiles, rows_of
 from tests.training.tiny import ALONE, tiny_batch, tiny_model, tiny_trainer

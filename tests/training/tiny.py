@@ -14,9 +14,8 @@ from stdit.diffusion.flow import RectifiedFlow
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.video_io import write_mp4
-from stdit.training.ema import EMAConfig
-from stdit.training.optim import OptimizerConfig
-from stdit.training.trainer import Trainer, TrainerConfig
+from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
+from stdit.training.trainer import Trainer
 from tests.codecs.tiny import save_tiny_bert
 
 ALONE = Mesh()

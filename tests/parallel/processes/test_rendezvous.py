@@ -15,7 +15,7 @@ from stdit.parallel.processes.rendezvous import agree_on_rendezvous
 
 PROCESS = """
 from stdit.training.system import prepare_process
-from stdit.training.trainer import TrainerConfig
+from stdit.training.config import TrainerConfig
 import torch.distributed as dist
 prepare_process(TrainerConfig(device="cpu"), 60)
 dist.barrier()
