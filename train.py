@@ -58,9 +58,7 @@ def train(config: TrainConfig) -> int:
         ) as watchdog:  # it speaks before what an error closes
             mesh.check_same("the configuration", str(config))
             if config.parallel.sp != "auto":
-                mesh.check_batch_sizes(
-                    bucket.batch_size for bucket in config.data.buckets if not bucket.max_tokens
-                )
+                mesh.check_batch_sizes(config.data.largest_batch_size())
             folder, checkpoint = mesh.on_main(lambda: stack.enter_context(claimed(config)))
             from stdit.training.batches import build_batches
             from stdit.training.build import build_parts
@@ -75,10 +73,10 @@ def train(config: TrainConfig) -> int:
             mesh.check_same("the experiment", str(parts.experiment))
             needs = Needs(parts)
             mesh = resolve_sp(mesh, config.parallel, lambda: needs.choice(mesh.world_size, memory))
-            mesh.check_batch_sizes(bucket.batch_size for bucket in parts.plan.assignment.buckets)
+            mesh.check_batch_sizes(bucket.batch_size for bucket in parts.plan.assignment.used_buckets)
             parts.to(accelerator.device)
             held_out = validation_loss_of(parts, mesh)
-            notes = [*parts.plan.assignment.left_out(), *parts.plan.notes]
+            notes = [*parts.plan.assignment.exclusions(), *parts.plan.notes]
             notes += needs.warnings(ParallelDims(mesh.world_size, mesh.sp.size))
             notes += [str(held_out)] if held_out else []
             print(start_line(parts), *notes, sep="\n", flush=True)

@@ -45,7 +45,7 @@ def main() -> int:
         raise UserError("parallel.sp = auto: give the number of ranks whose numbers are to be compared")
     accelerator = prepare_process(config.trainer, config.parallel.timeout)
     mesh = build_mesh(config.parallel, accelerator.device)
-    mesh.check_batch_sizes([config.data.buckets[0].batch_size])
+    mesh.check_batch_sizes([config.data.multiplied_buckets()[0].batch_size])
     ok = True
     for what, name, difference in compare(config, accelerator, mesh):
         allowed = own.step_tolerance if "weights" in what else own.tolerance
@@ -130,7 +130,7 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.where(parameter == 0, 0.02 * torch.randn_like(parameter), 0.0))
-    bucket = Bucket.from_config(config.data.buckets[0])
+    bucket = Bucket.from_config(config.data.multiplied_buckets()[0])
     pipe = STDiTPipeline(
         model,
         codec,
@@ -148,7 +148,7 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
 
 def random_batch(config: TrainConfig, pipe: Any) -> dict[str, Any]:
     """A global batch of the first bucket's size, the same on every rank."""
-    bucket = Bucket.from_config(config.data.buckets[0])
+    bucket = Bucket.from_config(config.data.multiplied_buckets()[0])
     size, generator = bucket.batch_size, torch.Generator().manual_seed(config.seed)
     shape = pipe.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
     length = min(12, pipe.text_encoder.max_length)

@@ -1,4 +1,4 @@
-"""Settings of the data: which clips, in which sizes, read how. Light to import: no decoder, no torch."""
+"""Settings of the data: which clips, in which sizes, read how. Imports no torch and no decoder."""
 
 import math
 import re
@@ -6,59 +6,58 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.data.decoding.media import is_url
+from stdit.data.manifest.config import SourceConfig
 from stdit.errors import UserError
-
-LARGEST = 16384
-"""Frames of a clip, pixels of a side, clips of a batch: more of any is a slip of the keyboard."""
 
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p", "1080p")
 ASPECT_RATIOS = ("21:9", "16:9", "3:2", "4:3", "1:1", "3:4", "2:3", "9:16")
-"""Width to height: the usual ones; any other will do as well."""
+"""Common values of width:height; any other is allowed."""
 LENGTHS = {"image": 1, "2s": 51, "4s": 102, "8s": 204, "16s": 408}
-"""Frames of Open-Sora v1.2's lengths: whole chunks of 17, at 24 frames per second."""
+"""Numbers of frames of Open-Sora v1.2's lengths: multiples of 17, at 24 frames per second."""
 
 
 @dataclass
 class BucketConfig:
-    """One size of clip, and how many of them make a batch."""
+    """One size of clips, and how many of them make a batch."""
 
     num_frames: int = 16
     """Frames of a clip; 1 trains on single images."""
     fps: float = 8.0
-    """Frames per second that clips are resampled to."""
+    """Frames per second to which clips are resampled."""
     height: int | None = None
-    """Pixels; give height and width, or resolution (none of them: 256 x 256)."""
+    """Pixels; give height and width, or resolution (default: 256 x 256)."""
     width: int | None = None
     """Pixels; give height and width, or resolution."""
     resolution: str | None = None
     """"240p" (the area of 240 lines at 16:9, as in Open-Sora) or "256" (the area of 256 x 256 pixels)."""
     aspect_ratio: str | list[str] = "16:9"
-    """width:height, with `resolution`; a list makes a bucket for each."""
+    """width:height, used with `resolution`; a list makes one bucket per ratio."""
     batch_size: int = 1
-    """Clips in one step, over all ranks."""
+    """Clips per step, summed over all ranks."""
     max_tokens: int | None = None
-    """Instead of batch_size: as many clips as have this many tokens (patches of latents) together, but at least one;
-    over all ranks."""
-    windows: int = 1
-    """Most windows that one clip serves in an epoch: a clip n times as long as the bucket's is divided into n parts,
-    at most so many, which do not overlap; 1: one window, anywhere in the clip."""
+    """Alternative to batch_size: the batch has as many clips as fit into this many tokens (patches of latents), at
+    least one; summed over all ranks."""
+    max_windows: int = 1
+    """Most temporal windows that one clip gives per epoch: a clip n times as long as the bucket is split into
+    min(n, max_windows) equal parts that do not overlap. 1: one window, anywhere in the clip."""
     keep_probability: float = 1.0
-    """Share of the clips that could fill this bucket that it takes; the others go to a smaller one."""
+    """Share of the clips that fit this bucket which it takes; the rest go to a smaller bucket."""
 
     def validate(self) -> None:
-        """Raises UserError for an impossible value."""
-        for name in ("num_frames", "batch_size", "windows"):
+        """Raise UserError for an impossible value."""
+        for name in ("num_frames", "batch_size", "max_windows"):
             value = getattr(self, name)
-            if not 1 <= value <= LARGEST:
-                raise UserError(f"data.buckets: {name} is {value}; it must be from 1 to {LARGEST}")
+            if not 1 <= value <= MAX_DIMENSION:
+                raise UserError(f"data.buckets: {name} is {value}; it must be from 1 to {MAX_DIMENSION}")
         if self.max_tokens is not None and self.batch_size != 1:
             raise UserError(
                 f"data.buckets: batch_size is {self.batch_size} and max_tokens is {self.max_tokens}; give one of them"
             )
         if self.max_tokens is not None and not 1 <= self.max_tokens <= 2**53:
             raise UserError(
-                f"data.buckets: max_tokens is {self.max_tokens}; it must be from 1 to 2^53 (leave it out to say "
+                f"data.buckets: max_tokens is {self.max_tokens}; it must be from 1 to 2^53 (remove it to use "
                 "batch_size)"
             )
         if not 0.01 <= self.fps <= 1000:
@@ -73,7 +72,7 @@ class BucketConfig:
         self.size()
 
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels. Raises UserError."""
+        """Return (height, width) in pixels. Raises UserError."""
         height, width = self.height, self.width
         if self.resolution is not None:
             if height is not None or width is not None:
@@ -81,7 +80,7 @@ class BucketConfig:
                     f"data.buckets: resolution {self.resolution!r} beside height {height} and width {width}; "
                     "give either resolution or both of height and width"
                 )
-            assert isinstance(self.aspect_ratio, str), "DataConfig makes a bucket for each"
+            assert isinstance(self.aspect_ratio, str), "DataConfig makes one bucket per ratio"
             height, width = resolve_size(self.resolution, self.aspect_ratio)
         elif height is None and width is None:
             height = width = 256
@@ -90,23 +89,18 @@ class BucketConfig:
                 f"data.buckets: height is {height} and width is {width}; give both, or a resolution such as "
                 '"240p"'
             )
-        if not (1 <= height <= LARGEST and 1 <= width <= LARGEST):
+        if not (1 <= height <= MAX_DIMENSION and 1 <= width <= MAX_DIMENSION):
             raise UserError(
-                f"data.buckets: frames of {width}x{height} pixels (width x height); each must be from 1 to {LARGEST}"
+                f"data.buckets: frames of {width}x{height} pixels (width x height); each must be from 1 to "
+                f"{MAX_DIMENSION}"
             )
         return height, width
 
-
-@dataclass
-class SourceConfig:
-    """One of several sets of clips."""
-
-    manifest: str = ""
-    """As data.manifest."""
-    root: str | None = None
-    """As data.root."""
-    weight: float = 1.0
-    """How often each of its clips comes in an epoch: 2 is twice, 0.5 every other time on average."""
+    def multiplied(self, factor: int) -> "BucketConfig":
+        """Return the bucket with batches `factor` times as large, in clips or in tokens."""
+        if self.max_tokens is not None:
+            return replace(self, max_tokens=factor * self.max_tokens)
+        return replace(self, batch_size=factor * self.batch_size)
 
 
 @dataclass
@@ -117,31 +111,34 @@ class DataConfig:
     """CSV, JSON lines or Parquet with path,text and any of num_frames,fps,height,width,start,end,aesthetic,motion,
     camera; a folder of videos with .txt captions; or tar shards, such as shards/{000..099}.tar or s3://bucket/*.tar."""
     root: str | None = None
-    """Folder (or URL) that paths are relative to and that no file may lie outside; default: the manifest's folder."""
+    """Folder (or URL) that paths are relative to; no file outside it is opened; default: the manifest's folder."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """Several sets of clips, each with manifest, root and weight, in place of manifest and root."""
+    """Several sets of clips, each with manifest, root and weight, instead of manifest and root."""
     caption_scores: list[Literal["aesthetic", "motion", "camera"]] = field(default_factory=list)
-    """Columns that follow each caption that has them, in Open-Sora's words: "aesthetic score: 6.5."."""
+    """Columns to append to the captions of clips that have them, in Open-Sora's words: "aesthetic score: 6.5."."""
     buckets: list[BucketConfig] = field(default_factory=lambda: [BucketConfig()])
     """Sizes to train on; a clip goes to the largest that it can fill."""
+    batch_multiplier: int = 1
+    """Multiplies batch_size or max_tokens of every bucket, to use a recipe for one GPU on several."""
     allow_upscale: bool = False
     """Let clips with fewer pixels, or a lower frame rate, than the bucket's fill it."""
     crop: Literal["center", "random"] = "center"
-    """Where to cut what does not fit the bucket's aspect ratio."""
+    """Where to crop clips that have another aspect ratio than the bucket."""
     workers: int = 0
     """Loader processes; 0 reads in the training process."""
     max_skipped_share: float = 1.0
     """Share of the files that may fail to decode before the run stops; 1: it stops when none of a bucket is left
-    (a bucket of which none can be read at the start is left out)."""
+    (a bucket of which no clip can be read at the start is dropped)."""
     cache: Literal["none", "memory", "disk"] = "none"
     """Encode clips and captions once, and keep them in files. memory: all before the first step, then held in memory;
     disk: each when a batch first needs it, and read as batches need them."""
     cache_dir: str | None = None
-    """Folder of the cache, which runs may share; none: stdit-cache in the folder of the (first) manifest."""
-    views: int = 1
-    """Of each clip that the cache keeps: the middle, and further windows (and, with crop random, crops)."""
+    """Folder of the cache, which several runs may share; default: stdit-cache beside the (first) manifest."""
+    augmented_views: int = 1
+    """How many views of each clip the cache keeps: the middle, and further temporal windows (and crops, with crop
+    random)."""
     flip: bool = False
-    """Show clips mirrored half of the time, unless their caption has a word for a side, or for writing."""
+    """Mirror half of the clips, except those whose caption has a word for a side or for writing."""
 
     def __post_init__(self) -> None:
         self.buckets = [
@@ -153,11 +150,24 @@ class DataConfig:
         ]
 
     def all_sources(self) -> list[SourceConfig]:
-        """What to read: `sources`, or the one of manifest and root."""
+        """Return `sources`, or the one source of `manifest` and `root`."""
         return self.sources or [SourceConfig(self.manifest, self.root)]
 
+    def multiplied_buckets(self) -> list[BucketConfig]:
+        """Return the buckets with `batch_multiplier` applied."""
+        return [bucket.multiplied(self.batch_multiplier) for bucket in self.buckets]
+
+    def largest_batch_size(self) -> list[int]:
+        """Return the largest batch_size in a list; an empty list if it depends on tokens.
+
+        Which buckets have clips is not known before the manifest is read, but if no bucket is large enough for all
+        ranks, a run can fail at once.
+        """
+        buckets = self.multiplied_buckets()
+        return [] if any(bucket.max_tokens for bucket in buckets) else [max(b.batch_size for b in buckets)]
+
     def validate(self) -> None:
-        """Raises UserError for an impossible value."""
+        """Raise UserError for an impossible value."""
         if not self.manifest and not self.sources:
             raise UserError(
                 "data.manifest is empty: give a CSV with the columns path,text, or a folder of videos with "
@@ -165,63 +175,75 @@ class DataConfig:
             )
         if self.sources and (self.manifest or self.root):
             given = "manifest" if self.manifest else "root"
-            raise UserError(f"data.{given} beside data.sources: name it there, as a source of its own")
+            raise UserError(
+                f"data.{given} beside data.sources: move it into data.sources, as a source of its own"
+            )
         for source in self.sources:
-            if not source.manifest:
-                raise UserError("data.sources: manifest is empty; each source needs one")
-            if not 0.001 <= source.weight <= 1000:
-                raise UserError(
-                    f"data.sources: weight is {source.weight} for {source.manifest}; it must be from 0.001 to 1000 "
-                    "(leave the source out to take none)"
-                )
+            source.validate()
         if not self.buckets:
             raise UserError(
                 "data.buckets is empty: give at least one, with num_frames, fps, height, width, batch_size"
             )
+        if not 1 <= self.batch_multiplier <= MAX_DIMENSION:
+            raise UserError(
+                f"data.batch_multiplier is {self.batch_multiplier}; it must be from 1 to {MAX_DIMENSION}"
+            )
         for bucket in self.buckets:
             bucket.validate()
+        if self.batch_multiplier > 1:
+            for bucket in self.multiplied_buckets():
+                if bucket.batch_size > MAX_DIMENSION:
+                    raise UserError(
+                        f"data.batch_multiplier = {self.batch_multiplier}: batches of {bucket.batch_size} clips; at "
+                        f"most {MAX_DIMENSION}: use a smaller multiplier"
+                    )
         if self.workers < 0:
             raise UserError(f"data.workers is {self.workers}; it must be 0 (in process) or more")
-        if not 1 <= self.views <= 1000:
-            raise UserError(f"data.views is {self.views}; it must be from 1 to 1000")
-        if self.cache == "none" and self.views > 1:
+        if not 1 <= self.augmented_views <= 1000:
+            raise UserError(f"data.augmented_views is {self.augmented_views}; it must be from 1 to 1000")
+        if self.cache == "none" and self.augmented_views > 1:
             raise UserError(
-                f"data.views = {self.views} and data.cache = none: without a cache every sample has a window of its "
-                "own; leave data.views out, or set data.cache disk"
+                f"data.augmented_views = {self.augmented_views} and data.cache = none: without a cache every sample "
+                "has its own window; remove data.augmented_views, or set data.cache disk"
             )
         if self.cache != "none":
             self.cache_folder()
-        if self.cache != "none" and self.crop == "random" and self.views == 1:
+        if self.cache != "none" and self.crop == "random" and self.augmented_views == 1:
             raise UserError(
-                f"data.cache = {self.cache} and data.crop = random: of each clip data.views = 1 is kept, the middle; "
-                "set data.views to 4, say, or data.crop = center, or data.cache = none"
+                f"data.cache = {self.cache} and data.crop = random, but data.augmented_views = 1 keeps only the "
+                "middle of each clip; set data.augmented_views to 4, for example, or data.crop = center, or "
+                "data.cache = none"
             )
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError(f"data.max_skipped_share is {self.max_skipped_share}; it must be between 0 and 1")
 
     def cache_folder(self) -> Path:
-        """Where the cache lies: with the (first) data set, so that it serves every run on it and moves along.
+        """Return the folder of the cache: `cache_dir`, or beside the (first) manifest, so that all its runs share it.
 
-        Raises UserError if that is not on this machine.
+        Raises UserError if the manifest is a URL.
         """
         if self.cache_dir:
             return Path(self.cache_dir)
         first = self.all_sources()[0].manifest
         if is_url(first):
             raise UserError(f"data.cache = {self.cache}, but {first} is no local folder: set data.cache_dir")
-        above = Path(re.split(r"[{*\[]", first, maxsplit=1)[0])  # all shards of a pattern
+        above = Path(re.split(r"[{*\[]", first, maxsplit=1)[0])  # the part before any pattern of shards
         return (above if above.is_dir() else above.parent) / "stdit-cache"
 
 
 def resolve_size(resolution: str, aspect_ratio: str = "16:9", multiple: int = 2) -> tuple[int, int]:
-    """(height, width) in pixels of the named area and aspect ratio (width:height), each a multiple of
-    `multiple`.
+    """Return (height, width) in pixels of a named area and aspect ratio (width:height).
 
-    "240p" is the area of 240 lines at 16:9 whatever the ratio, so that one resolution costs about the same in
-    every ratio (the buckets of Open-Sora v1.2); "256" is the area of 256 x 256. Raises UserError.
+    "240p" is the area of 240 lines at 16:9, whatever the ratio, so that one resolution costs about the same in every
+    ratio (the buckets of Open-Sora v1.2); "256" is the area of 256 x 256.
+
+    Args:
+        multiple: of which height and width are multiples.
+
+    Raises UserError if the resolution or the ratio is unknown.
     """
     lines = resolution.removesuffix("p")
-    if not (lines.isascii() and lines.isdigit() and 0 < float(lines) <= LARGEST):
+    if not (lines.isascii() and lines.isdigit() and 0 < float(lines) <= MAX_DIMENSION):
         raise UserError(
             f'resolution {resolution!r} is unknown: give lines with a p, such as "144p", "240p" or '
             '"720p", or a square side such as "256"'

@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stdit.data.buckets import Assignment, Bucket, assign
+from stdit.data.assignment import Assignment, assign_clips
+from stdit.data.buckets import Bucket
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.data.decoding.decode import DecodeError, decode_clip
 from stdit.data.decoding.media import Media
 from stdit.data.manifest.clips import Clip
-from stdit.data.manifest.reading import Skipped, read_sources, remarks
+from stdit.data.manifest.reading import Skipped, clip_warnings, read_sources
 from stdit.data.plan import BatchPlan, PlannedBatch
 from stdit.data.skips import SkipTally
-from stdit.data.views import View, may_mirror, view_of
+from stdit.data.views import AugmentedView, augmented_view, may_mirror
 from stdit.parallel.processes.mesh import Mesh
 
 __all__ = ["BucketConfig", "DataConfig", "VideoBatches", "build_plan"]
@@ -40,10 +41,10 @@ GLANCE = 16
 def build_assignment(config: DataConfig, seed: int = 0, index: Path | None = None) -> Assignment:
     """Reads the manifest and sorts its clips into the buckets. Raises UserError."""
     config.validate()
-    clips, skipped = read_sources(config, index)
-    buckets = [Bucket.from_config(bucket) for bucket in config.buckets]
-    assignment = assign(clips, buckets, seed, config.allow_upscale, skipped)
-    return replace(assignment, remarks=remarks(clips))
+    clips, skipped = read_sources(config.all_sources(), config.caption_scores, index)
+    buckets = [Bucket.from_config(bucket) for bucket in config.multiplied_buckets()]
+    assignment = assign_clips(clips, buckets, seed, config.allow_upscale, skipped)
+    return replace(assignment, warnings=clip_warnings(clips))
 
 
 def build_plan(
@@ -106,10 +107,10 @@ def _failures_of_all(clips: Iterable[Clip], bucket: Bucket, known: Callable[[Cli
 
 def middle_window(clip: Clip, bucket: Bucket) -> Tensor:
     """The middle of a clip that is longer than its bucket's window, uint8 [T 3 H W]. Raises DecodeError."""
-    return read_view(clip, bucket, view_of(DataConfig(), 0, clip, bucket))
+    return read_view(clip, bucket, augmented_view(DataConfig(), 0, clip, bucket))
 
 
-def read_view(clip: Clip, bucket: Bucket, view: View) -> Tensor:
+def read_view(clip: Clip, bucket: Bucket, view: AugmentedView) -> Tensor:
     """The frames of a view, uint8 [T 3 H W]. Raises DecodeError."""
     frames = decode_clip(
         clip.media,
@@ -158,13 +159,13 @@ class VideoReader:
 
     def read(self, planned: PlannedBatch, index: int, clip_index: int) -> Sample:
         clip, start = self.plan.item(planned, index, clip_index)
-        view = View(start)
+        view = AugmentedView(start)
         if self.crop == "random" or self.flip:
             generator = torch.Generator().manual_seed(self.plan.crop_seed(planned.step, index))
             down, across, turn = torch.rand(3, generator=generator).tolist()
             if self.crop == "center":
                 down = across = 0.5
-            view = View(start, down, across, self.flip and turn < 0.5 and may_mirror(clip.text))
+            view = AugmentedView(start, down, across, self.flip and turn < 0.5 and may_mirror(clip.text))
         return Sample(clip_index, read_view(clip, planned.bucket, view).contiguous())
 
     def collate(self, samples: Sequence[Sample], captions: Sequence[str]) -> Batch:

@@ -1,4 +1,4 @@
-"""Which clip can fill which bucket, why one fills none, and how a long one is divided.
+"""Which clip can fill which bucket, why one fills none, and how a long one is split_into_windows.
 
 Letters: N clips, K buckets, R reasons.
 """
@@ -6,15 +6,13 @@ Letters: N clips, K buckets, R reasons.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import numpy as np
 
+from stdit.data.buckets import Bucket
 from stdit.data.manifest.clips import Clip, Clips
-from stdit.data.manifest.reading import EXAMPLES, Kind, Skipped, summary_lines
-
-if TYPE_CHECKING:
-    from stdit.data.buckets import Bucket
+from stdit.data.manifest.reading import MAX_EXAMPLES, ReasonCount, Skipped, summary_lines
 
 # Clips of 424 x 240 serve a bucket of 426 x 240, and 29.97 fps one of 30.
 SIZE_SLACK = 1.02
@@ -31,8 +29,8 @@ def resampled_frames(num_frames: int | np.ndarray, fps: float | np.ndarray, targ
     )
 
 
-def choose(
-    clips: Clips, part: slice, buckets: Sequence["Bucket"], allow_upscale: bool, rng: np.random.Generator
+def choose_buckets(
+    clips: Clips, part: slice, buckets: Sequence[Bucket], allow_upscale: bool, rng: np.random.Generator
 ) -> np.ndarray:
     """For each clip of a part of the table [N] the place of its bucket; if none takes it, -1 - that of the reason in
     REASONS.
@@ -66,22 +64,22 @@ def choose(
     return np.where(reasons[-1], -1 - reasons.argmax(axis=0), choice)
 
 
-def window_counts(clips: Clips, choice: np.ndarray, buckets: Sequence["Bucket"]) -> np.ndarray:
+def window_counts(clips: Clips, choice: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
     """How many windows each clip serves, int64 [N]: as often as its frames fill its bucket's (after resampling), at
-    most `Bucket.windows`, at least one. `choice` is as `choose` gives it."""
+    most `Bucket.max_windows`, at least one. `choice` is as `choose_buckets` gives it."""
     counts = np.ones(len(clips), np.int64)
     for k, bucket in enumerate(buckets):
-        if bucket.windows > 1:
+        if bucket.max_windows > 1:
             places = np.flatnonzero(choice == k)
             frames = resampled_frames(clips.num_frames[places], clips.fps[places], bucket.fps)
-            counts[places] = np.clip(frames // bucket.num_frames, 1, bucket.windows)
+            counts[places] = np.clip(frames // bucket.num_frames, 1, bucket.max_windows)
     return counts
 
 
-def divided(clips: Clips, counts: np.ndarray) -> tuple[Clips, np.ndarray]:
+def split_into_windows(clips: Clips, counts: np.ndarray) -> tuple[Clips, np.ndarray]:
     """A table in which each clip gives way to `counts` parts of it, of whole frames and as equal as can be.
 
-    Also the number of each part in its clip, int64; so 0 for what was not divided.
+    Also the number of each part in its clip, int64; so 0 for what was not split_into_windows.
     """
     places = np.repeat(np.arange(len(clips)), counts)
     ends = np.cumsum(counts)
@@ -98,7 +96,7 @@ def divided(clips: Clips, counts: np.ndarray) -> tuple[Clips, np.ndarray]:
     return table, part
 
 
-def _resolution_rank(buckets: Sequence["Bucket"]) -> np.ndarray:
+def _resolution_rank(buckets: Sequence[Bucket]) -> np.ndarray:
     """For each bucket its rank by volume, largest first; one rank for one resolution in several aspect
     ratios."""
     ranks = np.zeros(len(buckets))
@@ -117,13 +115,13 @@ def _resolution_rank(buckets: Sequence["Bucket"]) -> np.ndarray:
     return ranks
 
 
-def _frames(clip: Clip, buckets: Sequence["Bucket"]) -> str:
+def _frames(clip: Clip, buckets: Sequence[Bucket]) -> str:
     shortest = min(buckets, key=lambda bucket: (bucket.seconds, bucket.num_frames))
     frames = int(resampled_frames(clip.num_frames, clip.fps, shortest.fps))
     return f"{frames} frames at {shortest.fps:g} fps, the shortest bucket needs {shortest.num_frames}"
 
 
-def _pixels(clip: Clip, buckets: Sequence["Bucket"]) -> str:
+def _pixels(clip: Clip, buckets: Sequence[Bucket]) -> str:
     smallest = min(buckets, key=lambda bucket: bucket.height * bucket.width)
     return (
         f"{clip.width}x{clip.height} pixels (width x height), the smallest bucket needs "
@@ -131,16 +129,16 @@ def _pixels(clip: Clip, buckets: Sequence["Bucket"]) -> str:
     )
 
 
-def _rate(clip: Clip, buckets: Sequence["Bucket"]) -> str:
+def _rate(clip: Clip, buckets: Sequence[Bucket]) -> str:
     slowest = min(bucket.fps for bucket in buckets)
     return f"{clip.fps:g} fps, the slowest bucket needs {slowest:g}; data.allow_upscale repeats frames"
 
 
-def _all_three(clip: Clip, buckets: Sequence["Bucket"]) -> str:
+def _all_three(clip: Clip, buckets: Sequence[Bucket]) -> str:
     return f"{clip.num_frames} frames of {clip.width}x{clip.height} at {clip.fps:g} fps"
 
 
-REASONS: dict[str, Callable[[Clip, Sequence["Bucket"]], str]] = {
+REASONS: dict[str, Callable[[Clip, Sequence[Bucket]], str]] = {
     "too short": _frames,
     "too small": _pixels,
     "frame rate too low": _rate,
@@ -155,7 +153,7 @@ class Dropped(Sequence[tuple[Clip, str]]):
     """Clips that fit no bucket, each with the reason, which is put into words when it is asked for."""
 
     def __init__(
-        self, clips: Clips, buckets: Sequence["Bucket"], places: np.ndarray, reasons: np.ndarray
+        self, clips: Clips, buckets: Sequence[Bucket], places: np.ndarray, reasons: np.ndarray
     ) -> None:
         """Of the clips at `places`, ascending; `reasons` are places in REASONS."""
         self.clips, self.buckets, self.places, self.reasons = clips, buckets, places, reasons
@@ -181,7 +179,9 @@ class Dropped(Sequence[tuple[Clip, str]]):
         kinds = {}
         for code in codes[firsts.argsort()].tolist():
             places = np.flatnonzero(self.reasons == code)
-            cases = [self[place] for place in places[:EXAMPLES].tolist()]
+            cases = [self[place] for place in places[:MAX_EXAMPLES].tolist()]
             kind = list(REASONS)[code]
-            kinds[kind] = Kind(len(places), [Skipped(str(clip.media), reason) for clip, reason in cases])
+            kinds[kind] = ReasonCount(
+                len(places), [Skipped(str(clip.media), reason) for clip, reason in cases]
+            )
         return summary_lines(kinds)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stdit.data.buckets import Assignment, Bucket
+from stdit.data.assignment import Assignment
+from stdit.data.buckets import Bucket
 from stdit.data.manifest.clips import Clip
 
 # Names of independent random streams under one seed; those of buckets are their numbers.
@@ -61,8 +62,8 @@ class BatchPlan:
     def __post_init__(self) -> None:
         assert self.assignment.kept > 0, "assign() leaves at least one clip"
         count = range(len(self.assignment.buckets))
-        self._draws = [self.assignment.draws(k) for k in count]
-        self._ends = np.cumsum([self.assignment.steps(k) for k in count])
+        self._draws = [self.assignment.draws_per_epoch(k) for k in count]
+        self._ends = np.cumsum([self.assignment.steps_per_epoch(k) for k in count])
 
     def sized(self, tokens: Callable[[Bucket], int]) -> "BatchPlan":
         """The plan when a clip of each bucket has so many tokens: see `Bucket.sized`."""

@@ -27,7 +27,7 @@ WRITING = (
 UNMIRRORED = re.compile(rf"\b({'|'.join(f'{SIDES} {WRITING}'.split())})\b|[\"“”«»„]", re.IGNORECASE)
 
 
-class View(NamedTuple):
+class AugmentedView(NamedTuple):
     """What is taken from a clip."""
 
     start: float
@@ -49,22 +49,22 @@ def may_mirror(caption: str) -> bool:
     return UNMIRRORED.search(caption) is None
 
 
-def view_count(config: DataConfig, caption: str) -> int:
-    """How many views of a clip the cache keeps: `views` windows and crops, and their mirror images."""
-    return config.views * (2 if config.flip and may_mirror(caption) else 1)
+def count_augmented_views(config: DataConfig, caption: str) -> int:
+    """How many views of a clip the cache keeps: `augmented_views` windows and crops, and their mirror images."""
+    return config.augmented_views * (2 if config.flip and may_mirror(caption) else 1)
 
 
-def view_of(config: DataConfig, number: int, clip: Clip, bucket: Bucket) -> View:
+def augmented_view(config: DataConfig, number: int, clip: Clip, bucket: Bucket) -> AugmentedView:
     """One of the views of a clip that the cache keeps; the first is the middle.
 
     Args:
-        number: from 0 to `view_count` - 1.
+        number: from 0 to `count_augmented_views` - 1.
     """
-    mirrored, place = divmod(number, config.views)
+    mirrored, place = divmod(number, config.augmented_views)
     when, down, across = ((0.5 + place * step) % 1 for step in STEPS)
     excess = clip.width * bucket.height - clip.height * bucket.width  # what is cut off lies on one axis alone
     if config.crop == "center" or excess >= 0:
         down = 0.5
     if config.crop == "center" or excess <= 0:
         across = 0.5
-    return View(clip.start + when * slack_seconds(clip, bucket), down, across, bool(mirrored))
+    return AugmentedView(clip.start + when * slack_seconds(clip, bucket), down, across, bool(mirrored))

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
-from stdit.data.config import LARGEST
-from stdit.data.manifest.caption_scores import SCORES, score_suffix
+from stdit.data.decoding.limits import MAX_DIMENSION
+from stdit.data.manifest.caption_scores import CAPTION_SCORES, score_suffix
 from stdit.errors import UserError
 from stdit.parallel.config import SamplingParallelConfig
 
@@ -42,9 +42,9 @@ class VideoSettings:
         """Raise UserError, naming value, rule and way out, for what no model could follow."""
         for name in ("num_frames", "height", "width", "num_inference_steps"):
             value = getattr(self, name)
-            whole = value is None or (1 <= value <= LARGEST and value == int(value))
+            whole = value is None or (1 <= value <= MAX_DIMENSION and value == int(value))
             if not whole or isinstance(value, bool):
-                raise UserError(f"{where}{name} = {value}: must be a whole number from 1 to {LARGEST}.")
+                raise UserError(f"{where}{name} = {value}: must be a whole number from 1 to {MAX_DIMENSION}.")
         if (self.height is None) != (self.width is None):
             missing = "height" if self.height is None else "width"
             raise UserError(f"{where}{missing} is missing: give both height and width, or neither.")
@@ -152,8 +152,8 @@ class SampleConfig(PromptSettings):
     def __post_init__(self) -> None:
         self.check()
         for name in ("batch_size", "num_samples"):
-            if not 1 <= getattr(self, name) <= LARGEST:
-                raise UserError(f"{name} = {getattr(self, name)}: must be from 1 to {LARGEST}.")
+            if not 1 <= getattr(self, name) <= MAX_DIMENSION:
+                raise UserError(f"{name} = {getattr(self, name)}: must be from 1 to {MAX_DIMENSION}.")
         if self.seeds is not None and not self.seeds:
             raise UserError("seeds = []: give at least one, or leave it out.")
         if self.resolution is not None and self.height is not None:
@@ -174,7 +174,7 @@ class SampleConfig(PromptSettings):
 
     def scores(self) -> str:
         """What is added to the prompts, with a space before it."""
-        return score_suffix({name: getattr(self, name) for name in SCORES})
+        return score_suffix({name: getattr(self, name) for name in CAPTION_SCORES})
 
     def formats(self) -> list[Format]:
         return [self.format] if isinstance(self.format, str) else list(self.format)

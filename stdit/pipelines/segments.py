@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from stdit.data.config import LARGEST
+from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.errors import UserError
 from stdit.pipelines.conditions import Condition
 
@@ -34,8 +34,8 @@ class Parts:
             raise UserError(
                 f"{where}parts = {self.count}: must be at least {prompts}, the number of prompts with those of then."
             )
-        if self.count > LARGEST:
-            raise UserError(f"{where}parts = {self.count}: must be at most {LARGEST}.")
+        if self.count > MAX_DIMENSION:
+            raise UserError(f"{where}parts = {self.count}: must be at most {MAX_DIMENSION}.")
         if self.overlap is not None and self.overlap < 1:
             raise UserError(f"{where}overlap = {self.overlap}: must be at least 1 frame.")
         if self.close and self.count < 2:

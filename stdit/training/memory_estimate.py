@@ -74,7 +74,7 @@ class Needs:
         if config.trainer.precision == "bf16" and not config.trainer.activation_checkpointing:
             estimate["weights in bf16"] = 2 * self.size.parameters  # which layers keep for the backward pass
         if config.data.cache == "memory":
-            views = config.data.views * (1 + config.data.flip)
+            views = config.data.augmented_views * (1 + config.data.flip)
             estimate["encoded clips"] = sum(
                 clips
                 * views
@@ -98,7 +98,7 @@ class Needs:
 
     def degrees(self, processes: int) -> list[int]:
         """How many of so many processes may share a video, such that each has a part of every batch."""
-        smallest = min(bucket.batch_size for bucket in self.inputs.plan.assignment.buckets)
+        smallest = min(bucket.batch_size for bucket in self.inputs.plan.assignment.used_buckets)
         return [sp for sp in divisors(processes) if processes // sp <= smallest]
 
     def choice(self, processes: int, memory: int) -> SpChoice:

@@ -11,7 +11,7 @@ from stdit.training.config import ValidationConfig
 if TYPE_CHECKING:
     import numpy as np
 
-    from stdit.data.buckets import Assignment
+    from stdit.data.assignment import Assignment
     from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
 

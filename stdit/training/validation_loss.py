@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.data.buckets import Assignment, Bucket
+from stdit.data.assignment import Assignment
+from stdit.data.buckets import Bucket
 from stdit.data.cache.keys import remembered
 from stdit.data.dataset import build_plan, middle_window, to_video
 from stdit.data.decoding.decode import DecodeError

@@ -1,8 +1,10 @@
 import pytest
 
-from stdit.data.buckets import Bucket, assign, resampled_frames, resolve_size
-from stdit.data.config import ASPECT_RATIOS, RESOLUTIONS, BucketConfig, DataConfig
+from stdit.data.assignment import assign_clips
+from stdit.data.buckets import Bucket
+from stdit.data.config import ASPECT_RATIOS, RESOLUTIONS, BucketConfig, DataConfig, resolve_size
 from stdit.data.decoding.media import Media
+from stdit.data.fit import resampled_frames
 from stdit.data.manifest.reading import Clip, Skipped
 from stdit.errors import UserError
 
@@ -13,7 +15,7 @@ def clip(num_frames=16, fps=8.0, height=64, width=64, name="a.mp4", **rest):
 
 def places(clips, buckets, **options):
     """For each clip the place of its bucket, None where it was dropped."""
-    assignment = assign(clips, buckets, **options)
+    assignment = assign_clips(clips, buckets, **options)
     found = {int(index): k for k, members in enumerate(assignment.members) for index in members}
     assert len(found) + len(assignment.dropped) == len(clips)
     return [found.get(index) for index in range(len(clips))]
@@ -70,7 +72,7 @@ def test_sizes_are_multiples():
         ({"fps": float("nan")}, "fps is nan"),
         ({"keep_probability": 0.0}, "keep_probability is 0.0"),
         ({"keep_probability": 1.5}, "keep_probability is 1.5"),
-        ({"windows": 0}, "windows is 0; it must be from 1 to 16384"),
+        ({"max_windows": 0}, "max_windows is 0; it must be from 1 to 16384"),
         ({"max_tokens": 0}, "max_tokens is 0; it must be from 1"),
         ({"max_tokens": 10**20}, "max_tokens is 100000000000000000000"),
         ({"max_tokens": 4096, "batch_size": 2}, "batch_size is 2 and max_tokens is 4096; give one of them"),
@@ -136,7 +138,7 @@ def test_reasons_for_dropping():
         clip(num_frames=40, fps=5.0),
         clip(num_frames=16, height=40, width=40),
     ]
-    reasons = [reason for _, reason in assign(clips, buckets).dropped]
+    reasons = [reason for _, reason in assign_clips(clips, buckets).dropped]
     assert reasons[0] == "too short: 12 frames at 8 fps, the shortest bucket needs 16"
     assert reasons[1].startswith("too small: 16x16 pixels (width x height), the smallest bucket needs 32x32")
     assert reasons[2].startswith("frame rate too low: 5 fps, the slowest bucket needs 8")
@@ -177,14 +179,14 @@ def test_keep_probability_is_drawn_from_seed_and_passes_clips_on():
     found = places(clips, buckets, seed=3)
     assert found == places(clips, buckets, seed=3) != places(clips, buckets, seed=4)
     assert 60 < found.count(0) < 140 and 110 < found.count(1) < 190
-    reasons = {reason for _, reason in assign(clips, buckets, seed=3).dropped}
+    reasons = {reason for _, reason in assign_clips(clips, buckets, seed=3).dropped}
     assert reasons == {"left out by keep_probability"}
 
 
 def test_table_says_what_is_kept_and_what_is_not():
     clips = [clip(name=f"{i}.mp4") for i in range(5)] + [clip(num_frames=12, name="short.mp4")]
     buckets = [Bucket(16, 64, 64, 8, batch_size=2), Bucket(32, 64, 64, 8)]
-    table = assign(clips, buckets, skipped=[Skipped("gone.mp4", "file missing")]).table().splitlines()
+    table = assign_clips(clips, buckets, skipped=[Skipped("gone.mp4", "file missing")]).table().splitlines()
     assert table[1].split() == ["16x64x64", "at", "8", "fps", "5", "2", "3"]
     assert table[2].split() == ["32x64x64", "at", "8", "fps", "0", "1", "0"]
     rest = "\n".join(table[3:])
@@ -194,12 +196,12 @@ def test_table_says_what_is_kept_and_what_is_not():
 
 def test_nothing_left_is_an_error_with_the_reasons():
     with pytest.raises(UserError, match=r"(?s)no clip is left.*1 x too short: .*1 x file missing: gone"):
-        assign([clip(num_frames=2)], [Bucket(16, 32, 32, 8)], skipped=[Skipped("gone", "file missing")])
+        assign_clips([clip(num_frames=2)], [Bucket(16, 32, 32, 8)], skipped=[Skipped("gone", "file missing")])
 
 
 def windows_of(clips, windows=16, **options):
     """(start, frames) of what a bucket of 16 frames at 8 fps makes of clips."""
-    assignment = assign(clips, [Bucket(16, 32, 32, 8, windows=windows)], **options)
+    assignment = assign_clips(clips, [Bucket(16, 32, 32, 8, max_windows=windows)], **options)
     return [(part.start, part.num_frames) for part in assignment.clips]
 
 
@@ -217,16 +219,16 @@ def test_windows_are_an_option_and_have_a_limit():
 
 
 def test_only_the_bucket_that_takes_a_clip_divides_it():
-    buckets = [Bucket(32, 64, 64, 8), Bucket(16, 32, 32, 8, windows=3)]
+    buckets = [Bucket(32, 64, 64, 8), Bucket(16, 32, 32, 8, max_windows=3)]
     clips = [clip(num_frames=64), clip(num_frames=64, height=40, name="b.mp4"), clip(num_frames=2)]
-    assignment = assign(clips, buckets)
+    assignment = assign_clips(clips, buckets)
     assert [part.tolist() for part in assignment.members] == [[0], [1, 2, 3]]
     assert [part.media.location for part in assignment.clips] == [
         "/data/a.mp4",
         *["/data/b.mp4"] * 3,
         "/data/a.mp4",
     ]
-    assert assignment.whole == [1, 1] and assignment.kept == 4
+    assert assignment.clip_counts == [1, 1] and assignment.kept == 4
     assert assignment.files == 2, "of which a share may fail"
     assert [reason for _, reason in assignment.dropped] == [
         "too short: 2 frames at 8 fps, the shortest bucket needs 16"
@@ -235,7 +237,7 @@ def test_only_the_bucket_that_takes_a_clip_divides_it():
 
 
 def test_a_clip_of_weight_0_is_left_out_and_said_to_be():
-    assignment = assign([clip(), clip(weight=0.0)], [Bucket(16, 32, 32, 8)])
+    assignment = assign_clips([clip(), clip(weight=0.0)], [Bucket(16, 32, 32, 8)])
     assert assignment.members[0].tolist() == [0]
     assert [reason for _, reason in assignment.dropped] == ["its weight is 0"]
 
@@ -252,23 +254,23 @@ def test_the_table_shows_windows_draws_tokens_and_sources_where_they_say_somethi
         clip(num_frames=48, weight=2.0, name="a/1.mp4"),
         Clip(Media("/more/2.mp4", root="/more"), "text", 32, 8.0, 64, 64, weight=0.5),
     ]
-    buckets = [Bucket(16, 64, 64, 8, windows=8, max_tokens=2500).sized(1000), Bucket(64, 64, 64, 8)]
-    lines = assign(clips, buckets).table().splitlines()
+    buckets = [Bucket(16, 64, 64, 8, max_windows=8, max_tokens=2500).sized(1000), Bucket(64, 64, 64, 8)]
+    lines = assign_clips(clips, buckets).table().splitlines()
     assert lines[0].split()[6:] == "clips windows drawn batch steps an epoch tokens max_tokens".split()
     assert lines[1].split()[4:] == ["2", "5", "7", "2", "4", "2000", "2500"]
     assert lines[3:] == [
         "3 windows from None, weight 2: 6 draws an epoch",
         "2 windows from /more, weight 0.5: 1 draws an epoch",
     ]
-    plain = assign([clip()], [Bucket(16, 64, 64, 8)]).table().splitlines()
+    plain = assign_clips([clip()], [Bucket(16, 64, 64, 8)]).table().splitlines()
     assert plain[0].split()[6:] == "clips batch steps an epoch".split() and len(plain) == 2
 
 
 def test_many_clips_are_assigned_as_a_few_are(monkeypatch):
     clips = [clip(num_frames=8 + i % 30, height=30 + i % 50, name=f"{i}.mp4") for i in range(100)]
     buckets = [Bucket(16, 48, 48, 8, keep_probability=0.5), Bucket(16, 32, 32, 8, keep_probability=0.5)]
-    at_once = assign(clips, buckets)
-    monkeypatch.setattr("stdit.data.buckets.CLIPS_AT_ONCE", 7)
-    in_parts = assign(clips, buckets)
+    at_once = assign_clips(clips, buckets)
+    monkeypatch.setattr("stdit.data.assignment.CLIPS_PER_CHUNK", 7)
+    in_parts = assign_clips(clips, buckets)
     assert [part.tolist() for part in in_parts.members] == [part.tolist() for part in at_once.members]
     assert list(in_parts.dropped) == list(at_once.dropped)

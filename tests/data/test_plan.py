@@ -4,7 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from stdit.data.buckets import Bucket, assign
+from stdit.data.assignment import assign_clips
+from stdit.data.buckets import Bucket
 from stdit.data.decoding.media import Media
 from stdit.data.manifest.reading import Clip
 from stdit.data.plan import BatchPlan
@@ -19,10 +20,10 @@ def make_plan(counts=(10, 3), batch_sizes=(4, 2), seed=0, seconds=2.0, windows=1
         for i in range(count)
     ]
     buckets = [
-        Bucket(16, size, size, 8, batch, windows=windows)
+        Bucket(16, size, size, 8, batch, max_windows=windows)
         for size, batch in zip(sizes, batch_sizes, strict=True)
     ]
-    return BatchPlan(assign(clips, buckets), seed)
+    return BatchPlan(assign_clips(clips, buckets), seed)
 
 
 def items(plan, batch):

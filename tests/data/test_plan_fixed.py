@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from stdit.data.buckets import Bucket, assign
+from stdit.data.assignment import assign_clips
+from stdit.data.buckets import Bucket
 from stdit.data.decoding.media import Media
 from stdit.data.manifest.reading import Clip
 from stdit.data.plan import BatchPlan
@@ -60,7 +61,7 @@ def facts(plan: BatchPlan, step: int) -> list[object]:
     ],
 )
 def test_the_plan_is_what_it_was(seed, allow_upscale, members, dropped, batches):
-    assignment = assign(clips(), BUCKETS, seed, allow_upscale)
+    assignment = assign_clips(clips(), BUCKETS, seed, allow_upscale)
     plan = BatchPlan(assignment, seed)
     assert digest([part.tolist() for part in assignment.members]) == members
     assert digest([[str(clip.media), reason] for clip, reason in assignment.dropped]) == dropped
@@ -69,7 +70,7 @@ def test_the_plan_is_what_it_was(seed, allow_upscale, members, dropped, batches)
 
 
 def test_one_batch_in_full():
-    assert facts(BatchPlan(assign(clips(), BUCKETS, 42, allow_upscale=True), 42), 17) == [
+    assert facts(BatchPlan(assign_clips(clips(), BUCKETS, 42, allow_upscale=True), 42), 17) == [
         17, 0, 1,
         [199, 274, 86],
         ["0x1.cca049e4d224bp+3", "0x1.5a499603406afp+3", "0x1.fede7b2005c79p+0"],

@@ -4,7 +4,7 @@ from stdit.data.buckets import Bucket
 from stdit.data.config import DataConfig
 from stdit.data.decoding.media import Media
 from stdit.data.manifest.clips import Clip
-from stdit.data.views import View, may_mirror, view_count, view_of
+from stdit.data.views import AugmentedView, augmented_view, count_augmented_views, may_mirror
 
 CLIP = Clip(Media("a.mp4"), "a dog", num_frames=32, fps=8.0, height=32, width=48)
 BUCKET = Bucket(16, 32, 32, 8.0)
@@ -38,9 +38,9 @@ def test_other_captions_are(caption):
 
 
 def test_the_first_view_is_the_middle_and_the_others_spread():
-    config = DataConfig(views=8, crop="random", cache="disk")
-    views = [view_of(config, number, CLIP, BUCKET) for number in range(8)]
-    assert views[0] == View(1.0, 0.5, 0.5, False)  # 2 seconds of 4
+    config = DataConfig(augmented_views=8, crop="random", cache="disk")
+    views = [augmented_view(config, number, CLIP, BUCKET) for number in range(8)]
+    assert views[0] == AugmentedView(1.0, 0.5, 0.5, False)  # 2 seconds of 4
     for values, largest in (
         (sorted(v.start / 2 for v in views), 0.3),
         (sorted(v.across for v in views), 0.3),
@@ -49,19 +49,25 @@ def test_the_first_view_is_the_middle_and_the_others_spread():
         assert max(b - a for a, b in zip([0.0, *values], [*values, 1.0], strict=True)) < largest
     assert {view.down for view in views} == {0.5}  # only columns are cut off
     assert {
-        v.across for v in (view_of(DataConfig(views=8, cache="disk"), n, CLIP, BUCKET) for n in range(8))
+        v.across
+        for v in (
+            augmented_view(DataConfig(augmented_views=8, cache="disk"), n, CLIP, BUCKET) for n in range(8)
+        )
     } == {0.5}
 
 
 def test_views_without_room_are_one():
-    config = DataConfig(views=5, crop="random", cache="disk")
+    config = DataConfig(augmented_views=5, crop="random", cache="disk")
     exact = Clip(Media("a.mp4"), "", num_frames=16, fps=8.0, height=64, width=64, start=3.0)
-    assert {view_of(config, number, exact, BUCKET) for number in range(5)} == {View(3.0)}
+    assert {augmented_view(config, number, exact, BUCKET) for number in range(5)} == {AugmentedView(3.0)}
 
 
 def test_mirror_images_come_after_the_views():
-    config = DataConfig(views=3, flip=True, cache="disk")
-    assert view_count(config, "a dog") == 6 and view_count(config, "a dog to the left") == 3
+    config = DataConfig(augmented_views=3, flip=True, cache="disk")
+    assert (
+        count_augmented_views(config, "a dog") == 6
+        and count_augmented_views(config, "a dog to the left") == 3
+    )
     for number in range(3):
-        one, other = (view_of(config, n, CLIP, BUCKET) for n in (number, number + 3))
+        one, other = (augmented_view(config, n, CLIP, BUCKET) for n in (number, number + 3))
         assert not one.mirrored and other == one._replace(mirrored=True)

@@ -54,7 +54,8 @@ def views(settings, tmp_path):
     )
     flags = {
         "codec__name": "AutoencoderKL", "codec__path": save_tiny_vae("AutoencoderKL", tmp_path / "vae"),
-        "model__patch_size": "[1, 1, 1]", "flow__conditioning": "{}", "data__views": 2, "data__flip": "true",
+        "model__patch_size": "[1, 1, 1]", "flow__conditioning": "{}",
+        "data__augmented_views": 2, "data__flip": "true",
         "validation__prompts": '["a red square"]', "validation__num_inference_steps": 1, "trainer__steps": 3,
     }  # fmt: skip
     return lambda **more: settings(**(flags | more))

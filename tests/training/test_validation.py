@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from stdit.data.buckets import Assignment, Bucket
+from stdit.data.assignment import Assignment
+from stdit.data.buckets import Bucket
 from stdit.errors import UserError
 from stdit.training.config import ValidationConfig
 from stdit.training.validation import default_settings

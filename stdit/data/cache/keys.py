@@ -16,7 +16,7 @@ from stdit.data.cache.store import Store
 from stdit.data.config import DataConfig
 from stdit.data.decoding.media import Media
 from stdit.data.manifest.clips import Clip
-from stdit.data.views import View
+from stdit.data.views import AugmentedView
 
 DECODING = 1
 """To be raised when decoding or resizing gives other pixels than before."""
@@ -27,7 +27,7 @@ def digest(*facts: object) -> bytes:
     return xxhash.xxh3_128_digest(json.dumps(facts, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 
-def latents_key(content: bytes, view: View, bucket: Bucket, codec: str) -> bytes:
+def latents_key(content: bytes, view: AugmentedView, bucket: Bucket, codec: str) -> bytes:
     """Of the latents of a view of a file, made by the codec with this fingerprint."""
     size = (bucket.num_frames, float(bucket.fps), bucket.height, bucket.width)
     where = (round(view.start, 6), round(view.down, 6), round(view.across, 6), view.mirrored)

@@ -20,7 +20,7 @@ from stdit.data.dataset import Batch, Sample, read_view
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.manifest.clips import Clip
 from stdit.data.plan import BatchPlan, PlannedBatch
-from stdit.data.views import View, view_count, view_of
+from stdit.data.views import AugmentedView, augmented_view, count_augmented_views
 
 REMEMBERED = 1 << 16
 """Clips whose keys a process keeps in memory."""
@@ -36,7 +36,7 @@ class Makers(NamedTuple):
 class Wanted(NamedTuple):
     """A view of a clip, and the key of its latents."""
 
-    view: View
+    view: AugmentedView
     key: bytes
 
 
@@ -61,8 +61,8 @@ class CachedReader:
             content, new = self.contents.of(clip.media)
         except OSError as error:
             raise DecodeError(clip.media, error.strerror or str(error)) from error
-        count = view_count(self.config, clip.text)
-        views = dict.fromkeys(view_of(self.config, number, clip, bucket) for number in range(count))
+        count = count_augmented_views(self.config, clip.text)
+        views = dict.fromkeys(augmented_view(self.config, number, clip, bucket) for number in range(count))
         wanted = [Wanted(view, latents_key(content, view, bucket, self.makers.codec)) for view in views]
         return wanted, [] if new is None else [new]
 

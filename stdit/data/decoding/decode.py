@@ -16,24 +16,24 @@ import torch
 from PIL import Image
 
 from stdit.data.decoding.frames import (
-    Forward,
     Shown,
-    by_frames,
-    by_packets,
-    decodable,
-    hidden,
-    one_by_one,
+    TimeOrderCheck,
+    check_intact,
+    decodable_packets,
+    frames_in_order,
+    is_hidden,
     pixel_aspect,
-    whole,
+    select_by_frames,
+    select_by_packets,
 )
 from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     DecodeError,
-    Unclear,
+    NeedsSlowerRead,
     Video,
-    check_size,
+    check_frame_size,
     open_clip,
 )
 from stdit.data.decoding.pictures import is_still, pictures_at, timed_pictures
@@ -47,7 +47,7 @@ __all__ = [
     "decode_clip",
     "probe",
     "upright_rgb",
-    "walk",
+    "iter_frames",
 ]
 
 # A frame counts as shown at a target time that it misses by less than this share of the target interval:
@@ -81,7 +81,7 @@ def probe(file: Media | Path) -> VideoInfo:
         try:
             with open_clip(media, quick=quick) as opened:
                 return _probe_video(opened) if isinstance(opened, Video) else _probe_picture(opened)
-        except Unclear:
+        except NeedsSlowerRead:
             continue
     raise AssertionError("what is not quick is never unclear")
 
@@ -117,10 +117,10 @@ def decode_clip(
     place = drawn if isinstance(crop, str) else list(crop)
     times, tolerance = [start + k / fps for k in range(num_frames)], TOLERANCE / fps
     clip = np.empty((num_frames, 3, height, width), np.uint8)  # NumPy copies small frames in less time
-    ways: tuple[Read, ...] = (by_packets, by_frames, partial(by_frames, seek=False))
+    ways: tuple[Read, ...] = (select_by_packets, select_by_frames, partial(select_by_frames, seek=False))
     for read in ways:
         try:
-            with open_clip(media, threads, quick=read is by_packets) as opened:
+            with open_clip(media, threads, quick=read is select_by_packets) as opened:
                 if isinstance(opened, Video):
                     opaque = opened.stream.codec_context.name == "gif"
                     fitter = FrameFitter(height, width, place, threads, opaque)
@@ -131,12 +131,12 @@ def decode_clip(
                     for picture, places in pictures_at(media, opened, times, tolerance):
                         clip[places.start : places.stop] = fill(picture, 1.0, height, width, place).numpy()
             return torch.from_numpy(clip)
-        except Unclear:
+        except NeedsSlowerRead:
             continue
     raise AssertionError("reading from the start is never unclear")
 
 
-def walk(
+def iter_frames(
     file: Media | Path, start: float = 0.0, end: float = math.inf, side: int | None = None
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Every frame of a video from `start` on and before `end`, in seconds after the first, one at a time.
@@ -154,7 +154,7 @@ def walk(
                     if time >= start - INSTANT:
                         yield time, picture()
             return
-        except Unclear:
+        except NeedsSlowerRead:
             continue
 
 
@@ -163,8 +163,8 @@ def _timed(
 ) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
     """(seconds, what makes the picture) of every frame, from `start` or before it on."""
     if isinstance(opened, Video):
-        for time, _, frame in one_by_one(opened, start):
-            yield time, partial(rgb, whole(opened, frame), side=side)
+        for time, _, frame in frames_in_order(opened, start):
+            yield time, partial(rgb, check_intact(opened, frame), side=side)
     else:
         for time, _, pixels in timed_pictures(opened):
             yield time, partial(shrink, pixels, side)
@@ -173,11 +173,11 @@ def _timed(
 def _probe_video(video: Video) -> VideoInfo:
     tick, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0) or 1.0
     count, untimed, first, frame = 0, 0, None, None
-    last, length, forward = None, 0, Forward(video.media)
-    for packet in decodable(video.container.demux(video.stream)):
+    last, length, forward = None, 0, TimeOrderCheck(video.media)
+    for packet in decodable_packets(video.container.demux(video.stream)):
         if frame is None:
             frame = next(iter(packet.decode()), None)
-        if hidden(packet):
+        if is_hidden(packet):
             continue
         count += 1
         pts = packet.dts if packet.pts is None else packet.pts
@@ -191,7 +191,7 @@ def _probe_video(video: Video) -> VideoInfo:
     frame = frame or next(iter(video.stream.codec_context.decode(None)), None)
     if frame is None:
         raise DecodeError(video.media, "holds no frame that can be decoded")
-    check_size(video.media, frame.width, frame.height)
+    check_frame_size(video.media, frame.width, frame.height)
     if 0 < untimed < count:
         raise DecodeError(video.media, f"{untimed} of its {count} frames have no time")
     seconds = (last - first) * tick if first is not None and last is not None else 0.0

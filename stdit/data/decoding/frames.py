@@ -1,9 +1,9 @@
 """Which frame of a video is on screen at which time.
 
-Two ways to the same answer. `by_packets` knows the times of frames before it decodes them, from their packets: it
-decodes nothing after the last that is wanted, and skips frames that are neither wanted nor referred to by others.
-`by_frames` decodes one by one and looks at what comes out; it serves where packets do not tell. Both take the latest
-frame that is not later than the time, and seek to the key frame before the first.
+Two ways give the same answer. `select_by_packets` knows the times of frames before it decodes them, from their
+packets: it decodes nothing after the last frame needed, and skips frames that are neither needed nor referred to by
+others. `select_by_frames` decodes one by one and reads the times of decoded frames; it is used where packets do not
+tell. Both take the latest frame that is not later than the time, and seek to the key frame before the first.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import av
 from av.packet import Packet
 
 from stdit.data.decoding.media import Media
-from stdit.data.decoding.opening import DecodeError, Unclear, Video, check_size
+from stdit.data.decoding.opening import DecodeError, NeedsSlowerRead, Video, check_frame_size
 
 REORDER_DEPTH = 16
 """Packets come in the order of decoding, at most so far from their place in the order of presentation."""
@@ -55,7 +55,7 @@ class Clock(NamedTuple):
         return (pts - self.origin) * self.tick
 
 
-class Forward:
+class TimeOrderCheck:
     """Refuses times, in order of decoding, that jump back by more than reordering explains."""
 
     def __init__(self, media: Media) -> None:
@@ -70,14 +70,14 @@ class Forward:
             self._newest = max(self._newest, self._recent.popleft())
 
 
-def by_packets(video: Video, times: list[float], tolerance: float) -> Iterator[Shown]:
+def select_by_packets(video: Video, times: list[float], tolerance: float) -> Iterator[Shown]:
     """The frames on screen at ascending `times` (seconds after the first), each once.
 
-    Raises Unclear where packets do not tell, or not all frames come; DecodeError.
+    Raises NeedsSlowerRead where packets do not tell, or not all frames come; DecodeError.
     """
     clock, packets = _packets(video)
     if not clock.tick or _is_counted(video):
-        raise Unclear
+        raise NeedsSlowerRead
     if times[0] > 0 and video.container.format.name not in UNSEEKABLE:
         packets = _from_key_frame(video, clock, times[0] + tolerance)
     context = video.stream.codec_context
@@ -86,14 +86,14 @@ def by_packets(video: Video, times: list[float], tolerance: float) -> Iterator[S
     missing: set[int] = set()
     left = len(times)
     try:
-        for packet, places in assign(video, packets, clock, times, tolerance):
+        for packet, places in times_on_screen(video, packets, clock, times, tolerance):
             if places:
                 assert packet.pts is not None, "it has a time on screen"
                 wanted[packet.pts] = places
                 left -= len(places)
             if context.name in SKIPPING:
                 context.skip_frame = "DEFAULT" if places else "NONREF"
-            if context.name in ONE_FOR_ONE and packet.pts is not None and not hidden(packet):
+            if context.name in ONE_FOR_ONE and packet.pts is not None and not is_hidden(packet):
                 missing.add(packet.pts)
             decoded = packet.decode()
             missing -= {frame.pts for frame in decoded}
@@ -104,28 +104,30 @@ def by_packets(video: Video, times: list[float], tolerance: float) -> Iterator[S
         missing -= {frame.pts for frame in decoded}
         yield from _pick(video, decoded, wanted)
     except av.FFmpegError as error:
-        raise Unclear from error
+        raise NeedsSlowerRead from error
     if missing:
         raise DecodeError(video.media, "not a readable video, or damaged (a frame is missing)")
     if left or wanted:
-        raise Unclear
+        raise NeedsSlowerRead
 
 
-def by_frames(video: Video, times: list[float], tolerance: float, seek: bool = True) -> Iterator[Shown]:
-    """As `by_packets`, by decoding every frame from the key frame, or from the start, on.
+def select_by_frames(
+    video: Video, times: list[float], tolerance: float, seek: bool = True
+) -> Iterator[Shown]:
+    """As `select_by_packets`, by decoding every frame from the key frame, or from the start, on.
 
-    Raises Unclear when seeking led too far; DecodeError.
+    Raises NeedsSlowerRead when seeking led too far; DecodeError.
     """
-    timed = one_by_one(video, times[0] + tolerance if seek and times[0] > 0 else 0.0)
-    for frame, places in latest(video.media, timed, times, tolerance):
-        yield whole(video, frame), places
+    timed = frames_in_order(video, times[0] + tolerance if seek and times[0] > 0 else 0.0)
+    for frame, places in latest_shown(video.media, timed, times, tolerance):
+        yield check_intact(video, frame), places
 
 
-def one_by_one(video: Video, start: float = 0.0) -> Iterator[tuple[float, float, av.VideoFrame]]:
+def frames_in_order(video: Video, start: float = 0.0) -> Iterator[tuple[float, float, av.VideoFrame]]:
     """(seconds after the first frame, seconds that it lasts, frame) in order of presentation: all, or from one
     on that is shown no later than `start`.
 
-    Raises Unclear when seeking led too far; DecodeError.
+    Raises NeedsSlowerRead when seeking led too far; DecodeError.
     """
     clock, packets = _packets(video)
     counted = _is_counted(video) or not clock.tick
@@ -139,13 +141,13 @@ def one_by_one(video: Video, start: float = 0.0) -> Iterator[tuple[float, float,
         else:
             time = clock.seconds(frame.pts) if frame.pts is not None else time + (index > 0) / clock.rate
         if seek and index == 0 and time > start:
-            raise Unclear
+            raise NeedsSlowerRead
         yield time, float((frame.duration or 0) * clock.tick) or 1 / clock.rate, frame
     if index < 0:
         raise DecodeError(video.media, "holds no frame that can be decoded")
 
 
-def latest(
+def latest_shown(
     media: Media, timed: Iterable[tuple[float, float, T]], times: list[float], tolerance: float
 ) -> Iterator[tuple[T, range]]:
     """Of (seconds, length in seconds, picture) in order of presentation: for each of `times` the latest that is not
@@ -168,18 +170,18 @@ def latest(
         yield shown, range(place, len(times))
 
 
-def assign(
+def times_on_screen(
     video: Video, packets: Iterable[Packet], clock: Clock, times: list[float], tolerance: float
 ) -> Iterator[tuple[Packet, range]]:
     """Each packet in turn, with the places in `times` at which its frame is on screen.
 
     Looks ahead as far as frames may be reordered, and holds no more packets than that.
-    Raises Unclear for packets without a time, or two of one time; DecodeError when time runs backwards, or
+    Raises NeedsSlowerRead for packets without a time, or two of one time; DecodeError when time runs backwards, or
     the video ends before the last of `times`.
     """
     around: deque[tuple[Packet | None, float | None]] = deque()
     presented: list[float] = []  # ascending: of the packets in `around`
-    forward = Forward(video.media)
+    forward = TimeOrderCheck(video.media)
     ends: list[None] = [None] * REORDER_DEPTH
     for packet in itertools.chain(packets, ends):
         shown = _presented(packet, clock)
@@ -202,7 +204,7 @@ def assign(
         after = bisect_left(presented, time) + 1
         following = presented[after] if after < len(presented) else None
         if following == time:
-            raise Unclear
+            raise NeedsSlowerRead
         begin = bisect_left(times, time - tolerance)
         if following is not None:
             end = bisect_left(times, following - tolerance)
@@ -218,7 +220,7 @@ def too_short(media: Media, seconds: float, needed: float) -> DecodeError:
     return DecodeError(media, f"lasts {seconds:.3f} s, but a frame is needed at {needed:.3f} s")
 
 
-def hidden(packet: Packet) -> bool:
+def is_hidden(packet: Packet) -> bool:
     """Whether a packet of data gives no frame to show: outside of the edit list, or a VP8 frame for reference."""
     if packet.is_discard:
         return True
@@ -233,15 +235,15 @@ def pixel_aspect(video: Video) -> float:
     return aspect if 0.1 < aspect < 10 else 1.0
 
 
-def whole(video: Video, frame: av.VideoFrame) -> av.VideoFrame:
+def check_intact(video: Video, frame: av.VideoFrame) -> av.VideoFrame:
     """The frame. Raises DecodeError when it is damaged or too large."""
-    check_size(video.media, frame.width, frame.height)
+    check_frame_size(video.media, frame.width, frame.height)
     if frame.is_corrupt:
         raise DecodeError(video.media, "not a readable video, or damaged (a frame is incomplete)")
     return frame
 
 
-def decodable(packets: Iterable[Packet]) -> Iterator[Packet]:
+def decodable_packets(packets: Iterable[Packet]) -> Iterator[Packet]:
     """Those with data, from the first key frame on: a stream may have been cut in the middle.
 
     All of them where the first FIRST_KEY have no key frame: some encoders write none.
@@ -257,11 +259,11 @@ def decodable(packets: Iterable[Packet]) -> Iterator[Packet]:
 
 def _packets(video: Video) -> tuple[Clock, Iterator[Packet]]:
     """The packets of a video that was just opened, and its clock."""
-    packets = decodable(video.container.demux(video.stream))
+    packets = decodable_packets(video.container.demux(video.stream))
     head = list(itertools.islice(packets, REORDER_DEPTH + 1))
-    ticks = [p.pts for p in head if p.pts is not None and not hidden(p)]
+    ticks = [p.pts for p in head if p.pts is not None and not is_hidden(p)]
     origin = min(ticks) if ticks else video.stream.start_time or 0
-    if head and head[0].is_keyframe and head[0].pts is not None and not hidden(head[0]):
+    if head and head[0].is_keyframe and head[0].pts is not None and not is_hidden(head[0]):
         origin = head[0].pts  # what is shown before it needs frames that are not there
     tick, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0)
     return Clock(origin, tick, rate or 1.0), itertools.chain(head, packets)
@@ -270,7 +272,7 @@ def _packets(video: Video) -> tuple[Clock, Iterator[Packet]]:
 def _from_key_frame(video: Video, clock: Clock, time: float) -> Iterator[Packet]:
     """Packets from a key frame on that is shown no later than `time`: the last such, where the file has an index.
 
-    Raises Unclear if none is found.
+    Raises NeedsSlowerRead if none is found.
     """
     target = clock.origin + int(time / clock.tick)
     at = target
@@ -278,21 +280,21 @@ def _from_key_frame(video: Video, clock: Clock, time: float) -> Iterator[Packet]
         try:
             video.container.seek(at, stream=video.stream)
         except av.FFmpegError as error:
-            raise Unclear from error
+            raise NeedsSlowerRead from error
         packets = (packet for packet in video.container.demux(video.stream) if packet.size)
         key = next((packet for packet in packets if packet.is_keyframe), None)
         if key is not None and key.pts is not None and clock.seconds(key.pts) <= time:
             return itertools.chain([key], packets)
         times = [t for t in (key.pts, key.dts) if t is not None] if key is not None else []
         at = min(at, target - int(back / clock.tick), *times) - 1
-    raise Unclear
+    raise NeedsSlowerRead
 
 
 def _presented(packet: Packet | None, clock: Clock) -> float | None:
-    if packet is None or hidden(packet):
+    if packet is None or is_hidden(packet):
         return None
     if packet.pts is None:
-        raise Unclear
+        raise NeedsSlowerRead
     return clock.seconds(packet.pts)
 
 
@@ -305,7 +307,7 @@ def _decoded(video: Video, packets: Iterable[Packet]) -> Iterator[av.VideoFrame]
 def _pick(video: Video, frames: list[av.VideoFrame], wanted: dict[int, range]) -> Iterator[Shown]:
     for frame in frames:
         if frame.pts in wanted:
-            yield whole(video, frame), wanted.pop(frame.pts)
+            yield check_intact(video, frame), wanted.pop(frame.pts)
 
 
 def _is_counted(video: Video) -> bool:

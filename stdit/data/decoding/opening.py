@@ -16,7 +16,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image
 
-from stdit.data.config import LARGEST
+from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.data.decoding.media import Media, MediaError
 
 FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf,ivf"
@@ -44,7 +44,7 @@ class DecodeError(ValueError):
         return DecodeError, (self.path, self.reason)
 
 
-class Unclear(Exception):
+class NeedsSlowerRead(Exception):
     """A quick way of reading does not do for this file; a slower one may."""
 
 
@@ -83,7 +83,7 @@ def open_clip(media: Media, threads: int = 1, quick: bool = True) -> Iterator[Vi
 def _open_picture(media: Media, file: str | BinaryIO) -> Iterator[Image.Image]:
     try:
         with Image.open(file, formats=["PNG", "JPEG", "WEBP", "BMP"]) as image:
-            check_size(media, image.width, image.height)
+            check_frame_size(media, image.width, image.height)
             yield image
     except (MediaError, DecodeError):
         raise
@@ -106,7 +106,7 @@ def _open_video(
             context = stream.codec_context
             if context is None:
                 raise DecodeError(media, "its video is of a codec that is not read here")
-            check_size(media, stream.width, stream.height)
+            check_frame_size(media, stream.width, stream.height)
             context.options = {"max_pixels": str(MAX_PIXELS)}
             if context.name == "hevc":  # the one decoder that would hide damage and not mark the frames
                 context.options["err_detect"] = "explode"
@@ -133,12 +133,12 @@ def _open_container(
     return stack.enter_context(av.open(file, container_options=options))
 
 
-def check_size(media: Media, width: int, height: int) -> None:
+def check_frame_size(media: Media, width: int, height: int) -> None:
     """Raises DecodeError."""
-    if not (0 < width <= LARGEST and 0 < height <= LARGEST and width * height <= MAX_PIXELS):
+    if not (0 < width <= MAX_DIMENSION and 0 < height <= MAX_DIMENSION and width * height <= MAX_PIXELS):
         raise DecodeError(
             media,
-            f"frames of {width}x{height} pixels; at most {LARGEST} a side and {MAX_PIXELS} in all are read",
+            f"frames of {width}x{height} pixels; at most {MAX_DIMENSION} a side and {MAX_PIXELS} in all are read",
         )
 
 

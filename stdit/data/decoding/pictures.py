@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from stdit.data.decoding.frames import latest
+from stdit.data.decoding.frames import latest_shown
 from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import DecodeError
 from stdit.data.decoding.pixels import upright_rgb
@@ -39,7 +39,7 @@ def pictures_at(
     Raises DecodeError when it ends earlier; a still image has one frame, and serves one time.
     """
     if not is_still(image):
-        yield from latest(media, timed_pictures(image), times, tolerance)
+        yield from latest_shown(media, timed_pictures(image), times, tolerance)
     elif len(times) > 1:
         raise DecodeError(media, f"an image has one frame, not {len(times)}")
     else:

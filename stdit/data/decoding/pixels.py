@@ -58,7 +58,7 @@ class Graphs(threading.local):
         return graph
 
 
-KEPT = Graphs()
+_GRAPHS = Graphs()
 
 
 class FrameFitter:
@@ -99,7 +99,7 @@ class FrameFitter:
             self._graph.vpush(with_known_colours(frame))
             scaled = self._graph.vpull()
         except BaseException:
-            KEPT.graphs.clear()  # it may hold a frame
+            _GRAPHS.graphs.clear()  # it may hold a frame
             raise
         planes = scaled.planes  # made anew at each call
         for pixels, plane in zip(out, PLANES, strict=True):
@@ -114,11 +114,11 @@ class FrameFitter:
         across = 1 - across if mirrored else across
         height, width = (self.width, self.height) if turns % 2 else (self.height, self.width)
         pixel_aspect = 1 / aspect if turns % 2 else aspect
-        region = largest(frame.height, frame.width, width / height / pixel_aspect, (down, across))
+        region = largest_region(frame.height, frame.width, width / height / pixel_aspect, (down, across))
         if max(region.height / height, region.width / width) > MOST_REDUCTION:
             return None
         kind = (frame.format.name, frame.height, frame.width, region, height, width, self.threads)
-        return KEPT.of(kind, lambda: self._new_graph(frame, region, height, width))
+        return _GRAPHS.of(kind, lambda: self._new_graph(frame, region, height, width))
 
     def _new_graph(self, frame: av.VideoFrame, region: Region, height: int, width: int) -> Graph:
         graph = Graph()
@@ -195,7 +195,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def largest(height: int, width: int, aspect: float, place: Sequence[float]) -> Region:
+def largest_region(height: int, width: int, aspect: float, place: Sequence[float]) -> Region:
     """The largest region of that aspect (width over height, in pixels) of a frame; `place` as in `fill`."""
     cut_height = min(height, max(1, round(width / aspect)))
     cut_width = min(width, max(1, round(height * aspect)))
@@ -212,7 +212,7 @@ def fill(
     `place` is where the region lies in what is left over, down and across, from 0 to 1.
     """
     source_height, source_width = pixels.shape[:2]
-    top, left, cut_height, cut_width = largest(
+    top, left, cut_height, cut_width = largest_region(
         source_height, source_width, width / height / pixel_aspect, place
     )
     region = torch.from_numpy(np.ascontiguousarray(pixels[top : top + cut_height, left : left + cut_width]))

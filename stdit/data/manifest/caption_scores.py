@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-SCORES = {"aesthetic": "aesthetic score", "motion": "motion score", "camera": "camera motion"}
+CAPTION_SCORES = {"aesthetic": "aesthetic score", "motion": "motion score", "camera": "camera motion"}
 """Columns of a manifest, in the order in which they follow the caption, and what the caption calls them."""
 
 
@@ -13,8 +13,8 @@ def score_suffix(values: Mapping[str, float | str | None]) -> str:
     Numbers, also those that come as text, are given to one decimal (Open-Sora v1.2,
     opensora/utils/inference_utils.py, append_score_to_prompts).
     """
-    texts = {name: _written(values.get(name)) for name in SCORES}
-    return "".join(f" {SCORES[name]}: {text}." for name, text in texts.items() if text)
+    texts = {name: _written(values.get(name)) for name in CAPTION_SCORES}
+    return "".join(f" {CAPTION_SCORES[name]}: {text}." for name, text in texts.items() if text)
 
 
 def _written(value: float | str | None) -> str:

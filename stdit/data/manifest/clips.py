@@ -110,7 +110,7 @@ class Strings(Sequence[str]):
             yield b"".join([self.utf8[begin:end] for begin, end in zip(begins, ends, strict=True)])
 
 
-NUMBERS = {
+NUMBER_COLUMNS = {
     "num_frames": np.int32,
     "fps": np.float64,
     "height": np.int32,
@@ -124,7 +124,7 @@ NUMBERS = {
 }
 """Columns of numbers of `Clips`."""
 
-DEFAULTS = {"start": 0.0, "end": math.nan, "weight": 1.0, "root": 0, "offset": 0, "size": WHOLE}
+COLUMN_DEFAULTS = {"start": 0.0, "end": math.nan, "weight": 1.0, "root": 0, "offset": 0, "size": WHOLE}
 """Of the columns that a manifest need not have."""
 
 
@@ -143,28 +143,28 @@ class Clips(Sequence[Clip]):
     """int32"""
     width: np.ndarray
     """int32"""
-    start: np.ndarray = field(default=DEFAULTS["start"])  # type: ignore[arg-type]
+    start: np.ndarray = field(default=COLUMN_DEFAULTS["start"])  # type: ignore[arg-type]
     """float64, seconds"""
-    end: np.ndarray = field(default=DEFAULTS["end"])  # type: ignore[arg-type]
+    end: np.ndarray = field(default=COLUMN_DEFAULTS["end"])  # type: ignore[arg-type]
     """float64, seconds; nan: the end of the file"""
-    weight: np.ndarray = field(default=DEFAULTS["weight"])  # type: ignore[arg-type]
+    weight: np.ndarray = field(default=COLUMN_DEFAULTS["weight"])  # type: ignore[arg-type]
     """float64"""
-    root: np.ndarray = field(default=DEFAULTS["root"])  # type: ignore[arg-type]
+    root: np.ndarray = field(default=COLUMN_DEFAULTS["root"])  # type: ignore[arg-type]
     """int32, places in `roots`"""
     roots: tuple[str | None, ...] = (None,)
     """Folders with links resolved, or URLs."""
     members: Strings = field(default=None)  # type: ignore[assignment]
     """Names in the archives that `paths` are; empty for clips that are files; None: all are."""
-    offset: np.ndarray = field(default=DEFAULTS["offset"])  # type: ignore[arg-type]
+    offset: np.ndarray = field(default=COLUMN_DEFAULTS["offset"])  # type: ignore[arg-type]
     """int64, bytes from the start of the archive"""
-    size: np.ndarray = field(default=DEFAULTS["size"])  # type: ignore[arg-type]
+    size: np.ndarray = field(default=COLUMN_DEFAULTS["size"])  # type: ignore[arg-type]
     """int64, bytes; WHOLE: to the end"""
     extra: dict[str, Strings] = field(default_factory=dict)
     """Further columns by name; an empty string where a clip has none."""
 
     def __post_init__(self) -> None:
         count = len(self.paths)
-        for name, dtype in NUMBERS.items():
+        for name, dtype in NUMBER_COLUMNS.items():
             column = np.broadcast_to(
                 np.asarray(getattr(self, name), dtype), (count,)
             )  # a view, of no size if all alike
@@ -203,7 +203,9 @@ class Clips(Sequence[Clip]):
         roots = list(dict.fromkeys(root for part in parts for root in part.roots))
         names = dict.fromkeys(name for part in parts for name in part.extra)
         places = [np.array([roots.index(root) for root in part.roots]) for part in parts]
-        columns: dict[str, Any] = {name: _joined([getattr(part, name) for part in parts]) for name in NUMBERS}
+        columns: dict[str, Any] = {
+            name: _joined([getattr(part, name) for part in parts]) for name in NUMBER_COLUMNS
+        }
         columns["root"] = _joined([place[part.root] for place, part in zip(places, parts, strict=True)])
         return cls(
             Strings.concatenate([part.paths for part in parts]),
@@ -256,7 +258,7 @@ class Clips(Sequence[Clip]):
         return Clips(
             self.paths.take(places),
             self.texts.take(places),
-            **{name: getattr(self, name)[places] for name in NUMBERS},
+            **{name: getattr(self, name)[places] for name in NUMBER_COLUMNS},
             roots=self.roots,
             members=self.members.take(places),
             extra={name: strings.take(places) for name, strings in self.extra.items()},
@@ -270,10 +272,10 @@ class Clips(Sequence[Clip]):
             if lengths.any():
                 yield name.encode() + lengths.tobytes()
                 yield from strings.pieces(places)
-        for name in NUMBERS:
+        for name in NUMBER_COLUMNS:
             values = getattr(self, name)[places]
-            usual = name in DEFAULTS and np.array_equal(
-                values, np.full_like(values, DEFAULTS[name]), equal_nan=True
+            usual = name in COLUMN_DEFAULTS and np.array_equal(
+                values, np.full_like(values, COLUMN_DEFAULTS[name]), equal_nan=True
             )
             if name != "root" and not usual:
                 yield name.encode() + values.tobytes()

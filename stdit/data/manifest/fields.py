@@ -48,7 +48,7 @@ def is_allowed(name: str, number: Any) -> Any:
     return (number >= least) & (number <= greatest) & ((np.floor(number) == number) | (not whole))
 
 
-def cut(num_frames: Any, fps: Any, start: Any, end: Any) -> tuple[Any, Any, Any]:
+def clip_span(num_frames: Any, fps: Any, start: Any, end: Any) -> tuple[Any, Any, Any]:
     """Where the part of a file between `start` and `end` begins and ends, in seconds, and its number of frames.
 
     An `end` after that of the file is that of the file. No frames: the part is empty.

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from stdit.checkpoint_files import share
-from stdit.data.manifest.clips import NUMBERS, Clips, Strings
+from stdit.data.manifest.clips import NUMBER_COLUMNS, Clips, Strings
 from stdit.data.manifest.scan import Scan
 
-FORMAT = "stdit-clips-1"
+INDEX_FORMAT = "stdit-clips-1"
 LEAST_ROWS = 50_000
 """Fewer are read in no time."""
 MOST_UNREAD = 10_000
@@ -29,11 +29,11 @@ STRINGS = ("paths", "texts", "members")
 logger = logging.getLogger(__name__)
 
 
-def key_of(manifest: str, *reading: object) -> str | None:
+def manifest_key(manifest: str, *reading: object) -> str | None:
     """A hash of a manifest's bytes and of how it is read; None if it is no local file."""
     if not os.path.isfile(manifest):
         return None
-    digest = xxhash.xxh3_128(json.dumps([FORMAT, *reading]).encode())
+    digest = xxhash.xxh3_128(json.dumps([INDEX_FORMAT, *reading]).encode())
     with open(manifest, "rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
@@ -56,7 +56,7 @@ def load(file: Path, key: str) -> Scan | None:
             }
             clips = Clips(
                 **{name: strings[name] for name in STRINGS},
-                **{name: _single(stored.get_tensor(name)) for name in NUMBERS},
+                **{name: _single(stored.get_tensor(name)) for name in NUMBER_COLUMNS},
                 roots=tuple(facts["roots"]),
                 extra={name: strings[f"extra.{name}"] for name in facts["extra"]},
             )
@@ -81,7 +81,7 @@ def save(file: Path, key: str, scan: Scan) -> None:
     ).items():
         tensors[f"{name}.utf8"] = np.frombuffer(strings.utf8, np.uint8)
         tensors[f"{name}.offsets"] = strings.offsets
-    for name in NUMBERS:
+    for name in NUMBER_COLUMNS:
         column = getattr(clips, name)
         tensors[name] = np.ascontiguousarray(column[:1] if column.strides == (0,) else column)
     facts = {"roots": clips.roots, "extra": list(clips.extra), "unread": scan.unread}

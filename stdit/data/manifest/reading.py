@@ -14,20 +14,29 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from stdit.data.config import DataConfig
 from stdit.data.decoding.decode import DecodeError, probe
 from stdit.data.decoding.media import Media, MediaError, is_url, locate
 from stdit.data.manifest.archives import archive_rows, find_shards, is_archive, shard_root
 from stdit.data.manifest.clips import Clip, Clips
-from stdit.data.manifest.fields import LIMITS, cut, is_allowed, read_number
-from stdit.data.manifest.index import key_of, load, save
-from stdit.data.manifest.rows import METADATA, WINDOW, Rows, near_misses, read_rows
-from stdit.data.manifest.scan import KNOWN, add_scores, scan_rows
+from stdit.data.manifest.config import SourceConfig
+from stdit.data.manifest.fields import LIMITS, clip_span, is_allowed, read_number
+from stdit.data.manifest.index import load, manifest_key, save
+from stdit.data.manifest.rows import METADATA, SPAN_COLUMNS, Rows, near_misses, read_rows
+from stdit.data.manifest.scan import KNOWN_COLUMNS, add_scores, scan_rows
 from stdit.errors import UserError
 
-__all__ = ["Clip", "Clips", "Skipped", "read_manifest", "read_sources", "read_texts", "remarks", "summarise"]
+__all__ = [
+    "Clip",
+    "Clips",
+    "Skipped",
+    "read_manifest",
+    "read_sources",
+    "read_texts",
+    "clip_warnings",
+    "summarise",
+]
 
-EXAMPLES = 2
+MAX_EXAMPLES = 2
 """Of one kind of reason that a summary names."""
 
 
@@ -42,24 +51,26 @@ class RowError(ValueError):
     """A row that cannot be used; the message is "kind" or "kind: detail"."""
 
 
-class Kind(NamedTuple):
+class ReasonCount(NamedTuple):
     """Cases of one kind of reason."""
 
     total: int
     examples: list[Skipped]
 
 
-def read_sources(config: DataConfig, index: Path | None = None) -> tuple[Clips, list[Skipped]]:
+def read_sources(
+    sources: Sequence[SourceConfig], caption_scores: Sequence[str] = (), index: Path | None = None
+) -> tuple[Clips, list[Skipped]]:
     """Clips of all sources of a data set, one source after the other, and what was left out. Raises UserError.
 
     `index` is a folder for what the rows of large manifests say.
     """
     parts, skipped = [], []
-    for number, source in enumerate(config.all_sources()):
+    for number, source in enumerate(sources):
         clips, left_out = read_manifest(
             source.manifest,
             source.root,
-            config.caption_scores,
+            caption_scores,
             source.weight,
             index and index / f"source-{number}.safetensors",
         )
@@ -93,7 +104,7 @@ def read_manifest(
     """
     chunks, data_root = open_rows(str(manifest), None if root is None else str(root))
     worth_it = index and not is_archive(str(manifest))  # to hash a shard takes longer than to walk it
-    key = key_of(str(manifest), data_root, caption_scores, weight) if worth_it else None
+    key = manifest_key(str(manifest), data_root, caption_scores, weight) if worth_it else None
     scan = load(index, key) if index and key else None
     if scan is None:
         scan = scan_rows(chunks, data_root, caption_scores, weight)
@@ -126,7 +137,7 @@ def read_texts(manifest: Path | str, caption_scores: Sequence[str] = ()) -> list
     return texts
 
 
-def remarks(clips: Clips) -> list[str]:
+def clip_warnings(clips: Clips) -> list[str]:
     """What is odd about clips that can be used all the same, for people."""
     lines = []
     if repeated := len(clips) - len(np.unique(clips.texts.digests())):
@@ -134,9 +145,9 @@ def remarks(clips: Clips) -> list[str]:
     parts = clips.files ^ (np.ascontiguousarray(clips.start) + 0.0).view(np.uint64)
     if len(first := np.unique(parts, return_index=True)[1]) < len(parts):
         again = np.setdiff1d(np.arange(len(parts)), first).tolist()
-        shown = [str(clips[place].media) for place in again[:EXAMPLES]]
+        shown = [str(clips[place].media) for place in again[:MAX_EXAMPLES]]
         lines.append(
-            f"{len(again)} clips are listed again: {', '.join(shown)}{', ...' * (len(again) > EXAMPLES)}"
+            f"{len(again)} clips are listed again: {', '.join(shown)}{', ...' * (len(again) > MAX_EXAMPLES)}"
         )
     for name, meant in near_misses(clips.extra):
         lines.append(f"column {name!r} is not read: is it meant to be {meant!r}?")
@@ -145,15 +156,15 @@ def remarks(clips: Clips) -> list[str]:
 
 def summarise(skipped: Iterable[Skipped]) -> list[str]:
     """One line for each kind of reason, most frequent first, with a count and the first examples."""
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, ReasonCount] = {}
     for case in skipped:
         name = case.reason.partition(": ")[0]
-        total, examples = kinds.get(name, Kind(0, []))
-        kinds[name] = Kind(total + 1, examples if len(examples) == EXAMPLES else [*examples, case])
+        total, examples = kinds.get(name, ReasonCount(0, []))
+        kinds[name] = ReasonCount(total + 1, examples if len(examples) == MAX_EXAMPLES else [*examples, case])
     return summary_lines(kinds)
 
 
-def summary_lines(kinds: dict[str, Kind]) -> list[str]:
+def summary_lines(kinds: dict[str, ReasonCount]) -> list[str]:
     """One line for each kind of reason, as `summarise` gives."""
     lines = []
     for kind, (count, examples) in sorted(kinds.items(), key=lambda item: -item[1].total):
@@ -233,8 +244,8 @@ def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) ->
         return Skipped(name, str(error))
     except DecodeError as error:
         return Skipped(name, f"cannot be read: {error.reason}")
-    window = (given.get(column, math.nan) for column in WINDOW)
-    start, end, num_frames = map(float, cut(given["num_frames"], given["fps"], *window))
+    window = (given.get(column, math.nan) for column in SPAN_COLUMNS)
+    start, end, num_frames = map(float, clip_span(given["num_frames"], given["fps"], *window))
     if num_frames == 0:
         seconds = given["num_frames"] / given["fps"]
         if start >= seconds:
@@ -250,5 +261,5 @@ def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) ->
         start=start,
         end=None if math.isnan(end) else end,
         weight=weight,
-        extra={column: value for column, value in fields.items() if column not in KNOWN},
+        extra={column: value for column, value in fields.items() if column not in KNOWN_COLUMNS},
     )

@@ -18,9 +18,9 @@ from stdit.errors import UserError
 
 REQUIRED = ("path", "text")
 METADATA = ("num_frames", "fps", "height", "width")
-WINDOW = ("start", "end")
-RANGE = ("offset", "size")
-ROWS_AT_ONCE = 4096
+SPAN_COLUMNS = ("start", "end")
+BYTE_RANGE_COLUMNS = ("offset", "size")
+ROWS_PER_CHUNK = 4096
 """Few enough that a processor's cache holds them: a third faster than 65536 on CSV."""
 
 OTHER_NAMES = {
@@ -85,7 +85,10 @@ def check_columns(manifest: Path | str, names: Sequence[str]) -> None:
 
 def near_misses(names: Iterable[str]) -> list[tuple[str, str]]:
     """Columns that look like a known one that is not there: (as it is, as it was probably meant)."""
-    known, names = (*METADATA, *WINDOW, *RANGE, "aesthetic", "motion", "camera"), list(names)
+    known, names = (
+        (*METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS, "aesthetic", "motion", "camera"),
+        list(names),
+    )
     near = (
         (name, difflib.get_close_matches(name.lower(), known, 1, 0.8)) for name in names if name not in known
     )
@@ -128,7 +131,7 @@ def _csv_rows(manifest: Path) -> Iterator[Rows]:
             names = [name.strip() for name in header]
             check_columns(manifest, names)
             before = reader.line_num
-            while chunk := list(itertools.islice(reader, ROWS_AT_ONCE)):
+            while chunk := list(itertools.islice(reader, ROWS_PER_CHUNK)):
                 rows, refused = _even(chunk, len(names), before)
                 before = reader.line_num
                 columns = zip(*rows, strict=True) if rows else itertools.repeat((), len(names))
@@ -164,7 +167,7 @@ def _json_rows(manifest: Path) -> Iterator[Rows]:
     checked = False
     with manifest.open(encoding="utf-8-sig", newline="\n") as file:
         lines = ((number, line) for number, line in enumerate(file, start=1) if not line.isspace())
-        while chunk := list(itertools.islice(lines, ROWS_AT_ONCE)):
+        while chunk := list(itertools.islice(lines, ROWS_PER_CHUNK)):
             rows, refused = [], {}
             for place, (number, line) in enumerate(chunk):
                 row, refusal = _json_row(line)
@@ -207,7 +210,7 @@ def _parquet_rows(manifest: Path) -> Iterator[Rows]:
             schema = file.schema_arrow
             check_columns(manifest, schema.names)
             names = [field.name for field in schema if field.name in REQUIRED or not _is_bytes(field.type)]
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
+            for batch in file.iter_batches(ROWS_PER_CHUNK, columns=names):
                 columns = zip(batch.schema.names, batch.columns, strict=True)
                 yield Rows(
                     {name: [as_text(field) for field in column.to_pylist()] for name, column in columns}, {}

@@ -10,10 +10,10 @@ import numpy as np
 
 from stdit.data.manifest.caption_scores import score_suffix
 from stdit.data.manifest.clips import Clips, Strings
-from stdit.data.manifest.fields import LIMITS, cut, is_allowed, read_numbers
-from stdit.data.manifest.rows import METADATA, RANGE, REQUIRED, WINDOW, Rows
+from stdit.data.manifest.fields import LIMITS, clip_span, is_allowed, read_numbers
+from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, REQUIRED, SPAN_COLUMNS, Rows
 
-KNOWN = frozenset((*REQUIRED, *METADATA, *WINDOW, *RANGE, "member"))
+KNOWN_COLUMNS = frozenset((*REQUIRED, *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS, "member"))
 
 
 class Scan(NamedTuple):
@@ -89,7 +89,7 @@ def _complete_clips(rows: Rows, root: str, weight: float) -> tuple[Clips, np.nda
     complete &= (given["offset"] == in_archive) & (given["size"] == in_archive)
     complete[list(rows.refused)] = False
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        start, end, num_frames = cut(*(numbers[name] for name in ("num_frames", "fps", "start", "end")))
+        start, end, num_frames = clip_span(*(numbers[name] for name in ("num_frames", "fps", "start", "end")))
     complete &= num_frames > 0
 
     chosen = complete.tolist()
@@ -110,7 +110,7 @@ def _complete_clips(rows: Rows, root: str, weight: float) -> tuple[Clips, np.nda
         extra={
             name: Strings(compress(column, chosen))
             for name, column in rows.columns.items()
-            if name not in KNOWN
+            if name not in KNOWN_COLUMNS
         },
     )
     return clips, complete

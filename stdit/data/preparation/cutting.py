@@ -13,7 +13,7 @@ import av.container
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from stdit.data.decoding.decode import INSTANT, DecodeError, VideoInfo, probe, walk
+from stdit.data.decoding.decode import INSTANT, DecodeError, VideoInfo, iter_frames, probe
 from stdit.data.decoding.frames import REORDER_DEPTH
 from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import Video, open_clip
@@ -144,7 +144,7 @@ def encode_part(media: Media, start: float, end: float, output: Path, size: tupl
         stream.height, stream.width, stream.pix_fmt = height, width, chroma
         stream.codec_context.time_base, stream.codec_context.thread_count = CLOCK, 1
         begin, ticks, length = None, 0, 0
-        for time, pixels in walk(media, start, end):
+        for time, pixels in iter_frames(media, start, end):
             begin = time if begin is None else begin
             before, ticks = ticks, round((time - begin) / CLOCK)
             length = ticks - before

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from stdit.data.decoding.decode import VideoInfo, probe
 from stdit.data.decoding.media import Media, MediaError, inside, is_url
-from stdit.data.manifest.fields import cut
+from stdit.data.manifest.fields import clip_span
 from stdit.data.manifest.reading import RowError, Skipped, read_fields, row_name, summarise
 from stdit.data.preparation.jobs import Journal, LeftOut, Outcome, key_of, run_all
 from stdit.data.preparation.table import REFUSED, Row, Table, check_output, read_table, write_table
@@ -95,7 +95,7 @@ class Section(NamedTuple):
     def part(self, whole: VideoInfo | None = None) -> Part:
         """Of the clip. Raises DecodeError and LeftOut."""
         whole = self.whole() if whole is None else whole
-        start, _, num_frames = map(float, cut(whole.num_frames, whole.fps, self.start, self.end))
+        start, _, num_frames = map(float, clip_span(whole.num_frames, whole.fps, self.start, self.end))
         if num_frames == 0:
             seconds = whole.num_frames / whole.fps
             raise LeftOut(f"no frame from start to end: {self.start:g} to {self.end:g} s of {seconds:g} s")

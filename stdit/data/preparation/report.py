@@ -11,7 +11,7 @@ from PIL import Image
 from stdit.data.config import DataConfig
 from stdit.data.dataset import build_assignment
 from stdit.data.manifest.reading import row_name
-from stdit.data.manifest.rows import METADATA, RANGE, WINDOW
+from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
 from stdit.data.preparation import page
 from stdit.data.preparation.expressions import as_number, column_kinds
 from stdit.data.preparation.flow import Section, Task, each_clip
@@ -24,7 +24,7 @@ SIDE = 200
 EXTREMES = 4
 """Clips shown of each end of a score."""
 LONGEST_CAPTION = 300
-KNOWN = {"path", "text", "member", "reason", *METADATA, *WINDOW, *RANGE}
+KNOWN = {"path", "text", "member", "reason", *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS}
 
 
 def report_clips(
@@ -169,7 +169,7 @@ def ends(rows: Sequence[Row], name: str) -> list[tuple[str, list[int]]]:
 
 def duration(row: Row) -> float | None:
     """Seconds of the clip."""
-    frames, fps, start, end = (as_number(row.get(name)) for name in ("num_frames", "fps", *WINDOW))
+    frames, fps, start, end = (as_number(row.get(name)) for name in ("num_frames", "fps", *SPAN_COLUMNS))
     if not frames or not fps:
         return None
     return max(0.0, min(frames / fps, math.inf if end is None else end) - (start or 0.0))

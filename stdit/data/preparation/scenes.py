@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from stdit.data.decoding.decode import walk
+from stdit.data.decoding.decode import iter_frames
 from stdit.data.decoding.media import inside, is_url
-from stdit.data.manifest.rows import METADATA, WINDOW
+from stdit.data.manifest.rows import METADATA, SPAN_COLUMNS
 from stdit.data.preparation.cutting import cut
 from stdit.data.preparation.flow import Part, Result, Section, Task, each_clip, finish
 from stdit.data.preparation.jobs import LeftOut
@@ -78,7 +78,7 @@ def split_clips(task: Task, config: SceneConfig, cut_into: Path | None = None) -
             continue
         results.append(Result(row, [{**row, **columns} for columns in outcome.value["scenes"]]))
         results += [_too_short(row, Scene(*scene), config) for scene in outcome.value["short"]]
-    lines = finish(task, table, results, [*METADATA, *(() if folder else WINDOW)])
+    lines = finish(task, table, results, [*METADATA, *(() if folder else SPAN_COLUMNS)])
     if folder is not None:
         how = [way for outcome in outcomes if outcome.value for way in outcome.value["how"]]
         copied, encoded = how.count("copied"), how.count("encoded")
@@ -122,7 +122,7 @@ def split(section: Section, config: SceneConfig, folder: str | None) -> dict[str
     for scene in found:
         file = Path(folder) / section.media.name / f"{round(scene.start * 1000):09d}.mp4"
         way, info = cut(section.media, *scene, file, (part.height, part.width))
-        rows.append({"path": str(file), **info._asdict(), **dict.fromkeys((*WINDOW, *ARCHIVE))})
+        rows.append({"path": str(file), **info._asdict(), **dict.fromkeys((*SPAN_COLUMNS, *ARCHIVE))})
         how.append(way)
     return {"scenes": rows, "short": short, "how": how}
 
@@ -136,7 +136,7 @@ def scenes(section: Section, part: Part, config: SceneConfig) -> tuple[list[Scen
 
     found, times, cuts = detector(config), [], []
     stop = math.inf if math.isnan(section.end) else section.end
-    for time, frame in walk(section.media, part.start, stop, SIDE):
+    for time, frame in iter_frames(section.media, part.start, stop, SIDE):
         times.append(time)
         cuts += found.process_frame(
             FrameTimecode(len(times) - 1, fps=part.fps), frame[..., ::-1]

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from stdit.data.decoding.decode import decode_clip
-from stdit.data.manifest.rows import METADATA, RANGE, WINDOW
+from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
 from stdit.data.preparation.flow import Result, Section, Task, each_clip, finish
 from stdit.data.preparation.jobs import LeftOut
 from stdit.errors import UserError
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
-RESERVED = ("path", "text", "member", "reason", *METADATA, *WINDOW, *RANGE)
+RESERVED = ("path", "text", "member", "reason", *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS)
 TEXT_FRAMES = 3
 """Frames that are searched for text, which takes long."""
 

@@ -64,7 +64,7 @@ def test_batches_equal_those_from_video(work):
     assert compared > 2
 
 
-VIEWS = {"views": 3, "crop": "random", "flip": True}
+VIEWS = {"augmented_views": 3, "crop": "random", "flip": True}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

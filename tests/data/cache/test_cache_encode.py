@@ -13,7 +13,7 @@ from stdit.data.cache.encode import wanted_keys
 from stdit.data.cache.store import Store
 from stdit.data.dataset import read_view, to_video
 from stdit.data.skips import SkipTally
-from stdit.data.views import View
+from stdit.data.views import AugmentedView
 from stdit.errors import UserError
 from tests.data.cache.tiny import TinyCodec, Work, same, shards
 
@@ -28,7 +28,7 @@ def test_everything_is_encoded_once_and_found_again(work):
     for (index, _), value in latents.items():
         bucket = first.plan.assignment.buckets[index >= 5]
         start = 0.0 if index < 5 else 0.25  # the middle 8 of 12 frames, at 8 a second
-        frames = read_view(first.plan.assignment.clips[index], bucket, View(start))
+        frames = read_view(first.plan.assignment.clips[index], bucket, AugmentedView(start))
         assert torch.equal(value, TinyCodec().encode(to_video(frames[None]))[0])
     again = work(seed=7)
     summary = again.encode()
@@ -175,7 +175,7 @@ def test_workers_encode_the_same(work, config):
 
 
 def test_views_are_windows_crops_and_mirror_images(work):
-    done = work(views=3, crop="random", flip=True)
+    done = work(augmented_views=3, crop="random", flip=True)
     # The first five have no room, and two of them have "words"; the last turns "left".
     assert done.encode().encoded == 3 * 2 + 2 + 3 * 2 + 3
     latents = done.latents()
@@ -183,11 +183,11 @@ def test_views_are_windows_crops_and_mirror_images(work):
     five = [latents[5, number] for number in range(6)]
     assert all(not torch.equal(five[i], five[j]) for i in range(6) for j in range(i))
     assert torch.equal(latents[5, 0], work().latents()[5, 0])
-    assert work(views=2, crop="random").encode().encoded == 0  # the first views are the same
+    assert work(augmented_views=2, crop="random").encode().encoded == 0  # the first views are the same
 
 
 def test_wanted_keys_are_those_that_were_written(work):
-    done = work(views=2)
+    done = work(augmented_views=2)
     done.encode(extra_texts=["a prompt"])
     store = Store(done.config.cache_folder())
     written = {key.tobytes() for shard in store.shards.values() for key in shard.keys}

@@ -206,7 +206,7 @@ def test_what_is_left_out_is_said(tmp_path, write_video):
         ("pixel.png", "short"),
     ):
         assert reason in said[name]
-    assert "8 x" not in "\n".join(assignment.left_out())
+    assert "8 x" not in "\n".join(assignment.exclusions())
 
 
 def reasons(assignment):

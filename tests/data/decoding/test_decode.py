@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stdit.data.decoding.decode import DecodeError, decode_clip, probe, walk
+from stdit.data.decoding.decode import DecodeError, decode_clip, iter_frames, probe
 
 
 def levels(video: torch.Tensor) -> list[int]:
@@ -62,13 +62,13 @@ def test_walks_through_a_part_frame_by_frame(tmp_path, write_video, name):
         (0.625, 1.5, range(5, 12)),
         (2.0, 9.0, range(16, 20)),
     ):
-        frames = list(walk(path, start, end, side=32))
+        frames = list(iter_frames(path, start, end, side=32))
         assert [round(float(frame.mean()) / 10) for _, frame in frames] == list(wanted)
         assert [time for time, _ in frames] == pytest.approx([k / 8 for k in wanted])
         assert all(frame.shape == (16, 32, 3) for _, frame in frames)
     path.write_bytes(b"no video")
     with pytest.raises(DecodeError):
-        next(walk(path))
+        next(iter_frames(path))
 
 
 def test_short_clip_says_how_long_it_is(tmp_path, write_video):
@@ -154,7 +154,7 @@ def test_turned_and_mirrored(tmp_path, write_video, matrix, shown):
         ]
         for i, j in quarters:
             assert abs(video[i, j] - expected[i * step, j * step]) <= 3
-    (walked,) = [pixels for time, pixels in walk(path, 0.0, 0.1)]
+    (walked,) = [pixels for time, pixels in iter_frames(path, 0.0, 0.1)]
     assert np.abs(walked[..., 0].astype(int) - expected.numpy()).mean() <= 3
 
 

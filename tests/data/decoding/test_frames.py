@@ -10,9 +10,9 @@ import torch
 
 from stdit.data.decoding import frames
 from stdit.data.decoding.decode import decode_clip, probe
-from stdit.data.decoding.frames import by_frames, by_packets
+from stdit.data.decoding.frames import select_by_frames, select_by_packets
 from stdit.data.decoding.media import Media
-from stdit.data.decoding.opening import DecodeError, Unclear, Video, open_clip
+from stdit.data.decoding.opening import DecodeError, NeedsSlowerRead, Video, open_clip
 from stdit.data.decoding.pixels import rgb
 
 
@@ -22,7 +22,7 @@ def textured(num_frames: int, height: int = 48, width: int = 64) -> np.ndarray:
     return np.stack([noise[k : k + height] for k in range(num_frames)])
 
 
-def one_by_one(path: Path, times: list[float], tolerance: float) -> list[np.ndarray]:
+def frames_in_order(path: Path, times: list[float], tolerance: float) -> list[np.ndarray]:
     """Every frame of the file decoded in turn, and for each time the latest that is not later."""
     with av.open(path) as container:
         stream = container.streams.video[0]
@@ -38,7 +38,7 @@ def one_by_one(path: Path, times: list[float], tolerance: float) -> list[np.ndar
 
 def read(way: Callable, path: Path, times: list[float], tolerance: float) -> list[np.ndarray]:
     found: dict[int, np.ndarray] = {}
-    with open_clip(Media.of(path), quick=way is by_packets) as video:
+    with open_clip(Media.of(path), quick=way is select_by_packets) as video:
         assert isinstance(video, Video)
         for frame, places in way(video, times, tolerance):
             pixels = rgb(frame).copy()
@@ -50,13 +50,13 @@ def read(way: Callable, path: Path, times: list[float], tolerance: float) -> lis
 def agree(path: Path, windows: list[tuple[float, float, int]], ways: tuple[Callable, ...]) -> None:
     for start, fps, count in windows:
         times = [start + k / fps for k in range(count)]
-        expected = one_by_one(path, times, 0.1 / fps)
+        expected = frames_in_order(path, times, 0.1 / fps)
         for way in ways:
             for place, (a, b) in enumerate(zip(read(way, path, times, 0.1 / fps), expected, strict=True)):
                 assert np.array_equal(a, b), f"{path.name}: frame {place} of {start} s at {fps} fps by {way}"
 
 
-BOTH = (by_packets, by_frames)
+BOTH = (select_by_packets, select_by_frames)
 WINDOWS = [(0.0, 24.0, 40), (0.0, 8.0, 8), (0.35, 6.0, 6), (0.9, 24.0, 8), (1.2, 60.0, 20), (1.6, 10.0, 1)]
 
 
@@ -122,7 +122,7 @@ def test_only_what_is_needed_is_decoded(tmp_path, write_video):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(frames, "_pick", count)
-            list(by_packets(video, [2.0 + k / 6 for k in range(4)], 0.01))
+            list(select_by_packets(video, [2.0 + k / 6 for k in range(4)], 0.01))
     assert 4 <= len(packets) < 13 + 1  # of the 13 frames of the window, and none before or after it
 
 
@@ -130,8 +130,8 @@ def test_packets_that_do_not_tell_are_read_frame_by_frame(tmp_path, write_video)
     path = write_video(
         tmp_path / "a.avi", num_frames=20, gop=8, options={"bf": "2", "x264-params": "b-adapt=0"}
     )
-    with open_clip(Media.of(path)) as video, pytest.raises(Unclear):
-        list(by_packets(video, [0.0], 0.01))
+    with open_clip(Media.of(path)) as video, pytest.raises(NeedsSlowerRead):
+        list(select_by_packets(video, [0.0], 0.01))
     video = decode_clip(path, 8, 8, 32, 32, start=1.0)
     assert [round(float(f.float().mean()) / 10) for f in video] == list(range(8, 16))
 

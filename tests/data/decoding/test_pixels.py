@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from stdit.data.decoding.decode import decode_clip, probe
-from stdit.data.decoding.pixels import FrameFitter, fill, largest, rgb
+from stdit.data.decoding.pixels import FrameFitter, fill, largest_region, rgb
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -84,7 +84,7 @@ def test_scaling_in_one_step_is_as_good_as_the_antialiased_resize(real_clips, si
         colours = frame.reformat(format="gbrpf32le", interpolation="BICUBIC")
         planes = [np.frombuffer(colours.planes[k], np.float32).reshape(frame.height, -1) for k in (2, 0, 1)]
         truth = 255 * np.stack([plane[:, : frame.width] for plane in planes], -1)
-        top, left, height, width = largest(frame.height, frame.width, size[1] / size[0], (0.5, 0.5))
+        top, left, height, width = largest_region(frame.height, frame.width, size[1] / size[0], (0.5, 0.5))
         if size[0] > height or size[1] > width:
             continue
         # In whole pixels of colour, of which there are half as many

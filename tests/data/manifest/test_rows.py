@@ -67,7 +67,7 @@ def test_a_bad_line_is_refused_and_the_others_are_read(tmp_path):
 
 
 def test_rows_come_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("stdit.data.manifest.rows.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("stdit.data.manifest.rows.ROWS_PER_CHUNK", 2)
     write_parquet(tmp_path / "m.parquet", {"path": list("abcde"), "text": list("vwxyz")})
     write_json(tmp_path / "m.jsonl", [dict(path=p, text="t") for p in "abcde"])
     (tmp_path / "m.csv").write_text("path,text\n" + "".join(f"{p},t\n" for p in "abcde") + "f,t,more\n")

@@ -13,7 +13,7 @@ import torch
 from stdit.data.config import SourceConfig
 from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
 from stdit.data.decoding.decode import decode_clip
-from stdit.data.manifest.reading import read_manifest, read_sources, remarks
+from stdit.data.manifest.reading import clip_warnings, read_manifest, read_sources
 from stdit.errors import UserError
 
 COMPLETE = "num_frames,fps,height,width"
@@ -177,7 +177,7 @@ def test_several_sources_with_weights(tmp_path, write_video):
         caption_scores=["aesthetic", "camera"],
     )
     config.validate()
-    clips, skipped = read_sources(config)
+    clips, skipped = read_sources(config.sources, config.caption_scores)
     assert [clip.text for clip in clips] == ["ball aesthetic score: 6.5.", "cube", "cube"] and not skipped
     assert [clip.media.location for clip in clips] == [str(tmp_path / name) for name in files]
     assert [clip.weight for clip in clips] == [2, 0.5, 0.5]
@@ -207,15 +207,15 @@ def test_impossible_sources_are_named(values, message):
 def test_duplicates_and_columns_that_look_misspelt_are_remarked_on(tmp_path, video):
     rows = ["a.mp4,ball,1", "a.mp4,ball,1", "a.mp4,cube,1"]
     clips, _ = read_manifest(write_csv(tmp_path / "m.csv", "path,text,heigth", *rows))
-    assert remarks(clips) == [
+    assert clip_warnings(clips) == [
         "1 of 3 clips repeat the caption of an earlier one",
         f"2 clips are listed again: {video}, {video}",
         "column 'heigth' is not read: is it meant to be 'height'?",
     ]
-    assert remarks(clips[2:])[:-1] == []
+    assert clip_warnings(clips[2:])[:-1] == []
     buckets = [BucketConfig(num_frames=4, fps=8, height=32, width=32)]
     report = build_plan(DataConfig(manifest=str(tmp_path / "m.csv"), buckets=buckets)).report()
-    assert all(line in report for line in remarks(clips))
+    assert all(line in report for line in clip_warnings(clips))
 
 
 def test_the_cache_lies_with_the_first_source(tmp_path):
@@ -278,7 +278,9 @@ def test_videos_below_a_remote_root(tmp_path, video):
 def test_a_shard_is_not_hashed_to_keep_what_its_rows_say(tmp_path, video, monkeypatch):
     (tmp_path / "a.txt").write_text("a ball")
     shard = make_shard(tmp_path / "0.tar", video, tmp_path / "a.txt")
-    monkeypatch.setattr("stdit.data.manifest.reading.key_of", lambda *_: pytest.fail("hashes the shard"))
+    monkeypatch.setattr(
+        "stdit.data.manifest.reading.manifest_key", lambda *_: pytest.fail("hashes the shard")
+    )
     clips, _ = read_manifest(shard, index=tmp_path / "index.safetensors")
     assert len(clips) == 1
 

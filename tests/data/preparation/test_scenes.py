@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stdit.data.decoding.decode import probe, walk
+from stdit.data.decoding.decode import iter_frames, probe
 from stdit.data.decoding.media import Media
 from stdit.data.preparation import scenes as module
 from stdit.data.preparation.cutting import copy_part, cut
@@ -66,8 +66,8 @@ def test_cut_scenes_hold_the_same_frames_and_their_file_is_left_alone(film: Path
         f"cut/film.mp4/{ms:09d}.mp4" for ms in (0, 2000, 3500, 4125)
     ]  # fmt: skip
     assert "start" not in rows[0] and [int(row["num_frames"]) for row in rows] == [16, 12, 5, 24]
-    whole = [frame for _, frame in walk(film)]
-    parts = [frame for row in rows for _, frame in walk(film.parent / row["path"])]
+    whole = [frame for _, frame in iter_frames(film)]
+    parts = [frame for row in rows for _, frame in iter_frames(film.parent / row["path"])]
     assert len(parts) == len(whole)
     assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(whole, parts, strict=True)) < 4
 
@@ -80,11 +80,11 @@ def test_a_part_from_a_key_frame_on_is_copied_bit_for_bit(
     tmp_path: Path, write_video: Callable[..., Path], name: str
 ) -> None:
     path = write_video(tmp_path / name, frames=pattern(0, 24), gop=8)
-    whole = [frame for _, frame in walk(path)]
+    whole = [frame for _, frame in iter_frames(path)]
     for start, end, places in ((1.0, 2.0, range(8, 16)), (2.0, 9.0, range(16, 24))):
         way, info = cut(Media.of(path), start, end, tmp_path / "cut.mp4", SIZE)
         assert way == "copied" and info == (len(places), 8.0, 48, 64)
-        copied = list(walk(tmp_path / "cut.mp4"))
+        copied = list(iter_frames(tmp_path / "cut.mp4"))
         assert [time for time, _ in copied] == pytest.approx([k / 8 for k in range(len(places))])
         assert all(np.array_equal(frame, whole[k]) for (_, frame), k in zip(copied, places, strict=True))
 
@@ -94,7 +94,9 @@ def test_what_cannot_be_copied_is_encoded_anew(tmp_path: Path, write_video: Call
     assert copy_part(media, 0.5, 2.0, tmp_path / "cut.mp4") is None
     way, info = cut(media, 0.5, 2.0, tmp_path / "cut.mp4", SIZE)
     assert way == "encoded" and info == (12, 8.0, 48, 64)
-    for (time, frame), (other, same) in zip(walk(tmp_path / "cut.mp4"), walk(media, 0.5, 2.0), strict=True):
+    for (time, frame), (other, same) in zip(
+        iter_frames(tmp_path / "cut.mp4"), iter_frames(media, 0.5, 2.0), strict=True
+    ):
         assert time == pytest.approx(other - 0.5) and np.abs(frame.astype(int) - same).mean() < 4
 
     times = [0, 0.1, 0.2, 1.0, 1.1, 2.0]
@@ -102,7 +104,7 @@ def test_what_cannot_be_copied_is_encoded_anew(tmp_path: Path, write_video: Call
     assert cut(Media.of(varying), 0.0, 1.0, tmp_path / "cut.mp4", (33, 47))[1] == (8, 8.0, 33, 47)
     varying = write_video(tmp_path / "c.mp4", frames=pattern(0, 6), times=times, gop=9)
     assert cut(Media.of(varying), 0.2, 1.5, tmp_path / "cut.mp4", SIZE)[0] == "encoded"
-    assert [time for time, _ in walk(tmp_path / "cut.mp4")] == pytest.approx([0, 0.8, 0.9], abs=1e-3)
+    assert [time for time, _ in iter_frames(tmp_path / "cut.mp4")] == pytest.approx([0, 0.8, 0.9], abs=1e-3)
 
 
 def test_bad_settings_are_named_before_the_work(

@@ -1,0 +1,168 @@
+"""Assign clips to buckets. Letters: N clips, K buckets."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stdit.data.buckets import Bucket
+from stdit.data.decoding.media import without_secrets
+from stdit.data.fit import Dropped, choose_buckets, split_into_windows, window_counts
+from stdit.data.manifest.clips import Clip, Clips
+from stdit.data.manifest.reading import Skipped, summarise
+from stdit.errors import UserError
+
+CLIPS_PER_CHUNK = 65536
+"""Clips that are assigned together, to bound memory."""
+
+KEEP_STREAM = 0x6B656570
+"""Separates the draws of keep_probability from those of the plan, which uses the same seed."""
+
+
+@dataclass
+class Assignment:
+    """Which clips train in which bucket, and which do not train."""
+
+    clips: Clips
+    """Of a clip that serves several windows, each part by itself."""
+    buckets: list[Bucket]
+    members: list[np.ndarray]
+    """For each bucket the indices of its clips in `clips`, ascending; may be empty."""
+    dropped: Dropped
+    skipped: list[Skipped] = field(default_factory=list)
+    """Files that the manifest names but that could not be used."""
+    window_index: np.ndarray | None = None
+    """For each of `clips` its number among the parts of its clip; None: there are none but whole clips."""
+    warnings: list[str] = field(default_factory=list)
+    """What is odd about the manifest's clips, though they can be used."""
+
+    @property
+    def used_buckets(self) -> list[Bucket]:
+        """The buckets that have clips."""
+        return [bucket for bucket, members in zip(self.buckets, self.members, strict=True) if len(members)]
+
+    @property
+    def kept(self) -> int:
+        return sum(len(members) for members in self.members)
+
+    @property
+    def files(self) -> int:
+        """Different files that train: fewer than clips where scenes or windows share one."""
+        return len(np.unique(self.clips.files[np.concatenate(self.members)]))
+
+    @property
+    def clip_counts(self) -> list[int]:
+        """For each bucket its clips, those that serve several windows counted once."""
+        window_index = self.window_index
+        if window_index is None:
+            return [len(members) for members in self.members]
+        return [int((window_index[members] == 0).sum()) for members in self.members]
+
+    def weights(self, bucket: int) -> np.ndarray | None:
+        """How often each clip of a bucket is drawn in an epoch, float64; None: each once."""
+        weights = self.clips.weight[self.members[bucket]]
+        return None if (weights == 1).all() else weights
+
+    def draws_per_epoch(self, bucket: int) -> int:
+        """Clips that a bucket draws in one epoch: the sum of its clips' weights, rounded, but one at least if it has
+        any."""
+        weights = self.weights(bucket)
+        return len(self.members[bucket]) if weights is None else max(1, round(float(weights.sum())))
+
+    def steps_per_epoch(self, bucket: int) -> int:
+        """Batches of a bucket in one epoch; the last is filled up with clips from the start."""
+        return math.ceil(self.draws_per_epoch(bucket) / self.buckets[bucket].batch_size)
+
+    def table(self) -> str:
+        """What each bucket holds, where it comes from, and what was left out and why, for people.
+
+        Windows, draws and tokens are shown where they say something.
+        """
+        draws, windows = (
+            [self.draws_per_epoch(k) for k in range(len(self.buckets))],
+            list(map(len, self.members)),
+        )
+        columns = {"clips": self.clip_counts}
+        if self.window_index is not None:
+            columns["windows"] = windows
+        if draws != windows:
+            columns["drawn"] = draws
+        columns["batch"] = [bucket.batch_size for bucket in self.buckets]
+        columns["steps an epoch"] = [self.steps_per_epoch(k) for k in range(len(self.buckets))]
+        if any(bucket.max_tokens for bucket in self.buckets):
+            columns["tokens"] = [bucket.batch_size * (bucket.tokens or 0) for bucket in self.buckets]
+            columns["max_tokens"] = [bucket.max_tokens or 0 for bucket in self.buckets]
+        widths = [max(9, len(name) + 2) for name in columns]
+        lines = [_line("bucket (frames x height x width)", columns, widths)]
+        for bucket, *numbers in zip(self.buckets, *columns.values(), strict=True):
+            lines.append(_line(str(bucket), numbers, widths))
+        return "\n".join([*lines, *self.source_lines(), *self.exclusions()])
+
+    def source_lines(self) -> list[str]:
+        """Of data from several places, or with weights, how much each gives, for people."""
+        members = np.concatenate(self.members)
+        roots, weights = self.clips.root[members], self.clips.weight[members]
+        what, lines = "clips" if self.window_index is None else "windows", []
+        for place in np.unique(roots).tolist():
+            chosen = weights[roots == place]
+            least, most = float(chosen.min()), float(chosen.max())
+            weight = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+            where = f"{len(chosen)} {what} from {without_secrets(str(self.clips.roots[place]))}"
+            lines.append(f"{where}, weight {weight}: {chosen.sum():.0f} draws an epoch")
+        return [] if len(lines) == 1 and (weights == 1).all() else lines
+
+    def exclusions(self) -> list[str]:
+        lines = []
+        if self.dropped:
+            lines.append(f"{len(self.dropped)} clips dropped, since no bucket takes them:")
+            lines += self.dropped.summary()
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} entries of the manifest skipped:")
+            lines += summarise(self.skipped)
+        return lines + self.warnings
+
+
+def _line(name: str, cells: Iterable[object], widths: Sequence[int]) -> str:
+    """A line of a table, its cells to the right of their columns."""
+    return f"{name:<36}" + "".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def assign_clips(
+    clips: Clips | Iterable[Clip],
+    buckets: Sequence[Bucket],
+    seed: int = 0,
+    allow_upscale: bool = False,
+    skipped: Sequence[Skipped] = (),
+) -> Assignment:
+    """Each clip to the largest bucket (frames x area) that it can fill, of the nearest aspect ratio.
+
+    It fills a bucket when it has enough frames after resampling and need not be enlarged, nor its frames
+    repeated, to cover it (both unless `allow_upscale`). A bucket takes it with its keep_probability, drawn
+    from (seed, place in `clips`); else the next smaller one is asked.
+
+    A bucket with `windows` above 1 divides a clip that is n times as long as its window into n equal parts, at most
+    that many, which are clips of their own from then on: each is drawn as often as its clip's weight says, with a
+    window drawn within the part. So windows of one epoch do not overlap.
+
+    Raises UserError when no clip is left, with the reasons.
+    """
+    assert buckets, "at least one bucket"
+    clips = clips if isinstance(clips, Clips) else Clips.of(clips)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, KEEP_STREAM]))
+    choice = np.empty(len(clips), np.int16)  # [N]; below 0: none, -1 - place in REASONS
+    for begin in range(0, len(clips), CLIPS_PER_CHUNK):
+        part = slice(begin, begin + CLIPS_PER_CHUNK)
+        choice[part] = choose_buckets(clips, part, buckets, allow_upscale, rng)
+    places = np.flatnonzero(choice < 0)
+    dropped = Dropped(clips, buckets, places, -1 - choice[places])
+    number, counts = None, window_counts(clips, choice, buckets)
+    if counts.max(initial=1) > 1:
+        clips, number = split_into_windows(clips, counts)
+        choice = np.repeat(choice, counts)
+    members = [np.flatnonzero(choice == k) for k in range(len(buckets))]
+    assignment = Assignment(clips, list(buckets), members, dropped, list(skipped), number)
+    if not assignment.kept:
+        rule = "no clip is left to train on: change data.buckets (fewer frames, fewer pixels, lower fps)"
+        raise UserError("\n".join([rule, *assignment.exclusions()]))
+    return assignment

@@ -1,0 +1,1 @@
+"""Decoding: from video and image files to frames of one size."""
