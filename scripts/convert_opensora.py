@@ -45,8 +45,7 @@ def convert(
 
 def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path) -> "STDiTPipeline":
     """A pipeline that samples as Open-Sora v1.2 does: 2 seconds of 240p, 30 steps, guidance 7."""
-    from stdit.codecs import CodecConfig, TextEncoderConfig, build_codec
-    from stdit.codecs.text import build_text_encoder
+    from stdit.codecs import CodecConfig, TextEncoderConfig, build_codec, build_text_encoder
     from stdit.data.config import LENGTHS, resolve_size
     from stdit.diffusion.config import FlowConfig
     from stdit.diffusion.flow import RectifiedFlow

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from stdit.cli import parse, run
-from stdit.codecs.config import DTYPES, TextEncoderConfig
+from stdit.codecs.config import TextEncoderConfig
 from stdit.errors import UserError
 
 
@@ -56,8 +56,9 @@ def main() -> None:
 
     from tqdm import tqdm
 
+    from stdit.codecs import build_text_encoder
+    from stdit.codecs.loading import DTYPES
     from stdit.codecs.stored_text import store_text
-    from stdit.codecs.text import build_text_encoder
     from stdit.pipelines.sampling import find_device
 
     encoder = build_text_encoder(config.encoder).to(find_device(config.device))

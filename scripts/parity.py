@@ -114,8 +114,7 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
 
 def build(config: TrainConfig) -> tuple[Any, Any, Any]:
     """A model of these settings in which no weight is zero, the objective, and a pipeline of both."""
-    from stdit.codecs import build_codec
-    from stdit.codecs.text import build_text_encoder
+    from stdit.codecs import build_codec, build_text_encoder
     from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
     from stdit.training.build import build_model, sized

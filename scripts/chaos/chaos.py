@@ -127,9 +127,9 @@ def tiny_config(output: Path) -> Path:
 
 
 def _make_data(clips: Path, text: Path) -> None:
+    from stdit.codecs import build_text_encoder
     from stdit.codecs.config import TextEncoderConfig
     from stdit.codecs.stored_text import store_text
-    from stdit.codecs.text import build_text_encoder
     from stdit.data.manifest.reading import read_texts
     from stdit.data.shapes.build import ShapesConfig, build
 

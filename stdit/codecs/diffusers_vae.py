@@ -1,8 +1,7 @@
 """One adapter for the video and image VAEs of diffusers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,64 +12,26 @@ from einops import rearrange
 from torch import Tensor
 
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.config import DTYPES, CodecConfig
-from stdit.codecs.loading import Source, check_complete, dtype_name, find_source, loading, named_dtype, quiet
+from stdit.codecs.config import CodecConfig
+from stdit.codecs.loading import (
+    DTYPES,
+    WeightsSource,
+    check_complete,
+    dtype_name,
+    explain_load_errors,
+    find_weights,
+    named_dtype,
+    quiet,
+)
+from stdit.codecs.vaes import VAES
 from stdit.errors import UserError
 
 FRAMES_AT_ONCE = 16
-"""An image VAE gets so many frames at a time, which bounds its memory."""
-
-
-@dataclass(frozen=True)
-class VAEFacts:
-    """How one class of VAE differs from the others."""
-
-    stride: Callable[[Any], tuple[int, int, int]]
-    """Reads frames, rows and columns per latent from the VAE."""
-
-    causal_first_frame: bool = True
-    """The first latent frame stands for a single frame."""
-
-    latent_frame_group: int = 1
-    """Latent frames after the first that must come together."""
-
-    per_frame: bool = False
-    """An image VAE: each frame is an image."""
-
-    timestep: bool = False
-    """The decoder may want to know how noisy its latents are (a timestep; 0 by default, as in diffusers)."""
-
-
-def _wan(vae: Any) -> tuple[int, int, int]:
-    return vae.config.scale_factor_temporal, vae.config.scale_factor_spatial, vae.config.scale_factor_spatial
-
-
-def _cogvideox(vae: Any) -> tuple[int, int, int]:
-    spatial = 2 ** (len(vae.config.block_out_channels) - 1)
-    return int(vae.config.temporal_compression_ratio), spatial, spatial
-
-
-def _ratios(vae: Any) -> tuple[int, int, int]:
-    return vae.temporal_compression_ratio, vae.spatial_compression_ratio, vae.spatial_compression_ratio
-
-
-def _image(vae: Any) -> tuple[int, int, int]:
-    spatial = 2 ** (len(vae.config.block_out_channels) - 1)
-    return 1, spatial, spatial
-
-
-VAES: dict[str, VAEFacts] = {
-    "AutoencoderKL": VAEFacts(_image, causal_first_frame=False, per_frame=True),
-    # It decodes latent frames in pairs, the first three together: an even count comes back as 4 T' frames.
-    "AutoencoderKLCogVideoX": VAEFacts(_cogvideox, latent_frame_group=2),
-    "AutoencoderKLHunyuanVideo": VAEFacts(_ratios),
-    "AutoencoderKLLTXVideo": VAEFacts(_ratios, timestep=True),
-    "AutoencoderKLWan": VAEFacts(_wan),
-}
+"""Frames that an image VAE gets at a time, which bounds its memory."""
 
 
 class DiffusersCodec(VideoCodec):
-    """A VAE of diffusers. Latents are the mode of its posterior, normalised with the VAE's own numbers."""
+    """A VAE of diffusers. Latents are the mode of its posterior, normalised with the VAE's own constants."""
 
     def __init__(self, vae: ModelMixin) -> None:
         """Wrap a VAE of one of the classes in `VAES`; it is frozen and put in eval mode."""
@@ -80,7 +41,7 @@ class DiffusersCodec(VideoCodec):
         self.kind = VAES[self.name]
         self.stride = self.kind.stride(vae)
         self.causal_first_frame = self.kind.causal_first_frame
-        self.frames_alone = self.kind.per_frame
+        self.independent_frames = self.kind.per_frame
         self.latent_frame_group = self.kind.latent_frame_group
         shift, factor = _normalisation(vae)
         self.channels = len(shift)
@@ -89,15 +50,15 @@ class DiffusersCodec(VideoCodec):
 
     @classmethod
     def from_config(cls, config: CodecConfig) -> Self:
-        """The VAE at `config.path`.
+        """Load the VAE at `config.path`.
 
         Raises:
             UserError: no such folder or hub id, another class, pickled or incomplete weights.
         """
-        source = find_source("codec.path", config.path, config.subfolder)
+        source = find_weights("codec.path", config.path, config.subfolder)
         return cls(_load_vae(config.name, source, DTYPES[config.dtype]))
 
-    def facts(self) -> dict[str, Any]:
+    def saved_settings(self) -> dict[str, Any]:
         return {"dtype": dtype_name(self.dtype)}
 
     def fingerprint(self) -> str:
@@ -108,9 +69,11 @@ class DiffusersCodec(VideoCodec):
         self.vae.save_pretrained(directory, safe_serialization=True)
 
     @classmethod
-    def load(cls, directory: Path, facts: dict[str, Any], dtype: torch.dtype | None) -> "DiffusersCodec":
-        source = find_source("the saved codec", str(directory), None)
-        return cls(_load_vae(facts["name"], source, dtype or named_dtype(facts.get("dtype", "float32"))))
+    def load(cls, directory: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> "DiffusersCodec":
+        source = find_weights("the saved codec", str(directory), None)
+        return cls(
+            _load_vae(settings["name"], source, dtype or named_dtype(settings.get("dtype", "float32")))
+        )
 
     def _encode(self, video: Tensor) -> Tensor:
         video = video.to(self.dtype)
@@ -131,7 +94,7 @@ class DiffusersCodec(VideoCodec):
 
     @contextmanager
     def _fixed_noise(self) -> Iterator[None]:
-        """Some LTX decoders add noise: the same noise every time here, and nobody else's generator moves."""
+        """Give LTX decoders that add noise the same noise every time; torch's generators are left alone."""
         if not any(self.vae.config.get("decoder_inject_noise") or ()):
             yield
             return
@@ -141,21 +104,21 @@ class DiffusersCodec(VideoCodec):
 
 
 def encode_images(vae: Any, video: Tensor, at_once: int = FRAMES_AT_ONCE) -> Tensor:
-    """Each frame of a video [B 3 T H W] by an image VAE -> [B C T H' W']."""
+    """Encode each frame of a video [B 3 T H W] by an image VAE -> [B C T H' W']."""
     images = rearrange(video, "b c t h w -> (b t) c h w").split(at_once)
     modes = torch.cat([vae.encode(image).latent_dist.mode() for image in images])
     return rearrange(modes, "(b t) c h w -> b c t h w", b=len(video))
 
 
 def decode_images(vae: Any, latents: Tensor, at_once: int = FRAMES_AT_ONCE) -> Tensor:
-    """Each latent frame [B C T H' W'] by an image VAE -> [B 3 T H W]."""
+    """Decode each latent frame [B C T H' W'] by an image VAE -> [B 3 T H W]."""
     images = rearrange(latents, "b c t h w -> (b t) c h w").split(at_once)
     decoded = torch.cat([vae.decode(image).sample for image in images])
     return rearrange(decoded, "(b t) c h w -> b c t h w", b=len(latents))
 
 
 def _normalisation(vae: Any) -> tuple[Tensor, Tensor]:
-    """(shift, factor), float32 [C] each: latents = (z - shift) * factor.
+    """Return (shift, factor), float32 [C] each: latents = (z - shift) * factor.
 
     As in diffusers' own pipelines: a mean and deviation per channel (Wan, LTX: there as buffers), or one
     shift and scaling factor (AutoencoderKL, CogVideoX, HunyuanVideo), or both kinds.
@@ -172,11 +135,11 @@ def _normalisation(vae: Any) -> tuple[Tensor, Tensor]:
     return shift, numbers("scaling_factor", 1.0) / numbers("latents_std", 1.0)
 
 
-def _load_vae(name: str, source: Source, dtype: torch.dtype) -> ModelMixin:
+def _load_vae(name: str, source: WeightsSource, dtype: torch.dtype) -> ModelMixin:
     """Read a VAE of this class from safetensors."""
     vae_class: Any = getattr(diffusers, name)
     arguments = source.arguments()
-    with loading(name, source), quiet("diffusers"):
+    with explain_load_errors(name, source), quiet("diffusers"):
         saved_as = vae_class.load_config(**arguments).get("_class_name", name)
         if saved_as != name:
             known = f"use codec.name {saved_as}" if saved_as in VAES else f"use one of {', '.join(VAES)}"

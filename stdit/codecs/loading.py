@@ -1,4 +1,4 @@
-"""What VAEs and text encoders share: finding weights, refusing pickles, quiet libraries, fingerprints."""
+"""Helpers to load VAEs and text encoders: find weights, refuse pickles, silence libraries, compute fingerprints."""
 
 import hashlib
 import importlib
@@ -16,13 +16,17 @@ from safetensors import SafetensorError
 
 from stdit.checkpoint_files import read_json
 from stdit.errors import UserError
+from stdit.registry import Registry
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of the setting ``dtype``."""
 
-# What diffusers.pipelines passes to the `from_pretrained` of a model beside `torch_dtype`, and the values
-# that ask for nothing that we do not do anyway.
-DIFFUSERS_OPTIONS: dict[str, tuple[Any, ...]] = {
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# What diffusers.pipelines passes to the `from_pretrained` of a model beside `torch_dtype`, and the values that change
+# nothing here.
+_DIFFUSERS_OPTIONS: dict[str, tuple[Any, ...]] = {
     "device_map": (None,),
     "max_memory": (None,),
     "offload_folder": (None,),
@@ -36,16 +40,16 @@ DIFFUSERS_OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Let through what diffusers passes to every component, and nothing that would be silently ignored.
+    """Refuse keyword arguments of `from_pretrained` that would be silently ignored.
 
     Raises:
         TypeError: an option that diffusers does not pass.
         UserError: an option of diffusers with a value that cannot be honoured.
     """
     for name, value in options.items():
-        if name not in DIFFUSERS_OPTIONS:
+        if name not in _DIFFUSERS_OPTIONS:
             raise TypeError(f"from_pretrained() got an unexpected keyword argument {name!r}")
-        if value not in DIFFUSERS_OPTIONS[name]:
+        if value not in _DIFFUSERS_OPTIONS[name]:
             raise UserError(
                 f"{name}={value!r} is not supported for codecs and text encoders, which are read from "
                 f"safetensors into memory: leave {name} out"
@@ -53,8 +57,8 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where weights lie: a local folder, or a repository and subfolder on the hub."""
+class WeightsSource:
+    """Location of weights: a local folder, or a repository and subfolder on the hub."""
 
     location: str
     subfolder: str | None
@@ -64,19 +68,24 @@ class Source:
         return f"{self.location}/{self.subfolder}" if self.subfolder else self.location
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for a `from_pretrained` of diffusers or transformers."""
+        """Return keyword arguments for a `from_pretrained` of diffusers or transformers."""
         where = {"pretrained_model_name_or_path": self.location, "local_files_only": self.local}
         return where | ({"subfolder": self.subfolder} if self.subfolder else {})
 
 
-def find_source(setting: str, path: str | None, subfolder: str | None) -> Source:
-    """A local folder if `path` is one, else a hub id if it looks like one. Touches no network.
+def local_weights(folder: str | Path) -> WeightsSource:
+    """Return the source that is a local folder."""
+    return WeightsSource(str(folder), None, local=True)
+
+
+def find_weights(setting: str, path: str | None, subfolder: str | None) -> WeightsSource:
+    """Return a local folder if ``path`` is one, else a hub id if it has that form. Uses no network.
 
     Args:
         setting: name of the setting, for messages, such as ``codec.path``.
 
     Raises:
-        UserError: `path` is neither, or is missing, or the folder has no config.json or only pickled weights.
+        UserError: ``path`` is neither, or is missing, or the folder has no config.json or only pickled weights.
     """
     if not path:
         raise UserError(f"{setting} is not set, but this needs weights: give a local folder or a hub id")
@@ -84,9 +93,9 @@ def find_source(setting: str, path: str | None, subfolder: str | None) -> Source
     if folder.exists():
         folder = folder / subfolder if subfolder else folder
         _check_folder(setting, folder)
-        return Source(str(folder), None, local=True)
-    if HUB_ID.fullmatch(path):
-        return Source(path, subfolder, local=False)
+        return local_weights(folder)
+    if _HUB_ID.fullmatch(path):
+        return WeightsSource(path, subfolder, local=False)
     raise UserError(
         f"{setting} is {path!r}, but there is no such local folder, and it is not a hub id of the form "
         f"organisation/name: give a local folder or a hub id"
@@ -103,7 +112,7 @@ def _check_folder(setting: str, folder: Path) -> None:
     read_json(folder / "config.json", "a model")
     if any(folder.glob("*.safetensors")):
         return
-    if pickles := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
+    if pickles := sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern)):
         raise UserError(
             f"{setting}: {str(folder)!r} holds only pickled weights ({pickles[0]}), and reading a pickle can "
             f"run anything: use a copy in safetensors, or, if you trust it, load it with diffusers or "
@@ -122,8 +131,8 @@ def _no_config(setting: str, folder: Path) -> str:
 
 
 @contextmanager
-def loading(what: str, source: Source) -> Iterator[None]:
-    """Turn what goes wrong while weights are read into one line; the cause stays attached."""
+def explain_load_errors(what: str, source: WeightsSource) -> Iterator[None]:
+    """Turn any error while weights are read into a UserError of one line, with the cause attached."""
     try:
         yield
     except UserError:
@@ -131,13 +140,13 @@ def loading(what: str, source: Source) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(_failure(what, source, error)) from error
     except Exception as error:
-        # Away from the disk anything can fail, each HTTP library with exceptions of its own.
+        # A hub can fail with the exceptions of any HTTP library.
         if source.local:
             raise
         raise UserError(_failure(what, source, error)) from error
 
 
-def _failure(what: str, source: Source, error: Exception) -> str:
+def _failure(what: str, source: WeightsSource, error: Exception) -> str:
     cause = _first_line(error)
     if source.local:
         return f"{what} could not be read from the folder {str(source)!r}: {cause}"
@@ -159,12 +168,8 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def check_complete(what: str, source: Source, missing: Iterable[str]) -> None:
-    """Libraries fill weights that a file lacks with random numbers; that is an error here.
-
-    Raises:
-        UserError: naming how many weights are missing.
-    """
+def check_complete(what: str, source: WeightsSource, missing: Iterable[str]) -> None:
+    """Raise UserError if a file lacks weights, which libraries would fill with random numbers."""
     if names := sorted(missing):
         raise UserError(
             f"{what}: {str(source)!r} lacks {len(names)} of its weights ({names[0]}, ...): it is damaged or "
@@ -174,7 +179,7 @@ def check_complete(what: str, source: Source, missing: Iterable[str]) -> None:
 
 @contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Progress bars and warnings of diffusers or transformers off while loading; errors stay."""
+    """Turn off progress bars and warnings of diffusers or transformers; errors are still shown."""
     logging = importlib.import_module(f"{library}.utils.logging")
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -190,17 +195,40 @@ def quiet(library: str) -> Iterator[None]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write an object as JSON, readable by people."""
+    """Write an object as indented JSON."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def origin(component: object) -> dict[str, str]:
+    """Return ``{"import": MODULE}`` for an object of a class that is not ours: what a reader must import first."""
+    module = type(component).__module__
+    return {} if module.startswith("stdit.") else {"import": module}
+
+
+def read_component(file: Path, what: str, registry: Registry[Any]) -> dict[str, Any]:
+    """Return the JSON of a saved codec or text encoder: its registered ``name``, and its settings.
+
+    A module that the file names is not imported.
+
+    Raises:
+        UserError: missing or malformed, or the name is not registered.
+    """
+    settings = read_json(file, what)
+    name, module = settings.get("name"), settings.pop("import", None)
+    try:
+        registry.check(name if isinstance(name, str) else repr(name), [module] if module else [])
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return settings
+
+
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for torch.float32, and so on."""
+    """Return ``float32`` for torch.float32, and so on."""
     return str(dtype).removeprefix("torch.")
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """The dtype behind a name that `dtype_name` made.
+    """Return the dtype of a name that `dtype_name` made.
 
     Raises:
         UserError: not the name of a floating dtype.
@@ -212,7 +240,7 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def fingerprint(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """32 hex digits that change with any fact and any bit of any tensor, and not with the device."""
+    """Return 32 hex digits that depend on every fact and every bit of the tensors, and not on the device."""
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -21,13 +21,22 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.config import DTYPES, CodecConfig
+from stdit.codecs.config import CodecConfig
 from stdit.codecs.diffusers_vae import decode_images, encode_images
-from stdit.codecs.loading import Source, dtype_name, find_source, loading, named_dtype, read_json, write_json
+from stdit.codecs.loading import (
+    DTYPES,
+    WeightsSource,
+    dtype_name,
+    explain_load_errors,
+    find_weights,
+    named_dtype,
+    read_json,
+    write_json,
+)
 from stdit.models.opensora import check_keys, read_weights
 
 IMAGES_AT_ONCE = 4
-"""So many frames are images for the spatial VAE at a time, which bounds its memory."""
+"""Frames that the spatial VAE gets at a time, which bounds its memory."""
 
 
 @dataclass(frozen=True)
@@ -220,15 +229,15 @@ class OpenSoraCodec(VideoCodec):
         Raises:
             UserError: no such folder or hub id, or weights that are pickled, damaged, or not exactly this VAE's.
         """
-        source = find_source("codec.path", config.path, config.subfolder)
-        with loading("opensora", source):
+        source = find_weights("codec.path", config.path, config.subfolder)
+        with explain_load_errors("opensora", source):
             return cls._read(_local(source), DTYPES[config.dtype])
 
     @classmethod
-    def load(cls, directory: Path, facts: dict[str, Any], dtype: torch.dtype | None) -> "OpenSoraCodec":
-        source = find_source("the saved codec", str(directory), None)
-        with loading("opensora", source):
-            return cls._read(directory, dtype or named_dtype(facts.get("dtype", "float32")))
+    def load(cls, directory: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> "OpenSoraCodec":
+        source = find_weights("the saved codec", str(directory), None)
+        with explain_load_errors("opensora", source):
+            return cls._read(directory, dtype or named_dtype(settings.get("dtype", "float32")))
 
     @classmethod
     def _read(cls, folder: Path, dtype: torch.dtype) -> Self:
@@ -246,7 +255,7 @@ class OpenSoraCodec(VideoCodec):
         )
         return codec
 
-    def facts(self) -> dict[str, Any]:
+    def saved_settings(self) -> dict[str, Any]:
         return {"dtype": dtype_name(self.dtype)}
 
     def fingerprint(self) -> str:
@@ -275,23 +284,23 @@ class OpenSoraCodec(VideoCodec):
         chunk, within = divmod(frame, self.chunk)
         return chunk * self.latent_chunk + (within + self._fill(chunk, num_frames)) // self.stride[0]
 
-    def first_frame(self, index: int, num_frames: int | None = None) -> int:
+    def start_frame(self, index: int, num_frames: int | None = None) -> int:
         chunk, within = divmod(index, self.latent_chunk)
         return chunk * self.chunk + max(0, within * self.stride[0] - self._fill(chunk, num_frames))
 
-    def lead(self, index: int, num_frames: int) -> tuple[int, int]:
+    def encoding_context(self, index: int, num_frames: int) -> tuple[int, int]:
         within = index % self.latent_chunk
-        begin = self.first_frame(index - within, num_frames)
-        return within, self.first_frame(index, num_frames) - begin
+        begin = self.start_frame(index - within, num_frames)
+        return within, self.start_frame(index, num_frames) - begin
 
     def _fill(self, chunk: int, num_frames: int | None) -> int:
         """Frames that are filled up in front of a chunk; the last one of a video may be shorter than the others."""
         frames = self.chunk if num_frames is None else min(self.chunk, num_frames - chunk * self.chunk)
         return -frames % self.stride[0]
 
-    def padded(self, video: Tensor) -> Tensor:
+    def pad_video(self, video: Tensor) -> Tensor:
         """Rows and columns only: the temporal VAE fills up frames by itself."""
-        return super().padded(video)[:, :, : video.shape[2]]
+        return super().pad_video(video)[:, :, : video.shape[2]]
 
     def _encode(self, video: Tensor) -> Tensor:
         vae: Any = self.spatial_vae["module"]
@@ -312,7 +321,7 @@ class OpenSoraCodec(VideoCodec):
         return decode_images(vae, frames, IMAGES_AT_ONCE)
 
 
-def _local(source: Source) -> Path:
+def _local(source: WeightsSource) -> Path:
     """The folder of a source, fetched from the hub if it is not here."""
     if source.local:
         return Path(source.location)

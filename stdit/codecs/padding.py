@@ -1,4 +1,4 @@
-"""Text states of many captions in one tensor, and out of it. Light: imports torch alone.
+"""Pad the text states of captions to one tensor, and undo it. Imports torch only.
 
 Letters: B captions, L text tokens, E width of the text states.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def padded(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """States [L E] of B captions: float32 [B L E], zero where there is no token, and mask bool [B L]."""
+def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pad states [L E] of B captions: float32 [B L E], zero where there is no token, and mask bool [B L]."""
     device = states[0].device
     lengths = torch.tensor([len(tokens) for tokens in states], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
@@ -19,7 +19,7 @@ def padded(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return together, mask
 
 
-def unpadded(states: Tensor, mask: Tensor) -> Iterator[Tensor]:
-    """The states float32 [L E] of each caption, on the CPU."""
+def unpad_states(states: Tensor, mask: Tensor) -> Iterator[Tensor]:
+    """Yield the states float32 [L E] of each caption, on the CPU."""
     for tokens, present in zip(states.float().cpu(), mask.bool().cpu(), strict=True):
         yield tokens[present].contiguous()

@@ -13,31 +13,30 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (diffusers looks for it here)
 from einops import rearrange
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from stdit.codecs.base import VideoCodec
+from stdit.codecs.base import WEIGHTS_FILE, VideoCodec
 from stdit.codecs.config import CodecConfig
 from stdit.errors import UserError
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PATCHES_PER_CLIP = 256
-"""Large clips are sampled: a quarter of a million patches fix 768 directions well enough."""
+"""Patches that are drawn from a large clip: a quarter of a million patches determine 768 directions well enough."""
 
-ROWS_AT_ONCE = 4096
-SMALLEST_VARIANCE = 1e-6
-"""Floor of `latent_variance` (its mean is 1), so that nobody divides by zero."""
+ROWS_PER_PRODUCT = 4096
+MIN_VARIANCE = 1e-6
+"""Floor of `latent_variance`, whose mean is 1, so that nothing is divided by zero."""
 
 
 class PCACodec(VideoCodec):
-    """Patches of `stride` pixels, projected on principal components: z = (x - mean) basis^T / scale.
+    """Project patches of `stride` pixels on principal components: z = (x - mean) basis^T / scale.
 
-    One scale for all components keeps their relative spread; it makes the mean of `latent_variance` 1.
+    One scale for all components keeps their relative variances; it makes the mean of `latent_variance` 1.
     Principal component analysis: Pearson 1901; Jolliffe, Principal Component Analysis, 2002, section 1.1.
     """
 
     name = "pca"
-    frames_alone = True
+    independent_frames = True
     mean: Tensor  # [P]
     basis: Tensor  # [C P], orthonormal rows, largest variance first
     scale: Tensor  # [], standard deviation of the projections, mean over components
@@ -45,7 +44,7 @@ class PCACodec(VideoCodec):
     def __init__(
         self, stride: tuple[int, int, int] = (4, 8, 8), channels: int = 160, fit_clips: int = 1024
     ) -> None:
-        """Not fitted yet: see `fit`.
+        """Make a codec that is not fitted yet: see `fit`.
 
         Raises:
             UserError: a stride below 1, or more components than a patch has values.
@@ -67,7 +66,7 @@ class PCACodec(VideoCodec):
 
     @classmethod
     def from_config(cls, config: CodecConfig) -> Self:
-        """A new codec, or with a path the one saved there (whose stride and channels count then)."""
+        """Make a new codec, or load the one saved at ``config.path``, with its own stride and channels."""
         if config.path is None:
             return cls(config.stride, config.channels, config.fit_clips)
         directory = Path(config.path).expanduser() / (config.subfolder or "")
@@ -77,21 +76,21 @@ class PCACodec(VideoCodec):
 
     @property
     def fitted(self) -> bool:
-        """Whether `fit` has run, or the codec was loaded."""
+        """Whether `fit` has run, or a fitted codec was loaded."""
         return self.latent_variance is not None
 
     @torch.no_grad()
     def fit(self, videos: Iterable[Tensor]) -> float:
-        """Find mean and components from at most `fit_clips` videos.
+        """Compute mean and components from at most `fit_clips` videos.
 
-        Sums run in float64, and the sign of each component makes its largest value positive, so the same
-        videos give the same codec.
+        Sums are in float64, and the sign of each component makes its largest value positive, so the same videos give
+        the same codec.
 
         Args:
             videos: float [3 T H W] each, in [-1, 1], of any sizes.
 
         Returns:
-            The part of the patches' variance that the kept components explain, in [0, 1].
+            The share of the patches' variance that the kept components explain, in [0, 1].
 
         Raises:
             UserError: no video, videos without any change, or values that are not finite.
@@ -100,16 +99,16 @@ class PCACodec(VideoCodec):
         count = 0
         total = torch.zeros(values, dtype=torch.float64)
         products = torch.zeros(values, values, dtype=torch.float64)
-        for rows in _in_batches(self._sampled_patches(islice(videos, self.fit_clips))):
+        for rows in _join_blocks(self._sampled_patches(islice(videos, self.fit_clips))):
             count += len(rows)
             total += rows.sum(0)
             products += rows.T @ rows
         if count == 0:
-            raise UserError("the pca codec was given no video to fit itself to: check the data set")
+            raise UserError("the pca codec got no video to be fitted to: check the data set")
         mean = total / count
         covariance = products / count - torch.outer(mean, mean)
         if not covariance.isfinite().all():
-            raise UserError("the pca codec met pixels that are not finite numbers: check the data set")
+            raise UserError("the pca codec found pixels that are not finite numbers: check the data set")
         if covariance.trace() < 1e-9 * values:
             raise UserError("the pca codec cannot be fitted to videos of one single colour: check the data")
 
@@ -121,14 +120,14 @@ class PCACodec(VideoCodec):
         self.mean.copy_(mean)
         self.basis.copy_(basis * largest.sign())
         self.scale.copy_(scale)
-        self.latent_variance = (kept / scale**2).clamp(min=SMALLEST_VARIANCE).to(self.mean)
+        self.latent_variance = (kept / scale**2).clamp(min=MIN_VARIANCE).to(self.mean)
         self.explained_variance = float(kept.sum() / covariance.trace())
         return self.explained_variance
 
     def _sampled_patches(self, videos: Iterable[Tensor]) -> Iterable[Tensor]:
-        """float64 [N P] for each video, N at most PATCHES_PER_CLIP."""
+        """Yield float64 [N P] for each video, N at most PATCHES_PER_CLIP."""
         for index, video in enumerate(videos):
-            rows = self._patches(self.padded(video[None].detach().cpu().float())).flatten(0, 3)
+            rows = self._patches(self.pad_video(video[None].detach().cpu().float())).flatten(0, 3)
             if len(rows) > PATCHES_PER_CLIP:
                 generator = torch.Generator().manual_seed(index)
                 rows = rows[torch.randperm(len(rows), generator=generator)[:PATCHES_PER_CLIP]]
@@ -154,20 +153,20 @@ class PCACodec(VideoCodec):
         if not self.fitted:
             raise UserError("the pca codec is not fitted: call fit(videos), or set codec.path to a saved one")
 
-    def facts(self) -> dict[str, Any]:
+    def saved_settings(self) -> dict[str, Any]:
         explained = self.explained_variance
         return {"stride": list(self.stride), "channels": self.channels, "explained_variance": explained}
 
     def save(self, directory: Path) -> None:
         self._check_fitted()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, directory / WEIGHTS_FILE)
+        super().save(directory)
 
     @classmethod
-    def load(cls, directory: Path, facts: dict[str, Any], dtype: torch.dtype | None) -> "PCACodec":
+    def load(cls, directory: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> "PCACodec":
+        """Read what `save` wrote; it stays in float32 whatever the dtype."""
         try:
-            codec = cls(tuple(facts["stride"]), facts["channels"])
-            codec.explained_variance = facts["explained_variance"]
+            codec = cls(tuple(settings["stride"]), settings["channels"])
+            codec.explained_variance = settings["explained_variance"]
             codec.latent_variance = torch.ones(codec.channels)
             codec.load_state_dict(load_file(directory / WEIGHTS_FILE))
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -178,12 +177,12 @@ class PCACodec(VideoCodec):
         return codec
 
 
-def _in_batches(blocks: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Join blocks of rows into larger ones, which multiply faster."""
+def _join_blocks(blocks: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Join blocks of rows into larger ones, whose products are faster."""
     waiting: list[Tensor] = []
     for block in blocks:
         waiting.append(block)
-        if sum(map(len, waiting)) >= ROWS_AT_ONCE:
+        if sum(map(len, waiting)) >= ROWS_PER_PRODUCT:
             yield torch.cat(waiting)
             waiting = []
     if waiting:

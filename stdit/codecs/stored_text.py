@@ -1,7 +1,8 @@
-"""Text states that were computed before, so that neither training nor sampling holds the encoder.
+"""Text states that were computed before, so that neither training nor sampling loads the encoder.
 
-A folder has `text_states.json`, which says whose states they are, and files of many captions each. Captions may be
-added at any time. Letters: B batch, L text tokens, E width of the text states, N tokens of one file.
+A folder has `text_states.json`, which describes the encoder that computed the states, and files of many captions
+each.
+Captions can be added at any time. Letters: B batch, L text tokens, E width of the text states, N tokens of one file.
 """
 
 import json
@@ -10,27 +11,30 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (diffusers looks for it here)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit.checkpoint_files import share
+from stdit.codecs.config import TextEncoderConfig
 from stdit.codecs.loading import dtype_name, read_json, write_json
-from stdit.codecs.text import TEXT_ENCODER_FILE, TextEncoder
+from stdit.codecs.text import TextEncoder
 from stdit.errors import UserError
 
-FACTS_FILE = "text_states.json"
-CAPTIONS_A_FILE = 1024
-FACTS = {"channels": int, "max_length": int, "fingerprint": str}
-"""What a folder says about its encoder, of which type."""
+STATES_FILE = "text_states.json"
+CAPTIONS_PER_FILE = 1024
+_FACTS = {"channels": int, "max_length": int, "fingerprint": str}
+"""Facts about the encoder that a folder records, with their types."""
 
 
-class StoredText(TextEncoder):
-    """Looks up the states of captions in a folder that `store_text` wrote."""
+class StoredTextEncoder(TextEncoder):
+    """Look up the states of captions in a folder that `store_text` wrote."""
+
+    name = "stored"
 
     def __init__(self, folder: str | PathLike[str]) -> None:
         """Read which captions there are.
@@ -38,18 +42,15 @@ class StoredText(TextEncoder):
         Raises:
             UserError: not such a folder, or damaged.
         """
-        ModelMixin.__init__(self)
-        self.name, self.folder, self.layers, self.truncated = "stored", Path(folder), None, 0
+        super().__init__()
+        self.folder = Path(folder)
         facts = read_json(
-            self.folder / FACTS_FILE, "a folder of text states (scripts/encode_text.py makes one)"
+            self.folder / STATES_FILE, "a folder of text states (scripts/encode_text.py makes one)"
         )
-        for fact, kind in FACTS.items():
+        for fact, kind in _FACTS.items():
             if type(facts.get(fact)) is not kind:
-                raise UserError(f"{self.folder / FACTS_FILE} says no {fact} that can be read: encode again.")
-        self.channels, self.max_length, self._fingerprint = (facts[fact] for fact in FACTS)
-        self.register_buffer(
-            "place", torch.zeros(()), persistent=False
-        )  # says on which device states are wanted
+                raise UserError(f"{self.folder / STATES_FILE} has no valid {fact}: encode again.")
+        self.channels, self.max_length, self._fingerprint = (facts[fact] for fact in _FACTS)
         self._places: dict[str, tuple[Any, int, int]] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             self._places |= _captions(file, self.channels)
@@ -77,18 +78,19 @@ class StoredText(TextEncoder):
         return states, mask
 
     def fingerprint(self) -> str:
-        """That of the encoder that computed the states."""
+        """Return the fingerprint of the encoder that computed the states."""
         return self._fingerprint
 
-    def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
-        """Write down where the states lie."""
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / TEXT_ENCODER_FILE, {"name": self.name, "folder": str(self.folder.resolve())})
+    @classmethod
+    def from_config(cls, config: TextEncoderConfig) -> Self:
+        return cls(config.path or "")
+
+    def saved_settings(self) -> dict[str, Any]:
+        return {"folder": str(self.folder.resolve())}
 
 
 def _captions(file: Path, channels: int) -> dict[str, tuple[Any, int, int]]:
-    """For each caption of a file, the open file and where its tokens begin and end."""
+    """Map each caption of a file to the open file, and the indices where its tokens begin and end."""
     try:
         opened = safe_open(file, framework="pt")
         captions = json.loads(opened.metadata()["captions"])
@@ -118,15 +120,15 @@ def _captions(file: Path, channels: int) -> dict[str, tuple[Any, int, int]]:
 def store_text(
     encoder: TextEncoder, texts: Iterable[str], folder: Path, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[int]:
-    """Encode what a folder does not have yet, file by file; yields how many captions each time are done.
+    """Encode the captions that a folder does not have yet; after each file, yield its number of captions.
 
-    Each file is written aside and renamed, so a call that was cut off loses one file at most.
+    Each file is written under a temporary name and renamed, so an interrupted call loses one file at most.
 
     Args:
         dtype: of the states on disk.
 
     Raises:
-        UserError: if the folder holds states of another encoder, or the disk refuses.
+        UserError: if the folder holds states of another encoder, or cannot be written.
     """
     facts = {
         "channels": encoder.channels,
@@ -135,20 +137,20 @@ def store_text(
         "dtype": dtype_name(dtype),
     }
     try:
-        if not (folder / FACTS_FILE).exists():
+        if not (folder / STATES_FILE).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / FACTS_FILE, facts)
-        elif (found := read_json(folder / FACTS_FILE, "a folder of text states")) != facts:
+            write_json(folder / STATES_FILE, facts)
+        elif (found := read_json(folder / STATES_FILE, "a folder of text states")) != facts:
             odd = [name for name, value in facts.items() if found.get(name) != value]
             raise UserError(
                 f"{folder} holds states of another encoder (another {', '.join(odd)}): use another folder."
             )
-        stored = StoredText(folder)
+        stored = StoredTextEncoder(folder)
         new = [text for text in dict.fromkeys(texts) if text not in stored]
         names = (folder / f"states-{number:05d}.safetensors" for number in count())
-        free = (file for file in names if not file.exists())  # a damaged one may have been deleted
-        for start in range(0, len(new), CAPTIONS_A_FILE):
-            some = new[start : start + CAPTIONS_A_FILE]
+        free = (file for file in names if not file.exists())  # a damaged file may have been deleted
+        for start in range(0, len(new), CAPTIONS_PER_FILE):
+            some = new[start : start + CAPTIONS_PER_FILE]
             _write(encoder, some, next(free), dtype)
             yield len(some)
     except (OSError, SafetensorError) as error:

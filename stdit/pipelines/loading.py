@@ -140,7 +140,7 @@ def _weights(ema: bool) -> Any:
 
 
 def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, str]:
-    from stdit.codecs import loading as files
+    from stdit.codecs.loading import explain_load_errors, local_weights
     from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
 
@@ -155,7 +155,7 @@ def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, 
             f"text = {text}: its states are not of the encoder that {source.run} was trained with."
         )
     schedule = source.run / "scheduler"
-    with files.loading("the run's schedule", files.Source(str(schedule), None, local=True)):
+    with explain_load_errors("the run's schedule", local_weights(schedule)):
         flow = RectifiedFlow.from_pretrained(schedule)
     pipe = STDiTPipeline(
         transformer=transformer,
@@ -222,8 +222,9 @@ def _load_codec(run: Path, config: dict[str, Any]) -> Any:
 
 
 def _load_text_encoder(run: Path, config: dict[str, Any]) -> Any:
+    from stdit.codecs import build_text_encoder
     from stdit.codecs.config import TextEncoderConfig
-    from stdit.codecs.text import TextEncoder, build_text_encoder
+    from stdit.codecs.text import TextEncoder
 
     if (run / "text_encoder").is_dir():
         return TextEncoder.from_pretrained(run / "text_encoder")
@@ -231,8 +232,8 @@ def _load_text_encoder(run: Path, config: dict[str, Any]) -> Any:
 
 
 def _stored(folder: str) -> Any:
+    from stdit.codecs import build_text_encoder
     from stdit.codecs.config import TextEncoderConfig
-    from stdit.codecs.text import build_text_encoder
 
     return build_text_encoder(TextEncoderConfig(name="stored", path=folder))
 

@@ -88,10 +88,10 @@ def translate_masks(
                 f"mask_strategy has the start {entry.target_start}, but a part has {latent_frames} latent frames."
             )
         latents = min(entry.length, latent_frames - start)
-        begin, end = (codec.first_frame(index, num_frames) for index in (start, start + latents))
+        begin, end = (codec.start_frame(index, num_frames) for index in (start, start + latents))
         end = min(end, num_frames)
-        skip = codec.first_frame(entry.source_start)
-        length = min(codec.first_frame(entry.source_start + latents) - skip, end - begin)
+        skip = codec.start_frame(entry.source_start)
+        length = min(codec.start_frame(entry.source_start + latents) - skip, end - begin)
         frame = parts.starts(num_frames)[entry.part] + end - length  # a last frame ends its latent frame
         conditions.append(Condition(entry.source, frame, length, 1 - entry.edit_ratio, skip))
     return conditions

@@ -17,7 +17,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.loading import Source, check_complete, loading, read_json
+from stdit.codecs.loading import check_complete, explain_load_errors, local_weights, read_json
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.flow import RectifiedFlow, per_frame
 from stdit.diffusion.guidance import GUIDANCE_SCHEDULES, moments, rescale, spread
@@ -132,7 +132,7 @@ class STDiTPipeline(DiffusionPipeline):
         }
         for name, load in loaders.items():
             if name not in kwargs:
-                with loading(f"the pipeline's {name}", Source(str(folder / name), None, local=True)):
+                with explain_load_errors(f"the pipeline's {name}", local_weights(folder / name)):
                     kwargs[name] = load(folder / name)
         settings = {name: recorded[name] for name in (*SETTINGS, "step") if name in recorded}
         return cls(**{**settings, **kwargs})
@@ -425,7 +425,7 @@ class STDiTPipeline(DiffusionPipeline):
         video = given_frames(condition, fps, height, width)[None]  # [1 3 T H W]
         _onload(self.codec)
         start, _ = condition.span(num_frames)
-        first, given = self.codec.encode_inside(video.to(latents.device), start, num_frames)
+        first, given = self.codec.encode_span(video.to(latents.device), start, num_frames)
         place = slice(first, first + given.shape[2])
         latents[:, place], max_noise_level[place] = given[0], 1 - condition.strength
 
@@ -443,7 +443,7 @@ class STDiTPipeline(DiffusionPipeline):
         """
         size = [int(settings[name]) for name in ("num_frames", "height", "width")]
         _onload(self.codec)
-        alone = self.codec.frames_alone
+        alone = self.codec.independent_frames
         if not alone:
             latents = sharding.gather(latents, 2, latent_frames)
         frames = None if alone else size[0]
@@ -459,8 +459,8 @@ class STDiTPipeline(DiffusionPipeline):
 
 def read_transformer(folder: Path, dtype: torch.dtype | None = None) -> STDiT:
     """The STDiT that a folder holds. Raises UserError if it is damaged, or its weights are not its config's."""
-    source = Source(str(folder), None, local=True)
-    with loading("the transformer", source):
+    source = local_weights(folder)
+    with explain_load_errors("the transformer", source):
         model, info = STDiT.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )

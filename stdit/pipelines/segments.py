@@ -51,7 +51,7 @@ class Parts:
         if self.overlap is not None:
             return self
         quarter = max(1, num_frames // 4)
-        return replace(self, overlap=codec.first_frame(codec.latent_index(quarter)) or quarter)
+        return replace(self, overlap=codec.start_frame(codec.latent_index(quarter)) or quarter)
 
     def shared(self, num_frames: int) -> int:
         """Frames that two parts of so many frames share. Raises UserError if that leaves a part none of its own."""

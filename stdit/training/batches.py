@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from stdit.codecs import build_codec
-from stdit.codecs.held_text import HeldText
-from stdit.codecs.padding import unpadded
-from stdit.codecs.text import build_text_encoder
+from stdit.codecs import build_codec, build_text_encoder
+from stdit.codecs.cached_text import CachedTextEncoder
+from stdit.codecs.padding import unpad_states
 from stdit.data.cache.batches import DiskBatches, EncodedBatches, MemoryCache
 from stdit.data.cache.encode import EncodeSummary, encode_plan, encode_view
 from stdit.data.cache.reader import CachedReader, Makers
@@ -93,7 +92,7 @@ def _from_disk(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
     _release(parts)
 
     def encode_text(caption: str) -> torch.Tensor:
-        return next(unpadded(*parts.text_encoder.encode([caption])))
+        return next(unpad_states(*parts.text_encoder.encode([caption])))
 
     pin_memory = mesh.device.type == "cuda"
     encode = partial(encode_view, parts.codec, device=mesh.device)
@@ -119,5 +118,5 @@ def _release(parts: Parts) -> None:
     config = parts.config
     if config.text_encoder.name != "stored":  # which holds no encoder
         prompts, reload = config.validation.prompts, partial(build_text_encoder, config.text_encoder)
-        parts.text_encoder = HeldText(parts.text_encoder, prompts, reload)
+        parts.text_encoder = CachedTextEncoder(parts.text_encoder, prompts, reload)
     parts.codec.release_encoder(partial(build_codec, config.codec))

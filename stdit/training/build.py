@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from stdit.checkpoint_files import META, read_meta
-from stdit.codecs import build_codec
+from stdit.codecs import build_codec, build_text_encoder
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.text import TextEncoder, build_text_encoder
+from stdit.codecs.text import TextEncoder
 from stdit.data.buckets import Bucket
 from stdit.data.cache.fitted import fitted
 from stdit.data.cache.keys import remembered

@@ -38,6 +38,6 @@ def test_frames_inside_a_video_lie_where_they_are_put(
     causal: bool, start: int, count: int, first: int, kept: list[int]
 ) -> None:
     video = torch.arange(count).float().view(1, 1, count, 1, 1).expand(1, 3, count, 2, 2) / 10
-    found_first, found = LastOfFour(causal).encode_inside(video, start, 17 if causal else 16)
+    found_first, found = LastOfFour(causal).encode_span(video, start, 17 if causal else 16)
     assert found_first == first
     assert torch.equal(found, video[:, :, kept])

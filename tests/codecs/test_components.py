@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from stdit.codecs import CodecConfig, TextEncoderConfig, build_codec
+from stdit.codecs import CodecConfig, TextEncoderConfig, build_codec, build_text_encoder
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.pca import PCACodec
-from stdit.codecs.text import TextEncoder, build_text_encoder
+from stdit.codecs.text import TextEncoder
 from stdit.errors import UserError
 from tests.codecs.tiny import save_tiny_bert, save_tiny_vae
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from stdit.codecs import CodecConfig, build_codec
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.config import CodecName
 from stdit.codecs.diffusers_vae import DiffusersCodec
 from stdit.errors import UserError
 from stdit.models.size import held_bytes
@@ -180,7 +179,7 @@ def test_another_class(folders: dict[str, Path]) -> None:
 
 
 def test_folders_with_bad_weights(tmp_path: Path) -> None:
-    name: CodecName = "AutoencoderKLWan"
+    name = "AutoencoderKLWan"
     save_tiny_vae(name, tmp_path)
     weights = tmp_path / WEIGHTS
     tensors, content = load_file(weights), weights.read_bytes()

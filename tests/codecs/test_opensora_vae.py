@@ -82,14 +82,14 @@ def test_published_counts(codec: OpenSoraCodec, frames: int, latents: int) -> No
 def test_which_latent_holds_a_frame(codec: OpenSoraCodec) -> None:
     assert [codec.latent_index(frame) for frame in (0, 1, 4, 5, 16, 17, 18, 50)] == [0, 1, 1, 2, 4, 5, 6, 14]
     for index in range(15):
-        first = codec.first_frame(index)
+        first = codec.start_frame(index)
         assert codec.latent_index(first) == index == codec.latent_index(first - 1) + 1
 
 
 @pytest.mark.parametrize("frames", [3, 16, 20, 51])
 def test_which_latent_holds_a_frame_of_a_whole_video(codec: OpenSoraCodec, frames: int) -> None:
     latents = codec.latent_shape(frames, 8, 8)[0]
-    starts = [codec.first_frame(index, frames) for index in range(latents + 1)]
+    starts = [codec.start_frame(index, frames) for index in range(latents + 1)]
     assert starts[0] == 0 and starts[-1] == frames
     held = [codec.latent_index(frame, frames) for frame in range(frames)]
     assert held == [index for index in range(latents) for _ in range(starts[index], starts[index + 1])]
@@ -101,7 +101,7 @@ def test_which_latent_holds_a_frame_of_a_whole_video(codec: OpenSoraCodec, frame
 def test_frames_inside_a_video(codec: OpenSoraCodec, frames: int, start: int, end: int) -> None:
     """Whole chunks are encoded as in the whole video."""
     clip = video(frames)
-    first, found = codec.encode_inside(clip[:, :, start:end], start, frames)
+    first, found = codec.encode_span(clip[:, :, start:end], start, frames)
     torch.testing.assert_close(found, codec.encode(clip)[:, :, first : first + found.shape[2]])
     assert (first, first + found.shape[2]) == (
         codec.latent_index(start, frames),
@@ -117,8 +117,8 @@ def test_frames_inside_latent_frames_stand_still(
 ) -> None:
     clip, start = video(count), start % frames
     still = [clip[:, :, min(max(frame - start, 0), count - 1)] for frame in range(frames)]
-    first, found = codec.encode_inside(clip, start, frames)
-    end = codec.first_frame(first + found.shape[2], frames)
+    first, found = codec.encode_span(clip, start, frames)
+    end = codec.start_frame(first + found.shape[2], frames)
     torch.testing.assert_close(found, codec.encode(torch.stack(still[:end], 2))[:, :, first:])
 
 

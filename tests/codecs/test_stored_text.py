@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stdit.codecs import stored_text
+from stdit.codecs import build_text_encoder, stored_text
 from stdit.codecs.config import TextEncoderConfig
-from stdit.codecs.stored_text import StoredText, store_text
-from stdit.codecs.text import TextEncoder, build_text_encoder, clean_caption
+from stdit.codecs.stored_text import StoredTextEncoder, store_text
+from stdit.codecs.text import TextEncoder
+from stdit.codecs.transformers_text import TransformersTextEncoder, clean_caption
 from stdit.errors import UserError
 from tests.codecs.tiny import save_tiny_bert, save_tiny_t5
 
@@ -23,9 +24,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
 
 def stored(
     encoder: TextEncoder, folder: Path, captions: list[str] = CAPTIONS, **options: object
-) -> StoredText:
+) -> StoredTextEncoder:
     list(store_text(encoder, captions, folder, torch.float32, **options))  # type: ignore[arg-type]
-    return StoredText(folder)
+    return StoredTextEncoder(folder)
 
 
 def test_gives_what_the_encoder_gives(encoder: TextEncoder, tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_gives_what_the_encoder_gives(encoder: TextEncoder, tmp_path: Path) -> N
 
 
 def test_adds_what_is_new(encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_text, "CAPTIONS_A_FILE", 2)
+    monkeypatch.setattr(stored_text, "CAPTIONS_PER_FILE", 2)
     assert list(store_text(encoder, CAPTIONS[:3], tmp_path)) == [2, 1]
     assert list(store_text(encoder, CAPTIONS, tmp_path)) == [2]
     assert list(store_text(encoder, CAPTIONS, tmp_path)) == []
@@ -47,7 +48,7 @@ def test_adds_what_is_new(encoder: TextEncoder, tmp_path: Path, monkeypatch: pyt
     files[0].unlink()  # as one does with a damaged one
     assert list(store_text(encoder, CAPTIONS, tmp_path)) == [2]
     assert sorted(tmp_path.glob("*.safetensors")) == files
-    states, _ = StoredText(tmp_path).encode(CAPTIONS)
+    states, _ = StoredTextEncoder(tmp_path).encode(CAPTIONS)
     torch.testing.assert_close(states, encoder.encode(CAPTIONS)[0], atol=0.02, rtol=0.01)  # bf16 on disk
 
 
@@ -55,7 +56,7 @@ def test_saved_it_knows_where_the_states_lie(encoder: TextEncoder, tmp_path: Pat
     found = stored(encoder, tmp_path / "text")
     found.save_pretrained(tmp_path / "pipeline")
     loaded = TextEncoder.from_pretrained(tmp_path / "pipeline")
-    assert isinstance(loaded, StoredText)
+    assert isinstance(loaded, StoredTextEncoder)
     assert torch.equal(loaded.encode(CAPTIONS)[0], found.encode(CAPTIONS)[0])
     again = build_text_encoder(TextEncoderConfig(name="stored", path=str(tmp_path / "text")))
     assert again.fingerprint() == encoder.fingerprint()
@@ -70,13 +71,13 @@ def test_what_is_missing_or_wrong_is_named(encoder: TextEncoder, tmp_path: Path)
     with pytest.raises(UserError, match="states of another encoder"):
         list(store_text(other, CAPTIONS, tmp_path / "text"))
     with pytest.raises(UserError, match="text_states.json"):
-        StoredText(tmp_path)
+        StoredTextEncoder(tmp_path)
     with pytest.raises(UserError, match="text_encoder.path is not set"):
         TextEncoderConfig(name="stored")
     (file,) = (tmp_path / "text").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match="cannot be read"):
-        StoredText(tmp_path / "text")
+        StoredTextEncoder(tmp_path / "text")
 
 
 def test_a_disk_that_refuses(encoder: TextEncoder, tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_captions_are_cleaned_for_t5(encoder: TextEncoder) -> None:
     assert clean_caption("A DOG on https://a.com &amp; its <person>!!") == clean_caption(
         "a dog on & its person!!"
     )
-    clean = TextEncoder("t5", encoder.tokenizer, encoder.model, 12, clean_captions=True)
+    clean = TransformersTextEncoder("t5", encoder.tokenizer, encoder.model, 12, clean_captions=True)
     assert clean.fingerprint() != encoder.fingerprint()
     states, _ = clean.encode(["A   RED circle"])
     assert torch.equal(states, encoder.encode(["a red circle"])[0])

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from stdit.checkpoint_files import FORMAT, newest_whole, verify
 from stdit.cli import parse
 from stdit.codecs.pixel import PixelCodec
-from stdit.codecs.stored_text import StoredText
+from stdit.codecs.stored_text import StoredTextEncoder
 from stdit.data.config import DataConfig, resolve_size
 from stdit.data.manifest.reading import read_manifest, read_texts
 from stdit.data.preparation.expressions import column_kinds
@@ -324,7 +324,7 @@ def _text_states() -> Reader:
     def read(inputs: tuple[bytes, bytes], folder: Path) -> object:
         (folder / "text_states.json").write_bytes(inputs[0])
         (folder / "states-00000.safetensors").write_bytes(inputs[1])
-        return StoredText(folder).encode(["a", "b"])
+        return StoredTextEncoder(folder).encode(["a", "b"])
 
     headers = st.one_of(st.just(json.dumps(facts).encode()), as_json(changed_tree([facts])))
     return Reader(st.tuples(headers, st.one_of(changed_safetensors(file), st.just(file))), read)

@@ -174,7 +174,7 @@ class Causal:
     def latent_shape(self, num_frames, height, width):
         return (1 + -(-(num_frames - 1) // 4), 1, 1)
 
-    def first_frame(self, index, num_frames=None):
+    def start_frame(self, index, num_frames=None):
         return index if index < 1 else 1 + 4 * (index - 1)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from stdit.checkpoint_files import publish, write_manifest
+from stdit.codecs import build_text_encoder
 from stdit.codecs.config import TextEncoderConfig
 from stdit.codecs.pixel import PixelCodec
-from stdit.codecs.text import TextEncoder, build_text_encoder
+from stdit.codecs.text import TextEncoder
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.models.config import STDiTConfig

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stdit.codecs.padding import padded
+from stdit.codecs.padding import pad_states
 from stdit.data.cache.encode import captions
 from stdit.data.cache.keys import text_key
 from stdit.data.cache.reader import CachedReader
@@ -101,7 +101,7 @@ class EncodedBatches:
         rows = self.mesh.sample_range(len(used))
         mine = [used[row] for row in rows]
         batch = describe(self.plan, planned, mine) | {"replaced": replaced}
-        states, mask = padded([self.cache.texts[caption] for caption in batch["text"]])
+        states, mask = pad_states([self.cache.texts[caption] for caption in batch["text"]])
         chosen = [
             places[clip][self.reader.number(step, row, len(places[clip]))]
             for row, clip in zip(rows, mine, strict=True)
@@ -163,7 +163,7 @@ class DiskBatches(Loader):
                     make = partial(self.encode_text, caption)
                     new.append(self._made("texts", maker, text_key(caption, maker), make))
                     texts[row] = new[-1].value
-            batch["text_states"], batch["text_mask"] = padded(texts)
+            batch["text_states"], batch["text_mask"] = pad_states(texts)
         return new
 
     def _made(self, kind: Kind, maker: str, key: bytes, make: Callable[[], Tensor]) -> Entry:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from stdit.codecs.padding import unpadded
+from stdit.codecs.padding import unpad_states
 from stdit.data.cache.keys import text_key
 from stdit.data.cache.reader import CachedReader
 from stdit.data.cache.shards import Entry, Writer
@@ -196,7 +196,7 @@ def _encode_texts(
     with bar, torch.no_grad():
         for begin in range(0, len(lacking), CAPTIONS_AT_ONCE):
             chunk = lacking[begin : begin + CAPTIONS_AT_ONCE]
-            for text, states in zip(chunk, unpadded(*encoder.encode(chunk)), strict=True):
+            for text, states in zip(chunk, unpad_states(*encoder.encode(chunk)), strict=True):
                 writer.add(Entry("texts", maker, text_key(text, maker), states))
             bar.update(len(chunk))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stdit.codecs.padding import padded
+from stdit.codecs.padding import pad_states
 from stdit.data.buckets import Bucket
 from stdit.data.cache.keys import Contents, latents_key, text_key
 from stdit.data.cache.shards import Entry
@@ -105,7 +105,7 @@ class CachedReader:
         found = [states for states in texts if states is not None]
         if len(found) < len(texts):
             return batch | {"texts": texts}
-        batch["text_states"], batch["text_mask"] = padded(found)
+        batch["text_states"], batch["text_mask"] = pad_states(found)
         return batch
 
 

@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from stdit.codecs import build_text_encoder
+from stdit.codecs.cached_text import CachedTextEncoder
 from stdit.codecs.config import TextEncoderConfig
-from stdit.codecs.held_text import HeldText
-from stdit.codecs.padding import padded, unpadded
-from stdit.codecs.text import TextEncoder, build_text_encoder
+from stdit.codecs.padding import pad_states, unpad_states
+from stdit.codecs.text import TextEncoder
 from stdit.errors import UserError
 from stdit.models.size import held_bytes
 from tests.codecs.tiny import save_tiny_bert
@@ -25,7 +26,7 @@ def build(path: Path) -> TextEncoder:
 
 def test_it_knows_its_texts_without_the_encoder(encoder: TextEncoder, tmp_path: Path) -> None:
     read: list[int] = []
-    held = HeldText(encoder, [*TEXTS, TEXTS[0]], lambda: read.append(1) or encoder)  # type: ignore[func-returns-value]
+    held = CachedTextEncoder(encoder, [*TEXTS, TEXTS[0]], lambda: read.append(1) or encoder)  # type: ignore[func-returns-value]
     assert held_bytes(held) == 0 and held.fingerprint() == encoder.fingerprint()
     assert (held.channels, held.max_length) == (encoder.channels, encoder.max_length)
     for texts in (TEXTS, TEXTS[::-1], TEXTS[1:]):
@@ -40,7 +41,7 @@ def test_it_knows_its_texts_without_the_encoder(encoder: TextEncoder, tmp_path: 
 
 
 def test_it_may_hold_nothing(encoder: TextEncoder) -> None:
-    held = HeldText(encoder, [], lambda: encoder)
+    held = CachedTextEncoder(encoder, [], lambda: encoder)
     assert torch.equal(held.encode(TEXTS)[0], encoder.encode(TEXTS)[0])
     with pytest.raises(ValueError, match="at least one"):
         held.encode([])
@@ -48,7 +49,7 @@ def test_it_may_hold_nothing(encoder: TextEncoder) -> None:
 
 def test_another_encoder_in_its_place_is_an_error(encoder: TextEncoder, tmp_path: Path) -> None:
     other = save_tiny_bert(tmp_path / "other", seed=1)
-    held = HeldText(encoder, TEXTS, lambda: build(other))
+    held = CachedTextEncoder(encoder, TEXTS, lambda: build(other))
     with pytest.raises(UserError, match="text_encoder.path holds other weights than when the run began"):
         held.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -56,6 +57,6 @@ def test_another_encoder_in_its_place_is_an_error(encoder: TextEncoder, tmp_path
 
 def test_padding_and_its_inverse() -> None:
     states = [torch.randn(length, 3) for length in (2, 5, 1)]
-    together, mask = padded(states)
+    together, mask = pad_states(states)
     assert together.shape == (3, 5, 3) and mask.sum(1).tolist() == [2, 5, 1] and not together[~mask].any()
-    assert all(torch.equal(*pair) for pair in zip(unpadded(together, mask), states, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(unpad_states(together, mask), states, strict=True))

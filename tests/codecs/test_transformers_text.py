@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stdit.codecs import TextEncoderConfig
-from stdit.codecs.text import MINILM_PACKAGE, TextEncoder, build_text_encoder
+from stdit.codecs import TextEncoderConfig, build_text_encoder
+from stdit.codecs.text import TextEncoder
+from stdit.codecs.transformers_text import MINILM_PACKAGE
 from stdit.errors import UserError
 from tests.codecs.tiny import save_tiny_bert, save_tiny_t5
 
@@ -71,7 +72,7 @@ def test_long_captions_are_cut_and_counted(bert: Path, caplog: pytest.LogCapture
         encoder.encode(["red " * 50])
     assert mask.sum(1).tolist() == [5, 3, 5]
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 3 captions are longer than 5 tokens and are cut there (said once)"
+        "2 of 3 captions are longer than 5 tokens and are cut there (logged once)"
     ]
     assert encoder.truncated == 3
     # The closing token stays.
@@ -208,7 +209,7 @@ def test_minilm_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_minilm
 def test_loading_prints_nothing() -> None:
     program = (
-        "from stdit.codecs import TextEncoderConfig; from stdit.codecs.text import build_text_encoder;"
+        "from stdit.codecs import TextEncoderConfig; from stdit.codecs import build_text_encoder;"
         "build_text_encoder(TextEncoderConfig()).encode([''])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
