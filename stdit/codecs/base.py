@@ -231,13 +231,13 @@ class VideoCodec(ModelMixin):
 
         Args:
             settings: what `codec.json` holds: ``name``, and what `saved_settings` returned.
-            dtype: precision of the weights instead of the saved one.
+            dtype: precision of a VAE's weights instead of the saved one. Here it is ignored: `_encode` gets float32.
         """
         with explain_load_errors(f"the codec {cls.name}", local_weights(directory)):
             codec = cls(**{key: value for key, value in settings.items() if key != "name"})
             if (directory / WEIGHTS_FILE).is_file():
                 codec.load_state_dict(load_file(directory / WEIGHTS_FILE))
-            return codec if dtype is None else codec.to(dtype)
+            return codec
 
     def _hash(self, settings: dict[str, Any]) -> str:
         if self._released:
