@@ -16,8 +16,8 @@ Text is not encoded in any of them: a run without a cache encodes each caption a
 with a cache once. What that takes is shown beside, as clips a second of the text encoder alone.
 """
 
+import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,42 +25,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stdit.cli import run
+from stdit.cli import run, script_parser
 from stdit.training.config import TrainConfig, parse_train
 
 CLIPS = 256
-SECONDS = 6.0
-"""Of each measurement."""
-OWN = {"--seconds": SECONDS, "--loaders": float(min(2, os.cpu_count() or 1)), "--threads": 2.0}
 Cache = Literal["memory", "disk"]
 DEFAULT = "configs/train/quickstart.yaml"
 
 
 def main(argv: list[str] | None = None) -> None:
-    own, rest = own_flags(list(sys.argv[1:] if argv is None else argv))
-    if "--help" in rest or "-h" in rest:
-        print(__doc__, f"Flags of its own: {', '.join(OWN)}; all others are those of train.py.")
-        return
-    if not any(argument.split("=")[0] == "--config" for argument in rest):
-        rest = ["--config", DEFAULT, *rest]
+    args, settings = parse_args(argv)
+    if not any(argument.split("=")[0] == "--config" for argument in settings):
+        settings = ["--config", DEFAULT, *settings]
     with tempfile.TemporaryDirectory() as aside:
-        if not any(argument.split("=")[0] == "--data.manifest" for argument in rest):
-            rest += ["--data.manifest", str(shapes(Path(aside)))]
-        config = parse_train([*rest, "--trainer.num_threads", str(int(own["--threads"]))])
+        if not any(argument.split("=")[0] == "--data.manifest" for argument in settings):
+            settings += ["--data.manifest", str(shapes(Path(aside)))]
+        config = parse_train([*settings, "--trainer.num_threads", str(args.threads)])
         data = replace(config.data, cache_dir=str(Path(aside) / "cache"))
-        measure(replace(config, data=data), own["--seconds"], int(own["--loaders"]))
+        measure(replace(config, data=data), args.seconds, args.loaders)
 
 
-def own_flags(argv: list[str]) -> tuple[dict[str, float], list[str]]:
-    """Values of the flags in OWN, and the other arguments."""
-    own, rest, arguments = dict(OWN), [], iter(argv)
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name in OWN:
-            own[name] = float(value if equals else next(arguments))
-        else:
-            rest.append(argument)
-    return own, rest
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the script's own flags, and the arguments that are settings of train.py."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement (%(default)s)")
+    loaders = min(2, os.cpu_count() or 1)
+    parser.add_argument("--loaders", type=int, default=loaders, help="processes (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of the training process (%(default)s)")
+    return parser.parse_known_args(argv)
 
 
 def shapes(folder: Path) -> Path:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from scripts.bench.loader import main, own_flags
+from scripts.bench.loader import main, parse_args
 from tests.training.tiny import tiny_settings
 
 
@@ -35,6 +35,6 @@ def test_each_loader_is_measured_beside_training(tmp_path, capsys):
 
 
 def test_its_own_flags_are_told_from_those_of_training():
-    own, rest = own_flags(["--config", "a.yaml", "--seconds=3", "--loaders", "0", "--data.crop", "random"])
-    assert (own["--seconds"], own["--loaders"], own["--threads"]) == (3, 0, 2)
+    own, rest = parse_args(["--config", "a.yaml", "--seconds=3", "--loaders", "0", "--data.crop", "random"])
+    assert (own.seconds, own.loaders, own.threads) == (3, 0, 2)
     assert rest == ["--config", "a.yaml", "--data.crop", "random"]
