@@ -1,14 +1,17 @@
-"""Score how well videos follow their prompts: shape, colour, motion and background, read off the pixels.
+"""Score how well videos follow their prompts: shape, colour, motion and background, recognised from the pixels.
 
     python scripts/evaluate_adherence.py --videos outputs/quickstart/samples
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --output scores.json
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --prompts my_prompts.csv
-    python scripts/evaluate_adherence.py --checkpoint outputs/given --given first last --given_frames 4
+    python scripts/evaluate_adherence.py --checkpoint outputs/i2v --conditioning first last --conditioning_frames 4
 
---videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples
-each prompt of the files itself. Files of prompts (columns prompt,shape,colour,motion,background) say what is
-expected. With --given, each video has the first or last frames (or both) of a clip that is rendered after its prompt,
-and "kept" says in how many these come out as they went in (within 8 of 255 levels, on average).
+--videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples every
+prompt of the prompt files itself. Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
+
+The scores are, per prompt file, n (videos) and the share of them, from 0 to 1, in which each attribute is right.
+"strict" and "lenient": all four are right, the shape by the strict or by the lenient rule; see data/shapes/checker.py.
+With --conditioning, each video is conditioned on the first or last frames (or both) of a clip that is rendered from
+its prompt, and "kept" is the share in which these frames come out unchanged: within 8 of 255 levels, on average.
 """
 
 import argparse
@@ -38,15 +41,15 @@ VALUES: dict[str, tuple[str, ...]] = {
     "motion": MOTIONS,
     "background": tuple(BACKGROUNDS),
 }
-KEPT = 8
-"""Mean difference, of 255 levels, up to which given frames have come out as they went in."""
+KEPT_LEVELS = 8
+"""Largest mean difference, of 255 levels, of conditioning frames that count as kept."""
 
 Expected = dict[str, Any]
-"""One prompt: its text, its attributes and the name of its set."""
+"""A prompt: its text, its attributes, and the name of its set."""
 
 
 def read_expected(files: list[Path]) -> list[Expected]:
-    """Prompts of all files; a set is named like its file, without "prompts_"."""
+    """Read the prompts of all files; each file is a set, named like it without "prompts_". Raises UserError."""
     expected = []
     for path in files:
         try:
@@ -67,36 +70,36 @@ def read_expected(files: list[Path]) -> list[Expected]:
 
 
 def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expected, str, np.ndarray]]:
-    """Every video of a folder whose prompt is expected, as uint8 [T H W 3], with its file's name."""
+    """Yield the videos of a folder whose prompt is expected: (prompt, file name, uint8 [T H W 3]). Raises UserError."""
     from stdit.data.decoding.decode import DecodeError, decode_clip, probe
 
     by_prompt = {row["prompt"]: row for row in reversed(expected)}
     paths = sorted(folder.glob("*.mp4"))
     if not paths:
         raise UserError(f"{folder} holds no .mp4: --videos takes the output folder of sample.py")
-    left_out = []
+    unknown = []
     for path in tqdm(paths, desc="checking", unit="video", disable=None):
         try:
             row = by_prompt[json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["prompt"]]
         except (OSError, ValueError, KeyError):
-            left_out.append(path.name)
+            unknown.append(path.name)
             continue
         try:
             info = probe(path)
             frames = decode_clip(path, info.num_frames, info.fps, info.height, info.width)
         except DecodeError as error:
-            raise UserError(f"{error}: sample it again, or take it away") from error
+            raise UserError(f"{error}: sample it again, or remove it") from error
         yield row, path.name, frames.permute(0, 2, 3, 1).numpy()
-    if len(left_out) == len(paths):
+    if len(unknown) == len(paths):
         raise UserError(f"{folder}: no video has a .json beside it with a prompt of the --prompts files")
-    if left_out:
-        print(f"{len(left_out)} of {len(paths)} videos have no known prompt: {', '.join(left_out[:3])}, ...")
+    if unknown:
+        print(f"{len(unknown)} of {len(paths)} videos have no known prompt: {', '.join(unknown[:3])}, ...")
 
 
 def sample_videos(
     args: argparse.Namespace, expected: list[Expected]
 ) -> Iterator[tuple[Expected, str, np.ndarray]]:
-    """Sample every prompt: uint8 [T H W 3]. Prompt i starts from noise of seed `args.seed` + i."""
+    """Sample every prompt: (prompt, seed, uint8 [T H W 3]). Prompt i has the seed `args.seed` + i."""
     import torch
 
     from stdit.pipelines.conditions import Condition
@@ -109,9 +112,11 @@ def sample_videos(
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     settings = {name: value for name, value in settings.items() if value is not None}
     clips = (
-        [rendered(row, args.seed + index, args) for index, row in enumerate(expected)] if args.given else []
+        [render_prompt(row, args.seed + i, args) for i, row in enumerate(expected)]
+        if args.conditioning
+        else []
     )
-    places = {"first": slice(0, args.given_frames), "last": slice(-args.given_frames, None)}
+    ends = {"first": slice(0, args.conditioning_frames), "last": slice(-args.conditioning_frames, None)}
     progress = tqdm(total=len(expected), desc="sampling", unit="video", disable=None)
     for start in range(0, len(expected), args.batch_size):
         rows = expected[start : start + args.batch_size]
@@ -123,7 +128,7 @@ def sample_videos(
             width=args.size,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             conditions=[
-                [Condition(to_tensor(clip[places[end]]), places[end].start) for end in args.given]
+                [Condition(to_tensor(clip[ends[end]]), ends[end].start) for end in args.conditioning]
                 for clip in clips[start : start + args.batch_size]
             ],
             output_type="np",
@@ -131,37 +136,37 @@ def sample_videos(
         ).frames  # [B T H W 3]
         for index, (row, seed, video) in enumerate(zip(rows, seeds, videos, strict=True), start):
             frames = (np.asarray(video) * 255).round().clip(0, 255).astype(np.uint8)
-            for end in args.given:
-                error = np.abs(frames[places[end]].astype(int) - clips[index][places[end]]).mean()
-                row = {**row, "given_error": max(float(error), row.get("given_error", 0.0))}
+            for end in args.conditioning:
+                error = np.abs(frames[ends[end]].astype(int) - clips[index][ends[end]]).mean()
+                row = {**row, "conditioning_error": max(float(error), row.get("conditioning_error", 0.0))}
             yield row, f"seed {seed}", frames
         progress.update(len(rows))
     progress.close()
 
 
-def rendered(row: Expected, seed: int, args: argparse.Namespace) -> np.ndarray:
-    """A clip as a prompt describes it, uint8 [T H W 3]."""
+def render_prompt(row: Expected, seed: int, args: argparse.Namespace) -> np.ndarray:
+    """Render a clip that a prompt describes: uint8 [T H W 3]."""
     combo = tuple(row[name] for name in ("shape", "colour", "motion"))
     scene = replace(sample_scene(np.random.default_rng(seed), [combo]), background=row["background"])
     return render(scene, args.num_frames, args.size)
 
 
 def to_tensor(frames: np.ndarray) -> Any:
-    """uint8 [T H W 3] to float [3 T H W] in [-1, 1]."""
+    """Convert uint8 [T H W 3] to float [3 T H W] in [-1, 1]."""
     import torch
 
     return torch.from_numpy(frames.copy()).movedim(-1, 0).float() / 127.5 - 1
 
 
 def judge(row: Expected, source: str, frames: np.ndarray) -> dict[str, Any]:
-    """What was expected, what was seen, and which of it is right."""
+    """Return what a video should show, what it shows, and which attributes are right."""
     verdict: Verdict = check(frames)
-    kept = {"kept": row["given_error"] <= KEPT} if "given_error" in row else {}
+    kept = {"kept": row["conditioning_error"] <= KEPT_LEVELS} if "conditioning_error" in row else {}
     return {**row, "source": source, "seen": asdict(verdict), "right": compare(verdict, row) | kept}
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Fraction of videos of each set in which an attribute, or all of them, is right; see `checker.compare`."""
+    """Return, per set, the number of videos and the share in which each key of `checker.compare` is right."""
     summary: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(result["set"] for result in results):
         rights = [result["right"] for result in results if result["set"] == name]
@@ -171,6 +176,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def print_table(summary: dict[str, dict[str, float]]) -> None:
+    """Print the shares in percent, one line per set."""
     keys = [key for key in next(iter(summary.values())) if key != "n"]
     print(f"{'set':<18} {'n':>4}" + "".join(f" {key:>13}" for key in keys))
     for name, row in summary.items():
@@ -182,27 +188,33 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--videos", type=Path, metavar="DIR", help="output folder of sample.py")
     source.add_argument("--checkpoint", type=Path, metavar="RUN", help="run, checkpoint or pipeline folder")
-    parser.add_argument("--prompts", type=Path, nargs="+", metavar="CSV", help=f"default: those of {DATA}")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="write scores and every verdict here")
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", metavar="CSV", help=f"prompt files; default: those of {DATA}"
+    )
+    parser.add_argument("--output", type=Path, metavar="JSON", help="file for scores and all verdicts")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt (%(default)s)")
     parser.add_argument("--num_frames", type=int, default=16, help="%(default)s")
     parser.add_argument("--size", type=int, default=32, help="height and width in pixels (%(default)s)")
-    ends = ["first", "last"]
     parser.add_argument(
-        "--given", nargs="+", choices=ends, default=[], help="frames of a clip that are given"
+        "--conditioning",
+        nargs="+",
+        choices=["first", "last"],
+        default=[],
+        help="condition on frames of a clip",
     )
-    parser.add_argument("--given_frames", type=int, default=4, help="at each end (%(default)s)")
+    parser.add_argument("--conditioning_frames", type=int, default=4, help="at each end (%(default)s)")
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts per batch (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto: a GPU if there is one (%(default)s)")
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"batch_size = {args.batch_size}: must be at least 1")
-    if args.given and not (args.checkpoint and 0 < args.given_frames * len(args.given) < args.num_frames):
+    conditioned = args.conditioning_frames * len(args.conditioning)
+    if args.conditioning and not (args.checkpoint and 0 < conditioned < args.num_frames):
         raise UserError(
-            f"--given takes --checkpoint, and given_frames = {args.given_frames} at each end that leave some of "
-            f"num_frames = {args.num_frames} to make"
+            f"--conditioning needs --checkpoint, and conditioning_frames = {args.conditioning_frames} at each end: "
+            f"num_frames = {args.num_frames} must be larger, so that some are left to generate"
         )
     if args.output:
         writable(args.output.absolute().parent)

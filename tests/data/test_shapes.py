@@ -164,7 +164,7 @@ def encoded(frames: np.ndarray, path: Path, crf: int = 12) -> np.ndarray:
 
 
 def accuracy(videos: list[np.ndarray], shown: list[Scene]) -> float:
-    return float(np.mean([score(v, s.attributes)["all"] for v, s in zip(videos, shown, strict=True)]))
+    return float(np.mean([score(v, s.attributes)["strict"] for v, s in zip(videos, shown, strict=True)]))
 
 
 def test_checker_is_right_on_rendered_clips() -> None:
@@ -200,7 +200,7 @@ def test_checker_takes_other_sizes(size: int, frames: int) -> None:
 
 def test_checker_takes_wide_frames() -> None:
     video = np.pad(render(BASE), ((0, 0), (0, 0), (12, 12), (0, 0)))
-    assert score(video, BASE.attributes)["all"]
+    assert score(video, BASE.attributes)["strict"]
 
 
 def test_checker_refuses_noise_and_emptiness() -> None:
@@ -243,13 +243,13 @@ def test_checker_refuses_every_other_value() -> None:
             for value in set(options) - {scene.attributes[name]}:
                 change: dict[str, Any] = {name: value}
                 wrong = score(render(replace(scene, **change)), scene.attributes)
-                assert not (wrong[name] or wrong["all"] or wrong["all_nearest"]), (scene, name, value)
+                assert not (wrong[name] or wrong["strict"] or wrong["lenient"]), (scene, name, value)
                 assert all(wrong[other] for other in values if other != name)
-                assert wrong["nearest_shape"] == (name != "shape")
+                assert wrong["shape_lenient"] == (name != "shape")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_checker_names_the_nearest_shape_of_what_it_refuses(
+def test_checker_names_the_shape_lenient_of_what_it_refuses(
     shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outline = SHAPES[shape]
@@ -258,7 +258,7 @@ def test_checker_names_the_nearest_shape_of_what_it_refuses(
         patch.setitem(SHAPES, shape, lambda u, v: outline(u / 1.15, v * 1.15))
         stretched = render(scene)
     verdict = check(stretched)
-    assert (verdict.shape, verdict.nearest_shape) == (None, shape), verdict.reason
+    assert (verdict.shape, verdict.shape_lenient) == (None, shape), verdict.reason
 
 
 @pytest.mark.parametrize("stranger", ["diamond", "ring", "ellipse", "rectangle", "upside down", "two"])
@@ -337,7 +337,7 @@ def test_build_writes_clips_that_show_their_captions(built: Path) -> None:
             assert (stream.codec_context.name, stream.average_rate) == ("h264", 8)
             frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
         assert frames.shape == (*(int(row[key]) for key in ("num_frames", "height", "width")), 3)
-        assert score(frames, row)["all"]
+        assert score(frames, row)["strict"]
     assert not list(built.parent.glob("*.tmp"))
 
 
@@ -474,7 +474,13 @@ def test_evaluate_scores_a_folder_of_videos(built: Path, tmp_path: Path) -> None
     assert "heldout" in done.stdout and "75.0%" in done.stdout and "stranger.mp4" in done.stdout
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert saved["scores"]["heldout"]["n"] == 4
-    assert (saved["scores"]["heldout"]["all"], saved["scores"]["heldout"]["shape"]) == (0.75, 1.0)
+    heldout = saved["scores"]["heldout"]
+    assert (heldout["strict"], heldout["lenient"], heldout["shape"], heldout["shape_lenient"]) == (
+        0.75,
+        0.75,
+        1,
+        1,
+    )
     assert [video["right"]["colour"] for video in saved["videos"]] == [False, True, True, True]
 
 
@@ -535,15 +541,34 @@ def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "few" in done.stdout and "paraphrase" not in done.stdout
         outputs.append(json.loads(output.read_text()))
-    assert outputs[0]["scores"]["few"]["n"] == 5 and outputs[0]["scores"]["few"]["all"] == 0  # random weights
+    assert (
+        outputs[0]["scores"]["few"]["n"] == 5 and outputs[0]["scores"]["few"]["strict"] == 0
+    )  # random weights
     assert outputs[0] == outputs[1]
 
-    given = ("--given", "first", "last", "--given_frames", "1", "--output", tmp_path / "given.json")
-    done = evaluate("--checkpoint", tmp_path / "run", "--prompts", few, *settings, *given)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "given.json").read_text())
-    assert found["scores"]["few"]["kept"] == 1 and all(row["given_error"] < 1 for row in found["videos"])
-    done = evaluate(
-        "--checkpoint", tmp_path / "run", "--prompts", few, *settings, *given[:3], "--given_frames", "2"
+    conditioned = (
+        "--conditioning",
+        "first",
+        "last",
+        "--conditioning_frames",
+        "1",
+        "--output",
+        tmp_path / "conditioned.json",
     )
-    assert done.returncode == 2 and "leave some of num_frames = 4" in done.stderr
+    done = evaluate("--checkpoint", tmp_path / "run", "--prompts", few, *settings, *conditioned)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "conditioned.json").read_text())
+    assert found["scores"]["few"]["kept"] == 1 and all(
+        row["conditioning_error"] < 1 for row in found["videos"]
+    )
+    done = evaluate(
+        "--checkpoint",
+        tmp_path / "run",
+        "--prompts",
+        few,
+        *settings,
+        *conditioned[:3],
+        "--conditioning_frames",
+        "2",
+    )
+    assert done.returncode == 2 and "num_frames = 4 must be larger" in done.stderr

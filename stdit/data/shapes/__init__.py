@@ -1,1 +1,1 @@
-"""The embedded data set: one coloured shape that moves or changes size, its captions, and a checker."""
+"""The embedded data set "shapes": clips of one moving shape, their captions, and a checker of generated clips."""

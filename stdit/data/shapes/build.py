@@ -1,15 +1,17 @@
-"""Writes the embedded data set: h264 videos, their manifest, and files of prompts to score a model by.
+"""Writes the embedded data set: h264 videos, their manifest, and prompt files to evaluate a model with.
 
     videos/00000.mp4 ...     the clips, of the training combinations only
     manifest.csv             path,text,num_frames,fps,height,width and the attributes of every clip
-    prompts_heldout.csv      prompts in training wording on combinations that no clip shows
-    prompts_paraphrase.csv   the same combinations, some words used by no caption
-    prompts_paraphrase_strict.csv   the same, such words for shape, colour and motion
-    prompts_seen.csv         prompts on training combinations, which are no caption of a clip
+    prompts_heldout.csv      prompts in training wording, on combinations that no clip shows
+    prompts_paraphrase.csv   the same combinations, with held-out words for shape, colour or motion
+    prompts_paraphrase_strict.csv   the same, with held-out words for all three
+    prompts_seen.csv         prompts on training combinations, other than the captions of clips
     prompts_sample.csv, prompts.txt   eight varied prompts on held-out combinations
-    shapes.json              what was built; written last
+    shapes.json              the settings of the build; written last
 
-Everything is a function of the seed: each clip and prompt draws from a generator of its own.
+Everything is a function of the seed: each clip and each prompt has a random generator of its own.
+
+Letters: T frames, H height, W width.
 """
 
 import csv
@@ -42,17 +44,15 @@ from stdit.data.shapes.render import (
 from stdit.errors import UserError
 
 VERSION = 1
-"""To be raised when the same seed is to give other files."""
-META = "shapes.json"
+"""Raise it when the same seed gives other files than before."""
 STREAMS = {"clips": 0, "seen": 1, "heldout": 2, "paraphrase": 3, "sample": 4, "paraphrase_strict": 5}
 """Each kind of draw has its own stream of random numbers."""
-
-Row = dict[str, Any]
+_META = "shapes.json"
 
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """What to build."""
+    """Settings of the data set."""
 
     num_clips: int = 10000
     seed: int = 0
@@ -67,19 +67,21 @@ class ShapesConfig:
         if self.num_clips < 1 or self.num_frames < 1 or self.fps < 1 or self.seed < 0:
             raise UserError(f"{self}: num_clips, num_frames and fps must be at least 1, the seed at least 0")
         if self.size < 32 or self.size % 2:
-            raise UserError(f"size {self.size} must be even and at least 32 pixels, or shapes cannot be told")
+            raise UserError(
+                f"size {self.size} must be even and at least 32 pixels: smaller shapes look alike"
+            )
 
 
 def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) -> bool:
-    """Build the data set in the folder `output`, unless it is there already.
+    """Build the data set in the folder `output`, unless it already exists with the same settings.
 
-    The files are written to a folder aside, which takes the place of `output` when it is complete.
+    The files are written to a temporary folder, which replaces `output` when it is complete.
 
     Returns:
-        whether anything was built.
+        Whether anything was built.
 
     Raises:
-        UserError: if `output` holds something else, or cannot be written.
+        UserError: if `output` holds anything else, or cannot be written.
     """
     config = config or ShapesConfig()
     output = Path(output).absolute()
@@ -90,22 +92,27 @@ def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) ->
             raise UserError(f"{output} exists and was not written by this command: choose another --output")
         if found == meta:
             return False
-    aside = output.with_name(output.name + ".tmp")
+    staging = output.with_name(output.name + ".tmp")
+    old = output.with_name(output.name + ".old")
     try:
-        _remove(aside)
-        (aside / "videos").mkdir(parents=True)
-        _write_all(aside, config, workers)
-        (aside / META).write_text(json.dumps(meta, indent=2) + "\n")
-        _replace(aside, output)
+        _remove(staging)
+        (staging / "videos").mkdir(parents=True)
+        _write_files(staging, config, workers)
+        (staging / _META).write_text(json.dumps(meta, indent=2) + "\n")
+        _remove(old)
+        if output.exists():
+            os.rename(output, old)
+        os.rename(staging, output)
+        _remove(old)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error}") from error
     finally:
-        _remove(aside)
+        _remove(staging)
     return True
 
 
 def draw_clip(index: int, config: ShapesConfig) -> tuple[Scene, str]:
-    """Scene and caption of one clip, a function of (seed, index)."""
+    """Return scene and caption of one clip, a function of (seed, index)."""
     rng = np.random.default_rng([config.seed, STREAMS["clips"], index])
     scene = sample_scene(rng, split_combinations(config.seed)[0])
     return scene, caption(scene, rng)
@@ -113,19 +120,20 @@ def draw_clip(index: int, config: ShapesConfig) -> tuple[Scene, str]:
 
 def draw_prompts(
     kind: str, combos: Iterable[Combo], backgrounds: int, seed: int, avoid: frozenset[str] = frozenset()
-) -> list[Row]:
-    """Prompts with their expected attributes, each combination on that many backgrounds.
+) -> list[dict[str, Any]]:
+    """Return prompts with their expected attributes: one per combination and background.
 
     Args:
-        kind: a name of `STREAMS`; it decides the wording.
-        avoid: texts that must not come up, such as the captions of the clips.
+        kind: a name of `STREAMS`, which decides the wording.
+        backgrounds: prompts per combination, each on another background.
+        avoid: texts that must not occur, such as the captions of the clips.
     """
     wordings: dict[str, Callable[[Scene, np.random.Generator], str]] = {
         "paraphrase": paraphrase,
         "paraphrase_strict": partial(paraphrase, strict=True),
     }
     describe = wordings.get(kind, caption)
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     used = set(avoid)
     for i, combo in enumerate(combos):
         for k in range(backgrounds):
@@ -142,8 +150,8 @@ def draw_prompts(
 def write_video(path: Path, frames: np.ndarray, fps: int, crf: int) -> None:
     """Write uint8 [T H W 3] as h264 in mp4; the same frames give the same bytes.
 
-    That takes one thread, and no macroblock tree: for frames as small as these, x264's vectorised code for it
-    reads memory that nobody wrote.
+    This needs a single thread and no macroblock tree, whose vectorised code in x264 reads uninitialised memory for
+    frames as small as these.
     """
     options = {"crf": str(crf), "x264-params": "mbtree=0"}
     with av.open(path, "w", format="mp4") as container:
@@ -155,7 +163,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int, crf: int) -> None:
         container.mux(stream.encode())
 
 
-def _write_clip(index: int, config: ShapesConfig, folder: Path) -> Row:
+def _write_clip(index: int, config: ShapesConfig, folder: Path) -> dict[str, Any]:
     """Write one clip and return its row of the manifest."""
     scene, text = draw_clip(index, config)
     path = f"videos/{index:05d}.mp4"
@@ -164,7 +172,8 @@ def _write_clip(index: int, config: ShapesConfig, folder: Path) -> Row:
     return {"path": path, "text": text, **size, **scene.attributes}
 
 
-def _write_all(folder: Path, config: ShapesConfig, workers: int) -> None:
+def _write_files(folder: Path, config: ShapesConfig, workers: int) -> None:
+    """Write clips, manifest and prompt files."""
     rows = list(_write_clips(folder, config, workers))
     _write_csv(folder / "manifest.csv", rows)
     train, held_out = split_combinations(config.seed)
@@ -181,8 +190,8 @@ def _write_all(folder: Path, config: ShapesConfig, workers: int) -> None:
     (folder / "prompts.txt").write_text("".join(f"{row['prompt']}\n" for row in sets["sample"]))
 
 
-def _write_clips(folder: Path, config: ShapesConfig, workers: int) -> Iterator[Row]:
-    """Rows in order of their index, however many processes write them."""
+def _write_clips(folder: Path, config: ShapesConfig, workers: int) -> Iterator[dict[str, Any]]:
+    """Write the clips with `workers` processes, and yield their rows in order."""
     job = partial(_write_clip, config=config, folder=folder)
     progress = partial(tqdm, total=config.num_clips, desc="rendering clips", unit="clip", disable=None)
     if workers < 2:
@@ -194,7 +203,7 @@ def _write_clips(folder: Path, config: ShapesConfig, workers: int) -> Iterator[R
 
 
 def _varied(combos: list[Combo], count: int) -> list[Combo]:
-    """Choose combinations one by one, always the one whose values have been used least."""
+    """Choose `count` combinations one by one, each time the one whose values were used least."""
     chosen: list[Combo] = []
     for _ in range(count):
         used = [value for combo in chosen for value in combo]
@@ -203,7 +212,7 @@ def _varied(combos: list[Combo], count: int) -> list[Combo]:
     return chosen
 
 
-def _write_csv(path: Path, rows: list[Row]) -> None:
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -211,27 +220,18 @@ def _write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def _fingerprint() -> str:
-    """Hash of all words and colours, so that files made of others are not taken for these."""
+    """Return a hash of all words and colours, to detect files that were made with others."""
     vocabulary = [SEEN, UNSEEN, TEMPLATES, UNSEEN_TEMPLATES, COLOURS, BACKGROUNDS]
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
-def _read_meta(folder: Path) -> Row | None:
-    """What a folder says was built in it; None if it does not say."""
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """Return the settings that a folder was built with; None if it was not built by `build`."""
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = json.loads((folder / _META).read_text())
     except (OSError, ValueError):
         return None
     return meta if isinstance(meta, dict) and "version" in meta else None
-
-
-def _replace(aside: Path, output: Path) -> None:
-    old = output.with_name(output.name + ".old")
-    _remove(old)
-    if output.exists():
-        os.rename(output, old)
-    os.rename(aside, output)
-    _remove(old)
 
 
 def _remove(folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Captions of the embedded data set: many wordings for training, and paraphrases with words never trained on.
+"""Captions of the embedded data set: many wordings for training, and paraphrases with held-out words.
 
-Every attribute value has plain names, which training always uses, and a pool of synonyms, of which a fixed
-random part is held out. A paraphrase takes some or all of shape, colour and motion from the held-out words,
-and its sentence from held-out templates.
+Every attribute value has plain names, which are always in training, and a pool of synonyms, of which a fixed
+random part is held out. A paraphrase uses held-out words for some or all of shape, colour and motion, in a held-out
+sentence.
 
 Motions are written `moves|moving to the right`: third person, participle, then what follows both.
 """
@@ -16,7 +16,7 @@ from stdit.data.shapes.render import Scene
 Words = dict[str, dict[str, tuple[str, ...]]]
 
 HELD_OUT_SHARE = 0.2
-"""Share of each pool of synonyms that training captions never use."""
+"""Share of each pool of synonyms that is held out of training captions."""
 
 
 def _split(words: str) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ _SIDEWAYS = (
     "from {1} to {0}, from the {1} to the {0}, to the {0}-hand side, across to the {0}, steadily {0}"
 )
 
-PLAIN: Words = {
+PLAIN_WORDS: Words = {
     "shape": {
         "circle": _split("circle, round shape, circular shape, filled circle, solid circle, circular object"),
         "square": _split("square, square shape, solid square, filled square, perfect square, square object"),
@@ -83,7 +83,7 @@ PLAIN: Words = {
         ),
     },
 }
-"""Names that training always uses; of the four directions, the phrases that follow a verb."""
+"""Names that are always in training; for the four directions, phrases that follow a verb."""
 
 THINGS: Words = {
     "shape": {
@@ -132,9 +132,9 @@ THINGS: Words = {
         ),
     },
 }
-"""Things that have the shape or the colour: always in training, since they are no names for it."""
+"""Things that have the shape or the colour: always in training, since they do not name it."""
 
-POOL: Words = {
+SYNONYMS: Words = {
     "shape": {
         "circle": _split(
             "ball, dot, sphere, bubble, disc, orb, coin, bead, globe, roundel, marble, spot, ring"
@@ -225,10 +225,10 @@ def _hold_out(pool: Words, share: float) -> tuple[Words, Words]:
 
 
 def _build() -> tuple[Words, Words]:
-    """All wordings of training, and all that are held out."""
-    seen, unseen = _hold_out(POOL, HELD_OUT_SHARE)
+    """Return all wordings of training, and all that are held out."""
+    seen, unseen = _hold_out(SYNONYMS, HELD_OUT_SHARE)
     verbs, unseen_verbs = seen["motion"].pop("move"), unseen["motion"].pop("move")
-    motions, plain = seen["motion"], PLAIN["motion"]
+    motions, plain = seen["motion"], PLAIN_WORDS["motion"]
     for side in ("right", "left"):
         motions[side] = _combine(verbs, plain[side] + motions[side])
         unseen["motion"][side] = _combine(unseen_verbs, unseen["motion"][side])
@@ -237,9 +237,9 @@ def _build() -> tuple[Words, Words]:
     for change in ("grow", "shrink"):
         motions[change] = plain[change] + motions[change]
     for attribute in ("shape", "colour"):
-        for value, words in PLAIN[attribute].items():
+        for value, words in PLAIN_WORDS[attribute].items():
             seen[attribute][value] = words + THINGS[attribute][value] + seen[attribute][value]
-    seen["background"] = PLAIN["background"]
+    seen["background"] = PLAIN_WORDS["background"]
     return seen, unseen
 
 
@@ -292,7 +292,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _articles(text: str) -> str:
-    """Turn "a" into "an" before a vowel."""
+    """Replace "a" by "an" before a vowel."""
     words = text.split(" ")
     for i, (word, following) in enumerate(itertools.pairwise(words)):
         if word == "a" and following[0].lower() in "aeiou":

@@ -1,7 +1,9 @@
-"""Scenes of the embedded data set, and how they are drawn.
+"""Scenes of the embedded data set: sampling, rendering, and the split into training and held-out combinations.
 
-A scene is one coloured shape on a plain background that moves straight, grows or shrinks. Lengths are pixels
-of a 32x32 frame, whatever the size of the video: a larger video shows the same scene, only finer.
+A scene is one coloured shape on a plain background that moves straight, grows or shrinks. Lengths are pixels of a
+32x32 frame, whatever the size of the video: a larger video shows the same scene at a higher resolution.
+
+Letters: T frames, H height, W width.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,7 +80,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "triangle": _triangle,
     "cross": _cross,
 }
-"""Signed distance to the outline for a shape of radius 1 (negative inside); the shapes have similar areas."""
+"""Signed distance to the outline of a shape of radius 1, negative inside. The shapes have similar areas."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ class Scene:
 
 
 def coverage(shape: str, x: Array, y: Array, radius: Array, height: int, width: int) -> Array:
-    """How much of every pixel a shape covers, anti-aliased over one pixel: float32 [T H W] in [0, 1].
+    """Return the share of every pixel that a shape covers, anti-aliased over one pixel: float32 [T H W] in [0, 1].
 
-    `x`, `y`, `radius`: [T], in pixels of the frame that is drawn.
+    `x`, `y` (centre) and `radius`: [T], in pixels of the frame that is drawn.
     """
     x, y, radius = (np.asarray(a, np.float32)[:, None, None] for a in (x, y, radius))
     rows = np.arange(height, dtype=np.float32)[None, :, None] + 0.5
@@ -121,7 +123,7 @@ def coverage(shape: str, x: Array, y: Array, radius: Array, height: int, width: 
 
 
 def trajectory(scene: Scene, num_frames: int) -> tuple[Array, Array, Array]:
-    """Centre x, centre y and radius of every frame: three arrays [T], in pixels of a 32x32 frame."""
+    """Return centre x, centre y and radius of every frame: three arrays [T], in pixels of a 32x32 frame."""
     progress = np.linspace(0.0, 1.0, num_frames)
     dx, dy = DIRECTIONS.get(scene.motion, (0.0, 0.0))
     first, last = SCALES.get(scene.motion, (1.0, 1.0))
@@ -133,7 +135,7 @@ def trajectory(scene: Scene, num_frames: int) -> tuple[Array, Array, Array]:
 
 
 def render(scene: Scene, num_frames: int = 16, size: int = 32) -> Array:
-    """Draw a scene: uint8 [T H W 3] with H = W = `size` pixels."""
+    """Render a scene: uint8 [T H W 3] with H = W = `size` pixels."""
     x, y, radius = (a * (size / FRAME) for a in trajectory(scene, num_frames))
     alpha = coverage(scene.shape, x, y, radius, size, size)[..., None]
     colour = np.array(COLOURS[scene.colour], np.float32)
@@ -142,7 +144,7 @@ def render(scene: Scene, num_frames: int = 16, size: int = 32) -> Array:
 
 
 def sample_scene(rng: np.random.Generator, combos: Sequence[Combo]) -> Scene:
-    """Draw a scene: one of `combos`, any background, and place, travel and radius in their full ranges."""
+    """Sample a scene: one of `combos`, any background, and place, travel and radius in their full ranges."""
     shape, colour, motion = combos[int(rng.integers(len(combos)))]
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     x, y = FRAME / 2 + START_RANGE * rng.uniform(-1, 1, 2)
@@ -153,8 +155,8 @@ def sample_scene(rng: np.random.Generator, combos: Sequence[Combo]) -> Scene:
 def split_combinations(seed: int = 0) -> tuple[list[Combo], list[Combo]]:
     """Split all shape x colour x motion combinations into (training, held out), by seed.
 
-    A Latin design: every pair of colour and motion loses exactly one of its four shapes, so that a quarter is
-    held out, and every pair of values of two attributes still occurs in training.
+    A Latin design: of every pair of colour and motion exactly one of the four shapes is held out, which is a quarter
+    of all, and every pair of values of two attributes still occurs in training.
     """
     rng = np.random.default_rng([seed, 1])
     shapes, colours, motions = (list(rng.permutation(list(names))) for names in (SHAPES, COLOURS, MOTIONS))
