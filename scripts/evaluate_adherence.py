@@ -9,7 +9,7 @@
 prompt of the prompt files itself. Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
 
 The scores are, per prompt file, n (videos) and the share of them, from 0 to 1, in which each attribute is right.
-"strict" and "lenient": all four are right, the shape by the strict or by the lenient rule; see data/shapes/checker.py.
+"strict" and "lenient": all four are right, the shape by the strict or the lenient rule of data/shapes/checker.py.
 With --conditioning, each video is conditioned on the first or last frames (or both) of a clip that is rendered from
 its prompt, and "kept" is the share in which these frames come out unchanged: within 8 of 255 levels, on average.
 """
@@ -70,7 +70,7 @@ def read_expected(files: list[Path]) -> list[Expected]:
 
 
 def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expected, str, np.ndarray]]:
-    """Yield the videos of a folder whose prompt is expected: (prompt, file name, uint8 [T H W 3]). Raises UserError."""
+    """Yield a folder's videos whose prompt is expected: (prompt, file name, uint8 [T H W 3]). Raises UserError."""
     from stdit.data.decoding.decode import DecodeError, decode_clip, probe
 
     by_prompt = {row["prompt"]: row for row in reversed(expected)}
