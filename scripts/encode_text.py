@@ -3,7 +3,7 @@
     python scripts/encode_text.py --output text --encoder.name t5 --encoder.path T5_FOLDER \
         --captions clips/manifest.csv --captions prompts.txt
     python train.py --config ... --text_encoder.name stored --text_encoder.path text
-    python sample.py --checkpoint ... --prompts prompts.txt --text text
+    python sample.py --checkpoint ... --prompts prompts.txt --text_states text
 
 --captions takes manifests (of every kind that data.manifest takes) and files of prompts, whose negative prompts and
 prompts of further parts are taken, too. What the folder has already is not encoded again.
@@ -59,7 +59,7 @@ def main() -> None:
     from stdit.codecs import build_text_encoder
     from stdit.codecs.loading import DTYPES
     from stdit.codecs.stored_text import store_text
-    from stdit.pipelines.sampling import find_device
+    from stdit.parallel.processes.device import find_device
 
     encoder = build_text_encoder(config.encoder).to(find_device(config.device))
     done = 0
@@ -84,7 +84,9 @@ def read_captions(file: str | Path, caption_scores: Sequence[str] = ()) -> list[
     if path.is_dir() or path.suffix.lower() == ".parquet" or "text" in _columns(path):
         return read_texts(path, caption_scores)
     lines = read_prompts(path)
-    return [text for line in lines for text in (line.prompt, line.negative_prompt, *line.then) if text]
+    return [
+        text for line in lines for text in (line.prompt, line.negative_prompt, *line.segment_prompts) if text
+    ]
 
 
 def _columns(path: Path) -> list[str]:

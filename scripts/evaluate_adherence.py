@@ -29,8 +29,9 @@ from stdit.cli import run, script_parser
 from stdit.data.shapes.checker import ATTRIBUTES, Verdict, check, compare
 from stdit.data.shapes.render import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, render, sample_scene
 from stdit.errors import UserError
-from stdit.pipelines.sampling import find_device, writable
-from stdit.pipelines.video_io import write_json
+from stdit.parallel.processes.device import find_device
+from stdit.pipelines.video_io import write_json_atomic
+from stdit.pipelines.writer import make_writable_folder
 
 DATA = Path("data/shapes")
 SETS = ("heldout", "paraphrase", "paraphrase_strict", "seen")
@@ -102,7 +103,7 @@ def sample_videos(
     """Sample every prompt: (prompt, seed, uint8 [T H W 3]). Prompt i has the seed `args.seed` + i."""
     import torch
 
-    from stdit.pipelines.conditions import Condition
+    from stdit.pipelines.conditions import FrameCondition
     from stdit.pipelines.loading import load_pipeline
 
     device = find_device(args.device)
@@ -128,7 +129,7 @@ def sample_videos(
             width=args.size,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             conditions=[
-                [Condition(to_tensor(clip[ends[end]]), ends[end].start) for end in args.conditioning]
+                [FrameCondition(to_tensor(clip[ends[end]]), ends[end].start) for end in args.conditioning]
                 for clip in clips[start : start + args.batch_size]
             ],
             output_type="np",
@@ -217,7 +218,7 @@ def main() -> None:
             f"num_frames = {args.num_frames} must be larger, so that some are left to generate"
         )
     if args.output:
-        writable(args.output.absolute().parent)
+        make_writable_folder(args.output.absolute().parent)
 
     names = ("sample", *SETS) if args.videos else SETS
     expected = read_expected(args.prompts or [DATA / f"prompts_{name}.csv" for name in names])
@@ -226,7 +227,7 @@ def main() -> None:
     scores = summarise(results)
     print_table(scores)
     if args.output:
-        write_json(args.output, {"scores": scores, "videos": results})
+        write_json_atomic(args.output, {"scores": scores, "videos": results})
 
 
 if __name__ == "__main__":

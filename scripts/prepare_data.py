@@ -175,7 +175,7 @@ def encode(args: Namespace) -> list[str]:
     part = read_part(args.part)
     config = parse_train(args.settings)
 
-    from stdit.pipelines.sampling import find_device
+    from stdit.parallel.processes.device import find_device
     from stdit.training.caching import encode as fill
 
     summary = fill(config, find_device(config.trainer.device), part)

@@ -26,8 +26,8 @@ import torch
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
+from stdit.parallel.processes.device import find_device
 from stdit.parallel.processes.mesh import Mesh
-from stdit.pipelines.sampling import find_device
 from stdit.training.config import CheckpointConfig, EMAConfig, OptimizerConfig
 from stdit.training.ema import EMA
 from stdit.training.optim import build_optimizer

@@ -30,7 +30,7 @@ from typing import Any
 
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
-from stdit.pipelines.sampling import find_device
+from stdit.parallel.processes.device import find_device
 from stdit.training.system import keep_freed_memory
 
 

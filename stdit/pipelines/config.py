@@ -1,7 +1,8 @@
-"""Settings of ``sample.py``, and the rules for what a video may be asked to be. Imports nothing heavy."""
+"""Settings of ``sample.py`` and of a pipeline call, and the rules that they follow. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.data.manifest.caption_scores import CAPTION_SCORES, score_suffix
@@ -14,7 +15,7 @@ GuidanceSchedule = Literal["constant", "linear", "interval", "oscillating"]
 
 @dataclass
 class VideoSettings:
-    """Settings of one call of the pipeline. None: as the pipeline was trained, or as it samples best."""
+    """Settings of one pipeline call. None: the pipeline's own setting."""
 
     num_frames: int | None = None
     """Length in frames."""
@@ -27,19 +28,19 @@ class VideoSettings:
     num_inference_steps: int | None = None
     """Euler steps from noise to video."""
     guidance_scale: float | None = None
-    """1 follows the prompt as trained; more follows it harder, at twice the cost."""
+    """1: no guidance; larger values follow the prompt more closely, at twice the cost."""
     guidance_schedule: GuidanceSchedule | None = None
-    """How guidance changes from step to step: constant; linear, rising from none; interval, only at noise levels in
-    guidance_interval; oscillating, in every second step."""
+    """Guidance per step: constant; linear (rising from none); interval (only at noise levels in guidance_interval);
+    oscillating (every second step)."""
     guidance_interval: tuple[float, float] | None = None
-    """Noise levels between which the schedule interval guides, such as [0.2, 0.8]; 1 is noise, 0 the video."""
+    """Range of noise levels for guidance_schedule = interval, such as [0.2, 0.8]; 1 is noise, 0 the video."""
     guidance_rescale: float | None = None
-    """0 to 1: how far guidance may not raise contrast; about 0.7 tames scales above 7."""
+    """From 0 to 1: how much of the contrast that guidance adds is removed; use about 0.7 with scales above 7."""
     shift: float | None = None
-    """Moves the steps towards noise (above 1) or detail (below 1); none: by the size and length."""
+    """Shift of the steps towards noise (above 1) or detail (below 1); none: from size and length."""
 
     def check(self, where: str = "") -> None:
-        """Raise UserError, naming value, rule and way out, for what no model could follow."""
+        """Raise UserError for a setting that no model can follow; ``where`` begins the message."""
         for name in ("num_frames", "height", "width", "num_inference_steps"):
             value = getattr(self, name)
             whole = value is None or (1 <= value <= MAX_DIMENSION and value == int(value))
@@ -69,36 +70,43 @@ class VideoSettings:
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise UserError(f"{where}shift = {self.shift}: must be above 0; 1 is no shift.")
 
+    def resolved(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all settings by name; those that are None here are taken from ``defaults``."""
+        own = {name: getattr(self, name) for name in VIDEO_SETTINGS}
+        return {name: defaults[name] if value is None else value for name, value in own.items()}
 
-SETTINGS = tuple(f.name for f in fields(VideoSettings))
+
+VIDEO_SETTINGS = tuple(f.name for f in fields(VideoSettings))
+"""Names of the settings of a pipeline call."""
 
 
 @dataclass
 class PromptSettings(VideoSettings):
-    """What can be said of one prompt. None, or empty: not set."""
+    """Settings that one prompt may have of its own. None or empty: not set."""
 
     negative_prompt: str = ""
-    """What to lead away from (needs guidance_scale other than 1)."""
+    """What the video should not show (needs guidance_scale other than 1)."""
     image: str | None = None
-    """A picture that becomes the first frame."""
+    """Picture for the first frame."""
     condition: list[str] = field(default_factory=list)
-    """Given frames, FILE@frame[:length][:strength], one flag each: where a picture or video stands in the video
-    (frame -1: the last), how many of its frames, and how strictly (below 1 they are partly made anew)."""
+    """Conditioning frames, FILE@frame[:length][:strength], repeatable: the frame at which a picture or video begins
+    (-1: the last), how many of its frames to use, and how strictly to keep them (below 1 they are partly
+    regenerated)."""
     reference_path: str | None = None
-    """Files for mask_strategy, with ; between them."""
+    """Files that mask_strategy refers to, separated by ;."""
     mask_strategy: str | None = None
-    """Given frames as Open-Sora writes them, counted in latent frames: part,reference,start in it,start,length,edit
-    ratio; and so on."""
-    then: list[str] = field(default_factory=list)
-    """Prompts of the parts that follow the first, one flag each: for a video longer than num_frames."""
-    parts: int | None = None
-    """Parts of the video, each num_frames long; none: one for each prompt. The last prompt holds for all further
-    ones."""
+    """Conditioning frames in Open-Sora's notation, in latent frames: segment,reference,start in the
+    reference,start,length,edit ratio; entries are separated by ;."""
+    segment_prompts: list[str] = field(default_factory=list)
+    """Prompts of the segments after the first, repeatable: for a video longer than num_frames."""
+    segments: int | None = None
+    """Segments of the video, each num_frames long; none: one per prompt. Segments without a prompt use the last
+    one."""
     overlap: int | None = None
-    """Frames that a part is given from the one before; none: about a quarter of num_frames,
-    in whole latent frames."""
-    close: bool | None = None
-    """Let the last part lead back to the first frame, for a video that can be played in a loop."""
+    """Frames that each segment shares with the previous one; none: about a quarter of num_frames, in whole latent
+    frames."""
+    loop: bool | None = None
+    """Make the last segment end where the first begins, so that the video loops."""
 
 
 PROMPT_SETTINGS = tuple(f.name for f in fields(PromptSettings))
@@ -111,43 +119,43 @@ class SampleConfig(PromptSettings):
     checkpoint: str = ""
     """A run folder (outputs/NAME), one of its checkpoints, or an exported pipeline."""
     prompt: str = ""
-    """What to show, taken as it stands; several prompts go into a file."""
+    """What the video shows, used verbatim; for several prompts use --prompts."""
     prompts: str | None = None
-    """A file of prompts: .txt (one a line), or .csv or .jsonl (prompt, and settings of its own)."""
+    """File of prompts: .txt (one per line), or .csv or .jsonl (prompts with settings of their own)."""
     aesthetic: float | None = None
-    """Adds "aesthetic score: 6.5." to the prompts, for models that were trained with such captions."""
+    """Append "aesthetic score: 6.5." to the prompts, for models trained with such captions."""
     motion: float | None = None
-    """Adds "motion score: 5."."""
+    """Append "motion score: 5."."""
     camera: str | None = None
-    """Adds "camera motion: pan left."."""
+    """Append "camera motion: pan left."."""
     resolution: str | None = None
-    """Size by name, such as 240p, with aspect_ratio."""
+    """Named size, such as 240p; needs aspect_ratio."""
     aspect_ratio: str | None = None
-    """Width to height, such as 16:9."""
+    """Width:height, such as 16:9."""
     seed: int = 0
-    """Seed of the first sample of every prompt; the same seed gives the same video."""
+    """Seed of the first sample of each prompt; the same seed gives the same video."""
     num_samples: int = 1
-    """Videos a prompt, with seeds seed, seed + 1, ..."""
+    """Videos per prompt, with seeds seed, seed + 1, ..."""
     seeds: list[int] | None = None
-    """The seeds themselves, instead of seed and num_samples."""
+    """Explicit list of seeds, instead of seed and num_samples."""
     output: str | None = None
-    """Folder for the videos; none: samples/prompts in the run folder, or outputs/samples."""
+    """Output folder; none: samples/prompts in the run folder, or outputs/samples."""
     format: Format | list[Format] = field(default_factory=lambda: ["mp4", "png"])
-    """mp4 and gif: one a video; png: one contact sheet of all."""
+    """mp4 and gif: one file per video; png: one contact sheet of all videos."""
     batch_size: int = 8
-    """Most videos at once."""
-    text: str | None = None
-    """Folder of text states of all prompts (scripts/encode_text.py), so that no text encoder is loaded."""
+    """Maximum number of videos generated at once."""
+    text_states: str | None = None
+    """Folder of encoded prompts (scripts/encode_text.py), used instead of loading the text encoder."""
     ema: bool = True
-    """Use the averaged weights of a checkpoint."""
+    """Use the averaged (EMA) weights of a checkpoint."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the transformer."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto: a GPU if available."""
     parallel: SamplingParallelConfig = field(default_factory=SamplingParallelConfig)
-    """Several processes."""
+    """How several processes share the work."""
     list_sizes: bool = False
-    """Only print which sizes and lengths have a name, and what they are for this checkpoint."""
+    """Print the named sizes and lengths for this checkpoint, and exit."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -157,7 +165,7 @@ class SampleConfig(PromptSettings):
         if self.seeds is not None and not self.seeds:
             raise UserError("seeds = []: give at least one, or leave it out.")
         if self.resolution is not None and self.height is not None:
-            raise UserError("both resolution and height/width are given: leave one of them out.")
+            raise UserError("both resolution and height/width are set: remove one of them.")
         if self.aspect_ratio is not None and self.resolution is None:
             raise UserError(
                 f"aspect_ratio = {self.aspect_ratio} without a resolution: add --resolution, such as 240p."
@@ -173,14 +181,14 @@ class SampleConfig(PromptSettings):
             check_seed(seed)
 
     def scores(self) -> str:
-        """What is added to the prompts, with a space before it."""
+        """Return the scores to append to each prompt, with a leading space."""
         return score_suffix({name: getattr(self, name) for name in CAPTION_SCORES})
 
     def formats(self) -> list[Format]:
         return [self.format] if isinstance(self.format, str) else list(self.format)
 
     def all_seeds(self, line_seed: int | None) -> list[int]:
-        """Seeds of one prompt, whose own line may set the first."""
+        """Return the seeds of one prompt; ``line_seed`` is the first one if its line sets it."""
         if line_seed is None and self.seeds is not None:
             return list(self.seeds)
         first = self.seed if line_seed is None else line_seed
@@ -188,6 +196,6 @@ class SampleConfig(PromptSettings):
 
 
 def check_seed(seed: int, where: str = "") -> None:
-    """Raise UserError for a seed that torch would refuse."""
+    """Raise UserError for a seed that torch would reject."""
     if not 0 <= seed < 2**63:
         raise UserError(f"{where}seed = {seed}: must be from 0 to 2^63 - 1.")

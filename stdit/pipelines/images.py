@@ -1,4 +1,4 @@
-"""Pictures given as frames."""
+"""Images as conditioning frames: conversion, scaling and cropping."""
 
 import logging
 
@@ -16,21 +16,27 @@ Image = PIL.Image.Image | np.ndarray | Tensor
 logger = logging.getLogger(__name__)
 
 
-def first_frames(image: Image, height: int, width: int) -> Tensor:
-    """A picture as one frame ``[3 1 H W]`` in [-1, 1], scaled and centre-cropped to that many pixels.
+def image_to_frame(image: Image, height: int, width: int) -> Tensor:
+    """Convert an image to one frame ``[3 1 H W]`` in [-1, 1], scaled and centre-cropped to height and width.
 
-    Takes a PIL image; an array ``[H W 3]`` or ``[H W]``, uint8 or in [0, 1]; or a tensor ``[3 H W]`` in
-    [-1, 1]. Says so when the size differs. Raises UserError for anything else.
+    Warns if the size differs.
+
+    Args:
+        image: a PIL image; an array ``[H W 3]`` or ``[H W]``, uint8 or in [0, 1]; or a tensor ``[3 H W]`` in
+            [-1, 1].
+
+    Raises:
+        UserError: for anything else.
     """
-    return fit(_to_tensor(image)[:, None], height, width)
+    return resize_and_crop(_to_tensor(image)[:, None], height, width)
 
 
-def fit(video: Tensor, height: int, width: int) -> Tensor:
-    """Frames ``[3 T H W]`` in [-1, 1], scaled and centre-cropped to that many pixels, which it says."""
+def resize_and_crop(video: Tensor, height: int, width: int) -> Tensor:
+    """Scale and centre-crop frames ``[3 T H W]`` in [-1, 1] to height and width; warn if the size differs."""
     rows, columns = video.shape[2:]
     if (rows, columns) == (height, width):
         return video
-    tell_size("image", rows, columns, height, width)
+    warn_if_resized("image", rows, columns, height, width)
     scale = max(height / rows, width / columns)
     size = [max(height, round(rows * scale)), max(width, round(columns * scale))]
     frames = interpolate(video.transpose(0, 1), size=size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -38,8 +44,8 @@ def fit(video: Tensor, height: int, width: int) -> Tensor:
     return frames.transpose(0, 1)[:, :, top : top + height, left : left + width]
 
 
-def tell_size(what: str, rows: int, columns: int, height: int, width: int) -> None:
-    """Say that something is not of the size of the video."""
+def warn_if_resized(what: str, rows: int, columns: int, height: int, width: int) -> None:
+    """Log a warning if a picture or video has another size than the generated video."""
     if (rows, columns) != (height, width):
         logger.warning("%s is %dx%d pixels: scaled and cropped to %dx%d", what, columns, rows, width, height)
 

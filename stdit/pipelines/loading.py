@@ -1,4 +1,4 @@
-"""A pipeline from what a user points at: a run folder, one of its checkpoints, or an exported pipeline."""
+"""Find and load a pipeline: from a run folder, one of its checkpoints, or an exported pipeline."""
 
 import logging
 from collections.abc import Iterable
@@ -16,22 +16,22 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where weights come from: an exported pipeline, or a checkpoint of a run."""
+class CheckpointSource:
+    """Location of the weights: an exported pipeline, or a checkpoint of a run."""
 
     path: Path
     run: Path | None
-    """The run folder that it belongs to, if any."""
+    """The run folder that contains it, if any."""
     is_pipeline: bool
 
 
-def find_source(checkpoint: str | Path, ema: bool = True) -> Source:
-    """Decide what ``checkpoint`` names, and check that it is whole. Loads no weights, imports little.
+def find_checkpoint_source(checkpoint: str | Path, ema: bool = True) -> CheckpointSource:
+    """Find out what ``checkpoint`` names, and verify that it is complete. Loads no weights and imports no torch.
 
-    Of a run folder, the newest whole checkpoint is taken, or its pipeline if that is at least as new.
+    A run folder stands for its newest complete checkpoint, or its pipeline if that is at least as new.
 
     Raises:
-        UserError: if there is nothing to sample from, or what there is is damaged.
+        UserError: if there is nothing to sample from, or it is damaged.
     """
     if not str(checkpoint):
         raise UserError(
@@ -44,52 +44,54 @@ def find_source(checkpoint: str | Path, ema: bool = True) -> Source:
             "pipeline folder."
         )
     if (path / MODEL_INDEX).is_file():
-        return Source(path, path.parent if (path.parent / "config.yaml").is_file() else None, True)
+        return CheckpointSource(path, path.parent if (path.parent / "config.yaml").is_file() else None, True)
     if step_of(path) is not None or (path / "meta.json").is_file():
         verify(path, needed=_weights(ema))
-        return Source(path, path.parent.parent, False)
+        return CheckpointSource(path, path.parent.parent, False)
     newest, passed_over = newest_whole(path / "checkpoints", needed=_weights(ema))
     for reason in passed_over:
-        logger.warning("passed over: %s", reason)
+        logger.warning("skipped checkpoint: %s", reason)
     exported = path / "pipeline"
     has_pipeline = (exported / MODEL_INDEX).is_file()
     if has_pipeline and (newest is None or (pipeline_step(exported) or 0) >= (step_of(newest) or 0)):
-        return Source(exported, path, True)
+        return CheckpointSource(exported, path, True)
     if newest is None:
         raise UserError(
-            f"checkpoint {path} holds neither a whole checkpoint (checkpoints/step-...) nor a pipeline: "
+            f"checkpoint {path} holds neither a complete checkpoint (checkpoints/step-...) nor a pipeline: "
             + (f"{passed_over[0]}" if passed_over else "train first, or give another folder.")
         )
-    return Source(newest, path, False)
+    return CheckpointSource(newest, path, False)
 
 
 def load_pipeline(
-    checkpoint: str | Path | Source, ema: bool = True, text: str | None = None
+    checkpoint: str | Path | CheckpointSource, ema: bool = True, text_states: str | None = None
 ) -> tuple[Any, str]:
-    """Load a ready `STDiTPipeline`, in fp32 on the CPU, and the hash of the weights that it uses.
+    """Load an `STDiTPipeline`, in fp32 on the CPU; return it and the hash of its weights.
 
     Args:
-        checkpoint: a run, checkpoint or pipeline folder, or what `find_source` made of it.
-        ema: take the averaged weights of a checkpoint (an exported pipeline has those anyway).
-        text: folder of stored text states, in place of the text encoder.
+        checkpoint: a run, checkpoint or pipeline folder, or a result of `find_checkpoint_source`.
+        ema: use the averaged weights of a checkpoint (an exported pipeline always has those).
+        text_states: folder of stored text states, used instead of the text encoder.
 
     Raises:
-        UserError: as `find_source`; also if the weights are not those of the model beside them.
+        UserError: as `find_checkpoint_source`; also if the weights do not fit the model's config.
     """
     from stdit.pipelines.pipeline import STDiTPipeline
 
-    source = checkpoint if isinstance(checkpoint, Source) else find_source(checkpoint, ema)
+    source = (
+        checkpoint if isinstance(checkpoint, CheckpointSource) else find_checkpoint_source(checkpoint, ema)
+    )
     if source.is_pipeline:
         weights = sorted((source.path / "transformer").glob("*.safetensors"))
         if not weights:
             raise UserError(f"pipeline {source.path}: transformer/ holds no .safetensors file.")
-        replaced = {} if text is None else {"text_encoder": _stored(text)}
+        replaced = {} if text_states is None else {"text_encoder": _stored(text_states)}
         return STDiTPipeline.from_pretrained(source.path, **replaced), hash_file(weights[0])
-    return _from_checkpoint(source, ema, text)
+    return _from_checkpoint(source, ema, text_states)
 
 
-def load_codec(source: Source) -> Any:
-    """The codec of a source, without its models."""
+def load_codec(source: CheckpointSource) -> Any:
+    """Load the codec of a source alone."""
     from stdit.codecs.base import VideoCodec
 
     if source.is_pipeline:
@@ -98,8 +100,8 @@ def load_codec(source: Source) -> Any:
     return _load_codec(source.run, _read_config(source.run))
 
 
-def model_settings(source: Source) -> dict[str, Any]:
-    """The settings of a source's STDiT; its weights are not read."""
+def model_settings(source: CheckpointSource) -> dict[str, Any]:
+    """Return the settings of a source's STDiT; its weights are not read."""
     from stdit.codecs.loading import read_json
 
     return read_json(
@@ -107,8 +109,8 @@ def model_settings(source: Source) -> dict[str, Any]:
     )
 
 
-def pipeline_settings(source: Source) -> dict[str, Any]:
-    """What a source's pipeline does unless told otherwise, as far as it is recorded; nothing is loaded."""
+def pipeline_settings(source: CheckpointSource) -> dict[str, Any]:
+    """Return the recorded default settings of a source's pipeline; nothing is loaded."""
     from stdit.codecs.loading import read_json
 
     if source.is_pipeline:
@@ -116,30 +118,30 @@ def pipeline_settings(source: Source) -> dict[str, Any]:
     return read_meta(source.path).get("pipeline", {})
 
 
-def check_text(text: str, texts: Iterable[str], source: Source) -> None:
-    """Raise UserError unless a folder has states of these texts, as wide as a source's model takes them."""
-    stored, width = _stored(text), model_settings(source)["caption_channels"]
+def check_text_states(folder: str, texts: Iterable[str], source: CheckpointSource) -> None:
+    """Raise UserError unless a folder has states of all these texts, as wide as the source's model needs them."""
+    stored, width = _stored(folder), model_settings(source)["caption_channels"]
     if stored.channels != width:
         raise UserError(
-            f"text = {text}: its states have {stored.channels} channels, but the model takes {width}: encode the "
-            "prompts with the encoder that it was trained with."
+            f"text_states = {folder}: the states have {stored.channels} channels, but the model takes {width}: "
+            "encode the prompts with the encoder that it was trained with."
         )
     stored.check(texts)
 
 
 def pipeline_step(folder: Path) -> int | None:
-    """The training step that an exported pipeline records."""
+    """Return the training step that an exported pipeline records."""
     from stdit.codecs.loading import read_json
 
     return read_json(folder / MODEL_INDEX, "a pipeline").get("step")
 
 
 def _weights(ema: bool) -> Any:
-    """Which files of a checkpoint sampling reads; the optimizer's need not be whole."""
+    """Return a filter for the files that sampling reads; the optimizer's need not be complete."""
     return lambda name: name.startswith("model/") or (ema and name.startswith("ema/"))
 
 
-def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, str]:
+def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | None) -> tuple[Any, str]:
     from stdit.codecs.loading import explain_load_errors, local_weights
     from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
@@ -148,11 +150,12 @@ def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, 
     meta = read_meta(source.path)
     transformer, used = load_transformer(source.path, meta, ema)
     config = _read_config(source.run)
-    text_encoder = _load_text_encoder(source.run, config) if text is None else _stored(text)
+    text_encoder = _load_text_encoder(source.run, config) if text_states is None else _stored(text_states)
     trained_with = meta.get("experiment", {}).get("text encoder's weights")
-    if text is not None and trained_with not in (None, text_encoder.fingerprint()):
+    if text_states is not None and trained_with not in (None, text_encoder.fingerprint()):
         raise UserError(
-            f"text = {text}: its states are not of the encoder that {source.run} was trained with."
+            f"text_states = {text_states}: these states are not of the encoder that {source.run} was trained with: "
+            "encode the prompts with that one."
         )
     schedule = source.run / "scheduler"
     with explain_load_errors("the run's schedule", local_weights(schedule)):
@@ -169,7 +172,7 @@ def _from_checkpoint(source: Source, ema: bool, text: str | None) -> tuple[Any, 
 
 
 def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:
-    """The STDiT of a verified checkpoint, and the part of it (ema or model) whose weights it has."""
+    """Load the STDiT of a verified checkpoint; return it and the folder of its weights, ema or model."""
     from stdit.models.stdit import STDiT
     from stdit.parallel.processes.storage import StoredTensors
 
@@ -185,7 +188,7 @@ def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any
 
 
 def weights_hash(meta: dict[str, Any], part: str) -> str:
-    """That of the file of a part of a checkpoint; of several, a hash of theirs."""
+    """Return the hash of the weights in a folder of a checkpoint; of several files, the hash of their hashes."""
     files = sorted(meta["files"].items())
     hashes = [
         entry["hash"] for name, entry in files if name.startswith(f"{part}/") and name.endswith(WEIGHTS)
@@ -199,19 +202,19 @@ def _read_config(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(
-            f"{run} is not a run: it has no config.yaml. Keep checkpoints inside their run's folder."
+            f"{run} is not a run: it has no config.yaml: keep checkpoints inside their run folder."
         )
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it holds no settings")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): write it anew.") from None
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): repair it.") from None
     return config
 
 
 def _load_codec(run: Path, config: dict[str, Any]) -> Any:
-    """The codec saved with the run, or the one that the run's config names."""
+    """Load the codec saved with the run, or build the one that its config names."""
     from stdit.codecs import build_codec
     from stdit.codecs.base import VideoCodec
     from stdit.codecs.config import CodecConfig
@@ -239,5 +242,5 @@ def _stored(folder: str) -> Any:
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """YAML has no tuples; the config dataclasses do."""
+    """Return the values with lists as tuples, which the config dataclasses have and YAML does not."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -26,8 +26,8 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.sharding import TokenSharding
-from stdit.pipelines.conditions import Condition, given_frames, settled
-from stdit.pipelines.config import SETTINGS, GuidanceSchedule, VideoSettings
+from stdit.pipelines.conditions import FrameCondition, load_frames
+from stdit.pipelines.config import VIDEO_SETTINGS, GuidanceSchedule, VideoSettings
 from stdit.pipelines.images import Image
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class STDiTPipeline(DiffusionPipeline):
             if name not in kwargs:
                 with explain_load_errors(f"the pipeline's {name}", local_weights(folder / name)):
                     kwargs[name] = load(folder / name)
-        settings = {name: recorded[name] for name in (*SETTINGS, "step") if name in recorded}
+        settings = {name: recorded[name] for name in (*VIDEO_SETTINGS, "step") if name in recorded}
         return cls(**{**settings, **kwargs})
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -174,7 +174,7 @@ class STDiTPipeline(DiffusionPipeline):
         shift: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         image: Image | Sequence[Image | None] | None = None,
-        conditions: Sequence[Condition] | Sequence[Sequence[Condition]] = (),
+        conditions: Sequence[FrameCondition] | Sequence[Sequence[FrameCondition]] = (),
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -230,12 +230,12 @@ class STDiTPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = _for_each(negative_prompt, len(prompts), "negative_prompt")
         images = _for_each(image, len(prompts), "image")
-        shared = not conditions or isinstance(conditions[0], Condition)
+        shared = not conditions or isinstance(conditions[0], FrameCondition)
         given = _for_each(
             [list(conditions)] * len(prompts) if shared else conditions, len(prompts), "conditions"
         )
         given = [
-            [*([] if one is None else [Condition(one, 0, 1)]), *others]
+            [*([] if one is None else [FrameCondition(one, 0, 1)]), *others]
             for one, others in zip(images, given, strict=True)
         ]
         generators = _for_each(generator, len(prompts), "generator")
@@ -413,7 +413,7 @@ class STDiTPipeline(DiffusionPipeline):
 
     def _lay_in(
         self,
-        condition: Condition,
+        condition: FrameCondition,
         latents: Tensor,
         max_noise_level: Tensor,
         num_frames: int,
@@ -421,8 +421,8 @@ class STDiTPipeline(DiffusionPipeline):
     ) -> None:
         """Put given frames into ``latents [C T H W]``, and their level into ``max_noise_level [T]``."""
         fps, height, width = float(settings["fps"]), int(settings["height"]), int(settings["width"])
-        condition = settled(condition, num_frames, fps)
-        video = given_frames(condition, fps, height, width)[None]  # [1 3 T H W]
+        condition = condition.resolved(num_frames, fps)
+        video = load_frames(condition, fps, height, width)[None]  # [1 3 T H W]
         _onload(self.codec)
         start, _ = condition.span(num_frames)
         first, given = self.codec.encode_span(video.to(latents.device), start, num_frames)

@@ -1,4 +1,4 @@
-"""Files of prompts: .txt, .csv and .jsonl. Imports nothing heavy."""
+"""Files of prompts: .txt, .csv and .jsonl. Imports no torch."""
 
 import csv
 import difflib
@@ -15,44 +15,44 @@ from stdit.pipelines.config import PromptSettings, check_seed
 
 @dataclass
 class PromptLine(PromptSettings):
-    """One prompt and the settings of its own; what is not set is as for all prompts."""
+    """One prompt and its own settings; what is None or empty takes the setting of all prompts."""
 
     prompt: str = ""
     """The caption."""
     seed: int | None = None
     """Seed of this prompt's first sample."""
     extra: dict[str, str] = field(default_factory=dict)
-    """Columns of a csv that are no settings: written beside the video, and otherwise unused."""
+    """Columns of a csv that are no settings; only written to the metadata of the video."""
 
 
-INTEGERS = ("num_frames", "height", "width", "num_inference_steps", "seed", "parts", "overlap")
-NUMBERS = ("fps", "guidance_scale", "guidance_rescale", "shift")
-ENTRIES: dict[str, tuple[type, ...]] = {
+_INTEGERS = ("num_frames", "height", "width", "num_inference_steps", "seed", "segments", "overlap")
+_NUMBERS = ("fps", "guidance_scale", "guidance_rescale", "shift")
+_LISTS: dict[str, tuple[type, ...]] = {
     "condition": (str,),
-    "then": (str,),
+    "segment_prompts": (str,),
     "guidance_interval": (int, float),
 }
-KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(INTEGERS, (int,)),
-    **dict.fromkeys(NUMBERS, (int, float)),
-    **dict.fromkeys(ENTRIES, (list,)),
-    "close": (bool,),
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_INTEGERS, (int,)),
+    **dict.fromkeys(_NUMBERS, (int, float)),
+    **dict.fromkeys(_LISTS, (list,)),
+    "loop": (bool,),
     "extra": (dict,),
 }
-"""Types of the values in a .jsonl file; what is not named is text."""
-KEYS = tuple(f.name for f in fields(PromptLine))
+"""Types of the values in a .jsonl file; what is not listed is text."""
+_KEYS = tuple(f.name for f in fields(PromptLine))
 
 
 def read_prompts(file: str | Path) -> list[PromptLine]:
-    """Read prompts and their settings.
+    """Read prompts and their settings from a file.
 
-    - ``.txt``: one prompt a line; blank lines and lines that begin with # are skipped.
+    - ``.txt``: one prompt per line; blank lines and lines that begin with # are skipped.
     - ``.csv``: a header with a column ``prompt``; columns named like settings set them (empty: not set);
       other columns are kept in ``extra``, unless they look like a misspelt setting.
-    - ``.jsonl``: an object a line, whose keys are ``prompt``, settings, and ``extra``.
+    - ``.jsonl``: one object per line, with the keys ``prompt``, settings, and ``extra``.
 
     Raises:
-        UserError: for a file that is missing, empty or malformed, with the number of the line.
+        UserError: for a missing, empty or malformed file, with the line number.
     """
     path = Path(file)
     readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
@@ -70,33 +70,33 @@ def read_prompts(file: str | Path) -> list[PromptLine]:
     if not lines:
         raise UserError(f"prompts file {path} holds no prompt: write at least one.")
     for number, line in enumerate(lines, start=1):
-        _count_from(path.parent, line, f"{path}, prompt {number}: ")
+        _resolve_paths(path.parent, line, f"{path}, prompt {number}: ")
     return lines
 
 
-def _count_from(folder: Path, line: PromptLine, where: str) -> None:
-    """Let the paths of given frames count from a folder. Raises UserError for those that lead out of it."""
+def _resolve_paths(folder: Path, line: PromptLine, where: str) -> None:
+    """Make the paths of conditioning frames relative to a folder; raise UserError for those outside it."""
     if line.image:
-        line.image = _inside(folder, line.image, where)
+        line.image = _path_inside(folder, line.image, where)
     if line.reference_path:
         paths = [path.strip() for path in line.reference_path.split(";")]
-        line.reference_path = ";".join(_inside(folder, path, where) for path in paths if path)
-    line.condition = [_inside(folder, text, where) for text in line.condition]
+        line.reference_path = ";".join(_path_inside(folder, path, where) for path in paths if path)
+    line.condition = [_path_inside(folder, text, where) for text in line.condition]
 
 
-def _inside(folder: Path, text: str, where: str) -> str:
-    """A path, after which may stand an @ and where its frames go, from a folder that it must not lead out of."""
+def _path_inside(folder: Path, text: str, where: str) -> str:
+    """Return a path (or FILE@frame...) relative to a folder; raise UserError if it leads out of the folder."""
     try:
         inside = all(
             (folder / part).resolve().is_relative_to(folder.resolve())
             for part in (text, text.rpartition("@")[0])
         )
-    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a name too long, a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # null byte, name too long, loop of links
         raise UserError(f"{where}{text!r} is no path ({error}).") from None
     if not inside:
         raise UserError(
-            f"{where}{text!r} lies outside of {folder}, the folder of the prompts file, where nothing is opened for "
-            "it: put it there, or give it by --image or --condition."
+            f"{where}{text!r} lies outside of {folder}, the folder of the prompts file, which may only name "
+            "files inside it: move the file there, or use --image or --condition."
         )
     return str(folder / text)
 
@@ -108,7 +108,7 @@ def _read_txt(path: Path, text: str) -> list[PromptLine]:
 
 def _read_csv(path: Path, text: str) -> list[PromptLine]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    known = set(KEYS) - {"extra"}
+    known = set(_KEYS) - {"extra"}
     result: list[PromptLine] = []
     try:
         columns = list(reader.fieldnames or [])
@@ -145,24 +145,24 @@ def _read_jsonl(path: Path, text: str) -> list[PromptLine]:
             raise UserError(f"{where}not valid JSON ({error}).") from None
         if not isinstance(values, dict):
             raise UserError(f'{where}must be an object, such as {{"prompt": "a red ball"}}.')
-        for key in set(values) - set(KEYS):
-            nearest = difflib.get_close_matches(key, KEYS, 1, 0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"use {', '.join(KEYS)}."
+        for key in set(values) - set(_KEYS):
+            nearest = difflib.get_close_matches(key, _KEYS, 1, 0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"use {', '.join(_KEYS)}."
             raise UserError(f"{where}unknown key {key!r}: {hint}")
         result.append(_line({name: value for name, value in values.items() if value is not None}, where))
     return result
 
 
 def _csv_value(name: str, value: str, where: str) -> Any:
-    """A csv field as the setting wants it; a list is written as in .jsonl, or is its one entry."""
+    """Convert a csv field to the type of its setting; a list is written as in .jsonl, or as its only entry."""
     read: Callable[[str], Any]
-    if name in INTEGERS:
+    if name in _INTEGERS:
         read, words = int, "a whole number"
-    elif name in NUMBERS:
+    elif name in _NUMBERS:
         read, words = float, "a number"
-    elif name == "close":
+    elif name == "loop":
         read, words = {"true": True, "false": False}.__getitem__, "true or false"
-    elif name in ENTRIES and value.startswith("[") and value.endswith("]"):
+    elif name in _LISTS and value.startswith("[") and value.endswith("]"):
         read, words = json.loads, 'a list such as ["a", "b"]'
     else:
         return value
@@ -172,21 +172,24 @@ def _csv_value(name: str, value: str, where: str) -> Any:
         raise UserError(f"{where}{name} = {value[:200]!r}: must be {words}.") from None
 
 
-def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+def _is_instance(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Return whether a value has one of the types; bool is no int here."""
     return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
 def _line(values: dict[str, Any], where: str) -> PromptLine:
-    """Check types and ranges of the settings of one line."""
-    for name in ("condition", "then"):
+    """Return one line, its types and ranges checked."""
+    for name in ("condition", "segment_prompts"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
     for name, value in values.items():
-        kinds = KINDS.get(name, (str,))
-        if not _is(value, kinds) or (name in ENTRIES and not all(_is(one, ENTRIES[name]) for one in value)):
+        kinds = _TYPES.get(name, (str,))
+        if not _is_instance(value, kinds) or (
+            name in _LISTS and not all(_is_instance(one, _LISTS[name]) for one in value)
+        ):
             words = " or ".join(kind.__name__ for kind in kinds)
-            of = " of " + " or ".join(kind.__name__ for kind in ENTRIES[name]) if name in ENTRIES else ""
-            raise UserError(f"{where}{name} = {value!r}: must be {words}{of}.")
+            inner = " of " + " or ".join(kind.__name__ for kind in _LISTS[name]) if name in _LISTS else ""
+            raise UserError(f"{where}{name} = {value!r}: must be {words}{inner}.")
     if not str(values.get("prompt", "")).strip():
         raise UserError(f"{where}the prompt is empty: write one, or delete the line.")
     line = PromptLine(**values)

@@ -1,6 +1,6 @@
-"""Videos that are longer than one call makes: part after part, each beginning with the last frames of the one before.
+"""Videos longer than one pipeline call: segments, each of which begins with the last frames of the previous one.
 
-Imports nothing heavy.
+Imports no torch at module level.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.errors import UserError
-from stdit.pipelines.conditions import Condition
+from stdit.pipelines.conditions import FrameCondition
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,125 +18,135 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """How a video is put together."""
+class Segments:
+    """How a video is divided into segments of ``num_frames`` frames."""
 
     count: int = 1
-    """Parts."""
+    """Number of segments."""
     overlap: int | None = None
-    """Frames that a part is given from the one before; None: a quarter of a part (see `fitted`)."""
-    close: bool = False
-    """The last part leads back to the first frame, so that the video can be played in a loop."""
+    """Frames that a segment shares with the previous one; None: about a quarter of it (see `resolved`)."""
+    loop: bool = False
+    """The last segment ends with the first frames of the first, so that the video loops."""
 
     def check(self, where: str, prompts: int) -> None:
-        """Raise UserError, naming value, rule and way out, for settings that do not go together."""
+        """Raise UserError for settings that contradict each other or the number of prompts."""
         if self.count < prompts:
             raise UserError(
-                f"{where}parts = {self.count}: must be at least {prompts}, the number of prompts with those of then."
+                f"{where}segments = {self.count}: must be at least {prompts}, the number of prompts with "
+                "segment_prompts."
             )
         if self.count > MAX_DIMENSION:
-            raise UserError(f"{where}parts = {self.count}: must be at most {MAX_DIMENSION}.")
+            raise UserError(f"{where}segments = {self.count}: must be at most {MAX_DIMENSION}.")
         if self.overlap is not None and self.overlap < 1:
             raise UserError(f"{where}overlap = {self.overlap}: must be at least 1 frame.")
-        if self.close and self.count < 2:
-            raise UserError(f"{where}close needs a second part that leads back: add parts = 2.")
+        if self.loop and self.count < 2:
+            raise UserError(f"{where}loop needs a second segment that leads back: add segments = 2.")
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether its length is known without the codec."""
+    def has_known_length(self) -> bool:
+        """Whether the length of the whole video is known without the codec."""
         return self.count == 1 or self.overlap is not None
 
-    def fitted(self, num_frames: int, codec: "VideoCodec") -> "Parts":
-        """With an overlap: where there was none, as many whole latent frames as there are in a quarter of a part."""
+    def resolved(self, num_frames: int, codec: "VideoCodec") -> "Segments":
+        """Return these segments with an overlap: by default the whole latent frames in a quarter of a segment."""
         if self.overlap is not None:
             return self
         quarter = max(1, num_frames // 4)
         return replace(self, overlap=codec.start_frame(codec.latent_index(quarter)) or quarter)
 
-    def shared(self, num_frames: int) -> int:
-        """Frames that two parts of so many frames share. Raises UserError if that leaves a part none of its own."""
+    def shared_frames(self, num_frames: int) -> int:
+        """Return how many frames two segments share.
+
+        Raises:
+            UserError: if no frame of a segment is left to generate.
+        """
         shared = max(1, num_frames // 4) if self.overlap is None else self.overlap
-        taken = shared * (2 if self.close else 1)
-        if self.count > 1 and taken >= num_frames:
+        conditioning = shared * (2 if self.loop else 1)
+        if self.count > 1 and conditioning >= num_frames:
             raise UserError(
-                f"overlap = {shared}: a part of num_frames = {num_frames} would be given {taken} frames, and have "
-                "none to make: lower the overlap, or raise num_frames."
+                f"overlap = {shared}: a segment of num_frames = {num_frames} would have {conditioning} conditioning "
+                "frames, and none to generate: lower the overlap, or raise num_frames."
             )
         return shared
 
     def starts(self, num_frames: int) -> list[int]:
-        """Where each part begins in the whole video."""
-        return [part * (num_frames - self.shared(num_frames)) for part in range(self.count)]
+        """Return the first frame of each segment, counted in the whole video."""
+        return [segment * (num_frames - self.shared_frames(num_frames)) for segment in range(self.count)]
 
-    def total(self, num_frames: int) -> int:
-        """Frames of the whole video."""
-        back = self.shared(num_frames) if self.close else 0
+    def total_frames(self, num_frames: int) -> int:
+        """Return the number of frames of the whole video."""
+        back = self.shared_frames(num_frames) if self.loop else 0
         return self.starts(num_frames)[-1] + num_frames - back
 
-    def conditions(self, part: int, conditions: Iterable[Condition], num_frames: int) -> list[Condition]:
-        """Those that lie in a part, as the part counts its frames.
+    def conditions_of(
+        self, segment: int, conditions: Iterable[FrameCondition], num_frames: int
+    ) -> list[FrameCondition]:
+        """Return the conditions that lie in a segment, cut to it and with frame indices counted in it.
 
         Args:
-            conditions: in the whole video, with their lengths (see `settled`).
+            conditions: of the whole video, resolved (see `FrameCondition.resolved`).
 
         Raises:
-            UserError: if one lies outside of the video.
+            UserError: if a condition lies outside the video.
         """
-        begin, found = self.starts(num_frames)[part], []
+        begin, found = self.starts(num_frames)[segment], []
         for condition in conditions:
-            start, length = condition.span(self.total(num_frames))
+            start, length = condition.span(self.total_frames(num_frames))
             low, high = max(start, begin), min(start + length, begin + num_frames)
             if low < high:
                 skip = condition.skip + low - start
-                found.append(replace(condition, frame=low - begin, length=high - low, skip=skip))
+                found.append(replace(condition, frame_index=low - begin, length=high - low, skip=skip))
         return found
 
-    def check_free(self, conditions: Sequence[Condition], num_frames: int, where: str = "") -> None:
-        """Raise UserError if all frames of a part are given: by `settled` conditions, or by its neighbours."""
-        shared = self.shared(num_frames)
-        for part in range(self.count):
-            own = self.conditions(part, conditions, num_frames)
+    def check_frames_left(
+        self, conditions: Sequence[FrameCondition], num_frames: int, where: str = ""
+    ) -> None:
+        """Raise UserError if resolved conditions and shared frames leave a segment no frame to generate."""
+        shared = self.shared_frames(num_frames)
+        for segment in range(self.count):
+            own = self.conditions_of(segment, conditions, num_frames)
             kept = [condition.span(num_frames) for condition in own if condition.strength == 1]
-            kept += [(0, shared)] if part else []
-            kept += [(num_frames - shared, shared)] if self.close and part == self.count - 1 else []
+            kept += [(0, shared)] if segment else []
+            kept += [(num_frames - shared, shared)] if self.loop and segment == self.count - 1 else []
             if len({frame for start, count in kept for frame in range(start, start + count)}) == num_frames:
-                of_part = f" of part {part + 1}" if self.count > 1 else ""
+                of_segment = f" of segment {segment + 1}" if self.count > 1 else ""
                 raise UserError(
-                    f"{where}all {num_frames} frames{of_part} are given, which leaves nothing to make: give fewer, "
-                    "or ask for more frames."
+                    f"{where}all {num_frames} frames{of_segment} are conditioning frames, which leaves nothing to "
+                    "generate: condition on fewer, or ask for more frames."
                 )
 
 
-def make_in_parts(
-    make: Callable[[int, list[list[Condition]]], "Tensor"],
-    parts: Parts,
-    conditions: Sequence[Sequence[Condition]],
+def generate_segments(
+    generate: Callable[[int, list[list[FrameCondition]]], "Tensor"],
+    segments: Segments,
+    conditions: Sequence[Sequence[FrameCondition]],
     num_frames: int,
 ) -> "Tensor":
-    """Whole videos ``[B T 3 H W]`` in [0, 1] from those of their parts.
+    """Generate the segments one after another and return the whole videos ``[B T 3 H W]`` in [0, 1].
 
     Args:
-        make: from the number of a part and the given frames of each video to that part of all videos.
-        conditions: of each whole video, with their lengths (see `settled`).
-        num_frames: of a part.
+        generate: maps the index of a segment and the conditions of each video to that segment of all videos,
+            ``[B num_frames 3 H W]``.
+        conditions: of each whole video, resolved (see `FrameCondition.resolved`).
+        num_frames: length of a segment.
 
     Raises:
-        UserError: if a condition lies outside, or the overlap leaves nothing to make.
+        UserError: if a condition lies outside the video, or the overlap leaves nothing to generate.
     """
     import torch
 
-    def given(frames: "Tensor", place: int) -> Condition:
-        return Condition(frames.transpose(0, 1) * 2 - 1, place, len(frames))
+    def condition_on(frames: "Tensor", frame_index: int) -> FrameCondition:
+        return FrameCondition(frames.transpose(0, 1) * 2 - 1, frame_index, len(frames))
 
-    shared = parts.shared(num_frames)
-    made: list[Tensor] = []
-    for part in range(parts.count):
-        own = [parts.conditions(part, some, num_frames) for some in conditions]
-        for index, some in enumerate(own):
-            if part:
-                some.append(given(made[-1][index, -shared:], 0))
-            if parts.close and part == parts.count - 1:
-                some.append(given(made[0][index, :shared], -shared))
-        made.append(make(part, own))
-    whole = torch.cat([made[0], *(frames[:, shared:] for frames in made[1:])], 1)
-    return whole[:, : parts.total(num_frames)]
+    shared = segments.shared_frames(num_frames)
+    done: list[Tensor] = []
+    for segment in range(segments.count):
+        own = [segments.conditions_of(segment, of_video, num_frames) for of_video in conditions]
+        for index, of_video in enumerate(own):
+            if segment:
+                of_video.append(condition_on(done[-1][index, -shared:], 0))
+            if segments.loop and segment == segments.count - 1:
+                of_video.append(condition_on(done[0][index, :shared], -shared))
+        done.append(generate(segment, own))
+    whole = torch.cat([done[0], *(frames[:, shared:] for frames in done[1:])], 1)
+    return whole[:, : segments.total_frames(num_frames)]

@@ -1,4 +1,4 @@
-"""Sizes and lengths by name: what they are for a checkpoint."""
+"""Named sizes and lengths (240p, 16:9, 2s) in pixels and frames, for a checkpoint."""
 
 import math
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, resolve_size
 from stdit.pipelines.config import SampleConfig
-from stdit.pipelines.loading import find_source, load_codec, model_settings
+from stdit.pipelines.loading import find_checkpoint_source, load_codec, model_settings
 
 if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec
 
 
 def size_multiple(codec: "VideoCodec", patch_size: Sequence[int]) -> int:
-    """What height and width by name are rounded to, in pixels.
+    """Return the number of pixels of which height and width of a named size are multiples.
 
-    As the codec says; else what codec and patch divide without rest, and even, as h264 wants it.
+    It is the codec's own, or else the smallest even one that codec and patch size divide (h264 needs even sizes).
     """
     return codec.size_multiple or math.lcm(
         2, codec.stride[1] * patch_size[1], codec.stride[2] * patch_size[2]
@@ -23,8 +23,8 @@ def size_multiple(codec: "VideoCodec", patch_size: Sequence[int]) -> int:
 
 
 def list_sizes(config: SampleConfig) -> str:
-    """A table of the named sizes and lengths for a checkpoint, whose model is not loaded."""
-    source = find_source(config.checkpoint, config.ema)
+    """Return a table of the named sizes and lengths for a checkpoint, without loading its model."""
+    source = find_checkpoint_source(config.checkpoint, config.ema)
     codec = load_codec(source)
     multiple = size_multiple(codec, model_settings(source)["patch_size"])
     lines = [f"width x height in pixels, multiples of {multiple}, by --resolution and --aspect_ratio:"]

@@ -1,7 +1,7 @@
-"""Videos as files: mp4 and gif with their settings inside, and contact sheets.
+"""Video files: mp4 and gif with metadata inside, and contact sheets.
 
-Frames are uint8 ``[T H W 3]`` arrays throughout. Every file is written aside and renamed, so that a full disk
-or Ctrl-C leaves no half of one.
+Frames are uint8 ``[T H W 3]`` arrays throughout. Every file is written under a temporary name and renamed, so that a
+full disk or Ctrl-C leaves no partial file.
 """
 
 import json
@@ -24,17 +24,17 @@ from stdit.errors import UserError
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """Levels in [0, 1] as bytes, rounded to the nearest."""
+    """Convert levels in [0, 1] to uint8, rounding to the nearest."""
     return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
 
 
 def write_mp4(
     path: Path, frames: np.ndarray, fps: float, metadata: dict[str, Any] | None = None, crf: int = 14
 ) -> dict[str, Any]:
-    """Write ``[T H W 3]`` bytes as h264 (yuv420p, index first: browsers play it while it loads).
+    """Write frames as h264 (yuv420p, index first, so that browsers play it while it loads); return the metadata.
 
     h264 halves the colour planes, so an odd height or width is padded by repeating its last row or column;
-    the metadata then says ``padded_to``. Returns the metadata as written, which `read_metadata` reads back.
+    the metadata then says ``padded_to``. `read_metadata` reads them back.
     """
     _check_frames(frames)
     T, H, W, _ = frames.shape
@@ -43,11 +43,11 @@ def write_mp4(
         frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
         metadata["padded_to"] = {"height": H + H % 2, "width": W + W % 2}
     rate = Fraction(fps).limit_denominator(1001)
-    with written_aside(path) as aside:
-        with av.open(aside, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with atomic_write(path) as temporary:
+        with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as container:
             container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False)
-            # Without its macroblock tree, whose fast path reads memory that nobody wrote where frames are tiny,
-            # and with one thread, x264 gives the same bytes for the same frames.
+            # x264 gives the same bytes for the same frames only with one thread and without its macroblock
+            # tree, whose fast path reads uninitialised memory if frames are tiny.
             options = {"crf": str(crf), "preset": "medium", "x264-params": "mbtree=0"}
             stream = container.add_stream("libx264", rate=rate, options=options)
             stream.codec_context.thread_count = 1
@@ -64,14 +64,14 @@ def write_mp4(
 
 
 def write_gif(path: Path, frames: np.ndarray, fps: float, metadata: dict[str, Any] | None = None) -> None:
-    """Write ``[T H W 3]`` bytes as an endless gif (whose clock ticks in hundredths of a second)."""
+    """Write frames as a looping gif; its frame duration is a multiple of 10 ms."""
     _check_frames(frames)
     first, *rest = [PIL.Image.fromarray(frame) for frame in frames]
     comment = json.dumps(metadata or {}).encode()
     milliseconds = max(20, round(100 / fps) * 10)
-    with written_aside(path) as aside:
+    with atomic_write(path) as temporary:
         first.save(
-            aside,
+            temporary,
             format="GIF",
             save_all=True,
             append_images=rest,
@@ -84,25 +84,25 @@ def write_gif(path: Path, frames: np.ndarray, fps: float, metadata: dict[str, An
 def write_sheet(
     path: Path, videos: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8, tile: int = 128
 ) -> None:
-    """Write one picture of many videos: a `sheet_row` each."""
+    """Write a contact sheet: one `sheet_row` per video."""
     write_rows(path, [sheet_row(*pair, columns, tile) for pair in zip(videos, captions, strict=True)])
 
 
 def write_rows(path: Path, rows: Sequence[PIL.Image.Image]) -> None:
-    """Write rows, made by `sheet_row` as the videos came, below each other as one PNG."""
+    """Write rows made by `sheet_row` below each other as one PNG."""
     sheet = PIL.Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    with written_aside(path) as aside:
-        sheet.save(aside, format="PNG")
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def sheet_row(frames: np.ndarray, caption: str, columns: int = 8, tile: int = 128) -> PIL.Image.Image:
-    """A caption above ``columns`` frames of a video, spread over its time.
+    """Draw a caption above ``columns`` frames spread evenly over a video.
 
-    A small video is enlarged by whole pixels, a large one reduced, to about ``tile`` pixels.
+    Frames are scaled to about ``tile`` pixels: small ones by whole factors.
     """
     _check_frames(frames)
     T, H, W, _ = frames.shape
@@ -122,14 +122,18 @@ def sheet_row(frames: np.ndarray, caption: str, columns: int = 8, tile: int = 12
     return row
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write settings as readable JSON."""
-    with written_aside(path) as aside:
-        Path(aside).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json_atomic(path: Path, values: dict[str, Any]) -> None:
+    """Write readable JSON; the file is complete or absent."""
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_mp4` or `write_gif` put into a file. Raises UserError if there is nothing of the kind."""
+    """Read the metadata that `write_mp4` or `write_gif` wrote into a file.
+
+    Raises:
+        UserError: if the file holds none.
+    """
     try:
         if Path(path).suffix == ".gif":
             with PIL.Image.open(path) as image:
@@ -139,28 +143,28 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 comment = container.metadata["comment"]
         return json.loads(comment)
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} holds no settings of stdit ({type(error).__name__}: {error}).") from None
+        raise UserError(f"{path} holds no metadata of stdit ({type(error).__name__}: {error}).") from None
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[str]:
-    """A name beside ``path`` to write to; it becomes ``path`` if all went well, and goes away if not."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def atomic_write(path: Path) -> Iterator[str]:
+    """Yield a temporary name beside ``path``; on success it is renamed to ``path``, on failure it is removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield str(aside)
-        os.replace(aside, path)
+        yield str(temporary)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _tag_bt709(codec: Any) -> None:
-    """Say which colours the numbers mean, which players otherwise guess from the size."""
+    """Tag the colour space, which players otherwise guess from the size."""
     codec.colorspace, codec.color_primaries, codec.color_trc = Colorspace.ITU709, 1, 1
     codec.color_range = ColorRange.MPEG
 
 
 def _font(size: int) -> Any:
-    """A font with many alphabets where the system has it, and Pillow's own otherwise."""
+    """Return a font with many alphabets if the system has it, else Pillow's own."""
     try:
         return PIL.ImageFont.truetype("DejaVuSans.ttf", size)
     except OSError:

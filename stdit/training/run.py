@@ -16,7 +16,7 @@ from stdit.cli import plain, to_yaml
 from stdit.models.config import token_grid
 from stdit.parallel.processes.parameters import full_tensor, gather_full_tensors
 from stdit.parallel.processes.watchdog import Watchdog
-from stdit.pipelines.video_io import written_aside
+from stdit.pipelines.video_io import atomic_write
 from stdit.training.batches import Batches
 from stdit.training.build import Parts
 from stdit.training.checkpoint import check_same_experiment, replaced, written
@@ -90,7 +90,7 @@ class Run:
                     aside.rename(target)
             if self.config.validation.prompts:
                 (self.folder / "samples").mkdir(exist_ok=True)
-            with written_aside(self.folder / "config.yaml") as file:
+            with atomic_write(self.folder / "config.yaml") as file:
                 Path(file).write_text(to_yaml(self.config), encoding="utf-8")
 
     def record(

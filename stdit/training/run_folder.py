@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stdit.errors import UserError
-from stdit.pipelines.loading import find_source
+from stdit.pipelines.loading import find_checkpoint_source
 from stdit.training.checkpoint import check_same_experiment, find_checkpoint
 from stdit.training.config import TrainConfig, experiment_key
 
@@ -68,7 +68,7 @@ def find_weights(init_from: str) -> Path:
     if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
         return folder
     try:
-        source = find_source(folder)
+        source = find_checkpoint_source(folder)
     except UserError as error:
         raise UserError(f"init_from = {init_from}: {error}") from None
     return source.path / "transformer" if source.is_pipeline else source.path

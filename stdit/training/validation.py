@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.pipelines.config import SETTINGS
+from stdit.pipelines.config import VIDEO_SETTINGS
 from stdit.training.config import ValidationConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def make_samples(
     pipe: "STDiTPipeline", prompts: Sequence[str], seed: int, mesh: "Mesh"
 ) -> list["np.ndarray"]:
     """A video of each prompt, uint8 ``[T H W 3]``, made by all ranks with the pipeline's settings; on the first."""
-    from stdit.pipelines.sampling import Request, sample_videos
+    from stdit.pipelines.requests import Request
+    from stdit.pipelines.runner import sample_videos
 
     pipe.set_progress_bar_config(disable=True)
     requests = [Request(text, seed) for text in prompts]
@@ -47,12 +48,12 @@ def write_samples(
     Returns:
         the names of the mp4 files, in the order of the prompts, and of the sheet.
     """
-    from stdit.pipelines.sampling import slug
     from stdit.pipelines.video_io import write_mp4, write_sheet
+    from stdit.pipelines.writer import slug
 
     names = []
     for index, (frames, prompt) in enumerate(zip(videos, prompts, strict=True)):
-        settings = {name: config[name] for name in SETTINGS}
+        settings = {name: config[name] for name in VIDEO_SETTINGS}
         metadata = {"prompt": prompt, "seed": seed, **settings, "checkpoint_step": config["step"]}
         names.append(f"{index:02d}-{slug(prompt)}.mp4")
         write_mp4(folder / names[-1], frames, config["fps"], metadata)

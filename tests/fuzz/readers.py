@@ -26,12 +26,12 @@ from stdit.data.preparation.expressions import column_kinds
 from stdit.data.preparation.expressions import parse_condition as parse_where
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
-from stdit.pipelines.conditions import parse_condition
+from stdit.pipelines.conditions import parse_frame_condition
 from stdit.pipelines.config import SampleConfig
-from stdit.pipelines.loading import find_source, load_transformer, pipeline_settings
-from stdit.pipelines.mask_strategy import parse_mask_strategy, translate_masks
+from stdit.pipelines.loading import find_checkpoint_source, load_transformer, pipeline_settings
+from stdit.pipelines.mask_strategy import mask_entries_to_conditions, parse_mask_strategy
 from stdit.pipelines.prompts import read_prompts
-from stdit.pipelines.segments import Parts
+from stdit.pipelines.segments import Segments
 from stdit.training.checkpoint import check_same_experiment, find_checkpoint
 from stdit.training.config import TrainConfig, experiment_key, parse_train
 from tests.fuzz.inputs import (
@@ -240,7 +240,7 @@ def _folder_manifest(names: list[tuple[str, str]], folder: Path) -> object:
 
 def _masks(text: str, folder: Path) -> object:
     entries = parse_mask_strategy(text, ["a.png", "b.mp4"])
-    return translate_masks(entries, PixelCodec(), Parts(count=2, overlap=2), num_frames=8)
+    return mask_entries_to_conditions(entries, PixelCodec(), Segments(count=2, overlap=2), num_frames=8)
 
 
 def _condition(inputs: tuple[str, list[Any]], folder: Path) -> None:
@@ -284,8 +284,8 @@ def _checkpoint_meta() -> Reader:
             lambda: verify(step),
             lambda: check_same_experiment(step, experiment),
             lambda: find_checkpoint("auto", checkpoints),
-            lambda: find_source(folder),
-            lambda: pipeline_settings(find_source(step)),
+            lambda: find_checkpoint_source(folder),
+            lambda: pipeline_settings(find_checkpoint_source(step)),
         )
         for use in uses:
             with suppress(UserError):  # so that the next has its turn
@@ -357,7 +357,7 @@ def readers() -> dict[str, Reader]:
         "sharding": Reader(_tars(), _in_file("m.tar", read_manifest), cost=4),
         "captions csv": Reader(as_bytes(changed_text(MANIFEST)), _in_file("m.csv", read_texts)),
         "manifest folder": Reader(names, _folder_manifest, cost=3),
-        "condition": Reader(changed_text(CONDITIONS), lambda text, _: parse_condition(text).span(16)),
+        "condition": Reader(changed_text(CONDITIONS), lambda text, _: parse_frame_condition(text).span(16)),
         "mask_strategy": Reader(changed_text(MASKS), _masks),
         "where": Reader(
             st.tuples(changed_text(WHERE), changed_tree([MANIFEST_ROWS, [*MANIFEST_ROWS, {}]])), _condition

@@ -9,7 +9,7 @@ from stdit.codecs import CodecConfig, build_codec
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
-from stdit.pipelines.images import first_frames
+from stdit.pipelines.images import image_to_frame
 from stdit.pipelines.pipeline import STDiTPipeline
 from tests.codecs.tiny import save_tiny_vae
 from tests.pipelines.tiny import tiny_model, tiny_pipeline
@@ -230,19 +230,19 @@ def test_bad_arguments_are_named(pipe, settings, message):
 
 def test_pictures_of_any_kind_become_the_same_frame():
     levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    frame = first_frames(PIL.Image.fromarray(levels), 8, 8)
+    frame = image_to_frame(PIL.Image.fromarray(levels), 8, 8)
     assert frame.shape == (3, 1, 8, 8)
-    assert torch.equal(frame, first_frames(levels, 8, 8))
-    torch.testing.assert_close(frame, first_frames(levels.astype(np.float32) / 255, 8, 8))
+    assert torch.equal(frame, image_to_frame(levels, 8, 8))
+    torch.testing.assert_close(frame, image_to_frame(levels.astype(np.float32) / 255, 8, 8))
     torch.testing.assert_close(
-        frame, first_frames(torch.from_numpy(levels).permute(2, 0, 1) / 127.5 - 1, 8, 8)
+        frame, image_to_frame(torch.from_numpy(levels).permute(2, 0, 1) / 127.5 - 1, 8, 8)
     )
 
 
 def test_a_picture_of_another_size_is_scaled_and_cropped(caplog):
     levels = np.zeros((20, 40, 3), dtype=np.uint8)
     levels[:, 10:30] = 255  # the middle square, which is what remains
-    frame = first_frames(levels, 10, 10)
+    frame = image_to_frame(levels, 10, 10)
     assert frame.shape == (3, 1, 10, 10)
     assert frame[:, :, :, 1:-1].min() > 0.99
     assert "40x20" in caplog.text and "10x10" in caplog.text

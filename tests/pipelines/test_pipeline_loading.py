@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from stdit.errors import UserError
-from stdit.pipelines.loading import find_source, load_pipeline
+from stdit.pipelines.loading import find_checkpoint_source, load_pipeline
 from tests.pipelines.tiny import tiny_model, write_run
 
 
@@ -32,11 +32,11 @@ def test_a_checkpoint_by_name(run):
 def test_a_broken_checkpoint_is_passed_over_in_a_run_and_refused_by_name(run, caplog):
     broken = run / "checkpoints" / "step-00000020"
     (broken / "ema" / "ema.safetensors").write_bytes(b"half")
-    assert find_source(run).path.name == "step-00000010"
+    assert find_checkpoint_source(run).path.name == "step-00000010"
     assert "ema.safetensors" in caplog.text
     with pytest.raises(UserError, match="ema.safetensors has 4 bytes"):
-        find_source(broken)
-    assert find_source(broken, ema=False).path == broken
+        find_checkpoint_source(broken)
+    assert find_checkpoint_source(broken, ema=False).path == broken
 
 
 @pytest.mark.parametrize("step, chosen", [(5, "step-00000020"), (20, "pipeline"), (30, "pipeline")])
@@ -44,7 +44,7 @@ def test_the_newer_of_checkpoint_and_pipeline(pipe, run, step, chosen):
     pipe.save_pretrained(run / "pipeline")
     index = run / "pipeline" / "model_index.json"
     index.write_text(index.read_text().replace('"step": null', f'"step": {step}'))
-    source = find_source(run)
+    source = find_checkpoint_source(run)
     assert source.path.name == chosen and source.run == run
     load_pipeline(source)
 
@@ -89,20 +89,20 @@ def test_a_damaged_run_is_named(run):
 
 def test_a_pipeline_away_from_its_run(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
-    source = find_source(tmp_path / "pipeline")
+    source = find_checkpoint_source(tmp_path / "pipeline")
     assert source.is_pipeline and source.run is None
 
 
 def test_folders_with_nothing_in_them(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        find_source(tmp_path / "absent")
-    with pytest.raises(UserError, match="neither a whole checkpoint"):
-        find_source(tmp_path)
+        find_checkpoint_source(tmp_path / "absent")
+    with pytest.raises(UserError, match="neither a complete checkpoint"):
+        find_checkpoint_source(tmp_path)
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(UserError, match="no meta.json"):
-        find_source(tmp_path)
+        find_checkpoint_source(tmp_path)
     with pytest.raises(UserError, match="no meta.json"):
-        find_source(tmp_path / "checkpoints" / "step-00000001")
+        find_checkpoint_source(tmp_path / "checkpoints" / "step-00000001")
 
 
 def test_weights_of_another_model(pipe, tmp_path):

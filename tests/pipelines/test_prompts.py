@@ -6,7 +6,7 @@ import pytest
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.prompts import PromptLine, read_prompts
-from stdit.pipelines.sampling import plan_requests
+from stdit.pipelines.requests import plan_requests
 
 
 def written(tmp_path, name, content):
@@ -47,15 +47,15 @@ def test_jsonl(tmp_path):
     assert second.prompt == "b\u2028c"
 
 
-def test_given_frames_are_of_the_folder_of_the_file(tmp_path):
+def test_paths_of_conditioning_frames_are_relative_to_the_file(tmp_path):
     content = (
         '{"prompt": "a", "condition": ["b.png@0", "c/c.mp4@-8:8"], "reference_path": "d.png; e.png"}\n'
-        '{"prompt": "b", "then": ["c", "d"], "parts": 4, "overlap": 2, "close": true}\n'
+        '{"prompt": "b", "segment_prompts": ["c", "d"], "segments": 4, "overlap": 2, "loop": true}\n'
     )
     first, second = read_prompts(written(tmp_path, "p.jsonl", content))
     assert first.condition == [f"{tmp_path}/b.png@0", f"{tmp_path}/c/c.mp4@-8:8"]
     assert first.reference_path == f"{tmp_path}/d.png;{tmp_path}/e.png"
-    assert (second.then, second.parts, second.overlap, second.close) == (["c", "d"], 4, 2, True)
+    assert (second.segment_prompts, second.segments, second.overlap, second.loop) == (["c", "d"], 4, 2, True)
     (line,) = read_prompts(written(tmp_path, "p.csv", "prompt,condition\na,b.png@0\n"))
     assert line.condition == first.condition[:1]
     nothing = '{"prompt": "a", "image": "", "reference_path": ""}'
@@ -65,13 +65,13 @@ def test_given_frames_are_of_the_folder_of_the_file(tmp_path):
 
 def test_a_csv_has_lists_and_true_or_false_too(tmp_path):
     content = (
-        "prompt,then,close,guidance_interval,condition\n"
+        "prompt,segment_prompts,loop,guidance_interval,condition\n"
         'a,"[""b"", ""c""]",true,"[0.2, 0.8]",[d].png@0\nb,c,false,,\n'
     )
     first, second = read_prompts(written(tmp_path, "p.csv", content))
-    assert (first.then, first.close, first.guidance_interval) == (["b", "c"], True, [0.2, 0.8])
+    assert (first.segment_prompts, first.loop, first.guidance_interval) == (["b", "c"], True, [0.2, 0.8])
     assert first.condition == [f"{tmp_path}/[d].png@0"]
-    assert (second.then, second.close, second.guidance_interval) == (["c"], False, None)
+    assert (second.segment_prompts, second.loop, second.guidance_interval) == (["c"], False, None)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,13 @@ def test_a_csv_has_lists_and_true_or_false_too(tmp_path):
             "line 1: guidance_schedule = cosine: ",
         ),
         ("p.jsonl", '{"prompt": "a", "condition": [3]}\n', r"line 1: condition = \[3\]"),
-        ("p.jsonl", '{"prompt": "a", "close": 1}\n', "line 1: close = 1: must be bool"),
-        ("p.csv", "prompt,close\na,yes\n", "line 2: close = 'yes': must be true or false"),
-        ("p.csv", "prompt,then\na,[b]\n", r"line 2: then = '\[b\]': must be a list such as"),
+        ("p.jsonl", '{"prompt": "a", "loop": 1}\n', "line 1: loop = 1: must be bool"),
+        ("p.csv", "prompt,loop\na,yes\n", "line 2: loop = 'yes': must be true or false"),
+        (
+            "p.csv",
+            "prompt,segment_prompts\na,[b]\n",
+            r"line 2: segment_prompts = '\[b\]': must be a list such as",
+        ),
         ("p.pdf", "a", "must end in .txt, .csv, .jsonl"),
     ],
 )

@@ -13,8 +13,11 @@ from stdit.cli import parse
 from stdit.codecs.stored_text import store_text
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig, VideoSettings
-from stdit.pipelines.sampling import Request, free_name, plan_requests, sample_to_files, sample_videos, slug
+from stdit.pipelines.requests import Request, plan_requests
+from stdit.pipelines.runner import sample_videos
+from stdit.pipelines.sampling import sample_to_files
 from stdit.pipelines.video_io import read_metadata
+from stdit.pipelines.writer import free_stem, slug
 from tests.pipelines.tiny import write_run
 
 
@@ -100,12 +103,15 @@ def test_bad_input_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, sett
     "settings, message",
     [
         (dict(condition=["{}/a.png@4"]), "the video has the frames 0 to 3"),
-        (dict(condition=["{}/a.png@1:2"]), "its source has 1 frames at 8 a second, not 2"),
-        (dict(parts=2, overlap=4), "overlap = 4: a part of num_frames = 4"),
-        (dict(parts=2, overlap=2, condition=["{}/a.png@6"]), "the video has the frames 0 to 5"),
-        (dict(condition=[f"{{}}/a.png@{place}" for place in range(4)]), "prompt 0: all 4 frames are given"),
+        (dict(condition=["{}/a.png@1:2"]), "its source has 1 frames at 8 per second, not 2"),
+        (dict(segments=2, overlap=4), "overlap = 4: a segment of num_frames = 4"),
+        (dict(segments=2, overlap=2, condition=["{}/a.png@6"]), "the video has the frames 0 to 5"),
+        (
+            dict(condition=[f"{{}}/a.png@{place}" for place in range(4)]),
+            "prompt 0: all 4 frames are conditioning frames",
+        ),
         (dict(guidance_interval=(0.2, 0.8)), "for guidance_schedule = interval, not constant"),
-        (dict(text="{}/text"), "text_states.json|a folder of text states"),
+        (dict(text_states="{}/text"), "text_states.json|a folder of text states"),
     ],
 )
 def test_what_a_pipeline_records_is_heeded_before_it_is_loaded(
@@ -116,8 +122,8 @@ def test_what_a_pipeline_records_is_heeded_before_it_is_loaded(
     monkeypatch.setattr("stdit.pipelines.sampling.load_pipeline", lambda *_: pytest.fail("loaded a model"))
     if "condition" in settings:
         settings = settings | {"condition": [text.format(tmp_path) for text in settings["condition"]]}
-    if "text" in settings:
-        settings = settings | {"text": settings["text"].format(tmp_path)}
+    if "text_states" in settings:
+        settings = settings | {"text_states": settings["text_states"].format(tmp_path)}
     with pytest.raises(UserError, match=message):
         sample_to_files(SampleConfig(prompt="a", checkpoint=str(tmp_path / "pipeline"), **settings))
 
@@ -125,7 +131,9 @@ def test_what_a_pipeline_records_is_heeded_before_it_is_loaded(
 def test_text_states_are_looked_at_before_a_model_is_loaded(pipe, tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", pipe)
     monkeypatch.setattr("stdit.pipelines.sampling.load_pipeline", lambda *_: pytest.fail("loaded a model"))
-    config = SampleConfig(prompt="a", then=["b"], checkpoint=str(run), text=str(tmp_path / "text"))
+    config = SampleConfig(
+        prompt="a", segment_prompts=["b"], checkpoint=str(run), text_states=str(tmp_path / "text")
+    )
     assert list(store_text(pipe.text_encoder, ["a"], tmp_path / "text")) == [1]
     with pytest.raises(UserError, match="no states of 1 captions, such as 'b'"):
         sample_to_files(config)
@@ -134,7 +142,7 @@ def test_text_states_are_looked_at_before_a_model_is_loaded(pipe, tmp_path, monk
     wider.channels = 32
     wider.encode = lambda texts: (torch.ones(len(texts), 1, 32), torch.ones(len(texts), 1, dtype=torch.bool))
     assert list(store_text(wider, ["", "a", "b"], tmp_path / "text")) == [3]
-    with pytest.raises(UserError, match="states have 32 channels, but the model takes 16"):
+    with pytest.raises(UserError, match="the states have 32 channels, but the model takes 16"):
         sample_to_files(config)
 
 
@@ -205,7 +213,7 @@ def test_files_are_whole_described_and_never_replaced(pipe, tmp_path, capsys, ca
     weights = run / "checkpoints" / "step-00000010" / "ema" / "ema.safetensors"
     assert inside["checkpoint_hash"] == hash_file(weights) and inside["checkpoint_step"] == 10
 
-    assert caplog.text.count("never saw given frames") == 1
+    assert caplog.text.count("was trained without conditioning frames") == 1
     before = {path: path.read_bytes() for path in written}
     again = sample_to_files(config)
     assert not set(again) & set(written)
@@ -219,7 +227,7 @@ def test_a_full_disk_is_explained(pipe, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     run = write_run(tmp_path / "run", pipe)
-    monkeypatch.setattr("stdit.pipelines.video_io.write_json", full)
+    monkeypatch.setattr("stdit.pipelines.video_io.write_json_atomic", full)
     with pytest.raises(UserError, match="No space left on device. Free some space"):
         sample_to_files(SampleConfig(prompt="a", checkpoint=str(run)))
 
@@ -241,4 +249,4 @@ def test_names():
 
 def test_free_names(tmp_path):
     (tmp_path / "a.json").write_text("")
-    assert free_name(tmp_path, "a") == "a-2" and free_name(tmp_path, "b") == "b"
+    assert free_stem(tmp_path, "a") == "a-2" and free_stem(tmp_path, "b") == "b"

@@ -1,4 +1,4 @@
-"""Videos in parts, and Open-Sora's way of writing given frames."""
+"""Videos of several segments, and Open-Sora's mask strategies."""
 
 import json
 
@@ -8,11 +8,13 @@ import torch
 
 from stdit.codecs import CodecConfig, build_codec
 from stdit.errors import UserError
-from stdit.pipelines.conditions import Condition
+from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import SampleConfig, VideoSettings
-from stdit.pipelines.mask_strategy import MaskEntry, parse_mask_strategy, translate_masks
-from stdit.pipelines.sampling import Request, plan_requests, sample_to_files, sample_videos
-from stdit.pipelines.segments import Parts
+from stdit.pipelines.mask_strategy import MaskEntry, mask_entries_to_conditions, parse_mask_strategy
+from stdit.pipelines.requests import Request, plan_requests
+from stdit.pipelines.runner import sample_videos
+from stdit.pipelines.sampling import sample_to_files
+from stdit.pipelines.segments import Segments
 from stdit.pipelines.video_io import write_mp4
 from tests.codecs.tiny import save_tiny_vae, tiny_opensora_vae
 from tests.pipelines.tiny import tiny_pipeline, write_run
@@ -23,13 +25,13 @@ def make(pipe, **settings):
 
 
 def test_lengths():
-    assert Parts(3, 2).starts(8) == [0, 6, 12] and Parts(3, 2).total(8) == 20
-    assert Parts(3, 2, close=True).total(8) == 18
-    assert Parts(2).starts(16) == [0, 12]
-    assert Parts().total(8) == 8 and Parts().total(1) == 1
+    assert Segments(3, 2).starts(8) == [0, 6, 12] and Segments(3, 2).total_frames(8) == 20
+    assert Segments(3, 2, loop=True).total_frames(8) == 18
+    assert Segments(2).starts(16) == [0, 12]
+    assert Segments().total_frames(8) == 8 and Segments().total_frames(1) == 1
 
 
-def test_each_part_begins_with_the_end_of_the_one_before(pipe, monkeypatch):
+def test_each_segment_begins_with_the_end_of_the_previous_one(pipe, monkeypatch):
     calls = []
     call = type(pipe).__call__
     monkeypatch.setattr(
@@ -37,8 +39,8 @@ def test_each_part_begins_with_the_end_of_the_one_before(pipe, monkeypatch):
         "__call__",
         lambda self, *a, **k: calls.append((a, k, call(self, *a, **k))) or calls[-1][2],
     )
-    parts = Parts(3, overlap=1)
-    whole = make(pipe, parts=parts, then=("a blue star", "a green cross"))
+    segments = Segments(3, overlap=1)
+    whole = make(pipe, segments=segments, segment_prompts=("a blue star", "a green cross"))
     assert whole.shape == (10, 8, 8, 3)
     assert [prompts for (prompts,), _, _ in calls] == [["a red circle"], ["a blue star"], ["a green cross"]]
     made = [frames[0] for _, _, (frames,) in calls]  # [T 3 H W]
@@ -50,25 +52,27 @@ def test_each_part_begins_with_the_end_of_the_one_before(pipe, monkeypatch):
     assert not torch.allclose(first[0, 1:], alone[0, 1:], atol=1e-2)
 
 
-def test_a_part_draws_noise_of_its_own(pipe):
-    """Two parts with the same prompt, and nothing handed on that differs, still differ."""
-    still = Condition(torch.zeros(3, 1, 8, 8), 3)
-    whole = make(pipe, parts=Parts(2, overlap=1), conditions=(still,))  # both parts begin or end grey
+def test_each_segment_has_noise_of_its_own(pipe):
+    """Two segments with the same prompt, and no differing conditioning frames, still differ."""
+    still = FrameCondition(torch.zeros(3, 1, 8, 8), 3)
+    whole = make(
+        pipe, segments=Segments(2, overlap=1), conditions=(still,)
+    )  # both segments begin or end grey
     assert np.abs(whole[0] - whole[4]).max() > 2
 
 
-def test_a_part_alone_is_the_video_of_one_call(pipe):
-    assert np.array_equal(make(pipe), make(pipe, parts=Parts(1)))
-    assert np.abs(make(pipe, parts=Parts(2, overlap=2))[:4] - make(pipe)).max() <= 1
+def test_a_single_segment_is_the_video_of_one_call(pipe):
+    assert np.array_equal(make(pipe), make(pipe, segments=Segments(1)))
+    assert np.abs(make(pipe, segments=Segments(2, overlap=2))[:4] - make(pipe)).max() <= 1
 
 
-def test_a_closed_video_leads_back_to_its_first_frame(pipe, monkeypatch):
+def test_a_loop_ends_with_its_first_frame(pipe, monkeypatch):
     calls = []
     call = type(pipe).__call__
     monkeypatch.setattr(
         type(pipe), "__call__", lambda self, *a, **k: calls.append(call(self, *a, **k)) or calls[-1]
     )
-    whole = make(pipe, parts=Parts(2, overlap=1, close=True))
+    whole = make(pipe, segments=Segments(2, overlap=1, loop=True))
     (first,), (last,) = calls
     torch.testing.assert_close(last[0, -1], first[0, 0], atol=1e-5, rtol=0)
     assert len(whole) == 6 and np.abs(whole[5] - last[0, 2].permute(1, 2, 0).numpy() * 255).max() <= 0.51
@@ -76,40 +80,44 @@ def test_a_closed_video_leads_back_to_its_first_frame(pipe, monkeypatch):
 
 def test_conditions_count_in_the_whole_video(pipe):
     clip = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    whole = make(pipe, parts=Parts(3, overlap=1), conditions=(Condition(clip, 2), Condition(clip[:, :1], -1)))
+    whole = make(
+        pipe,
+        segments=Segments(3, overlap=1),
+        conditions=(FrameCondition(clip, 2), FrameCondition(clip[:, :1], -1)),
+    )
     expected = ((clip.permute(1, 2, 3, 0) + 1) * 127.5).numpy()
     assert np.abs(whole[2:6] - expected).max() <= 1
     assert np.abs(whole[9] - expected[0]).max() <= 1
 
 
-def test_a_video_of_an_image_that_goes_on(pipe):
-    whole = make(pipe, parts=Parts(2, overlap=2), image=torch.zeros(3, 8, 8))
+def test_an_image_begins_a_video_of_two_segments(pipe):
+    whole = make(pipe, segments=Segments(2, overlap=2), image=torch.zeros(3, 8, 8))
     assert len(whole) == 6 and np.abs(whole[0] - 127.5).max() <= 1
 
 
-def test_a_part_must_have_something_to_make(pipe, monkeypatch):
-    monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("made another part first"))
+def test_a_segment_without_frames_to_generate_is_refused(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("made another segment first"))
     clip = torch.zeros(3, 8, 8, 8)
-    for parts, condition in {
-        Parts(2, 1): Condition(clip, 4, 3),
-        Parts(2, 1, close=True): Condition(clip, 4, 2),
-        Parts(3, 2): Condition(clip, 2),
+    for segments, condition in {
+        Segments(2, 1): FrameCondition(clip, 4, 3),
+        Segments(2, 1, loop=True): FrameCondition(clip, 4, 2),
+        Segments(3, 2): FrameCondition(clip, 2),
     }.items():
-        with pytest.raises(UserError, match="all 4 frames of part 2 are given"):
-            make(pipe, parts=parts, conditions=(condition,))
-    Parts(2, 1).check_free([Condition(clip, 4, 3, strength=0.5)], 4)
-    Parts(2, 1).check_free([Condition(clip, 4, 2)], 4)
+        with pytest.raises(UserError, match="all 4 frames of segment 2 are conditioning frames"):
+            make(pipe, segments=segments, conditions=(condition,))
+    Segments(2, 1).check_frames_left([FrameCondition(clip, 4, 3, strength=0.5)], 4)
+    Segments(2, 1).check_frames_left([FrameCondition(clip, 4, 2)], 4)
 
 
-def test_a_causal_codec_in_parts(pipe, tmp_path):
+def test_segments_with_a_causal_codec(pipe, tmp_path):
     name = "AutoencoderKLWan"
     codec = build_codec(CodecConfig(name=name, path=str(save_tiny_vae(name, tmp_path / "vae"))))
     own = tiny_pipeline(tmp_path, codec)
-    whole = make(own, parts=Parts(2, overlap=5), settings=VideoSettings(num_frames=9))
+    whole = make(own, segments=Segments(2, overlap=5), settings=VideoSettings(num_frames=9))
     assert whole.shape == (13, 8, 8, 3)
 
 
-def test_open_soras_codec_in_parts(tmp_path, monkeypatch):
+def test_segments_with_open_soras_codec(tmp_path, monkeypatch):
     """A quarter of 51 frames are 12, but 9 are whole latent frames."""
     own = tiny_pipeline(tmp_path, tiny_opensora_vae())
     calls = []
@@ -117,7 +125,7 @@ def test_open_soras_codec_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(
         type(own), "__call__", lambda self, *a, **k: calls.append(k["conditions"]) or call(self, *a, **k)
     )
-    whole = make(own, parts=Parts(2), settings=VideoSettings(num_frames=51, num_inference_steps=1))
+    whole = make(own, segments=Segments(2), settings=VideoSettings(num_frames=51, num_inference_steps=1))
     assert [[len(one.source[0]) for one in some] for (some,) in calls] == [[], [9]]
     assert whole.shape == (51 + 42, 8, 8, 3)
 
@@ -125,15 +133,18 @@ def test_open_soras_codec_in_parts(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(parts=0), "parts = 0: must be at least 1"),
-        (dict(parts=2, then=["b", "c"]), "parts = 2: must be at least 3, the number of prompts"),
-        (dict(parts=10**9), "parts = 1000000000: must be at most"),
-        (dict(then=["b", " "]), "prompt 0: then has an empty prompt"),
-        (dict(parts=2, overlap=0), "overlap = 0"),
-        (dict(parts=2, num_frames=4, overlap=4), "overlap = 4: a part of num_frames = 4"),
-        (dict(parts=2, num_frames=4, overlap=2, close=True), "would be given 4 frames"),
-        (dict(close=True), "close needs a second part"),
-        (dict(parts=2, num_frames=4, overlap=1, condition=["a.png@7"]), "frames 0 to 6"),
+        (dict(segments=0), "segments = 0: must be at least 1"),
+        (
+            dict(segments=2, segment_prompts=["b", "c"]),
+            "segments = 2: must be at least 3, the number of prompts",
+        ),
+        (dict(segments=10**9), "segments = 1000000000: must be at most"),
+        (dict(segment_prompts=["b", " "]), "prompt 0: segment_prompts has an empty prompt"),
+        (dict(segments=2, overlap=0), "overlap = 0"),
+        (dict(segments=2, num_frames=4, overlap=4), "overlap = 4: a segment of num_frames = 4"),
+        (dict(segments=2, num_frames=4, overlap=2, loop=True), "would have 4 conditioning frames"),
+        (dict(loop=True), "loop needs a second segment"),
+        (dict(segments=2, num_frames=4, overlap=1, condition=["a.png@7"]), "frames 0 to 6"),
         (dict(mask_strategy="0"), "names reference 0, but reference_path has 0"),
         (dict(reference_path="a.png"), "reference_path without mask_strategy"),
         (dict(mask_strategy="0,x"), "must be up to six numbers"),
@@ -150,14 +161,14 @@ def test_bad_input_is_named(tmp_path, monkeypatch, settings, message):
         plan_requests(SampleConfig(prompt="a", **settings))
 
 
-def test_prompts_of_parts_and_scores():
-    config = SampleConfig(prompt="a", then=["b"], aesthetic=6.5, motion=5, camera="pan left")
+def test_segment_prompts_and_scores():
+    config = SampleConfig(prompt="a", segment_prompts=["b"], aesthetic=6.5, motion=5, camera="pan left")
     (request,) = plan_requests(config)
     suffix = " aesthetic score: 6.5. motion score: 5. camera motion: pan left."
-    assert (request.prompt, request.then) == ("a" + suffix, ("b" + suffix,))
-    assert request.parts == Parts(2)
+    assert (request.prompt, request.segment_prompts) == ("a" + suffix, ("b" + suffix,))
+    assert request.segments == Segments(2)
     assert plan_requests(SampleConfig(prompt="a", camera=""))[0].prompt == "a"
-    assert plan_requests(SampleConfig(prompt="a", then=["b"], parts=4))[0].parts.count == 4
+    assert plan_requests(SampleConfig(prompt="a", segment_prompts=["b"], segments=4))[0].segments.count == 4
 
 
 def test_mask_strategy_is_read():
@@ -180,25 +191,29 @@ class Causal:
 
 def test_mask_strategy_counts_in_latent_frames():
     entries = parse_mask_strategy("0,0,0,0,2,0;1,0,3,-1,1,0.5;0,0,0,0,1,1", ["a"])
-    found = translate_masks(entries, Causal(), Parts(2, 5), 17)
-    assert found == [Condition("a", 0, 5, 1.0, 0), Condition("a", 12 + 13, 4, 0.5, 9)]
-    found = translate_masks(
-        parse_mask_strategy("0,0,0,-2,2;0,0,0,-1,5;0,0,2,0,1", ["a"]), Causal(), Parts(), 17
+    found = mask_entries_to_conditions(entries, Causal(), Segments(2, 5), 17)
+    assert found == [FrameCondition("a", 0, 5, 1.0, 0), FrameCondition("a", 12 + 13, 4, 0.5, 9)]
+    found = mask_entries_to_conditions(
+        parse_mask_strategy("0,0,0,-2,2;0,0,0,-1,5;0,0,2,0,1", ["a"]), Causal(), Segments(), 17
     )
-    assert found == [Condition("a", 12, 5), Condition("a", 16, 1), Condition("a", 0, 1, skip=5)]
-    with pytest.raises(UserError, match="names part 2, but the video has 2"):
-        translate_masks(parse_mask_strategy("2,0", ["a"]), Causal(), Parts(2), 17)
-    with pytest.raises(UserError, match="start 9, but a part has 5 latent frames"):
-        translate_masks(parse_mask_strategy("0,0,0,9", ["a"]), Causal(), Parts(), 17)
+    assert found == [
+        FrameCondition("a", 12, 5),
+        FrameCondition("a", 16, 1),
+        FrameCondition("a", 0, 1, skip=5),
+    ]
+    with pytest.raises(UserError, match="names segment 2, but the video has 2"):
+        mask_entries_to_conditions(parse_mask_strategy("2,0", ["a"]), Causal(), Segments(2), 17)
+    with pytest.raises(UserError, match="start 9, but a segment has 5 latent frames"):
+        mask_entries_to_conditions(parse_mask_strategy("0,0,0,9", ["a"]), Causal(), Segments(), 17)
 
 
-def test_the_command_says_what_it_was_given(pipe, tmp_path):
+def test_metadata_name_conditions_and_segments(pipe, tmp_path):
     run = write_run(tmp_path / "run", pipe)
     write_mp4(tmp_path / "clip.mp4", np.full((4, 8, 8, 3), 200, np.uint8), fps=8)
     config = SampleConfig(
         checkpoint=str(run),
         prompt="a",
-        then=["b"],
+        segment_prompts=["b"],
         overlap=1,
         condition=[f"{tmp_path}/clip.mp4@1:2"],
         reference_path=f"{tmp_path}/clip.mp4",
@@ -208,5 +223,6 @@ def test_the_command_says_what_it_was_given(pipe, tmp_path):
     _, path = sample_to_files(config)
     facts = json.loads(path.read_text())
     assert facts["conditions"] == [f"{tmp_path}/clip.mp4@1:2:1"]
-    assert facts["mask_strategy"][0]["part"] == 1
-    assert (facts["then"], facts["parts_count"], facts["num_frames"]) == (["b"], 2, 4)
+    assert facts["mask_strategy"][0]["segment"] == 1
+    assert (facts["segment_prompts"], facts["segments"], facts["num_frames"]) == (["b"], 2, 4)
+    assert (facts["overlap"], facts["loop"]) == (1, False)

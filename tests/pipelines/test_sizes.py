@@ -55,7 +55,7 @@ def test_a_size_by_name_is_rounded_for_the_checkpoint(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", tiny_pipeline(tmp_path, PixelCodec()))
     made = []
     monkeypatch.setattr(
-        "stdit.pipelines.sampling._rounds", lambda pipe, requests, *_: made.extend(requests) or []
+        "stdit.pipelines.runner.sample_rounds", lambda pipe, requests, *_: made.extend(requests) or []
     )
     settings = dict(checkpoint=str(run), prompt="a", resolution="42", output=str(tmp_path / "out"))
     sample_to_files(SampleConfig(**settings, aspect_ratio="1:1", format=["mp4"]))

@@ -109,7 +109,7 @@ for write in (
     lambda: video_io.write_mp4(folder / "a.mp4", noise, 8),
     lambda: video_io.write_gif(folder / "a.gif", noise, 8),
     lambda: video_io.write_sheet(folder / "a.png", [noise], ["noise"]),
-    lambda: video_io.write_json(folder / "a.json", {"a": "x" * 5000}),
+    lambda: video_io.write_json_atomic(folder / "a.json", {"a": "x" * 5000}),
 ):
     try:
         write()

@@ -20,7 +20,9 @@ def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path)
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "a blue star", "negative_prompt": "grey", "then": ["it stops"]}\n')
+    prompts.write_text(
+        '{"prompt": "a blue star", "negative_prompt": "grey", "segment_prompts": ["it stops"]}\n'
+    )
     text = str(tmp_path / "text")
     encode = [
         *("scripts/encode_text.py", "--output", text, "--encoder.name", "auto", "--store", "fp32"),
@@ -41,11 +43,11 @@ def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
     sample = ["sample.py", "--checkpoint", str(runs / "with"), "--prompts", str(prompts), "--num_frames", "4"]
-    result = call(*sample, "--text", text, "--output", str(tmp_path / "videos"))
+    result = call(*sample, "--text_states", text, "--output", str(tmp_path / "videos"))
     assert result.returncode == 2 and "no states of 3 captions, such as 'a blue star'" in result.stderr
     result = call(*encode, "--captions", str(prompts))
     assert "3 captions encoded, 2 were there already" in result.stdout, result.stderr
-    result = call(*sample, "--text", text, "--output", str(tmp_path / "videos"))
+    result = call(*sample, "--text_states", text, "--output", str(tmp_path / "videos"))
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
     result = call(
@@ -55,7 +57,9 @@ def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
     other = [*encode[:-1], str(prompts), "--encoder.max_length", "9", "--output", str(tmp_path / "other")]
     assert call(*other).returncode == 0
     checkpoint = ["--checkpoint", str(runs / "with" / "checkpoints" / "step-00000002")]
-    result = call("sample.py", *checkpoint, "--prompts", str(prompts), "--text", str(tmp_path / "other"))
+    result = call(
+        "sample.py", *checkpoint, "--prompts", str(prompts), "--text_states", str(tmp_path / "other")
+    )
     assert result.returncode == 2 and "not of the encoder that" in result.stderr
 
 

@@ -1,4 +1,4 @@
-"""How many ranks share the videos that are asked for."""
+"""How many ranks share a video, and the memory that it takes."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import pytest
 from stdit.parallel.config import SamplingParallelConfig
 from stdit.parallel.sequence.planner import GIB, ParallelDims
 from stdit.pipelines.config import SampleConfig
-from stdit.pipelines.sampling import Request, settings_of
-from stdit.pipelines.sharing import Videos
+from stdit.pipelines.requests import Request
+from stdit.pipelines.workload import SamplingWorkload
 from tests.pipelines.tiny import tiny_pipeline
 
 
@@ -17,10 +17,10 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tiny_pipeline(tmp_path_factory.mktemp("pipe"))
 
 
-def videos(pipe: Any, count: int, cfg: int = 1, batch_size: int = 1, **settings: Any) -> Videos:
-    own = settings_of(Request("a", 0), pipe) | settings
+def workload(pipe: Any, count: int, cfg: int = 1, batch_size: int = 1, **settings: Any) -> SamplingWorkload:
+    own = Request("a", 0).settings.resolved(pipe.config) | settings
     config = SampleConfig(parallel=SamplingParallelConfig(sp="auto", cfg=cfg), batch_size=batch_size)
-    return Videos(pipe, [own] * count, config)
+    return SamplingWorkload(pipe, [own] * count, config)
 
 
 @pytest.mark.parametrize(
@@ -38,26 +38,26 @@ def videos(pipe: Any, count: int, cfg: int = 1, batch_size: int = 1, **settings:
 def test_videos_are_spread_first(
     pipe: Any, count: int, processes: int, cfg: int, frames: int, expected: int
 ) -> None:
-    choice = videos(pipe, count, cfg, num_frames=frames).choice(processes, GIB)
+    choice = workload(pipe, count, cfg, num_frames=frames).choose_sp(processes, GIB)
     assert (choice.sp, choice.fits) == (expected, True)
 
 
 def test_little_memory_makes_more_ranks_share(pipe: Any) -> None:
-    many = videos(pipe, 8, num_frames=4, height=64, width=64)
+    many = workload(pipe, 8, num_frames=4, height=64, width=64)
     needed = {sp: many.memory(ParallelDims(4, sp)) for sp in (1, 2, 4)}
     assert needed[1] > needed[2] > needed[4]
     for memory, expected in ((needed[1], (1, True)), (needed[2], (2, True)), (needed[4] - 1, (4, False))):
-        assert many.choice(4, memory)[::2] == expected
+        assert many.choose_sp(4, memory)[::2] == expected
 
 
 def test_guidance_apart_takes_less(pipe: Any) -> None:
     split = ParallelDims(2, 1)
-    together, apart = (videos(pipe, 2, cfg, height=64, width=64).memory(split) for cfg in (1, 2))
+    together, apart = (workload(pipe, 2, cfg, height=64, width=64).memory(split) for cfg in (1, 2))
     assert together > apart
-    assert videos(pipe, 2, guidance_scale=1.0, height=64, width=64).memory(split) == apart
+    assert workload(pipe, 2, guidance_scale=1.0, height=64, width=64).memory(split) == apart
 
 
 def test_idle_ranks_are_told(pipe: Any) -> None:
-    assert videos(pipe, 1, num_frames=4).warnings(4, 4) == []
-    (line,) = videos(pipe, 1, num_frames=2).warnings(4, 4)
+    assert workload(pipe, 1, num_frames=4).idle_warnings(4, 4) == []
+    (line,) = workload(pipe, 1, num_frames=2).idle_warnings(4, 4)
     assert "a video has 2 frames of tokens: in spatial blocks, ranks 2 to 3 of each 4 will idle" in line

@@ -1,4 +1,4 @@
-"""How many ranks had best share the videos that are asked for."""
+"""Memory of sampling, and the number of sequence-parallel ranks that it needs (``--parallel.sp auto``)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,49 +23,49 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Videos:
-    """The videos that a pipeline is to make, and what they take."""
+class SamplingWorkload:
+    """The videos that a pipeline will generate, and an estimate of their memory."""
 
     pipe: "STDiTPipeline"
     settings: Sequence[Mapping[str, Any]]
-    """Of each video, complete."""
+    """Complete settings of each video."""
     config: SampleConfig
 
-    def choice(self, processes: int, memory: int) -> SpChoice:
-        """How many of the processes had best share a video, when each may use so many bytes.
+    def choose_sp(self, world_size: int, memory: int) -> SpChoice:
+        """Choose how many ranks share a video if each has ``memory`` bytes.
 
-        As few as memory allows, but so many that no process is without a video, if the videos have the frames.
+        As few as memory allows, but enough that no rank is without a video, as far as the videos have frames.
         """
-        ranks = processes // self.config.parallel.cfg
+        ranks = world_size // self.config.parallel.cfg
         degrees = divisors(ranks)
         spread = next(sp for sp in degrees if ranks // sp <= len(self.settings))
         longest = max(load.frames for load in self._loads(1))
         least = min(spread, max(sp for sp in degrees if sp <= longest))
         return choose_sp({sp: self.memory(ParallelDims(ranks, sp)) for sp in degrees if sp >= least}, memory)
 
-    def warnings(self, sp: int, processes: int) -> list[str]:
-        """What a user should know about so many ranks that share a video."""
+    def idle_warnings(self, sp: int, world_size: int) -> list[str]:
+        """Return a warning if ranks idle because a video has fewer frames than ranks."""
         shortest = min(self._loads(1), key=lambda load: load.frames)
         return idle_warning(
-            "a video", shortest.frames, ParallelDims(processes // self.config.parallel.cfg, sp)
+            "a video", shortest.frames, ParallelDims(world_size // self.config.parallel.cfg, sp)
         )
 
     def memory(self, split: ParallelDims) -> int:
-        """Estimated bytes of a rank: weights, the activations of a block, and pixels; a codec's own not."""
+        """Estimate the bytes per rank: weights, activations of one block, and pixels; not those in the codec."""
         pipe = self.pipe
-        at_once = min(self.config.batch_size, ceil(len(self.settings) / split.dp))
+        batch_size = min(self.config.batch_size, ceil(len(self.settings) / split.dp))
         pixels = max(one["num_frames"] * one["height"] * one["width"] for one in self.settings)
         weights = held_bytes(pipe.transformer, pipe.codec, pipe.text_encoder)
         activations = max(
-            activation_bytes(load, ParallelDims(split.sp, split.sp)) for load in self._loads(at_once)
+            activation_bytes(load, ParallelDims(split.sp, split.sp)) for load in self._loads(batch_size)
         )
-        return weights + activations + at_once * 3 * 4 * pixels
+        return weights + activations + batch_size * 3 * 4 * pixels
 
-    def _loads(self, at_once: int) -> Iterator[Workload]:
-        """What so many videos of each kind ask of the model; guidance on one rank doubles them."""
+    def _loads(self, batch_size: int) -> Iterator[Workload]:
+        """Yield the load of a batch of each video on the model; guidance on one rank doubles the batch."""
         transformer = self.pipe.transformer
         model = STDiTConfig(**{field.name: transformer.config[field.name] for field in fields(STDiTConfig)})
         for one in self.settings:
             shape = self.pipe.codec.latent_shape(one["num_frames"], one["height"], one["width"])
-            rows = at_once * (2 if one["guidance_scale"] != 1 and self.config.parallel.cfg == 1 else 1)
+            rows = batch_size * (2 if one["guidance_scale"] != 1 and self.config.parallel.cfg == 1 else 1)
             yield batch_load(model, shape, rows, element_size=transformer.dtype.itemsize, saved="nothing")

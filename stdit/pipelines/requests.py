@@ -1,0 +1,152 @@
+"""Which videos to make: requests, planned from the settings and checked before a model is loaded.
+
+Imports no torch at module level.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stdit.data.config import resolve_size
+from stdit.errors import UserError
+from stdit.pipelines.conditions import FrameCondition, check_frame_source, parse_frame_condition
+from stdit.pipelines.config import (
+    PROMPT_SETTINGS,
+    VIDEO_SETTINGS,
+    PromptSettings,
+    SampleConfig,
+    VideoSettings,
+)
+from stdit.pipelines.mask_strategy import MaskEntry, parse_mask_strategy
+from stdit.pipelines.prompts import PromptLine, read_prompts
+from stdit.pipelines.segments import Segments
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to make."""
+
+    prompt: str
+    seed: int
+    settings: VideoSettings = field(default_factory=VideoSettings)
+    """What is None here takes the pipeline's own setting."""
+    negative_prompt: str | None = None
+    image: Any = None
+    """First frame: a path, or any image that the pipeline takes."""
+    conditions: tuple[FrameCondition, ...] = ()
+    """Conditioning frames, with indices in the whole video."""
+    mask_entries: tuple[MaskEntry, ...] = ()
+    """Further conditioning frames, in Open-Sora's notation."""
+    segment_prompts: tuple[str, ...] = ()
+    """Prompts of the segments after the first."""
+    segments: Segments = Segments()
+    index: int = 0
+    """Position of the prompt in its file, used in file names and messages."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """Columns of the prompts file that are no settings; written to the metadata."""
+
+    def all_conditions(self) -> list[FrameCondition]:
+        """Return the image, as a condition on frame 0, and the conditions."""
+        return [*([] if self.image is None else [FrameCondition(self.image, 0, 1)]), *self.conditions]
+
+
+def plan_requests(config: SampleConfig, size_multiple: int = 2) -> list[Request]:
+    """Return a request for each prompt and seed, in this order; prompts, settings and pictures are checked.
+
+    Args:
+        size_multiple: pixels to which a size given by resolution is rounded, see `stdit.pipelines.sizes`.
+
+    Raises:
+        UserError: for a prompt, a setting or a picture that cannot be used.
+    """
+    lines = _read_prompt_lines(config)
+    common = {name: getattr(config, name) for name in PROMPT_SETTINGS}
+    if config.resolution is not None and config.aspect_ratio is not None:
+        height, width = resolve_size(config.resolution, config.aspect_ratio, size_multiple)
+        common |= {"height": height, "width": width}
+    return [
+        request for index, line in enumerate(lines) for request in _plan_line(config, common, index, line)
+    ]
+
+
+def _plan_line(
+    config: SampleConfig, common: Mapping[str, Any], index: int, line: PromptLine
+) -> list[Request]:
+    """Return the requests of one prompt, whose own settings win over the ``common`` ones."""
+    where = f"prompt {index}: "
+    own = {name: value for name in PROMPT_SETTINGS if (value := getattr(line, name)) not in (None, [], "")}
+    prompt = PromptSettings(**{**common, **own})
+    settings = VideoSettings(**{name: getattr(prompt, name) for name in VIDEO_SETTINGS})
+    settings.check(where)
+    if not all(text.strip() for text in prompt.segment_prompts):
+        raise UserError(f"{where}segment_prompts has an empty prompt: write it, or remove it.")
+    prompts = 1 + len(prompt.segment_prompts)
+    count = prompts if prompt.segments is None else prompt.segments
+    segments = Segments(count, prompt.overlap, bool(prompt.loop))
+    segments.check(where, prompts)
+    conditions = [parse_frame_condition(text) for text in prompt.condition]
+    if settings.num_frames is not None and segments.has_known_length:
+        total = segments.total_frames(settings.num_frames)
+        for condition in conditions:
+            condition.span(total)
+    references = [path.strip() for path in (prompt.reference_path or "").split(";") if path.strip()]
+    mask_entries = parse_mask_strategy(prompt.mask_strategy or "", references)
+    if references and not mask_entries:
+        raise UserError(
+            f"{where}reference_path without mask_strategy, which says where the frames go: add mask_strategy = 0 "
+            "for the first frame, or use condition."
+        )
+    for path in {prompt.image, *(one.source for one in conditions), *references} - {None}:
+        check_frame_source(path)
+    return [
+        Request(
+            prompt=line.prompt + config.scores(),
+            seed=seed,
+            settings=settings,
+            negative_prompt=prompt.negative_prompt or None,
+            image=prompt.image,
+            conditions=tuple(conditions),
+            mask_entries=tuple(mask_entries),
+            segment_prompts=tuple(text + config.scores() for text in prompt.segment_prompts),
+            segments=segments,
+            index=index,
+            extra=line.extra,
+        )
+        for seed in config.all_seeds(line.seed)
+    ]
+
+
+def check_requests(requests: Iterable[Request], recorded: Mapping[str, Any]) -> None:
+    """Check requests against the settings that a pipeline records, before it is loaded.
+
+    Raises:
+        UserError: for conditioning frames outside the video or missing in their source, and for settings that this
+            pipeline would ignore.
+    """
+    for request in {r.index: r for r in requests}.values():
+        where = f"prompt {request.index}: "
+        settings = dict(recorded) | {name: v for name, v in asdict(request.settings).items() if v is not None}
+        schedule = settings.get("guidance_schedule", "constant")
+        if request.settings.guidance_interval is not None and schedule != "interval":
+            raise UserError(
+                f"{where}guidance_interval is for guidance_schedule = interval, not {schedule}: add that, or "
+                "leave the interval out."
+            )
+        num_frames, fps = settings.get("num_frames"), settings.get("fps")
+        if num_frames is None or fps is None or not request.segments.has_known_length:
+            continue
+        total = request.segments.total_frames(num_frames)
+        conditions = [condition.resolved(total, fps) for condition in request.all_conditions()]
+        request.segments.check_frames_left(conditions, num_frames, where)
+
+
+def _read_prompt_lines(config: SampleConfig) -> list[PromptLine]:
+    if config.prompts is not None and config.prompt:
+        raise UserError("both prompt and prompts are set: remove one of them.")
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    if not config.prompt.strip():
+        raise UserError(
+            'no prompt, or an empty one: add --prompt "..." or --prompts FILE (.txt, .csv or .jsonl).'
+        )
+    return [PromptLine(prompt=config.prompt)]
