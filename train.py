@@ -11,9 +11,8 @@ second signal a second later, the run stops where it is. Exit code 2 is an error
 """
 
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from stdit.cli import run
 from stdit.training.config import TrainConfig, parse_train
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from stdit.parallel.processes.watchdog import Watchdog
     from stdit.training.batches import Batches
     from stdit.training.run import Run
-
-Item = TypeVar("Item")
 
 
 def main() -> int:
@@ -104,12 +101,12 @@ def loop(work: "Run", batches: "Batches", signals: Interrupts, watchdog: "Watchd
     work.make_up_validation()
     signals.patient = True
     with progress_bar(work.start, config.trainer.steps, work.mesh.is_main) as bar:
-        for wait, batch in timed(work.from_start(batches, watchdog)):
-            begin, step, done = time.perf_counter(), batch["step"], batch["step"] + 1
+        for batch in work.from_start(batches, watchdog):
+            begin, step, done = time.perf_counter(), batch.step, batch.step + 1
             watchdog.phase(f"step {step}, computing")
-            values = work.trainer.step(step, batch)
+            values = work.trainer.step(batch)
             seconds = time.perf_counter() - begin
-            bar.show(work.record(batch, {**values, **work.measure(done)}, seconds, wait))
+            bar.show(work.record(batch, {**values, **work.measure(done)}, seconds))
             if work.goes_back(values, step):
                 bar.n = work.start
                 continue
@@ -125,18 +122,6 @@ def loop(work: "Run", batches: "Batches", signals: Interrupts, watchdog: "Watchd
     watchdog.phase(f"step {config.trainer.steps}, export")
     print(f"trained for {config.trainer.steps} steps: {work.finish()}")
     return signals.exit_code
-
-
-def timed(items: Iterable[Item]) -> Iterator[tuple[float, Item]]:
-    """Each item with the seconds that it took to come."""
-    iterator = iter(items)
-    while True:
-        start = time.perf_counter()
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        yield time.perf_counter() - start, item
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ rounding (the biases of keys, which softmax cancels) the weight moves at full ra
 import argparse
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stdit.cli import run
+from stdit.data.batch import EncodedBatch
 from stdit.data.buckets import Bucket
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh, build_mesh
@@ -71,16 +73,17 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
     alone = Trainer(deepcopy(model), flow, accelerator, one_process, *settings)
     shared = Trainer(deepcopy(model), flow, accelerator, mesh, *settings, config.parallel.shard_parameters)
 
-    x, size = batch["latents"].to(accelerator.device), len(batch["latents"])
-    shape = (int(batch["height"][0]), int(batch["width"][0]))
-    draws = draw_batch(flow, config.seed, 0, range(size), tuple(x.shape[1:]), *shape).to(x.device)
+    x, size = batch.latents.to(accelerator.device), batch.batch_size
+    shape = (int(batch.height[0]), int(batch.width[0]))
+    draws = draw_batch(flow, config.seed, 0, range(size), tuple(x.shape[1:]), *shape).to(x.device)  # type: ignore[arg-type]
     x_t = flow.scale_model_input(flow.add_noise(x, draws.noise, draws.t), draws.t)
     sharding: TokenSharding = model.token_sharding(mesh.sp, *x.shape[2:])
+    there = batch.to(x.device)
     condition = {
         "timestep": 1000 * draws.t,
-        "encoder_hidden_states": batch["text_states"].to(x.device),
-        "encoder_attention_mask": batch["text_mask"].to(x.device),
-        **{name: batch[name].to(x.device) for name in ("fps", "height", "width")},
+        "encoder_hidden_states": there.text_states,
+        "encoder_attention_mask": there.text_mask,
+        **{name: getattr(there, name) for name in ("fps", "height", "width")},
     }
     with torch.no_grad():
         expected = sharding.split(alone.model(x_t, **condition), dim=2)
@@ -88,9 +91,8 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
     yield "output", *largest(mesh, {"": (found, expected)})
 
     rows = mesh.sample_range(size)
-    part = {name: value[rows.start : rows.stop] for name, value in batch.items()}
-    runs = ((shared, part | {"size": size}), (alone, batch | {"size": size}))
-    losses = [one.accumulate(0, data)[None] for one, data in runs]
+    runs = ((shared, batch.rows(rows)), (alone, batch))
+    losses = [one.accumulate(data)[None] for one, data in runs]
     yield "loss", *largest(mesh, {"": (losses[0], losses[1])})
     names = [name for name, _ in model.named_parameters()]
     gradients = [{name: one.model.get_parameter(name).grad for name in names} for one in (shared, alone)]
@@ -98,7 +100,7 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
     for one, data in runs:
         one.optimizer.zero_grad()
         for step in range(STEPS):
-            one.step(step, data)
+            one.step(replace(data, step=step))
     weights = [one.model.state_dict() for one in (shared, alone)]
     yield f"weights after {STEPS} steps", *largest(mesh, pairs(*weights))
     yield "averaged weights", *largest(mesh, pairs(shared.ema.average, alone.ema.average))
@@ -145,21 +147,25 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
     return model, flow, pipe
 
 
-def random_batch(config: TrainConfig, pipe: Any) -> dict[str, Any]:
+def random_batch(config: TrainConfig, pipe: Any) -> EncodedBatch:
     """A global batch of the first bucket's size, the same on every rank."""
     bucket = Bucket.from_config(config.data.multiplied_buckets()[0])
     size, generator = bucket.batch_size, torch.Generator().manual_seed(config.seed)
     shape = pipe.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
     length = min(12, pipe.text_encoder.max_length)
     mask = torch.arange(length)[None] < torch.randint(1, length + 1, (size, 1), generator=generator)
-    return {
-        "latents": torch.randn(size, pipe.codec.channels, *shape, generator=generator),
-        "text_states": torch.randn(size, length, pipe.text_encoder.channels, generator=generator),
-        "text_mask": mask,
-        "fps": torch.full((size,), float(bucket.fps)),
-        "height": torch.full((size,), float(bucket.height)),
-        "width": torch.full((size,), float(bucket.width)),
-    }
+    return EncodedBatch(
+        step=0,
+        batch_size=size,
+        captions=[""] * size,
+        clip_indices=torch.arange(size),
+        fps=torch.full((size,), float(bucket.fps)),
+        height=torch.full((size,), float(bucket.height)),
+        width=torch.full((size,), float(bucket.width)),
+        latents=torch.randn(size, pipe.codec.channels, *shape, generator=generator),
+        text_states=torch.randn(size, length, pipe.text_encoder.channels, generator=generator),
+        text_mask=mask,
+    )
 
 
 def pairs(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:

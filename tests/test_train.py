@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import train
 from stdit.checkpoint_files import verify
 from stdit.cli import run as run_main
+from stdit.data.batch import EncodedBatch
 from stdit.data.cache import encode as encode_module
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
@@ -77,10 +78,10 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Si
     """Let this process receive a signal while it computes a step."""
     original = Trainer.step
 
-    def stepping(self: Trainer, index: int, batch: dict[str, Any]) -> dict[str, Any]:
-        if index == step:
+    def stepping(self: Trainer, batch: EncodedBatch) -> dict[str, Any]:
+        if batch.step == step:
             os.kill(os.getpid(), number)
-        return original(self, index, batch)
+        return original(self, batch)
 
     monkeypatch.setattr(Trainer, "step", stepping)
 
@@ -194,10 +195,10 @@ def test_files_in_the_run_folder_ask_for_a_checkpoint_and_an_end(
     run = tmp_path / "outputs" / "tiny"
     asked, original = {1: "save", 3: "stop"}, Trainer.step
 
-    def stepping(self: Trainer, index: int, batch: dict[str, Any]) -> dict[str, Any]:
-        if index in asked:
-            (run / asked[index]).touch()
-        return original(self, index, batch)
+    def stepping(self: Trainer, batch: EncodedBatch) -> dict[str, Any]:
+        if batch.step in asked:
+            (run / asked[batch.step]).touch()
+        return original(self, batch)
 
     monkeypatch.setattr(Trainer, "step", stepping)
     assert do(settings(checkpoint__every=100)) == 0
@@ -224,11 +225,11 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_after_the_next_step(
 ) -> None:
     original = Trainer.step
 
-    def stepping(self: Trainer, index: int, batch: dict[str, Any]) -> dict[str, Any]:
+    def stepping(self: Trainer, batch: EncodedBatch) -> dict[str, Any]:
         for thread in threading.enumerate():
             if thread.name == "checkpoint":
                 thread.join(60)
-        return original(self, index, batch)
+        return original(self, batch)
 
     monkeypatch.setattr(Trainer, "step", stepping)
     monkeypatch.setattr(saving, "write_chunks", Mock(side_effect=OSError(28, "No space left on device")))

@@ -16,6 +16,7 @@ import pytest
 
 from stdit.checkpoint_files import META, newest_whole
 from stdit.cli import run as run_main
+from stdit.data.batch import EncodedBatch
 from stdit.parallel.processes.storage import STEMS
 from stdit.training.run import Run
 from stdit.training.trainer import Trainer
@@ -27,9 +28,9 @@ def before_step(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[],
     """Let something happen before steps of the run are computed, once each."""
     original = Trainer.step
 
-    def stepping(self: Trainer, index: int, batch: dict[str, Any]) -> dict[str, Any]:
-        happens.pop(index, lambda: None)()
-        return original(self, index, batch)
+    def stepping(self: Trainer, batch: EncodedBatch) -> dict[str, Any]:
+        happens.pop(batch.step, lambda: None)()
+        return original(self, batch)
 
     monkeypatch.setattr(Trainer, "step", stepping)
 

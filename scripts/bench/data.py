@@ -306,7 +306,8 @@ def measure_memory(folder: Path, clips: int) -> dict[str, Any]:
     import psutil  # type: ignore[import-untyped]
     from PIL import Image
 
-    from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
+    from stdit.data.config import BucketConfig, DataConfig
+    from stdit.data.dataset import build_plan, video_loader
 
     data = folder / "clips"
     data.mkdir()
@@ -318,9 +319,9 @@ def measure_memory(folder: Path, clips: int) -> dict[str, Any]:
     bucket = BucketConfig(num_frames=8, fps=10, height=32, width=32)
     plan = build_plan(DataConfig(manifest=str(data / "manifest.csv"), buckets=[bucket]))
     figures: dict[str, Any] = {"clips": clips, "files": [path.name for path in paths]}
-    loader = VideoBatches(plan, workers=1, crop="random")
+    loader = video_loader(plan, workers=1, crop="random")
     for count, batch in enumerate(loader(0, clips), start=1):
-        assert batch["replaced"] == 0
+        assert batch.replaced == 0
         if count in (clips // 10, clips):
             (worker,) = psutil.Process().children()
             figures[f"mib_after_{count}"] = worker.memory_info().rss / 2**20

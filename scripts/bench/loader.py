@@ -17,16 +17,22 @@ with a cache once. What that takes is shown beside, as clips a second of the tex
 """
 
 import argparse
+import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from stdit.cli import run, script_parser
 from stdit.training.config import TrainConfig, parse_train
+
+if TYPE_CHECKING:
+    from stdit.data.batch import EncodedBatch
+    from stdit.training.build import Parts
+    from stdit.training.trainer import Trainer
 
 CLIPS = 256
 Cache = Literal["memory", "disk"]
@@ -69,7 +75,7 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
 
     from stdit.parallel.processes.mesh import Mesh
     from stdit.training.batches import build_batches
-    from stdit.training.build import Parts, build_parts
+    from stdit.training.build import build_parts
     from stdit.training.system import prepare_process
     from stdit.training.trainer import Trainer
 
@@ -80,71 +86,72 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
     base = build_parts(replace(config, data=replace(config.data, cache="memory")), None, 1, 1 << 60)
     base.to(mesh.device)
 
-    def parts(cache: Cache, workers: int = 0) -> Parts:
+    def parts(cache: Cache, workers: int = 0) -> "Parts":
         data = replace(base.config.data, cache=cache, workers=workers)
         return replace(base, config=replace(base.config, data=data))
 
-    def loader(cache: Cache, workers: int = 0) -> Iterator[dict[str, Any]]:
-        return build_batches(parts(cache, workers), folder, mesh)(0, 1 << 40)
+    def loader(cache: Cache, workers: int = 0) -> Iterator[int]:
+        batches = build_batches(parts(cache, workers), folder, mesh)(0, 1 << 40)
+        return (batch.batch_size for batch in batches)
 
-    memory = loader("memory")  # which encodes everything
+    memory = build_batches(parts("memory"), folder, mesh)(0, 1 << 40)  # which encodes everything
     some = [next(memory) for _ in range(20)]
     trainer = Trainer(
         base.model, base.flow, accelerator, mesh, config.trainer, config.optimizer, config.ema, config.seed
     )
-    rates = {"training": rate(training(trainer, some), seconds), "memory": rate(memory, seconds)}
+    rates = {
+        "training": rate(training(trainer, some), seconds),
+        "memory": rate((batch.batch_size for batch in memory), seconds),
+    }
     rates["disk, 0 loaders"] = rate(loader("disk"), seconds)
     rates[f"disk, {loaders} loaders"] = rate(loader("disk", loaders), seconds)
     rates["mp4, 0 loaders"] = rate(videos(base, 0), seconds)
     rates[f"mp4, {loaders} loaders"] = rate(videos(base, loaders), seconds)
-    rates[f"mp4, codec, {loaders} loaders"] = rate(with_codec(base, loaders), seconds)
+    rates[f"mp4, codec, {loaders} loaders"] = rate(videos(base, loaders, encode=True), seconds)
     rates["(text encoder)"] = rate(texts(base, some), seconds)
-    print(f"{torch.get_num_threads()} threads, batches of {some[0]['size']}, {config.model.hidden_size} wide")
+    print(
+        f"{torch.get_num_threads()} threads, batches of {some[0].batch_size}, {config.model.hidden_size} wide"
+    )
     print(f"{'':<24}{'clips/s':>12}{'of training':>14}")
     for name, clips in rates.items():
         print(f"{name:<24}{clips:>12,.0f}{clips / rates['training']:>13.1f}x")
 
 
-def rate(batches: Iterator[dict[str, Any]], seconds: float) -> float:
-    """Clips a second, once the first two batches have come."""
+def rate(clips: Iterator[int], seconds: float) -> float:
+    """Clips per second, once the first two batches have come; the iterator yields the clips of each batch."""
     for _ in range(2):
-        next(batches)
-    clips, begin = 0, time.perf_counter()
+        next(clips)
+    count, begin = 0, time.perf_counter()
     while (passed := time.perf_counter() - begin) < seconds:
-        clips += next(batches)["size"]
-    return clips / passed
+        count += next(clips)
+    return count / passed
 
 
-def training(trainer: Any, batches: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The batches, again and again, each once the model has trained on it."""
-    step = 0
-    while True:
+def training(trainer: "Trainer", batches: list["EncodedBatch"]) -> Iterator[int]:
+    """Train on the batches, again and again."""
+    for step in itertools.count():
         batch = batches[step % len(batches)]
-        trainer.step(step, batch)
-        step += 1
-        yield batch
+        trainer.step(replace(batch, step=step))
+        yield batch.batch_size
 
 
-def videos(parts: Any, workers: int) -> Iterator[dict[str, Any]]:
-    """As data.cache none reads them."""
-    from stdit.data.dataset import VideoBatches
+def videos(parts: "Parts", workers: int, encode: bool = False) -> Iterator[int]:
+    """Read videos as data.cache none does, as float32, and encode them if asked to."""
+    from stdit.data.dataset import to_video, video_loader
 
-    return VideoBatches(parts.plan, workers, parts.config.data.crop)(0)
+    for raw in video_loader(parts.plan, workers, parts.config.data.crop)(0):
+        assert raw.content is not None
+        video = to_video(raw.content)
+        if encode:
+            parts.codec.encode(video)
+        yield raw.info.batch_size
 
 
-def with_codec(parts: Any, workers: int) -> Iterator[dict[str, Any]]:
-    for batch in videos(parts, workers):
-        parts.codec.encode(batch["video"])
-        yield batch
-
-
-def texts(parts: Any, batches: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The batches, each once its captions are encoded."""
-    encode: Callable[[list[str]], Any] = parts.text_encoder.encode
-    while True:
-        for batch in batches:
-            encode(batch["text"])
-            yield batch
+def texts(parts: "Parts", batches: list["EncodedBatch"]) -> Iterator[int]:
+    """Encode the captions of the batches, again and again."""
+    for batch in itertools.cycle(batches):
+        parts.text_encoder.encode(batch.captions)
+        yield batch.batch_size
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def peak_mib() -> float:
 
 def measure(folder: Path, step: int) -> dict[str, Any]:
     """What train.py does with the data before a batch, up to and with that of `step`."""
-    from stdit.data.dataset import VideoBatches, build_assignment, without_dead_buckets
+    from stdit.data.dataset import build_assignment, video_loader, without_dead_buckets
     from stdit.data.plan import BatchPlan
     from stdit.training.build import clips_hash
 
@@ -158,7 +158,7 @@ def measure(folder: Path, step: int) -> dict[str, Any]:
         without_dead_buckets(assignment, config.max_skipped_share)
     whole = [sum(column) for column in zip(*laps.seconds.values(), strict=True)]
     with laps.lap("read the first batch"):
-        next(iter(VideoBatches(plan)(step)))
+        next(iter(video_loader(plan)(step)))
     laps.seconds["in all, before that batch"] = (whole[0], whole[1])
     return {
         "clips": assignment.kept,

@@ -1,71 +1,74 @@
-"""Batches of latents and text states for training, encoded as they are needed, or from the cache."""
+"""Batches for training: loaded, encoded (as they are needed, or from the cache) and timed."""
 
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from stdit.codecs import build_codec, build_text_encoder
 from stdit.codecs.cached_text import CachedTextEncoder
 from stdit.codecs.padding import unpad_states
-from stdit.data.cache.batches import DiskBatches, EncodedBatches, MemoryCache
+from stdit.data.batch import EncodedBatch
+from stdit.data.cache.batches import DiskBatches, MemoryBatches, MemoryCache
 from stdit.data.cache.encode import EncodeSummary, encode_plan, encode_view
 from stdit.data.cache.reader import CachedReader, Makers
 from stdit.data.cache.store import Store
-from stdit.data.dataset import VideoBatches
+from stdit.data.dataset import to_video, video_loader
 from stdit.data.skips import SkipFile, SkipList, SkipTally
 from stdit.parallel.processes.mesh import Mesh
 from stdit.training.build import Inputs, Parts
-from stdit.training.data_stalls import watched
+from stdit.training.data_stalls import timed_batches
 
-Batches = Callable[[int, int], Iterator[dict[str, Any]]]
-"""From (first step, last step + 1) to batches with latents and text states, in order."""
+Batches = Callable[[int, int], Iterator[EncodedBatch]]
+"""From (first step, last step + 1) to this rank's part of each batch, in order."""
 
 
 def build_batches(parts: Parts, folder: Path, mesh: Mesh) -> Batches:
-    """This rank's part of each batch, as latents. Every rank calls this alike.
+    """Return this rank's part of each batch: loaded, encoded and timed. Every rank must call this.
 
-    With a cache, the parts let go of the text encoder and of what only encoding needs of the codec; states of the
+    With a cache, the parts release the text encoder and what only encoding needs of the codec; states of the
     validation prompts stay.
 
     Args:
-        folder: of the run; lists the clips that fail in ``skipped.jsonl``.
+        folder: of the run; ``skipped.jsonl`` lists the clips that fail.
 
     Raises:
-        UserError: while encoding, or iterating, when too many clips cannot be read.
+        UserError: while encoding, or iterating, if too many clips cannot be read.
     """
     data = parts.config.data
     listed = SkipFile(folder / "skipped.jsonl") if mesh.is_main else SkipList()
     tally = SkipTally(parts.plan.assignment.files, data.max_skipped_share, listed)
     batches = BATCHES[data.cache](parts, tally, mesh)
-    return lambda start, stop: watched(batches(start, stop), data, speaks=mesh.is_main)
+    return lambda start, stop: timed_batches(batches(start, stop), data, warns=mesh.is_main)
 
 
-def _fresh(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
-    """Decoded and encoded as they are needed."""
-    pin_memory = mesh.device.type == "cuda"
-    data = parts.config.data
-    videos = VideoBatches(
+def _uncached(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
+    """Decode and encode each batch when it is needed."""
+    data, pin_memory = parts.config.data, mesh.device.type == "cuda"
+    loader = video_loader(
         parts.plan, data.workers, data.crop, pin_memory=pin_memory, mesh=mesh, flip=data.flip, tally=tally
     )
     chunk = parts.config.trainer.micro_batch_size
 
-    def encoded(start_step: int, stop_step: int) -> Iterator[dict[str, Any]]:
-        for batch in videos(start_step, stop_step):
-            began, video = time.monotonic(), batch.pop("video")
-            latents = torch.cat([parts.codec.encode(part) for part in video.split(chunk or len(video))])
-            states, mask = parts.text_encoder.encode(batch["text"])
-            made = {"latents": latents, "text_states": states, "text_mask": mask}
-            yield {**batch, **made, "encoding": time.monotonic() - began}
+    def encode(start_step: int, stop_step: int) -> Iterator[EncodedBatch]:
+        for raw in loader(start_step, stop_step):
+            assert raw.content is not None, "the loader raises if it is"
+            began, video = time.perf_counter(), to_video(raw.content)
+            latents = [
+                parts.codec.encode(part.to(mesh.device, non_blocking=True))
+                for part in video.split(chunk or len(video))
+            ]
+            batch = raw.encoded(torch.cat(latents), *parts.text_encoder.encode(raw.info.captions))
+            batch.timings.encoding = time.perf_counter() - began
+            yield batch
 
-    return encoded
+    return encode
 
 
 def _from_memory(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
-    """All encoded before the first step, each rank its share, and held in memory."""
+    """Encode everything before the first step, each rank its share, and hold it in memory."""
     reader = reader_of(parts)
 
     def encode() -> EncodeSummary:
@@ -84,11 +87,11 @@ def _from_memory(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
         mesh.on_all_ranks(partial(tally.add, summary.failed))
     cache = mesh.on_all_ranks(lambda: MemoryCache.read(reader))
     _release(parts)
-    return EncodedBatches(reader, cache, mesh)
+    return MemoryBatches(reader, cache, mesh, pin_memory=mesh.device.type == "cuda")
 
 
 def _from_disk(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
-    """Read as they are needed, and encoded and stored where that was not done yet."""
+    """Read each batch from the cache when it is needed; encode and store what it lacks."""
     _release(parts)
 
     def encode_text(caption: str) -> torch.Tensor:
@@ -100,21 +103,21 @@ def _from_disk(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
 
 
 BATCHES: dict[str, Callable[[Parts, SkipTally, Mesh], Batches]] = {
-    "none": _fresh,
+    "none": _uncached,
     "memory": _from_memory,
     "disk": _from_disk,
 }
 
 
 def reader_of(inputs: Inputs) -> CachedReader:
-    """What reads the cache of a run."""
+    """Return a reader of the run's cache."""
     makers = Makers(inputs.codec.fingerprint(), inputs.text_encoder.fingerprint())
     data = inputs.config.data
     return CachedReader(inputs.plan, data, Store(data.cache_folder()), makers)
 
 
 def _release(parts: Parts) -> None:
-    """Let go of what only encoding needs. It is read again if the cache lacks something, and for the pipeline."""
+    """Release what only encoding needs; it is loaded again if the cache lacks something, and for the pipeline."""
     config = parts.config
     if config.text_encoder.name != "stored":  # which holds no encoder
         prompts, reload = config.validation.prompts, partial(build_text_encoder, config.text_encoder)

@@ -1,87 +1,79 @@
-"""Does training wait for its data, and why: a warning that names the cause and the way out."""
+"""Time how long training waits for its data, and warn when that is long, with the cause and the way out."""
 
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
+from stdit.data.batch import EncodedBatch, Timings
 from stdit.data.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
 HIGH_SHARE = 0.2
-"""Of the time of training that waiting may take before a warning."""
+"""Warn when waiting takes more than this share of the time."""
 WINDOW_SECONDS, WINDOW_STEPS = 60.0, 10
-"""A judgement is over at least so much."""
+"""Judge over at least this long, and this many steps."""
 QUIET_SECONDS = 900.0
 """Between two warnings."""
 
 
 @dataclass
-class Spent:
-    """Seconds of some steps."""
+class StallWindow:
+    """Seconds that the steps of a window took, all together."""
 
-    waiting: float = 0.0
-    """The main process waited for batches, encoding included."""
     training: float = 0.0
-    """It trained."""
-    encoding: float = 0.0
-    """It encoded clips and captions."""
-    reading: float = 0.0
-    """Loader processes, or the main process where there are none, read and decoded: all together."""
-    computing: float = 0.0
-    """They computed; for the rest of `reading` they waited themselves."""
+    """The main process used the batches."""
+    data: Timings = field(default_factory=Timings)
+    """Where the time before the batches went."""
     steps: int = 0
+
+    def add(self, timings: Timings) -> None:
+        """Count a batch."""
+        for name, seconds in vars(timings).items():
+            setattr(self.data, name, getattr(self.data, name) + seconds)
+        self.steps += 1
 
     @property
     def share(self) -> float:
-        """Of the time that went into waiting."""
-        total = self.waiting + self.training
-        return self.waiting / total if total else 0.0
+        """Share of the time in which training waited for data."""
+        total = self.data.waiting + self.training
+        return self.data.waiting / total if total else 0.0
 
 
-def watched(batches: Iterator[dict[str, Any]], config: DataConfig, speaks: bool) -> Iterator[dict[str, Any]]:
-    """The batches, with a warning once in a while if training waits long for them.
-
-    Takes from each what it tells of itself: encoding, in seconds, and spent, (reading, computing).
-    """
-    spent, begun, warned, asked = Spent(), time.monotonic(), -math.inf, 0.0
+def timed_batches(batches: Iterator[EncodedBatch], config: DataConfig, warns: bool) -> Iterator[EncodedBatch]:
+    """Yield the batches with `Timings.waiting`, and log a warning now and then if training waits long for them."""
+    window, began, warned, first = StallWindow(), time.perf_counter(), -math.inf, True
     while True:
-        start = time.monotonic()
-        try:
-            batch = next(batches)
-        except StopIteration:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
             return
-        came = time.monotonic()
-        reading, computing = batch.pop("spent", (0.0, 0.0))
-        encoding = batch.pop("encoding", 0.0)
-        if asked:  # the first one starts the loader processes
-            spent.waiting += came - start
-            spent.encoding += encoding
-            spent.reading, spent.computing = spent.reading + reading, spent.computing + computing
-            spent.steps += 1
-        asked = came
+        came = time.perf_counter()
+        batch.timings.waiting = came - asked
+        if not first:  # the first batch waits for the reader processes to start
+            window.add(batch.timings)
         yield batch
-        now = time.monotonic()
-        if spent.steps:
-            spent.training += now - came
-        if now - begun > WINDOW_SECONDS and spent.steps >= WINDOW_STEPS:
-            if speaks and spent.share > HIGH_SHARE and now - warned > QUIET_SECONDS:
-                logger.warning("%s", advice(spent, config, os.cpu_count() or 1))
+        now = time.perf_counter()
+        if not first:
+            window.training += now - came
+        first = False
+        if now - began > WINDOW_SECONDS and window.steps >= WINDOW_STEPS:
+            if warns and window.share > HIGH_SHARE and now - warned > QUIET_SECONDS:
+                logger.warning("%s", advice(window, config, os.cpu_count() or 1))
                 warned = now
-            spent, begun = Spent(), now
+            window, began = StallWindow(), now
 
 
-def advice(spent: Spent, config: DataConfig, cores: int) -> str:
-    """Why training waits, and what to do. Seconds are a step's."""
-    head = f"training waits for data {spent.share:.0%} of the time"
+def advice(window: StallWindow, config: DataConfig, cores: int) -> str:
+    """Return why training waits, and what to do about it. Seconds in the message are per step."""
+    head, data = f"training waits for data {window.share:.0%} of the time", window.data
     reading, encoding, training = (
-        seconds / max(1, spent.steps) for seconds in (spent.reading, spent.encoding, spent.training)
+        seconds / max(1, window.steps) for seconds in (data.reading, data.encoding, window.training)
     )
-    if spent.encoding > spent.waiting / 2:
+    if data.encoding > data.waiting / 2:
         cause = f"encoding takes {encoding:.2g} s a step"
         if config.cache == "disk":
             return (
@@ -89,9 +81,9 @@ def advice(spent: Spent, config: DataConfig, cores: int) -> str:
                 "them all beforehand: scripts/prepare_data.py encode"
             )
         return f"{head}: {cause}. Encode once: data.cache disk, or scripts/prepare_data.py encode before"
-    if spent.computing < spent.reading / 2:
+    if data.computing < data.reading / 2:
         return (
-            f"{head}: of the {reading:.2g} s that reading a batch takes, {1 - spent.computing / spent.reading:.0%} "
+            f"{head}: of the {reading:.2g} s that reading a batch takes, {1 - data.computing / data.reading:.0%} "
             "is waiting for a slow disk or a busy CPU. Copy the data (or data.cache_dir) to a faster disk, or raise "
             f"data.workers from {config.workers}"
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 import stdit
 from stdit.checkpoint_files import is_whole, share, step_of
 from stdit.cli import plain, to_yaml
+from stdit.data.batch import EncodedBatch
 from stdit.models.config import token_grid
 from stdit.parallel.processes.parameters import full_tensor, gather_full_tensors
 from stdit.parallel.processes.watchdog import Watchdog
@@ -93,15 +94,13 @@ class Run:
             with atomic_write(self.folder / "config.yaml") as file:
                 Path(file).write_text(to_yaml(self.config), encoding="utf-8")
 
-    def record(
-        self, batch: dict[str, Any], values: dict[str, Any], seconds: float, wait: float
-    ) -> dict[str, Any]:
-        """Write and return the line of a step that took ``seconds`` after ``wait`` seconds for its data."""
-        clips = batch["size"]
-        each = prod(token_grid(batch["latents"].shape[2:], self.config.model.patch_size))
+    def record(self, batch: EncodedBatch, values: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Write and return the line of a step that took ``seconds`` once its batch was there."""
+        clips, wait = batch.batch_size, batch.timings.waiting
+        each = prod(token_grid(batch.latents.shape[2:], self.config.model.patch_size))
         rate = clips / (seconds + wait)
         line = {
-            "step": batch["step"],
+            "step": batch.step,
             **values,
             "clips": clips,
             "seconds": round(seconds, 4),
@@ -109,13 +108,13 @@ class Run:
             "data_share": round(wait / (seconds + wait), 4),
             "clips_per_second": round(rate, 3),
             "tokens_per_second": round(rate * each, 1),
-            "replaced": batch["replaced"],
+            "replaced": batch.replaced,
             **self.checkpoints.seconds,
         }
         self.checkpoints.seconds = {}
         self.metrics.write(line)
-        if batch["step"] % self.config.tracker.every == 0 or "validation_loss" in values:
-            self.tracker.log({f"train/{key}": value for key, value in numbers(line)}, batch["step"])
+        if batch.step % self.config.tracker.every == 0 or "validation_loss" in values:
+            self.tracker.log({f"train/{key}": value for key, value in numbers(line)}, batch.step)
         return line
 
     def save(self, step: int, at_once: bool) -> Path:
@@ -259,7 +258,7 @@ class Run:
                 return path
         return None
 
-    def from_start(self, batches: Batches, watchdog: Watchdog) -> Iterator[dict[str, Any]]:
+    def from_start(self, batches: Batches, watchdog: Watchdog) -> Iterator[EncodedBatch]:
         """Batches from where the run goes on, and once more each time that it goes back."""
         self.went_back = True
         while self.went_back:

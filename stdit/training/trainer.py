@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from stdit.data.batch import EncodedBatch
 from stdit.diffusion.draws import TrainingDraws, draw_batch
 from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
@@ -65,29 +66,28 @@ class Trainer:
         """Into so many parts at least the ranks, and then the passes of a rank, split a batch."""
         self.spikes = SpikeGuard(config.spike)
 
-    def step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
-        """Train on this rank's part of the global batch of ``step`` (from 0) and return measurements of all of it.
+    def step(self, batch: EncodedBatch) -> dict[str, Any]:
+        """Train on this rank's part of a global batch, and return measurements of the whole of it.
 
         Args:
-            batch: latents ``[B C T H W]``, text_states ``[B L E]``, text_mask ``[B L]``, and fps, height
-                and width ``[B]`` in frames per second and pixels, of the samples that `Mesh.sample_range` gives this
-                rank; size, of the global batch.
+            batch: the samples that `Mesh.sample_range` gives this rank, on any device.
 
         Raises:
             UserError: after ``max_nonfinite_steps`` steps in a row without a finite loss and gradient.
         """
         with matmul_precision(self.config.matmul_precision):
-            return self._step(step, batch)
+            return self._step(batch)
 
-    def _step(self, step: int, batch: dict[str, Any]) -> dict[str, Any]:
+    def _step(self, batch: EncodedBatch) -> dict[str, Any]:
+        step = batch.step
         factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
         if step in self.spikes.left_out:
             return {**self._line(None, None, factor), "left_out": True}
-        total = self.accumulate(step, batch)
+        total = self.accumulate(batch)
         layers = LayerNorms(self.model, self.mesh) if self._measures_layers(step) else None
         gradient_norm = float(full_tensor(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         finite = math.isfinite(total) and math.isfinite(gradient_norm)
-        spike = finite and self.spikes.is_spike(self._mean_level(step, batch), float(total))
+        spike = finite and self.spikes.is_spike(self._mean_level(batch), float(total))
         if finite and not spike:
             self.optimizer.step(factor)
             self.ema.update(self.model, step)
@@ -113,19 +113,19 @@ class Trainer:
     def _measures_layers(self, step: int) -> bool:
         return self.config.block_norms_every is not None and step % self.config.block_norms_every == 0
 
-    def _mean_level(self, step: int, batch: dict[str, Any]) -> float:
-        size = (batch["latents"].shape[2], batch["height"][0], batch["width"][0])
-        return mean_level(self.flow, self.seed, step, batch["size"], *size)
+    def _mean_level(self, batch: EncodedBatch) -> float:
+        size = (batch.latents.shape[2], float(batch.height[0]), float(batch.width[0]))
+        return mean_level(self.flow, self.seed, batch.step, batch.batch_size, *size)
 
-    def accumulate(self, step: int, batch: dict[str, Any]) -> Tensor:
-        """The loss of the global batch; its gradients are left in the parameters, averaged over all ranks."""
-        passes = self.mesh.micro_batches(batch["size"], self.most_at_once(batch["size"]))
+    def accumulate(self, batch: EncodedBatch) -> Tensor:
+        """Return the loss of the global batch; leave its gradients, averaged over all ranks, in the parameters."""
+        passes = self.mesh.micro_batches(batch.batch_size, self.most_at_once(batch.batch_size))
         total = torch.zeros((), device=self.accelerator.device)
         for index, (rows, counts) in enumerate(passes):
             with nullcontext() if index == len(passes) - 1 else self.network.no_sync():
                 # Ranks average their gradients, and each has a part of the sum: hence the factor.
-                factor = counts * self.mesh.world_size / batch["size"]
-                loss = self._losses(step, batch, rows).sum() * factor
+                factor = counts * self.mesh.world_size / batch.batch_size
+                loss = self._losses(batch, rows).sum() * factor
                 loss.backward()
             total += loss.detach()
         return self.mesh.all_reduce_mean(total)
@@ -139,18 +139,21 @@ class Trainer:
             return self.config.micro_batch_size
         return -(-batch_size // self.parts)
 
-    def _losses(self, step: int, batch: dict[str, Any], rows: slice) -> Tensor:
-        """Loss of some samples of this rank's part of the batch, over this rank's frames of them."""
-        size = (int(batch["height"][0]), int(batch["width"][0]))
-        indices, shape = self.mesh.sample_range(batch["size"])[rows], tuple(batch["latents"].shape[1:])
-        return self.losses(batch, rows, draw_batch(self.flow, self.seed, step, indices, shape, *size))
+    def _losses(self, batch: EncodedBatch, rows: slice) -> Tensor:
+        """Return the losses of some samples of this rank's part of the batch, over this rank's frames of them."""
+        size = (int(batch.height[0]), int(batch.width[0]))
+        indices, shape = self.mesh.sample_range(batch.batch_size)[rows], tuple(batch.latents.shape[1:])
+        draws = draw_batch(self.flow, self.seed, batch.step, indices, shape, *size)  # type: ignore[arg-type]
+        return self.losses(batch.rows(rows), draws)
 
-    def losses(self, batch: dict[str, Any], rows: slice, draws: TrainingDraws) -> Tensor:
-        """The same with given randomness; the ranks that share a sample have parts of its loss, that add up."""
+    def losses(self, batch: EncodedBatch, draws: TrainingDraws) -> Tensor:
+        """Return the loss of each sample ``[B]`` with these draws.
+
+        Ranks that share a sample each return the part of its loss that their frames have; the parts add up to it.
+        """
         device = self.accelerator.device
-        names = ("latents", "text_states", "text_mask", "fps", "height", "width")
-        x, states, mask, fps, height, width = (batch[name][rows].to(device) for name in names)
-        draws = draws.to(device)
+        batch, draws = batch.to(device, non_blocking=True), draws.to(device)
+        x = batch.latents
         x_t = self.flow.add_noise(x, draws.noise, draws.t)
         sharding = self.model.token_sharding(self.mesh.sp, *x.shape[2:])  # type: ignore[operator]
         x, noise, x_t = (sharding.split(value, dim=2) for value in (x, draws.noise, x_t))
@@ -159,11 +162,11 @@ class Trainer:
             output = self.network.module(
                 hidden_states=self.flow.scale_model_input(x_t, t),
                 timestep=1000 * draws.t,
-                encoder_hidden_states=states,
-                encoder_attention_mask=mask,
-                fps=fps,
-                height=height,
-                width=width,
+                encoder_hidden_states=batch.text_states,
+                encoder_attention_mask=batch.text_mask,
+                fps=batch.fps,
+                height=batch.height,
+                width=batch.width,
                 drop_caption=draws.drop_caption,
                 sharding=sharding,
             )

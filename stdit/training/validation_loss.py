@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.assignment import Assignment
+from stdit.data.batch import EncodedBatch
 from stdit.data.buckets import Bucket
 from stdit.data.cache.keys import remembered
 from stdit.data.dataset import build_plan, middle_window, to_video
@@ -30,7 +31,7 @@ NOISE_STREAM = 0x76616C69
 
 
 @dataclass(frozen=True)
-class Row:
+class ValidationRow:
     """One clip at one noise level."""
 
     clip: int
@@ -41,9 +42,9 @@ class Row:
     """0 for one that only fills up the last batch."""
 
 
-def rows_of(clips: int, levels: int, batch_size: int) -> Iterator[tuple[Row, ...]]:
+def rows_of(clips: int, levels: int, batch_size: int) -> Iterator[tuple[ValidationRow, ...]]:
     """Every clip at every level, in batches that are all full."""
-    rows = [Row(clip, level) for clip in range(clips) for level in range(levels)]
+    rows = [ValidationRow(clip, level) for clip in range(clips) for level in range(levels)]
     rows += [replace(rows[0], weight=0.0)] * (-len(rows) % batch_size)
     for start in range(0, len(rows), batch_size):
         yield tuple(rows[start : start + batch_size])
@@ -57,7 +58,7 @@ def quantiles(levels: int) -> list[float]:
 def fixed_draws(
     flow: RectifiedFlow,
     seed: int,
-    rows: Sequence[Row],
+    rows: Sequence[ValidationRow],
     levels: int,
     latent_shape: tuple[int, int, int, int],
     height: int,
@@ -85,7 +86,7 @@ def fixed_draws(
 
 @torch.no_grad()
 def losses_by_level(
-    trainer: Trainer, batches: Sequence[tuple[tuple[Row, ...], dict[str, Any]]], levels: int
+    trainer: Trainer, batches: Sequence[tuple[tuple[ValidationRow, ...], EncodedBatch]], levels: int
 ) -> list[float]:
     """Mean loss at each quantile over the clips of a bucket; every rank must call this, and gets the same.
 
@@ -96,11 +97,11 @@ def losses_by_level(
     for rows, batch in batches:
         weights.index_add_(0, *_by_level(rows))
         mine = [rows[row] for row in mesh.sample_range(len(rows))]
-        size = (int(batch["height"][0]), int(batch["width"][0]))
+        size = (int(batch.height[0]), int(batch.width[0]))
         for part, counts in mesh.micro_batches(len(rows), trainer.most_at_once(len(rows))):
-            shape = tuple(batch["latents"].shape[1:])
+            shape = tuple(batch.latents.shape[1:])
             draws = fixed_draws(trainer.flow, trainer.seed, mine[part], levels, shape, *size)  # type: ignore[arg-type]
-            losses = trainer.losses(batch, part, draws).cpu()
+            losses = trainer.losses(batch.rows(part), draws).cpu()
             level, weight = _by_level(mine[part])
             totals.index_add_(0, level, losses * weight * counts)
     sums = (
@@ -109,7 +110,7 @@ def losses_by_level(
     return (sums / weights).tolist()
 
 
-def _by_level(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+def _by_level(rows: Sequence[ValidationRow]) -> tuple[Tensor, Tensor]:
     return torch.tensor([row.level for row in rows]), torch.tensor([row.weight for row in rows])
 
 
@@ -131,7 +132,7 @@ class ValidationLoss:
         self.chosen = mesh.on_main(lambda: readable(self.assignment, self.config.loss_clips))
         captions = [self.assignment.clips[index].text for index in chain.from_iterable(self.chosen)]
         inputs.text_encoder.check(captions)
-        self._encoded: dict[int, list[tuple[tuple[Row, ...], dict[str, Any]]]] = {}
+        self._encoded: dict[int, list[tuple[tuple[ValidationRow, ...], EncodedBatch]]] = {}
 
     def __str__(self) -> str:
         where = self.config.loss_manifest or "the training data, since validation.loss_manifest is not set"
@@ -157,7 +158,7 @@ class ValidationLoss:
         }
         return {"validation_loss": round(total / (levels * count), 7), "validation": named}
 
-    def _batches(self, place: int) -> list[tuple[tuple[Row, ...], dict[str, Any]]]:
+    def _batches(self, place: int) -> list[tuple[tuple[ValidationRow, ...], EncodedBatch]]:
         """This rank's parts of the batches of a bucket, encoded once and kept."""
         if place not in self._encoded:
             bucket, clips = self.assignment.buckets[place], self.chosen[place]
@@ -168,21 +169,26 @@ class ValidationLoss:
         return self._encoded[place]
 
     @torch.no_grad()
-    def _batch(self, bucket: Bucket, clips: Sequence[int], rows: Sequence[Row]) -> dict[str, Any]:
-        mine = [clips[rows[row].clip] for row in self.mesh.sample_range(len(rows))]
+    def _batch(self, bucket: Bucket, clips: Sequence[int], rows: Sequence[ValidationRow]) -> EncodedBatch:
+        own = [clips[rows[row].clip] for row in self.mesh.sample_range(len(rows))]
         latents: dict[int, Tensor] = {}
-        for index in dict.fromkeys(mine):
+        for index in dict.fromkeys(own):
             video = to_video(middle_window(self.assignment.clips[index], bucket)[None]).to(self.mesh.device)
             latents[index] = self.inputs.codec.encode(video).float().cpu()
-        states, mask = self.inputs.text_encoder.encode([self.assignment.clips[index].text for index in mine])
-        numbers = {name: float(getattr(bucket, name)) for name in ("fps", "height", "width")}
-        return {
-            "size": len(rows),
-            "latents": torch.cat([latents[index] for index in mine]),
-            "text_states": states.cpu(),
-            "text_mask": mask.cpu(),
-            **{name: torch.full((len(mine),), value) for name, value in numbers.items()},
-        }
+        captions = [self.assignment.clips[index].text for index in own]
+        states, mask = self.inputs.text_encoder.encode(captions)
+        return EncodedBatch(
+            step=0,
+            batch_size=len(rows),
+            captions=captions,
+            clip_indices=torch.tensor(own),
+            fps=torch.full((len(own),), float(bucket.fps)),
+            height=torch.full((len(own),), float(bucket.height)),
+            width=torch.full((len(own),), float(bucket.width)),
+            latents=torch.cat([latents[index] for index in own]),
+            text_states=states.cpu(),
+            text_mask=mask.cpu(),
+        )
 
 
 def readable(assignment: Assignment, most: int) -> list[list[int]]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
+from stdit.data.config import BucketConfig, DataConfig
+from stdit.data.dataset import build_plan, to_video, video_loader
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.processes.mesh import Mesh
 from tests.parallel.ranks import run_on_ranks
@@ -38,47 +39,52 @@ def config(folder, **values):
 
 
 def same(a, b):
-    assert a.keys() == b.keys()
-    for key in a.keys() - {"spent"}:
-        assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], key
+    one, other = ({**vars(raw.info), **vars(raw)} for raw in (a, b))
+    assert one.keys() == other.keys()
+    for key in one.keys() - {"info", "timings"}:
+        assert (
+            torch.equal(one[key], other[key])
+            if isinstance(one[key], torch.Tensor)
+            else one[key] == other[key]
+        ), key
     return True
 
 
 def test_batches_are_complete(folder):
     plan = build_plan(config(folder))
     seen = set()
-    for step, batch in enumerate(VideoBatches(plan)(0, plan.steps_per_epoch)):
-        bucket = plan.batch(step).bucket
+    for step, raw in enumerate(video_loader(plan)(0, plan.steps_per_epoch)):
+        bucket, info, video = plan.batch(step).bucket, raw.info, to_video(raw.content)
         shape = (bucket.batch_size, 3, bucket.num_frames, bucket.height, bucket.width)
-        assert batch["video"].shape == shape and batch["video"].dtype == torch.float32
-        assert -1 <= batch["video"].min() < -0.5 and 0.5 < batch["video"].max() <= 1
-        assert batch["text"] == [f"clip {i}" for i in batch["clip_indices"].tolist()]
-        assert batch["fps"].tolist() == [8.0] * len(batch["text"])
-        assert batch["height"].tolist() == [float(bucket.height)] * len(batch["text"])
-        assert batch["width"].tolist() == [float(bucket.width)] * len(batch["text"])
-        assert (batch["step"], batch["size"], batch["replaced"]) == (step, bucket.batch_size, 0)
-        seen.update(batch["text"])
+        assert video.shape == shape and video.dtype == torch.float32
+        assert -1 <= video.min() < -0.5 and 0.5 < video.max() <= 1
+        assert info.captions == [f"clip {i}" for i in info.clip_indices.tolist()]
+        assert info.fps.tolist() == [8.0] * len(info.captions)
+        assert info.height.tolist() == [float(bucket.height)] * len(info.captions)
+        assert info.width.tolist() == [float(bucket.width)] * len(info.captions)
+        assert (info.step, info.batch_size, raw.replaced) == (step, bucket.batch_size, 0)
+        seen.update(info.captions)
     assert len(seen) == 9
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_for_any_number_of_workers(folder, workers):
     plan = build_plan(config(folder), seed=5)
-    here = list(VideoBatches(plan, crop="random")(0, 6))
-    there = list(VideoBatches(plan, workers=workers, crop="random")(0, 6))
+    here = list(video_loader(plan, crop="random")(0, 6))
+    there = list(video_loader(plan, workers=workers, crop="random")(0, 6))
     assert len(here) == len(there) == 6
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
 
 
 def test_starting_at_a_step_equals_walking_there(folder):
-    walked = list(VideoBatches(build_plan(config(folder)), crop="random")(0, 9))
-    resumed = VideoBatches(build_plan(config(folder)), crop="random")(7)
+    walked = list(video_loader(build_plan(config(folder)), crop="random")(0, 9))
+    resumed = video_loader(build_plan(config(folder)), crop="random")(7)
     assert same(next(resumed), walked[7]) and same(next(resumed), walked[8])
 
 
 def test_leaves_the_global_random_state_alone(folder):
     before = torch.get_rng_state()
-    list(VideoBatches(build_plan(config(folder)), crop="random")(0, 2))
+    list(video_loader(build_plan(config(folder)), crop="random")(0, 2))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -99,17 +105,17 @@ def breaking(tmp_path, write_video):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_clip_that_fails_gives_way_to_the_next(breaking, workers, caplog):
     plan, folder = breaking
-    loader = VideoBatches(plan, workers=workers)
-    for batch in loader(0, 4):
-        planned = plan.batch(batch["step"]).indices
-        used = batch["clip_indices"].tolist()
+    loader = video_loader(plan, workers=workers)
+    for raw in loader(0, 4):
+        planned = plan.batch(raw.info.step).indices
+        used = raw.info.clip_indices.tolist()
         if 4 not in planned:
-            assert used == planned and batch["replaced"] == 0
+            assert used == planned and raw.replaced == 0
             continue
         index = planned.index(4)
-        stand_in = next(plan.replacements(batch["step"], index))
+        stand_in = next(plan.replacements(raw.info.step, index))
         expected = [*planned[:index], stand_in, *planned[index + 1 :]]
-        assert used == expected and batch["replaced"] == 1
+        assert used == expected and raw.replaced == 1
     ((path, reason),) = loader.tally.failed.items()
     assert path == str(folder / "4.mp4") and "not a readable video" in reason
     assert caplog.text.count(f"left out: {folder / '4.mp4'} cannot be read") == 1
@@ -122,32 +128,32 @@ def test_too_many_failures_stop_the_run(breaking, workers):
     with pytest.raises(
         UserError, match=r"(?s)^2 of 10 files failed to decode, more than data.max_skipped_share = 0.1"
     ):
-        list(VideoBatches(plan, workers=workers, max_skipped_share=0.1)(0, 2))
+        list(video_loader(plan, workers=workers, max_skipped_share=0.1)(0, 2))
     (folder / "manifest.csv").unlink()
     for i in range(10):
         (folder / f"{i}.mp4").unlink(missing_ok=True)
     with pytest.raises(
         UserError, match="10 of 10 files failed to decode, and none of bucket 16x32x32 at 8 fps"
     ):
-        list(VideoBatches(plan, workers=workers)(0, 2))
+        list(video_loader(plan, workers=workers)(0, 2))
 
 
 def test_each_rank_reads_its_part_and_hears_of_all_failures(breaking):
     plan, folder = breaking
-    run_on_ranks(2, read_parts, plan, list(VideoBatches(plan, crop="random")(0, 4)))
+    run_on_ranks(2, read_parts, plan, list(video_loader(plan, crop="random")(0, 4)))
     (folder / "7.mp4").unlink()
     run_on_ranks(2, fail_together, plan)
 
 
 def read_parts(group, plan, expected):
     mesh = Mesh(group.rank, group.size)
-    loader = VideoBatches(plan, crop="random", mesh=mesh)
+    loader = video_loader(plan, crop="random", mesh=mesh)
     for part, whole in zip(loader(0, 4), expected, strict=True):
         rows = mesh.sample_range(5)
-        assert len(part["video"]) == len(rows) == (3, 2)[group.rank]
-        assert torch.equal(part["video"], whole["video"][rows.start : rows.stop])
-        assert part["text"] == whole["text"][rows.start : rows.stop]
-        assert (part["size"], part["replaced"]) == (5, whole["replaced"])
+        assert len(part.content) == len(rows) == (3, 2)[group.rank]
+        assert torch.equal(part.content, whole.content[rows.start : rows.stop])
+        assert part.info.captions == whole.info.captions[rows.start : rows.stop]
+        assert (part.info.batch_size, part.replaced) == (5, whole.replaced)
     assert [Path(path).name for path in loader.tally.failed] == ["4.mp4"]
 
 
@@ -155,8 +161,8 @@ def fail_together(group, plan):
     """Of two clips that cannot be read each rank may meet one, and both stop at the same step."""
     seen = []
     with pytest.raises((UserError, OtherRankError), match="2 of 10 files failed to decode, more than"):
-        for batch in VideoBatches(plan, max_skipped_share=0.1, mesh=Mesh(group.rank, group.size))(0, 9):
-            seen.append(batch["step"])
+        for raw in video_loader(plan, max_skipped_share=0.1, mesh=Mesh(group.rank, group.size))(0, 9):
+            seen.append(raw.info.step)
     assert seen == [step for step in (0,) if {4, 7} - set(plan.batch(0).indices)]
 
 
@@ -172,7 +178,7 @@ def test_ranks_that_share_a_video_must_read_it_alike(breaking, tmp_path_factory)
 
 def read_otherwise(group, plans):
     with pytest.raises((UserError, OtherRankError), match="rank 1 shares the videos of rank 0, but"):
-        list(VideoBatches(plans[group.rank], mesh=Mesh(group.rank, group.size, group))(0, 4))
+        list(video_loader(plans[group.rank], mesh=Mesh(group.rank, group.size, group))(0, 4))
 
 
 def test_a_bucket_without_a_readable_clip_is_left_out_before_there_is_a_plan(folder, tmp_path):
@@ -185,7 +191,7 @@ def test_a_bucket_without_a_readable_clip_is_left_out_before_there_is_a_plan(fol
     plan = build_plan(config(tmp_path))
     assert "2 entries of the manifest skipped" in plan.report()
     assert "2 x no clip of bucket 16x48x48 at 8 fps can be read" in plan.report()
-    used = {i for batch in VideoBatches(plan)(0, 6) for i in batch["clip_indices"].tolist()}
+    used = {i for raw in video_loader(plan)(0, 6) for i in raw.info.clip_indices.tolist()}
     assert used == {0, 1}  # 4 gives way within its bucket
     with pytest.raises(
         UserError, match=r"2 of 5 files failed to decode, more than data.max_skipped_share = 0.3"
@@ -206,7 +212,7 @@ def test_every_kind_of_bad_entry_is_reported_and_the_rest_trains(tmp_path, write
     (tmp_path / "manifest.csv").write_text("\n".join(["path,text", *rows]))
     bucket = BucketConfig(num_frames=16, fps=8, height=32, width=32, batch_size=2)
     plan = build_plan(DataConfig(manifest=str(tmp_path / "manifest.csv"), buckets=[bucket]))
-    assert next(VideoBatches(plan)(0))["text"] == ["a", "a"]
+    assert next(video_loader(plan)(0)).info.captions == ["a", "a"]
     report = plan.report()
     for words in [
         "too short",
@@ -227,17 +233,18 @@ def test_real_clips_make_batches(tmp_path, real_clips, height, width):
     (tmp_path / "manifest.csv").write_text("\n".join(["path,text", *rows]))
     bucket = BucketConfig(num_frames=9, fps=8, height=height, width=width, batch_size=3)
     plan = build_plan(DataConfig(manifest=str(tmp_path / "manifest.csv"), root=str(root), buckets=[bucket]))
-    batch = next(VideoBatches(plan)(0))
-    assert batch["video"].shape == (3, 3, 9, height, width)
-    assert sorted(batch["text"]) == ["bigbuckbunny", "bikes", "carphone_pristine"]
+    raw = next(video_loader(plan)(0))
+    assert to_video(raw.content).shape == (3, 3, 9, height, width)
+    assert sorted(raw.info.captions) == ["bigbuckbunny", "bikes", "carphone_pristine"]
 
 
 SCRIPT = """
 import sys
-from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
+from stdit.data.config import BucketConfig, DataConfig
+from stdit.data.dataset import build_plan, video_loader
 bucket = BucketConfig(num_frames=8, fps=8, height=24, width=32, batch_size=3)
-batches = VideoBatches(build_plan(DataConfig(manifest=sys.argv[1], buckets=[bucket])), workers=2)(0)
-print(next(batches)["step"])
+batches = video_loader(build_plan(DataConfig(manifest=sys.argv[1], buckets=[bucket])), workers=2)(0)
+print(next(batches).info.step)
 """
 
 

@@ -73,12 +73,12 @@ class Watch:
             self.opened += [str(file)] * (mode != "w")
             return open_video(file, mode, *args, **options)
 
-        def stepping(trainer, number, batch):
-            if number == 2:
+        def stepping(trainer, batch):
+            if batch.step == 2:
                 gc.collect()
                 alive = [thing for thing in gc.get_objects() if is_encoder(type(thing))]
                 self.encoders = [type(thing) for thing in alive if id(thing) not in others]
-            return step(trainer, number, batch)
+            return step(trainer, batch)
 
         monkeypatch.setattr(av, "open", opening)
         monkeypatch.setattr(Trainer, "step", stepping)
@@ -198,6 +198,6 @@ def on_rank(group, runs, folder, expected):
         batches = build_batches(parts_of(argv), folder, mesh)(0, 4)
         for part, whole in zip(batches, expected, strict=True):
             (row,) = mesh.sample_range(2)
-            assert torch.equal(part["latents"], whole["latents"][row : row + 1])
-            states = whole["text_states"][row][whole["text_mask"][row]]
-            torch.testing.assert_close(part["text_states"][0], states, atol=1e-5, rtol=1e-5)
+            assert torch.equal(part.latents, whole.latents[row : row + 1])
+            states = whole.text_states[row][whole.text_mask[row]]
+            torch.testing.assert_close(part.text_states[0], states, atol=1e-5, rtol=1e-5)

@@ -10,7 +10,7 @@ def test_norms_are_those_of_each_block() -> None:
         tiny_model(in_channels=3), OptimizerConfig(lr=1e-2), block_norms_every=2, max_grad_norm=1e-3
     )
     before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
-    line = one.step(0, tiny_batch(0))
+    line = one.step(tiny_batch(0))
     found = line["layers"]
     after = dict(one.model.named_parameters())
     assert set(found) == {name.split(".")[0] for name in after if "_blocks" not in name} | {
@@ -25,4 +25,4 @@ def test_norms_are_those_of_each_block() -> None:
         assert norms["update"] == pytest.approx(float(moved.norm()), rel=1e-5)
     total = sum(norms["gradient"] ** 2 for norms in found.values() if "gradient" in norms) ** 0.5
     assert total == pytest.approx(line["grad_norm"], rel=1e-5), "before clipping"
-    assert "layers" not in one.step(1, tiny_batch(1))
+    assert "layers" not in one.step(tiny_batch(1))

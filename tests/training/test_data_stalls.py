@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 
-import stdit.training.data_stalls as waiting
+from stdit.data.batch import Timings
 from stdit.data.config import DataConfig
-from stdit.training.data_stalls import Spent, advice, watched
+from stdit.training import data_stalls
+from stdit.training.data_stalls import StallWindow, advice, timed_batches
 
 
 def config(**values):
@@ -10,45 +13,53 @@ def config(**values):
 
 
 @pytest.mark.parametrize(
-    ("spent", "settings", "words"),
+    ("window", "settings", "words"),
     [
         (
-            Spent(60, 40, encoding=50, reading=5, steps=10),
+            StallWindow(40, Timings(60, reading=5, encoding=50), 10),
             {},
             ["60%", "encoding takes 5 s", "data.cache disk"],
         ),
-        (Spent(60, 40, 50, 5, steps=10), {"cache": "disk"}, ["cache lacks clips", "prepare_data.py encode"]),
         (
-            Spent(30, 70, 0, 100, 20, 10),
+            StallWindow(40, Timings(60, reading=5, encoding=50), 10),
+            {"cache": "disk"},
+            ["cache lacks clips", "prepare_data.py encode"],
+        ),
+        (
+            StallWindow(70, Timings(30, 100, 20, 0), 10),
             {"workers": 2},
             ["30%", "80% is waiting for a slow disk", "faster disk"],
         ),
         (
-            Spent(30, 70, 0, 200, 190, 10),
+            StallWindow(70, Timings(30, 200, 190, 0), 10),
             {"workers": 1},
             ["20 s, and a step 7 s", "data.workers = 1", "set it to 3"],
         ),
-        (Spent(90, 10, 0, 100, 95, 10), {}, ["10 workers would be needed", "4 cores", "data.cache disk"]),
-        (Spent(30, 70, 0, 60, 55, 10), {"workers": 2}, ["2 loader processes are fast enough"]),
+        (
+            StallWindow(10, Timings(90, 100, 95, 0), 10),
+            {},
+            ["10 workers would be needed", "4 cores", "data.cache disk"],
+        ),
+        (StallWindow(70, Timings(30, 60, 55, 0), 10), {"workers": 2}, ["2 loader processes are fast enough"]),
     ],
 )
-def test_the_cause_and_the_way_out_are_named(spent, settings, words):
-    said = advice(spent, config(**settings), cores=4)
+def test_the_cause_and_the_way_out_are_named(window, settings, words):
+    said = advice(window, config(**settings), cores=4)
     assert all(word in said for word in words), said
 
 
-def run(monkeypatch, steps, wait, train, speaks=True):
+def run(monkeypatch, steps, wait, train, warns=True):
     """Steps of so many seconds each, of a clock that stands still otherwise; returns what the batches became."""
     now = [100.0]
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(data_stalls.time, "perf_counter", lambda: now[0])
 
     def batches():
         for step in range(steps):
             now[0] += wait
-            yield {"step": step, "spent": (wait, wait), "encoding": 0.0}
+            yield SimpleNamespace(step=step, timings=Timings(reading=wait, computing=wait))
 
     seen = []
-    for batch in watched(batches(), config(), speaks):
+    for batch in timed_batches(batches(), config(), warns):
         now[0] += train
         seen.append(batch)
     return seen
@@ -56,14 +67,15 @@ def run(monkeypatch, steps, wait, train, speaks=True):
 
 def test_it_warns_once_in_a_while_and_not_of_a_short_wait(monkeypatch, caplog):
     seen = run(monkeypatch, 1000, wait=1.0, train=1.0)
-    assert seen == [{"step": step} for step in range(1000)]
+    assert [batch.step for batch in seen] == list(range(1000))
+    assert {batch.timings.waiting for batch in seen} == {1.0}
     assert caplog.text.count("training waits for data 50% of the time") == 3  # in 2000 s, every 900
     caplog.clear()
     run(monkeypatch, 1000, wait=0.1, train=1.0)
-    run(monkeypatch, 1000, wait=1.0, train=1.0, speaks=False)
+    run(monkeypatch, 1000, wait=1.0, train=1.0, warns=False)
     run(monkeypatch, 9, wait=100.0, train=1.0)  # the first batches may take their time
     assert not caplog.text
 
 
 def test_the_share_is_of_all_time():
-    assert Spent(waiting=1, training=3).share == 0.25 and Spent().share == 0
+    assert StallWindow(3, Timings(waiting=1)).share == 0.25 and StallWindow().share == 0

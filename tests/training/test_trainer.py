@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def gradients(one: Trainer, step: int) -> dict[str, torch.Tensor]:
     one.optimizer.step = lambda factor: seen.update(  # type: ignore[method-assign]
         {name: p.grad.clone() for name, p in one.model.named_parameters() if p.grad is not None}
     )
-    one.step(step, tiny_batch(step))
+    one.step(tiny_batch(step))
     return seen
 
 
@@ -32,29 +33,27 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     assert len(expected) == len(found) > 10
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
-    assert whole.step(5, tiny_batch(5))["loss"] == pytest.approx(
-        parts.step(5, tiny_batch(5))["loss"], rel=1e-5
-    )
+    assert whole.step(tiny_batch(5))["loss"] == pytest.approx(parts.step(tiny_batch(5))["loss"], rel=1e-5)
 
 
 def test_a_step_depends_on_seed_step_and_state_only() -> None:
     first, second = trainer(), trainer()
     torch.manual_seed(1)
-    losses = [first.step(step, tiny_batch(step))["loss"] for step in range(3)]
+    losses = [first.step(tiny_batch(step))["loss"] for step in range(3)]
     torch.manual_seed(2)
-    assert [second.step(step, tiny_batch(step))["loss"] for step in range(3)] == losses
-    assert trainer().step(1, tiny_batch(0))["loss"] != trainer().step(0, tiny_batch(0))["loss"]
+    assert [second.step(tiny_batch(step))["loss"] for step in range(3)] == losses
+    assert trainer().step(replace(tiny_batch(0), step=1))["loss"] != trainer().step(tiny_batch(0))["loss"]
 
 
 def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
     first, second = trainer(), trainer()
     for step in range(3):
-        first.step(step, tiny_batch(step))
+        first.step(tiny_batch(step))
     folder = Checkpoints(tmp_path, CheckpointConfig(), Mesh()).save(3, first.state(), {}, at_once=True)
     second.read(folder, {"nonfinite_in_a_row": 2, "parts": 1})
     assert second.nonfinite_in_a_row == 2
     for step in (3, 4):
-        assert first.step(step, tiny_batch(step)) == second.step(step, tiny_batch(step))
+        assert first.step(tiny_batch(step)) == second.step(tiny_batch(step))
     for one, other in (
         (first.model.state_dict(), second.model.state_dict()),
         (first.ema.average, second.ema.average),
@@ -75,29 +74,29 @@ def test_on_fewer_ranks_than_before_passes_are_as_small_as_then(tmp_path: Path) 
         None,
     )
     assert trainer(micro_batch_size=3).most_at_once(4) == 3
-    assert found.step(1, tiny_batch(1)) == before.step(1, tiny_batch(1))
-    assert found.step(2, tiny_batch(2))["loss"] == before.step(2, tiny_batch(2))["loss"]
+    assert found.step(tiny_batch(1)) == before.step(tiny_batch(1))
+    assert found.step(tiny_batch(2))["loss"] == before.step(tiny_batch(2))["loss"]
 
 
 def test_nonfinite_steps_are_skipped_counted_and_stop_the_run() -> None:
     one = trainer(max_nonfinite_steps=3)
-    broken = tiny_batch(0) | {"latents": torch.full((4, 3, 2, 4, 4), float("nan"))}
+    broken = replace(tiny_batch(0), latents=torch.full((4, 3, 2, 4, 4), float("nan")))
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
-    assert one.step(0, broken) == {"loss": None, "lr": 1e-3, "grad_norm": None, "skipped": True}
+    assert one.step(broken) == {"loss": None, "lr": 1e-3, "grad_norm": None, "skipped": True}
     assert all(torch.equal(before[name], tensor) for name, tensor in one.model.state_dict().items())
     assert not one.optimizer.state_dict() and one.nonfinite_in_a_row == 1
-    assert not one.step(1, tiny_batch(1))["skipped"] and one.nonfinite_in_a_row == 0
-    one.step(2, broken)
-    one.step(3, broken)
+    assert not one.step(tiny_batch(1))["skipped"] and one.nonfinite_in_a_row == 0
+    one.step(replace(broken, step=2))
+    one.step(replace(broken, step=3))
     with pytest.raises(UserError, match=r"not finite in 3 steps in a row, up to 4: lower"):
-        one.step(4, broken)
+        one.step(replace(broken, step=4))
 
 
 def test_bf16_computes_in_bf16_and_keeps_weights_in_float32() -> None:
     one = trainer(precision="bf16")
     seen = []
     one.model.spatial_blocks[0].mlp.register_forward_hook(lambda *hook: seen.append(hook[2].dtype))  # type: ignore
-    losses = one.step(0, tiny_batch(0)), trainer().step(0, tiny_batch(0))
+    losses = one.step(tiny_batch(0)), trainer().step(tiny_batch(0))
     assert set(seen) == {torch.bfloat16}
     assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=0.05)
     assert {p.dtype for p in one.model.parameters()} == {torch.float32}
@@ -109,7 +108,7 @@ def test_products_are_as_exact_as_the_settings_say_within_a_step() -> None:
     hook = lambda *_: seen.append(torch.get_float32_matmul_precision())  # noqa: E731
     one.model.register_forward_hook(hook)
     one.model.register_full_backward_hook(hook)
-    assert not one.step(0, tiny_batch(0))["skipped"]
+    assert not one.step(tiny_batch(0))["skipped"]
     assert seen == ["medium", "medium"]
     assert torch.get_float32_matmul_precision() == "highest"
 

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from stdit.checkpoint_files import read_meta, verify
+from stdit.data.batch import EncodedBatch
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.processes.mesh import Mesh, build_mesh
@@ -72,12 +73,12 @@ def trainer(
     return tiny_trainer(model, optimizer, mesh, shard_parameters, **settings)
 
 
-def batch(mesh: Mesh, step: int) -> dict[str, Any]:
+def batch(mesh: Mesh, step: int) -> EncodedBatch:
     return tiny_batch(step, BATCH, frames=4, columns=6, mesh=mesh)
 
 
 def train(one: Trainer, steps: range = range(STEPS)) -> list[dict[str, Any]]:
-    return [one.step(step, batch(one.mesh, step)) for step in steps]
+    return [one.step(batch(one.mesh, step)) for step in steps]
 
 
 def tensors(one: Trainer) -> dict[str, Tensor]:
@@ -150,23 +151,23 @@ def skip_alike(sp: int) -> None:
         before = tensors(one)
         broken = batch(one.mesh, STEPS)
         if one.mesh.dp_rank == one.mesh.dp - 1:
-            broken["latents"][-1, :, -1] = float("nan")
-        values = one.step(STEPS, broken)
+            broken.latents[-1, :, -1] = float("nan")
+        values = one.step(broken)
         assert values["skipped"] and values["grad_norm"] is None
         assert equal(tensors(one), before)
-        assert not one.step(STEPS, batch(one.mesh, STEPS))["skipped"]
+        assert not one.step(batch(one.mesh, STEPS))["skipped"]
 
 
 def measure_alike(sp: int) -> None:
     """The validation loss and the norms of blocks are those of one process."""
     alone = tiny_trainer(tiny_model(in_channels=3), ADAMW, block_norms_every=1)
-    line = alone.step(0, tiny_batch(0))
+    line = alone.step(tiny_batch(0))
     for sharded in (False, True):
         mesh = mesh_of(sp)
         one = tiny_trainer(
             tiny_model(in_channels=3), ADAMW, mesh, sharded, block_norms_every=1, micro_batch_size=1
         )
-        found = one.step(0, tiny_batch(0, mesh=mesh))["layers"]
+        found = one.step(tiny_batch(0, mesh=mesh))["layers"]
         for block, norms in line["layers"].items():
             assert found[block] == pytest.approx(norms, rel=1e-4, abs=1e-6), (block, sharded)
         before = tensors(one)
@@ -178,7 +179,7 @@ def keep_a_share(sp: int) -> None:
     """What the ranks keep is, in all, what one process keeps."""
     one = trainer(mesh_of(sp), True)
     train(one)
-    one.accumulate(0, batch(one.mesh, 0))
+    one.accumulate(batch(one.mesh, 0))
     kept = [
         *one.parameters,
         *(p.grad for p in one.parameters),

@@ -1,30 +1,30 @@
 """The validation loss; that any split gives the same is tested in test_trainer_on_ranks.py, a whole run below."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from stdit.data.batch import EncodedBatch
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.parallel.processes.mesh import Mesh
 from stdit.training.config import OptimizerConfig
 from stdit.training.trainer import Trainer
-from stdit.training.validation_loss import Row, fixed_draws, losses_by_level, quantiles, rows_of
+from stdit.training.validation_loss import ValidationRow, fixed_draws, losses_by_level, quantiles, rows_of
 from tests.training.tiny import ALONE, tiny_batch, tiny_model, tiny_trainer
 
 LEVELS = 3
 
 
-def batches(mesh: Mesh = ALONE, size: int = 4) -> list[tuple[tuple[Row, ...], dict[str, Any]]]:
+def batches(mesh: Mesh = ALONE, size: int = 4) -> list[tuple[tuple[ValidationRow, ...], EncodedBatch]]:
     """Of three clips."""
     clips = tiny_batch(0, 3)
     found = []
     for rows in rows_of(3, LEVELS, size):
         mine = [rows[row].clip for row in mesh.sample_range(size)]
-        found.append(
-            (rows, {name: value[mine] for name, value in clips.items() if name != "size"} | {"size": size})
-        )
+        found.append((rows, replace(clips.rows(mine), batch_size=size)))
     return found
 
 
@@ -57,7 +57,7 @@ def test_levels_are_quantiles_of_those_that_are_trained(sampling: Any) -> None:
 
 def test_noise_belongs_to_the_clip() -> None:
     flow = RectifiedFlow(FlowConfig())
-    rows = [Row(0, 0), Row(0, 2), Row(1, 2)]
+    rows = [ValidationRow(0, 0), ValidationRow(0, 2), ValidationRow(1, 2)]
     draws = fixed_draws(flow, 5, rows, LEVELS, (2, 3, 4, 4), 8, 8)
     again = fixed_draws(flow, 5, rows[1:2], LEVELS, (2, 3, 4, 4), 8, 8)
     assert torch.equal(draws.noise[0], draws.noise[1]) and not torch.equal(draws.noise[1], draws.noise[2])
@@ -68,8 +68,8 @@ def test_noise_belongs_to_the_clip() -> None:
 def test_it_is_of_the_averages_and_leaves_everything_as_it_was() -> None:
     one, other = trainer(), trainer()
     for step in range(2):
-        one.step(step, tiny_batch(step))
-        other.step(step, tiny_batch(step))
+        one.step(tiny_batch(step))
+        other.step(tiny_batch(step))
     first = measured(one)
     assert first == measured(one), "fixed"
     assert measured(one, 2) == pytest.approx(first, rel=1e-5), "whatever the batches"
@@ -78,5 +78,5 @@ def test_it_is_of_the_averages_and_leaves_everything_as_it_was() -> None:
     averaged.ema.average = {name: tensor.clone() for name, tensor in one.ema.average.items()}
     assert losses_by_level(averaged, batches(), LEVELS) == first
     assert losses_by_level(one, batches(), LEVELS) != first
-    assert one.step(2, tiny_batch(2)) == other.step(2, tiny_batch(2))
+    assert one.step(tiny_batch(2)) == other.step(tiny_batch(2))
     assert all(torch.equal(one.ema.average[name], tensor) for name, tensor in other.ema.average.items())

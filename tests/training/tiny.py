@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from stdit.data.batch import EncodedBatch
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.models.stdit import STDiT
@@ -55,20 +56,23 @@ def tiny_trainer(
 
 def tiny_batch(
     step: int, size: int = 4, frames: int = 2, columns: int = 4, mesh: Mesh = ALONE
-) -> dict[str, Any]:
+) -> EncodedBatch:
     """A rank's part of the batch of a step."""
     generator = torch.Generator().manual_seed(step)
     mask = torch.arange(5)[None] < torch.randint(1, 6, (size, 1), generator=generator)
-    batch = {
-        "latents": torch.randn(size, 3, frames, 4, columns, generator=generator),
-        "text_states": torch.randn(size, 5, 16, generator=generator),
-        "text_mask": mask,
-        "fps": torch.full((size,), 8.0),
-        "height": torch.full((size,), 4.0),
-        "width": torch.full((size,), float(columns)),
-    }
-    rows = mesh.sample_range(size)
-    return {"size": size, **{name: value[rows.start : rows.stop] for name, value in batch.items()}}
+    batch = EncodedBatch(
+        step=step,
+        batch_size=size,
+        captions=["a red square"] * size,
+        clip_indices=torch.arange(size),
+        fps=torch.full((size,), 8.0),
+        height=torch.full((size,), 4.0),
+        width=torch.full((size,), float(columns)),
+        latents=torch.randn(size, 3, frames, 4, columns, generator=generator),
+        text_states=torch.randn(size, 5, 16, generator=generator),
+        text_mask=mask,
+    )
+    return batch.rows(mesh.sample_range(size))
 
 
 def save_clips(folder: Path, count: int = 5, frames: int = 4, size: int = 8) -> Path:

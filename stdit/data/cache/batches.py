@@ -1,4 +1,4 @@
-"""Batches of latents and text states, from memory or from the cache's files.
+"""Encoded batches from the cache: held in memory, or read from its files.
 
 Letters: N entries of a bucket, B batch, C T' H' W' latents, L text tokens, E width of text states.
 """
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from stdit.codecs.padding import pad_states
+from stdit.data.batch import EncodedBatch, RawBatch
 from stdit.data.cache.encode import captions
 from stdit.data.cache.keys import text_key
-from stdit.data.cache.reader import CachedReader
+from stdit.data.cache.reader import CachedContent, CachedReader
 from stdit.data.cache.shards import Entry, Kind, Writer
-from stdit.data.dataset import Batch, Loader, describe
+from stdit.data.dataset import Loader, batch_info
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.skips import SkipTally
 from stdit.errors import UserError
@@ -34,18 +35,18 @@ EncodeText = Callable[[str], Tensor]
 
 @dataclass
 class MemoryCache:
-    """Latents of all clips of a plan that could be read, and text states of their captions, on the CPU."""
+    """Latents of all readable clips of a plan, and text states of their captions, on the CPU."""
 
     latents: list[Tensor]
-    """For each bucket float32 [N C T' H' W']."""
+    """Per bucket float32 [N C T' H' W']."""
     places: list[dict[int, range]]
-    """For each bucket, where the views of a clip (its place in `Assignment.clips`) are in latents."""
+    """Per bucket, from a clip (its place in `Assignment.clips`) to the rows of its views in latents."""
     texts: dict[str, Tensor]
-    """For each caption float32 [L E]."""
+    """From a caption to its states float32 [L E]."""
 
     @classmethod
     def read(cls, reader: CachedReader) -> "MemoryCache":
-        """What `encode_plan` made of the reader's plan; clips that it could not read are not there."""
+        """Read what `encode_plan` stored of the reader's plan; clips that it could not decode are absent."""
         plan, store = reader.plan, reader.store
         latents, places = [], []
         for bucket, members in zip(plan.assignment.buckets, plan.assignment.members, strict=True):
@@ -70,22 +71,30 @@ class MemoryCache:
         return cls(latents, places, texts)
 
 
-class EncodedBatches:
-    """Batches from memory: latents float32 [B C T' H' W'], text_states [B L E], text_mask [B L], and `describe`.
+class MemoryBatches:
+    """``for batch in batches(start_step)``: this rank's part of each batch, from memory.
 
-    The same plan gives the same clips in the same order; one that could not be read when the cache was made
-    gives way to the next of its bucket.
+    The same plan gives the same clips in the same order; a clip that could not be read when the cache was made is
+    replaced by the next of its bucket.
     """
 
-    def __init__(self, reader: CachedReader, cache: MemoryCache, mesh: Mesh = Mesh()) -> None:  # noqa: B008
-        self.reader, self.plan, self.cache, self.mesh = reader, reader.plan, cache, mesh
+    def __init__(
+        self,
+        reader: CachedReader,
+        cache: MemoryCache,
+        mesh: Mesh = Mesh(),  # noqa: B008
+        pin_memory: bool = False,
+    ) -> None:
+        self.reader, self.plan, self.cache = reader, reader.plan, cache
+        self.mesh, self.pin_memory = mesh, pin_memory
 
-    def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
-        """Batches of the steps in [start_step, stop_step), without end when stop_step is None."""
+    def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[EncodedBatch]:
+        """Iterate over the steps in [start_step, stop_step), without end if stop_step is None."""
         for step in itertools.count(start_step) if stop_step is None else range(start_step, stop_step):
             yield self.batch(step)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> EncodedBatch:
+        """Return the batch of a step. Raises UserError if no clip of its bucket can be read."""
         planned = self.plan.batch(step)
         places = self.cache.places[planned.bucket_index]
         used = []
@@ -97,24 +106,26 @@ class EncodedBatches:
                     f"bucket {planned.bucket}: none of its clips can be read: remove it, or repair them"
                 )
             used.append(stand_in)
-        replaced = sum(a != b for a, b in zip(used, planned.indices, strict=True))
         rows = self.mesh.sample_range(len(used))
-        mine = [used[row] for row in rows]
-        batch = describe(self.plan, planned, mine) | {"replaced": replaced}
-        states, mask = pad_states([self.cache.texts[caption] for caption in batch["text"]])
+        own = [used[row] for row in rows]
+        info = batch_info(self.plan, planned, own)
         chosen = [
             places[clip][self.reader.number(step, row, len(places[clip]))]
-            for row, clip in zip(rows, mine, strict=True)
+            for row, clip in zip(rows, own, strict=True)
         ]
-        latents = self.cache.latents[planned.bucket_index][chosen]
-        return batch | {"latents": latents, "text_states": states, "text_mask": mask}
+        states, mask = pad_states([self.cache.texts[caption] for caption in info.captions])
+        batch = EncodedBatch(
+            **vars(info),
+            latents=self.cache.latents[planned.bucket_index][chosen],
+            text_states=states,
+            text_mask=mask,
+            replaced=sum(a != b for a, b in zip(used, planned.indices, strict=True)),
+        )
+        return batch.pin_memory() if self.pin_memory else batch
 
 
-class DiskBatches(Loader):
-    """As `EncodedBatches`, from the files of the cache; what they lack is decoded, encoded and added to them.
-
-    encoding, of a batch, is the seconds that went into what was lacking.
-    """
+class DiskBatches:
+    """As `MemoryBatches`, from the files of the cache; clips and captions that they lack are encoded and added."""
 
     def __init__(
         self,
@@ -125,56 +136,64 @@ class DiskBatches(Loader):
         pin_memory: bool = False,
         mesh: Mesh = Mesh(),  # noqa: B008
     ) -> None:
-        super().__init__(reader.plan, reader, tally, reader.config.workers, pin_memory, mesh)
         self.reader, self.encode_view, self.encode_text = reader, encode_view, encode_text
-        self._keeps = mesh.sp.rank == 0  # ranks that share a video need not all write it
+        self.loader = Loader(reader.plan, reader, tally, reader.config.workers, pin_memory, mesh)
         self.writer = Writer(reader.store.folder)
+        self._adds = mesh.sp.rank == 0  # ranks that share a video need not all write it
 
-    def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+    def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[EncodedBatch]:
+        """Iterate over the steps in [start_step, stop_step), without end if stop_step is None."""
         try:
-            for batch in super().__call__(start_step, stop_step):
+            for raw in self.loader(start_step, stop_step):
                 began = time.perf_counter()
-                for entry in self._complete(batch):
-                    self._keep(lambda entry=entry: self.writer.add(entry))  # type: ignore[misc]
-                yield batch | {"encoding": time.perf_counter() - began}
+                batch, entries = self._encode(raw)
+                for entry in entries:
+                    self._add(lambda entry=entry: self.writer.add(entry))  # type: ignore[misc]
+                batch.timings.encoding = time.perf_counter() - began
+                yield batch.pin_memory() if self.loader.pin_memory else batch
         finally:
-            self._keep(self.writer.flush)
+            self._add(self.writer.flush)
 
-    def _complete(self, batch: Batch) -> list[Entry]:
-        """Encode what a batch lacks; returns what is to be stored."""
-        makers, new = self.reader.makers, batch.pop("new")
-        if "fresh" in batch:
-            fresh, keys, stored, frames = (batch.pop(name) for name in ("fresh", "keys", "stored", "frames"))
-            entries = [
-                self._made("latents", makers.codec, key, partial(self.encode_view, one))
-                for key, one in zip(keys, frames, strict=True)
+    def _encode(self, raw: RawBatch[CachedContent]) -> tuple[EncodedBatch, list[Entry]]:
+        """Encode what the cache lacks; return the batch, and the entries to add."""
+        content, makers = raw.content, self.reader.makers
+        assert content is not None, "the loader raises if it is"
+        entries, latents, text = list(content.new_entries), content.latents, content.text
+        if content.frames_to_encode is not None:
+            made = [
+                self._entry("latents", makers.codec, key, partial(self.encode_view, frames))
+                for key, frames in zip(content.keys_to_encode, content.frames_to_encode, strict=True)
             ]
-            encoded = torch.stack([entry.value for entry in entries])
-            latents = encoded.new_empty(len(batch["text"]), *encoded.shape[1:])
-            latents[fresh] = encoded
-            if stored is not None:
-                latents[sorted({*range(len(latents))} - {*fresh})] = stored
-            batch["latents"] = latents
-            new += entries
-        if "texts" in batch:
-            texts, maker = batch.pop("texts"), makers.text_encoder
-            for row, caption in enumerate(batch["text"]):
-                if texts[row] is None:
-                    make = partial(self.encode_text, caption)
-                    new.append(self._made("texts", maker, text_key(caption, maker), make))
-                    texts[row] = new[-1].value
-            batch["text_states"], batch["text_mask"] = pad_states(texts)
-        return new
+            entries += made
+            encoded = torch.stack([entry.value for entry in made])
+            latents = encoded.new_empty(len(raw.info.captions), *encoded.shape[1:])
+            latents[content.rows_to_encode] = encoded
+            if content.latents is not None:
+                stored = sorted({*range(len(latents))} - {*content.rows_to_encode})
+                latents[stored] = content.latents
+        if text is None:
+            states = []
+            for caption, found in zip(raw.info.captions, content.caption_states, strict=True):
+                if found is None:
+                    key = text_key(caption, makers.text_encoder)
+                    entries.append(
+                        self._entry("texts", makers.text_encoder, key, partial(self.encode_text, caption))
+                    )
+                    found = entries[-1].value
+                states.append(found)
+            text = pad_states(states)
+        assert latents is not None, "stored or encoded"
+        return raw.encoded(latents, *text), entries
 
-    def _made(self, kind: Kind, maker: str, key: bytes, make: Callable[[], Tensor]) -> Entry:
-        """A new entry, unless it is about to be written already."""
-        return self.writer.waiting.get(key) or Entry(kind, maker, key, make())
+    def _entry(self, kind: Kind, maker: str, key: bytes, encode: Callable[[], Tensor]) -> Entry:
+        """Return the entry that waits to be written under a key, or encode it."""
+        return self.writer.waiting.get(key) or Entry(kind, maker, key, encode())
 
-    def _keep(self, write: Callable[[], None]) -> None:
-        """Add to the cache; where the disk refuses, training goes on without adding."""
+    def _add(self, write: Callable[[], None]) -> None:
+        """Add to the cache; if the disk refuses, warn once and train without adding."""
         try:
-            if self._keeps:
+            if self._adds:
                 write()
         except UserError as error:
             logger.warning("%s This run adds no more to it.", error)
-            self._keeps = False
+            self._adds = False

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import stdit.data.cache.keys as keys_module
-from stdit.data.cache.batches import DiskBatches, EncodedBatches, MemoryCache
+from stdit.data.cache.batches import DiskBatches, MemoryBatches, MemoryCache
 from stdit.data.cache.encode import encode_view
 from stdit.data.cache.store import Store
-from stdit.data.dataset import VideoBatches
+from stdit.data.dataset import to_video, video_loader
 from stdit.data.skips import SkipTally
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
@@ -21,7 +21,7 @@ KEYS = ("latents", "text_states", "text_mask", "fps", "height", "width", "clip_i
 
 def from_memory(work, mesh=Mesh()):  # noqa: B008
     work.encode(check=True)
-    return EncodedBatches(work.reader, MemoryCache.read(work.reader), mesh)
+    return MemoryBatches(work.reader, MemoryCache.read(work.reader), mesh)
 
 
 def from_disk(work, mesh=Mesh(), share=1.0):  # noqa: B008
@@ -37,28 +37,27 @@ def from_disk(work, mesh=Mesh(), share=1.0):  # noqa: B008
 
 
 def alike(one, other):
-    assert all(torch.equal(one[key], other[key]) for key in KEYS)
-    return all(one[key] == other[key] for key in ("text", "step", "size", "replaced"))
+    assert all(torch.equal(getattr(one, key), getattr(other, key)) for key in KEYS)
+    return all(
+        getattr(one, key) == getattr(other, key) for key in ("captions", "step", "batch_size", "replaced")
+    )
 
 
 def test_batches_equal_those_from_video(work):
     done = work()
     compared = 0
-    for batch, video in zip(from_memory(done)(0, 8), VideoBatches(done.plan)(0, 8), strict=True):
+    for batch, raw in zip(from_memory(done)(0, 8), video_loader(done.plan)(0, 8), strict=True):
+        info = raw.info
         for key in ("fps", "height", "width", "clip_indices"):
-            assert torch.equal(batch[key], video[key])
-        assert (batch["text"], batch["step"], batch["replaced"]) == (video["text"], video["step"], 0)
-        if (
-            done.plan.batch(batch["step"]).bucket_index == 0
-        ):  # the other bucket's clips are longer than its window
-            assert torch.equal(batch["latents"], TinyCodec().encode(video["video"]))
+            assert torch.equal(getattr(batch, key), getattr(info, key))
+        assert (batch.captions, batch.step, batch.replaced) == (info.captions, info.step, 0)
+        if done.plan.batch(batch.step).bucket_index == 0:  # clips of the other one are longer than its window
+            assert torch.equal(batch.latents, TinyCodec().encode(to_video(raw.content)))
             compared += 1
-        lengths = [len(caption.split()) for caption in batch["text"]]
-        assert batch["text_mask"].sum(dim=1).tolist() == lengths
-        assert batch["text_states"].shape == (len(lengths), max(lengths), 2)
-        for states, mask, caption in zip(
-            batch["text_states"], batch["text_mask"], batch["text"], strict=True
-        ):
+        lengths = [len(caption.split()) for caption in batch.captions]
+        assert batch.text_mask.sum(dim=1).tolist() == lengths
+        assert batch.text_states.shape == (len(lengths), max(lengths), 2)
+        for states, mask, caption in zip(batch.text_states, batch.text_mask, batch.captions, strict=True):
             assert states[mask].tolist() == [[len(word), place] for place, word in enumerate(caption.split())]
             assert not states[~mask].any()
     assert compared > 2
@@ -75,7 +74,7 @@ def test_from_disk_and_from_memory_cached_or_not_are_the_same(work, config, work
     for made in (fresh, cached):
         assert all(alike(*pair) for pair in zip(from_disk(made)(0, 12), expected, strict=True))
     assert fresh.codec.clips > 5 and cached.codec.clips == 0 and not cached.text.captions
-    views = {(int(batch["clip_indices"][0]), batch["latents"][0].sum().item()) for batch in expected}
+    views = {(int(batch.clip_indices[0]), batch.latents[0].sum().item()) for batch in expected}
     assert len(views) > len({clip for clip, _ in views})  # a clip is not always seen alike
 
 
@@ -110,9 +109,9 @@ def test_each_rank_gets_its_part_of_a_batch(work):
     one, *ranks = (from_memory(done, mesh) for mesh in (Mesh(), Mesh(0, 2), Mesh(1, 2)))
     for step in range(6):
         whole, parts = one.batch(step), [rank.batch(step) for rank in ranks]
-        assert torch.equal(torch.cat([part["latents"] for part in parts]), whole["latents"])
-        assert [caption for part in parts for caption in part["text"]] == whole["text"]
-        assert [part["size"] for part in parts] == [whole["size"]] * 2 == [2, 2]
+        assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
+        assert [caption for part in parts for caption in part.captions] == whole.captions
+        assert [part.batch_size for part in parts] == [whole.batch_size] * 2 == [2, 2]
 
 
 def test_a_clip_that_fails_gives_way(work, tmp_path):
@@ -123,10 +122,10 @@ def test_a_clip_that_fails_gives_way(work, tmp_path):
         done = replace_store(ready)
         replaced = 0
         for batch in make(done)(0, 2 * done.plan.steps_per_epoch):
-            planned = done.plan.batch(batch["step"]).indices
-            assert not {2, 4} & set(batch["clip_indices"].tolist())
-            assert batch["replaced"] == planned.count(2) + planned.count(4)
-            replaced += batch["replaced"]
+            planned = done.plan.batch(batch.step).indices
+            assert not {2, 4} & set(batch.clip_indices.tolist())
+            assert batch.replaced == planned.count(2) + planned.count(4)
+            replaced += batch.replaced
         assert replaced >= 4
     with pytest.raises(UserError, match="of 7 files failed to decode, more than"):
         list(from_disk(replace_store(ready), share=0.1)(0, 8))
@@ -150,8 +149,8 @@ def test_a_clip_that_was_read_from_the_cache_may_go_while_training_goes_on(work,
     seen = [next(batches) for _ in range(8)]
     for file in tmp_path.glob("*.mp4"):
         file.unlink()
-    assert {2, 4} < {clip for batch in seen for clip in batch["clip_indices"].tolist()}
-    assert sum(batch["replaced"] for batch in batches) == 0
+    assert {2, 4} < {clip for batch in seen for clip in batch.clip_indices.tolist()}
+    assert sum(batch.replaced for batch in batches) == 0
 
 
 def test_a_shard_that_breaks_while_training_reads_is_made_anew(work, config, caplog):

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from stdit.data.config import SourceConfig
-from stdit.data.dataset import BucketConfig, DataConfig, VideoBatches, build_plan
+from stdit.data.config import BucketConfig, DataConfig, SourceConfig
+from stdit.data.dataset import build_plan, to_video, video_loader
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.reading import clip_warnings, read_manifest, read_sources
 from stdit.errors import UserError
@@ -107,8 +107,8 @@ def test_training_sees_the_part_alone(tmp_path, video):
     plan = build_plan(DataConfig(manifest=str(manifest), buckets=buckets))
     parts = [set(range(4, 10)), set(range(10, 16))]
     starts = set()
-    for batch in VideoBatches(plan)(0, 12):
-        for clip, frames in zip(batch["clip_indices"].tolist(), batch["video"], strict=True):
+    for raw in video_loader(plan)(0, 12):
+        for clip, frames in zip(raw.info.clip_indices.tolist(), to_video(raw.content), strict=True):
             shown = levels((frames.transpose(0, 1) + 1) * 127.5)
             assert set(shown) <= parts[clip]
             starts.add(shown[0])
@@ -136,9 +136,9 @@ def test_training_from_shards(tmp_path, write_video, remote):
     sharded = build_plan(DataConfig(manifest=where + "/{0..1}.tar", buckets=buckets))
     plain = build_plan(DataConfig(manifest=str(folder), buckets=buckets))
     for one, other in zip(
-        VideoBatches(sharded, workers=int(not remote))(0, 2), VideoBatches(plain)(0, 2), strict=True
+        video_loader(sharded, workers=int(not remote))(0, 2), video_loader(plain)(0, 2), strict=True
     ):
-        assert one["text"] == other["text"] and torch.equal(one["video"], other["video"])
+        assert one.info.captions == other.info.captions and torch.equal(one.content, other.content)
 
 
 def test_a_file_that_goes_after_the_plan_is_replaced_and_counted(tmp_path, write_video):
@@ -156,9 +156,9 @@ def test_a_file_that_goes_after_the_plan_is_replaced_and_counted(tmp_path, write
     (root / "a.mp4").unlink()
     (root / "b.mp4").unlink()
     (root / "b.mp4").symlink_to(tmp_path / "outside" / "d.mp4")
-    batches = VideoBatches(plan)
-    (batch,) = batches(0, 1)
-    assert batch["clip_indices"].tolist() == [2, 2, 2] and batch["replaced"] == 2
+    batches = video_loader(plan)
+    (raw,) = batches(0, 1)
+    assert raw.info.clip_indices.tolist() == [2, 2, 2] and raw.replaced == 2
     failed = {path.rpartition("/")[2]: reason for path, reason in batches.tally.failed.items()}
     assert failed["a.mp4"] == "file missing" and failed["b.mp4"].startswith("outside the data root")
 
