@@ -1,3 +1,23 @@
 """stdit: train and sample spatial-temporal diffusion transformers for text-to-video."""
 
+from typing import TYPE_CHECKING
+
+from stdit.lazy import lazy_getattr
+
+if TYPE_CHECKING:
+    from stdit.diffusion.flow import RectifiedFlow
+    from stdit.models.stdit import STDiT
+    from stdit.pipelines.pipeline import STDiTPipeline
+
 __version__ = "0.1.0"
+
+__all__ = ["RectifiedFlow", "STDiT", "STDiTPipeline", "__version__"]
+
+__getattr__ = lazy_getattr(
+    __name__,
+    {
+        "RectifiedFlow": "stdit.diffusion.flow",
+        "STDiT": "stdit.models.stdit",
+        "STDiTPipeline": "stdit.pipelines.pipeline",
+    },
+)

@@ -1,7 +1,8 @@
-"""Settings: YAML files and dotted flags in, one checked dataclass out, plain errors otherwise."""
+"""Read settings from YAML files and dotted flags into a checked dataclass, with errors of one line."""
 
 import dataclasses
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -17,9 +18,12 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from stdit.errors import OtherRankError, UserError
+from stdit.registry import IMPORTING, Registry
 
 Config = TypeVar("Config")
-OWN_FLAGS = ("help", "config", "print_config")
+OWN_FLAGS = ("help", "config", "print_config", "import")
+IMPORTS = "imports"
+"""Field of a config that records the modules of --import."""
 PATIENCE = 10.0
 """Seconds in which a launcher ends the other processes when one has failed."""
 
@@ -82,6 +86,11 @@ def parse(
     files. A later list replaces an earlier one; a list of texts takes its entries one by one, too. ``--help`` shows
     the docstring below each field; ``--print_config`` prints the result as YAML.
 
+    If the dataclass has a field ``imports``, ``--import MODULE`` (repeatable) imports modules before any setting is
+    checked, so that what they register can be named; see `import_modules`. A file's own ``imports`` are never
+    imported:
+    they must be given on the command line, too.
+
     Args:
         config_class: a dataclass whose fields may be dataclasses in turn.
         argv: arguments without the program's name; None: those of the process.
@@ -98,14 +107,20 @@ def parse(
         pass
 
     known = dict(_settings(config_class))
-    arguments = list(_switches_on(_files_first(list(sys.argv[1:] if argv is None else argv)), known))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    imports: list[str] = []
+    if IMPORTS in known:
+        arguments, imports = _take_imports(arguments)
+        import_modules(imports)
+        known.pop(IMPORTS)
+    arguments = list(_switches_on(_files_first(arguments), known))
     for argument in arguments:
         if argument.startswith("--"):
             _check_key(argument[2:].partition("=")[0].removesuffix("+"), known, "--")
     arguments = _one_by_one(arguments, {name for name, hint in known.items() if hint == list[str]})
     for flag, value in pairwise(arguments):
         if flag == "--config":
-            _check_file(Path(value), config_class)
+            _check_file(Path(value), config_class, imports)
     arguments = list(_emptied_first(arguments, {name for name, hint in known.items() if _group_in(hint)}))
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -124,11 +139,84 @@ def parse(
         help="YAML file of settings; later ones win, flags win.",
     )
     parser.add_class_arguments(config_class)
+    _complete_help(parser, config_class)
+    if imports:  # those of the files are among them
+        arguments.append(f"--{IMPORTS}={imports}")
     try:
         settings = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise UserError(_explain(str(error), known)) from None
     return config_class(**{f.name: settings[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Import modules of the user's, whose ``register_...`` calls add codecs, optimizers and so on.
+
+    They are found on Python's path or in the current folder, which is added to the path.
+
+    Raises:
+        UserError: if a module does not exist, or raises.
+    """
+    if modules and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for module in modules:
+        token = IMPORTING.set(module)
+        try:
+            importlib.import_module(module)
+        except UserError:
+            raise
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+                raise UserError(
+                    f"--import {module}: there is no such module on Python's path or in {os.getcwd()}: check "
+                    "its name, or run the command in the folder of the module."
+                ) from None
+            raise UserError(
+                f"--import {module}: importing it raises {type(error).__name__}: {error}. Mend the module."
+            ) from error
+        finally:
+            IMPORTING.reset(token)
+
+
+def _take_imports(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split ``--import MODULE`` off the arguments: returns the other arguments, and the modules."""
+    rest: list[str] = []
+    modules: list[str] = []
+    iterator = iter(arguments)
+    for argument in iterator:
+        name, equals, value = argument.partition("=")
+        if name == f"--{IMPORTS}":
+            raise UserError(f"--{IMPORTS} is not a setting: did you mean --import MODULE?")
+        if name != "--import":
+            rest.append(argument)
+            continue
+        module = value if equals else next(iterator, "")
+        if not all(part.isidentifier() for part in module.split(".")) or module.endswith(".py"):
+            raise UserError(
+                f"--import {module}: must be the name of a module, such as --import my_module for my_module.py"
+            )
+        modules.append(module)
+    return rest, list(dict.fromkeys(modules))
+
+
+def _complete_help(parser: Any, config_class: Any) -> None:
+    """Add the names of registries to ``--help``, and show ``imports`` as the flag that sets it."""
+    choices = dict(_choices(config_class))
+    for action in parser._actions:
+        if action.dest in choices:
+            action.help = f"{action.help} One of: {', '.join(choices[action.dest].names())}."
+        if action.dest == IMPORTS:
+            action.option_strings, action.metavar = ["--import"], "MODULE"
+
+
+def _choices(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Registry[Any]]]:
+    """Yield every dotted key that a registry lists the values of."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if "choices" in field.metadata:
+            yield prefix + field.name, field.metadata["choices"]
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _choices(hints[field.name], f"{prefix}{field.name}.")
 
 
 def plain(value: Any) -> Any:
@@ -247,8 +335,8 @@ def _nearest(key: str, keys: list[str]) -> str | None:
     return next(iter(difflib.get_close_matches(key, keys, 1, 0.5)), None)
 
 
-def _check_file(path: Path, config_class: Any) -> None:
-    """Raise UserError if a YAML file cannot be read, or holds an unknown key or a null that may not be one."""
+def _check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
+    """Raise UserError if a YAML file cannot be read, or has an unknown key, an invalid null, or other imports."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -258,6 +346,14 @@ def _check_file(path: Path, config_class: Any) -> None:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must hold settings, such as 'name: first'.")
+    recorded = content.get(IMPORTS) or []
+    missing = [name for name in recorded if name not in imports] if isinstance(recorded, list) else [recorded]
+    if missing and any(field.name == IMPORTS for field in dataclasses.fields(config_class)):
+        flags = " ".join(f"--import {name}" for name in missing)
+        raise UserError(
+            f"--config {path} was made with {flags}, and what a file names is not imported by itself: add {flags} to "
+            "the command if you trust it."
+        )
     _check_content(content, config_class, "", f"--config {path}: ")
 
 

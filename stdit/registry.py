@@ -3,11 +3,15 @@
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Generic, TypeVar, cast
 
 from stdit.errors import UserError
 
 Entry = TypeVar("Entry")
+
+IMPORTING: ContextVar[str | None] = ContextVar("IMPORTING", default=None)
+"""The module that ``--import`` is importing now."""
 
 
 class Registry(Generic[Entry]):
@@ -23,6 +27,7 @@ class Registry(Generic[Entry]):
     def __init__(self, setting: str, entries: Mapping[str, Entry | str]) -> None:
         self.setting = setting
         self._entries = dict(entries)
+        self._modules: dict[str, str] = {}
 
     def register(self, name: str, entry: Entry | str) -> None:
         """Add a choice. Registering the same object again (a module that is reloaded) replaces it.
@@ -33,6 +38,7 @@ class Registry(Generic[Entry]):
         if name in self._entries and _origin(self._entries[name]) != _origin(entry):
             raise UserError(f"{self.setting} = {name}: this name is already registered; choose another name.")
         self._entries[name] = entry
+        self._modules[name] = IMPORTING.get() or _origin(entry)[0]
 
     def names(self) -> list[str]:
         """Return all names: the built-in ones first, then in the order of registration."""
@@ -54,6 +60,10 @@ class Registry(Generic[Entry]):
             raise UserError(f"{message}. It was made with {flags}: add it (in Python: import the module).")
         raise UserError(f"{message}; a module of your own that registers {name} is added by --import MODULE.")
 
+    def module(self, name: str) -> str | None:
+        """Return the module that must be imported to register ``name``; None for built-in names."""
+        return self._modules.get(name)
+
     def get(self, name: str) -> Entry:
         """Return what a name stands for. Raises UserError as :meth:`check` does."""
         self.check(name)
@@ -65,9 +75,9 @@ class Registry(Generic[Entry]):
         return entry
 
 
-def _origin(entry: object) -> object:
-    """What two versions of one object have in common: module and name."""
+def _origin(entry: object) -> tuple[str, str]:
+    """Return the names of an object's module and of the object in it, which do not change when that is reloaded."""
     if isinstance(entry, str):
-        return entry
-    module, name = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
-    return f"{module}:{name}" if module and name else entry
+        module, _, attribute = entry.partition(":")
+        return module, attribute
+    return getattr(entry, "__module__", ""), getattr(entry, "__qualname__", repr(entry))

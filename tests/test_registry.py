@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from stdit.errors import UserError
-from stdit.registry import Registry
+from stdit.registry import IMPORTING, Registry
 
 
 def shout(text: str) -> str:
@@ -37,6 +37,15 @@ def test_an_unknown_name_gives_the_nearest_one_and_the_way_out() -> None:
         registry.get("shuot")
     with pytest.raises(UserError, match=r"speech.name = sing.*made with --import my_songs: add it"):
         registry.check("sing", imports=["my_songs"])
+
+
+def test_it_knows_which_module_registered_a_name() -> None:
+    registry = Registry("speech.name", {"shout": shout})
+    registry.register("again", shout)
+    IMPORTING.set("my_speech")
+    registry.register("join", "posixpath:join")
+    IMPORTING.set(None)
+    assert [registry.module(name) for name in ("shout", "again", "join")] == [None, __name__, "my_speech"]
 
 
 def test_a_name_has_one_meaning() -> None:

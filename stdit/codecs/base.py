@@ -21,9 +21,8 @@ from stdit.codecs.loading import (
     explain_load_errors,
     fingerprint,
     local_weights,
-    origin,
     read_component,
-    write_json,
+    write_component,
 )
 from stdit.errors import UserError
 
@@ -261,7 +260,7 @@ class VideoCodec(ModelMixin):
             return self._reloaded().save_pretrained(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory)
-        write_json(directory / CODEC_FILE, {"name": self.name} | origin(self) | self.saved_settings())
+        write_component(directory / CODEC_FILE, self.name, self.saved_settings(), CODECS)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -199,10 +199,10 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def origin(component: object) -> dict[str, str]:
-    """Return ``{"import": MODULE}`` for an object of a class that is not ours: what a reader must import first."""
-    module = type(component).__module__
-    return {} if module.startswith("stdit.") else {"import": module}
+def write_component(file: Path, name: str, settings: Mapping[str, Any], registry: Registry[Any]) -> None:
+    """Write the JSON of a saved codec or text encoder; ``import`` is the module that registers a user's own."""
+    module = registry.module(name) if name in registry.names() else None
+    write_json(file, {"name": name} | ({"import": module} if module else {}) | dict(settings))
 
 
 def read_component(file: Path, what: str, registry: Registry[Any]) -> dict[str, Any]:

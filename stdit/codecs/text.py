@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from stdit.codecs.config import TEXT_ENCODERS, TextEncoderConfig
-from stdit.codecs.loading import check_options, fingerprint, origin, read_component, write_json
+from stdit.codecs.loading import check_options, fingerprint, read_component, write_component
 from stdit.errors import UserError
 
 TEXT_ENCODER_FILE = "text_encoder.json"
@@ -90,7 +90,7 @@ class TextEncoder(ModelMixin):
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory)
-        write_json(directory / TEXT_ENCODER_FILE, {"name": self.name} | origin(self) | self.saved_settings())
+        write_component(directory / TEXT_ENCODER_FILE, self.name, self.saved_settings(), TEXT_ENCODERS)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -1,0 +1,21 @@
+"""The training objective: rectified flow, mask strategies for conditioning frames, guidance. Imports no torch."""
+
+from typing import TYPE_CHECKING
+
+from stdit.diffusion.config import FlowConfig
+from stdit.lazy import lazy_getattr
+
+if TYPE_CHECKING:
+    from stdit.diffusion.conditioning import register_mask_strategy
+    from stdit.diffusion.flow import RectifiedFlow, register_prediction
+
+__all__ = ["FlowConfig", "RectifiedFlow", "register_mask_strategy", "register_prediction"]
+
+__getattr__ = lazy_getattr(
+    __name__,
+    {
+        "RectifiedFlow": "stdit.diffusion.flow",
+        "register_mask_strategy": "stdit.diffusion.conditioning",
+        "register_prediction": "stdit.diffusion.flow",
+    },
+)

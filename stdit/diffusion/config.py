@@ -1,18 +1,30 @@
 """Settings of the objective. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from stdit.errors import UserError
+from stdit.registry import Registry
+
+PREDICTIONS: Registry[Any] = Registry(
+    "flow.prediction",
+    {
+        "velocity": "stdit.diffusion.flow:velocity_from_velocity",
+        "sample": "stdit.diffusion.flow:velocity_from_sample",
+        "residual": "stdit.diffusion.flow:velocity_from_residual",
+    },
+)
+"""Name to function ``(flow, output, x_t, t) -> velocity``: see `stdit.diffusion.flow.register_prediction`."""
 
 
 @dataclass
 class FlowConfig:
-    """What is trained, and at which noise levels."""
+    """Training objective and distribution of noise levels."""
 
-    prediction: Literal["velocity", "sample", "residual"] = "velocity"
-    """Meaning of the model's output: the velocity; the clean sample; or a correction of the best linear denoiser
-    (it needs a codec that states the variance of its latents, such as pca). The loss is in velocity in each case."""
+    prediction: str = field(default="velocity", metadata={"choices": PREDICTIONS})
+    """Meaning of the model's output: the velocity; the clean sample; or the residual of the best linear denoiser
+    (needs a codec that knows the variance of its latents, such as pca). The loss is that of the velocity in each
+    case."""
     timestep_sampling: Literal["uniform", "logit_normal"] = "logit_normal"
     """Distribution of the noise level t in training."""
     logit_mean: float = 0.0
@@ -24,11 +36,13 @@ class FlowConfig:
     shift_by_size: bool = False
     """Multiply the shift by sqrt(height * width / 512^2) * sqrt(latent frames), as Open-Sora v1.2 does."""
     caption_dropout: float = 0.1
-    """Share of samples that are trained with the null caption, for classifier-free guidance."""
+    """Share of samples trained with the null caption, for classifier-free guidance."""
     conditioning: dict[str, float] = field(default_factory=dict)
-    """Share of samples for each way of giving frames, such as {first: 0.2, head: 0.05}; the rest is given none."""
+    """Share of samples for each mask strategy, such as {first: 0.2, head: 0.05}; the other samples have no
+    conditioning frames. The strategies are in stdit/diffusion/conditioning.py."""
 
     def __post_init__(self) -> None:
+        PREDICTIONS.check(self.prediction)
         if self.logit_std <= 0 or self.shift <= 0:
             raise UserError(
                 f"flow.logit_std = {self.logit_std} and flow.shift = {self.shift}: both must be positive"
@@ -38,10 +52,7 @@ class FlowConfig:
         if self.conditioning:
             from stdit.diffusion.conditioning import MASK_STRATEGIES  # here, since it imports torch
         for name, share in self.conditioning.items():
-            if name not in MASK_STRATEGIES:
-                raise UserError(
-                    f"flow.conditioning has {name!r}: must be one of {', '.join(MASK_STRATEGIES)}"
-                )
+            MASK_STRATEGIES.check(name)
             if share < 0:
                 raise UserError(f"flow.conditioning.{name} = {share}: must not be negative")
         if sum(self.conditioning.values()) > 1 + 1e-9:

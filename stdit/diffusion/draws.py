@@ -1,6 +1,6 @@
 """All randomness of a training step, as a pure function of (seed, step, index in the global batch).
 
-So a resumed run needs no saved random state, and any split of the batch over processes draws the same numbers.
+A resumed run therefore needs no saved random state, and every split of the batch over ranks draws the same numbers.
 """
 
 from collections.abc import Sequence
@@ -13,24 +13,25 @@ from torch import Generator, Tensor
 from stdit.diffusion.conditioning import MASK_STRATEGIES
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import RectifiedFlow
+from stdit.errors import UserError
 
 
 def sample_generator(seed: int, step: int, index: int) -> Generator:
-    """The generator of one sample: ``index`` counts through the global batch of ``step``."""
+    """Return the generator of sample ``index`` of the global batch of ``step``."""
     state = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0]
     return Generator().manual_seed(int(state))
 
 
 @dataclass(frozen=True)
 class TrainingDraws:
-    """The random numbers of B samples; F is 1 where no frame can be given, else T."""
+    """The random numbers of B samples; F is 1 without conditioning frames, else T."""
 
     t: Tensor
-    """Noise levels ``[B F]``; 0 for given frames."""
+    """Noise levels ``[B F]``; 0 for conditioning frames."""
     noise: Tensor
     """``[B C T H W]``, standard normal."""
     condition_mask: Tensor
-    """True for given frames, ``[B T]``."""
+    """True for conditioning frames, ``[B T]``."""
     drop_caption: Tensor
     """True where the null caption is trained, ``[B]``."""
 
@@ -49,28 +50,34 @@ def draw_batch(
     height: int,
     width: int,
 ) -> TrainingDraws:
-    """Draw for those samples of the global batch of ``step`` whose ``indices`` are given.
+    """Draw the random numbers of the samples ``indices`` of the global batch of ``step``.
 
     Args:
         latent_shape: (C, T, H, W) of one sample.
         height: pixels, for the shift by size; likewise ``width``.
     """
-    t, noise, given, drop = [], [], [], []
+    t, noise, masks, drop = [], [], [], []
     for index in indices:
         generator = sample_generator(seed, step, index)
-        level = flow.sample_level(generator, latent_shape[1], height, width)
+        sample_t = flow.sample_t(generator, latent_shape[1], height, width)
         drop.append(torch.rand((), generator=generator) < flow.config.caption_dropout)
-        given.append(_draw_given(flow.config, latent_shape[1], generator))
-        t.append(level * ~given[-1] if flow.config.conditioning else level[None])
+        masks.append(_draw_condition_mask(flow.config, latent_shape[1], generator))
+        t.append(sample_t * ~masks[-1] if flow.config.conditioning else sample_t[None])
         noise.append(torch.randn(latent_shape, generator=generator))
-    return TrainingDraws(torch.stack(t), torch.stack(noise), torch.stack(given), torch.stack(drop))
+    return TrainingDraws(torch.stack(t), torch.stack(noise), torch.stack(masks), torch.stack(drop))
 
 
-def _draw_given(config: FlowConfig, frames: int, generator: Generator) -> Tensor:
+def _draw_condition_mask(config: FlowConfig, frames: int, generator: Generator) -> Tensor:
     """Choose a mask strategy by its share and apply it -> ``[T]``."""
     chance = float(torch.rand((), generator=generator))
     for name, share in config.conditioning.items():
         chance -= share
         if chance < 0:
-            return MASK_STRATEGIES[name](frames, generator)
+            mask = MASK_STRATEGIES.get(name)(frames, generator)
+            if mask.shape != (frames,) or mask.dtype != torch.bool or mask.all():
+                raise UserError(
+                    f"flow.conditioning.{name} gave {mask} for {frames} latent frames: a mask strategy must return a "
+                    f"bool tensor [{frames}] with at least one frame that is false"
+                )
+            return mask
     return torch.zeros(frames, dtype=torch.bool)

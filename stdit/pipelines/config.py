@@ -118,6 +118,8 @@ class SampleConfig(PromptSettings):
 
     checkpoint: str = ""
     """A run folder (outputs/NAME), one of its checkpoints, or an exported pipeline."""
+    imports: list[str] = field(default_factory=list)
+    """Module of your own to import, which registers what the checkpoint was made with; may be repeated."""
     prompt: str = ""
     """What the video shows, used verbatim; for several prompts use --prompts."""
     prompts: str | None = None

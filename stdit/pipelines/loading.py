@@ -217,21 +217,25 @@ def _load_codec(run: Path, config: dict[str, Any]) -> Any:
     """Load the codec saved with the run, or build the one that its config names."""
     from stdit.codecs import build_codec
     from stdit.codecs.base import VideoCodec
-    from stdit.codecs.config import CodecConfig
+    from stdit.codecs.config import CODECS, CodecConfig
 
     if (run / "codec").is_dir():
         return VideoCodec.from_pretrained(run / "codec")
-    return build_codec(CodecConfig(**_tuples(config.get("codec", {}))))
+    settings = _tuples(config.get("codec", {}))
+    CODECS.check(settings.get("name", CodecConfig.name), config.get("imports") or ())
+    return build_codec(CodecConfig(**settings))
 
 
 def _load_text_encoder(run: Path, config: dict[str, Any]) -> Any:
     from stdit.codecs import build_text_encoder
-    from stdit.codecs.config import TextEncoderConfig
+    from stdit.codecs.config import TEXT_ENCODERS, TextEncoderConfig
     from stdit.codecs.text import TextEncoder
 
     if (run / "text_encoder").is_dir():
         return TextEncoder.from_pretrained(run / "text_encoder")
-    return build_text_encoder(TextEncoderConfig(**_tuples(config.get("text_encoder", {}))))
+    settings = _tuples(config.get("text_encoder", {}))
+    TEXT_ENCODERS.check(settings.get("name", TextEncoderConfig.name), config.get("imports") or ())
+    return build_text_encoder(TextEncoderConfig(**settings))
 
 
 def _stored(folder: str) -> Any:

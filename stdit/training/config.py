@@ -14,8 +14,9 @@ from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.pipelines.config import VideoSettings, check_seed
+from stdit.registry import Registry
 
-EXPERIMENT = ("seed", "model", "codec", "text_encoder", "flow", "data", "optimizer", "ema")
+EXPERIMENT = ("imports", "seed", "model", "codec", "text_encoder", "flow", "data", "optimizer", "ema")
 """Groups of settings that a run must keep to be the same experiment."""
 FREE = {
     "codec.path",
@@ -42,6 +43,10 @@ _EXAMPLES = """examples:
   python train.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv --name clips
   python train.py --config configs/train/quickstart.yaml --dry_run true
 """
+OPTIMIZERS: Registry[Any] = Registry(
+    "optimizer.name", {"adamw": "stdit.training.optim:build_adamw", "muon": "stdit.training.optim:build_muon"}
+)
+"""Name to function ``(model, config) -> optimizer``: see `stdit.training.optim.register_optimizer`."""
 NEIGHBOUR_FRACTION = 4
 """The spike guard compares a loss with 1/4 of the earlier ones: those with the nearest noise levels."""
 
@@ -114,7 +119,7 @@ class TrainerConfig:
 class OptimizerConfig:
     """Optimizer and learning rate schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: str = field(default="adamw", metadata={"choices": OPTIMIZERS})
     """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
     lr: float = 1e-4
     """Learning rate of AdamW after warm-up."""
@@ -140,6 +145,7 @@ class OptimizerConfig:
     """cosine, linear: share of the rates that is left at the end."""
 
     def __post_init__(self) -> None:
+        OPTIMIZERS.check(self.name)
         for name in ("lr", "muon_lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be positive")
@@ -280,6 +286,9 @@ class TrainConfig:
     """auto: resume from the newest whole checkpoint of the run; never: refuse to; or the path of a checkpoint."""
     init_from: str | None = None
     """Start from the weights of another run, checkpoint, pipeline or model folder, with a new optimizer."""
+    imports: list[str] = field(default_factory=list)
+    """Module of your own to import, with its register_... calls (stdit.codecs.register_codec and others); may be
+    repeated."""
     dry_run: bool = False
     """Build everything, print what the run would train on and the memory it needs, and write nothing."""
     model: STDiTConfig = field(default_factory=STDiTConfig)

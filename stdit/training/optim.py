@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from stdit.errors import UserError
 from stdit.parallel.processes.parameters import distribute_like, full_tensor
-from stdit.training.config import OptimizerConfig
+from stdit.training.config import OPTIMIZERS, OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 BLOCK_MATRIX = re.compile(r"(?:spatial|temporal)_blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
@@ -55,21 +55,36 @@ def count_matrices(model: nn.Module) -> int:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> "Optimizers":
-    """The optimizer that a config names, over all parameters of ``model``."""
+    """Build the optimizer that a config names, over all parameters of ``model``."""
+    built = OPTIMIZERS.get(config.name)(model, config)
+    return Optimizers(dict(model.named_parameters()), built if isinstance(built, list) else [built])
+
+
+def register_optimizer(
+    name: str, build: Callable[[nn.Module, OptimizerConfig], Optimizer | list[Optimizer]]
+) -> None:
+    """Make ``optimizer.name = name`` stand for an optimizer.
+
+    Args:
+        build: ``(model, config) -> optimizer`` of torch over the parameters of the model, or a list of several that
+            share them. The learning rates of its groups are those after warm-up; its state must hold tensors only.
+
+    Raises:
+        UserError: if another optimizer has the name.
+    """
+    OPTIMIZERS.register(name, build)
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Build AdamW over all parameters."""
+    return _adamw(model, [name for name, _ in model.named_parameters()], config)
+
+
+def build_muon(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+    """Build Muon for the matrices of attention and MLP, and AdamW for all other parameters."""
     named = dict(model.named_parameters())
-    matrices, others = split_parameters(model) if config.name == "muon" else ({}, list(named))
-    decayed = [named[name] for name in others if named[name].ndim >= 2]
-    plain = [named[name] for name in others if named[name].ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    adamw = AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    optimizers: list[Optimizer] = [adamw]
+    matrices, others = split_parameters(model)
+    optimizers: list[Optimizer] = [_adamw(model, others, config)]
     if matrices:
         by_parts: dict[int, list[nn.Parameter]] = defaultdict(list)
         for name, parts in matrices.items():
@@ -83,7 +98,23 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> "Optimizers":
                 scale=config.muon_scale,
             )
         )
-    return Optimizers(named, optimizers)
+    return optimizers
+
+
+def _adamw(model: nn.Module, names: list[str], config: OptimizerConfig) -> Optimizer:
+    """Build AdamW over some parameters; only matrices get weight decay."""
+    named = dict(model.named_parameters())
+    decayed = [named[name] for name in names if named[name].ndim >= 2]
+    plain = [named[name] for name in names if named[name].ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 class Optimizers:

@@ -63,7 +63,7 @@ def mean_level(
 ) -> float:
     """Mean noise level of the global batch of a step, the first that is drawn for each sample."""
     levels = [
-        flow.sample_level(sample_generator(seed, step, index), latent_frames, int(height), int(width))
+        flow.sample_t(sample_generator(seed, step, index), latent_frames, int(height), int(width))
         for index in range(size)
     ]
     return float(sum(levels)) / size

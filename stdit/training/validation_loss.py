@@ -71,7 +71,7 @@ def fixed_draws(
         height: pixels, for the shift by size; likewise ``width``.
     """
     frames = latent_shape[1]
-    at = [flow.level_at(quantile, frames, height, width) for quantile in quantiles(levels)]
+    at = [flow.t_at_quantile(quantile, frames, height, width) for quantile in quantiles(levels)]
     noise = [
         torch.randn(latent_shape, generator=sample_generator(seed, NOISE_STREAM, row.clip)) for row in rows
     ]

@@ -97,7 +97,7 @@ def test_shift() -> None:
 def test_distribution_of_levels(sampling: str) -> None:
     flow = make("velocity", timestep_sampling=sampling, logit_mean=1.3, logit_std=0.5)
     generator = torch.Generator().manual_seed(0)
-    levels = torch.stack([flow.sample_level(generator, 1, 32, 32) for _ in range(4000)])
+    levels = torch.stack([flow.sample_t(generator, 1, 32, 32) for _ in range(4000)])
     assert 0 < levels.min() and levels.max() < 1
     expected = 0.5 if sampling == "uniform" else torch.sigmoid(torch.tensor(1.3))
     assert abs(levels.median() - expected) < 0.03

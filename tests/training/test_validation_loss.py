@@ -48,9 +48,9 @@ def test_every_clip_has_every_level_once() -> None:
 def test_levels_are_quantiles_of_those_that_are_trained(sampling: Any) -> None:
     flow = RectifiedFlow(FlowConfig(timestep_sampling=sampling, logit_mean=0.7, shift=2.0))
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([flow.sample_level(generator, 4, 8, 8) for _ in range(20000)])
+    drawn = torch.stack([flow.sample_t(generator, 4, 8, 8) for _ in range(20000)])
     for quantile in quantiles(4):
-        assert float((drawn < flow.level_at(quantile, 4, 8, 8)).float().mean()) == pytest.approx(
+        assert float((drawn < flow.t_at_quantile(quantile, 4, 8, 8)).float().mean()) == pytest.approx(
             quantile, abs=0.01
         )
 
