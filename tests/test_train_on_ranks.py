@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from stdit.data.decoding.decode import decode_clip
-from stdit.parallel.processes.watchdog import INTERVAL
+from stdit.parallel.processes.watchdog import HEARTBEAT_SECONDS
 from tests.launch import ROOT, launch, start
 from tests.test_train import metrics
 from tests.training.tiny import tiny_settings
@@ -85,8 +85,8 @@ def test_the_number_of_ranks_that_share_a_clip_is_chosen(alone: Any) -> None:
         "train.py", 2, [*settings, *flags, "--name", "chosen", "--trainer.steps", "2"]
     )
     assert code == 0, errors
-    assert output.count("parallel.sp = auto, of 2 processes: 2, which takes least, and none of 2 fits") == 1
-    assert output.count("warning: expect it to run out") == 1
+    assert output.count("parallel.sp = auto, 2 processes: 2, which needs least, and none of 2 fits") == 1
+    assert output.count("warning: it will probably run out of memory") == 1
     assert output.count("has 1 frame of tokens: in spatial blocks, rank 1 of each 2 will idle") == 1
     assert len(metrics(run.with_name("chosen"))) == 2
     assert "sp: auto" in (run.with_name("chosen") / "config.yaml").read_text()
@@ -174,7 +174,7 @@ def test_ranks_with_different_settings_end_with_one_message(alone: Any, tmp_path
     )
     code, _, errors = launch(str(script), 2, [*settings, "--name", "uneven"])
     assert code != 0
-    assert errors.count("error: ") == 1 and "of rank 1 differs from what rank 0 has" in errors
+    assert errors.count("error: ") == 1 and "of rank 1 differs from that of rank 0" in errors
     assert not run.with_name("uneven").exists()
 
 
@@ -201,7 +201,7 @@ def test_when_a_rank_dies_all_end_and_one_says_so(alone: Any) -> None:
         worker = wait_for_workers(process, run.with_name("dead"))[1]
         everyone = psutil.Process(process.pid).children(recursive=True)
         assert len(everyone) >= 4, "two ranks and their loaders"
-        time.sleep(2 * INTERVAL)  # after which each has said that it is in a step
+        time.sleep(2 * HEARTBEAT_SECONDS)  # after which each has said that it is in a step
         worker.kill()
         _, errors = process.communicate(timeout=60)
     finally:
@@ -210,7 +210,7 @@ def test_when_a_rank_dies_all_end_and_one_says_so(alone: Any) -> None:
     assert "local_rank: 1" in errors and "SIGKILL" in errors  # torchrun's words
     assert "[rank0]: Traceback" not in errors
     ours = re.findall(r"error: .*", errors)  # none where torchrun, which stops the others, was faster
-    said = r"error: rank 1 is lost, .* rank 0, step \d+, .* last heard of in step \d+"
+    said = r"error: rank 1 is lost: .* rank 0, step \d+, .* last heartbeat was in step \d+"
     assert len(ours) <= 1 and all(re.search(said, line) for line in ours), ours
     assert not psutil.wait_procs(everyone, timeout=10)[1]
 

@@ -99,7 +99,7 @@ def _sharing_lines(needs: Needs, worlds: Sequence[int], memory: int) -> Iterator
             for sp in divisors(processes):
                 yield _row(needs, load, ParallelDims(processes, sp))
     for processes in worlds:
-        yield f"parallel.sp = auto, of {processes} processes: {needs.choice(processes, memory)}"
+        yield f"parallel.sp = auto, {processes} processes: {needs.choice(processes, memory)}"
 
 
 def _row(needs: Needs, load: Workload, split: ParallelDims) -> str:

@@ -119,7 +119,7 @@ def test_ranks_without_a_prompt_share_the_video(run: Path, tmp_path: Path) -> No
     ]
     code, output, errors = launch("sample.py", 2, [*flags, "--parallel.sp", "auto"])
     assert code == 0, errors
-    assert output.count("parallel.sp = auto, of 2 processes: 2, the smallest") == 1
+    assert output.count("parallel.sp = auto, 2 processes: 2, the smallest") == 1
     assert len(videos(tmp_path)) == 1
 
 

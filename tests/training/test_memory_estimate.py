@@ -79,8 +79,8 @@ def test_the_report_compares_ways_to_share(settings: list[str]) -> None:
     needs = needs_of(settings)
     memory = total(needs, ParallelDims(2, 2))
     shown = report(needs.inputs, 1, memory)
-    assert "parallel.sp = auto, of 2 processes: 2, the smallest of 1, 2 that fits" in shown
-    assert "parallel.sp = auto, of 8 processes: 4, the smallest of 4, 8 that fits" in shown
+    assert "parallel.sp = auto, 2 processes: 2, the smallest of 1, 2 that fits" in shown
+    assert "parallel.sp = auto, 8 processes: 4, the smallest of 4, 8 that fits" in shown
     rows = [line.split() for line in shown.splitlines() if line[:11].strip().isdigit()]
     assert [row[:3] for row in rows] == [
         [str(n) for n in (processes, sp, processes // sp)]

@@ -237,9 +237,9 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_never_run(tmp_path: Path) -> No
     [
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"weight": {"saved_offsets": [1, 0]}}', "do not make up a whole"),
-        ('{"weight": {"saved_offsets": [-2, 0]}}', "do not make up a whole"),
-        ('{"weight": {"saved_offsets": [0]}}', "do not make up a whole"),
+        ('{"weight": {"saved_offsets": [1, 0]}}', "do not make up a full tensor"),
+        ('{"weight": {"saved_offsets": [-2, 0]}}', "do not make up a full tensor"),
+        ('{"weight": {"saved_offsets": [0]}}', "do not make up a full tensor"),
         ('{"weight": {"saved_offsets": ["a", 0]}}', "cannot be read"),
         ('{"weight": {}}', "cannot be read"),
         ('{"other": {"saved_offsets": [0, 0]}}', "cannot be read"),

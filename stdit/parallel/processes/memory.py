@@ -1,4 +1,4 @@
-"""How much memory a process may use."""
+"""Memory that a process may use."""
 
 import os
 from pathlib import Path
@@ -12,15 +12,20 @@ CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.l
 
 
 def memory_of_process(device: torch.device, gib: float | None) -> int:
-    """Bytes: so many GiB, if they are given; else all of a GPU's memory, or a process's part of the machine's."""
+    """Return the bytes that this process may use.
+
+    Args:
+        gib: that many GiB; None: all memory of its GPU, or on a CPU its share of the machine's memory.
+    """
     if gib is not None:
         return int(gib * GIB)
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def machine_memory() -> int:
-    """Bytes that this machine has, or that its container may use."""
+    """Return the bytes of this machine's memory, or of its container's limit if that is lower."""
     limits = [file.read_text().strip() for file in map(Path, CONTAINER_LIMITS) if file.is_file()]
-    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())])
+    total: int = psutil.virtual_memory().total
+    return min([total, *(int(limit) for limit in limits if limit.isdigit())])

@@ -1,14 +1,15 @@
-"""All processes of a run as a grid, dp x cfg x sp.
+"""All processes of a run as a grid, dp x cfg x sp, and what they agree on.
 
-dp parts split the batch, or the prompts; in each, cfg ranks split the halves of guidance (in sampling), and sp ranks
-share each video. The last runs fastest: the ranks of a sequence are neighbours, on one machine where that can be.
+The dp ranks split the batch (or the prompts); the cfg ranks split the two halves of classifier-free guidance (in
+sampling); the sp ranks share each video. sp varies fastest: the ranks of a video are neighbours, on one machine if it
+is large enough.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from math import prod
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,25 +21,28 @@ from stdit.parallel.sequence.group import Group
 from stdit.parallel.sequence.planner import SpChoice
 from stdit.parallel.sequence.sharding import even_sizes, micro_batches
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One process's place among all; with the defaults, it is alone."""
+    """This process's position in the grid of processes; the default is a single process."""
 
     rank: int = 0
+    """Rank among all processes."""
     world_size: int = 1
+    """Number of processes."""
     sp: Group = field(default_factory=Group)
     """The ranks that share this rank's videos."""
     cfg: Group = field(default_factory=Group)
     """The ranks that compute the halves of guidance for this rank's videos."""
     device: torch.device = torch.device("cpu")
+    """Device of this rank."""
     control_group: dist.ProcessGroup | None = None
-    """By which all ranks agree; none: by the one that they compute with."""
+    """Process group for control messages; None: the default group."""
 
     def with_control_group(self, timeout: float) -> "Mesh":
-        """The same ranks, talking in a group of their own, on the CPU: for a thread beside the one that trains.
+        """Return the same mesh with a gloo control group of its own, for use in a thread beside training.
 
         Every rank must call this.
 
@@ -53,21 +57,21 @@ class Mesh:
 
     @property
     def dp(self) -> int:
-        """Parts of the batch."""
+        """Number of data-parallel ranks: the parts of the batch."""
         return self.world_size // (self.sp.size * self.cfg.size)
 
     @property
     def dp_rank(self) -> int:
-        """Which part of the batch is this rank's."""
+        """Which part of the batch this rank has."""
         return self.rank // (self.sp.size * self.cfg.size)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is rank 0, which writes files and prints messages."""
         return self.rank == 0
 
     def check_batch_sizes(self, batch_sizes: Iterable[int]) -> None:
-        """Raise UserError, on every rank, if some rank would have no part of a batch."""
+        """Raise UserError on every rank if a batch has fewer samples than there are data-parallel ranks."""
         smallest = min(batch_sizes, default=self.dp)
         if smallest < self.dp:
             self.fail(
@@ -78,21 +82,21 @@ class Mesh:
             )
 
     def fail(self, message: str) -> NoReturn:
-        """Raise UserError; every rank calls this alike, and the first one speaks."""
+        """Raise UserError on the main rank and OtherRankError on others; every rank must call this."""
         raise (UserError if self.is_main else OtherRankError)(message)
 
     def sample_range(self, batch_size: int) -> range:
-        """Which samples of the global batch are this rank's."""
-        parts = even_sizes(batch_size, self.dp)
-        start = sum(parts[: self.dp_rank])
-        return range(start, start + parts[self.dp_rank])
+        """Return the indices of this rank's samples in the global batch."""
+        sizes = even_sizes(batch_size, self.dp)
+        start = sum(sizes[: self.dp_rank])
+        return range(start, start + sizes[self.dp_rank])
 
-    def micro_batches(self, batch_size: int, most: int | None) -> list[tuple[slice, bool]]:
-        """This rank's part of a batch, as `sharding.micro_batches` has it."""
-        return micro_batches(even_sizes(batch_size, self.dp), self.dp_rank, most)
+    def micro_batches(self, batch_size: int, max_size: int | None) -> list[tuple[slice, bool]]:
+        """Split this rank's part of a batch into micro-batches; see `sharding.micro_batches`."""
+        return micro_batches(even_sizes(batch_size, self.dp), self.dp_rank, max_size)
 
     def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """Mean over all ranks."""
+        """Return the mean of ``values`` over all ranks."""
         if self.world_size == 1:
             return values
         total = values.clone()
@@ -100,56 +104,66 @@ class Mesh:
         return total / self.world_size
 
     def all_reduce_max(self, values: Sequence[int]) -> list[int]:
-        """Each over all ranks, in one message."""
+        """Return the maximum of each value over all ranks, by one collective."""
         if self.world_size == 1:
             return list(values)
-        box = torch.tensor(values, device=self.device)
-        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control_group)
-        return box.tolist()
+        reduced = torch.tensor(values, device=self.device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.control_group)
+        return [int(value) for value in reduced.tolist()]
 
-    def on_all_ranks(self, action: Callable[[], Result]) -> Result:
-        """Do it on every rank; if it fails on one, that one raises its error, and the others `OtherRankError`."""
-        return self._together(action, range(self.world_size))
+    def on_all_ranks(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on every rank; if it fails on one, raise its error there and OtherRankError elsewhere."""
+        return self._run_together(action, range(self.world_size))
 
-    def main_first(self, action: Callable[[], Result]) -> Result:
-        """As `on_all_ranks`, first on the first rank, so that the others find what it wrote."""
-        first = self._together(action if self.is_main else _nothing, range(1))
-        rest = self._together(_nothing if self.is_main else action, range(1, self.world_size))
-        return first if self.is_main else rest  # type: ignore[return-value]
+    def main_first(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on the main rank, then on the others, which find what it wrote; errors as `on_all_ranks`."""
+        if self.is_main:
+            result = self._run_together(action, range(1))
+            self._run_together(_nothing, range(1, self.world_size))
+            return result
+        self._run_together(_nothing, range(1))
+        return self._run_together(action, range(1, self.world_size))
 
-    def on_main(self, action: Callable[[], Result]) -> Result:
-        """Do it on the first rank alone; every rank gets its result, or raises when it fails."""
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on the main rank only, and return its result on every rank; errors as `on_all_ranks`."""
         if self.world_size == 1:
             return action()
-        box = [self._together(action if self.is_main else _nothing, range(1))]
-        dist.broadcast_object_list(box, src=0, group=self.control_group)
-        return box[0]  # type: ignore[return-value]
+        result: list[T | None] = [None]
+        if self.is_main:
+            result = [self._run_together(action, range(1))]
+        else:
+            self._run_together(_nothing, range(1))
+        dist.broadcast_object_list(result, src=0, group=self.control_group)
+        return result[0]  # type: ignore[return-value]  # the main rank's, of type T
 
-    def gather_failures(self, news: Result | None) -> list[Result]:
-        """The news of each part of the batch that has some, on every rank; while none has, one number travels.
+    def gather_failures(self, failures: T | None) -> list[T]:
+        """Return the failures of each part of the batch that has some, on every rank.
+
+        If no rank has one, only a number is exchanged.
 
         Raises:
-            UserError: on every rank, if those that share their part tell different news.
+            UserError: on every rank, if ranks that share a part of the batch have different failures.
         """
-        if self.all_reduce_max([news is not None]) == [0]:
+        if self.all_reduce_max([failures is not None]) == [0]:
             return []
-        told, each = self.all_gather_objects(news), self.world_size // self.dp
-        for rank, one in enumerate(told):
-            if one != told[lead := rank // each * each]:
+        gathered, part_ranks = self.all_gather_objects(failures), self.world_size // self.dp
+        for rank, found in enumerate(gathered):
+            lead = rank // part_ranks * part_ranks
+            if found != gathered[lead]:
                 self.fail(
-                    f"rank {rank} shares the videos of rank {lead}, but does not read them alike ({one}, not "
-                    f"{told[lead]}): start every process on machines that have the same files"
+                    f"rank {rank} and rank {lead} share videos, but read them differently ({found}, not "
+                    f"{gathered[lead]}): start every process on machines that have the same files"
                 )
-        return [one for one in told[::each] if one is not None]
+        return [found for found in gathered[::part_ranks] if found is not None]
 
-    def gather_on_main(self, value: Result) -> list[Result]:
-        """The value of each part of the batch, in order, on the first rank; an empty list on the others."""
+    def gather_on_main(self, value: T) -> list[T]:
+        """Return the value of each part of the batch, in order, on the main rank, and an empty list on others."""
         if self.world_size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        gathered: list[T | None] | None = [None] * self.world_size if self.is_main else None
         leads = self.sp.rank == self.cfg.rank == 0
-        dist.gather_object(value if leads else None, values, group=self.control_group)
-        return values[:: self.world_size // self.dp] if values else []
+        dist.gather_object(value if leads else None, gathered, group=self.control_group)
+        return gathered[:: self.world_size // self.dp] if gathered else []  # type: ignore[return-value]
 
     def check_same(self, what: str, value: str) -> None:
         """Raise UserError on every rank if ``value`` differs between ranks."""
@@ -157,15 +171,23 @@ class Mesh:
         odd = [rank for rank, other in enumerate(values) if other != values[0]]
         if odd:
             self.fail(
-                f"{what} of rank {odd[0]} differs from what rank 0 has: start every process with the same "
-                "command, on machines that have the same files"
+                f"{what} of rank {odd[0]} differs from that of rank 0: start every process with the same command, on "
+                "machines that have the same files"
             )
 
-    def _together(self, action: Callable[[], Any], ranks: range) -> Any:
+    def all_gather_objects(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values  # type: ignore[return-value]  # every rank has filled its place
+
+    def _run_together(self, action: Callable[[], T], ranks: range) -> T:
+        """Run ``action``, and raise on every rank if it failed on one of ``ranks``."""
         if self.world_size == 1:
             return action()
         error: Exception | None = None
-        result = None
         try:
             result = action()
         except Exception as caught:
@@ -178,31 +200,29 @@ class Mesh:
             raise error
         raise OtherRankError(f"rank {failed[0]} failed: {messages[failed[0]]}")
 
-    def all_gather_objects(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control_group)
-        return values
-
 
 def _nothing() -> None:
     return None
 
 
 def runs_on_cpu(device: str) -> bool:
-    """Whether accelerate must be told to use the CPU: with no accelerator and no word of it, it starts no group."""
+    """Return whether to run on the CPU: if asked to, or if there is no accelerator.
+
+    accelerate must be told so even if there is none; otherwise it starts no process group.
+    """
     return device == "cpu" or not torch.accelerator.is_available()
 
 
 def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
-    """The grid of the processes that were started. Raises UserError if they do not form one.
+    """Return the mesh of the processes that were started; every rank must call this.
 
-    With ``sp = auto`` none shares a video yet; what is chosen makes another grid.
+    With ``sp = "auto"`` no videos are shared yet: see `resolve_sp`.
 
     Args:
-        device: of this rank; its type decides how the ranks control_group.
+        device: of this rank; its type decides the backend of the groups.
+
+    Raises:
+        UserError: on every rank, if the number of processes is no multiple of cfg x sp, or if settings differ.
     """
     sizes = {"sp": 1 if config.sp == "auto" else config.sp}
     if isinstance(config, SamplingParallelConfig):
@@ -210,39 +230,38 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     if not dist.is_initialized():
         check_divides(sizes, 1)
         return Mesh(device=device)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    everyone = Mesh(rank, size, device=device)
-    everyone.check_same("parallel.*", str(config))
-    everyone.on_all_ranks(lambda: check_divides(sizes, size))
-    shape = (size // prod(sizes.values()), *sizes.values())
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    world = Mesh(rank, world_size, device=device)
+    world.check_same("parallel.*", str(config))
+    world.on_all_ranks(lambda: check_divides(sizes, world_size))
+    shape = (world_size // prod(sizes.values()), *sizes.values())
     grid = dist.init_device_mesh(device.type, shape, mesh_dim_names=("dp", *sizes))
     chunks = {"sp": config.overlap_chunks, "cfg": 1}
-    groups = {
-        name: Group.of(grid.get_group(name), chunks[name]) for name, ranks in sizes.items() if ranks > 1
-    }
-    return Mesh(rank, size, groups.get("sp", Group()), groups.get("cfg", Group()), device)
+    groups = {name: Group.of(grid.get_group(name), chunks[name]) for name, size in sizes.items() if size > 1}
+    return Mesh(rank, world_size, groups.get("sp", Group()), groups.get("cfg", Group()), device)
 
 
 def resolve_sp(mesh: Mesh, config: ParallelConfig, choose: Callable[[], SpChoice]) -> Mesh:
-    """The grid that ``sp = auto`` comes to, by the choice of the first rank; other settings have theirs already."""
+    """Return the mesh for the sp that the main rank chooses if ``sp = "auto"``; else ``mesh`` as it is."""
     if config.sp != "auto":
         return mesh
     choice = mesh.on_main(choose)
     if mesh.is_main:
-        print(f"parallel.sp = auto, of {mesh.world_size} processes: {choice}")
+        print(f"parallel.sp = auto, {mesh.world_size} processes: {choice}")
         if not choice.fits:
             print(
-                "warning: expect it to run out; take more processes, smaller batches, or shorter or smaller videos"
+                "warning: it will probably run out of memory; use more processes, smaller batches, or shorter or "
+                "smaller videos"
             )
     return build_mesh(replace(config, sp=choice.sp), mesh.device)
 
 
-def check_divides(sizes: dict[str, int], started: int) -> None:
-    """Raise UserError unless so many processes make whole groups."""
+def check_divides(sizes: dict[str, int], processes: int) -> None:
+    """Raise UserError unless the number of processes is a multiple of the product of the group sizes."""
     needed = prod(sizes.values())
-    if started % needed:
-        flags = " and ".join(f"parallel.{name} = {ranks}" for name, ranks in sizes.items() if ranks > 1)
+    if processes % needed:
+        flags = " and ".join(f"parallel.{name} = {size}" for name, size in sizes.items() if size > 1)
         raise UserError(
-            f"{flags}, but {started} {'process was' if started == 1 else 'processes were'} started: start a multiple "
-            f"of {needed} (torchrun --nproc_per_node {needed} ...), or lower the setting"
+            f"{flags}, but {processes} {'process was' if processes == 1 else 'processes were'} started: start a "
+            f"multiple of {needed} (torchrun --nproc_per_node {needed} ...), or lower the setting"
         )

@@ -1,17 +1,16 @@
-"""How the weights of a model, and what training keeps beside them, lie on the ranks.
+"""Model, gradients and optimizer state on several ranks: replicated (DDP) or sharded (FSDP2, ZeRO stage 3).
 
-Replicated, every rank has all of them. Sharded, a rank keeps its share of each tensor, along the first axis, as a
-DTensor, and has a block's weights whole only while the block computes (ZeRO stage 3, Rajbhandari et al. 2020,
-arXiv:1910.02054; PyTorch's fully_shard). Either way gradients are averaged over all ranks.
+Replicated, every rank holds all of them. Sharded, a rank holds its share of each tensor, split along the first axis,
+as a DTensor, and gathers a block's weights only while the block computes (Rajbhandari et al. 2020, arXiv:1910.02054;
+PyTorch's ``fully_shard``). In both cases gradients are averaged over all ranks.
 
-PyTorch's part of it is imported where it is used: it takes time, and settings are read without it.
+DTensor and FSDP are imported where they are used: importing them is slow, and many commands need neither.
 """
 
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,34 +21,34 @@ from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.planner import FLOAT32_BYTES
 
 STATES_PER_WEIGHT = 5
-"""Numbers for each weight: itself, its gradient, AdamW's two moments, its average."""
+"""Values kept for each weight: itself, its gradient, AdamW's two moments, its average (EMA)."""
 
 
 @dataclass(frozen=True)
-class Network:
-    """A model on all ranks."""
+class DistributedModel:
+    """A model that is replicated on all ranks or sharded over them."""
 
     module: nn.Module
-    """What a rank calls."""
+    """The module to call."""
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
-    """For passes before the last of a step: while it lasts, gradients need not be averaged."""
+    """Context for all micro-batches of a step but the last: gradients need not be averaged in it."""
 
 
-def replicate_model(model: nn.Module, mesh: Mesh) -> Network:
-    """All weights on every rank."""
+def replicate_model(model: nn.Module, mesh: Mesh) -> DistributedModel:
+    """Keep all weights on every rank; gradients are averaged by DistributedDataParallel."""
     model.to(mesh.device)
     if mesh.world_size == 1:
-        return Network(model)
-    module = DistributedDataParallel(_OneUnused(model), find_unused_parameters=True)
-    return Network(module, module.no_sync)
+        return DistributedModel(model)
+    module = DistributedDataParallel(_WithUnusedParameter(model), find_unused_parameters=True)
+    return DistributedModel(module, module.no_sync)
 
 
-class _OneUnused(nn.Module):
-    """A model beside a weight that nothing uses, for which DistributedDataParallel is told to look.
+class _WithUnusedParameter(nn.Module):
+    """A model and one parameter that it does not use, so that DDP has a reason to search for unused parameters.
 
-    Where it need not look, it sorts gradients into other buckets after the first pass of a process. Sums over ranks
-    are then rounded in another order, and a run that was started again is not bit for bit that which was not. Where
-    it looks in vain, it warns on every rank.
+    Without the search, DDP rearranges its gradient buckets after the first pass of a process. Sums over ranks are
+    then rounded in another order, and a resumed run is not bit for bit the same as one that was never stopped. If the
+    search finds nothing, DDP prints a warning on every rank.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,14 +56,14 @@ class _OneUnused(nn.Module):
         self.model = model
         self.unused = nn.Parameter(torch.zeros((), device=next(model.parameters()).device))
 
-    def forward(self, **inputs: Any) -> Any:
+    def forward(self, **inputs: object) -> object:
         return self.model(**inputs)
 
 
-def shard_model(model: nn.Module, mesh: Mesh) -> Network:
-    """A share of the weights on each rank; every rank must call the model equally often.
+def shard_model(model: nn.Module, mesh: Mesh) -> DistributedModel:
+    """Shard the weights over all ranks, in place, by ``fully_shard``; all ranks must call the model equally often.
 
-    Gradients are averaged in every pass: until then they are whole, and take the room that sharding is to save.
+    Gradients are averaged in every pass: until then they are whole, and take the memory that sharding should save.
     """
     if mesh.world_size == 1:
         return replicate_model(model, mesh)
@@ -74,39 +73,39 @@ def shard_model(model: nn.Module, mesh: Mesh) -> Network:
     for block in model.blocks():  # type: ignore[operator]
         fully_shard(block, mesh=ranks)
     fully_shard(model, mesh=ranks)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody writes to
-    return Network(model)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes to it
+    return DistributedModel(model)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each rank may keep a share; every rank must call this."""
+    """Gather a tensor if it is sharded (DTensor); every rank must call this."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor; all of one that is not sharded."""
+    """Return this rank's shard of a DTensor; any other tensor is returned as it is."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_full_tensors(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """The tensors whole on the first rank, and none on the others; every rank must call this.
+    """Return the full tensors on the main rank, and none on other ranks; every rank must call this.
 
-    What was sharded is gathered one by one, and then in the memory of the CPU.
+    Sharded tensors are gathered one after the other, and kept in CPU memory.
     """
-    kept = {}
+    gathered = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor)
         if mesh.is_main:
-            kept[name] = full if full is tensor else full.cpu()
-    return kept
+            gathered[name] = full if full is tensor else full.cpu()
+    return gathered
 
 
 def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole ``tensor`` on the device of ``like``; if that is sharded, and as large, this rank's share of it."""
+    """Move a full tensor to the device of ``like``; if that is sharded and of the same shape, return the shard."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     tensor = tensor.to(like.device)
@@ -116,9 +115,9 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def state_bytes(parameter_count: int, ranks: int, sharded: bool) -> int:
-    """Bytes that a rank keeps between steps of a model with so many float32 weights.
+    """Return the bytes of weights, gradients, AdamW's moments and EMA on one rank, in float32.
 
-    Replicated, a rank keeps all of it; sharded over the ranks, its share (arXiv:1910.02054, figure 1).
+    Replicated, a rank keeps all of them; sharded, 1/N (arXiv:1910.02054, figure 1).
     """
-    mine = -(-parameter_count // ranks) if sharded else parameter_count
-    return STATES_PER_WEIGHT * FLOAT32_BYTES * mine
+    own = -(-parameter_count // ranks) if sharded else parameter_count
+    return STATES_PER_WEIGHT * FLOAT32_BYTES * own

@@ -1,10 +1,10 @@
-"""Tensors on disk, written by all ranks, and read by any other number of them.
+"""Tensors of a checkpoint on disk: written by all ranks, read by any other number of ranks.
 
-Who writes which part of what, and who reads which part of whose file, is planned by torch.distributed.checkpoint.
-Its own files are read by pickle, which runs what they tell it to; these are safetensors, as HuggingFaceStorageReader
-reads them: their headers say where in the whole tensor a part belongs. On one rank they are plain safetensors.
+torch.distributed.checkpoint plans which rank writes and which rank reads which part. Its own file format is read by
+pickle, which can execute code. These files are safetensors in the layout of its HuggingFaceStorageReader: the header
+says where in the full tensor each chunk belongs. With one rank they are plain safetensors.
 
-PyTorch's part of it is imported where it is used: it takes time, and settings are read without it.
+torch.distributed.checkpoint is imported where it is used: importing it is slow, and many commands do not need it.
 """
 
 import json
@@ -27,89 +27,90 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 STEMS = {"model": "diffusion_pytorch_model", "ema": "ema", "optimizer": "optimizer"}
-"""Names of the files in the folder of each part of a state; the model's is the name that diffusers looks for."""
+"""Stem of the file names in the folder of each part of a state; the model's is the one that diffusers looks for."""
 PLACEMENT = "DCP_SHARDING_INFO"
-"""Under which the header of a file has, as torch's reader wants it, where its tensors begin in whole ones."""
+"""Key of the safetensors header in which HuggingFaceStorageReader looks for the offsets of the chunks."""
 
 StateDicts = Mapping[str, Mapping[str, Tensor]]
-"""By part (model, ema, optimizer), tensors by name; whole on every rank, or a share on each (DTensor)."""
+"""Tensors by part (model, ema, optimizer) and name: full on every rank, or sharded (DTensor)."""
 
 
 @dataclass(frozen=True)
 class TensorChunk:
-    """What one rank writes of a tensor."""
+    """The part of a tensor that one rank writes."""
 
     tensor: Tensor
     offsets: tuple[int, ...]
-    """Where it begins in the whole tensor."""
+    """Position of its first element in the full tensor."""
 
 
 StateChunks = dict[str, dict[str, TensorChunk]]
-"""By part and name."""
+"""What one rank writes, by part and name."""
 
 
 @dataclass
 class SavePlan:
-    """Which rank writes what: each its share of what is sharded; of what all have, each a part, once."""
+    """Which rank writes what: of sharded tensors each its shard; replicated tensors are divided among the ranks."""
 
     mesh: Mesh
     planned: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = field(default_factory=dict)
-    """By names of all tensors, the offsets of those that this rank writes: they change only while state appears."""
+    """By the names of all tensors, the offsets of those that this rank writes. Cached: names rarely change."""
 
     def chunks(self, state: StateDicts) -> StateChunks:
-        """What this rank writes of ``state``, not copied; every rank must call this."""
-        return {part: self._chunks(dict(tensors)) for part, tensors in state.items()}
+        """Return what this rank writes of ``state``, without a copy; every rank must call this."""
+        return {part: self._chunks_of(dict(tensors)) for part, tensors in state.items()}
 
-    def _chunks(self, tensors: dict[str, Tensor]) -> dict[str, TensorChunk]:
-        key = tuple(tensors)
-        if key not in self.planned:
-            self.planned[key] = self._plan(tensors)
+    def _chunks_of(self, tensors: dict[str, Tensor]) -> dict[str, TensorChunk]:
+        names = tuple(tensors)
+        if names not in self.planned:
+            self.planned[names] = self._plan(tensors)
         return {
-            name: TensorChunk(local_tensor(tensors[name]).detach(), at)
-            for name, at in self.planned[key].items()
+            name: TensorChunk(local_tensor(tensors[name]).detach(), offsets)
+            for name, offsets in self.planned[names].items()
         }
 
     def _plan(self, tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Return the offsets of what this rank writes, by name."""
         from torch.distributed.checkpoint import DefaultSavePlanner
 
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(dict(tensors), is_coordinator=self.mesh.is_main)
         plans, _ = planner.create_global_plan(self.mesh.all_gather_objects(planner.create_local_plan()))
         items = plans[self.mesh.rank].items
-        mine = {item.index.fqn: tuple(item.index.offset or ()) for item in items}
-        return {name: at for name, at in mine.items() if local_tensor(tensors[name]).numel()}
+        offsets = {item.index.fqn: tuple(item.index.offset or ()) for item in items}
+        return {name: own for name, own in offsets.items() if local_tensor(tensors[name]).numel()}
 
 
-def write_chunks(folder: Path, pieces: StateChunks, rank: int, ranks: int) -> list[Path]:
-    """Write this rank's files, one for each part of which it has pieces, into the folders of the parts.
+def write_chunks(folder: Path, chunks: StateChunks, rank: int, ranks: int) -> list[Path]:
+    """Write this rank's chunks into ``folder``, one file for each part of the state.
 
     Returns:
-        The files.
+        The files that were written.
 
     Raises:
-        OSError, SafetensorError: what the disk refuses.
+        OSError, SafetensorError: if a file cannot be written.
     """
     from safetensors.torch import save_file
 
     files = []
-    for part, named in pieces.items():
+    for part, named in chunks.items():
         if rank and not named:
             continue
         number = "" if ranks == 1 else f"-{rank + 1:05d}-of-{ranks:05d}"
         files.append(folder / part / f"{STEMS[part]}{number}.safetensors")
         files[-1].parent.mkdir(exist_ok=True)
-        placement = {name: {"saved_offsets": piece.offsets} for name, piece in named.items()}
-        tensors = {name: piece.tensor.cpu().contiguous() for name, piece in named.items()}
+        placement = {name: {"saved_offsets": chunk.offsets} for name, chunk in named.items()}
+        tensors = {name: chunk.tensor.cpu().contiguous() for name, chunk in named.items()}
         save_file(tensors, files[-1], metadata={"format": "pt", PLACEMENT: json.dumps(placement)})
         share(files[-1])
     return files
 
 
 class StoredTensors:
-    """The tensors in the files of one folder, such as ``checkpoint/ema``. Files of safetensors only; no pickle.
+    """The tensors in the safetensors files of one folder, such as ``checkpoint/ema``; reads no pickle.
 
     Raises:
-        UserError: from every method, and when made: for what cannot be read, or does not fit together.
+        UserError: here and from every method, if a file cannot be read or the chunks do not fit together.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,21 +125,21 @@ class StoredTensors:
             raise ValueError("it has no .safetensors file")
         reader = HuggingFaceStorageReader(str(self.folder))
         metadata = reader.read_metadata()
-        for name, found in _tensors(metadata).items():
-            volume = sum(chunk.sizes.numel() for chunk in found.chunks)
-            placed = all(
-                len(c.offsets) == len(c.sizes) and min(c.offsets, default=0) >= 0 for c in found.chunks
+        for name, stored in _tensors(metadata).items():
+            volume = sum(chunk.sizes.numel() for chunk in stored.chunks)
+            valid = all(
+                len(c.offsets) == len(c.sizes) and min(c.offsets, default=0) >= 0 for c in stored.chunks
             )
-            if not placed or volume != found.size.numel():
-                raise ValueError(f"the parts of {name} do not make up a whole")
+            if not valid or volume != stored.size.numel():
+                raise ValueError(f"the chunks of {name} do not make up a full tensor")
         return reader, metadata
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Of the whole tensors, by name."""
-        return {name: found.size for name, found in _tensors(self._metadata).items()}
+        """Return the shapes of the full tensors, by name."""
+        return {name: stored.size for name, stored in _tensors(self._metadata).items()}
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors, whole or this rank's shares of them, in place; names and shapes must be the stored ones."""
+        """Fill tensors in place, full or this rank's shards; their names and shapes must be the stored ones."""
         from torch.distributed.checkpoint import DefaultLoadPlanner
 
         stored = self.shapes()
@@ -159,6 +160,7 @@ class StoredTensors:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
+        """Turn whatever a damaged file raises into UserError."""
         from safetensors import SafetensorError
 
         try:

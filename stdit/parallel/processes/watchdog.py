@@ -1,9 +1,9 @@
-"""What the ranks of a run tell each other beside their work, so that all end when one fails, and one says why.
+"""Watchdog of the ranks of a run: when one dies, hangs or fails, all processes end and one error says why.
 
-A thread of each rank writes a sign of life, and what its main thread is doing, to the store by which the ranks met.
-It ends its process when another rank has failed, when one has been silent for too long, and when its own main thread
-has not moved for too long, be it that it waits for a rank that hangs, or hangs itself. Then one rank says which rank
-is to blame, in which step, and why; the others end without a word.
+A thread of each rank writes a heartbeat, with what its main thread is doing, to the store of the rendezvous. It ends
+its process when another rank has failed, when another rank sends no heartbeat for ``parallel.heartbeat_timeout``, and
+when its own main thread makes no progress for ``parallel.timeout``, because it waits for a rank that hangs or hangs
+itself. One rank then prints which rank failed, in which step, and why; the others end quietly.
 """
 
 import json
@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -28,60 +28,61 @@ from stdit.errors import LostRankError, OtherRankError, UserError
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.processes.mesh import Mesh
 
-ROOT = Path(__file__).parents[3]
-INTERVAL = 1.0
-"""Seconds between two signs of life."""
-GRACE = 5.0
-"""Seconds in which the first error of a run becomes known, and after which a rank without a sign of life is gone."""
-NAMED = 8
-"""Ranks that a message tells of, at most."""
-FAILURE = "failure"
-AGAIN = "The same command goes on from the newest whole checkpoint."
+HEARTBEAT_SECONDS = 1.0
+"""Seconds between two heartbeats."""
+GRACE_SECONDS = 5.0
+"""Seconds for the first error of a run to reach all ranks, and after which a rank without a new heartbeat is lost."""
+RESUME_HINT = "The same command resumes from the newest complete checkpoint."
+_REPOSITORY = Path(__file__).parents[3]
+_FAILURE_KEY = "failure"
+_MAX_NAMED_RANKS = 8
 
 
 @dataclass
 class Watchdog:
-    """What a process is doing; of one that is alone, nobody wants to know."""
+    """Watchdog of a single process, which does nothing but record its phase."""
 
-    doing: str = ""
+    current_phase: str = ""
 
-    def phase(self, doing: str) -> None:
-        """Say what begins now, such as "step 12, reading data"."""
-        self.doing = doing
+    def phase(self, name: str) -> None:
+        """Record what begins now, such as "step 12, waiting for data"."""
+        self.current_phase = name
 
-    def explained(self, error: Exception) -> Exception:
-        """The error with which this process is to end."""
+    def explain(self, error: Exception) -> Exception:
+        """Return the exception with which this process should end because of ``error``."""
         return error
 
-    def leave(self, code: int | None = None) -> None:
-        """No more is to be watched; with a code, the others are to end at once, with that code."""
+    def stop(self, code: int | None = None) -> None:
+        """Stop watching. With an exit code, end all other ranks at once, with that code."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a rank tells the others."""
+class RankStatus:
+    """The content of a heartbeat."""
 
-    beat: int
-    """Counts its signs of life; below 0 once it has left."""
-    begun: int
-    """How many things its main thread has begun: less than others, and it is the one they wait for."""
-    doing: str
-    place: str
-    """Where in the code its main thread is, and on which machine."""
+    heartbeat: int
+    """Number of heartbeats so far; -1 once the rank has stopped watching."""
+    phases: int
+    """Number of phases that the main thread has begun; the rank with the fewest is the one that others wait for."""
+    phase: str
+    location: str
+    """File and line of the main thread, and the host."""
 
     def __str__(self) -> str:
-        return ", ".join(part for part in (self.doing, self.place) if part)
+        return ", ".join(part for part in (self.phase, self.location) if part)
 
 
 @dataclass
 class RankWatchdog(Watchdog):
-    """The watch of one rank of several.
+    """Watchdog of one of several ranks; starts its threads when it is made.
 
     Args:
-        store: where the ranks meet; a connection that nothing else uses.
-        heartbeat_timeout: seconds without a sign of life after which a rank counts as lost.
-        timeout: seconds after which a main thread that has not moved hangs, or waits for one that does.
-        end: how the process is ended when its main thread cannot.
+        store: store that all ranks share; a connection that nothing else uses.
+        heartbeat_timeout: seconds without a heartbeat after which a rank is lost.
+        timeout: seconds without progress of the main thread after which the run has failed.
+        interval: seconds between two heartbeats.
+        grace: see `GRACE_SECONDS`.
+        end: ends this process with an exit code while its main thread may be stuck.
     """
 
     store: Store = field(default_factory=lambda: TCPStore("localhost", 0, is_master=True))
@@ -89,211 +90,212 @@ class RankWatchdog(Watchdog):
     size: int = 1
     heartbeat_timeout: float = 300.0
     timeout: float = 1800.0
-    interval: float = INTERVAL
-    grace: float = GRACE
+    interval: float = HEARTBEAT_SECONDS
+    grace: float = GRACE_SECONDS
     end: Callable[[int], None] = lambda code: end_process(code)
 
     def __post_init__(self) -> None:
-        self.begun = self.beat = 0
-        self._stop = threading.Event()
-        self._heard: dict[int, tuple[int, float]] = {}
-        self._main = threading.current_thread().ident
-        self._still_since = self._looked = time.monotonic()
+        self.phases = self.heartbeat = 0
+        self._stopped = threading.Event()
+        self._seen: dict[int, tuple[int, float]] = {}
+        """By rank, its newest heartbeat and when that was first seen."""
+        self._main_thread = threading.current_thread().ident
+        self._progress_at = self._checked_at = time.monotonic()
         self._stack: tuple[object, ...] = ()
-        self._say()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._send_heartbeat()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._watch_the_store, name="watch of the store", daemon=True).start()
+        threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True).start()
 
-    def phase(self, doing: str) -> None:
-        self.doing = doing
-        self.begun += 1
+    def phase(self, name: str) -> None:
+        self.current_phase = name
+        self.phases += 1
 
-    def leave(self, code: int | None = None) -> None:
-        self._stop.set()
+    def stop(self, code: int | None = None) -> None:
+        self._stopped.set()
         self._thread.join(self.grace)
         if code is not None:
-            self._blame(f"rank {self.rank} was told to stop at once", code)
-        self.beat = -1
-        self._say()
+            self._record_failure(f"rank {self.rank} was told to stop at once", code)
+        self.heartbeat = -1
+        self._send_heartbeat()
 
-    def explained(self, error: Exception) -> Exception:
-        """The error with which this process ends: its own, that of a rank that is lost, or another's."""
+    def explain(self, error: Exception) -> Exception:
+        """Return the exception to end with: this rank's own, that a rank is lost, or that another rank failed."""
         if isinstance(error, OtherRankError):
             return error
-        lost = [] if isinstance(error, UserError) else self._roll_call()
+        lost = [] if isinstance(error, UserError) else self._lost_ranks()
         if lost:
-            other = self._reports([lost[0]]).get(lost[0])
+            status = self._statuses([lost[0]]).get(lost[0])
             text = (
-                f"rank {lost[0]} is lost, without a word, as {self._name()}, found: it was last heard of in "
-                f"{other or 'its start'}"
+                f"rank {lost[0]} is lost: it ended without an error message, as noticed by {self._name()}. Its last "
+                f"heartbeat was in {status or 'its start'}"
             )
-            mine: Exception = LostRankError(f"{text}. {AGAIN}")
+            own: Exception = LostRankError(f"{text}. {RESUME_HINT}")
         elif isinstance(error, UserError):
-            text = f"{self._name()}: {error}" if self.doing or self.rank else str(error)
-            mine = UserError(text)
+            text = f"{self._name()}: {error}" if self.current_phase or self.rank else str(error)
+            own = UserError(text)
         else:
-            text, mine = f"{self._name()}: {type(error).__name__}: {error}", error
-            mine.add_note(f"This happened on {self._name()}. {AGAIN}")
-        code = mine.code if isinstance(mine, UserError) else 1
-        if self._blame(text, code):
-            return mine
+            text, own = f"{self._name()}: {type(error).__name__}: {error}", error
+            own.add_note(f"This happened on {self._name()}. {RESUME_HINT}")
+        code = own.code if isinstance(own, UserError) else 1
+        if self._record_failure(text, code):
+            return own
         text, code = self._failure() or (text, code)
         return OtherRankError(text, code)
 
     def _name(self) -> str:
-        return f"rank {self.rank}, {self.doing}" if self.doing else f"rank {self.rank}"
+        return f"rank {self.rank}, {self.current_phase}" if self.current_phase else f"rank {self.rank}"
 
     def _run(self) -> None:
-        """The thread."""
+        """Send heartbeats and check the other ranks, in a thread, until stopped."""
         try:
             before = time.monotonic()
-            while not self._stop.wait(self.interval):
+            while not self._stopped.wait(self.interval):
                 now = time.monotonic()
-                if (
-                    now - before > self.heartbeat_timeout / 2
-                ):  # this process was stopped: nobody else is to blame
-                    self._heard.clear()
-                    self._still_since = now
-                before = self._looked = now
-                self._look(now)
-        except Exception as error:  # the store is gone, and with it the first machine
-            if not self._stop.wait(self.grace):
-                self._speak(
-                    f"rank 0 is lost, or its machine: {self._name()}, cannot reach it ({error}). {AGAIN}"
-                )
+                if now - before > self.heartbeat_timeout / 2:  # this process was suspended: start anew
+                    self._seen.clear()
+                    self._progress_at = now
+                before = self._checked_at = now
+                self._check(now)
+        except Exception as error:  # the store is gone, and with it the machine of rank 0
+            if not self._stopped.wait(self.grace):
+                _print_error(f"rank 0 or its machine is lost: {self._name()}, cannot reach it ({error})")
                 self.end(1)
 
-    def _watch_the_store(self) -> None:
-        """A second thread, which asks the store nothing: one that is stopped, or cut off, never answers the first."""
+    def _watch_store(self) -> None:
+        """End the process if the first thread gets no answer from the store, which may hang for ever."""
         before = time.monotonic()
-        while not self._stop.wait(self.interval):
+        while not self._stopped.wait(self.interval):
             now = time.monotonic()
-            if (
-                now - before > self.heartbeat_timeout / 2
-            ):  # this process was stopped, and its other thread, too
-                self._looked = now
+            if now - before > self.heartbeat_timeout / 2:  # this process was suspended, with both threads
+                self._checked_at = now
             before = now
-            if now - self._looked > self.heartbeat_timeout + self.grace:
-                self._speak(
-                    f"rank 0 is lost, or its machine: {self._name()}, had no answer from it for "
-                    f"{now - self._looked:.0f} s (parallel.heartbeat_timeout). {AGAIN}"
+            if now - self._checked_at > self.heartbeat_timeout + self.grace:
+                _print_error(
+                    f"rank 0 or its machine is lost: {self._name()}, had no answer from it for "
+                    f"{now - self._checked_at:.0f} s (parallel.heartbeat_timeout)"
                 )
                 self.end(LostRankError.code)
 
-    def _look(self, now: float) -> None:
-        """Give a sign of life; end the process if the run has failed."""
-        self._say()
+    def _check(self, now: float) -> None:
+        """Send a heartbeat, and end the process if the run has failed. Rank 0 checks all ranks, others rank 0."""
+        self._send_heartbeat()
         failure = self._failure()
         if failure is not None:
-            if not self._stop.wait(self.grace):
+            if not self._stopped.wait(self.grace):
                 self.end(failure[1])
             return
         others = range(1, self.size) if self.rank == 0 else range(1)
-        silent = self._silent(now, self._reports(others))
+        silent = self._silent_rank(now, self._statuses(others))
         if silent:
-            rank, report = silent
-            self._accuse(
-                f"rank {rank} has given no sign of life for {self.heartbeat_timeout:g} s "
-                f"(parallel.heartbeat_timeout): it was last heard of in {report}"
+            rank, status = silent
+            self._fail_and_end(
+                f"rank {rank} has sent no heartbeat for {self.heartbeat_timeout:g} s "
+                f"(parallel.heartbeat_timeout): its last one was in {status}"
             )
-        elif now - self._still_since > self.timeout:
-            self._accuse(
-                f"{self._name()}, has not moved for {self.timeout:g} s (parallel.timeout): {self._laggards()}"
+        elif now - self._progress_at > self.timeout:
+            self._fail_and_end(
+                f"{self._name()}, has made no progress for {self.timeout:g} s (parallel.timeout): "
+                f"{self._slowest_ranks()}"
             )
 
-    def _silent(self, now: float, reports: dict[int, Report]) -> tuple[int, Report] | None:
-        for rank, report in reports.items():
-            beat, since = self._heard.get(rank, (None, now))
-            if beat != report.beat or report.beat < 0:
+    def _silent_rank(self, now: float, statuses: dict[int, RankStatus]) -> tuple[int, RankStatus] | None:
+        """Return a rank whose heartbeat has not changed for ``heartbeat_timeout``."""
+        for rank, status in statuses.items():
+            heartbeat, since = self._seen.get(rank, (None, now))
+            if heartbeat != status.heartbeat or status.heartbeat < 0:
                 since = now
-            self._heard[rank] = (report.beat, since)
+            self._seen[rank] = (status.heartbeat, since)
             if now - since > self.heartbeat_timeout:
-                return rank, report
+                return rank, status
         return None
 
-    def _laggards(self) -> str:
-        """Who is behind; if nobody is, where everybody is."""
-        reports = self._reports(range(self.size))
-        least = min(report.begun for report in reports.values())
-        behind = [rank for rank, report in reports.items() if report.begun == least]
-        named = "; ".join(f"rank {rank} is in {reports[rank]}" for rank in behind[:NAMED])
-        return named + (f"; and so are {len(behind) - NAMED} more" if len(behind) > NAMED else "")
+    def _slowest_ranks(self) -> str:
+        """Say where the ranks are that have begun the fewest phases."""
+        statuses = self._statuses(range(self.size))
+        fewest = min(status.phases for status in statuses.values())
+        slowest = [rank for rank, status in statuses.items() if status.phases == fewest]
+        named = "; ".join(f"rank {rank} is in {statuses[rank]}" for rank in slowest[:_MAX_NAMED_RANKS])
+        others = len(slowest) - _MAX_NAMED_RANKS
+        return named + (f"; and {others} more ranks" if others > 0 else "")
 
-    def _accuse(self, text: str) -> None:
-        """End the process for what another rank, or a thread that cannot be reached, has done."""
-        if self._blame(text, LostRankError.code):
-            self._speak(f"{text}. {AGAIN}")
+    def _fail_and_end(self, text: str) -> None:
+        """Record a failure, print it if it is the first of the run, and end this process."""
+        if self._record_failure(text, LostRankError.code):
+            _print_error(text)
         self.end(LostRankError.code)
 
-    def _roll_call(self) -> list[int]:
-        """Ranks that gave no sign of life for a while; none as soon as one has said why the run fails."""
+    def _lost_ranks(self) -> list[int]:
+        """Return ranks that send no heartbeat for a while; none as soon as some rank has recorded a failure."""
         ranks = [rank for rank in range(self.size) if rank != self.rank]
-        before = self._reports(ranks)
+        before = self._statuses(ranks)
         deadline = time.monotonic() + self.grace
         while time.monotonic() < deadline:
             if self._failure():
                 return []
             time.sleep(0.1)
-        after = self._reports(ranks)
+        after = self._statuses(ranks)
         return [
             rank
             for rank in ranks
-            if rank not in after or (after[rank] == before.get(rank) and after[rank].beat >= 0)
+            if rank not in after or (after[rank] == before.get(rank) and after[rank].heartbeat >= 0)
         ]
 
-    def _say(self) -> None:
-        if self.beat >= 0:
-            self.beat += 1
-        frame = sys._current_frames().get(self._main or 0)
-        stack = (self.begun, *((id(one.f_code), one.f_lasti) for one in callers(frame)))
+    def _send_heartbeat(self) -> None:
+        """Write this rank's status to the store, and note whether the main thread has made progress."""
+        if self.heartbeat >= 0:
+            self.heartbeat += 1
+        frame = sys._current_frames().get(self._main_thread or 0)
+        stack = (self.phases, *((id(one.f_code), one.f_lasti) for one in _frames(frame)))
         if stack != self._stack:
-            self._stack, self._still_since = stack, time.monotonic()
-        report = Report(self.beat, self.begun, self.doing, f"{place(frame)} on {socket.gethostname()}")
-        self.store.set(str(self.rank), json.dumps(asdict(report)))
+            self._stack, self._progress_at = stack, time.monotonic()
+        where = f"{code_location(frame)} on {socket.gethostname()}"
+        status = RankStatus(self.heartbeat, self.phases, self.current_phase, where)
+        self.store.set(str(self.rank), json.dumps(asdict(status)))
 
-    def _reports(self, ranks: "range | list[int]") -> dict[int, Report]:
-        """What the ranks have told, of those that have told something."""
-        known = [rank for rank in ranks if rank in self._heard or self.store.check([str(rank)])]
-        told = self.store.multi_get([str(rank) for rank in known]) if known else []
-        return {rank: Report(**json.loads(text)) for rank, text in zip(known, told, strict=True)}
+    def _statuses(self, ranks: Iterable[int]) -> dict[int, RankStatus]:
+        """Return the newest status of each of ``ranks`` that has sent one."""
+        known = [rank for rank in ranks if rank in self._seen or self.store.check([str(rank)])]
+        texts = self.store.multi_get([str(rank) for rank in known]) if known else []
+        return {rank: RankStatus(**json.loads(text)) for rank, text in zip(known, texts, strict=True)}
 
     def _failure(self) -> tuple[str, int] | None:
-        """Why the run has failed, and with which code its processes end; None if it goes well."""
-        if not self.store.check([FAILURE]):
+        """Return the message and exit code of the failure that a rank has recorded, if any."""
+        if not self.store.check([_FAILURE_KEY]):
             return None
-        text, code, _ = json.loads(self.store.get(FAILURE))
+        text, code, _ = json.loads(self.store.get(_FAILURE_KEY))
         return text, code
 
-    def _blame(self, text: str, code: int) -> bool:
-        """Tell all ranks why the run has failed; False if another was first, who speaks."""
-        mine = json.dumps([text, code, self.rank])
-        return self.store.compare_set(FAILURE, "", mine).decode() == mine
-
-    def _speak(self, text: str) -> None:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+    def _record_failure(self, text: str, code: int) -> bool:
+        """Tell all ranks why the run has failed; return False if another rank was first."""
+        own = json.dumps([text, code, self.rank])
+        return bool(self.store.compare_set(_FAILURE_KEY, "", own).decode() == own)
 
 
-def callers(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and those that called it."""
+def _print_error(text: str) -> None:
+    print(f"error: {text}. {RESUME_HINT}", file=sys.stderr, flush=True)
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and its callers."""
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
-def place(frame: FrameType | None) -> str:
-    """Where in this project's code a thread is, and which function of others it has called from there."""
-    inner = next(callers(frame), None)
-    for one in callers(frame):
+def code_location(frame: FrameType | None) -> str:
+    """Return the innermost file and line of this project on a stack, and the library function that it has called."""
+    inner = next(_frames(frame), None)
+    for one in _frames(frame):
         path = Path(one.f_code.co_filename)
-        if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+        if path.is_relative_to(_REPOSITORY) and "site-packages" not in path.parts:
             called = f", in {inner.f_code.co_name}" if inner is not None and inner is not one else ""
-            return f"{path.relative_to(ROOT)}:{one.f_lineno}{called}"
+            return f"{path.relative_to(_REPOSITORY)}:{one.f_lineno}{called}"
     return f"{inner.f_code.co_name}" if inner is not None else ""
 
 
 def end_process(code: int) -> NoReturn:
-    """End without waiting for a main thread that may be stuck in a library; loader processes go first."""
+    """End this process at once, although its main thread may be stuck in a library; kill its workers first."""
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
@@ -302,18 +304,17 @@ def end_process(code: int) -> NoReturn:
 
 
 def build_watchdog(mesh: Mesh, config: TrainingParallelConfig) -> Watchdog:
-    """The watch of this process; all ranks make theirs together."""
+    """Return the watchdog of this process; all ranks must call this."""
     if mesh.world_size == 1:
         return Watchdog()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(
         address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=config.timeout)
     )
-    name = mesh.all_gather_objects(secrets.token_hex(8))[
-        0
-    ]  # torchrun keeps its store when it starts processes anew
+    # A name of its own, since torchrun keeps its store when it restarts processes.
+    name = mesh.all_gather_objects(secrets.token_hex(8))[0]
     return RankWatchdog(
-        store=PrefixStore(f"stdit/watch/{name}", store),
+        store=PrefixStore(f"stdit/watchdog/{name}", store),
         rank=mesh.rank,
         size=mesh.world_size,
         heartbeat_timeout=config.heartbeat_timeout,
@@ -323,20 +324,20 @@ def build_watchdog(mesh: Mesh, config: TrainingParallelConfig) -> Watchdog:
 
 @contextmanager
 def watching(watchdog: Watchdog) -> Iterator[Watchdog]:
-    """While it lasts, the ranks look after each other; an error that ends it ends all, and says whose it is.
+    """Run the ``with`` block under a watchdog: an exception on one rank ends all, and says which rank raised it.
 
     Raises:
-        UserError, or what was raised in it: on the rank that is to speak; `OtherRankError` on the others.
+        UserError, or what the block raised: on the rank that should print it; `OtherRankError` on the others.
     """
     try:
         yield watchdog
     except KeyboardInterrupt as stop:
-        watchdog.leave(getattr(stop, "code", 130))
+        watchdog.stop(getattr(stop, "code", 130))
         raise
     except Exception as error:
-        explained = watchdog.explained(error)
-        watchdog.leave()
+        explained = watchdog.explain(error)
+        watchdog.stop()
         if explained is error:
             raise
         raise explained from error
-    watchdog.leave()
+    watchdog.stop()

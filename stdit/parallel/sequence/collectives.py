@@ -1,7 +1,8 @@
-"""The exchanges between the ranks of a group, with their adjoints.
+"""Differentiable collectives over the ranks of a group: all-to-all, all-gather, reduce-scatter and ring send.
 
-It calls the functional collectives, which torch.compile traces. Whether they may be differentiated is not settled
-in PyTorch's public interface, so the derivative is written here.
+Sizes may differ between ranks; nothing is padded. The functions call PyTorch's functional collectives, which
+torch.compile can trace. PyTorch does not promise publicly that these are differentiable, so each adjoint is written
+here.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,56 +24,61 @@ def all_to_all(
     gather_dim: int,
     gather_sizes: list[int],
 ) -> Tensor:
-    """Exchange parts so that axis ``scatter_dim`` becomes sharded, and axis ``gather_dim`` whole.
+    """Scatter axis ``scatter_dim`` over the ranks and gather axis ``gather_dim`` from them.
+
+    The adjoint is the same exchange in the other direction.
 
     Args:
-        x: this rank's part; all of axis ``scatter_dim`` and a part of axis ``gather_dim``.
-        scatter_sizes: how much of axis ``scatter_dim`` each rank gets.
-        gather_sizes: how much of axis ``gather_dim`` each rank has.
+        x: this rank's shard: all of axis ``scatter_dim``, and its share of axis ``gather_dim``.
+        scatter_sizes: length of axis ``scatter_dim`` that each rank receives.
+        gather_sizes: length of axis ``gather_dim`` that each rank holds before.
+
+    Returns:
+        This rank's share of axis ``scatter_dim``, and all of axis ``gather_dim``.
     """
     if group.size == 1:
         return x
-    return _AllToAll.apply(x, group, scatter_dim, scatter_sizes, gather_dim, gather_sizes)
+    result: Tensor = _AllToAll.apply(x, group, scatter_dim, scatter_sizes, gather_dim, gather_sizes)
+    return result
 
 
 class _AllToAll(torch.autograd.Function):
-    """Its adjoint is the same exchange the other way."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, *axes: Any) -> Tensor:
         ctx.group, ctx.axes = group, axes
-        return _exchange(x, group, *axes)
+        return _start_all_to_all(x, group, *axes).wait_cat(axes[2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scatter_dim, scatter_sizes, gather_dim, gather_sizes = ctx.axes
-        back = _exchange(grad, ctx.group, gather_dim, gather_sizes, scatter_dim, scatter_sizes)
-        return back, None, None, None, None, None
+        exchange = _start_all_to_all(grad, ctx.group, gather_dim, gather_sizes, scatter_dim, scatter_sizes)
+        return exchange.wait_cat(scatter_dim), None, None, None, None, None
 
 
 def all_to_all_pipelined(
-    pieces: Iterable[Tensor],
+    chunks: Iterable[Tensor],
     group: Group,
     scatter_dim: int,
     scatter_sizes: list[int],
     gather_dim: int,
     gather_sizes: list[list[int]],
 ) -> Tensor:
-    """As `all_to_all`, for a part in pieces along axis ``gather_dim``: each travels while the next is made.
+    """Do `all_to_all` in chunks along axis ``gather_dim``: one is in transit while the next is computed.
 
-    Backward sends all pieces of the gradient at once, and the work on each begins when it is there.
+    Backward sends the gradients of all chunks at once; the backward of a chunk starts when its gradient has arrived.
 
     Args:
-        pieces: made one after the other; the same number on all ranks.
-        gather_sizes: how much of axis ``gather_dim`` each rank has in each of its pieces.
+        chunks: computed one after the other, as they are asked for; the same number on all ranks.
+        gather_sizes: for each rank, the length of axis ``gather_dim`` of each of its chunks.
     """
-    travel = _PipelinedAllToAll(group, scatter_dim, scatter_sizes, gather_dim, gather_sizes)
-    tokens = [_Send.apply(piece, travel, index) for index, piece in enumerate(pieces)]
-    return _Join.apply(travel, *tokens)
+    exchange = _PipelinedAllToAll(group, scatter_dim, scatter_sizes, gather_dim, gather_sizes)
+    tokens = [_SendChunk.apply(chunk, exchange, index) for index, chunk in enumerate(chunks)]
+    result: Tensor = _JoinChunks.apply(exchange, *tokens)
+    return result
 
 
 class _PipelinedAllToAll:
-    """Pieces on their way. Autograd sees a token for each piece, and the data pass through here."""
+    """The chunks in transit. Autograd sees only an empty token for each chunk; the data are exchanged here."""
 
     def __init__(
         self,
@@ -84,92 +90,96 @@ class _PipelinedAllToAll:
     ) -> None:
         self.group, self.scatter_dim, self.scatter_sizes = group, scatter_dim, scatter_sizes
         self.gather_dim, self.gather_sizes = gather_dim, gather_sizes
-        self.arriving: dict[int, AsyncAllToAll] = {}
-        self.returning: dict[int, AsyncAllToAll] = {}
+        self.chunks: dict[int, AsyncAllToAll] = {}
+        self.gradients: dict[int, AsyncAllToAll] = {}
 
-    def send(self, index: int, piece: Tensor) -> None:
-        """Start to send a piece of this rank's shard, and to receive those of the others."""
+    def send_chunk(self, index: int, chunk: Tensor) -> None:
+        """Start to send one chunk of this rank, and to receive those of the other ranks."""
         sizes = [of_rank[index] for of_rank in self.gather_sizes]
-        self.arriving[index] = _start_exchange(
-            piece, self.group, self.scatter_dim, self.scatter_sizes, self.gather_dim, sizes
+        self.chunks[index] = _start_all_to_all(
+            chunk, self.group, self.scatter_dim, self.scatter_sizes, self.gather_dim, sizes
         )
 
-    def join(self) -> Tensor:
-        """Wait for all pieces of all ranks, and put them in order: by rank, then by piece."""
-        received = [self.arriving.pop(index).wait() for index in sorted(self.arriving)]
+    def join_chunks(self) -> Tensor:
+        """Wait for all chunks of all ranks, and concatenate them by rank and then by chunk."""
+        received = [self.chunks.pop(index).wait() for index in sorted(self.chunks)]
         return torch.cat(
             [part for of_rank in zip(*received, strict=True) for part in of_rank], self.gather_dim
         )
 
-    def send_back(self, grad: Tensor) -> None:
-        """Start to return the gradients of all pieces; the last first, since autograd goes back from there."""
+    def send_gradients(self, grad: Tensor) -> None:
+        """Start to return the gradients of all chunks; the last first, since autograd needs it first."""
         sizes = [size for of_rank in self.gather_sizes for size in of_rank]
         parts = grad.split(sizes, self.gather_dim)
         count = len(self.gather_sizes[0])
         for index in reversed(range(count)):
-            sent = parts[index::count]  # to each rank what it sent
+            sent = parts[index::count]  # each rank gets the gradient of what it sent
             shapes = _shapes(sent[self.group.rank], self.scatter_dim, self.scatter_sizes)
-            self.returning[index] = AsyncAllToAll.start(sent, shapes, self.group)
+            self.gradients[index] = AsyncAllToAll.start(sent, shapes, self.group)
 
-    def returned(self, index: int) -> Tensor:
-        """Wait for the gradient of a piece."""
-        return torch.cat(self.returning.pop(index).wait(), self.scatter_dim)
+    def wait_gradient(self, index: int) -> Tensor:
+        """Return the gradient of one chunk once it has arrived."""
+        return self.gradients.pop(index).wait_cat(self.scatter_dim)
 
 
-class _Send(torch.autograd.Function):
+class _SendChunk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, piece: Tensor, travel: _PipelinedAllToAll, index: int) -> Tensor:
-        ctx.travel, ctx.index = travel, index
-        travel.send(index, piece)
-        return piece.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return ctx.travel.returned(ctx.index), None, None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, travel: _PipelinedAllToAll, *tokens: Tensor) -> Tensor:
-        ctx.travel, ctx.tokens = travel, len(tokens)
-        return travel.join()
+    def forward(ctx: Any, chunk: Tensor, exchange: _PipelinedAllToAll, index: int) -> Tensor:
+        ctx.exchange, ctx.index = exchange, index
+        exchange.send_chunk(index, chunk)
+        return chunk.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.travel.send_back(grad)
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.exchange.wait_gradient(ctx.index), None, None
+
+
+class _JoinChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: _PipelinedAllToAll, *tokens: Tensor) -> Tensor:
+        ctx.exchange, ctx.tokens = exchange, len(tokens)
+        return exchange.join_chunks()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exchange.send_gradients(grad)
         return None, *(grad.new_zeros(()) for _ in range(ctx.tokens))
 
 
 def all_gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
-    """Give every rank the whole of an axis of which rank r has ``sizes[r]``."""
+    """Return axis ``dim`` whole on every rank; rank r holds ``sizes[r]`` of it. The adjoint is `reduce_scatter`."""
     if group.size == 1:
         return x
-    return _WithAdjoint.apply(x, _all_gather, _reduce_scatter, group, dim, sizes)
+    result: Tensor = _WithAdjoint.apply(x, _all_gather, _reduce_scatter, group, dim, sizes)
+    return result
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
-    """Add up what all ranks have of the whole; rank r gets ``sizes[r]`` of an axis. The adjoint of `gather`."""
+    """Sum ``x`` over the ranks and scatter axis ``dim``; rank r gets ``sizes[r]``. The adjoint is `all_gather`."""
     if group.size == 1:
         return x
-    return _WithAdjoint.apply(x, _reduce_scatter, _all_gather, group, dim, sizes)
+    result: Tensor = _WithAdjoint.apply(x, _reduce_scatter, _all_gather, group, dim, sizes)
+    return result
 
 
 class _WithAdjoint(torch.autograd.Function):
-    """An exchange, and one that is its adjoint and takes the same arguments."""
+    """A collective whose backward is another collective with the same arguments."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Callable[..., Tensor], adjoint: Any, *args: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, collective: Callable[..., Tensor], adjoint: Callable[..., Tensor], *args: Any
+    ) -> Tensor:
         ctx.adjoint, ctx.args = adjoint, args
-        return exchange(x, *args)
+        return collective(x, *args)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.adjoint(grad, *ctx.args), None, None, *(None for _ in ctx.args)
 
 
 def _all_gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
-    arriving = AsyncAllToAll.start([x] * group.size, _shapes(x, dim, sizes), group, "all_gather")
-    return torch.cat(arriving.wait(), dim)
+    exchange = AsyncAllToAll.start([x] * group.size, _shapes(x, dim, sizes), group, "all_gather")
+    return exchange.wait_cat(dim)
 
 
 def _reduce_scatter(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
@@ -179,32 +189,19 @@ def _reduce_scatter(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tens
 
 
 def ring_send(x: Tensor, group: Group, dim: int, size: int) -> Callable[[], Tensor]:
-    """Start to send ``x`` to the next rank of a ring; not differentiable.
+    """Start to send ``x`` to the next rank of the ring; not differentiable.
 
     Returns:
-        What waits for the tensor that the rank before has sent, with ``size`` along axis ``dim``.
+        A function that waits for the tensor of the previous rank, with ``size`` along axis ``dim``, and returns it.
     """
-    following, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    following, previous = (group.rank + 1) % group.size, (group.rank - 1) % group.size
     sent = [x if rank == following else x.narrow(dim, 0, 0) for rank in range(group.size)]
-    sizes = [size if rank == before else 0 for rank in range(group.size)]
-    arriving = AsyncAllToAll.start(sent, _shapes(x, dim, sizes), group, "ring")
-    return lambda: arriving.wait()[before]
+    sizes = [size if rank == previous else 0 for rank in range(group.size)]
+    exchange = AsyncAllToAll.start(sent, _shapes(x, dim, sizes), group, "ring")
+    return lambda: exchange.wait()[previous]
 
 
-def _exchange(
-    x: Tensor,
-    group: Group,
-    scatter_dim: int,
-    scatter_sizes: list[int],
-    gather_dim: int,
-    gather_sizes: list[int],
-) -> Tensor:
-    return torch.cat(
-        _start_exchange(x, group, scatter_dim, scatter_sizes, gather_dim, gather_sizes).wait(), dim=gather_dim
-    )
-
-
-def _start_exchange(
+def _start_all_to_all(
     x: Tensor,
     group: Group,
     scatter_dim: int,
@@ -217,28 +214,34 @@ def _start_exchange(
 
 
 def _shapes(x: Tensor, dim: int, sizes: list[int]) -> list[list[int]]:
-    """The shape of ``x``, with each of the sizes along an axis."""
+    """Return the shape of ``x`` with each of ``sizes`` along axis ``dim``."""
     return [[*x.shape[:dim], size, *x.shape[dim + 1 :]] for size in sizes]
 
 
 class AsyncAllToAll(NamedTuple):
-    """An all-to-all that has begun."""
+    """An all-to-all that has been started."""
 
     flat: Tensor
+    """All that this rank receives; valid after `wait`."""
     shapes: list[list[int]]
+    """Shape of the tensor that each rank sends here."""
 
     @classmethod
     def start(
-        cls, sent: Sequence[Tensor], shapes: list[list[int]], group: Group, kind: str = "all_to_all"
+        cls, sent: Sequence[Tensor], shapes: list[list[int]], group: Group, collective: str = "all_to_all"
     ) -> "AsyncAllToAll":
-        """Send each rank its tensor, to receive one of the given shape from each; counted as ``kind``."""
+        """Send ``sent[r]`` to each rank r and receive a tensor of ``shapes[r]``; counted as ``collective``."""
         flat = torch.cat([part.flatten() for part in sent])
         in_sizes, out_sizes = [part.numel() for part in sent], [prod(shape) for shape in shapes]
         if not torch.compiler.is_compiling():
-            group.traffic.add(kind, flat.nbytes - sent[group.rank].nbytes)
+            group.traffic.add(collective, flat.nbytes - sent[group.rank].nbytes)
         return cls(all_to_all_single(flat, out_sizes, in_sizes, group.name), shapes)  # type: ignore[arg-type]
 
     def wait(self) -> list[Tensor]:
-        """What came from each rank."""
+        """Wait, and return the tensor of each rank."""
         received = wait_tensor(self.flat).split([prod(shape) for shape in self.shapes])
         return [part.view(shape) for part, shape in zip(received, self.shapes, strict=True)]
+
+    def wait_cat(self, dim: int) -> Tensor:
+        """Wait, and concatenate the tensors of all ranks along axis ``dim``."""
+        return torch.cat(self.wait(), dim)

@@ -1,4 +1,4 @@
-"""The ranks that share one video, and a count of what they send each other."""
+"""The group of ranks that share a video, and a count of the bytes that they exchange."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup, get_rank, get_world_size
 
 @dataclass
 class Traffic:
-    """What this rank sent to others, by collective."""
+    """Calls and bytes that this rank sent to other ranks, by collective."""
 
     calls: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
@@ -19,25 +19,26 @@ class Traffic:
         self.bytes[collective] += size
 
     def clear(self) -> None:
+        """Set all counts to zero."""
         self.calls.clear()
         self.bytes.clear()
 
 
 @dataclass(frozen=True)
 class Group:
-    """N ranks among which the tokens of a video are sharded; with the defaults, one rank alone."""
+    """The N ranks over which the tokens of a video are sharded; the default is a group of one rank."""
 
     rank: int = 0
-    """This rank's place in the group."""
+    """Rank of this process in the group."""
     size: int = 1
-    """N."""
+    """Number of ranks, N."""
     name: str = ""
-    """By which collectives know the group."""
+    """Name of the process group, as functional collectives expect it."""
     chunks: int = 1
-    """Pieces in which the result of a block is computed and sent: each travels while the next is computed."""
+    """Chunks in which a block's output is computed and sent: one is in transit while the next is computed."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @classmethod
     def of(cls, process_group: ProcessGroup, chunks: int = 1) -> "Group":
-        """The group whose ranks are those of a process group."""
+        """Return the group with the ranks of a `torch.distributed` process group."""
         return cls(get_rank(process_group), get_world_size(process_group), process_group.group_name, chunks)

@@ -1,4 +1,6 @@
-"""What it takes to share videos among ranks, and among how many to share them. Pure functions: no process is needed.
+"""Traffic, balance and memory of a batch whose videos are shared among ranks, and the choice of sp.
+
+Pure functions; they need no process group.
 
 Letters: B clips, T frames of tokens, S tokens of a frame, D width, N ranks that share a video (sp).
 """
@@ -17,16 +19,16 @@ FLOAT32_BYTES = 4
 
 
 def format_gib(size: int) -> str:
-    """Bytes in GiB, to three digits or to whole ones."""
+    """Format bytes in GiB, with three digits, or as a whole number from 100 GiB."""
     return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:.3g}"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch of videos and the model that it passes through."""
+    """A batch of videos, and what the model does with each."""
 
     clips: int
-    """B, of all ranks together."""
+    """B, of the global batch."""
     frames: int
     """T."""
     patches: int
@@ -34,24 +36,25 @@ class Workload:
     width: int
     """D."""
     shard_axes: tuple[ShardAxis, ...]
-    """Of the blocks, in the order in which they run."""
+    """Sharded axis of each block, in the order in which blocks run."""
     out_features: int
-    """Numbers that the last layer gives for a token."""
+    """Values per token that the last layer returns."""
     element_size: int = FLOAT32_BYTES
-    """Bytes of a number."""
+    """Bytes of one value."""
     micro_batch_size: int | None = None
-    """Most clips of a rank in one pass; None: its whole share."""
+    """Clips of a rank in one pass, at most; None: its whole share of the batch."""
     saved: Literal["blocks", "inputs", "nothing"] = "blocks"
-    """For the backward pass: what blocks computed, only what entered them (checkpointing), or nothing (sampling)."""
+    """Saved for backward: all activations of the blocks, only their inputs (activation checkpointing), or nothing
+    (sampling)."""
 
     @cached_property
     def blocks(self) -> Counter[ShardAxis]:
-        """Number of blocks, by the axis that is sharded in them."""
+        """Number of blocks by sharded axis."""
         return Counter(self.shard_axes)
 
     @cached_property
     def switches(self) -> Counter[tuple[ShardAxis, int]]:
-        """How often a pass switches to a sharded axis, with so many numbers each; the last carries the output."""
+        """Number of switches in a forward pass, by target axis and values per token; the last carries the output."""
         stages: tuple[ShardAxis, ...] = ("time", *self.shard_axes, "time")
         widths = [self.width] * len(self.shard_axes) + [self.out_features]
         return Counter(
@@ -63,48 +66,50 @@ class Workload:
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Processes, of which each ``sp`` neighbours share their videos."""
+    """Sizes of the process grid: ``processes = dp x sp``."""
 
     processes: int
+    """Number of processes."""
     sp: int
+    """Ranks that share each video."""
     chunks: int = 1
-    """Pieces in which the result of a block travels."""
+    """Chunks in which a block's output is sent (``parallel.overlap_chunks``)."""
 
     @property
     def dp(self) -> int:
-        """Parts of the batch."""
+        """Data-parallel ranks."""
         return self.processes // self.sp
 
     def clips(self, load: Workload) -> list[int]:
-        """Clips of each part of the batch."""
+        """Return the clips of each data-parallel rank."""
         return even_sizes(load.clips, self.dp)
 
     def frames(self, load: Workload) -> list[int]:
-        """Frames of each rank of a sequence, where time is sharded."""
+        """Return the frames of each rank of a video while time is sharded."""
         return even_sizes(load.frames, self.sp)
 
     def patches(self, load: Workload) -> list[int]:
-        """Patches of each rank of a sequence, where space is sharded."""
+        """Return the patches of each rank of a video while space is sharded."""
         return even_sizes(load.patches, self.sp)
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending: the numbers of ranks that may share a video, of so many."""
+    """Return the divisors of a number in ascending order: every sp that the number of processes allows."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def balance(load: Workload, split: ParallelDims) -> float:
-    """Tokens of a rank, on average, over those of the busiest, for which the others wait; 1.0: all have as many.
+def balance(load: Workload, dims: ParallelDims) -> float:
+    """Return the mean tokens of a rank over those of the busiest rank, for which the others wait; 1.0 is even.
 
-    Spatial blocks take as long as the largest share of frames, temporal ones as the largest of patches.
+    Spatial blocks take as long as the largest share of frames, temporal blocks as the largest share of patches.
     """
-    busiest = max(split.frames(load)) * load.patches + load.frames * max(split.patches(load))
+    busiest = max(dims.frames(load)) * load.patches + load.frames * max(dims.patches(load))
     tokens = 2 * load.clips * load.frames * load.patches
-    return tokens / (split.processes * max(split.clips(load)) * busiest)
+    return tokens / (dims.processes * max(dims.clips(load)) * busiest)
 
 
 class TrafficEstimate(NamedTuple):
-    """What a rank sends to those that share its videos, in one step."""
+    """What one rank sends to the ranks that share its videos, in one step."""
 
     forward: int
     """Bytes."""
@@ -114,91 +119,97 @@ class TrafficEstimate(NamedTuple):
     """All-to-alls, forward and backward."""
 
 
-def estimate_traffic(load: Workload, split: ParallelDims, rank: int) -> TrafficEstimate:
-    """Exactly what one of ``split.processes`` ranks sends (arXiv:2403.10266, section 3).
+def estimate_traffic(load: Workload, dims: ParallelDims, rank: int) -> TrafficEstimate:
+    """Return exactly what one rank of ``dims.processes`` sends in a step (arXiv:2403.10266, section 3).
 
-    Of its T_n frames it sends the patches of the others, or of its S_n patches the frames of the others; backward
-    returns what forward brought.
+    In a switch to space it sends, of its T_n frames, the patches of the other ranks; in a switch to time, of its S_n
+    patches, their frames. Backward returns what forward received.
     """
-    part, place = divmod(rank, split.sp)
-    T, S = split.frames(load), split.patches(load)
-    numbers = {"space": T[place] * (load.patches - S[place]), "time": S[place] * (load.frames - T[place])}
-    sharded = {"space": max(T), "time": max(S)}  # where tokens on their way to an axis come from
-    other: dict[ShardAxis, ShardAxis] = {"space": "time", "time": "space"}
-    forward = backward = pieces = 0
-    for (target, width), count in load.switches.items():
-        forward += count * width * numbers[target]
-        backward += count * width * numbers[other[target]]
-        pieces += count * min(split.chunks, sharded[target])
-    parts = split.clips(load)
-    clips = [len(range(parts[part])[rows]) for rows, _ in micro_batches(parts, part, load.micro_batch_size)]
-    size = sum(clips) * load.element_size
-    return TrafficEstimate(size * forward, size * backward, 2 * len(clips) * pieces if split.sp > 1 else 0)
-
-
-def activation_bytes(load: Workload, split: ParallelDims) -> int:
-    """Estimate of the most that a rank holds of a pass: the first one, which has the largest share of everything.
-
-    Counted in `tests/parallel/sequence/test_planner.py`, in blocks that attend to the caption, with an MLP four times
-    as wide. For a token and a unit of width, a block keeps 112 bytes in float32 and 68 under autocast to bfloat16,
-    which leaves the norms in float32; SDPA keeps no attention matrix, and those of few tokens, which a CPU keeps,
-    count little. While a block is recomputed, gradients on their way take half as much again. Without a backward
-    pass a block holds 12 numbers.
-    """
-    clips = max(split.clips(load))
-    tokens: dict[ShardAxis, int] = {
-        "time": max(split.frames(load)) * load.patches,
-        "space": load.frames * max(split.patches(load)),
+    dp_rank, sp_rank = divmod(rank, dims.sp)
+    T, S = dims.frames(load), dims.patches(load)
+    tokens = {
+        "space": T[sp_rank] * (load.patches - S[sp_rank]),
+        "time": S[sp_rank] * (load.frames - T[sp_rank]),
     }
-    in_all_blocks = sum(count * tokens[shard] for shard, count in load.blocks.items())
+    sharded = {"space": max(T), "time": max(S)}  # length of the axis that is sharded before the switch
+    other: dict[ShardAxis, ShardAxis] = {"space": "time", "time": "space"}
+    forward = backward = chunks = 0
+    for (target, width), count in load.switches.items():
+        forward += count * width * tokens[target]
+        backward += count * width * tokens[other[target]]
+        chunks += count * min(dims.chunks, sharded[target])
+    batch_sizes = dims.clips(load)
+    passes = micro_batches(batch_sizes, dp_rank, load.micro_batch_size)
+    clips = [len(range(batch_sizes[dp_rank])[samples]) for samples, _ in passes]
+    size = sum(clips) * load.element_size
+    return TrafficEstimate(size * forward, size * backward, 2 * len(clips) * chunks if dims.sp > 1 else 0)
+
+
+def activation_bytes(load: Workload, dims: ParallelDims) -> int:
+    """Estimate the peak bytes of activations on a rank: the first, which has the largest share of everything.
+
+    The constants were counted (`tests/parallel/sequence/test_planner.py`) in blocks with cross-attention and an MLP
+    four times as wide. For each token and unit of width, a block saves 112 bytes in float32, and 68 under autocast to
+    bfloat16, which leaves the norms in float32. SDPA saves no attention matrix, except on a CPU for rows of few
+    tokens, where it is small. While a block is recomputed, gradients add half of that. Without a backward pass, a
+    block holds 12 values.
+    """
+    clips = max(dims.clips(load))
+    tokens: dict[ShardAxis, int] = {
+        "time": max(dims.frames(load)) * load.patches,
+        "space": load.frames * max(dims.patches(load)),
+    }
+    in_all_blocks = sum(count * tokens[axis] for axis, count in load.blocks.items())
     in_a_block = max(tokens.values())
     block = 22 * load.element_size + 6 * FLOAT32_BYTES
-    kept = {
+    per_width = {
         "blocks": block * in_all_blocks,
         "inputs": load.element_size * in_all_blocks + 3 * block // 2 * in_a_block,
         "nothing": 12 * load.element_size * in_a_block,
     }[load.saved]
-    return min(load.micro_batch_size or clips, clips) * load.width * kept
+    return min(load.micro_batch_size or clips, clips) * load.width * per_width
 
 
 class SpChoice(NamedTuple):
-    """How many of some processes share each video, and why so many."""
+    """The sp that was chosen, and why."""
 
     sp: int
     reason: str
     fits: bool
-    """Whether a process then has memory enough."""
+    """Whether the estimate fits in the memory of a process."""
 
     def __str__(self) -> str:
         return f"{self.sp}, {self.reason}"
 
 
 def choose_sp(needs: Mapping[int, int], available: int) -> SpChoice:
-    """The smallest number of ranks with which a process has memory enough; if none has, that which needs least.
+    """Return the smallest sp that fits in memory; if none fits, the one that needs least.
 
     Args:
-        needs: bytes of a process, by the number of ranks that share a video.
-        available: bytes of a process.
+        needs: bytes that a process needs, by sp.
+        available: bytes that a process may use.
     """
     fitting = [sp for sp in sorted(needs) if needs[sp] <= available]
     sp = fitting[0] if fitting else min(needs, key=lambda sp: (needs[sp], sp))
     tried = ", ".join(map(str, sorted(needs)))
     reason = (
-        f"the smallest of {tried} that fits" if fitting else f"which takes least, and none of {tried} fits"
+        f"the smallest of {tried} that fits" if fitting else f"which needs least, and none of {tried} fits"
     )
     return SpChoice(
-        sp, f"{reason}: about {format_gib(needs[sp])} of {format_gib(available)} GiB a process", bool(fitting)
+        sp,
+        f"{reason}: about {format_gib(needs[sp])} of {format_gib(available)} GiB per process",
+        bool(fitting),
     )
 
 
-def idle_warning(what: str, frames: int, split: ParallelDims) -> list[str]:
-    """A line that says which ranks have nothing to do, if ``what`` has fewer frames of tokens than ranks share it."""
-    if frames >= split.sp:
+def idle_warning(what: str, frames: int, dims: ParallelDims) -> list[str]:
+    """Return a warning if ``what`` has fewer frames of tokens than ranks share it, so that some ranks idle."""
+    if frames >= dims.sp:
         return []
-    fitting = max(n for n in divisors(split.processes) if n <= frames)
-    idle = f"ranks {frames} to {split.sp - 1}" if frames < split.sp - 1 else f"rank {frames}"
+    fitting = max(n for n in divisors(dims.processes) if n <= frames)
+    idle = f"ranks {frames} to {dims.sp - 1}" if frames < dims.sp - 1 else f"rank {frames}"
     return [
-        f"warning: parallel.sp = {split.sp}, but {what} has {frames} {'frame' if frames == 1 else 'frames'} of "
-        f"tokens: in spatial blocks, {idle} of each {split.sp} will idle. The result is right; "
+        f"warning: parallel.sp = {dims.sp}, but {what} has {frames} {'frame' if frames == 1 else 'frames'} of "
+        f"tokens: in spatial blocks, {idle} of each {dims.sp} will idle. The result is correct; "
         f"--parallel.sp {fitting} or longer videos waste less"
     ]

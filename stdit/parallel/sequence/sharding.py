@@ -1,6 +1,6 @@
-"""How the tokens of a video lie on the ranks, and the switch between the two ways (arXiv:2403.10266, section 3).
+"""Sharding of a video's tokens over ranks, and the switch between the two sharded axes (arXiv:2403.10266, section 3).
 
-Letters: B batch, T frames of tokens, S tokens of a frame, D width, N ranks; T_n and S_n are a rank's share.
+Letters: B batch, T frames of tokens, S tokens of a frame, D width, N ranks; T_n and S_n are one rank's share.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,57 +13,68 @@ from stdit.parallel.sequence.collectives import all_gather, all_to_all, all_to_a
 from stdit.parallel.sequence.group import Group
 
 ShardAxis = Literal["time", "space"]
-"""The axis that is split over the ranks. time: a rank has whole frames, ``[B T_n S D]``; space: all frames of some
-patches, ``[B T S_n D]``."""
+"""The axis that is sharded over the ranks. time: a rank has whole frames, ``[B T_n S D]``; space: a rank has all
+frames of some patches, ``[B T S_n D]``."""
 
 
 def even_sizes(total: int, ranks: int) -> list[int]:
-    """Split ``total`` into a share for each rank; the first ``total % ranks`` get one more."""
+    """Split ``total`` evenly over ranks; the first ``total % ranks`` get one more."""
     each, rest = divmod(total, ranks)
     return [each + (rank < rest) for rank in range(ranks)]
 
 
-def micro_batches(parts: list[int], part: int, most: int | None) -> list[tuple[slice, bool]]:
-    """Slices of a part of a batch, of at most ``most`` samples, and whether they count.
+def micro_batches(batch_sizes: list[int], dp_rank: int, max_size: int | None) -> list[tuple[slice, bool]]:
+    """Split a data-parallel rank's share of a batch into micro-batches: slices, and whether their loss counts.
 
-    Every part has as many, to wait for each other: where one has no sample left, it has one that does not count.
+    All ranks get the same number, since they wait for each other in every pass. A rank that has no samples left
+    repeats its first sample in micro-batches that do not count.
 
     Args:
-        parts: samples of each part, the largest first.
+        batch_sizes: samples of each data-parallel rank, the largest first.
+        max_size: samples of a micro-batch, at most; None: no limit.
     """
-    size = most or parts[0]
+    size = max_size or batch_sizes[0]
     return [
-        (slice(start, start + size), True) if start < parts[part] else (slice(1), False)
-        for start in range(0, parts[0], size)
+        (slice(start, start + size), True) if start < batch_sizes[dp_rank] else (slice(1), False)
+        for start in range(0, batch_sizes[0], size)
     ]
 
 
 def block_shard_axes(depth: int, order: str) -> list[ShardAxis]:
-    """Layouts of the blocks in the order in which they run: S T S T ..., or S T T S ... when paired."""
+    """Return the sharded axis of each block, in the order in which blocks run.
+
+    Spatial blocks (S) run while time is sharded, temporal blocks (T) while space is: S T S T ... for the order
+    "alternate", S T T S S T T S ... for "paired".
+    """
     pair: tuple[ShardAxis, ShardAxis] = ("time", "space")
     turn = -1 if order == "paired" else 1
-    return [shard for index in range(depth) for shard in pair[:: turn**index]]
+    return [axis for index in range(depth) for axis in pair[:: turn**index]]
 
 
 class TokenSharding:
-    """The tokens of one batch of videos, spread over a group.
+    """How the tokens of a batch of videos are sharded over a group of ranks.
 
     Args:
         group: the ranks that share each video.
-        frames: T.
-        patches: S.
+        frames: frames of tokens, T.
+        patches: tokens of a frame, S.
         patch_frames: latent frames of one token.
     """
 
     def __init__(self, group: Group, frames: int, patches: int, patch_frames: int = 1) -> None:
         self.group, self.frames, self.patches, self.patch_frames = group, frames, patches, patch_frames
-        self.frames_per_rank, self.patches_per_rank = (
-            even_sizes(frames, group.size),
-            even_sizes(patches, group.size),
-        )
+        self.frames_per_rank = even_sizes(frames, group.size)
+        self.patches_per_rank = even_sizes(patches, group.size)
 
     def switch(self, x: Tensor, source: ShardAxis, target: ShardAxis) -> Tensor:
-        """Bring ``x``, ``[B T_n S D]`` or ``[B T S_n D]``, to another shard; every rank must call this."""
+        """Switch the sharded axis of tokens ``x`` by an all-to-all; every rank must call this.
+
+        Args:
+            x: ``[B T_n S D]`` if ``source`` is "time", ``[B T S_n D]`` if it is "space".
+
+        Returns:
+            The tokens sharded along ``target``: ``x`` itself if that is ``source``.
+        """
         if source == target:
             return x
         if target == "space":
@@ -78,59 +89,66 @@ class TokenSharding:
         shard: ShardAxis,
         following: ShardAxis,
     ) -> Tensor:
-        """Run a stage of the model, and bring its result to the sharded axis of the stage that follows.
+        """Run a stage of the model, and switch its output to the sharded axis of the following stage.
 
-        With ``group.chunks`` above 1 the stage runs on pieces of the sharded axis, along which its rows know
-        nothing of each other, and each result is on its way while the next is computed.
+        With ``group.chunks`` above 1 the stage runs on chunks of the sharded axis, along which its rows are
+        independent, and the output of one chunk is in transit while the next is computed.
 
         Args:
-            stage: from tokens and their share of ``values`` to tokens.
-            x: tokens in ``shard``.
-            values: something for all frames, ``[B F ...]``, see `per_frame`.
+            stage: function of tokens and their share of ``values`` that returns tokens.
+            x: tokens, sharded along ``shard``.
+            values: one value for each frame, ``[B F ...]``; see `per_frame`.
         """
-        pieces = min(self.group.chunks, max(self._sharded(shard)))
-        if shard == following or pieces == 1 or self.group.size == 1:
+        sizes = self._sizes(shard)
+        count = min(self.group.chunks, max(sizes))
+        if shard == following or count == 1 or self.group.size == 1:
             return self.switch(stage(x, self.per_frame(values, shard)), shard, following)
-        results = (stage(*piece) for piece in self._pieces(x, values, shard, pieces))
-        sizes = [even_sizes(share, pieces) for share in self._sharded(shard)]
+        outputs = (stage(*chunk) for chunk in self._chunks(x, values, shard, count))
+        chunk_sizes = [even_sizes(size, count) for size in sizes]
         scatter_dim, gather_dim = (2, 1) if shard == "time" else (1, 2)
         return all_to_all_pipelined(
-            results, self.group, scatter_dim, self._sharded(following), gather_dim, sizes
+            outputs, self.group, scatter_dim, self._sizes(following), gather_dim, chunk_sizes
         )
 
-    def _sharded(self, shard: ShardAxis) -> list[int]:
-        """What each rank has of the axis that is sharded in a shard."""
+    def _sizes(self, shard: ShardAxis) -> list[int]:
+        """Return each rank's share of the sharded axis."""
         return self.frames_per_rank if shard == "time" else self.patches_per_rank
 
-    def _pieces(
-        self, x: Tensor, values: Tensor, shard: ShardAxis, pieces: int
+    def _chunks(
+        self, x: Tensor, values: Tensor, shard: ShardAxis, count: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens with their share of per-frame values, in pieces of the sharded axis."""
-        sizes = even_sizes(self._sharded(shard)[self.group.rank], pieces)
-        local = self.per_frame(values, shard)
+        """Split tokens and their per-frame values into chunks of the sharded axis."""
+        sizes = even_sizes(self._sizes(shard)[self.group.rank], count)
+        own = self.per_frame(values, shard)
         if shard == "space":
-            return ((piece, local) for piece in x.split(sizes, dim=2))
-        parts = [local] * pieces if values.shape[1] == 1 else local.split(sizes, dim=1)
+            return ((chunk, own) for chunk in x.split(sizes, dim=2))
+        parts = [own] * count if values.shape[1] == 1 else own.split(sizes, dim=1)
         return zip(x.split(sizes, dim=1), parts, strict=True)
 
     def per_frame(self, values: Tensor, shard: ShardAxis) -> Tensor:
-        """Of ``values [B F ...]`` for all frames (F = T, or 1 for all alike), those of the frames in ``shard``."""
+        """Return the values of the frames that this rank holds while ``shard`` is sharded.
+
+        Args:
+            values: ``[B F ...]``, F = T, or 1 if all frames have the same.
+        """
         if shard == "space" or values.shape[1] == 1:
             return values
-        return values.split(self.frames_per_rank, dim=1)[self.group.rank]
+        own: Tensor = values.split(self.frames_per_rank, dim=1)[self.group.rank]
+        return own
 
     def split(self, latents: Tensor, dim: int) -> Tensor:
-        """This rank's share of something that has latent frames along ``dim``; one for all frames is left alone."""
+        """Return this rank's latent frames (axis ``dim``); a tensor with one frame for all is returned as it is."""
         if self.group.size == 1 or latents.shape[dim] == 1 < self.frames:
             return latents
-        return latents.split(self.latent_frames_per_rank(latents.shape[dim]), dim)[self.group.rank]
+        own: Tensor = latents.split(self.latent_frames_per_rank(latents.shape[dim]), dim)[self.group.rank]
+        return own
 
     def gather(self, latents: Tensor, dim: int, latent_frames: int) -> Tensor:
-        """All ``latent_frames`` of something of which each rank has its share along ``dim``."""
+        """Return all ``latent_frames`` of latents of which each rank has its share (axis ``dim``)."""
         return all_gather(latents, self.group, dim, self.latent_frames_per_rank(latent_frames))
 
     def latent_frames_per_rank(self, latent_frames: int) -> list[int]:
-        """Latent frames of each rank, of so many in all: whole patches, but for the last."""
+        """Return how many of ``latent_frames`` each rank has: whole patches, except at the end of the video."""
         ends = [
             min(end * self.patch_frames, latent_frames) for end in accumulate(self.frames_per_rank, initial=0)
         ]

@@ -75,13 +75,11 @@ def test_one_that_never_comes_is_named(kept: TCPStore) -> None:
     lives = [Life(kept, rank, 3, patience=1.0) for rank in (0, 2)]
     for life in lives:
         life.join()
-    assert all(
-        life.error.startswith("rank 1 did not come to the start of the run within 1 s") for life in lives
-    )
+    assert all(life.error.startswith("rank 1 did not join the rendezvous within 1 s") for life in lives)
     again = [Life(kept, rank, 3, patience=1.0) for rank in (0, 1)]
     for life in again:
         life.join()
-    assert again[0].error.startswith("rank 2 did not come")  # it was there, and is no more
+    assert again[0].error.startswith("rank 2 did not join")  # it was there, and has ended
 
 
 def test_the_process_group_is_made_so(kept: TCPStore) -> None:
@@ -100,7 +98,7 @@ def test_the_process_group_is_made_so(kept: TCPStore) -> None:
         return subprocess.Popen(command, env=os.environ | own | number, stdout=subprocess.PIPE, text=True)
 
     lost = start(1, 0)
-    kept.wait(["stdit/here/1"], timedelta(seconds=120))
+    kept.wait(["stdit/present/1"], timedelta(seconds=120))
     lost.kill()
     processes = [start(0, 0), start(1, 1)]
     said, _ = [process.communicate(timeout=120)[0].strip() for process in processes]  # one speaks

@@ -17,7 +17,7 @@ from torch.distributed import TCPStore
 
 from stdit.cli import run
 from stdit.errors import UserError
-from stdit.parallel.processes.watchdog import RankWatchdog, Watchdog, place, watching
+from stdit.parallel.processes.watchdog import RankWatchdog, Watchdog, code_location, watching
 from stdit.training.system import Stop
 
 RANKS = 3
@@ -205,10 +205,10 @@ def test_a_rank_that_dies_is_named(ends: dict[str, End]) -> None:
     end = ends["dies"]
     assert end.codes == [1, -signal.SIGKILL, 1]
     assert end.said.count("error: ") == 1 and len(end.said.splitlines()) == 1
-    assert end.said.startswith("error: rank 1 is lost, without a word, as rank ")
-    assert (
-        ", step 12, computing, found: it was last heard of in step 12, computing, tests/parallel" in end.said
+    assert end.said.startswith(
+        "error: rank 1 is lost: it ended without an error message, as noticed by rank "
     )
+    assert ", step 12, computing. Its last heartbeat was in step 12, computing, tests/parallel" in end.said
 
 
 def test_a_rank_that_hangs_is_named(ends: dict[str, End]) -> None:
@@ -216,7 +216,8 @@ def test_a_rank_that_hangs_is_named(ends: dict[str, End]) -> None:
     assert end.codes == [1, 1, 1]
     assert end.said.count("error: ") == 1 and len(end.said.splitlines()) == 1
     assert (
-        "has not moved for 2 s (parallel.timeout): rank 1 is in step 12, waiting for data, tests/" in end.said
+        "has made no progress for 2 s (parallel.timeout): rank 1 is in step 12, waiting for data, tests/"
+        in end.said
     )
     assert "rank 2 is in" not in end.said
 
@@ -235,7 +236,7 @@ def test_a_rank_that_is_stopped_is_named(ends: dict[str, End]) -> None:
     assert end.codes == [1, 1, 1]
     assert end.said.count("error: ") == 1 and len(end.said.splitlines()) == 1
     assert (
-        "rank 1 has given no sign of life for 2 s (parallel.heartbeat_timeout): it was last heard of in step 12"
+        "rank 1 has sent no heartbeat for 2 s (parallel.heartbeat_timeout): its last one was in step 12"
         in end.said
     )
 
@@ -299,12 +300,12 @@ def test_where_the_store_is_lost_its_machine_is_named(
             one.kill()
         hosting.join()
     assert process.exitcode == 1
-    assert f"error: rank 0 is lost, or its machine: rank 2, step 12, computing, {words}" in said.read_text()
+    assert f"error: rank 0 or its machine is lost: rank 2, step 12, computing, {words}" in said.read_text()
 
 
 def test_a_place_is_the_innermost_of_this_project() -> None:
-    assert place(None) == ""
-    assert place(sys._getframe()).startswith("tests/parallel/processes/test_watchdog.py:")
+    assert code_location(None) == ""
+    assert code_location(sys._getframe()).startswith("tests/parallel/processes/test_watchdog.py:")
     shown: list[str] = []
-    sorted([2, 1], key=lambda _: shown.append(place(sys._getframe())) or 0)
+    sorted([2, 1], key=lambda _: shown.append(code_location(sys._getframe())) or 0)
     assert "test_watchdog.py:" in shown[0] and ", in" not in shown[0]

@@ -1,4 +1,4 @@
-"""What the planner foresees, against what is sent and kept."""
+"""The planner's estimates against counted traffic and memory."""
 
 from dataclasses import replace
 from typing import Any
@@ -34,17 +34,17 @@ CASES = {
     "even": ((4, 4, 8), 4, "alternate", False, F32, 1),
     "odd": ((5, 5, 6), 3, "paired", True, F32, 1),
     "odd, patches of two frames": ((5, 6, 6), 3, "alternate", True, BF16, 1),
-    "in pieces": ((5, 5, 6), 2, "alternate", False, F32, 3),
+    "in chunks": ((5, 5, 6), 2, "alternate", False, F32, 3),
     "one frame": ((1, 6, 6), 2, "alternate", True, F32, 1),
     "fewer frames than ranks": ((3, 5, 7), 3, "paired", False, BF16, 1),
-    "fewer frames than ranks, in pieces": ((2, 6, 6), 5, "paired", False, F32, 2),
+    "fewer frames than ranks, in chunks": ((2, 6, 6), 5, "paired", False, F32, 2),
     "fewer patches than ranks": ((3, 2, 2), 2, "alternate", False, BF16, 1),
 }
-"""Latent frames, rows and columns; clips; order of blocks; checkpointing; arithmetic; pieces."""
+"""Latent frames, rows and columns; clips; order of blocks; checkpointing; dtype; chunks."""
 
 
-def count_what_is_sent(_: Group) -> None:
-    """A step of each case, by two ranks a clip, and by four; a pass has two clips at most."""
+def check_traffic(_: Group) -> None:
+    """Run a step of each case with sp 2 and 4, in micro-batches of two clips."""
     for sp in (2, 4):
         mesh = build_mesh(ParallelConfig(sp=sp), torch.device("cpu"))
         assert mesh.sp.size == sp
@@ -73,8 +73,8 @@ def count_what_is_sent(_: Group) -> None:
             assert group.traffic.calls["all_to_all"] == expected.calls, what
 
 
-def test_sent_is_what_is_counted() -> None:
-    run_on_ranks(4, count_what_is_sent)
+def test_traffic_is_that_counted() -> None:
+    run_on_ranks(4, check_traffic)
 
 
 LOAD = Workload(
@@ -83,11 +83,11 @@ LOAD = Workload(
 
 
 def test_bytes_by_hand() -> None:
-    """Of 3 ranks, each has 2 frames, and 4, 3 and 3 patches; three switches of the width 8, and one of 5 outputs."""
-    to_tracks, to_frames = 2 * 2 * (10 - 4), 2 * 4 * (6 - 2)  # numbers of 2 clips, for each unit of width
+    """3 ranks have 2 frames each, and 4, 3 and 3 patches; three switches carry the width 8, the last 5 outputs."""
+    to_space, to_time = 2 * 2 * (10 - 4), 2 * 4 * (6 - 2)  # values of 2 clips, per unit of width
     found = estimate_traffic(LOAD, ParallelDims(6, 3), rank=0)
-    assert found.forward == 4 * (2 * 8 * to_tracks + (8 + 5) * to_frames)
-    assert found.backward == 4 * (2 * 8 * to_frames + (8 + 5) * to_tracks)
+    assert found.forward == 4 * (2 * 8 * to_space + (8 + 5) * to_time)
+    assert found.backward == 4 * (2 * 8 * to_time + (8 + 5) * to_space)
     assert found.calls == 2 * 4
     assert estimate_traffic(LOAD, ParallelDims(6, 1), rank=5) == (0, 0, 0)
 
@@ -111,22 +111,22 @@ def test_balance_is_the_mean_over_the_busiest(load: Workload, split: ParallelDim
     "size, expected",
     [(GIB // 1000, "0.001"), (12.34 * GIB, "12.3"), (99.99 * GIB, "100"), (12345 * GIB, "12,345")],
 )
-def test_sizes_are_readable(size: int, expected: str) -> None:
+def test_format_gib(size: int, expected: str) -> None:
     assert format_gib(size) == expected
 
 
-def test_numbers_of_ranks() -> None:
+def test_divisors() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(7) == [1, 7]
 
 
-def test_the_smallest_that_fits_is_chosen_or_else_what_needs_least() -> None:
+def test_choose_sp_takes_the_smallest_that_fits_or_the_one_that_needs_least() -> None:
     needs = {1: 40 * GIB, 2: 21 * GIB, 4: 12 * GIB, 8: 12 * GIB}
     assert choose_sp(needs, 80 * GIB)[::2] == (1, True)
     assert choose_sp(needs, 24 * GIB)[::2] == (2, True)
     fitting, least = choose_sp(needs, 12 * GIB), choose_sp(needs, 11 * GIB)
-    assert str(fitting) == "4, the smallest of 1, 2, 4, 8 that fits: about 12 of 12 GiB a process"
-    assert str(least) == "4, which takes least, and none of 1, 2, 4, 8 fits: about 12 of 11 GiB a process"
+    assert str(fitting) == "4, the smallest of 1, 2, 4, 8 that fits: about 12 of 12 GiB per process"
+    assert str(least) == "4, which needs least, and none of 1, 2, 4, 8 fits: about 12 of 11 GiB per process"
     assert (fitting.fits, least.fits) == (True, False)
 
 
@@ -149,15 +149,15 @@ def test_weights_beyond_counting() -> None:
 @pytest.mark.parametrize(
     "kept, dtype", [("blocks", F32), ("blocks", BF16), ("inputs", F32), ("inputs", BF16), ("nothing", F32)]
 )
-def test_activations_are_about_what_is_counted(kept: Any, dtype: torch.dtype) -> None:
-    """The largest sum of bytes of a pass of 2 clips; under autocast autograd keeps the rounded weights, too."""
+def test_activation_bytes_are_close_to_those_counted(kept: Any, dtype: torch.dtype) -> None:
+    """Compare with the peak bytes of a pass of 2 clips; under autocast, autograd saves the rounded weights, too."""
     settings = {"depth": 4, "hidden_size": 32}
     model = make_model(F32, **settings)
     if kept == "inputs":
         model.enable_gradient_checkpointing()
     x, _, t, _, condition = make_batch(4, 32, 32, 2, False, F32)
     if kept == "nothing":
-        del condition["drop_caption"]  # the tracker takes no part of a weight as input without gradients
+        del condition["drop_caption"]  # the tracker fails on a slice of a weight without gradients
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker, torch.set_grad_enabled(kept != "nothing"):
@@ -174,7 +174,7 @@ def test_activations_are_about_what_is_counted(kept: Any, dtype: torch.dtype) ->
 
 
 def test_activations_by_hand() -> None:
-    """Of 3 ranks, the first has 2 of 6 frames of 10 patches, and 4 patches of 6 frames."""
+    """The first of 3 ranks has 2 of 6 frames of 10 patches, and 4 patches of 6 frames."""
     split, width = ParallelDims(6, 3), 2 * 8  # of 2 clips
     in_all_blocks, in_a_block = 2 * (2 * 10 + 4 * 6), 4 * 6
     assert activation_bytes(LOAD, split) == width * 112 * in_all_blocks

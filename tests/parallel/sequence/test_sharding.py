@@ -1,4 +1,4 @@
-"""The sharded model against the whole one: output, loss and every gradient, on weights without zeros."""
+"""The sharded model against one process: output, loss and every gradient, on weights without zeros."""
 
 from dataclasses import replace
 from typing import Any
@@ -34,8 +34,13 @@ CASES: dict[str, dict[str, Any]] = {
     "image, one clip": {"frames": 1, "batch": 1},
     "fewer frames than ranks": {"frames": 2, "block_order": "paired"},
     "fewer patches than ranks": {"frames": 3, "rows": 2, "columns": 2},
-    "given frames": {"frames": 5, "given": True},
-    "given frames, paired, one clip": {"frames": 5, "given": True, "block_order": "paired", "batch": 1},
+    "conditioning frames": {"frames": 5, "conditioning": True},
+    "conditioning frames, paired, one clip": {
+        "frames": 5,
+        "conditioning": True,
+        "block_order": "paired",
+        "batch": 1,
+    },
     "checkpointing": {"frames": 5, "checkpointing": True},
     "checkpointing, paired": {"frames": 4, "checkpointing": True, "block_order": "paired"},
     "patches of two frames": {"frames": 5, "patch_size": (2, 2, 2)},
@@ -60,7 +65,9 @@ def make_model(dtype: torch.dtype, **settings: Any) -> STDiT:
     return model
 
 
-def make_batch(frames: int, rows: int, columns: int, batch: int, given: bool, dtype: torch.dtype) -> Any:
+def make_batch(
+    frames: int, rows: int, columns: int, batch: int, conditioning: bool, dtype: torch.dtype
+) -> Any:
     generator = torch.Generator().manual_seed(1)
     x, noise = (
         torch.randn(batch, 4, frames, rows, columns, generator=generator, dtype=dtype) for _ in range(2)
@@ -69,7 +76,7 @@ def make_batch(frames: int, rows: int, columns: int, batch: int, given: bool, dt
     mask[0, 3:] = False
     t = torch.linspace(0.2, 0.9, batch, dtype=dtype)[:, None]  # [B 1]
     first = torch.zeros(batch, frames, dtype=torch.bool)
-    if given:
+    if conditioning:
         first[:, 0] = True
         t = t * ~first  # [B T]
     condition = {
@@ -86,7 +93,7 @@ def make_batch(frames: int, rows: int, columns: int, batch: int, given: bool, dt
 def run(
     model: STDiT, sharding: TokenSharding, x: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: Any
 ) -> tuple[Tensor, Tensor]:
-    """Output of this rank's frames, and its part of the loss times the number of ranks; leaves gradients."""
+    """Return the output of this rank's frames, and its part of the loss times the number of ranks; sets gradients."""
     flow = RectifiedFlow(FlowConfig())
     x_t = flow.add_noise(x, noise, t)
     x, noise, x_t = (sharding.split(value, dim=2) for value in (x, noise, x_t))
@@ -98,8 +105,8 @@ def run(
 
 
 def compare(group: Group, name: str, dtype: torch.dtype, tolerance: float) -> None:
-    case = {"rows": 5, "columns": 6, "batch": 3, "given": False, "checkpointing": False, **CASES[name]}
-    sizes = [case.pop(key) for key in ("frames", "rows", "columns", "batch", "given")]
+    case = {"rows": 5, "columns": 6, "batch": 3, "conditioning": False, "checkpointing": False, **CASES[name]}
+    sizes = [case.pop(key) for key in ("frames", "rows", "columns", "batch", "conditioning")]
     checkpointing = case.pop("checkpointing")
     models, batch = [], make_batch(*sizes, dtype)
     for _ in range(2):
@@ -112,7 +119,7 @@ def compare(group: Group, name: str, dtype: torch.dtype, tolerance: float) -> No
 def compare_models(
     whole: STDiT, sharded: STDiT, sharding: TokenSharding, batch: Any, tolerance: float, name: str
 ) -> None:
-    """A model on one rank, and another of the same weights on a group."""
+    """Compare a model on one rank with one of the same weights on a group."""
     expected, loss = run(whole, whole.token_sharding(Group(), *batch[0].shape[2:]), *batch)
     output, part = run(sharded, sharding, *batch)
     close(output, sharding.split(expected, dim=2), tolerance, f"{name}: output")
@@ -121,24 +128,24 @@ def compare_models(
         expected_grad = whole.get_parameter(key).grad
         assert parameter.grad is not None and expected_grad is not None, key
         close(average(parameter.grad), expected_grad, tolerance, f"{name}: gradient of {key}")
-        assert expected_grad.abs().max() > 0 or sees_itself_alone(key, *batch[0].shape[2:]), key
+        assert expected_grad.abs().max() > 0 or has_one_key(key, *batch[0].shape[2:]), key
 
 
-def sees_itself_alone(key: str, frames: int, rows: int, columns: int) -> bool:
-    """Whether a weight belongs to queries or keys of which each sees one token, so that they do not matter."""
+def has_one_key(key: str, frames: int, rows: int, columns: int) -> bool:
+    """Return whether a weight norms queries or keys in attention over one token, which has no gradient."""
     tokens = frames if key.startswith("temporal_blocks") else rows * columns // 4
     return "_norm" in key and tokens == 1
 
 
 def average(value: Tensor) -> Tensor:
-    """Over all ranks."""
+    """Return the mean over all ranks."""
     total = value.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Differences relative to the largest expected value."""
+    """Compare, relative to the largest expected value."""
     assert found.shape == expected.shape, what
     if expected.numel():
         gap = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
@@ -161,7 +168,7 @@ def test_equals_one_process(ranks: int) -> None:
 @pytest.mark.parametrize(
     "total, ranks, expected", [(5, 2, [3, 2]), (4, 4, [1] * 4), (2, 3, [1, 1, 0]), (7, 1, [7])]
 )
-def test_shares_differ_by_at_most_one(total: int, ranks: int, expected: list[int]) -> None:
+def test_sizes_differ_by_at_most_one(total: int, ranks: int, expected: list[int]) -> None:
     assert even_sizes(total, ranks) == expected
 
 
@@ -175,9 +182,9 @@ def test_one_rank_alone_copies_nothing() -> None:
 
 
 def count_traffic(group: Group, block_order: str, checkpointing: bool) -> None:
-    """Frames, patches and width divide, so that the formula is exact (arXiv:2403.10266, table 3).
+    """Count bytes and calls where all sizes divide, so that the formula is exact (arXiv:2403.10266, table 3).
 
-    Pieces that overlap with computation are more calls, and no more bytes.
+    Overlapping chunks need more calls, and send the same bytes.
     """
     frames, rows, columns, batch, dim, pairs = 12, 4, 12, 2, 16, 4
     model = make_model(torch.float32, depth=pairs, block_order=block_order)
@@ -189,7 +196,7 @@ def count_traffic(group: Group, block_order: str, checkpointing: bool) -> None:
 
     tokens = batch * frames * (rows // 2) * (columns // 2)
     M, output = 4 * tokens * dim, 4 * tokens * model.out_channels * 2 * 2  # bytes
-    # Alternate blocks end in patches: the last of their two switches a pair carries the output instead.
+    # Order alternate ends with space sharded: the last of its two switches per pair carries the output instead.
     switches, ends = (2 * pairs - 1, 1) if block_order == "alternate" else (pairs, 0)
     sent = (switches * M + ends * output) * (group.size - 1) // group.size**2
     assert group.traffic.bytes["all_to_all"] == 2 * sent, "forward and backward"
@@ -207,23 +214,23 @@ def test_traffic_is_that_of_the_formula() -> None:
     run_on_ranks(2, count_all_traffic)
 
 
-def watch_gradients_return(group: Group) -> None:
-    original, asked = _PipelinedAllToAll.returned, []
+def check_gradient_order(group: Group) -> None:
+    original, asked = _PipelinedAllToAll.wait_gradient, []
 
-    def returned(travel: _PipelinedAllToAll, index: int) -> Tensor:
-        asked.append((index, next(iter(travel.returning))))
-        return original(travel, index)
+    def wait_gradient(exchange: _PipelinedAllToAll, index: int) -> Tensor:
+        asked.append((index, next(iter(exchange.gradients))))
+        return original(exchange, index)
 
     model = make_model(torch.float32, depth=1)
     sharding = model.token_sharding(replace(group, chunks=3), 6, 6, 6)
-    with patch.object(_PipelinedAllToAll, "returned", returned):
+    with patch.object(_PipelinedAllToAll, "wait_gradient", wait_gradient):
         run(model, sharding, *make_batch(6, 6, 6, 1, False, torch.float32))
     assert len(asked) == 2 * 3
     assert all(index == first_sent for index, first_sent in asked), asked
 
 
-def test_pieces_of_the_gradient_travel_in_the_order_in_which_they_are_used() -> None:
-    run_on_ranks(2, watch_gradients_return)
+def test_gradients_of_chunks_are_sent_in_the_order_in_which_they_are_used() -> None:
+    run_on_ranks(2, check_gradient_order)
 
 
 def compile_a_switch_and_a_block(group: Group) -> None:
@@ -254,8 +261,8 @@ def test_switch_and_block_compile_to_one_graph() -> None:
     run_on_ranks(2, compile_a_switch_and_a_block)
 
 
-def gather_and_look(group: Group) -> None:
-    """The adjoint of gathering: a rank's gradient is the sum of what all ranks do with its part."""
+def check_gather(group: Group) -> None:
+    """Check the adjoint of gather: a rank's gradient is the sum over ranks of the gradients of its part."""
     frames, patch_frames = 7, 2
     sharding = TokenSharding(group, 4, 5, patch_frames)
     whole = torch.randn(2, frames, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -271,4 +278,4 @@ def gather_and_look(group: Group) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gather_and_its_adjoint(ranks: int) -> None:
-    run_on_ranks(ranks, gather_and_look)
+    run_on_ranks(ranks, check_gather)
