@@ -1,4 +1,4 @@
-"""How many ranks share a video. Imports nothing heavy."""
+"""Settings of parallelism (``parallel.*``): the ranks that share a video, memory, timeouts. Imports no torch."""
 
 from dataclasses import dataclass
 from math import inf
@@ -9,17 +9,17 @@ from stdit.errors import UserError
 
 @dataclass
 class ParallelConfig:
-    """Use of the processes that torchrun or accelerate launch starts."""
+    """How the processes that torchrun or accelerate launch started share the work."""
 
     sp: int | Literal["auto"] = 1
-    """Ranks that share each video (sequence-parallel); in training, what is left of them splits the batch. auto: as
-    few as memory allows."""
+    """Ranks that share each video (sequence-parallel); the rest of the processes split the batch in training. auto:
+    the smallest that fits in memory."""
     memory_gib: float | None = None
-    """Memory that a process may use, for what is estimated; none: all of its GPU, or its part of the machine's."""
+    """GiB of memory that a process may use, for estimates. None: all of its GPU, or its share of the machine's."""
     overlap_chunks: int = 1
-    """Pieces in which a block's result is computed, so that one travels while the next is computed; 1: whole."""
+    """Chunks in which a block's output is computed, so that one is sent while the next is computed; 1: no overlap."""
     timeout: float = 1800.0
-    """Seconds that a rank waits for the others before it gives up."""
+    """Seconds that a rank waits for the other ranks before it fails."""
 
     def __post_init__(self) -> None:
         for name in ("sp", "overlap_chunks"):
@@ -34,12 +34,12 @@ class ParallelConfig:
 
 @dataclass
 class TrainingParallelConfig(ParallelConfig):
-    """The same for training, where what is left of the processes splits the batch."""
+    """How the processes share the work in training: processes beyond sp split the batch."""
 
     shard_parameters: bool = False
-    """Each rank keeps its share of weights, gradients, optimizer state and averages: less memory, more traffic."""
+    """Shard weights, gradients, optimizer state and EMA over all ranks (FSDP): less memory, more traffic."""
     heartbeat_timeout: float = 300.0
-    """Seconds without a sign of life after which a rank counts as lost, and the run ends."""
+    """Seconds without a heartbeat after which a rank counts as lost, and the run ends."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,10 +51,10 @@ class TrainingParallelConfig(ParallelConfig):
 
 @dataclass
 class SamplingParallelConfig(ParallelConfig):
-    """The same for sampling, where what is left of the processes shares out the prompts."""
+    """How the processes share the work in sampling: processes beyond sp x cfg split the prompts."""
 
     cfg: int = 1
-    """2: the two halves of classifier-free guidance run on different ranks."""
+    """2: compute the two halves of classifier-free guidance on different ranks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

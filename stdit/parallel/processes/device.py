@@ -45,5 +45,5 @@ def join_processes(device: str, timeout: float) -> "torch.device":
 
     from stdit.parallel.processes.mesh import runs_on_cpu
 
-    state = PartialState(cpu=runs_on_cpu(device), timeout=timedelta(seconds=timeout))
-    return state.device
+    joined: torch.device = PartialState(cpu=runs_on_cpu(device), timeout=timedelta(seconds=timeout)).device
+    return joined

@@ -38,7 +38,7 @@ def all_to_all(
     """
     if group.size == 1:
         return x
-    result: Tensor = _AllToAll.apply(x, group, scatter_dim, scatter_sizes, gather_dim, gather_sizes)
+    result: Tensor = _AllToAll.apply(x, group, scatter_dim, scatter_sizes, gather_dim, gather_sizes)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -72,8 +72,9 @@ def all_to_all_pipelined(
         gather_sizes: for each rank, the length of axis ``gather_dim`` of each of its chunks.
     """
     exchange = _PipelinedAllToAll(group, scatter_dim, scatter_sizes, gather_dim, gather_sizes)
-    tokens = [_SendChunk.apply(chunk, exchange, index) for index, chunk in enumerate(chunks)]
-    result: Tensor = _JoinChunks.apply(exchange, *tokens)
+    send = _SendChunk.apply
+    tokens = [send(chunk, exchange, index) for index, chunk in enumerate(chunks)]  # type: ignore[no-untyped-call]
+    result: Tensor = _JoinChunks.apply(exchange, *tokens)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -150,7 +151,7 @@ def all_gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
     """Return axis ``dim`` whole on every rank; rank r holds ``sizes[r]`` of it. The adjoint is `reduce_scatter`."""
     if group.size == 1:
         return x
-    result: Tensor = _WithAdjoint.apply(x, _all_gather, _reduce_scatter, group, dim, sizes)
+    result: Tensor = _WithAdjoint.apply(x, _all_gather, _reduce_scatter, group, dim, sizes)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -158,7 +159,7 @@ def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tenso
     """Sum ``x`` over the ranks and scatter axis ``dim``; rank r gets ``sizes[r]``. The adjoint is `all_gather`."""
     if group.size == 1:
         return x
-    result: Tensor = _WithAdjoint.apply(x, _reduce_scatter, _all_gather, group, dim, sizes)
+    result: Tensor = _WithAdjoint.apply(x, _reduce_scatter, _all_gather, group, dim, sizes)  # type: ignore[no-untyped-call]
     return result
 
 
