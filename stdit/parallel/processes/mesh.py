@@ -76,9 +76,9 @@ class Mesh:
         if smallest < self.dp:
             self.fail(
                 f"batch_size = {smallest}, but {self.world_size} processes with parallel.sp = {self.sp.size} "
-                f"split each batch into {self.world_size} / {self.sp.size} = {self.dp} parts: use a batch_size of at "
-                f"least {self.dp} in each of data.buckets (or a larger max_tokens), fewer processes, or a larger "
-                "parallel.sp"
+                f"split each batch into {self.world_size} / {self.sp.size} = {self.dp} parts: raise "
+                "data.batch_multiplier, or batch_size (or max_tokens) in data.buckets, use fewer processes, or a "
+                "larger parallel.sp"
             )
 
     def fail(self, message: str) -> NoReturn:

@@ -107,8 +107,12 @@ def coded(picture: np.ndarray, matrix: int, full: bool) -> av.VideoFrame:
     kr, kb = LUMA[matrix]
     y = kr * red + (1 - kr - kb) * green + kb * blue
     cb, cr = (blue - y) / (2 - 2 * kb), (red - y) / (2 - 2 * kr)
-    planes = [y, 128 + cb, 128 + cr] if full else [16 + y * 219 / 255, 128 + cb * 224 / 255, 128 + cr * 224 / 255]
-    frame = av.VideoFrame.from_ndarray(np.stack(planes).round().clip(0, 255).astype(np.uint8), format="yuv444p")
+    planes = (
+        [y, 128 + cb, 128 + cr] if full else [16 + y * 219 / 255, 128 + cb * 224 / 255, 128 + cr * 224 / 255]
+    )
+    frame = av.VideoFrame.from_ndarray(
+        np.stack(planes).round().clip(0, 255).astype(np.uint8), format="yuv444p"
+    )
     frame.colorspace, frame.color_range = matrix, 2 if full else 1
     return frame
 
