@@ -202,7 +202,6 @@ def read_pyav(path: Path, window: Window, threads: int) -> Any:
 
     wanted: Iterator[float] = iter(window.seconds)
     frames, shown = [], None
-    options = {"threads": threads} if int(av.__version__.split(".")[0]) >= 17 else {}
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = threads
@@ -212,7 +211,9 @@ def read_pyav(path: Path, window: Window, threads: int) -> Any:
         for frame in container.decode(stream):
             while shown is not None and at is not None and frame.time > at:
                 frames.append(
-                    shown.to_ndarray(format="rgb24", width=window.width, height=window.height, **options)
+                    shown.to_ndarray(
+                        format="rgb24", width=window.width, height=window.height, threads=threads
+                    )
                 )
                 at = next(wanted, None)
             shown = frame

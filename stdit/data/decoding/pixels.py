@@ -148,13 +148,12 @@ def has_alpha(pixel_format: str) -> bool:
 
 def rgb(frame: av.VideoFrame, threads: int = 1, side: int | None = None) -> np.ndarray:
     """uint8 [H W 3] as shown, the longer side at most `side`; may have gaps between rows."""
-    # From 17 on PyAV starts threads for each frame unless told otherwise: most of the time of a small clip.
-    options = {"threads": threads} if int(av.__version__.split(".")[0]) >= 17 else {}
     alpha = has_alpha(frame.format.name)
     layout, channels = ("rgba", 4) if alpha else ("rgb24", 3)
     height, width = _at_most(frame.height, frame.width, side)
+    # Unless told otherwise, PyAV starts threads for each frame: most of the time of a small clip.
     converted = VideoReformatter().reformat(
-        with_known_colours(frame), format=layout, height=height, width=width, **options
+        with_known_colours(frame), format=layout, height=height, width=width, threads=threads
     )
     rows = _rows(converted.planes[0])[:, : converted.width * channels]
     pixels = rows.reshape(converted.height, converted.width, channels)
@@ -178,9 +177,7 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
 def with_known_colours(frame: av.VideoFrame) -> av.VideoFrame:
     """The frame, without colours that the scaler would refuse; brightness is taken as it is, whatever its curve."""
     frame.colorspace = MATRICES.get(frame.colorspace, UNSPECIFIED)
-    for name in ("color_trc", "color_primaries"):
-        if hasattr(frame, name):  # in newer PyAV, where it matters
-            setattr(frame, name, UNSPECIFIED)
+    frame.color_trc = frame.color_primaries = UNSPECIFIED
     return frame
 
 
