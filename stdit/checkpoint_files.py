@@ -1,12 +1,13 @@
-"""Folders that prove themselves whole: a ``meta.json`` with the size and hash of every other file.
+"""Checkpoint folders with a ``meta.json`` that has the size and hash of every other file.
 
-A checkpoint is written aside, sealed with `write_manifest`, and renamed with `publish`; a reader calls
-`verify` or `newest_whole`. Everything here reads JSON and bytes only: nothing in a checkpoint is unpickled.
+A checkpoint is written under a temporary name, sealed with `write_manifest`, and renamed with `publish`; a reader
+calls `verify` or `newest_whole`. Everything here reads JSON and bytes only: nothing in a checkpoint is unpickled.
 """
 
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,21 @@ from stdit.errors import UserError
 
 META = "meta.json"
 FORMAT = 2
-"""Of the folders that are written, and the only one that is read."""
-STEP_FOLDER = re.compile(r"step-(\d+)")
+"""Version of the layout of folders that are written, and the only one that is read."""
+_STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 class NewerFormatError(UserError):
-    """A checkpoint that is whole, as far as this version can tell, and must not be passed over."""
+    """A checkpoint of a newer version, which must not be skipped in favour of an older one."""
 
 
 def hash_bytes(content: bytes) -> str:
-    """As `hash_file`, of bytes."""
+    """Return the hash that `hash_file` returns, of bytes."""
     return f"xxh3:{xxhash.xxh3_128(content).hexdigest()}"
 
 
 def hash_file(path: Path) -> str:
-    """``xxh3:<32 hex digits>`` of a file's bytes (XXH3-128: finds flipped bits; not a signature)."""
+    """Return ``xxh3:<32 hex digits>`` of a file (XXH3-128: detects flipped bits; it is no signature)."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -39,8 +40,8 @@ def hash_file(path: Path) -> str:
     return f"xxh3:{digest.hexdigest()}"
 
 
-def sealed(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
-    """Flush files of ``folder`` to disk; returns the size and hash of each, as read again, by relative name."""
+def seal_files(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
+    """Flush files of ``folder`` to disk; return size and hash of each, as read back, by relative name."""
     files = {}
     for path in sorted(paths):
         _fsync(path)
@@ -49,18 +50,18 @@ def sealed(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, meta: dict[str, Any], files: dict[str, Any] | None = None) -> None:
-    """Write ``meta.json``: ``meta`` plus what is in ``folder``, and flush it.
+    """Write ``meta.json``: ``meta`` plus the files in ``folder``, and flush it.
 
     Args:
-        files: what `sealed` gave; none: seal all that is there.
+        files: what `seal_files` returned; None: seal all files that are there.
 
     Raises:
-        OSError: when the disk refuses, so call it before `publish`.
+        OSError: if the disk fails, so call it before `publish`.
     """
     if own := {"files", "format"} & meta.keys():
         raise ValueError(f"meta has the keys {own}, which write_manifest fills in: give them other names.")
     if files is None:
-        files = sealed(
+        files = seal_files(
             folder, (path for path in folder.rglob("*") if path.is_file() and path != folder / META)
         )
     text = json.dumps({**meta, "format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
@@ -71,7 +72,7 @@ def write_manifest(folder: Path, meta: dict[str, Any], files: dict[str, Any] | N
 
 
 def publish(aside: Path, folder: Path) -> None:
-    """Give a sealed folder its name and flush the parent. Raises FileExistsError rather than replace."""
+    """Rename a sealed folder and flush its parent. Raises FileExistsError if ``folder`` exists."""
     if folder.exists():
         raise FileExistsError(f"{folder} exists")
     os.rename(aside, folder)
@@ -79,7 +80,7 @@ def publish(aside: Path, folder: Path) -> None:
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
-    """An object from a JSON file.
+    """Read an object from a JSON file.
 
     Raises:
         UserError: missing or malformed.
@@ -96,12 +97,15 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The manifest of a sealed folder, its files unread. Raises UserError naming what is wrong."""
+    """Return the manifest of a sealed folder; its files are not read. Raises UserError if it is missing or
+    damaged."""
     path = folder / META
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder} is not a folder: give one like .../checkpoints/step-00001000.")
     if not path.is_file():
-        raise UserError(f"checkpoint {folder} has no {META}: empty, or never finished. Use another one.")
+        raise UserError(
+            f"checkpoint {folder} has no {META}: it is empty or was never finished. Use another one."
+        )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -123,19 +127,19 @@ def _other_format(folder: Path, meta: dict[str, Any]) -> UserError:
             f"{FORMAT}. Update stdit, or use another checkpoint."
         )
     return UserError(
-        f"checkpoint {folder} has the format {found}, of an older stdit, and this one reads {FORMAT}: go on with "
+        f"checkpoint {folder} has the format {found}, of an older stdit, and this one reads {FORMAT}: resume with "
         "that version, or sample from its run's pipeline/ and start a new run from that (--init_from)."
     )
 
 
 def verify(folder: Path, needed: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
-    """Check the files of ``folder`` that are ``needed`` (by relative name) against the manifest; return it.
+    """Check those files of ``folder`` that are ``needed`` (by relative name) against the manifest; return it.
 
-    Raises UserError naming the first file that is missing, of another size, or of other content, or weights that
-    nothing lists.
+    Raises:
+        UserError: naming the first file that is missing, has another size or content, or is not listed.
     """
     meta = read_meta(folder)
-    way_out = "use another checkpoint, or delete this folder to go on from the one before it"
+    way_out = "use another checkpoint, or delete this folder to resume from the one before it"
     for name, entry in meta["files"].items():
         path = folder / name
         if "\0" in name or not isinstance(entry, dict):
@@ -160,16 +164,30 @@ def verify(folder: Path, needed: Callable[[str], bool] = lambda name: True) -> d
     return meta
 
 
-def share(path: Path) -> None:
-    """Give a file, or those in a folder, the rights of any new file: safetensors are made for their owner alone."""
-    umask = os.umask(0o077)
-    os.umask(umask)
+def apply_umask(path: Path) -> None:
+    """Give a file, or the safetensors in a folder, the mode of any new file: they are made readable by the owner
+    only."""
+    mode = 0o666 & ~_umask()
     for file in [path] if path.is_file() else path.rglob("*.safetensors"):
-        file.chmod(0o666 & ~umask)
+        file.chmod(mode)
+
+
+def _umask() -> int:
+    """Return the umask of the process without changing it: ``os.umask`` would, for all threads and for a moment."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
+    except (OSError, StopIteration):  # not Linux
+        with tempfile.TemporaryDirectory() as folder:
+            descriptor = os.open(Path(folder) / "probe", os.O_CREAT | os.O_WRONLY, 0o666)
+            try:
+                return 0o666 & ~os.fstat(descriptor).st_mode
+            finally:
+                os.close(descriptor)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files of a sealed folder are as they were written."""
+    """Return whether all files of a sealed folder are as they were written."""
     try:
         verify(folder)
     except UserError:
@@ -178,20 +196,20 @@ def is_whole(folder: Path) -> bool:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a name such as ``step-00001000``; None for any other name (``step-00001000.tmp`` too)."""
-    match = STEP_FOLDER.fullmatch(folder.name)
+    """Return the step in a name such as ``step-00001000``; None for other names (also ``step-00001000.tmp``)."""
+    match = _STEP_FOLDER.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def newest_whole(
     checkpoints: Path, needed: Callable[[str], bool] = lambda name: True
 ) -> tuple[Path | None, list[str]]:
-    """The newest ``step-N`` folder under ``checkpoints`` that verifies, and why newer ones do not.
+    """Return the newest ``step-N`` folder under ``checkpoints`` that verifies, and why newer ones do not.
 
     Raises:
-        NewerFormatError: if one that is newer was written by a newer version.
+        NewerFormatError: if one of the newer ones was written by a newer version.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     folders = [folder for folder in checkpoints.glob("step-*") if step_of(folder) is not None]
     for folder in sorted(folders, key=lambda folder: step_of(folder) or 0, reverse=True):
         try:
@@ -199,10 +217,10 @@ def newest_whole(
         except NewerFormatError:
             raise
         except UserError as error:
-            passed_over.append(str(error))
+            skipped.append(str(error))
         else:
-            return folder, passed_over
-    return None, passed_over
+            return folder, skipped
+    return None, skipped
 
 
 def _fsync(path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.checkpoint_files import share
+from stdit.checkpoint_files import apply_umask
 from stdit.codecs.config import TextEncoderConfig
 from stdit.codecs.loading import dtype_name, read_json, write_json
 from stdit.codecs.text import TextEncoder
@@ -166,7 +166,7 @@ def _write(encoder: TextEncoder, texts: list[str], file: Path, dtype: torch.dtyp
     tensors = {"states": states[mask].to("cpu", dtype), "offsets": offsets}
     try:
         save_file(tensors, aside, {"captions": json.dumps(texts)})
-        share(aside)
+        apply_umask(aside)
         aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)

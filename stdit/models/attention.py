@@ -1,4 +1,8 @@
-"""Self-attention within rows of tokens, and cross-attention to the caption: SDPA, or plain products if faster."""
+"""Self-attention within rows of tokens, and cross-attention to the caption.
+
+Letters: R rows that attend independently, N queries and L keys of a row, h heads, d channels of a head, D = h d, B
+batch.
+"""
 
 import torch
 from einops import rearrange
@@ -7,15 +11,27 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from stdit.models.embeddings import rotate
 
-SHORT = 64
-"""Up to so many tokens, PyTorch's flash kernel for CPUs takes longer than products of whole batches
+SHORT_SEQUENCE = 64
+"""Up to this many tokens, PyTorch's flash kernel for CPUs is slower than batched matrix products
 (``scripts/bench/step.py --sizes quickstart``)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Each of ``q [R h N d]`` reads ``k, v [R h L d]``, where ``visible [R 1 1 L]`` is true: in one place at least;
-    None: all of them."""
-    short = max(q.shape[-2], k.shape[-2]) <= SHORT
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
+
+    Args:
+        q: queries ``[R h N d]``.
+        k: keys ``[R h L d]``; likewise the values ``v``.
+        visible: true for the keys that a row attends to, ``[R 1 1 L]``; None: all. A row with none of them gets
+        zeros.
+
+    Returns:
+        ``[R h N d]``.
+    """
+    if visible is not None:
+        empty = ~visible.any(-1, keepdim=True)  # [R 1 1 1]
+        visible, v = visible | empty, v.masked_fill(empty, 0)  # without this, a mean over padding or NaN
+    short = max(q.shape[-2], k.shape[-2]) <= SHORT_SEQUENCE
     if q.device.type != "cpu" or q.dtype != torch.float32 or not short:
         return scaled_dot_product_attention(q, k, v, visible)
     scores = q * q.shape[-1] ** -0.5 @ k.mT  # [R h N L]
@@ -25,14 +41,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm of each head's channels, in the precision of its input."""
+    """RMS norm over the channels of each head, in the precision of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SelfAttention(nn.Module):
-    """Attention among the N tokens of each row of ``x [R N D]``; queries and keys may be normalised and rotated."""
+    """Attention among the N tokens of each row of ``x [R N D]``, with optional QK norm and rotary positions."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -41,7 +57,7 @@ class SelfAttention(nn.Module):
         self.q_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
-        self.attend = attention  # scripts/bench/baselines.py puts others here
+        self.attend = attention  # scripts/bench/baselines.py replaces it
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "R N (three h d) -> three R h N d", three=3, h=self.num_heads)
@@ -52,7 +68,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens ``x [B N D]`` read the caption ``y [B L D]``; ``mask [B L]`` is true where there is a text token."""
+    """Tokens ``x [B N D]`` attend to the caption ``y [B L D]``; ``mask [B L]`` is true for text tokens."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()

@@ -353,14 +353,14 @@ class STDiT(ModelMixin, ConfigMixin):
 
 
 def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the text tokens that ``mask [B L]`` shows: ``[B L E] -> [B E]``.
+    """Average the states of visible text tokens: ``[B L E] -> [B E]``; zeros where ``mask [B L]`` shows none.
 
     States ``[L E]``, the same for all, give ``[B E]``, too, or without a mask ``[E]``.
     """
     if mask is None:
         return states.mean(-2)
     weight = mask.to(states.dtype)
-    return (weight[:, None] @ states)[:, 0] / weight.sum(1, keepdim=True)
+    return (weight[:, None] @ states)[:, 0] / weight.sum(1, keepdim=True).clamp(min=1)
 
 
 # diffusers reads a model's settings off the signature of its __init__; the dataclass is the one list of them.

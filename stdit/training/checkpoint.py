@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import META, newest_whole, read_meta, share, step_of, verify
+from stdit.checkpoint_files import META, apply_umask, newest_whole, read_meta, step_of, verify
 from stdit.errors import UserError
 
 NEEDED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "parts": int}
@@ -127,7 +127,7 @@ def replaced(what: str, folder: Path, parents: bool = False) -> Iterator[Path]:
     with written(what, aside):
         aside.mkdir(parents=parents)
         yield aside
-        share(aside)
+        apply_umask(aside)
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)

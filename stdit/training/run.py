@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import stdit
-from stdit.checkpoint_files import is_whole, share, step_of
+from stdit.checkpoint_files import apply_umask, is_whole, step_of
 from stdit.cli import plain, to_yaml
 from stdit.data.batch import EncodedBatch
 from stdit.models.config import token_grid
@@ -87,7 +87,7 @@ class Run:
                     shutil.rmtree(old, ignore_errors=True)
                 if not target.is_dir() and (name == "scheduler" or hasattr(part, "fitted")):
                     part.save_pretrained(aside)
-                    share(aside)
+                    apply_umask(aside)
                     aside.rename(target)
             if self.config.validation.prompts:
                 (self.folder / "samples").mkdir(exist_ok=True)

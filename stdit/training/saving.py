@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.checkpoint_files import is_whole, publish, sealed, step_of, write_manifest
+from stdit.checkpoint_files import is_whole, publish, seal_files, step_of, write_manifest
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.storage import SavePlan, StateChunks, StateDicts, TensorChunk, write_chunks
@@ -125,11 +125,11 @@ class Checkpoints:
                 f"rank {self.mesh.rank} does not see {aside}, which rank 0 made: let output_dir be on a file system "
                 "that all machines share"
             )
-        return sealed(aside, write_chunks(aside, pieces, self.mesh.rank, self.mesh.world_size))
+        return seal_files(aside, write_chunks(aside, pieces, self.mesh.rank, self.mesh.world_size))
 
     def _publish(self, aside: Path, folder: Path, meta: dict[str, Any], files: list[dict[str, Any]]) -> None:
         others = (path for path in aside.rglob("*.json") if path.is_file())
-        entries = sealed(aside, others)
+        entries = seal_files(aside, others)
         for of_rank in files:
             entries |= of_rank
         write_manifest(aside, meta, entries)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stdit.checkpoint_files import share
+from stdit.checkpoint_files import apply_umask
 from stdit.data.cache.keys import DECODING, Contents, digest
 from stdit.data.cache.shards import Entry, Writer
 from stdit.data.cache.store import Store
@@ -59,7 +59,7 @@ def fitted(codec: Any, plan: BatchPlan, config: DataConfig) -> "VideoCodec":
         aside = saved.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
         try:
             codec.save_pretrained(aside)
-            share(aside)
+            apply_umask(aside)
             if not saved.exists():
                 aside.rename(saved)
         except OSError as error:

@@ -16,7 +16,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from stdit.checkpoint_files import share
+from stdit.checkpoint_files import apply_umask
 from stdit.data.manifest.clips import NUMBER_COLUMNS, Clips, Strings
 from stdit.data.manifest.scan import Scan
 
@@ -89,7 +89,7 @@ def save(file: Path, key: str, scan: Scan) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside, {"key": key, "facts": json.dumps(facts)})
-        share(aside)
+        apply_umask(aside)
         aside.replace(file)
     except (OSError, SafetensorError) as error:
         logger.warning(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stdit.checkpoint_files import share
+from stdit.checkpoint_files import apply_umask
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import local_tensor
@@ -102,7 +102,7 @@ def write_chunks(folder: Path, chunks: StateChunks, rank: int, ranks: int) -> li
         placement = {name: {"saved_offsets": chunk.offsets} for name, chunk in named.items()}
         tensors = {name: chunk.tensor.cpu().contiguous() for name, chunk in named.items()}
         save_file(tensors, files[-1], metadata={"format": "pt", PLACEMENT: json.dumps(placement)})
-        share(files[-1])
+        apply_umask(files[-1])
     return files
 
 
