@@ -1,19 +1,23 @@
 """Starts the entry scripts on several processes of this machine."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
+import time
+from collections.abc import Sequence
 
-ROOT = Path(__file__).parent.parent
+from tests import warm
+from tests.warm import ROOT
+
+PATIENCE = 15.0
+"""Seconds in which the ranks of a run end when one has failed, before they are killed."""
 
 
 def start(script: str, ranks: int, argv: list[str], launcher: str = "torchrun") -> subprocess.Popen[str]:
-    """Start ``train.py`` or ``sample.py`` on so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    """Start ``train.py`` or ``sample.py`` through a launcher: torchrun or accelerate."""
+    port = str(free_port())
     commands = {
         "torchrun": ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port],
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
@@ -30,11 +34,50 @@ def start(script: str, ranks: int, argv: list[str], launcher: str = "torchrun") 
     )
 
 
-def launch(script: str, ranks: int, argv: list[str], launcher: str = "torchrun") -> tuple[int, str, str]:
-    """Run a script to its end -> (exit code, output, errors)."""
+def launch(script: str, ranks: int, argv: list[str], launcher: str = "warm") -> tuple[int, str, str]:
+    """Run a script on some ranks to its end; return exit code, output and errors.
+
+    Args:
+        launcher: torchrun, accelerate, or warm: processes that start at once, with the environment that torchrun
+            gives them, and with its exit code, 1, if any of them fails.
+    """
+    if launcher == "warm":
+        return _launch_warm(script, ranks, argv)
     process = start(script, ranks, argv, launcher)
     try:
         output, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     return process.returncode, output, errors
+
+
+def _launch_warm(
+    script: str, ranks: int, argv: Sequence[str], timeout: float = 240.0
+) -> tuple[int, str, str]:
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    common |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    processes = [warm.Python([script, *argv], env=os.environ | common | number) for number in numbers]
+    deadline = time.monotonic() + timeout
+    try:
+        while None in (codes := [process.poll() for process in processes]):
+            if any(codes) and deadline > time.monotonic() + PATIENCE:
+                deadline = time.monotonic() + PATIENCE
+                for process in processes:
+                    process.send_signal(signal.SIGTERM)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+    outputs = [process.output() for process in processes]
+    output, errors = ("".join(texts) for texts in zip(*outputs, strict=True))
+    return int(any(code != 0 for code in codes)), output, errors
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

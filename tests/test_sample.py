@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.pipelines.tiny import tiny_pipeline, write_run
 
 ROOT = Path(__file__).parents[1]
 
 
 def sample(*arguments, folder):
-    command = [sys.executable, str(ROOT / "sample.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    return warm.run([str(ROOT / "sample.py"), *map(str, arguments)], cwd=folder)
 
 
 @pytest.fixture(scope="module")

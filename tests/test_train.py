@@ -31,6 +31,7 @@ from stdit.training import saving, system
 from stdit.training.config import parse_train
 from stdit.training.run import Run
 from stdit.training.trainer import Trainer
+from tests import warm
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae
 from tests.training.tiny import save_clips, tiny_settings
 
@@ -53,6 +54,8 @@ def do(argv: list[str]) -> int:
 
 
 def command(argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    if not options:
+        return warm.run(["train.py", *argv])
     command = [sys.executable, "train.py", *argv]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
@@ -282,7 +285,7 @@ def test_what_an_end_after_the_last_step_left_out_is_made_up_for(
 def test_a_killed_run_resumes_bit_for_bit(settings: Settings, tmp_path: Path) -> None:
     flags = {"trainer__steps": 150, "checkpoint__every": 25}
     killed, straight = (tmp_path / "outputs" / name for name in ("killed", "straight"))
-    process = subprocess.Popen([sys.executable, "train.py", *settings(name="killed", **flags)], cwd=ROOT)
+    process = warm.Python(["train.py", *settings(name="killed", **flags)])
     while not (killed / "checkpoints" / "step-00000050").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -1,11 +1,9 @@
 """Training under torchrun and accelerate launch, against one process."""
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from safetensors.torch import load_file
 
 from stdit.data.decoding.decode import decode_clip
 from stdit.parallel.processes.watchdog import HEARTBEAT_SECONDS
-from tests.launch import ROOT, launch, start
+from tests import warm
+from tests.launch import launch, start
 from tests.test_train import metrics
 from tests.training.tiny import tiny_settings
 
@@ -37,13 +36,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
         *("--validation.every", str(STEPS)),
         *("--validation.num_inference_steps", "2"),
     ]
-    subprocess.run(
-        [sys.executable, "train.py", *settings, "--name", "alone"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    assert warm.run(["train.py", *settings, "--name", "alone"]).returncode == 0
     run = folder / "outputs" / "alone"
     return settings, metrics(run), run
 
@@ -53,8 +46,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
     [
         (2, 1, "torchrun", "false"),
         (2, 2, "accelerate", "false"),
-        (4, 2, "torchrun", "true"),
-        (3, 3, "torchrun", "false"),
+        (4, 2, "warm", "true"),
+        (3, 3, "warm", "false"),
     ],
 )
 def test_losses_are_those_of_one_process(

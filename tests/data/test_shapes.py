@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
@@ -31,6 +30,7 @@ from stdit.data.shapes.render import (
     split_combinations,
 )
 from stdit.errors import UserError
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 COMBOS = [(s, c, m) for s in SHAPES for c in COLOURS for m in MOTIONS]
@@ -454,8 +454,7 @@ def test_impossible_settings(wrong: dict[str, int]) -> None:
 
 
 def evaluate(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/evaluate_adherence.py", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    return warm.run(["scripts/evaluate_adherence.py", *map(str, args)])
 
 
 def test_evaluate_scores_a_folder_of_videos(built: Path, tmp_path: Path) -> None:

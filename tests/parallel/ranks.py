@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from stdit.parallel.sequence.group import Group
+from tests import warm
 
 TIMEOUT = datetime.timedelta(seconds=120)
 
@@ -19,7 +20,9 @@ TIMEOUT = datetime.timedelta(seconds=120)
 def run_on_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
     """Call ``function(group, *args)`` on each of so many ranks; an error on one is raised here."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_start, (ranks, Path(folder) / "store", function, args), nprocs=ranks)
+        warm.context()
+        arguments = (ranks, Path(folder) / "store", function, args)
+        mp.start_processes(_start, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def _start(rank: int, ranks: int, store: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -85,7 +85,7 @@ def videos(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "ranks, sp, cfg, launcher", [(2, 1, 1, "torchrun"), (4, 2, 2, "torchrun"), (4, 1, 2, "accelerate")]
+    "ranks, sp, cfg, launcher", [(2, 1, 1, "torchrun"), (4, 2, 2, "warm"), (4, 1, 2, "accelerate")]
 )
 def test_command_writes_the_files_of_one_process(
     run: Path, tmp_path: Path, ranks: int, sp: int, cfg: int, launcher: str

@@ -1,20 +1,18 @@
 """Captions encoded in a step of their own; training and sampling without the encoder."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from scripts.encode_text import read_captions
 from stdit.errors import UserError
-from tests.launch import ROOT
+from tests import warm
 from tests.training.tiny import tiny_settings
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, script, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return warm.run([script, *arguments])
 
 
 def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
