@@ -1,8 +1,10 @@
 """Settings of ``sample.py`` and of a pipeline call, and the rules that they follow. Imports no torch."""
 
-from collections.abc import Mapping
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.data.manifest.caption_scores import CAPTION_SCORES, score_suffix
@@ -11,32 +13,41 @@ from stdit.parallel.config import SamplingParallelConfig
 
 Format = Literal["mp4", "gif", "png"]
 GuidanceSchedule = Literal["constant", "linear", "interval", "oscillating"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _setting(pipeline_default: Any) -> Any:
+    """Field that is None where it is not set; a new pipeline that is not told otherwise has ``pipeline_default``."""
+    return field(default=None, metadata={"pipeline_default": pipeline_default})
 
 
 @dataclass
 class VideoSettings:
-    """Settings of one pipeline call. None: the pipeline's own setting."""
+    """Settings of one pipeline call. None: the pipeline's own setting (``pipe.config``).
 
-    num_frames: int | None = None
+    This is the only list of them: the signatures of `STDiTPipeline` and the settings of a prompt are derived from it.
+    """
+
+    num_frames: int | None = _setting(16)
     """Length in frames."""
-    height: int | None = None
+    height: int | None = _setting(32)
     """Height in pixels (with width; or use resolution and aspect_ratio)."""
-    width: int | None = None
+    width: int | None = _setting(32)
     """Width in pixels."""
-    fps: float | None = None
+    fps: float | None = _setting(8.0)
     """Frames per second."""
-    num_inference_steps: int | None = None
+    num_inference_steps: int | None = _setting(30)
     """Euler steps from noise to video."""
-    guidance_scale: float | None = None
+    guidance_scale: float | None = _setting(1.5)
     """1: no guidance; larger values follow the prompt more closely, at twice the cost."""
-    guidance_schedule: GuidanceSchedule | None = None
+    guidance_schedule: GuidanceSchedule | None = _setting("constant")
     """Guidance per step: constant; linear (rising from none); interval (only at noise levels in guidance_interval);
     oscillating (every second step)."""
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: tuple[float, float] | None = _setting((0.0, 1.0))
     """Range of noise levels for guidance_schedule = interval, such as [0.2, 0.8]; 1 is noise, 0 the video."""
-    guidance_rescale: float | None = None
+    guidance_rescale: float | None = _setting(0.0)
     """From 0 to 1: how much of the contrast that guidance adds is removed; use about 0.7 with scales above 7."""
-    shift: float | None = None
+    shift: float | None = _setting(None)
     """Shift of the steps towards noise (above 1) or detail (below 1); none: from size and length."""
 
     def check(self, where: str = "") -> None:
@@ -78,6 +89,46 @@ class VideoSettings:
 
 VIDEO_SETTINGS = tuple(f.name for f in fields(VideoSettings))
 """Names of the settings of a pipeline call."""
+PIPELINE_DEFAULTS: dict[str, Any] = {f.name: f.metadata["pipeline_default"] for f in fields(VideoSettings)}
+"""Settings of a new pipeline that is not told otherwise."""
+
+
+def video_settings(function: Callable[..., Any], keywords: Mapping[str, Any]) -> VideoSettings:
+    """Return the settings among the ``**settings`` of a function.
+
+    Raises:
+        TypeError: for an unknown keyword, naming the nearest argument of the function.
+    """
+    for name in keywords:
+        if name not in VIDEO_SETTINGS:
+            arguments = [
+                argument for argument in inspect.signature(function).parameters if argument != "self"
+            ]
+            nearest = difflib.get_close_matches(name, arguments, 1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"use {', '.join(arguments)}."
+            raise TypeError(f"{function.__qualname__}() has no argument {name!r}: {hint}")
+    return VideoSettings(**keywords)
+
+
+def list_settings(defaults: Mapping[str, Any]) -> Callable[[Function], Function]:
+    """Decorate a function so that its signature lists the settings instead of ``**settings``.
+
+    diffusers reads the settings of a pipeline off the signature of its ``__init__``, and `help` shows it.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        listed = [
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=defaults[f.name], annotation=f.type
+            )
+            for f in fields(VideoSettings)
+        ]
+        function.__signature__ = signature.replace(parameters=[*named, *listed])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 @dataclass

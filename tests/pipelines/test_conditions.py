@@ -171,12 +171,12 @@ def test_too_few_steps_for_a_strength(pipe, caplog):
     kept, found = (latents(pipe, conditions=[one], num_inference_steps=3) for one in (still, weak))
     assert torch.equal(kept, found)
     assert "a strength above 0.667 are kept as they are: 3 steps are too few" in caplog.text
-    with pytest.raises(UserError, match="all are given"):
+    with pytest.raises(UserError, match="all are conditioning frames"):
         latents(pipe, conditions=[FrameCondition(video(4), strength=0.9)], num_inference_steps=3)
 
 
 def test_nothing_is_left_to_make(pipe):
-    with pytest.raises(UserError, match="4 latent frames, and all are given"):
+    with pytest.raises(UserError, match="4 latent frames, and all are conditioning frames"):
         latents(pipe, conditions=[FrameCondition(video(4))])
 
 

@@ -1,4 +1,6 @@
+import inspect
 import json
+from dataclasses import fields
 
 import numpy as np
 import PIL.Image
@@ -9,6 +11,7 @@ from stdit.codecs import CodecConfig, build_codec
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
+from stdit.pipelines.config import VideoSettings
 from stdit.pipelines.images import image_to_frame
 from stdit.pipelines.pipeline import STDiTPipeline
 from tests.codecs.tiny import save_tiny_vae
@@ -131,8 +134,10 @@ def test_guidance_0_is_the_negative_prompt(pipe):
 )
 def test_guidance_follows_its_schedule(pipe, monkeypatch, settings, halves):
     batches = []
-    velocity = pipe._velocity
-    monkeypatch.setattr(pipe, "_velocity", lambda x, *rest: batches.append(len(x)) or velocity(x, *rest))
+    velocity = pipe.predict_velocity
+    monkeypatch.setattr(
+        pipe, "predict_velocity", lambda x, *rest: batches.append(len(x)) or velocity(x, *rest)
+    )
     scheduled = latents(pipe, guidance_scale=4.0, num_inference_steps=4, **settings)
     assert batches == halves
     constant = latents(pipe, guidance_scale=4.0, num_inference_steps=4)
@@ -141,8 +146,8 @@ def test_guidance_follows_its_schedule(pipe, monkeypatch, settings, halves):
 
 def test_rescaled_guidance_has_the_spread_of_none(pipe, monkeypatch):
     seen = []
-    velocity = pipe._velocity
-    monkeypatch.setattr(pipe, "_velocity", lambda *args: seen.append(velocity(*args)) or seen[-1])
+    velocity = pipe.predict_velocity
+    monkeypatch.setattr(pipe, "predict_velocity", lambda *args: seen.append(velocity(*args)) or seen[-1])
     found = latents(pipe, guidance_scale=9.0, guidance_rescale=1.0, num_inference_steps=1, shift=1.0)
     start = torch.randn(1, 3, 4, 8, 8, generator=seeded(1)[0])
     step, (conditional, unconditional) = found - start, seen[0].chunk(2)
@@ -220,7 +225,7 @@ def test_callback_sees_and_replaces_latents(pipe):
         (dict(image=torch.full((3, 8, 8), 7.0)), "values from 7"),
         (dict(image="absent.png"), "absent.png: file missing"),
         (dict(image=3), "image is int"),
-        (dict(image=torch.zeros(3, 8, 8), num_frames=1), "1 latent frame, and all are given"),
+        (dict(image=torch.zeros(3, 8, 8), num_frames=1), "1 latent frame, and all are conditioning frames"),
     ],
 )
 def test_bad_arguments_are_named(pipe, settings, message):
@@ -263,6 +268,55 @@ def test_saved_and_loaded_it_gives_the_same(any_pipe, tmp_path):
     assert (
         changed.codec is any_pipe.codec and changed.dtype == torch.bfloat16 and changed.config.num_frames == 2
     )
+
+
+def test_settings_are_listed_once(pipe, tmp_path):
+    """The signatures, the recorded config and the model index follow `VideoSettings`."""
+    names = [field.name for field in fields(VideoSettings)]
+    init, call = (
+        inspect.signature(function).parameters for function in (STDiTPipeline, STDiTPipeline.__call__)
+    )
+    assert [name for name in init if name in names] == [name for name in call if name in names] == names
+    assert init["num_inference_steps"].default == 30 and call["num_inference_steps"].default is None
+    assert not [p for p in (*init.values(), *call.values()) if p.kind is p.VAR_KEYWORD]
+    assert set(names) | {"step"} <= set(pipe.config)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    assert set(names) <= set(json.loads((tmp_path / "pipeline/model_index.json").read_text()))
+    new = STDiTPipeline(**pipe.components, width=64)
+    assert (new.config.width, new.config.height, new.config.guidance_interval) == (64, 32, (0.0, 1.0))
+
+
+def test_an_unknown_setting_is_a_type_error_naming_the_nearest(pipe, tmp_path):
+    with pytest.raises(
+        TypeError, match=r"STDiTPipeline.__call__\(\) has no .*'num_frame': did you mean 'num_frames'"
+    ):
+        pipe("a star", num_frame=3)
+    with pytest.raises(TypeError, match="'generators': did you mean 'generator'"):
+        pipe("a star", generators=[])
+    with pytest.raises(TypeError, match="'guidance': did you mean 'guidance_"):
+        STDiTPipeline(**pipe.components, guidance=2.0)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(TypeError, match="'fsp': did you mean 'fps'"):
+        STDiTPipeline.from_pretrained(tmp_path / "pipeline", fsp=2)
+
+
+@pytest.mark.parametrize(
+    "given", [dict(torch_dtype="bf16"), dict(dtype="bf16"), dict(torch_dtype="bf16", dtype="bf16")]
+)
+@pytest.mark.parametrize("absent", [{}, dict(torch_dtype=None), dict(dtype=None)])
+def test_torch_dtype_and_dtype_are_one_argument(pipe, tmp_path, given, absent):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    dtypes = {"bf16": torch.bfloat16}
+    keywords = {**absent, **{name: dtypes[value] for name, value in given.items()}}
+    assert STDiTPipeline.from_pretrained(tmp_path / "pipeline", **keywords).dtype == torch.bfloat16
+
+
+def test_torch_dtype_and_dtype_that_differ_are_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(
+        UserError, match="torch_dtype = torch.bfloat16, dtype = torch.float16: these are two names"
+    ):
+        STDiTPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.bfloat16, dtype=torch.float16)
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path):

@@ -168,9 +168,9 @@ def test_a_device_that_is_not_there(pipe, tmp_path):
 
 def test_equal_settings_share_a_batch_and_order_is_kept(pipe, monkeypatch):
     sizes = []
-    encode = pipe._encode_prompts
+    encode = pipe.encode_prompt
     monkeypatch.setattr(
-        pipe, "_encode_prompts", lambda prompts, *rest: sizes.append(len(prompts)) or encode(prompts, *rest)
+        pipe, "encode_prompt", lambda prompts, *rest: sizes.append(len(prompts)) or encode(prompts, *rest)
     )
     long = VideoSettings(num_frames=6)
     requests = [Request("a", 1), Request("b", 2), Request("a", 3), Request("c", 4, long)]
@@ -237,7 +237,7 @@ def test_a_full_disk_is_explained(pipe, tmp_path, monkeypatch):
     [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("out of memory")],
 )
 def test_too_little_memory_is_explained(pipe, monkeypatch, error):
-    monkeypatch.setattr(pipe, "_denoise", Mock(side_effect=error))
+    monkeypatch.setattr(pipe, "denoise", Mock(side_effect=error))
     with pytest.raises(UserError, match="2 videos at once need more memory than there is: lower batch_size"):
         next(sample_videos(pipe, [Request("a", 1), Request("a", 2)]))
 
