@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on several machines without a scheduler. Run it on each of them, with the same settings of train.py, and with
-# NODE counting from 0; MASTER is an address of the first one that the others reach:
+# Train on several machines without a scheduler. Run this on each machine with the same settings of train.py. NODE counts
+# the machines from 0; MASTER is an address of machine 0 that the others can reach:
 #   NODES=2 NODE=0 MASTER=10.0.0.1 bash scripts/launch_node.sh --config configs/train/finetune.yaml --name clips
 #   NODES=2 NODE=1 MASTER=10.0.0.1 bash scripts/launch_node.sh --config configs/train/finetune.yaml --name clips
-# All need the same files, and the first one's output folder. When a process fails, all are started anew and go on from
-# the newest checkpoint, RESTARTS times (3). PROCESSES is their number on this machine (one a GPU), PORT one that is
-# free on the first (29500), ADDRESS this machine's own where its name does not lead to it.
+# All machines need the same files and the same output folder. When a process fails, all are restarted and resume from the
+# newest checkpoint, at most RESTARTS times (3). PROCESSES is the number of processes on this machine (one per GPU), PORT
+# a free port of machine 0 (29500), ADDRESS this machine's own address if its name does not resolve to it.
 # To stop all: touch outputs/NAME/stop on the first machine, or send SIGUSR1 to any process of train.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
