@@ -2,27 +2,24 @@
 
     python train.py --config configs/train/quickstart.yaml                 # runs on a CPU
     python train.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv --name clips
-    python train.py --config configs/train/quickstart.yaml --dry_run true  # what it would train on, and take
+    python train.py --config configs/train/quickstart.yaml --dry_run true  # print clips, batches and memory
     python train.py --help                                                 # every setting
 
-The run is kept in outputs/<name>. The same command again goes on from the newest whole checkpoint. Ctrl-C (exit code
-130), SIGTERM and SIGUSR1 (0), to any process of the run, finish the step and save; before the first step, and at a
-second signal a second later, the run stops where it is. Exit code 2 is an error to put right, 1 any other: try again.
+The run is kept in outputs/<name>. Run the same command again to resume from the newest whole checkpoint. Ctrl-C (exit
+code 130), SIGTERM and SIGUSR1 (0), to any process of the run, finish the step and save; before the first step, and at
+a second signal a second later, the run stops at once. Exit code 2 is an error that you can correct, 1 any other: try
+again. More in stdit/training/README.md.
 """
 
 import time
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from stdit.cli import run
 from stdit.training.config import TrainConfig, parse_train
-from stdit.training.run_folder import claimed
-from stdit.training.system import Interrupts, interrupts, prepare_process, progress_bar, started
+from stdit.training.stop_signals import stop_signals
 
 if TYPE_CHECKING:
-    from stdit.parallel.processes.watchdog import Watchdog
-    from stdit.training.batches import Batches
-    from stdit.training.run import Run
+    from stdit.training.session import Session
 
 
 def main() -> int:
@@ -31,96 +28,61 @@ def main() -> int:
 
 
 def dry_run(config: TrainConfig) -> int:
-    """Say, on the first process, what the run would train on and take."""
-    rank, processes = started()
-    if rank == 0:
-        from stdit.training.report import report_of
+    """Print, on the main process, what the run would train on and the memory it needs."""
+    from stdit.training.report import report_of
+    from stdit.training.system import launched_processes
 
+    rank, processes = launched_processes()
+    if rank == 0:
         print(report_of(config, processes))
     return 0
 
 
 def train(config: TrainConfig) -> int:
-    """Train until the last step, or until a signal; returns the exit code."""
-    with interrupts() as signals, ExitStack() as stack:
-        from stdit.parallel.processes.memory import memory_of_process
-        from stdit.parallel.processes.mesh import build_mesh, resolve_sp
-        from stdit.parallel.processes.watchdog import build_watchdog, watching
-        from stdit.parallel.sequence.planner import ParallelDims
+    """Train until the last step, or until a signal; return the exit code."""
+    with stop_signals() as signals:
+        from stdit.training.session import start  # imports torch, while signals are handled already
 
-        accelerator = prepare_process(config.trainer, config.parallel.timeout)
-        mesh = build_mesh(config.parallel, accelerator.device)
-        with watching(
-            build_watchdog(mesh, config.parallel)
-        ) as watchdog:  # it speaks before what an error closes
-            mesh.check_same("the configuration", str(config))
-            if config.parallel.sp != "auto":
-                mesh.check_batch_sizes(config.data.largest_batch_size())
-            folder, checkpoint = mesh.on_main(lambda: stack.enter_context(claimed(config)))
-            from stdit.training.batches import build_batches
-            from stdit.training.build import build_parts
-            from stdit.training.memory_estimate import Needs
-            from stdit.training.report import start_line
-            from stdit.training.run import Run
-            from stdit.training.trainer import Trainer
-            from stdit.training.validation_loss import validation_loss_of
-
-            memory = memory_of_process(accelerator.device, config.parallel.memory_gib)
-            parts = mesh.on_all_ranks(lambda: build_parts(config, checkpoint, mesh.world_size, memory))
-            mesh.check_same("the experiment", str(parts.experiment))
-            needs = Needs(parts)
-            mesh = resolve_sp(mesh, config.parallel, lambda: needs.choice(mesh.world_size, memory))
-            mesh.check_batch_sizes(bucket.batch_size for bucket in parts.plan.assignment.used_buckets)
-            parts.to(accelerator.device)
-            held_out = validation_loss_of(parts, mesh)
-            notes = [*parts.plan.assignment.exclusions(), *parts.plan.notes]
-            notes += needs.warnings(ParallelDims(mesh.world_size, mesh.sp.size))
-            notes += [str(held_out)] if held_out else []
-            print(start_line(parts), *notes, sep="\n", flush=True)
-            trainer = Trainer(
-                parts.model,
-                parts.flow,
-                accelerator,
-                mesh,
-                config.trainer,
-                config.optimizer,
-                config.ema,
-                config.seed,
-                config.parallel.shard_parameters,
-            )
-            work = mesh.main_first(lambda: Run(folder, parts, trainer, checkpoint, held_out))
-            stack.push(work.close)
-            return loop(work, build_batches(parts, folder, mesh), signals, watchdog)
-    print(f"{signals}: stopped at once, and the same command goes on from what was saved before")
+        with start(config, signals) as session:
+            return loop(session)
+    print(f"{signals}: stopped at once; run the same command again to resume from the last checkpoint")
     return signals.exit_code
 
 
-def loop(work: "Run", batches: "Batches", signals: Interrupts, watchdog: "Watchdog") -> int:
-    """Do the steps that are left, and what is due between them and at the end; returns the exit code."""
-    config = work.config
-    work.make_up_validation()
-    signals.patient = True
-    with progress_bar(work.start, config.trainer.steps, work.mesh.is_main) as bar:
-        for batch in work.from_start(batches, watchdog):
-            begin, step, done = time.perf_counter(), batch.step, batch.step + 1
-            watchdog.phase(f"step {step}, computing")
-            values = work.trainer.step(batch)
-            seconds = time.perf_counter() - begin
-            bar.show(work.record(batch, {**values, **work.measure(done)}, seconds))
-            if work.goes_back(values, step):
-                bar.n = work.start
+def loop(session: "Session") -> int:
+    """Do the remaining steps, with what is due between them, and export the pipeline; return the exit code."""
+    from stdit.training.system import progress_bar
+
+    steps, phase = session.config.trainer.steps, session.watchdog.phase
+    signals, saver = session.signals, session.saver
+    session.sampler.catch_up(saver.start_step)
+    signals.finish_step = True
+    with progress_bar(saver.start_step, steps, session.mesh.is_main) as bar:
+        for batch in session.remaining_batches():
+            began, step, done = time.perf_counter(), batch.step, batch.step + 1
+            phase(f"step {step}, computing")
+            values = session.trainer.step(batch)
+            seconds = time.perf_counter() - began
+            values = {**values, **session.validation_loss(done)}
+            bar.show(session.recorder.record(batch, {**values, **saver.take_seconds()}, seconds))
+            if session.rollback.after_spike(values, step):
+                bar.n = session.rollback.step or 0
                 continue
-            if work.is_asked_to_save(signals) or work.is_due(done, config.checkpoint.every):
-                watchdog.phase(f"step {done}, saving")
-                saved = work.save(done, at_once=signals.agreed is not None or done == config.trainer.steps)
-            if signals.agreed:
-                bar.write(f"{signals}: {saved} is saved, and the same command goes on from there")
+            if saver.is_due(done, signals):
+                phase(f"step {done}, saving")
+                saved = saver.save(done, at_once=signals.stop_signal is not None or done == steps)
+            if signals.stop_signal:
+                bar.write(f"{signals}: {saved} is saved; run the same command again to resume")
                 return signals.exit_code
-            if work.validation_is_due(done):
-                watchdog.phase(f"step {done}, validation")
-                work.validate(done)
-    watchdog.phase(f"step {config.trainer.steps}, export")
-    print(f"trained for {config.trainer.steps} steps: {work.finish()}")
+            if session.sampler.is_due(done):
+                phase(f"step {done}, validation")
+                session.sampler.validate(done)
+    phase(f"step {steps}, export")
+    pipeline = session.sampler.export(max(saver.start_step, steps))
+    print(
+        f"trained for {steps} steps: {pipeline} is written. Sample: python sample.py --checkpoint "
+        f'{pipeline.parent} --prompt "..."'
+    )
     return signals.exit_code
 
 

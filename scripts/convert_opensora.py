@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
-from stdit.training.checkpoint import replaced
+from stdit.training.disk import replace_folder
 
 if TYPE_CHECKING:
     from stdit.models.stdit import STDiT
@@ -34,7 +34,7 @@ def convert(
     model = STDiT.from_opensora(state, **(recorded | settings))
     left_out = sorted(set(state) - set(model.state_dict()))
     pipe = build_pipeline(model, codec, text_encoder) if codec and text_encoder else None
-    with replaced(f"model {folder}", folder, parents=True) as aside:
+    with replace_folder(f"model {folder}", folder, parents=True) as aside:
         if pipe is not None:
             pipe.save_pretrained(aside)
         else:
@@ -98,7 +98,7 @@ def convert_back(source: Path, folder: Path) -> str:
     check_keys(weights, model.state_dict())
     state, config = to_opensora(weights, model.config)
 
-    with replaced(f"checkpoint {folder}", folder, parents=True) as aside:
+    with replace_folder(f"checkpoint {folder}", folder, parents=True) as aside:
         save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
         (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return f"{folder}: {len(state)} tensors of Open-Sora's STDiT3"

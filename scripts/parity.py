@@ -119,14 +119,14 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
     from stdit.codecs import build_codec, build_text_encoder
     from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
-    from stdit.training.build import build_model, sized
+    from stdit.training.build import build_model, resolved_config
 
     codec, text_encoder = build_codec(config.codec), build_text_encoder(config.text_encoder)
     variance = codec.latent_variance
     if variance is None and config.flow.prediction == "residual":  # not fitted
         variance = torch.linspace(2, 0.1, codec.channels)
     flow = RectifiedFlow(config.flow, variance)
-    model = build_model(sized(config, codec, text_encoder))
+    model = build_model(resolved_config(config, codec, text_encoder))
     torch.manual_seed(config.seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -27,9 +27,9 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.processes.storage import STEMS
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
-from stdit.training import saving, system
+from stdit.training import checkpoint_writer, stop_signals
 from stdit.training.config import parse_train
-from stdit.training.run import Run
+from stdit.training.sampler import Sampler
 from stdit.training.trainer import Trainer
 from tests import warm
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae
@@ -219,7 +219,8 @@ def test_files_in_the_run_folder_ask_for_a_checkpoint_and_an_end(
     assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["2", "4", "5", "6"]
     said = capsys.readouterr().out
     assert (
-        "was split into 2 parts, and is into 1 now: to stay the same, it takes up to 2 passes a step" in said
+        "was split into 2 parts, and now into 1: to stay the same, it takes up to 2 micro-batches a step"
+        in said
     )
 
 
@@ -235,7 +236,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_after_the_next_step(
         return original(self, batch)
 
     monkeypatch.setattr(Trainer, "step", stepping)
-    monkeypatch.setattr(saving, "write_chunks", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        checkpoint_writer, "write_chunks", Mock(side_effect=OSError(28, "No space left on device"))
+    )
     with pytest.raises(UserError, match=r"step-00000002 could not be written .*No space left"):
         do(settings())
     run = tmp_path / "outputs" / "tiny"
@@ -266,11 +269,11 @@ def test_what_an_end_after_the_last_step_left_out_is_made_up_for(
     assert do(settings(name="straight", **flags)) == 0
     straight, resumed = (tmp_path / "outputs" / name for name in ("straight", "resumed"))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(Run, "validate", Mock(side_effect=RuntimeError("killed")))
+        patch.setattr(Sampler, "validate", Mock(side_effect=RuntimeError("killed")))
         do(settings(name="resumed", **flags))
     assert not list((resumed / "samples").iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(system, "APART", -1)  # signals in a row are two requests
+        patch.setattr(stop_signals, "REPEAT_SECONDS", -1)  # signals in a row are two requests
         signal_at(patch, STDiTPipeline, "save_pretrained", signal.SIGINT, signal.SIGTERM)
         assert do(settings(name="resumed", **flags)) == 0
     assert not list(resumed.glob("pipeline*"))
@@ -389,7 +392,7 @@ def test_starting_from_the_weights_of_another_run(settings: Settings, tmp_path: 
         assert do(settings(name=f"next-{index}", init_from=source, trainer__steps=1)) == 0
     runs = [tmp_path / "outputs" / f"next-{index}" for index in range(3)]
     assert numbers(runs[0]) == numbers(runs[1]) == numbers(runs[2]) != numbers(first)[:1]
-    with pytest.raises(UserError, match="its model is another one"):
+    with pytest.raises(UserError, match="its model is a different one"):
         do(settings(name="deep", init_from=first, model__depth=2))
 
 

@@ -18,7 +18,7 @@ from stdit.checkpoint_files import META, newest_whole
 from stdit.cli import run as run_main
 from stdit.data.batch import EncodedBatch
 from stdit.parallel.processes.storage import STEMS
-from stdit.training.run import Run
+from stdit.training.sampler import Sampler
 from stdit.training.trainer import Trainer
 from tests.test_train import Settings, do, metrics, numbers, same_state, settings  # noqa: F401
 from tests.training.tiny import tiny_settings
@@ -79,7 +79,7 @@ def check_one_error(said: str, run: Path, words: str) -> None:
     """Whether what was said on stderr is one error, in one line, that names the run's folder."""
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and str(run) in errors[0] and words in errors[0], said
-    assert "see that the folder is there and may be written" in errors[0] and "Traceback" not in said
+    assert "check that the folder exists and is writable" in errors[0] and "Traceback" not in said
 
 
 @pytest.mark.parametrize("how", ["removed", "moved"])
@@ -101,7 +101,7 @@ def test_a_folder_that_vanishes_ends_the_run_which_says_so(
     with monkeypatch.context() as patch:
         before_step(patch, {4: goes})
         assert ended(argv) == 2
-    check_one_error(capfd.readouterr().err, run, "removed or moved while the run went on")
+    check_one_error(capfd.readouterr().err, run, "removed or moved during the run")
     assert not run.exists(), "nothing is left where it was"
     if how == "moved":
         found, passed_over = newest_whole(away / "checkpoints")
@@ -119,17 +119,17 @@ def test_a_folder_that_vanishes_after_the_last_step_is_not_made_anew(
 ) -> None:
     run, original = (
         tmp_path / "outputs" / "tiny",
-        {name: getattr(Run, name) for name in ("validate", "export")},
+        {name: getattr(Sampler, name) for name in ("validate", "export")},
     )
     shown = {"validation__prompts": '["a red square"]', "validation__num_inference_steps": 1}
     for name, words in {"validate": "samples", "export": "pipeline"}.items():
 
-        def vanishing(self: Run, step: int, name: str = name) -> None:
+        def vanishing(self: Sampler, step: int, name: str = name) -> None:
             shutil.rmtree(run)
             original[name](self, step)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, name, vanishing)
+            patch.setattr(Sampler, name, vanishing)
             assert ended(settings(trainer__steps=1, **shown)) == 2
         check_one_error(capfd.readouterr().err, run, words)
         assert not run.exists()
@@ -320,7 +320,7 @@ def test_training_passes_over_a_damaged_checkpoint_and_comes_to_the_same(
     damage(copy / "checkpoints" / "step-00000004")
     assert do([*argv, "--name", name]) == 0
     said = capfd.readouterr().out
-    passed_over = [line for line in said.splitlines() if line.startswith("passed over: ")]
+    passed_over = [line for line in said.splitlines() if line.startswith("checkpoint skipped: ")]
     assert len(passed_over) == 1 and "step-00000004" in passed_over[0] and words in passed_over[0]
     straight = run.with_name("straight")
     assert numbers(copy) == numbers(straight)

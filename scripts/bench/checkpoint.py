@@ -28,10 +28,10 @@ from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.device import find_device
 from stdit.parallel.processes.mesh import Mesh
+from stdit.training.checkpoint_writer import CheckpointWriter
 from stdit.training.config import CheckpointConfig, EMAConfig, OptimizerConfig
 from stdit.training.ema import EMA
 from stdit.training.optim import build_optimizer
-from stdit.training.saving import Checkpoints
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ class State:
 
 def measure(state: State, folder: Path, saves: int) -> dict[str, float]:
     """Save in the background and at once in turn, and once before, to have the memory for the copy."""
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1), Mesh())
+    checkpoints = CheckpointWriter(folder, CheckpointConfig(keep_last=1), Mesh())
     size = sum(tensor.nbytes for part in state.tensors().values() for tensor in part.values())
     quiet = [state.step() for _ in range(saves)]
     pauses, at_once, behind, busy = [], [], [], []
@@ -126,7 +126,7 @@ def measure(state: State, folder: Path, saves: int) -> dict[str, float]:
     }
 
 
-def save(checkpoints: Checkpoints, step: int, state: State, at_once: bool) -> float:
+def save(checkpoints: CheckpointWriter, step: int, state: State, at_once: bool) -> float:
     """Seconds that training stands still."""
     begin = time.perf_counter()
     checkpoints.save(step, state.tensors(), {}, at_once=at_once)

@@ -31,7 +31,7 @@ from stdit.training.config import TrainConfig, parse_train
 
 if TYPE_CHECKING:
     from stdit.data.batch import EncodedBatch
-    from stdit.training.build import Parts
+    from stdit.training.build import RunComponents
     from stdit.training.trainer import Trainer
 
 CLIPS = 256
@@ -75,7 +75,7 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
 
     from stdit.parallel.processes.mesh import Mesh
     from stdit.training.batches import build_batches
-    from stdit.training.build import build_parts
+    from stdit.training.build import build_components
     from stdit.training.system import prepare_process
     from stdit.training.trainer import Trainer
 
@@ -83,10 +83,10 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
     mesh = Mesh(device=accelerator.device)
 
     folder = Path(str(config.data.cache_dir)).parent
-    base = build_parts(replace(config, data=replace(config.data, cache="memory")), None, 1, 1 << 60)
+    base = build_components(replace(config, data=replace(config.data, cache="memory")), None, 1, 1 << 60)
     base.to(mesh.device)
 
-    def parts(cache: Cache, workers: int = 0) -> "Parts":
+    def parts(cache: Cache, workers: int = 0) -> "RunComponents":
         data = replace(base.config.data, cache=cache, workers=workers)
         return replace(base, config=replace(base.config, data=data))
 
@@ -135,7 +135,7 @@ def training(trainer: "Trainer", batches: list["EncodedBatch"]) -> Iterator[int]
         yield batch.batch_size
 
 
-def videos(parts: "Parts", workers: int, encode: bool = False) -> Iterator[int]:
+def videos(parts: "RunComponents", workers: int, encode: bool = False) -> Iterator[int]:
     """Read videos as data.cache none does, as float32, and encode them if asked to."""
     from stdit.data.dataset import to_video, video_loader
 
@@ -147,7 +147,7 @@ def videos(parts: "Parts", workers: int, encode: bool = False) -> Iterator[int]:
         yield raw.info.batch_size
 
 
-def texts(parts: "Parts", batches: list["EncodedBatch"]) -> Iterator[int]:
+def texts(parts: "RunComponents", batches: list["EncodedBatch"]) -> Iterator[int]:
     """Encode the captions of the batches, again and again."""
     for batch in itertools.cycle(batches):
         parts.text_encoder.encode(batch.captions)

@@ -64,7 +64,7 @@ def main() -> int:
     config, splits = parse_train(argv), [parse_split(text) for text in args.splits]
     if config.checkpoint.keep_last < 2:
         raise UserError(
-            "checkpoint.keep_last = 1: must be at least 2, so that a damaged checkpoint can be passed over"
+            "checkpoint.keep_last = 1: must be at least 2, so that a damaged checkpoint can be skipped"
         )
     with ExitStack() as stack:
         place, faults = link(stack, launcher, args.only)

@@ -199,8 +199,7 @@ class WarmLauncher:
         import torch.distributed.checkpoint  # noqa: F401
 
         import stdit.pipelines.pipeline  # noqa: F401
-        import stdit.training.build  # noqa: F401
-        import stdit.training.run  # noqa: F401
+        import stdit.training.session  # noqa: F401
         import train  # noqa: F401
 
     def start(self, split: Split, argv: Sequence[str], log: Path, place: Place = LOOPBACK) -> Job:

@@ -186,11 +186,9 @@ class Trial:
         if (
             passed_over
             and read_lines(self.run) != before  # it got as far as to look for a checkpoint
-            and b"passed over" not in self.log.read_bytes()[said:]
+            and b"checkpoint skipped: " not in self.log.read_bytes()[said:]
         ):
-            part.wrong.append(
-                f"checkpoints {passed_over} were damaged, but not passed over, or without a word"
-            )
+            part.wrong.append(f"checkpoints {passed_over} were damaged, but not reported as skipped")
         if fault is not None and fault.damage is not None and part.struck and not part.wrong:
             part.did += f"; {damage_newest(scene, fault.damage)}"
         return part

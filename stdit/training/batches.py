@@ -18,14 +18,14 @@ from stdit.data.cache.store import Store
 from stdit.data.dataset import to_video, video_loader
 from stdit.data.skips import SkipFile, SkipList, SkipTally
 from stdit.parallel.processes.mesh import Mesh
-from stdit.training.build import Inputs, Parts
+from stdit.training.build import RunComponents, RunInputs
 from stdit.training.data_stalls import timed_batches
 
 Batches = Callable[[int, int], Iterator[EncodedBatch]]
 """From (first step, last step + 1) to this rank's part of each batch, in order."""
 
 
-def build_batches(parts: Parts, folder: Path, mesh: Mesh) -> Batches:
+def build_batches(parts: RunComponents, folder: Path, mesh: Mesh) -> Batches:
     """Return this rank's part of each batch: loaded, encoded and timed. Every rank must call this.
 
     With a cache, the parts release the text encoder and what only encoding needs of the codec; states of the
@@ -44,7 +44,7 @@ def build_batches(parts: Parts, folder: Path, mesh: Mesh) -> Batches:
     return lambda start, stop: timed_batches(batches(start, stop), data, warns=mesh.is_main)
 
 
-def _uncached(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
+def _uncached(parts: RunComponents, tally: SkipTally, mesh: Mesh) -> Batches:
     """Decode and encode each batch when it is needed."""
     data, pin_memory = parts.config.data, mesh.device.type == "cuda"
     loader = video_loader(
@@ -67,7 +67,7 @@ def _uncached(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
     return encode
 
 
-def _from_memory(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
+def _from_memory(parts: RunComponents, tally: SkipTally, mesh: Mesh) -> Batches:
     """Encode everything before the first step, each rank its share, and hold it in memory."""
     reader = reader_of(parts)
 
@@ -90,7 +90,7 @@ def _from_memory(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
     return MemoryBatches(reader, cache, mesh, pin_memory=mesh.device.type == "cuda")
 
 
-def _from_disk(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
+def _from_disk(parts: RunComponents, tally: SkipTally, mesh: Mesh) -> Batches:
     """Read each batch from the cache when it is needed; encode and store what it lacks."""
     _release(parts)
 
@@ -102,21 +102,21 @@ def _from_disk(parts: Parts, tally: SkipTally, mesh: Mesh) -> Batches:
     return DiskBatches(reader_of(parts), encode, encode_text, tally, pin_memory, mesh)
 
 
-BATCHES: dict[str, Callable[[Parts, SkipTally, Mesh], Batches]] = {
+BATCHES: dict[str, Callable[[RunComponents, SkipTally, Mesh], Batches]] = {
     "none": _uncached,
     "memory": _from_memory,
     "disk": _from_disk,
 }
 
 
-def reader_of(inputs: Inputs) -> CachedReader:
+def reader_of(inputs: RunInputs) -> CachedReader:
     """Return a reader of the run's cache."""
     makers = Makers(inputs.codec.fingerprint(), inputs.text_encoder.fingerprint())
     data = inputs.config.data
     return CachedReader(inputs.plan, data, Store(data.cache_folder()), makers)
 
 
-def _release(parts: Parts) -> None:
+def _release(parts: RunComponents) -> None:
     """Release what only encoding needs; it is loaded again if the cache lacks something, and for the pipeline."""
     config = parts.config
     if config.text_encoder.name != "stored":  # which holds no encoder

@@ -1,4 +1,4 @@
-"""From settings to the parts of a run: clips, codec, text encoder, objective, model, batches."""
+"""Build the components of a run from its settings: batch plan, codec, text encoder, objective, model."""
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
@@ -32,8 +32,8 @@ from stdit.training.run_folder import find_weights
 
 
 @dataclass
-class Inputs:
-    """What a run is made of, but for the model."""
+class RunInputs:
+    """Components of a run without the model."""
 
     config: TrainConfig
     """The settings, with the sizes that the model takes from codec and text encoder."""
@@ -44,19 +44,19 @@ class Inputs:
 
 
 @dataclass
-class Parts(Inputs):
-    """What a run is made of."""
+class RunComponents(RunInputs):
+    """Components of a run."""
 
     model: STDiT
 
     def to(self, device: torch.device) -> None:
-        """Move the frozen networks; the trainer moves the model."""
-        for part in (self.codec, self.text_encoder):
-            part.to(device)
+        """Move codec and text encoder to a device; the trainer moves the model."""
+        self.codec.to(device)
+        self.text_encoder.to(device)
 
     @cached_property
     def experiment(self) -> dict[str, Any]:
-        """What identifies the experiment: settings, and hashes of the clips and of the frozen networks."""
+        """Settings, and hashes of the clips and of the frozen networks: what makes two runs the same experiment."""
         return {
             **experiment_key(self.config),
             "clips": clips_hash(self.plan),
@@ -65,28 +65,30 @@ class Parts(Inputs):
         }
 
 
-def build_parts(config: TrainConfig, checkpoint: Path | None, processes: int, memory: int) -> Parts:
-    """Build everything, on the CPU.
+def build_components(
+    config: TrainConfig, checkpoint: Path | None, processes: int, memory: int
+) -> RunComponents:
+    """Build all components of a run on the CPU.
 
     Args:
-        checkpoint: what the run goes on from, and beside what it may have saved its codec; None: begin, with the
-            weights of ``init_from`` if that is set.
-        processes: that train together.
+        checkpoint: the checkpoint to resume from; its run may have saved a fitted codec. None: start at step 0, with
+            the weights of ``init_from`` if that is set.
+        processes: number of processes that train together.
         memory: bytes that each of them may use.
 
     Raises:
-        UserError: for data, weights or settings that will not do.
+        UserError: for data, weights or settings that cannot be used, or a model that does not fit in memory.
     """
     inputs = build_inputs(config, checkpoint)
-    check_size(inputs.config, processes, memory)
+    _check_model_fits(inputs.config, processes, memory)
     model = build_model(inputs.config)
     if checkpoint is None and config.init_from is not None:
-        initialise(model, config.init_from)
-    return Parts(**vars(inputs), model=model)
+        _load_initial_weights(model, config.init_from)
+    return RunComponents(**vars(inputs), model=model)
 
 
-def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> Inputs:
-    """All but the model; ``dry_run`` leaves a codec unfitted. Raises UserError as `build_parts` does."""
+def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> RunInputs:
+    """Build all components but the model; ``dry_run`` does not fit the codec. Raises as `build_components` does."""
     index = None if dry_run else config.run_folder / "clips"
     plan = build_plan(config.data, config.seed, index, remembered(config.data))
     if checkpoint is not None and (saved := checkpoint.parent.parent / "codec").is_dir():
@@ -104,50 +106,51 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     texts = plan.assignment.clips.texts
     captions = (texts[index] for members in plan.assignment.members for index in members.tolist())
     text_encoder.check(chain(captions, config.validation.prompts))
-    plan = plan.sized(lambda bucket: tokens_of(config, codec, bucket))
+    plan = plan.sized(lambda bucket: _tokens_per_clip(config, codec, bucket))
     flow = RectifiedFlow(config.flow, variance)
-    return Inputs(sized(config, codec, text_encoder), plan, codec, text_encoder, flow)
+    return RunInputs(resolved_config(config, codec, text_encoder), plan, codec, text_encoder, flow)
 
 
-def tokens_of(config: TrainConfig, codec: VideoCodec, bucket: Bucket) -> int:
-    """Tokens of a clip of a bucket."""
+def _tokens_per_clip(config: TrainConfig, codec: VideoCodec, bucket: Bucket) -> int:
+    """Return the number of tokens of a clip of a bucket."""
     latents = codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
     return prod(token_grid(latents, config.model.patch_size))
 
 
 class ModelSize(NamedTuple):
-    """How large a model is that was not built."""
+    """Number of parameters of a model that need not be built."""
 
     parameters: int
     in_muon: int
-    """Those of which the optimizer keeps one number, where AdamW keeps two."""
+    """Parameters that Muon trains: it keeps one number for each, where AdamW keeps two."""
 
     @classmethod
     def of(cls, config: TrainConfig) -> "ModelSize":
+        """Count the parameters of the model of these settings."""
         in_muon = count_unbuilt(config.model, count_matrices) if config.optimizer.name == "muon" else 0
         return cls(count_unbuilt(config.model), in_muon)
 
-    def kept(self, processes: int, sharded: bool) -> int:
-        """Bytes that each of the processes keeps of it: weights, gradients, optimizer, average."""
+    def state_bytes(self, processes: int, sharded: bool) -> int:
+        """Return the bytes of weights, gradients, optimizer state and average in each of the processes."""
         every, saved = (state_bytes(count, processes, sharded) for count in self)
         return every - saved // STATES_PER_WEIGHT
 
 
-def check_size(config: TrainConfig, processes: int, memory: int) -> None:
-    """Raise UserError if what training keeps of the model alone is more than a process may use."""
+def _check_model_fits(config: TrainConfig, processes: int, memory: int) -> None:
+    """Raise UserError if the training state of the model alone exceeds the memory of a process."""
     size = ModelSize.of(config)
-    kept = size.kept(processes, config.parallel.shard_parameters)
-    if kept > memory:
+    state = size.state_bytes(processes, config.parallel.shard_parameters)
+    if state > memory:
         raise UserError(
             f"model.depth = {config.model.depth} and model.hidden_size = {config.model.hidden_size} make "
-            f"{size.parameters:,} parameters, of which a process keeps {format_gib(kept)} GiB (weights, gradients, "
+            f"{size.parameters:,} parameters, of which a process holds {format_gib(state)} GiB (weights, gradients, "
             f"optimizer, average), but it has {format_gib(memory)} GiB: lower them, divide it among processes "
             "(parallel.shard_parameters), or set parallel.memory_gib if it has more"
         )
 
 
-def sized(config: TrainConfig, codec: VideoCodec, text_encoder: TextEncoder) -> TrainConfig:
-    """The settings with the sizes that the model takes from codec and text encoder."""
+def resolved_config(config: TrainConfig, codec: VideoCodec, text_encoder: TextEncoder) -> TrainConfig:
+    """Return the settings with the sizes that the model takes from codec and text encoder."""
     model = replace(
         config.model,
         in_channels=codec.channels,
@@ -158,7 +161,11 @@ def sized(config: TrainConfig, codec: VideoCodec, text_encoder: TextEncoder) -> 
 
 
 def build_model(config: TrainConfig) -> STDiT:
-    """A new model of `sized` settings, a function of the seed; torch's global random state is left alone."""
+    """Return a new model, a function of the seed; torch's global random state does not change.
+
+    Args:
+        config: as `resolved_config` returns it.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = STDiT(**asdict(config.model))
@@ -167,8 +174,8 @@ def build_model(config: TrainConfig) -> STDiT:
     return model
 
 
-def initialise(model: STDiT, source: str) -> None:
-    """Copy weights from a run, checkpoint, pipeline or model folder. Raises UserError if they do not fit."""
+def _load_initial_weights(model: STDiT, source: str) -> None:
+    """Copy weights from a run, checkpoint, pipeline or model folder. Raises UserError if they do not match."""
     from stdit.pipelines.loading import load_transformer
     from stdit.pipelines.pipeline import read_transformer
 
@@ -187,7 +194,7 @@ def _copy_weights(model: STDiT, other: STDiT, source: str) -> None:
     odd = [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]
     if odd:
         raise UserError(
-            f"init_from = {source}: its model is another one: {len(odd)} weights differ, such as {odd[0]}, "
+            f"init_from = {source}: its model is a different one: {len(odd)} weights differ, such as {odd[0]}, "
             f"{found.get(odd[0], 'absent')} there and {shapes.get(odd[0], 'absent')} here. Use its settings "
             "(model.*, codec.*, text_encoder.*), or leave init_from out."
         )
@@ -195,7 +202,7 @@ def _copy_weights(model: STDiT, other: STDiT, source: str) -> None:
 
 
 def clips_hash(plan: BatchPlan) -> str:
-    """Hash of which clips train in which bucket: names inside the data root, captions, lengths, sizes."""
+    """Return a hash of which clips train in which bucket: names inside the data root, captions, lengths, sizes."""
     digest = hashlib.sha256()
     for bucket, members in zip(plan.assignment.buckets, plan.assignment.members, strict=True):
         digest.update(f"{bucket}\n".encode())

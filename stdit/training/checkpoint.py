@@ -1,44 +1,40 @@
-"""Saving and finding the state of a run. What makes a folder whole is in `stdit.checkpoint_files`."""
+"""Find the checkpoint to resume from, and check that it belongs to the same experiment."""
 
-import errno
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import META, apply_umask, newest_whole, read_meta, step_of, verify
+from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify
 from stdit.errors import UserError
 
-NEEDED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "parts": int}
-"""What a run takes from the manifest of the checkpoint that it goes on from."""
+_REQUIRED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "parts": int}
+"""Keys of the manifest that resuming reads, with their types."""
 
 
 def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from (None: start anew), and why newer ones were passed over.
+    """Return the checkpoint to resume from (None: start at step 0), and why newer ones were skipped.
 
     Args:
-        resume: ``auto``: the newest whole one; ``never``: none; else the path of one.
-        checkpoints: where the run keeps its own.
+        resume: ``auto``: the newest whole one; ``never``: none; otherwise the path of one.
+        checkpoints: the folder of the run's own checkpoints.
 
     Raises:
-        UserError: if checkpoints are there but must not be used, or none of them can be.
+        UserError: if there are checkpoints, but they must not be used or none of them is whole.
     """
     run = checkpoints.parent
     if checkpoints.exists() and not checkpoints.is_dir():
         raise UserError(
-            f"{checkpoints} is a file, in the place of a folder: move it away, or choose another name."
+            f"{checkpoints} is a file, but must be a folder: move it away, or choose another name."
         )
-    newest, passed_over = newest_whole(checkpoints)
+    newest, skipped = newest_whole(checkpoints)
     if resume == "auto":
-        if newest is None and passed_over:
+        if newest is None and skipped:
             raise UserError(
-                f"{run} has checkpoints, but none is whole: {passed_over[0]} To start anew, move {run} away "
+                f"{run} has checkpoints, but none is whole: {skipped[0]} To start again, move {run} away "
                 "or choose another name."
             )
-        return newest, passed_over
+        return newest, skipped
     if resume == "never":
-        if newest is not None or passed_over:
+        if newest is not None or skipped:
             raise UserError(
                 f"resume = never, but {run} has checkpoints: choose another name, or move {run} away."
             )
@@ -60,19 +56,19 @@ def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[s
 
 
 def check_same_experiment(checkpoint: Path, experiment: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a checkpoint that this experiment may go on from.
+    """Return the manifest of a checkpoint, if it is of this experiment.
 
-    Keys that only one of the experiments has are not compared: some are known only once the parts are built.
+    Keys that only one of the experiments has are not compared: some are known only when the components are built.
 
     Raises:
-        UserError: naming what differs, or what the manifest lacks.
+        UserError: naming the settings that differ, or the keys that the manifest lacks.
     """
     meta = read_meta(checkpoint)
-    for key, kind in NEEDED.items():
+    for key, kind in _REQUIRED.items():
         if not isinstance(meta.get(key), kind):
             raise UserError(
-                f"checkpoint {checkpoint}: {META} has no {key} that can be read: use another checkpoint, or delete "
-                "this folder to go on from the one before it."
+                f"checkpoint {checkpoint}: {META} has no valid {key}: use another checkpoint, or delete this folder "
+                "to resume from the one before it."
             )
     saved = meta["experiment"]
     differing = [
@@ -86,49 +82,3 @@ def check_same_experiment(checkpoint: Path, experiment: dict[str, Any]) -> dict[
             f"settings, or choose another name (and start from its weights by --init_from {checkpoint})."
         )
     return meta
-
-
-def way_out(error: Exception) -> str:
-    """What to do about a disk that refuses."""
-    codes = (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-    if isinstance(error, OSError) and error.errno in codes:
-        return "see that the folder is there and may be written"
-    return "make room on the disk"
-
-
-@contextmanager
-def written(what: str, aside: Path) -> Iterator[None]:
-    """Turn what a disk refuses while it lasts into a UserError; after any error nothing is left of ``aside``."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise UserError(
-                f"{what} could not be written ({error}); what was there before is as it was: {way_out(error)} and "
-                "run the same command again."
-            ) from error
-        raise
-
-
-@contextmanager
-def replaced(what: str, folder: Path, parents: bool = False) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``folder`` when it is whole; an older one of that name goes.
-
-    Args:
-        parents: make those that are not there. Not in the folder of a run: one that vanished is not to come back
-            without the rest.
-    """
-    aside, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("tmp", "old"))
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with written(what, aside):
-        aside.mkdir(parents=parents)
-        yield aside
-        apply_umask(aside)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -114,6 +114,10 @@ class TrainerConfig:
         if not self.max_grad_norm > 0:
             raise UserError(f"trainer.max_grad_norm = {self.max_grad_norm}: must be positive; .inf for none")
 
+    def is_due(self, step: int, every: int) -> bool:
+        """Return whether what is done every ``every`` steps, and at the end, is due after ``step`` steps."""
+        return step % every == 0 or step == self.steps
+
 
 @dataclass
 class OptimizerConfig:

@@ -1,4 +1,4 @@
-"""What a run takes of each process, by how the processes share the work; and the sharing that it had best have."""
+"""Estimate the memory of each process for a way to share the work, and choose ``parallel.sp`` from it."""
 
 import math
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from stdit.parallel.sequence.planner import (
     divisors,
     idle_warning,
 )
-from stdit.training.build import Inputs, ModelSize
+from stdit.training.build import ModelSize, RunInputs
 
 
 @dataclass
-class Needs:
-    """What a run takes. It is estimated for the process that needs most."""
+class MemoryEstimate:
+    """Memory of a run, in the process that needs most."""
 
-    inputs: Inputs
+    inputs: RunInputs
 
     @cached_property
     def size(self) -> ModelSize:
-        """Of the model."""
+        """Number of parameters of the model."""
         return ModelSize.of(self.inputs.config)
 
     @cached_property
@@ -37,14 +37,14 @@ class Needs:
 
     @cached_property
     def buckets(self) -> list[tuple[Bucket, int]]:
-        """Buckets that have clips, with their number."""
+        """Buckets that have clips, each with their number."""
         assignment = self.inputs.plan.assignment
         pairs = zip(assignment.buckets, assignment.members, strict=True)
         return [(bucket, len(members)) for bucket, members in pairs if len(members)]
 
     @cached_property
     def loads(self) -> dict[Bucket, Workload]:
-        """What a batch of each bucket asks of the model."""
+        """Workload of a batch of each bucket."""
         trainer = self.inputs.config.trainer
         return {
             bucket: batch_load(
@@ -59,20 +59,20 @@ class Needs:
         }
 
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """(T, H, W) of the latents of a bucket's clips."""
+        """Return (T, H, W) of the latents of a clip of a bucket."""
         return self.inputs.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
 
-    def lasting(self, split: ParallelDims) -> dict[str, int]:
-        """Bytes that a process holds all the time, by what they hold."""
+    def constant_bytes(self, split: ParallelDims) -> dict[str, int]:
+        """Return the bytes that a process always needs, by what they hold."""
         config = self.inputs.config
         estimate = {
-            "weights, gradients, optimizer, average": self.size.kept(
+            "weights, gradients, optimizer, average": self.size.state_bytes(
                 split.processes, config.parallel.shard_parameters
             ),
             "codec and text encoder": self.frozen,
         }
         if config.trainer.precision == "bf16" and not config.trainer.activation_checkpointing:
-            estimate["weights in bf16"] = 2 * self.size.parameters  # which layers keep for the backward pass
+            estimate["weights in bf16"] = 2 * self.size.parameters  # saved by layers for the backward pass
         if config.data.cache == "memory":
             views = config.data.augmented_views * (1 + config.data.flip)
             estimate["encoded clips"] = sum(
@@ -86,29 +86,29 @@ class Needs:
         return estimate
 
     def total(self, load: Workload, split: ParallelDims) -> int:
-        """Bytes of a process while it trains on a batch."""
-        return sum(self.lasting(split).values()) + activation_bytes(load, split)
+        """Return the bytes of a process during a step on a batch."""
+        return sum(self.constant_bytes(split).values()) + activation_bytes(load, split)
 
     def memory(self, split: ParallelDims) -> dict[str, int]:
-        """Bytes of a process by what they hold, for the batch that needs most."""
+        """Return the bytes of a process, by what they hold, for the batch that needs most."""
         return {
-            **self.lasting(split),
+            **self.constant_bytes(split),
             "activations": max(activation_bytes(load, split) for load in self.loads.values()),
         }
 
-    def degrees(self, processes: int) -> list[int]:
-        """How many of so many processes may share a video, such that each has a part of every batch."""
+    def valid_sp(self, processes: int) -> list[int]:
+        """Return the values of sp for which each of the processes has a part of every batch."""
         smallest = min(bucket.batch_size for bucket in self.inputs.plan.assignment.used_buckets)
         return [sp for sp in divisors(processes) if processes // sp <= smallest]
 
-    def choice(self, processes: int, memory: int) -> SpChoice:
-        """How many of the processes had best share a video, when each may use so many bytes."""
-        degrees = self.degrees(processes)
+    def choose_sp(self, processes: int, memory: int) -> SpChoice:
+        """Choose ``parallel.sp`` for a number of processes that may each use ``memory`` bytes."""
+        degrees = self.valid_sp(processes)
         return choose_sp(
             {sp: sum(self.memory(ParallelDims(processes, sp)).values()) for sp in degrees}, memory
         )
 
     def warnings(self, split: ParallelDims) -> list[str]:
-        """What a user should know about a way to share the videos."""
+        """Return warnings about ranks that would be idle."""
         bucket, load = min(self.loads.items(), key=lambda item: item[1].frames)
         return idle_warning(f"a clip of {bucket}", load.frames, split)

@@ -1,4 +1,4 @@
-"""What a run will train on, and what it takes: printed before it starts."""
+"""Report what a run will train on, and the memory it needs, before it starts."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,71 +15,71 @@ from stdit.parallel.sequence.planner import (
     estimate_traffic,
     format_gib,
 )
-from stdit.training.build import Inputs, Parts, build_inputs
+from stdit.training.build import RunComponents, RunInputs, build_inputs
 from stdit.training.config import TrainConfig
-from stdit.training.memory_estimate import Needs
+from stdit.training.memory_estimate import MemoryEstimate
 
 MIB = 2**20
-WORLDS = (1, 2, 4, 8)
-"""Numbers of processes to compare where a single one was started."""
-COLUMNS = ("processes", "sp", "dp", "frames", "patches", "balance", "sent MB", "memory GiB")
+_WORLD_SIZES = (1, 2, 4, 8)
+"""Numbers of processes to compare if a single one was started."""
+_COLUMNS = ("processes", "sp", "dp", "frames", "patches", "balance", "sent MB", "memory GiB")
 
 
 def report_of(config: TrainConfig, processes: int) -> str:
-    """The report of a run of so many processes, none of which has begun."""
+    """Return the report of a run on a number of processes, without starting it."""
     accelerator = None if runs_on_cpu(config.trainer.device) else torch.accelerator.current_accelerator()
     memory = memory_of_process(accelerator or torch.device("cpu"), config.parallel.memory_gib)
     return report(build_inputs(config, dry_run=True), processes, memory)
 
 
-def report(inputs: Inputs, processes: int, memory: int) -> str:
-    """Model, batches, clips, ways to share the videos, and memory, for people.
+def report(inputs: RunInputs, processes: int, memory: int) -> str:
+    """Return the report: model, batches, clips, values of ``parallel.sp``, and memory.
 
     Args:
-        processes: that were started.
+        processes: number of processes that were started.
         memory: bytes that each may use.
 
     Raises:
         UserError: if ``parallel.sp`` does not divide the processes.
     """
-    config, needs = inputs.config, Needs(inputs)
-    split = _asked_split(needs, processes, memory)
+    config, estimate = inputs.config, MemoryEstimate(inputs)
+    split = _asked_split(estimate, processes, memory)
     lines = [
-        f"model: {needs.size.parameters:,} parameters ({config.model.depth} x 2 blocks, width "
+        f"model: {estimate.size.parameters:,} parameters ({config.model.depth} x 2 blocks, width "
         f"{config.model.hidden_size})",
         f"data: {inputs.plan.assignment.kept} clips",
         inputs.plan.report(),
         "",
-        *_batch_lines(needs, split),
+        *_batch_lines(estimate, split),
         f"steps: {config.trainer.steps}, {config.trainer.steps / inputs.plan.steps_per_epoch:.1f} epochs of "
         f"{inputs.plan.steps_per_epoch}",
         "",
-        *_sharing_lines(needs, WORLDS if processes == 1 else (processes,), memory),
-        *needs.warnings(split),
+        *_sharing_lines(estimate, _WORLD_SIZES if processes == 1 else (processes,), memory),
+        *estimate.warnings(split),
         "",
-        _memory_line(needs.memory(split), split, memory),
+        _memory_line(estimate.memory(split), split, memory),
         f"run folder: {config.run_folder}",
     ]
     return "\n".join(lines)
 
 
-def _asked_split(needs: Needs, processes: int, memory: int) -> ParallelDims:
-    """How the settings share the work; one process stands for as many as are to share a video."""
-    config = needs.inputs.config.parallel
+def _asked_split(estimate: MemoryEstimate, processes: int, memory: int) -> ParallelDims:
+    """Return how the settings share the work; a single process stands for ``parallel.sp`` of them."""
+    config = estimate.inputs.config.parallel
     if config.sp == "auto":
-        return ParallelDims(processes, needs.choice(processes, memory).sp)
+        return ParallelDims(processes, estimate.choose_sp(processes, memory).sp)
     if processes == 1:
         return ParallelDims(config.sp, config.sp)
     check_divides({"sp": config.sp}, processes)
     return ParallelDims(processes, config.sp)
 
 
-def _batch_lines(needs: Needs, split: ParallelDims) -> Iterator[str]:
-    for bucket, load in needs.loads.items():
+def _batch_lines(estimate: MemoryEstimate, split: ParallelDims) -> Iterator[str]:
+    for bucket, load in estimate.loads.items():
         part = max(split.clips(load))
         micro = min(load.micro_batch_size or part, part)
         each = load.frames * load.patches
-        latents = "x".join(map(str, (needs.inputs.codec.channels, *needs.latent_shape(bucket))))
+        latents = "x".join(map(str, (estimate.inputs.codec.channels, *estimate.latent_shape(bucket))))
         parts = f"{split.dp} parts of " if split.dp > 1 else ""
         yield (
             f"batch of {bucket}: {load.clips} clips ({parts}{math.ceil(part / micro)} x {micro}), "
@@ -87,27 +87,27 @@ def _batch_lines(needs: Needs, split: ParallelDims) -> Iterator[str]:
         )
 
 
-def _sharing_lines(needs: Needs, worlds: Sequence[int], memory: int) -> Iterator[str]:
-    """A table for each bucket, and what ``parallel.sp = auto`` would choose."""
-    for bucket, load in needs.loads.items():
+def _sharing_lines(estimate: MemoryEstimate, worlds: Sequence[int], memory: int) -> Iterator[str]:
+    """Yield a table for each bucket, and what ``parallel.sp = auto`` would choose."""
+    for bucket, load in estimate.loads.items():
         yield (
             f"sharing of {bucket}: {load.frames} frames of {load.patches:,} tokens, batches of {load.clips}, "
             "and what a rank has and sends in a step"
         )
-        yield "".join(f" {name:>10}" for name in COLUMNS)
+        yield "".join(f" {name:>10}" for name in _COLUMNS)
         for processes in worlds:
             for sp in divisors(processes):
-                yield _row(needs, load, ParallelDims(processes, sp))
+                yield _row(estimate, load, ParallelDims(processes, sp))
     for processes in worlds:
-        yield f"parallel.sp = auto, {processes} processes: {needs.choice(processes, memory)}"
+        yield f"parallel.sp = auto, {processes} processes: {estimate.choose_sp(processes, memory)}"
 
 
-def _row(needs: Needs, load: Workload, split: ParallelDims) -> str:
+def _row(estimate: MemoryEstimate, load: Workload, split: ParallelDims) -> str:
     cells: list[object] = [split.processes, split.sp, split.dp]
     if split.dp > load.clips:
         return "".join(f" {cell:>10}" for cell in cells) + f"   cannot split a batch of {load.clips}"
     traffic = max(sum(estimate_traffic(load, split, rank)[:2]) for rank in range(split.processes))
-    memory = needs.total(load, split)
+    memory = estimate.total(load, split)
     cells += [_range(split.frames(load)), _range(split.patches(load)), f"{balance(load, split):.2f}"]
     return "".join(f" {cell:>10}" for cell in [*cells, f"{traffic / 1e6:,.1f}", format_gib(memory)])
 
@@ -117,15 +117,15 @@ def _range(numbers: Sequence[int]) -> str:
     return str(most) if least == most else f"{least}-{most}"
 
 
-def _memory_line(estimate: dict[str, int], split: ParallelDims, memory: int) -> str:
-    total = sum(estimate.values())
-    parts = ", ".join(f"{name} {math.ceil(size / MIB):,}" for name, size in estimate.items())
+def _memory_line(held: dict[str, int], split: ParallelDims, memory: int) -> str:
+    total = sum(held.values())
+    parts = ", ".join(f"{name} {math.ceil(size / MIB):,}" for name, size in held.items())
     where = f" a process, of {split.processes}" if split.processes > 1 else ""
-    too_much = f"; there are but {memory // MIB:,}" if total > memory else ""
+    too_much = f"; more than the available {memory // MIB:,}" if total > memory else ""
     return f"memory: about {math.ceil(total / MIB):,} MiB{where} (an estimate): {parts}{too_much}"
 
 
-def start_line(parts: Parts) -> str:
-    """One line that says what begins."""
-    count = sum(p.numel() for p in parts.model.parameters())
-    return f"{parts.config.run_folder}: {count:,} parameters, {parts.plan.assignment.kept} clips"
+def start_line(components: RunComponents) -> str:
+    """Return the first line of a run: its folder, parameters and clips."""
+    count = sum(p.numel() for p in components.model.parameters())
+    return f"{components.config.run_folder}: {count:,} parameters, {components.plan.assignment.kept} clips"

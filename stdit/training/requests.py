@@ -1,52 +1,53 @@
-"""What is asked of a run while it trains, other than by signals: by files in its folder, and by the clock."""
+"""Requests to a running run other than signals: files in its folder, and the clock."""
 
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 
-class Asked(NamedTuple):
-    """What a run is to do after the step that it is in."""
+class Requested(NamedTuple):
+    """What to do after the current step."""
 
     save: bool = False
     stop: bool = False
 
 
-class Requests:
-    """Hears of nothing, as all ranks but the first, which tells them."""
+class NoRequests:
+    """No requests: for all ranks but the main one, which tells them."""
 
-    def look(self) -> Asked:
-        """What is asked for now."""
-        return Asked()
+    def poll(self) -> Requested:
+        """Return what is requested now."""
+        return Requested()
 
-    def obeyed(self) -> None:
-        """A checkpoint is saved, and so what `look` told last is done."""
+    def fulfilled(self) -> None:
+        """Remove the requests that `poll` returned last, because a checkpoint was saved."""
 
 
-class RunRequests(Requests):
-    """``touch outputs/<name>/save`` or ``stop``, from any shell; and a checkpoint every so many minutes.
+class RequestFiles(NoRequests):
+    """``touch outputs/<name>/save`` or ``stop``, from any shell; and a checkpoint every few minutes.
 
-    A file is removed when it is obeyed.
+    Args:
+        folder: of the run. Requests to an earlier part of the run, which ended before it saw them, are removed.
+        minutes: between checkpoints; none: no limit.
     """
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
-        """Remove requests to an earlier part of the run, which ended before it saw them."""
-        self.files = [folder / name for name in Asked._fields]
+        self.files = [folder / name for name in Requested._fields]
         self.seen: list[Path] = []
         self.seconds = None if minutes is None else 60 * minutes
-        self.since = time.monotonic()
+        self.saved_at = time.monotonic()
         for file in self.files:
             if file.exists():
                 file.unlink()
-                print(f"{file} was asked of an earlier part of this run, and is removed")
+                print(f"{file} was a request to an earlier part of this run: removed")
 
-    def look(self) -> Asked:
+    def poll(self) -> Requested:
         self.seen = [file for file in self.files if file.exists()]
-        asked = Asked(*(file in self.seen for file in self.files))
-        is_time = self.seconds is not None and time.monotonic() - self.since >= self.seconds
-        return asked._replace(save=asked.save or is_time)
+        requested = Requested(*(file in self.seen for file in self.files))
+        is_time = self.seconds is not None and time.monotonic() - self.saved_at >= self.seconds
+        return requested._replace(save=requested.save or is_time)
 
-    def obeyed(self) -> None:
-        self.since = time.monotonic()
+    def fulfilled(self) -> None:
+        self.saved_at = time.monotonic()
         for file in self.seen:
             file.unlink(missing_ok=True)

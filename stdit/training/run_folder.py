@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and where the run goes on. Imports nothing heavy: errors come quickly."""
+"""The folder of a run: lock it, find the checkpoint to resume from, and write what the run is."""
 
 import os
 import shutil
@@ -7,34 +7,44 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from stdit.checkpoint_files import apply_umask
+from stdit.cli import to_yaml
 from stdit.errors import UserError
 from stdit.pipelines.loading import find_checkpoint_source
 from stdit.training.checkpoint import check_same_experiment, find_checkpoint
 from stdit.training.config import TrainConfig, experiment_key
+from stdit.training.disk import disk_errors
 
-SINCE = "%Y-%m-%d %H:%M:%S UTC"
+if TYPE_CHECKING:
+    from stdit.codecs.base import VideoCodec
+    from stdit.diffusion.flow import RectifiedFlow
+
+_SINCE = "%Y-%m-%d %H:%M:%S UTC"
 
 
 @contextmanager
-def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
-    """Make the run folder, lock it, and find the checkpoint to go on from: ``(folder, checkpoint or None)``.
+def lock_run_folder(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
+    """Create and lock the run folder for the time of a block; yield ``(folder, checkpoint to resume from or None)``.
+
+    Nothing that takes long to import or to read comes before the lock, so that errors come quickly.
 
     Raises:
-        UserError: if the folder cannot be written, another process trains there, it is another run's, or there
-            are no weights to start from where ``init_from`` says.
+        UserError: if the folder cannot be written, another process trains there, its checkpoints are of another
+            experiment, or ``init_from`` has no weights.
     """
     folder = config.run_folder
-    checkpoint, passed_over = find_checkpoint(config.resume, folder / "checkpoints")
-    for reason in passed_over:
-        print(f"passed over: {reason}", flush=True)
+    checkpoint, skipped = find_checkpoint(config.resume, folder / "checkpoints")
+    for reason in skipped:
+        print(f"checkpoint skipped: {reason}", flush=True)
     if checkpoint is not None:
         check_same_experiment(checkpoint, experiment_key(config))
     elif config.init_from is not None:
         find_weights(config.init_from)
     if (folder / "pipeline").exists() and not any((folder / "checkpoints").glob("step-*")):
         raise UserError(
-            f"{folder} has a trained pipeline, but no checkpoint to go on from: choose another --name (and "
+            f"{folder} has a trained pipeline, but no checkpoint to resume from: choose another --name (and "
             f"start from its weights by --init_from {folder}), or move {folder} away."
         )
     try:
@@ -51,18 +61,45 @@ def claimed(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
             )
         lock.truncate(0)
         lock.write(
-            f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime(SINCE, time.gmtime())}\n"
+            f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime(_SINCE, time.gmtime())}\n"
         )
         lock.flush()
         try:
             yield folder, checkpoint
         finally:
-            if _names(folder) == [".lock"]:  # it ended before it began
+            if _names(folder) == [".lock"]:  # the run ended before it wrote anything
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def write_run_files(
+    folder: Path, config: TrainConfig, scheduler: "RectifiedFlow", codec: "VideoCodec", new: bool
+) -> None:
+    """Write what the run is: ``config.yaml``, ``scheduler/`` and, if it was fitted, ``codec/``.
+
+    Args:
+        new: replace what an earlier run without a checkpoint left; otherwise only write what is missing.
+    """
+    from stdit.pipelines.video_io import atomic_write
+
+    aside = folder / "part.tmp"
+    parts: dict[str, Any] = {"scheduler": scheduler, "codec": codec}
+    with disk_errors(f"run {folder}", aside):
+        for name, part in parts.items():
+            target = folder / name
+            for old in (aside, target) if new else (aside,):
+                shutil.rmtree(old, ignore_errors=True)
+            if not target.is_dir() and (name == "scheduler" or hasattr(part, "fitted")):
+                part.save_pretrained(aside)
+                apply_umask(aside)
+                aside.rename(target)
+        if config.validation.prompts:
+            (folder / "samples").mkdir(exist_ok=True)
+        with atomic_write(folder / "config.yaml") as file:
+            Path(file).write_text(to_yaml(config), encoding="utf-8")
+
+
 def find_weights(init_from: str) -> Path:
-    """The model's folder, or the checkpoint, whose weights a run starts from. Raises UserError if there is none."""
+    """Return the model folder or checkpoint with the weights of ``init_from``. Raises UserError if there is none."""
     folder = Path(init_from)
     weights = "diffusion_pytorch_model.safetensors"
     if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
@@ -75,7 +112,7 @@ def find_weights(init_from: str) -> Path:
 
 
 def _names(folder: Path) -> list[str]:
-    """What is in a folder; nothing if it has gone, as the error that ends the run will say."""
+    """Return the names in a folder; none if it has vanished, which the error that ends the run tells."""
     try:
         return [path.name for path in folder.iterdir()]
     except FileNotFoundError:
@@ -83,14 +120,14 @@ def _names(folder: Path) -> list[str]:
 
 
 def _holder(folder: Path) -> str:
-    """What the process that has the lock says about itself."""
-    return (folder / ".lock").read_text(encoding="utf-8", errors="replace").strip() or "it has just begun"
+    """Return what the process that holds the lock wrote about itself."""
+    return (folder / ".lock").read_text(encoding="utf-8", errors="replace").strip() or "it has just started"
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file for as long as this process lives; False if another has it.
+    """Lock an open file for the life of this process; return False if another process holds it.
 
-    Loader processes that outlive it a little do not have the lock, so that it can be started anew at once.
+    Loader processes, which may live a little longer, do not inherit the lock: the run can be restarted at once.
     """
     try:
         import fcntl

@@ -1,4 +1,4 @@
-"""Where measurements go: ``metrics.jsonl`` always, and TensorBoard or Weights & Biases when asked."""
+"""Write measurements to ``metrics.jsonl``, and to TensorBoard or Weights & Biases if set."""
 
 import contextlib
 import errno
@@ -10,61 +10,61 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
-from stdit.training.checkpoint import way_out
 from stdit.training.config import TrackerConfig
+from stdit.training.disk import disk_advice
 
 
 class Metrics:
-    """Keeps nothing: the metrics of ranks that do not write."""
+    """Metrics that are not written, for all ranks but the main one."""
 
     def write(self, values: dict[str, Any]) -> None:
-        """One step."""
+        """Write the line of a step."""
 
     def close(self) -> None:
-        """No more steps."""
+        """Close the file."""
 
 
 class MetricsFile(Metrics):
-    """A JSON object a line, one for each step; on disk as soon as it is written."""
+    """A file with one JSON object per line and step, flushed after each."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Open for appending, and cut off lines of steps from ``first_step`` on: they will be done again."""
+        """Open the file for appending; cut off lines of steps from ``first_step`` on, which will be done again."""
         if path.exists():
-            kept = [
+            earlier = [
                 line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step
             ]
             aside = path.with_name(f"{path.name}.tmp")
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            aside.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
             os.replace(aside, path)
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line. Raises UserError when the disk is full, read-only or gone, or the file is."""
+        """Append a line. Raises UserError if the disk is full or read-only, or the file was removed."""
         try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
-            if not self._is_there():
-                raise FileNotFoundError(errno.ENOENT, "it was removed or moved while the run went on")
+            if not self._exists():
+                raise FileNotFoundError(errno.ENOENT, "it was removed or moved during the run")
         except OSError as error:
             raise UserError(
-                f"{self.file.name} could not be written ({error.strerror}): {way_out(error)} and run the same "
+                f"{self.file.name} could not be written ({error.strerror}): {disk_advice(error)} and run the same "
                 "command again."
             ) from error
 
-    def _is_there(self) -> bool:
-        """Whether what is written is found under its name: a removed or moved file takes it without a word."""
+    def _exists(self) -> bool:
+        """Return whether the open file still has its name: writing to a removed or moved file gives no error."""
         try:
             return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.file.name))
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a line that is not on disk, of which `write` has told
+        with contextlib.suppress(OSError):  # of a line that is not on the disk: `write` has reported it
             self.file.close()
 
 
 def _step(line: str) -> float:
-    """The step of a line; infinite for what a killed process left of one."""
+    """Return the step of a line; infinity for an incomplete line of a killed process."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -72,20 +72,20 @@ def _step(line: str) -> float:
 
 
 class Tracker:
-    """Tracks nothing; the others do as it does, and more."""
+    """Tracker that does nothing, and the interface of the others."""
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Numbers of one step, by name."""
+        """Log numbers of a step, by name."""
 
     def log_videos(self, videos: Sequence[Path], prompts: Sequence[str], sheet: Path, step: int) -> None:
-        """Validation videos (mp4) and the picture that shows them all."""
+        """Log validation videos (mp4), and the contact sheet that shows them all."""
 
     def finish(self) -> None:
-        """Send what is left."""
+        """Send what is left, and close the tracker."""
 
 
-class Unobtrusive(Tracker):
-    """Another tracker, whose errors stop no run: they are said once, and it goes on to be tried."""
+class FailSafeTracker(Tracker):
+    """Another tracker whose errors do not stop the run: the first is printed, and later calls are still made."""
 
     def __init__(self, tracker: Tracker, name: str) -> None:
         self.tracker, self.name, self.failed = tracker, name, False
@@ -105,14 +105,14 @@ class Unobtrusive(Tracker):
         except Exception as error:  # whatever its library raises
             if not self.failed:
                 print(
-                    f"warning: {self.name} does not take what is measured ({error}); training goes on, and "
-                    "metrics.jsonl has it all. This is not said again."
+                    f"warning: {self.name} cannot log measurements ({error}); training continues, and metrics.jsonl "
+                    "has them all. This is not printed again."
                 )
             self.failed = True
 
 
 class TensorBoard(Tracker):
-    """Through accelerate's tracker, to ``tensorboard/`` in the run folder. Videos go in as their sheet."""
+    """Log to ``tensorboard/`` in the run folder, through accelerate's tracker; of videos their contact sheet."""
 
     def __init__(self, config: TrackerConfig, run: Path, settings: dict[str, Any]) -> None:
         from accelerate.tracking import TensorBoardTracker
@@ -141,7 +141,7 @@ class TensorBoard(Tracker):
 
 
 class WandB(Tracker):
-    """Through accelerate's tracker. Goes offline, and says so, when there is no key or no network."""
+    """Log to wandb, through accelerate's tracker. Print a message and log offline without key or network."""
 
     def __init__(self, config: TrackerConfig, run: Path, settings: dict[str, Any]) -> None:
         import wandb
@@ -174,7 +174,7 @@ class WandB(Tracker):
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())
             print(f"wandb cannot be reached ({reason}): writing offline, for `wandb sync`.")
-            wandb.teardown()  # or it goes on to try, and the run's id counts as taken
+            wandb.teardown()  # otherwise it keeps trying, and the run's id counts as taken
             self.tracker = WandBTracker(config.project, mode="offline", **options)
             self.tracker.start()
 
@@ -192,8 +192,8 @@ class WandB(Tracker):
 
 
 def build_tracker(config: TrackerConfig, run: Path, settings: dict[str, Any]) -> Tracker:
-    """The tracker that a config names. Raises UserError if its library is missing."""
-    return Unobtrusive(TRACKERS[config.name](config, run, settings), config.name)
+    """Return the tracker that a config names. Raises UserError if its library is missing."""
+    return FailSafeTracker(TRACKERS[config.name](config, run, settings), config.name)
 
 
 TRACKERS: dict[str, Callable[[TrackerConfig, Path, dict[str, Any]], Tracker]] = {

@@ -1,4 +1,4 @@
-"""Videos for fixed prompts while training goes on, and the settings with which the run samples by default."""
+"""Make and write validation videos, and choose the settings with which a run samples by default."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from stdit.pipelines.pipeline import STDiTPipeline
 
 
-def default_settings(config: ValidationConfig, assignment: "Assignment") -> dict[str, Any]:
-    """Settings of the pipeline: those given, the rest as the bucket with the most clips."""
+def pipeline_settings_of(config: ValidationConfig, assignment: "Assignment") -> dict[str, Any]:
+    """Return the pipeline's settings: those of the config, the rest from the bucket with the most clips."""
     sizes = [len(members) for members in assignment.members]
     bucket = assignment.buckets[sizes.index(max(sizes))]
     trained = {name: getattr(bucket, name) for name in ("num_frames", "height", "width", "fps")}
@@ -28,7 +28,7 @@ def default_settings(config: ValidationConfig, assignment: "Assignment") -> dict
 def make_samples(
     pipe: "STDiTPipeline", prompts: Sequence[str], seed: int, mesh: "Mesh"
 ) -> list["np.ndarray"]:
-    """A video of each prompt, uint8 ``[T H W 3]``, made by all ranks with the pipeline's settings; on the first."""
+    """Sample a video of each prompt on all ranks; return them on the main one, as uint8 ``[T H W 3]``."""
     from stdit.pipelines.requests import Request
     from stdit.pipelines.runner import sample_videos
 
@@ -40,13 +40,13 @@ def make_samples(
 def write_samples(
     videos: Sequence["np.ndarray"], config: Mapping[str, Any], prompts: Sequence[str], seed: int, folder: Path
 ) -> list[str]:
-    """Write what `make_samples` made, and a contact sheet, into an empty folder.
+    """Write the videos of `make_samples`, and a contact sheet, into an empty folder.
 
     Args:
-        config: of the pipeline.
+        config: settings of the pipeline.
 
     Returns:
-        the names of the mp4 files, in the order of the prompts, and of the sheet.
+        names of the mp4 files, in the order of the prompts, and of the sheet.
     """
     from stdit.pipelines.video_io import write_mp4, write_sheet
     from stdit.pipelines.writer import slug

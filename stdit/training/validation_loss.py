@@ -23,7 +23,7 @@ from stdit.diffusion.draws import TrainingDraws, sample_generator
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
-from stdit.training.build import Inputs
+from stdit.training.build import RunInputs
 from stdit.training.trainer import Trainer
 
 NOISE_STREAM = 0x76616C69
@@ -117,7 +117,7 @@ def _by_level(rows: Sequence[ValidationRow]) -> tuple[Tensor, Tensor]:
 class ValidationLoss:
     """The clips, read and encoded once, and the loss on them."""
 
-    def __init__(self, inputs: Inputs, mesh: Mesh) -> None:
+    def __init__(self, inputs: RunInputs, mesh: Mesh) -> None:
         """Choose the clips; they are read at the first measurement.
 
         Raises:
@@ -211,6 +211,6 @@ def readable(assignment: Assignment, most: int) -> list[list[int]]:
     return chosen
 
 
-def validation_loss_of(inputs: Inputs, mesh: Mesh) -> ValidationLoss | None:
+def validation_loss_of(inputs: RunInputs, mesh: Mesh) -> ValidationLoss | None:
     """What `validation.loss_every` asks for; every rank must call this."""
     return None if inputs.config.validation.loss_every is None else ValidationLoss(inputs, mesh)

@@ -12,7 +12,7 @@ from stdit.cli import run
 from stdit.models.opensora import to_opensora
 from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
-from stdit.training.build import build_parts
+from stdit.training.build import build_components
 from stdit.training.config import parse_train
 from tests.codecs.tiny import save_tiny_t5, tiny_opensora_vae
 from tests.models.golden import golden, weights
@@ -65,7 +65,7 @@ def test_training_starts_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list((tmp_path / "in parts").glob("*.safetensors"))) > 1
     for folder in ("model", "in parts"):
         config = parse_train([*settings, "--init_from", str(tmp_path / folder), "--seed", "3"])
-        model = build_parts(config, None, processes=1, memory=2**30).model
+        model = build_components(config, None, processes=1, memory=2**30).model
         for name, weight in model.state_dict().items():
             assert torch.equal(weight, state[name]), name
 

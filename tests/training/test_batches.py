@@ -189,7 +189,7 @@ def test_ranks_encode_their_share_and_see_the_same_batches(views, tmp_path):
 
 
 def parts_of(argv):
-    return build.build_parts(parse_train(argv), None, 1, 1 << 40)
+    return build.build_components(parse_train(argv), None, 1, 1 << 40)
 
 
 def on_rank(group, runs, folder, expected):

@@ -70,13 +70,13 @@ def test_a_manifest_that_lacks_something_is_named(tmp_path: Path, key: str) -> N
     meta = json.loads((folder / "meta.json").read_text())
     del meta[key]
     (folder / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=f"meta.json has no {key} that can be read: use another"):
+    with pytest.raises(UserError, match=f"meta.json has no valid {key}: use another"):
         check_same_experiment(folder, {})
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
-    with pytest.raises(UserError, match="checkpoints is a file, in the place of a folder: move it away"):
+    with pytest.raises(UserError, match="checkpoints is a file, but must be a folder: move it away"):
         find_checkpoint("auto", tmp_path / "checkpoints")
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from stdit.errors import UserError
 from stdit.parallel.sequence.planner import GIB, ParallelDims
-from stdit.training.build import build_inputs, build_parts
+from stdit.training.build import build_components, build_inputs
 from stdit.training.config import experiment_key, parse_train
-from stdit.training.memory_estimate import Needs
+from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.report import report
 from tests.training.tiny import tiny_settings
 
@@ -27,43 +27,43 @@ def settings(tmp_path: Path) -> list[str]:
     return [*tiny_settings(tmp_path), *(part for key, value in flags.items() for part in (f"--{key}", value))]
 
 
-def needs_of(argv: list[str]) -> Needs:
-    return Needs(build_inputs(parse_train(argv), dry_run=True))
+def estimate_of(argv: list[str]) -> MemoryEstimate:
+    return MemoryEstimate(build_inputs(parse_train(argv), dry_run=True))
 
 
-def total(needs: Needs, split: ParallelDims) -> int:
-    return sum(needs.memory(split).values())
+def total(estimate: MemoryEstimate, split: ParallelDims) -> int:
+    return sum(estimate.memory(split).values())
 
 
 def test_memory_falls_with_the_ranks_that_share_a_clip(settings: list[str]) -> None:
-    needs = needs_of(settings)
-    one, two, four = (needs.memory(ParallelDims(4, sp)) for sp in (1, 2, 4))
+    estimate = estimate_of(settings)
+    one, two, four = (estimate.memory(ParallelDims(4, sp)) for sp in (1, 2, 4))
     assert one["activations"] == 2 * two["activations"] == 4 * four["activations"]
     assert one[WEIGHTS] == four[WEIGHTS]
-    adamw = needs_of([*settings, "--optimizer.name", "adamw"]).memory(ParallelDims(4, 1))
-    assert adamw[WEIGHTS] == 20 * needs.size.parameters > one[WEIGHTS]
-    sharded = needs_of([*settings, "--parallel.shard_parameters", "true"])
+    adamw = estimate_of([*settings, "--optimizer.name", "adamw"]).memory(ParallelDims(4, 1))
+    assert adamw[WEIGHTS] == 20 * estimate.size.parameters > one[WEIGHTS]
+    sharded = estimate_of([*settings, "--parallel.shard_parameters", "true"])
     assert sharded.memory(ParallelDims(4, 2))[WEIGHTS] == pytest.approx(one[WEIGHTS] / 4, abs=20)
     assert sharded.memory(ParallelDims(1, 1))[WEIGHTS] == one[WEIGHTS]
-    checkpointing = needs_of([*settings, "--trainer.activation_checkpointing", "true"]).memory(
+    checkpointing = estimate_of([*settings, "--trainer.activation_checkpointing", "true"]).memory(
         ParallelDims(4, 1)
     )
     assert checkpointing["activations"] < one["activations"]
-    bf16 = needs_of([*settings, "--trainer.precision", "bf16"]).memory(ParallelDims(4, 1))
+    bf16 = estimate_of([*settings, "--trainer.precision", "bf16"]).memory(ParallelDims(4, 1))
     assert bf16["activations"] < one["activations"]
-    assert bf16["weights in bf16"] == 2 * needs.size.parameters
+    assert bf16["weights in bf16"] == 2 * estimate.size.parameters
 
 
 def test_sharing_a_whole_share_of_the_batch_saves_nothing(settings: list[str]) -> None:
     """Twice the ranks have half of twice the clips."""
-    needs = needs_of([*settings, "--trainer.micro_batch_size", "null"])
-    assert total(needs, ParallelDims(2, 1)) == total(needs, ParallelDims(2, 2))
+    estimate = estimate_of([*settings, "--trainer.micro_batch_size", "null"])
+    assert total(estimate, ParallelDims(2, 1)) == total(estimate, ParallelDims(2, 2))
 
 
 def test_the_choice_follows_memory_and_batches(settings: list[str]) -> None:
-    needs = needs_of(settings)
-    assert needs.degrees(4) == [2, 4], "a batch of 2 cannot be split into 4"
-    two, four = (total(needs, ParallelDims(4, sp)) for sp in (2, 4))
+    estimate = estimate_of(settings)
+    assert estimate.valid_sp(4) == [2, 4], "a batch of 2 cannot be split into 4"
+    two, four = (total(estimate, ParallelDims(4, sp)) for sp in (2, 4))
     assert two > four
     for memory, expected in (
         (two, (2, True)),
@@ -71,14 +71,14 @@ def test_the_choice_follows_memory_and_batches(settings: list[str]) -> None:
         (four, (4, True)),
         (four - 1, (4, False)),
     ):
-        assert needs.choice(4, memory)[::2] == expected
-    assert needs.choice(1, 0).sp == 1
+        assert estimate.choose_sp(4, memory)[::2] == expected
+    assert estimate.choose_sp(1, 0).sp == 1
 
 
 def test_the_report_compares_ways_to_share(settings: list[str]) -> None:
-    needs = needs_of(settings)
-    memory = total(needs, ParallelDims(2, 2))
-    shown = report(needs.inputs, 1, memory)
+    estimate = estimate_of(settings)
+    memory = total(estimate, ParallelDims(2, 2))
+    shown = report(estimate.inputs, 1, memory)
     assert "parallel.sp = auto, 2 processes: 2, the smallest of 1, 2 that fits" in shown
     assert "parallel.sp = auto, 8 processes: 4, the smallest of 4, 8 that fits" in shown
     rows = [line.split() for line in shown.splitlines() if line[:11].strip().isdigit()]
@@ -90,7 +90,7 @@ def test_the_report_compares_ways_to_share(settings: list[str]) -> None:
     assert rows[2][3:6] == ["2", "32", "1.00"]
     assert rows[3][3:] == "cannot split a batch of 2".split()
     assert "0-1" in rows[-1][3]
-    started = report(needs.inputs, 2, memory)
+    started = report(estimate.inputs, 2, memory)
     assert {line[:11].strip() for line in started.splitlines() if line[:11].strip().isdigit()} == {"2"}
 
 
@@ -102,16 +102,16 @@ def test_the_report_compares_ways_to_share(settings: list[str]) -> None:
         (["--parallel.sp", "2"], 1, "MiB a process, of 2 (an estimate)"),
         (["--parallel.sp", "auto"], 4, "MiB a process, of 4 (an estimate)"),
         (["--model.depth", "100000"], 1, "MiB (an estimate): weights"),
-        (["--model.hidden_size", "10000000", "--model.num_heads", "4"], 1, "; there are but 1,024"),
+        (["--model.hidden_size", "10000000", "--model.num_heads", "4"], 1, "; more than the available 1,024"),
     ],
 )
 def test_the_report_says(settings: list[str], flags: list[str], processes: int, message: str) -> None:
-    assert message in report(needs_of([*settings, *flags]).inputs, processes, GIB)
+    assert message in report(estimate_of([*settings, *flags]).inputs, processes, GIB)
 
 
 def test_the_report_refuses_what_training_would(settings: list[str]) -> None:
     with pytest.raises(UserError, match="parallel.sp = 3, but 4 processes were started"):
-        report(needs_of([*settings, "--parallel.sp", "3"]).inputs, 4, GIB)
+        report(estimate_of([*settings, "--parallel.sp", "3"]).inputs, 4, GIB)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_the_report_refuses_what_training_would(settings: list[str]) -> None:
 def test_a_model_beyond_memory_is_refused_before_it_is_built(settings: list[str], flags: list[str]) -> None:
     name, value = flags[0][2:], flags[1]
     with pytest.raises(
-        UserError, match=f"{name} = {value} .*parameters, of which a process keeps .*lower them"
+        UserError, match=f"{name} = {value} .*parameters, of which a process holds .*lower them"
     ):
-        build_parts(parse_train([*settings, *flags]), None, processes=1, memory=GIB)
+        build_components(parse_train([*settings, *flags]), None, processes=1, memory=GIB)
 
 
 def test_a_run_may_go_on_with_another_sharing(settings: list[str]) -> None:
@@ -135,11 +135,11 @@ def test_a_run_may_go_on_with_another_sharing(settings: list[str]) -> None:
 
 def test_a_budget_of_tokens_sizes_the_batches(settings: list[str]) -> None:
     buckets = [dict(num_frames=4, height=8, width=8, fps=8, batch_size=1, max_tokens=1100)]
-    needs = needs_of([*settings, "--data.buckets", json.dumps(buckets)])
-    (bucket, load), *_ = needs.loads.items()
+    estimate = estimate_of([*settings, "--data.buckets", json.dumps(buckets)])
+    (bucket, load), *_ = estimate.loads.items()
     assert load.frames * load.patches == bucket.tokens == 256 and load.clips == bucket.batch_size == 4
-    assert needs.degrees(8) == [2, 4, 8]
-    text = report(needs.inputs, 1, 8 * GIB)
+    assert estimate.valid_sp(8) == [2, 4, 8]
+    text = report(estimate.inputs, 1, 8 * GIB)
     assert "256 tokens a clip, 1,024 a step" in text
     header, row = text.splitlines()[2:4]
     assert header.split()[-2:] == ["tokens", "max_tokens"] and row.split()[-2:] == ["1024", "1100"]

@@ -12,14 +12,14 @@ import pytest
 
 from stdit.errors import UserError
 from stdit.training.config import TrainConfig
-from stdit.training.run_folder import claimed
+from stdit.training.run_folder import lock_run_folder
 
 fork = multiprocessing.get_context("fork")
 
 
 def hold(config: TrainConfig, ready: "multiprocessing.Queue[int]") -> None:
     """Hold the lock, beside a child as a loader is one, until killed."""
-    with claimed(config):
+    with lock_run_folder(config):
         loader = fork.Process(target=time.sleep, args=(30,))
         loader.start()
         ready.put(loader.pid or 0)
@@ -36,10 +36,10 @@ def test_a_folder_has_one_run_and_says_which(tmp_path: Path) -> None:
     try:
         who = rf"\({re.escape(socket.gethostname())}, process {holder.pid}, since \d{{4}}-\d\d-\d\d .* UTC\)"
         with pytest.raises(UserError, match=rf"another process trains in .* {who}: wait for it"):
-            claimed(config).__enter__()
+            lock_run_folder(config).__enter__()
         holder.kill()
         holder.join()
-        with claimed(config) as (folder, checkpoint):  # though what it started lives on
+        with lock_run_folder(config) as (folder, checkpoint):  # though what it started lives on
             os.kill(loader, 0)
             assert folder == tmp_path / "run" and checkpoint is None
     finally:

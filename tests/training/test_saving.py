@@ -13,10 +13,10 @@ from stdit.checkpoint_files import verify, write_manifest
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.storage import PLACEMENT, StoredTensors
-from stdit.training import saving
+from stdit.training import checkpoint_writer
 from stdit.training.checkpoint import find_checkpoint
+from stdit.training.checkpoint_writer import CheckpointWriter, HostCopy, steps_to_keep
 from stdit.training.config import CheckpointConfig
-from stdit.training.saving import Checkpoints, Copy, kept
 
 WEIGHTS = "model/diffusion_pytorch_model.safetensors"
 
@@ -25,11 +25,11 @@ def state() -> dict[str, dict[str, Tensor]]:
     return {"model": {"weight": torch.arange(6.0).view(2, 3)}, "ema": {}, "optimizer": {}}
 
 
-def folder_of(path: Path, **settings: Any) -> Checkpoints:
-    return Checkpoints(path, CheckpointConfig(**settings), Mesh())
+def folder_of(path: Path, **settings: Any) -> CheckpointWriter:
+    return CheckpointWriter(path, CheckpointConfig(**settings), Mesh())
 
 
-def save(checkpoints: Checkpoints, step: int, meta: dict[str, Any] | None = None) -> Path:
+def save(checkpoints: CheckpointWriter, step: int, meta: dict[str, Any] | None = None) -> Path:
     return checkpoints.save(step, state(), meta or {}, at_once=True)
 
 
@@ -63,7 +63,7 @@ def test_the_best_stay_by_their_validation_loss(tmp_path: Path) -> None:
     losses = {1: 0.5, 2: 0.3, 3: 0.4, 4: float("nan"), 5: 0.6}
     for step, loss in losses.items():
         save(checkpoints, step)
-        checkpoints.validated(step, loss)
+        checkpoints.record_loss(step, loss)
     again = folder_of(tmp_path, keep_last=1, keep_best=2)  # after a restart
     save(again, 6)
     folders = ["step-00000002", "step-00000003", "step-00000006"]
@@ -75,9 +75,9 @@ def test_the_best_stay_by_their_validation_loss(tmp_path: Path) -> None:
 
 def test_which_stay() -> None:
     config = CheckpointConfig(keep_last=2, keep_every=4, keep_best=1)
-    assert kept(range(1, 11), config, {}) == {4, 8, 9, 10}
-    assert kept(range(1, 11), config, {3: 1.0, 7: 1.0, 99: 0.0}) == {3, 4, 8, 9, 10}
-    assert kept([], config, {}) == set()
+    assert steps_to_keep(range(1, 11), config, {}) == {4, 8, 9, 10}
+    assert steps_to_keep(range(1, 11), config, {3: 1.0, 7: 1.0, 99: 0.0}) == {3, 4, 8, 9, 10}
+    assert steps_to_keep([], config, {}) == set()
 
 
 def test_the_newest_whole_one_stays_whatever_the_rules(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full as soon as the files are written."""
-    original = saving.write_chunks
+    original = checkpoint_writer.write_chunks
 
     def refuse(folder: Path, *args: Any) -> list[Path]:
         files = original(folder, *args)
@@ -112,13 +112,13 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(28, "No space left on device")
         return files
 
-    monkeypatch.setattr(saving, "write_chunks", refuse)
+    monkeypatch.setattr(checkpoint_writer, "write_chunks", refuse)
 
 
 def test_a_refusing_disk_leaves_older_checkpoints_as_they_were(tmp_path: Path, refused: None) -> None:
     checkpoints = folder_of(tmp_path, keep_last=1)
     save(checkpoints, 1)
-    with pytest.raises(UserError, match=r"step-00000002 could not be written .*No space.*as it was"):
+    with pytest.raises(UserError, match=r"step-00000002 could not be written .*No space.*unchanged"):
         save(checkpoints, 2)
     assert names(tmp_path) == ["step-00000001"]
     verify(tmp_path / "step-00000001")
@@ -138,13 +138,13 @@ def test_a_broken_checkpoint_of_the_same_step_is_moved_aside(tmp_path: Path) -> 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Writing stands still until this is called."""
-    go, original = Event(), saving.write_chunks
+    go, original = Event(), checkpoint_writer.write_chunks
 
     def slow(*args: Any) -> list[Path]:
         assert go.wait(30)
         return original(*args)
 
-    monkeypatch.setattr(saving, "write_chunks", slow)
+    monkeypatch.setattr(checkpoint_writer, "write_chunks", slow)
     return go.set
 
 
@@ -166,9 +166,9 @@ def test_a_second_save_waits_for_the_first(
     checkpoints, live = folder_of(tmp_path), state()
     first = checkpoints.save(1, live, {})
     copied: list[bool] = []
-    original = Copy.of
+    original = HostCopy.of
     monkeypatch.setattr(
-        Copy, "of", lambda self, pieces: copied.append(first.exists()) or original(self, pieces)
+        HostCopy, "of", lambda self, pieces: copied.append(first.exists()) or original(self, pieces)
     )
     held()
     live["model"]["weight"].mul_(2)
@@ -192,7 +192,7 @@ def test_the_error_of_a_thread_comes_out_where_it_is_waited_for(
         checkpoints.save(3, state(), {})
     assert not checkpoints.failed and names(tmp_path) == ["step-00000001"]
     checkpoints.save(2, state(), {})
-    checkpoints.leave()
+    checkpoints.wait_at_exit()
     assert "step-00000002 could not be written" in capsys.readouterr().err
 
 

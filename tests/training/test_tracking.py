@@ -41,9 +41,7 @@ def test_a_file_that_was_removed_is_said(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     metrics.write({"step": 0})
     (tmp_path / "metrics.jsonl").unlink()
-    with pytest.raises(
-        UserError, match=r"removed or moved while the run went on\): see that the folder is there"
-    ):
+    with pytest.raises(UserError, match=r"removed or moved during the run\): check that the folder exists"):
         metrics.write({"step": 1})
 
 
@@ -70,7 +68,7 @@ def test_a_tracker_that_fails_stops_nothing_and_is_said_once(
     tracker.finish()
     assert Down.calls == 4
     said = capsys.readouterr().out
-    assert said.count("warning: ") == 1 and "wandb does not take what is measured (network is unreach" in said
+    assert said.count("warning: ") == 1 and "wandb cannot log measurements (network is unreach" in said
 
 
 def track(name: str, run: Path, config: TrackerConfig) -> None:

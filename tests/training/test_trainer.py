@@ -7,8 +7,8 @@ import torch
 
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
+from stdit.training.checkpoint_writer import CheckpointWriter
 from stdit.training.config import CheckpointConfig, OptimizerConfig, TrainerConfig
-from stdit.training.saving import Checkpoints
 from stdit.training.trainer import Trainer
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
@@ -49,7 +49,7 @@ def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
     first, second = trainer(), trainer()
     for step in range(3):
         first.step(tiny_batch(step))
-    folder = Checkpoints(tmp_path, CheckpointConfig(), Mesh()).save(3, first.state(), {}, at_once=True)
+    folder = CheckpointWriter(tmp_path, CheckpointConfig(), Mesh()).save(3, first.state(), {}, at_once=True)
     second.read(folder, {"nonfinite_in_a_row": 2, "parts": 1})
     assert second.nonfinite_in_a_row == 2
     for step in (3, 4):
@@ -64,7 +64,9 @@ def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
 def test_on_fewer_ranks_than_before_passes_are_as_small_as_then(tmp_path: Path) -> None:
     before, expected = trainer(micro_batch_size=2), trainer()
     meta = {"nonfinite_in_a_row": 0, "parts": 2}
-    folder = Checkpoints(tmp_path, CheckpointConfig(), Mesh()).save(1, before.state(), meta, at_once=True)
+    folder = CheckpointWriter(tmp_path, CheckpointConfig(), Mesh()).save(
+        1, before.state(), meta, at_once=True
+    )
     found = trainer()
     found.read(folder, meta)
     assert (found.parts, found.most_at_once(4), found.most_at_once(3), expected.most_at_once(4)) == (

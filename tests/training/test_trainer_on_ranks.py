@@ -21,10 +21,10 @@ from stdit.parallel.processes.mesh import Mesh, build_mesh
 from stdit.parallel.processes.parameters import full_tensor, state_bytes
 from stdit.parallel.sequence.group import Group
 from stdit.pipelines.loading import load_transformer
-from stdit.training import saving
+from stdit.training import checkpoint_writer
+from stdit.training.checkpoint_writer import CheckpointWriter
 from stdit.training.config import CheckpointConfig, OptimizerConfig
-from stdit.training.saving import Checkpoints
-from stdit.training.system import Interrupts
+from stdit.training.stop_signals import StopSignals
 from stdit.training.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
 from tests.parallel.sequence.test_sharding import average, close
@@ -244,16 +244,19 @@ def goes_on(saved: Trainer, where: Path, alike: Trainer, others: list[Trainer], 
 def fail_alike(sp: int, folder: Path) -> None:
     """A disk that refuses one rank ends the save on all, which hear of it where they wait, and leaves no trace."""
     one = trainer(mesh_of(sp), True)
-    checkpoints, original = Checkpoints(folder, CheckpointConfig(), one.mesh, 60), saving.write_pieces
+    checkpoints, original = (
+        CheckpointWriter(folder, CheckpointConfig(), one.mesh, 60),
+        checkpoint_writer.write_pieces,
+    )
     if one.mesh.rank == 1:
-        saving.write_pieces = Mock(side_effect=OSError(28, "No space left on device"))
+        checkpoint_writer.write_pieces = Mock(side_effect=OSError(28, "No space left on device"))
     checkpoints.save(1, one.state(), {})
     message = (
         "step-00000001 could not be written .*No space" if one.mesh.rank == 1 else "rank 1 failed: .*No space"
     )
     with pytest.raises(UserError if one.mesh.rank == 1 else OtherRankError, match=message):
         checkpoints.wait()
-    saving.write_pieces = original
+    checkpoint_writer.write_pieces = original
     dist.barrier()
     assert not list(folder.iterdir())
     verify(checkpoints.save(1, one.state(), {}, at_once=True))
@@ -261,10 +264,13 @@ def fail_alike(sp: int, folder: Path) -> None:
 
 def agree() -> None:
     """What one rank is asked, all do after the same step."""
-    mesh, signals = mesh_of(1), Interrupts()
-    assert signals.agree(mesh, others=[mesh.rank, 1 - mesh.rank, 0]) == [1, 1, 0] and signals.agreed is None
-    signals.agree(mesh, stop=mesh.is_main)
-    assert signals.agreed == signal.SIGTERM and signals.exit_code == 0
+    mesh, signals = mesh_of(1), StopSignals()
+    assert (
+        signals.synchronize(mesh, others=[mesh.rank, 1 - mesh.rank, 0]) == [1, 1, 0]
+        and signals.stop_signal is None
+    )
+    signals.synchronize(mesh, stop=mesh.is_main)
+    assert signals.stop_signal == signal.SIGTERM and signals.exit_code == 0
 
 
 def on_more(group: Group, sp: int, names: list[str], saved: Path) -> None:
@@ -282,7 +288,7 @@ def on_more(group: Group, sp: int, names: list[str], saved: Path) -> None:
 
 def write(one: Trainer, folder: Path, step: int) -> Path:
     """Save as a run does, while nothing else happens."""
-    checkpoints = Checkpoints(folder, CheckpointConfig(), one.mesh, 60)
+    checkpoints = CheckpointWriter(folder, CheckpointConfig(), one.mesh, 60)
     where = checkpoints.save(
         step, one.state(), {}, describe=lambda folder: one.model.save_config(folder / "model")
     )

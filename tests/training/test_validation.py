@@ -5,14 +5,14 @@ from stdit.data.assignment import Assignment
 from stdit.data.buckets import Bucket
 from stdit.errors import UserError
 from stdit.training.config import ValidationConfig
-from stdit.training.validation import default_settings
+from stdit.training.validation import pipeline_settings_of
 
 
 def test_videos_are_as_the_bucket_with_the_most_clips() -> None:
     buckets = [Bucket(1, 64, 64, 8.0), Bucket(16, 32, 48, 8.0)]
     assignment = Assignment([], buckets, [np.arange(2), np.arange(5)], [])
     config = ValidationConfig(num_inference_steps=7, guidance_scale=2.0, fps=4.0)
-    assert default_settings(config, assignment) == {
+    assert pipeline_settings_of(config, assignment) == {
         "num_frames": 16, "height": 32, "width": 48, "fps": 4.0,
         "num_inference_steps": 7, "guidance_scale": 2.0,
     }  # fmt: skip

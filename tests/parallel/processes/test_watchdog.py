@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 from stdit.cli import run
 from stdit.errors import UserError
 from stdit.parallel.processes.watchdog import RankWatchdog, Watchdog, code_location, watching
-from stdit.training.system import Stop
+from stdit.training.stop_signals import Stop
 
 RANKS = 3
 PATIENCE = 60.0

@@ -33,7 +33,7 @@ def save(run: Path, step: int) -> None:
 def resume(run: Path) -> int:
     newest, passed_over = newest_whole(run / "checkpoints")
     if BROKEN != "silent":
-        print(*(f"passed over: {reason}" for reason in passed_over), sep="\n", flush=True)
+        print(*(f"checkpoint skipped: {reason}" for reason in passed_over), sep="\n", flush=True)
     for left in (run / "checkpoints").glob("*.tmp"):
         left.rename(left.with_suffix(f".left{time.time_ns()}"))
     return 0 if newest is None or BROKEN == "from step 0" else step_of(newest) or 0

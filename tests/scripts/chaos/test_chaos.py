@@ -61,7 +61,7 @@ def test_the_default_is_a_tiny_run_of_its_own(tmp_path: Path) -> None:
         ("drift", "kill", 1, "undisturbed 0."),
         ("orphan", "kill_rank", 1, "processes were left behind"),
         ("not aside", "kill", 4, "is broken, but has its final name"),
-        ("silent", "delete", 1, "not passed over, or without a word"),
+        ("silent", "delete", 1, "not reported as skipped"),
         ("no save", "sigterm", 1, "steps were done, but the newest checkpoint"),
         ("deaf", "sigterm", 1, "had not ended after"),
     ],

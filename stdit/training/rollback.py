@@ -1,0 +1,56 @@
+"""Roll a run back to a checkpoint before the batches that a loss spike excludes."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stdit.checkpoint_files import is_whole, step_of
+from stdit.training.recorder import Recorder
+from stdit.training.saver import Saver
+
+
+class Rollback:
+    """What happens after a spike with ``trainer.spike.exclude_batches`` above 1; every rank calls it alike."""
+
+    step: int | None = None
+    """The step to train from after a rollback; None if there was none since this was last reset."""
+
+    def __init__(self, saver: Saver, recorder: Recorder) -> None:
+        self.saver, self.recorder, self.mesh = saver, recorder, saver.mesh
+
+    def after_spike(self, values: dict[str, Any], step: int) -> bool:
+        """Load the checkpoint before the excluded batches, if they were trained on, and set `step`.
+
+        If there is no checkpoint that early, only the batch of ``step`` is excluded, whose update was not applied.
+        Every rank must call this.
+
+        Args:
+            values: measurements of the step.
+
+        Returns:
+            whether the run was rolled back.
+        """
+        excluded = self.saver.config.trainer.spike.exclude_batches
+        if "spike" not in values or excluded == 1:
+            return False
+        checkpoints = self.saver.checkpoints
+        checkpoints.wait()
+        checkpoint = self.mesh.on_main(lambda: _newest_before(checkpoints.folder, step - excluded + 1))
+        if checkpoint is None:
+            return False
+        self.step = self.mesh.on_all_ranks(lambda: self.saver.load(checkpoint))
+        self.recorder.rewind(self.step)
+        print(f"step {step}: the loss jumped to {values['spike']:.4g}; rolled back to {checkpoint}")
+        return True
+
+
+def _newest_before(checkpoints: Path, batch: int) -> Path | None:
+    """Return the newest whole checkpoint before a batch; remove later ones, trained on excluded batches."""
+    folders = {path: at for path in checkpoints.glob("step-*") if (at := step_of(path)) is not None}
+    early = [path for path, at in folders.items() if at <= batch]
+    for path in sorted(early, reverse=True):
+        if is_whole(path):
+            for late in folders.keys() - set(early):
+                shutil.rmtree(late.rename(late.with_name(f"{late.name}.tmp")))
+            return path
+    return None

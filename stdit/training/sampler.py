@@ -1,0 +1,100 @@
+"""Sample from the averaged weights of a run: validation videos, and the exported pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.parameters import full_tensor, gather_full_tensors
+from stdit.training.build import RunComponents
+from stdit.training.disk import replace_folder
+from stdit.training.ema import EMA
+from stdit.training.tracking import Tracker
+from stdit.training.validation import make_samples, write_samples
+
+
+class Sampler:
+    """Validation videos and the exported pipeline; every rank has one and calls it alike.
+
+    Args:
+        folder: of the run.
+        components: of the run.
+        ema: the averaged weights.
+        pipeline_settings: settings of the pipeline.
+        tracker: shows the videos.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        components: RunComponents,
+        ema: EMA,
+        mesh: Mesh,
+        pipeline_settings: dict[str, Any],
+        tracker: Tracker,
+    ) -> None:
+        self.folder, self.components, self.ema, self.mesh = folder, components, ema, mesh
+        self.pipeline_settings, self.tracker = pipeline_settings, tracker
+        self.config = components.config
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to make validation videos after ``step`` steps."""
+        validation = self.config.validation
+        return bool(validation.prompts) and self.config.trainer.is_due(step, validation.every)
+
+    def catch_up(self, start_step: int) -> None:
+        """Make the validation videos of the resumed step, if the run ended between saving it and making them."""
+        if start_step and self.is_due(start_step):
+            if not self.mesh.on_main(self._samples(start_step).exists):
+                self.validate(start_step)
+
+    def validate(self, step: int) -> None:
+        """Write videos of the validation prompts, sampled by all ranks with the averages after ``step`` steps."""
+        pipe = self._pipeline(step, {name: full_tensor(t) for name, t in self.ema.state_dict().items()})
+        validation = self.config.validation
+        videos = make_samples(pipe, validation.prompts, validation.seed, self.mesh)
+        self.mesh.on_main(lambda: self._write_samples(videos, pipe.config, step))
+
+    def _write_samples(self, videos: list[Any], settings: dict[str, Any], step: int) -> None:
+        config, folder = self.config.validation, self._samples(step)
+        with replace_folder(f"samples {folder}", folder) as aside:
+            names = write_samples(videos, settings, config.prompts, config.seed, aside)
+        *videos, sheet = (folder / name for name in names)
+        self.tracker.log_videos(videos, config.prompts, sheet, step)
+
+    def _samples(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:08d}"
+
+    def export(self, step: int) -> Path:
+        """Write ``pipeline/`` with the averages after ``step`` steps, unless an earlier part of the run did.
+
+        An older one is replaced only when the new one is whole. Return the folder.
+        """
+        if self.mesh.on_main(self._exported_step) != step:
+            self._export(step)
+        return self.folder / "pipeline"
+
+    def _export(self, step: int) -> None:
+        average = gather_full_tensors(self.ema.state_dict(), self.mesh)
+        self.mesh.on_main(lambda: self._write_pipeline(self._pipeline(step, average)))
+
+    def _write_pipeline(self, pipe: Any) -> None:
+        target = self.folder / "pipeline"
+        with replace_folder(f"pipeline {target}", target) as aside:
+            pipe.save_pretrained(aside)
+
+    def _exported_step(self) -> int | None:
+        """Return the step of the pipeline in the run folder; None if there is none."""
+        from stdit.pipelines.loading import MODEL_INDEX, pipeline_step
+
+        folder = self.folder / "pipeline"
+        return pipeline_step(folder) if (folder / MODEL_INDEX).is_file() else None
+
+    def _pipeline(self, step: int, weights: dict[str, Tensor]) -> Any:
+        from stdit.pipelines.pipeline import STDiTPipeline
+
+        parts, model = self.components, self.components.model.with_weights(weights).to(self.mesh.device)
+        return STDiTPipeline(
+            model, parts.codec, parts.text_encoder, parts.flow, **self.pipeline_settings, step=step
+        )

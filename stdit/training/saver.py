@@ -1,0 +1,132 @@
+"""Save checkpoints of a run when they are due or asked for, and load the one that it resumes from."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stdit
+from stdit.cli import plain
+from stdit.training.build import RunComponents
+from stdit.training.checkpoint import check_same_experiment
+from stdit.training.checkpoint_writer import CheckpointWriter
+from stdit.training.requests import NoRequests, RequestFiles
+from stdit.training.stop_signals import StopSignals
+from stdit.training.system import ProgressBar
+from stdit.training.trainer import Trainer
+
+LONG_WAIT = 1.0
+"""Print a message if a save waited longer than this many seconds for the one before."""
+
+
+class Saver:
+    """Checkpoints of a run; every rank has one and calls it alike.
+
+    Args:
+        folder: of the run.
+        components: of the run.
+        trainer: whose state is saved.
+        pipeline_settings: settings of the pipeline that is made of a checkpoint.
+        checkpoint: to resume from; none: start at step 0.
+
+    Raises:
+        UserError: if the checkpoint is of another experiment, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        components: RunComponents,
+        trainer: Trainer,
+        pipeline_settings: dict[str, Any],
+        checkpoint: Path | None,
+    ) -> None:
+        self.config, self.experiment = components.config, components.experiment
+        self.trainer, self.mesh, self.pipeline_settings = trainer, trainer.mesh, pipeline_settings
+        self.checkpoints = CheckpointWriter(
+            folder / "checkpoints", self.config.checkpoint, self.mesh, self.config.parallel.timeout
+        )
+        self.start_step = 0 if checkpoint is None else self.load(checkpoint)
+        if checkpoint is not None and self._needs_more_micro_batches():
+            print(
+                f"each batch was split into {trainer.parts} parts, and now into {self.mesh.dp}: to stay the same, it "
+                f"takes up to {-(-trainer.parts // self.mesh.dp)} micro-batches a step"
+            )
+        self.requests = NoRequests()
+        if self.mesh.is_main:
+            self.requests = RequestFiles(folder, self.config.checkpoint.minutes)
+
+    def load(self, checkpoint: Path) -> int:
+        """Load the trainer's state and return its step. Raises UserError if it is of another experiment."""
+        meta = check_same_experiment(checkpoint, self.experiment)
+        self.trainer.read(checkpoint, meta)
+        return meta["step"]
+
+    def _needs_more_micro_batches(self) -> bool:
+        return self.trainer.parts > self.mesh.dp and self.config.trainer.micro_batch_size is None
+
+    def is_due(self, step: int, signals: StopSignals) -> bool:
+        """Return whether to save after ``step`` steps, because of the settings, a signal or a request.
+
+        Every rank must call this after each step: it also makes all ranks stop after the same one.
+
+        Raises:
+            UserError: on every rank, if the checkpoint that is being written has failed on one.
+        """
+        requested = self.requests.poll()
+        save, failed = signals.synchronize(
+            self.mesh, requested.stop, [requested.save, self.checkpoints.failed]
+        )
+        if failed:
+            self.checkpoints.wait()
+        stops = signals.stop_signal is not None
+        return bool(save) or stops or self.config.trainer.is_due(step, self.config.checkpoint.every)
+
+    def save(self, step: int, at_once: bool) -> Path:
+        """Save the state after ``step`` steps.
+
+        Args:
+            at_once: return when it is on the disk; otherwise it may be written while the run continues.
+
+        Raises:
+            UserError: if it cannot be written, or the one before could not.
+        """
+        meta = {
+            "experiment": self.experiment,
+            "config": plain(self.config),
+            "pipeline": self.pipeline_settings,
+            "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
+            "spikes": self.trainer.spikes.state(),
+            "parts": self.trainer.parts,
+            "validation_loss": self.checkpoints.losses.get(step),
+            "versions": {
+                "stdit": stdit.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        folder = self.checkpoints.save(
+            step,
+            self.trainer.state(),
+            meta,
+            write_more=lambda folder: self.trainer.model.save_config(folder / "model"),  # type: ignore[operator]
+            at_once=at_once,
+        )
+        self.requests.fulfilled()
+        if (waited := self.checkpoints.seconds.get("checkpoint_wait_seconds", 0)) > LONG_WAIT:
+            ProgressBar.write(
+                f"checkpoint of step {step}: waited {waited:.0f} s for the one before to be written; raise "
+                "checkpoint.every if this happens again"
+            )
+        return folder
+
+    def take_seconds(self) -> dict[str, float]:
+        """Return how long the last save took, by name; empty if that was returned before."""
+        seconds, self.checkpoints.seconds = self.checkpoints.seconds, {}
+        return seconds
+
+    def close(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """After an error, but not after a signal, wait some time for the checkpoint that is being written."""
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.checkpoints.wait_at_exit()

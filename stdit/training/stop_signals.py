@@ -1,0 +1,142 @@
+"""Stop a run on a signal: after its step, or at once. Imports no torch, so that the first seconds count, too."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stdit.parallel.processes.mesh import Mesh
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+"""Signals that stop a run: those of schedulers, launchers and keyboards."""
+REPEAT_SECONDS = 1.0
+"""Signals within this time are one request: launchers forward what their processes have received already."""
+EXIT_SECONDS = 3.0
+"""Seconds after a second request in which the process must end by itself, before it is killed."""
+
+
+class Stop(KeyboardInterrupt):
+    """Raised by a signal that ends the process where it is.
+
+    Args:
+        code: exit code of the process.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
+class StopSignals:
+    """The signals that this process received, and the one for which all ranks stop."""
+
+    received: signal.Signals | None = None
+    """The latest signal to this process."""
+    stop_signal: signal.Signals | None = None
+    """The signal that any rank received, the same on all ranks: they stop after the same step."""
+    finish_step = False
+    """Whether a first signal lets the run finish its step; otherwise it ends the process where it is."""
+
+    def __init__(self) -> None:
+        self._received_at = 0.0
+
+    def synchronize(self, mesh: "Mesh", stop: bool = False, others: Sequence[int] = ()) -> list[int]:
+        """Set `stop_signal` to what any rank received; every rank must call this.
+
+        Args:
+            stop: the run is asked to stop by other means than a signal; counts as SIGTERM.
+            others: numbers to reduce in the same collective.
+
+        Returns:
+            The maximum of each of ``others`` over all ranks.
+        """
+        received = signal.SIGTERM if stop else self.received
+        number, *maxima = mesh.all_reduce_max([0 if received is None else received.value, *others])
+        self.stop_signal = signal.Signals(number) if number else None
+        return maxima
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the process: 130 after Ctrl-C, as shells expect; else 0, since the run can resume."""
+        return _exit_code(self.stop_signal or self.received)
+
+    def __str__(self) -> str:
+        return "interrupted" if self.exit_code else "preempted"
+
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Handle a signal. Raises Stop if it is a second one, or if there is no step to finish."""
+        first, now = self.received is None, time.monotonic()
+        if first or now - self._received_at > REPEAT_SECONDS:
+            self.received, self._received_at = signal.Signals(number), now
+            if not (first and self.finish_step):
+                raise Stop(self.exit_code)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Handle SIGTERM, SIGUSR1 and Ctrl-C in a block: they leave it, and the code after it runs.
+
+    With ``finish_step`` the first signal is recorded instead, and a second one leaves the block; if the main thread
+    does not return to Python, where it could handle the signal, the process ends.
+    """
+    signals = StopSignals()
+    before = {number: signal.signal(number, signals.handle) for number in STOP_SIGNALS}
+    try:
+        with _end_process_after_second_signal():
+            yield signals
+    except Stop:
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(number: int | None) -> int:
+    return 130 if number == signal.SIGINT else 0
+
+
+@contextmanager
+def _end_process_after_second_signal() -> Iterator[None]:
+    """End the process `EXIT_SECONDS` after a second signal, if it has not ended by then."""
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    done = threading.Event()
+
+    def listen() -> None:
+        since: float | None = None
+        while number := receiver.recv(1):  # Python writes a byte for each signal, as soon as it comes
+            if number[0] not in STOP_SIGNALS:
+                continue
+            now = time.monotonic()
+            if since is not None and now - since > REPEAT_SECONDS and not done.wait(EXIT_SECONDS):
+                _end_process(_exit_code(number[0]))
+            since = since or now
+
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(before)
+        sender.close()
+        thread.join()
+        receiver.close()
+
+
+def _end_process(code: int) -> None:
+    """End the process although its main thread may be stuck in a library; loader processes first."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
