@@ -7,6 +7,7 @@ import pytest
 from torch import Tensor
 
 from stdit.checkpoint_files import read_meta
+from stdit.data.batch import EncodedBatch
 from stdit.training.spikes import SpikeGuard
 from stdit.training.trainer import Trainer
 from tests.test_train import Settings, do, metrics, numbers, same_state, settings  # noqa: F401
@@ -23,9 +24,9 @@ def jump_at(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
     """Let the loss of a step be a hundred times what it is; the steps that are computed."""
     original, seen = Trainer.accumulate, []
 
-    def accumulate(self: Trainer, step: int, batch: dict[str, Any]) -> Tensor:
-        seen.append(step)
-        return original(self, step, batch) * (100 if step == at else 1)
+    def accumulate(self: Trainer, batch: EncodedBatch) -> Tensor:
+        seen.append(batch.step)
+        return original(self, batch) * (100 if batch.step == at else 1)
 
     monkeypatch.setattr(Trainer, "accumulate", accumulate)
     return seen
