@@ -1,4 +1,4 @@
-"""How strongly each step of sampling follows the caption (classifier-free guidance).
+"""Classifier-free guidance: its scale in each step of sampling, and its rescaling.
 
 Symbols: g guidance scale (1: none), sigma noise level of a step (1 noise, 0 data).
 """
@@ -9,55 +9,57 @@ import torch
 from torch import Tensor
 
 
-def constant(scale: float, sigma: float, step: int, interval: tuple[float, float]) -> float:
-    """g in every step (Ho & Salimans 2022, arXiv:2207.12598)."""
+def _constant(scale: float, sigma: float, step: int, interval: tuple[float, float]) -> float:
+    """Return g in every step (Ho & Salimans 2022, arXiv:2207.12598)."""
     return scale
 
 
-def linear(scale: float, sigma: float, step: int, interval: tuple[float, float]) -> float:
-    """From no guidance at noise to twice as much at data: g on average (Wang et al. 2024, arXiv:2404.13040)."""
+def _linear(scale: float, sigma: float, step: int, interval: tuple[float, float]) -> float:
+    """Rise from no guidance at noise to twice as much at data: g on average (Wang et al. 2024, arXiv:2404.13040)."""
     return 1 + 2 * (scale - 1) * (1 - sigma)
 
 
-def within(scale: float, sigma: float, step: int, interval: tuple[float, float]) -> float:
-    """g at noise levels inside an interval, no guidance outside (Kynkaanniemi et al. 2024, arXiv:2404.07724)."""
+def _interval(scale: float, sigma: float, step: int, interval: tuple[float, float]) -> float:
+    """Return g at noise levels inside an interval, 1 outside (Kynkaanniemi et al. 2024, arXiv:2404.07724)."""
     low, high = interval
     return scale if low <= sigma <= high else 1.0
 
 
-def oscillating(scale: float, sigma: float, step: int, interval: tuple[float, float]) -> float:
-    """g in every second step, beginning with the first, and no guidance in the others."""
+def _oscillating(scale: float, sigma: float, step: int, interval: tuple[float, float]) -> float:
+    """Return g in every second step, beginning with the first, and 1 in the others."""
     return scale if step % 2 == 0 else 1.0
 
 
 GUIDANCE_SCHEDULES: dict[str, Callable[[float, float, int, tuple[float, float]], float]] = {
-    "constant": constant,
-    "linear": linear,
-    "interval": within,
-    "oscillating": oscillating,
+    "constant": _constant,
+    "linear": _linear,
+    "interval": _interval,
+    "oscillating": _oscillating,
 }
 
 
-def moments(values: Tensor) -> Tensor:
-    """Count, sum and sum of squares of each sample of ``[B ...]``, ``[3 B]``: those of parts of a video add up."""
+def sample_moments(values: Tensor) -> Tensor:
+    """Return count, sum and sum of squares of each sample of ``[B ...]``, ``[3 B]``; those of parts of a video add
+    up."""
     rows = values.flatten(1).double()
     return torch.stack([torch.full_like(rows[:, 0], rows.shape[1]), rows.sum(1), rows.square().sum(1)])
 
 
-def spread(moments: Tensor) -> Tensor:
-    """Standard deviation ``[B]`` of samples with these `moments`."""
+def standard_deviation(moments: Tensor) -> Tensor:
+    """Return the standard deviation ``[B]`` of samples with these `sample_moments`."""
     count, total, squares = moments
     return (squares / count - (total / count).square()).sqrt()
 
 
-def rescale(guided: Tensor, target: Tensor, found: Tensor, share: float) -> Tensor:
-    """Bring a guided velocity ``[B ...]`` back to the spread of the unguided one, by a share of the way.
+def rescale_guidance(guided: Tensor, target: Tensor, found: Tensor, strength: float) -> Tensor:
+    """Scale a guided velocity ``[B ...]`` towards the standard deviation of the conditional one.
 
-    Lin et al. 2024, arXiv:2305.08891, equations 15 and 16; large scales otherwise give glaring colours.
+    Lin et al. 2024, arXiv:2305.08891, equations 15 and 16; large guidance scales otherwise oversaturate colours.
 
     Args:
-        target: standard deviation of the velocity that follows the caption, ``[B]``.
-        found: that of the guided one, ``[B]``.
+        target: standard deviation of the conditional velocity, ``[B]``.
+        found: standard deviation of the guided velocity, ``[B]``.
+        strength: 0 (no change) to 1 (all the way): phi of equation 16.
     """
-    factor = share * target / found + (1 - share)
+    factor = strength * target / found + (1 - strength)
     return guided * factor.to(guided.dtype).view(-1, *[1] * (guided.ndim - 1))

@@ -1,4 +1,4 @@
-"""What an STDiT is made of. Kept apart from the model, so that reading a config imports no diffusers."""
+"""Settings of an STDiT. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from typing import Literal
 
 from stdit.errors import UserError
 
-LARGEST = 10_000_000
-"""More of anything is a slip of the keyboard."""
+_MAX_SIZE = 10_000_000
+"""Larger sizes are typing errors."""
 
 
 @dataclass
@@ -16,39 +16,40 @@ class STDiTConfig:
     """The defaults are Open-Sora v1.2's STDiT3-XL/2; presets lie in ``configs/models``."""
 
     depth: int = 28
-    """Number of block pairs: so many spatial blocks, and as many temporal ones."""
+    """Number of spatial blocks, and of temporal blocks."""
     hidden_size: int = 1152
     """Width D of the tokens."""
     num_heads: int = 16
-    """Attention heads; must divide the width into heads of an even size (rotary positions turn pairs)."""
+    """Attention heads; the width must be a multiple of twice their number (rotary positions rotate pairs of
+    channels)."""
     mlp_ratio: float = 4.0
     """Width of the MLP's hidden layer, as a multiple of D."""
     patch_size: tuple[int, int, int] = (1, 2, 2)
     """Latent frames, rows and columns of one token."""
     in_channels: int = 4
-    """Channels of the latents; training sets it to what the codec gives."""
+    """Channels of the latents; training takes them from the codec."""
     pred_sigma: bool = True
-    """Give twice as many output channels, the second half unused: Open-Sora's layout of the last layer."""
+    """Twice as many output channels, of which the second half is unused, as in Open-Sora's last layer."""
     caption_channels: int = 4096
-    """Width E of the text encoder's states; training sets it to what the encoder gives."""
+    """Width E of the text states; training takes it from the text encoder."""
     model_max_length: int = 300
-    """Most text tokens L that the null caption covers; training sets it to the encoder's limit."""
+    """Length L of the null caption in tokens; training takes it from the text encoder."""
     qk_norm: bool = True
     """RMS-normalise queries and keys per head."""
     input_sq_size: int = 512
-    """Edge in pixels of the square picture whose spatial positions are left unscaled."""
+    """Edge in pixels of the square picture whose spatial positions are not scaled."""
     block_order: Literal["alternate", "paired"] = "alternate"
-    """alternate: S T S T (Open-Sora); paired: S T T S, which needs half the switches under DSP."""
+    """alternate: S T S T (Open-Sora); paired: S T T S, which needs half of the all-to-alls of DSP."""
     cross_attention: Literal["all", "spatial"] = "all"
     """Blocks that attend to the caption."""
     pooled_text: bool = False
     """Add the mean of the caption's states to the timestep embedding."""
     frame_positions: bool = False
-    """Add sine-cosine positions of the frames: by rotary ones alone, frames of like content cannot be told apart."""
+    """Add sine-cosine positions of the frames: with rotary ones alone, frames of equal content look the same."""
     mlp_conv: bool = False
-    """Before each MLP, mix every token with its neighbours along the axes that the block attends over."""
+    """Before each MLP, a depthwise convolution along the axes that the block attends over."""
     gate_init: float = 0.0
-    """Value around which the gates of the residual branches start."""
+    """Mean of the initial gates of the residual branches."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -59,8 +60,8 @@ class STDiTConfig:
             "caption_channels",
             "model_max_length",
         ):
-            if not 1 <= getattr(self, name) <= LARGEST:
-                raise UserError(f"model.{name} = {getattr(self, name)}: must be from 1 to {LARGEST:,}")
+            if not 1 <= getattr(self, name) <= _MAX_SIZE:
+                raise UserError(f"model.{name} = {getattr(self, name)}: must be from 1 to {_MAX_SIZE:,}")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             raise UserError(
                 f"model.patch_size = {self.patch_size}: must be three sizes (frames, rows, columns), each at least 1"
@@ -88,7 +89,7 @@ class STDiTConfig:
 
 
 def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int]:
-    """Frames of tokens, and tokens of a frame, of latents of (T, H, W), which are padded to whole patches."""
+    """Return frames of tokens, and tokens per frame, of latents of (T, H, W) padded to whole patches."""
     frames, rows, columns = (
         math.ceil(size / patch) for size, patch in zip(latent_shape, patch_size, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Positions, timesteps and captions as vectors.
+"""Embeddings of positions, timesteps and captions.
 
 Letters: B batch, C channels, T frames, H height, W width, S = H*W patches, D width, L text tokens, E text width.
 """
@@ -10,30 +10,30 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def frequencies(dim: int, base: float, device: torch.device) -> Tensor:
-    """``base^(-2i / dim)`` for i < dim / 2, in float32.
+def inverse_frequencies(dim: int, base: float, device: torch.device) -> Tensor:
+    """Return ``base^(-2i / dim)`` for i < dim / 2, in float32.
 
-    At a timestep near 1000 the last bit of a frequency moves the angle by 1e-4, so the rounding of trained
-    models is kept: a float32 exponent, then its exponential.
+    At a timestep near 1000 the last bit of a frequency changes the angle by 1e-4, so this rounds as the code that the
+    released models were trained with: a float32 exponent, then its exponential.
     """
     exponent = -math.log(base) * torch.arange(dim // 2, device=device, dtype=torch.float32) / (dim // 2)
     return exponent.exp()
 
 
 def sincos(position: Tensor, dim: int, base: float = 10000.0) -> Tensor:
-    """All sines, then all cosines, of ``position [...]`` at ``dim / 2`` frequencies -> ``[..., dim]``.
+    """Return all sines, then all cosines, of ``position [...]`` at ``dim / 2`` frequencies -> ``[..., dim]``.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, with the two halves not interleaved.
     """
-    angle = position[..., None].float() * frequencies(dim, base, position.device)  # [... dim/2]
+    angle = position[..., None].float() * inverse_frequencies(dim, base, position.device)  # [... dim/2]
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 def spatial_positions(rows: int, columns: int, dim: int, area: Tensor, input_sq_size: int) -> Tensor:
-    """2-D sine-cosine positions of a grid of patches -> ``[B S dim]``; the column in the first half.
+    """Return 2-D sine-cosine positions of a grid of patches -> ``[B S dim]``; the column in the first half.
 
-    The grid is stretched to the square of equal count and divided by the picture's edge, so that one trained size
-    carries over to others (Open-Sora v1.2).
+    The grid is stretched to the square with as many patches and divided by the picture's edge, so that positions of
+    one trained size transfer to others (Open-Sora v1.2).
 
     Args:
         area: height * width of the video in pixels, ``[B]``.
@@ -49,19 +49,19 @@ def spatial_positions(rows: int, columns: int, dim: int, area: Tensor, input_sq_
 
 
 def rotary_angles(frames: int, dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
-    """Angles of rotary positions -> ``[T dim/2]`` (Su et al. 2021, arXiv:2104.09864, equation 15)."""
-    return torch.arange(frames, device=device)[:, None] * frequencies(dim, base, device)
+    """Return the angles of rotary positions -> ``[T dim/2]`` (Su et al. 2021, arXiv:2104.09864, equation 15)."""
+    return torch.arange(frames, device=device)[:, None] * inverse_frequencies(dim, base, device)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn each adjacent pair of channels of ``x [... T dim]`` by ``angles [T dim/2]``."""
+    """Rotate each adjacent pair of channels of ``x [... T dim]`` by ``angles [T dim/2]``."""
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
 class PatchEmbed3D(nn.Module):
-    """``[B C T H W] -> [B T' S D]``: one linear map for each patch of latent frames, rows and columns."""
+    """Embed patches of latent frames, rows and columns linearly: ``[B C T H W] -> [B T' S D]``."""
 
     def __init__(self, patch_size: tuple[int, int, int], in_channels: int, dim: int) -> None:
         super().__init__()
@@ -74,16 +74,16 @@ class PatchEmbed3D(nn.Module):
 
 
 class ScalarEmbedder(nn.Module):
-    """A scalar (timestep, frames per second) as a vector: cosines and sines, then an MLP; ``[...] -> [... D]``."""
+    """Embed a scalar (timestep, frames per second): cosines and sines, then an MLP; ``[...] -> [... D]``."""
 
-    def __init__(self, dim: int, frequencies: int = 256) -> None:
+    def __init__(self, dim: int, frequency_dim: int = 256) -> None:
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, scalar: Tensor) -> Tensor:
-        waves = sincos(scalar, self.frequencies)
-        waves = waves.roll(self.frequencies // 2, dims=-1)  # cosines first, as in DiT
+        waves = sincos(scalar, self.frequency_dim)
+        waves = waves.roll(self.frequency_dim // 2, dims=-1)  # cosines first, as in DiT
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
@@ -100,7 +100,8 @@ class Mlp(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text states ``[B L E]`` to the model's width, with a learned null caption for classifier-free guidance."""
+    """Project text states ``[B L E]`` to the model's width; has the learned null caption of classifier-free
+    guidance."""
 
     def __init__(self, caption_channels: int, dim: int, max_length: int) -> None:
         super().__init__()
@@ -108,10 +109,10 @@ class CaptionEmbedder(nn.Module):
         self.y_embedding = nn.Parameter(torch.empty(max_length, caption_channels))
 
     def null(self, states: Tensor) -> Tensor:
-        """States of the null caption, ``[L E]``, as long and as precise as ``states [B L E]``."""
+        """Return the null caption's states, ``[L E]``, in the length and dtype of ``states [B L E]``."""
         return self.y_embedding[: states.shape[1]].to(states.dtype)
 
     def forward(self, states: Tensor, drop: Tensor | None = None) -> Tensor:
-        """``[B L E] -> [B L D]``; where ``drop [B]`` is true, the null caption's."""
+        """Project ``[B L E] -> [B L D]``; where ``drop [B]`` is true, of the null caption."""
         y = self.y_proj(states)
         return y if drop is None else torch.where(drop[:, None, None], self.y_proj(self.null(states)), y)

@@ -1,7 +1,7 @@
-"""Checkpoints of Open-Sora v1.2's STDiT3: their files, their settings, their keys. No model is built here.
+"""Read checkpoints of Open-Sora v1.2's STDiT3: files, settings and keys. No model is built here.
 
-An STDiT names its weights as STDiT3 does. A checkpoint of STDiT3 has one tensor more, the frequencies of the
-rotary positions, which are a constant: it is left out, and written again on the way back.
+An STDiT names its weights as STDiT3 does. A checkpoint of STDiT3 has one tensor more, the frequencies of the rotary
+positions, which are a constant: it is skipped, and written by the conversion back.
 """
 
 import pickle
@@ -20,44 +20,44 @@ from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
 
 ROTARY = "rope.freqs"
-"""The one tensor of a checkpoint that holds no weights, ``[head size / 2]``."""
+"""The only tensor of a checkpoint that is not a weight, ``[head size / 2]``."""
 
-SETTINGS = (
+_STDIT3_SETTINGS = (
     "depth hidden_size num_heads mlp_ratio patch_size in_channels pred_sigma caption_channels model_max_length "
     "qk_norm input_sq_size"
 ).split()
-"""Settings that STDiT3 has, too, and under the same name."""
+"""Settings that STDiT3 has under the same name."""
 
-TELLING = {
+_SETTINGS_SHAPES = {
     "x_embedder.proj.weight": 5,
     "y_embedder.y_embedding": 2,
     "spatial_blocks.0.mlp.fc1.weight": 2,
     "final_layer.linear.weight": 2,
 }
-"""Weights whose shapes tell the settings, with their number of axes."""
+"""Weights whose shapes determine settings, with their number of axes."""
 
-KINDS_OF_FILES = (
+_FILE_PATTERNS = (
     ("*.safetensors.index.json",),
     ("*.safetensors",),
     ("*.bin.index.json",),
     ("*.pth", "*.pt", "*.bin"),
 )
-"""What a folder may hold; the first kind that is there is read."""
+"""Files of weights in a folder; the first kind that exists is read."""
 
-LFS_POINTER = b"version https://git-lfs"
-LISTED = 20
-"""So many keys of a kind are listed in an error."""
+_LFS_POINTER = b"version https://git-lfs"
+_MAX_LISTED = 20
+"""Largest number of keys of each kind in an error."""
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict of a file or folder, and the settings in the ``config.json`` there (none without one).
+    """Read the state dict of a file or folder, and the settings in its ``config.json`` (empty without one).
 
     Args:
         path: a .safetensors; a .pth, .pt or .bin, read as weights only; the index of either in shards; or the
             folder of one of them.
 
     Raises:
-        UserError: if that is not there, is damaged, is more than weights, or is of another model.
+        UserError: if it does not exist, is damaged, holds more than weights, or is of another model.
     """
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder: give an Open-Sora checkpoint.")
@@ -66,7 +66,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors alone of a file or folder that is there. Raises UserError as `read_checkpoint` does."""
+    """Read only the tensors of a file or folder. Raises UserError as `read_checkpoint` does."""
     state: dict[str, Tensor] = {}
     for file in _weight_files(path):
         state |= _read_tensors(file)
@@ -74,15 +74,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The settings that the shapes of a checkpoint tell.
+    """Infer settings from the shapes of a checkpoint.
 
-    They do not tell ``input_sq_size``, and ``num_heads`` only by the norm of the heads or the rotary frequencies.
+    They do not determine ``input_sq_size``, and ``num_heads`` only with QK norm or with the rotary frequencies.
 
     Raises:
-        UserError: if it is no checkpoint of STDiT3.
+        UserError: if it is not a checkpoint of STDiT3.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    lacking = [name for name, axes in TELLING.items() if len(shapes.get(name, ())) != axes]
+    lacking = [name for name, axes in _SETTINGS_SHAPES.items() if len(shapes.get(name, ())) != axes]
     if lacking:
         raise UserError(
             f"this is no checkpoint of Open-Sora v1.2's STDiT3: it lacks {', '.join(lacking)}, and has "
@@ -110,17 +110,17 @@ def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def to_stdit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a checkpoint: all but the rotary frequencies.
+    """Return the weights of a checkpoint: all tensors but the rotary frequencies.
 
     Raises:
-        UserError: if those are others than this model turns by.
+        UserError: if the rotary frequencies are not this model's.
     """
     if ROTARY in state:
         found = state[ROTARY]
         expected = rotary_frequencies(2 * found.numel())
         if found.ndim != 1 or not torch.allclose(found.cpu().float(), expected, rtol=1e-2):
             raise UserError(
-                f"{ROTARY} holds other frequencies than 10000^(-2i / head size), which is all that STDiT has: "
+                f"{ROTARY} holds other frequencies than 10000^(-2i / head size), the only ones that STDiT has: "
                 "this model cannot be converted."
             )
     return {name: tensor for name, tensor in state.items() if name != ROTARY}
@@ -129,7 +129,7 @@ def to_stdit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_opensora(
     weights: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and ``config.json`` of an STDiT3 with the weights and settings of an STDiT.
+    """Convert weights and settings of an STDiT to the state dict and ``config.json`` of an STDiT3.
 
     Raises:
         UserError: if the model uses an option that STDiT3 does not have.
@@ -137,7 +137,7 @@ def to_opensora(
     own = {
         f.name: settings[f.name]
         for f in fields(STDiTConfig)
-        if f.name not in (*SETTINGS, "gate_init") and settings[f.name] != f.default
+        if f.name not in (*_STDIT3_SETTINGS, "gate_init") and settings[f.name] != f.default
     }
     if own:
         used = ", ".join(f"{name} = {value}" for name, value in own.items())
@@ -147,18 +147,18 @@ def to_opensora(
     frequencies = rotary_frequencies(settings["hidden_size"] // settings["num_heads"])
     dtype = weights["x_embedder.proj.weight"].dtype
     config = {"model_type": "STDiT3", "architectures": ["STDiT3"]} | {
-        name: settings[name] for name in SETTINGS
+        name: settings[name] for name in _STDIT3_SETTINGS
     }
     return {**weights, ROTARY: frequencies.to(dtype)}, config
 
 
 def rotary_frequencies(head_size: int) -> Tensor:
-    """``10000^(-2i / head size)``, rounded as the package that Open-Sora takes them from rounds."""
+    """Return ``10000^(-2i / head size)``, rounded as in the package that Open-Sora uses."""
     return 1.0 / (10000 ** (torch.arange(0, head_size, 2).float() / head_size))
 
 
 def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise UserError that lists what a model lacks in ``found``, what it has no place for, and unlike shapes."""
+    """Raise UserError that lists missing keys, surplus keys and other shapes, if there are any."""
     shape = {name: list(tensor.shape) for name, tensor in (*expected.items(), *found.items())}
     missing = [f"missing: {name} {shape[name]}" for name in expected if name not in found]
     surplus = [f"surplus: {name} {shape[name]}" for name in found if name not in expected]
@@ -170,7 +170,10 @@ def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
     lines = [
         line
         for kind in (missing, surplus, unlike)
-        for line in (*kind[:LISTED], *([f"... and {len(kind) - LISTED} more"] if len(kind) > LISTED else []))
+        for line in (
+            *kind[:_MAX_LISTED],
+            *([f"... and {len(kind) - _MAX_LISTED} more"] if len(kind) > _MAX_LISTED else []),
+        )
     ]
     if lines:
         rule = "the checkpoint does not fit the model that its config and shapes describe"
@@ -185,11 +188,11 @@ def _read_settings(file: Path) -> dict[str, Any]:
     kind = config.get("model_type") or config.get("_class_name")
     if kind not in (None, "STDiT3"):
         raise UserError(f"{file} is that of a {kind}, not of Open-Sora's STDiT3: give a checkpoint of that.")
-    return {name: config[name] for name in SETTINGS if name in config}
+    return {name: config[name] for name in _STDIT3_SETTINGS if name in config}
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files of a checkpoint: itself, its shards, or what the folder holds."""
+    """Return the files of a checkpoint: the file, its shards, or those of the folder."""
     if path.name.endswith(".index.json"):
         weight_map = read_json(path, "a checkpoint").get("weight_map")
         shards = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
@@ -200,7 +203,7 @@ def _weight_files(path: Path) -> list[Path]:
         return [path.parent / name for name in shards]
     if path.is_file():
         return [path]
-    for patterns in KINDS_OF_FILES:
+    for patterns in _FILE_PATTERNS:
         files = sorted(file for pattern in patterns for file in path.glob(pattern))
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
@@ -214,13 +217,13 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     with open(file, "rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise UserError(
                 f"{file} is only a pointer of Git LFS: fetch the weights themselves (git lfs pull)."
             )
     try:
         if file.suffix == ".safetensors":
-            # Copied: they would be a view of the file, and gone if somebody wrote a new one in its place.
+            # Copied: they are a view of the file, which another process may overwrite.
             return {name: tensor.clone() for name, tensor in load_file(file).items()}
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -1,4 +1,4 @@
-"""How large a model is, and what a batch asks of it, without building it."""
+"""Count the parameters and the work of a model without allocating it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -28,23 +28,23 @@ def batch_load(config: STDiTConfig, latent_shape: Sequence[int], clips: int, **o
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Weights of a model."""
+    """Return the number of weights of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def held_bytes(*modules: nn.Module) -> int:
-    """Bytes of the weights and buffers of modules."""
+def tensor_bytes(*modules: nn.Module) -> int:
+    """Return the bytes of all weights and buffers of modules."""
     return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
 
 
-def count_unbuilt(config: STDiTConfig, count: Callable[[STDiT], int] = parameter_count) -> int:
-    """What ``count`` gives for a model of any size, from two shallow ones without memory: all blocks are alike.
+def count_on_meta(config: STDiTConfig, count: Callable[[STDiT], int] = parameter_count) -> int:
+    """Return ``count`` of a model of any depth, extrapolated from depths 1 and 2, since all blocks are equal.
 
     Raises:
-        UserError: if a single weight would have more bytes than can be counted.
+        UserError: if a single weight would have more bytes than torch can count.
     """
     try:
-        one, two = (count(without_memory(replace(config, depth=depth))) for depth in (1, 2))
+        one, two = (count(meta_model(replace(config, depth=depth))) for depth in (1, 2))
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -55,7 +55,7 @@ def count_unbuilt(config: STDiTConfig, count: Callable[[STDiT], int] = parameter
     return one + (config.depth - 1) * (two - one)
 
 
-def without_memory(config: STDiTConfig) -> STDiT:
-    """A model whose weights have shapes only; torch's random state is left alone."""
+def meta_model(config: STDiTConfig) -> STDiT:
+    """Build a model on the meta device, without changing torch's random state."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return STDiT(**asdict(config))

@@ -43,8 +43,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-class Grid(NamedTuple):
-    """Where the tokens lie."""
+class TokenGrid(NamedTuple):
+    """Positions of the tokens."""
 
     columns: int
     """Patches in a row of a frame."""
@@ -55,8 +55,8 @@ class Grid(NamedTuple):
 class STDiTBlock(nn.Module):
     """Self-attention, cross-attention and MLP on ``[B T S D]``.
 
-    A subclass says which tokens see each other; everything else acts on each token by itself, so a block also
-    runs on a shard of the tensor along the other axis: in ``shard``.
+    A subclass defines which tokens attend to each other; everything else acts on each token by itself, so a block
+    also runs on a part of the tensor along the axis ``shard``.
     """
 
     shard: ClassVar[ShardAxis]
@@ -70,36 +70,40 @@ class STDiTBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim)
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
-    def self_attention(self, x: Tensor, grid: Grid) -> Tensor:
+    def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         raise NotImplementedError
 
-    def mix(self, x: Tensor, grid: Grid) -> Tensor:
-        """Add to each token a depthwise convolution over its neighbours, if the model has one."""
+    def convolve_neighbours(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Add a depthwise convolution over the neighbours of each token, if the model has one."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: Grid) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
+    ) -> Tensor:
         """One block (PixArt-alpha, figure 4): ``x [B T S D]``, caption ``y [B L D]``, ``modulation [B F 6 D]``."""
         table = self.scale_shift_table.to(x.dtype) + modulation
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, :, :, None].unbind(2)  # each [B F 1 D]
         x = torch.addcmul(x, gate_a, self.self_attention(modulate(x, shift_a, scale_a), grid))
         if self.cross_attn is not None:
             x = x + self.cross_attn(x.flatten(1, 2), y, y_mask).view_as(x)
-        return torch.addcmul(x, gate_m, self.mlp(self.mix(modulate(x, shift_m, scale_m), grid)))
+        return torch.addcmul(
+            x, gate_m, self.mlp(self.convolve_neighbours(modulate(x, shift_m, scale_m), grid))
+        )
 
 
 class SpatialBlock(STDiTBlock):
-    """The patches of one frame see each other."""
+    """Attention among the patches of each frame."""
 
     shard = "time"
 
     def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
         super().__init__(config, cross_attention, nn.Conv2d)
 
-    def self_attention(self, x: Tensor, grid: Grid) -> Tensor:
+    def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B T) S D")
         return rearrange(self.attn(rows), "(B T) S D -> B T S D", B=x.shape[0])
 
-    def mix(self, x: Tensor, grid: Grid) -> Tensor:
+    def convolve_neighbours(self, x: Tensor, grid: TokenGrid) -> Tensor:
         if self.mlp_conv is None:
             return x
         frames = rearrange(x, "B T (H W) D -> (B T) D H W", W=grid.columns)
@@ -107,18 +111,18 @@ class SpatialBlock(STDiTBlock):
 
 
 class TemporalBlock(STDiTBlock):
-    """The frames of one patch see each other, with rotary positions."""
+    """Attention among the frames of each patch, with rotary positions."""
 
     shard = "space"
 
     def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
         super().__init__(config, cross_attention, nn.Conv1d)
 
-    def self_attention(self, x: Tensor, grid: Grid) -> Tensor:
+    def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B S) T D")
         return rearrange(self.attn(rows, grid.angles), "(B S) T D -> B T S D", B=x.shape[0])
 
-    def mix(self, x: Tensor, grid: Grid) -> Tensor:
+    def convolve_neighbours(self, x: Tensor, grid: TokenGrid) -> Tensor:
         if self.mlp_conv is None:
             return x
         lines = rearrange(x, "B T S D -> (B S) D T")
@@ -167,32 +171,32 @@ class STDiT(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_opensora(cls, source: str | PathLike[str] | Mapping[str, Tensor], **config: Any) -> Self:
-        """The model that a checkpoint of Open-Sora v1.2's STDiT3 holds, in the checkpoint's precision.
+        """Load a checkpoint of Open-Sora v1.2's STDiT3, in the checkpoint's precision.
 
         Args:
             source: folder or file (see `stdit.models.opensora.read_checkpoint`), or a state dict, whose tensors the
                 model then shares.
-            config: settings in place of those that the source's config.json, or else its shapes, tell.
+            config: settings that replace those of the source's config.json or of its shapes.
 
         Raises:
-            UserError: if it cannot be read, or its keys and shapes are not exactly the model's: they are listed.
+            UserError: if it cannot be read, or its keys and shapes are not exactly the model's, which are listed.
         """
         state, recorded = (
             (source, {}) if isinstance(source, Mapping) else opensora.read_checkpoint(Path(source))
         )
         settings = opensora.infer_settings(state) | recorded | config
         weights = opensora.to_stdit(state)
-        with torch.device("meta"):  # no time and memory for weights that are replaced
+        with torch.device("meta"):  # weights that are replaced are not allocated
             model = cls(**settings)
         opensora.check_keys(weights, model.state_dict())
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
     def initialize_weights(self) -> None:
-        """All initial weights: Xavier-uniform maps, zero biases, small normal modulation, zero output.
+        """Initialise all weights: Xavier-uniform maps, zero biases, small normal modulation, zero output.
 
-        Temporal blocks begin with zero output projections, so that training may start from an image model. With
-        ``gate_init`` they do not: it is meant for short runs from scratch, where every branch works from the start.
+        Temporal blocks start with zero output projections, so that training can start from an image model; not with
+        ``gate_init``, which is for short runs from scratch, where every branch contributes from the first step.
         """
         dim = self.config.hidden_size
         for module in self.modules():
@@ -219,19 +223,19 @@ class STDiT(ModelMixin, ConfigMixin):
                     nn.init.zeros_(parameter)
 
     def blocks(self) -> list[STDiTBlock]:
-        """The blocks in the order in which they run."""
+        """Return the blocks in the order in which they run."""
         rest: dict[ShardAxis, Any] = {"time": iter(self.spatial_blocks), "space": iter(self.temporal_blocks)}
         return [next(rest[shard]) for shard in block_shard_axes(self.config.depth, self.config.block_order)]
 
     def with_weights(self, tensors: dict[str, Tensor]) -> "STDiT":
-        """A model with these settings, around these tensors: they are not copied."""
+        """Return a model with the same settings that uses ``tensors``, without a copy."""
         with torch.device("meta"):
             model = STDiT.from_config(self.config)
         model.load_state_dict(tensors, assign=True)
         return model
 
     def compile_blocks(self, **options: Any) -> None:
-        """Let ``torch.compile`` compile every block in place; ``options`` are its own."""
+        """Compile every block in place by ``torch.compile``, which takes the ``options``."""
         for block in self.blocks():
             block.compile(**options)
 
@@ -247,22 +251,22 @@ class STDiT(ModelMixin, ConfigMixin):
         drop_caption: Tensor | None = None,
         sharding: TokenSharding | None = None,
     ) -> Tensor:
-        """Predict, for noisy latents, what the diffusion objective asks for.
+        """Predict the target of the diffusion objective (such as the velocity) from noisy latents.
 
         Args:
             hidden_states: noisy latents ``[B C T H W]``, of any size; with ``sharding``, this rank's frames of them.
-            timestep: noise level in [0, 1000], ``[B]``, ``[B 1]``, or one for each latent frame ``[B T]`` (0: a
-                given frame).
+            timestep: 1000 times the noise level t, ``[B]``, ``[B 1]``, or one for each latent frame ``[B T]`` (0: a
+                conditioning frame).
             encoder_hidden_states: text states ``[B L E]``, L at most ``model_max_length``.
             encoder_attention_mask: true or 1 where there is a text token, ``[B L]``; None: everywhere.
             fps: frames per second of the video, ``[B]``.
             height: height of the video in pixels, ``[B]``.
             width: width of the video in pixels, ``[B]``.
             drop_caption: true where the learned null caption replaces the text, ``[B]``; None: nowhere.
-            sharding: how the ranks of a group share the videos, from :meth:`token_sharding`; None: not sharded.
+            sharding: which tokens each rank of a group has, from :meth:`token_sharding`; None: not sharded.
 
         Returns:
-            ``[B C_out T H W]``, C_out being ``out_channels``, of the frames that were given.
+            ``[B C_out T H W]``, C_out being ``out_channels``, of the frames in ``hidden_states``.
 
         Raises:
             ValueError: if a shape does not fit the model.
@@ -289,7 +293,9 @@ class STDiT(ModelMixin, ConfigMixin):
                 None, :, None
             ]  # [1 T 1 D]
             x = x + sharding.per_frame(positions, "time").to(dtype)
-        grid = Grid(columns, rotary_angles(sharding.frames, x.shape[-1] // self.config.num_heads, x.device))
+        grid = TokenGrid(
+            columns, rotary_angles(sharding.frames, x.shape[-1] // self.config.num_heads, x.device)
+        )
 
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         states = encoder_hidden_states.to(dtype)
@@ -309,7 +315,7 @@ class STDiT(ModelMixin, ConfigMixin):
         shard_axes = [block.shard for block in blocks]
         x = sharding.switch(x, "time", shard_axes[0])
         for block, following in zip(blocks, [*shard_axes[1:], shard_axes[-1]], strict=True):
-            stage = partial(self._run, block, y, mask, grid)
+            stage = partial(self._run_block, block, y, mask, grid)
             x = sharding.run_then_switch(stage, x, modulation, block.shard, following)
         x = sharding.run_then_switch(self.final_layer, x, t, shard_axes[-1], "time")
         x = rearrange(
@@ -317,15 +323,21 @@ class STDiT(ModelMixin, ConfigMixin):
         )
         return x[:, :, :T, :H, :W]
 
-    def _run(
-        self, block: STDiTBlock, y: Tensor, mask: Tensor | None, grid: Grid, x: Tensor, modulation: Tensor
+    def _run_block(
+        self,
+        block: STDiTBlock,
+        y: Tensor,
+        mask: Tensor | None,
+        grid: TokenGrid,
+        x: Tensor,
+        modulation: Tensor,
     ) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
         return block(x, y, mask, modulation, grid)
 
     def token_sharding(self, group: Group, latent_frames: int, height: int, width: int) -> TokenSharding:
-        """How a group shards latents of this size: ``latent_frames``, and height and width in latents."""
+        """Return how a group shards latents of ``latent_frames``, and height and width in latents."""
         patch = self.config.patch_size
         return TokenSharding(group, *token_grid((latent_frames, height, width), patch), patch[0])
 
@@ -335,9 +347,7 @@ class STDiT(ModelMixin, ConfigMixin):
         B, C = hidden_states.shape[:2]
         T = sharding.frames
         if C != self.config.in_channels:
-            raise ValueError(
-                f"latents have {C} channels, but this model was made for {self.config.in_channels}"
-            )
+            raise ValueError(f"latents have {C} channels, but this model takes {self.config.in_channels}")
         L, E = encoder_hidden_states.shape[1:]
         if E != self.config.caption_channels or L > self.config.model_max_length:
             raise ValueError(
@@ -363,7 +373,7 @@ def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
     return (weight[:, None] @ states)[:, 0] / weight.sum(1, keepdim=True).clamp(min=1)
 
 
-# diffusers reads a model's settings off the signature of its __init__; the dataclass is the one list of them.
+# diffusers reads a model's settings from the signature of its __init__, which is made from the dataclass.
 STDiT.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     + [

@@ -20,7 +20,7 @@ from stdit.codecs.base import VideoCodec
 from stdit.codecs.loading import check_complete, explain_load_errors, local_weights, read_json
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.flow import RectifiedFlow, per_frame
-from stdit.diffusion.guidance import GUIDANCE_SCHEDULES, moments, rescale, spread
+from stdit.diffusion.guidance import GUIDANCE_SCHEDULES, rescale_guidance, sample_moments, standard_deviation
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
@@ -406,9 +406,10 @@ class STDiTPipeline(DiffusionPipeline):
         velocity = unconditional + scale * (conditional - unconditional)
         if not inputs.guidance_rescale:
             return velocity
-        of_rank = torch.stack([moments(conditional), moments(velocity)])[None]
+        of_rank = torch.stack([sample_moments(conditional), sample_moments(velocity)])[None]
         sums = all_gather(of_rank, sharding.group, 0, [1] * sharding.group.size).sum(0)  # over all frames
-        return rescale(velocity, spread(sums[0]), spread(sums[1]), inputs.guidance_rescale)
+        before, after = (standard_deviation(one) for one in sums)
+        return rescale_guidance(velocity, before, after, inputs.guidance_rescale)
 
     def predict_velocity(
         self, x_t: Tensor, t: Tensor, arguments: dict[str, Tensor], sharding: TokenSharding

@@ -6,7 +6,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from stdit.models.config import STDiTConfig
-from stdit.models.size import batch_load, held_bytes
+from stdit.models.size import batch_load, tensor_bytes
 from stdit.parallel.sequence.planner import (
     ParallelDims,
     SpChoice,
@@ -55,7 +55,7 @@ class SamplingWorkload:
         pipe = self.pipe
         batch_size = min(self.config.batch_size, ceil(len(self.settings) / split.dp))
         pixels = max(one["num_frames"] * one["height"] * one["width"] for one in self.settings)
-        weights = held_bytes(pipe.transformer, pipe.codec, pipe.text_encoder)
+        weights = tensor_bytes(pipe.transformer, pipe.codec, pipe.text_encoder)
         activations = max(
             activation_bytes(load, ParallelDims(split.sp, split.sp)) for load in self._loads(batch_size)
         )

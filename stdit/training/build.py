@@ -22,7 +22,7 @@ from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.models.config import token_grid
-from stdit.models.size import count_unbuilt
+from stdit.models.size import count_on_meta
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
 from stdit.parallel.sequence.planner import format_gib
@@ -127,8 +127,8 @@ class ModelSize(NamedTuple):
     @classmethod
     def of(cls, config: TrainConfig) -> "ModelSize":
         """Count the parameters of the model of these settings."""
-        in_muon = count_unbuilt(config.model, count_matrices) if config.optimizer.name == "muon" else 0
-        return cls(count_unbuilt(config.model), in_muon)
+        in_muon = count_on_meta(config.model, count_matrices) if config.optimizer.name == "muon" else 0
+        return cls(count_on_meta(config.model), in_muon)
 
     def state_bytes(self, processes: int, sharded: bool) -> int:
         """Return the bytes of weights, gradients, optimizer state and average in each of the processes."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from stdit.data.buckets import Bucket
-from stdit.models.size import batch_load, held_bytes
+from stdit.models.size import batch_load, tensor_bytes
 from stdit.parallel.sequence.planner import (
     FLOAT32_BYTES,
     ParallelDims,
@@ -33,7 +33,7 @@ class MemoryEstimate:
     @cached_property
     def frozen(self) -> int:
         """Bytes of the codec and the text encoder."""
-        return held_bytes(self.inputs.codec, self.inputs.text_encoder)
+        return tensor_bytes(self.inputs.codec, self.inputs.text_encoder)
 
     @cached_property
     def buckets(self) -> list[tuple[Bucket, int]]:

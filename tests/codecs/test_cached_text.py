@@ -9,7 +9,7 @@ from stdit.codecs.config import TextEncoderConfig
 from stdit.codecs.padding import pad_states, unpad_states
 from stdit.codecs.text import TextEncoder
 from stdit.errors import UserError
-from stdit.models.size import held_bytes
+from stdit.models.size import tensor_bytes
 from tests.codecs.tiny import save_tiny_bert
 
 TEXTS = ["a red square", "blue"]
@@ -27,7 +27,7 @@ def build(path: Path) -> TextEncoder:
 def test_it_knows_its_texts_without_the_encoder(encoder: TextEncoder, tmp_path: Path) -> None:
     read: list[int] = []
     held = CachedTextEncoder(encoder, [*TEXTS, TEXTS[0]], lambda: read.append(1) or encoder)  # type: ignore[func-returns-value]
-    assert held_bytes(held) == 0 and held.fingerprint() == encoder.fingerprint()
+    assert tensor_bytes(held) == 0 and held.fingerprint() == encoder.fingerprint()
     assert (held.channels, held.max_length) == (encoder.channels, encoder.max_length)
     for texts in (TEXTS, TEXTS[::-1], TEXTS[1:]):
         for one, other in zip(held.encode(texts), encoder.encode(texts), strict=True):

@@ -12,7 +12,7 @@ from stdit.codecs import CodecConfig, build_codec
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.diffusers_vae import DiffusersCodec
 from stdit.errors import UserError
-from stdit.models.size import held_bytes
+from stdit.models.size import tensor_bytes
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae
 
 STRIDES = {
@@ -216,7 +216,7 @@ def test_the_encoder_goes_and_comes_back_when_it_is_needed(
 ) -> None:
     codec, whole, read = build(name, folders[name]), build(name, folders[name]), []
     codec.release_encoder(lambda: read.append(1) or build(name, folders[name]))
-    assert held_bytes(codec) < 0.8 * held_bytes(whole)
+    assert tensor_bytes(codec) < 0.8 * tensor_bytes(whole)
     video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     latents = whole.encode(video)
     assert torch.equal(codec.decode(latents), whole.decode(latents))
@@ -224,7 +224,7 @@ def test_the_encoder_goes_and_comes_back_when_it_is_needed(
     codec.save_pretrained(tmp_path)
     assert VideoCodec.from_pretrained(tmp_path).fingerprint() == whole.fingerprint() and len(read) == 1
     assert torch.equal(codec.encode(video), latents) and torch.equal(codec.encode(video), latents)
-    assert held_bytes(codec) == held_bytes(whole) and len(read) == 2
+    assert tensor_bytes(codec) == tensor_bytes(whole) and len(read) == 2
 
 
 def test_an_encoder_does_not_come_back_as_another(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stdit.diffusion.guidance import GUIDANCE_SCHEDULES, moments, rescale, spread
+from stdit.diffusion.guidance import GUIDANCE_SCHEDULES, rescale_guidance, sample_moments, standard_deviation
 
 SIGMAS = [i / 100 for i in range(100, 0, -1)]
 
@@ -32,8 +32,10 @@ def test_oscillating_guides_every_second_step() -> None:
 def test_spread_is_the_same_from_parts() -> None:
     x = torch.randn(2, 3, 5, 4, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1
     expected = x.double().flatten(1).std(1, correction=0)
-    torch.testing.assert_close(spread(moments(x)), expected)
-    torch.testing.assert_close(spread(moments(x[:, :, :2]) + moments(x[:, :, 2:])), expected)
-    doubled = rescale(x, 2 * expected, expected, 1.0)
+    torch.testing.assert_close(standard_deviation(sample_moments(x)), expected)
+    torch.testing.assert_close(
+        standard_deviation(sample_moments(x[:, :, :2]) + sample_moments(x[:, :, 2:])), expected
+    )
+    doubled = rescale_guidance(x, 2 * expected, expected, 1.0)
     torch.testing.assert_close(doubled, 2 * x)
-    assert torch.equal(rescale(x, 2 * expected, expected, 0.0), x)
+    assert torch.equal(rescale_guidance(x, 2 * expected, expected, 0.0), x)

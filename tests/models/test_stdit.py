@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
-from stdit.models.stdit import Grid, STDiT, TemporalBlock
+from stdit.models.stdit import STDiT, TemporalBlock, TokenGrid
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {
@@ -127,7 +127,7 @@ def test_null_caption_replaces_the_text_and_learns(masked: bool) -> None:
 def test_convolution_sees_neighbours_along_the_attended_axis_only(axis: str) -> None:
     model = small(mlp_conv=True)
     block = (model.spatial_blocks if axis == "space" else model.temporal_blocks)[0]
-    grid = Grid(5, torch.zeros(4, 8))
+    grid = TokenGrid(5, torch.zeros(4, 8))
     x = torch.zeros(1, 4, 15, 32)
     x[0, 2, 7] = 1  # frame 2, row 1, column 2 of 3 rows and 5 columns
     frames, patches = block.mix(x, grid).abs().sum(-1)[0].nonzero().unbind(1)

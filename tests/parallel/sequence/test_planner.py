@@ -9,7 +9,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
-from stdit.models.size import batch_load, count_unbuilt, parameter_count
+from stdit.models.size import batch_load, count_on_meta, parameter_count
 from stdit.models.stdit import STDiT
 from stdit.parallel.config import ParallelConfig
 from stdit.parallel.processes.mesh import build_mesh
@@ -133,17 +133,17 @@ def test_choose_sp_takes_the_smallest_that_fits_or_the_one_that_needs_least() ->
 @pytest.mark.parametrize("settings", [{}, {"cross_attention": "spatial", "mlp_conv": True}, {"depth": 1}])
 def test_weights_are_counted_without_building_the_model(settings: dict[str, Any]) -> None:
     settings = {**BASE, **settings}
-    assert count_unbuilt(STDiTConfig(**settings)) == parameter_count(STDiT(**settings))
+    assert count_on_meta(STDiTConfig(**settings)) == parameter_count(STDiT(**settings))
 
 
 @pytest.mark.parametrize("settings", [{"depth": 10**6}, {"hidden_size": 10**7}])
 def test_weights_of_absurd_models_are_counted(settings: dict[str, Any]) -> None:
-    assert count_unbuilt(STDiTConfig(**settings)) > 10**13
+    assert count_on_meta(STDiTConfig(**settings)) > 10**13
 
 
 def test_weights_beyond_counting() -> None:
     with pytest.raises(UserError, match="model.mlp_ratio = 1e"):
-        count_unbuilt(STDiTConfig(mlp_ratio=1e13))
+        count_on_meta(STDiTConfig(mlp_ratio=1e13))
 
 
 @pytest.mark.parametrize(

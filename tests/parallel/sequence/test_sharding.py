@@ -12,7 +12,7 @@ from torch import Tensor
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.models.embeddings import rotary_angles
-from stdit.models.stdit import Grid, STDiT
+from stdit.models.stdit import STDiT, TokenGrid
 from stdit.parallel.sequence.collectives import _PipelinedAllToAll
 from stdit.parallel.sequence.group import Group
 from stdit.parallel.sequence.sharding import TokenSharding, even_sizes
@@ -236,7 +236,7 @@ def test_gradients_of_chunks_are_sent_in_the_order_in_which_they_are_used() -> N
 def compile_a_switch_and_a_block(group: Group) -> None:
     model = make_model(torch.float32).eval()
     block, sharding = model.temporal_blocks[0], TokenSharding(group, 5, 7)
-    grid = Grid(7, rotary_angles(5, 8, torch.device("cpu")))
+    grid = TokenGrid(7, rotary_angles(5, 8, torch.device("cpu")))
     torch.manual_seed(1)
     inputs = [
         torch.randn(shape)
