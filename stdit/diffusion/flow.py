@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -102,7 +101,8 @@ class RectifiedFlow:
         """Return the shift r for a video of this length (latent frames) and size (pixels)."""
         if not self.config.shift_by_size:
             return self.config.shift
-        return self.config.shift * (height * width / 512**2) ** 0.5 * latent_frames**0.5
+        shift: float = self.config.shift * (height * width / 512**2) ** 0.5 * latent_frames**0.5
+        return shift
 
     def sample_t(self, generator: Generator, latent_frames: int, height: int, width: int) -> Tensor:
         """Draw one noise level t in (0, 1), shifted by size and length."""
@@ -137,7 +137,7 @@ class RectifiedFlow:
         sigmas[0] = 1  # exactly, whatever the rounding
         return sigmas
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+    def save_pretrained(self, folder: str | Path, **_: object) -> None:
         """Write ``scheduler_config.json``. The options that diffusers passes to components are ignored."""
         variance = None if self.latent_variance is None else self.latent_variance.tolist()
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ class RectifiedFlow:
         (Path(folder) / "scheduler_config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **_: Any) -> "RectifiedFlow":
+    def from_pretrained(cls, folder: str | Path, **_: object) -> "RectifiedFlow":
         """Read what :meth:`save_pretrained` wrote. Raises UserError if its prediction is not registered."""
         settings = json.loads((Path(folder) / "scheduler_config.json").read_text(encoding="utf-8"))
         settings.pop("_class_name")

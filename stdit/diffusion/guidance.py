@@ -48,7 +48,8 @@ def sample_moments(values: Tensor) -> Tensor:
 def standard_deviation(moments: Tensor) -> Tensor:
     """Return the standard deviation ``[B]`` of samples with these `sample_moments`."""
     count, total, squares = moments
-    return (squares / count - (total / count).square()).sqrt()
+    variance: Tensor = squares / count - (total / count).square()
+    return variance.sqrt()
 
 
 def rescale_guidance(guided: Tensor, target: Tensor, found: Tensor, strength: float) -> Tensor:

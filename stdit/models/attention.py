@@ -34,7 +34,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     short = max(q.shape[-2], k.shape[-2]) <= SHORT_SEQUENCE
     if q.device.type != "cpu" or q.dtype != torch.float32 or not short:
         return scaled_dot_product_attention(q, k, v, visible)
-    scores = q * q.shape[-1] ** -0.5 @ k.mT  # [R h N L]
+    scores: Tensor = q * q.shape[-1] ** -0.5 @ k.mT  # [R h N L]
     if visible is not None:
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     return scores.softmax(-1) @ v
@@ -64,7 +64,8 @@ class SelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        return self.proj(rearrange(self.attend(q, k, v), "R h N d -> R N (h d)"))
+        out: Tensor = self.proj(rearrange(self.attend(q, k, v), "R h N d -> R N (h d)"))
+        return out
 
 
 class CrossAttention(nn.Module):
@@ -81,4 +82,5 @@ class CrossAttention(nn.Module):
         q = rearrange(self.q_linear(x), "B N (h d) -> B h N d", h=self.num_heads)
         k, v = rearrange(self.kv_linear(y), "B L (two h d) -> two B h L d", two=2, h=self.num_heads)
         visible = None if mask is None else mask[:, None, None, :]  # [B 1 1 L]
-        return self.proj(rearrange(attention(q, k, v, visible), "B h N d -> B N (h d)"))
+        out: Tensor = self.proj(rearrange(attention(q, k, v, visible), "B h N d -> B N (h d)"))
+        return out

@@ -7,6 +7,9 @@ from typing import Literal
 
 from stdit.errors import UserError
 
+SettingValue = bool | int | float | str | Sequence[int] | Sequence[str]
+"""Of a field of `STDiTConfig`."""
+
 _MAX_SIZE = 10_000_000
 """Larger sizes are typing errors."""
 

@@ -84,7 +84,8 @@ class ScalarEmbedder(nn.Module):
     def forward(self, scalar: Tensor) -> Tensor:
         waves = sincos(scalar, self.frequency_dim)
         waves = waves.roll(self.frequency_dim // 2, dims=-1)  # cosines first, as in DiT
-        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+        embedded: Tensor = self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+        return embedded
 
 
 class Mlp(nn.Module):
@@ -96,7 +97,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(dim_hidden, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+        return out
 
 
 class CaptionEmbedder(nn.Module):

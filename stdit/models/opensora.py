@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stdit.checkpoint_files import read_json
 from stdit.errors import UserError
-from stdit.models.config import STDiTConfig
+from stdit.models.config import SettingValue, STDiTConfig
 
 ROTARY = "rope.freqs"
 """The only tensor of a checkpoint that is not a weight, ``[head size / 2]``."""
@@ -49,7 +49,7 @@ _MAX_LISTED = 20
 """Largest number of keys of each kind in an error."""
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, SettingValue]]:
     """Read the state dict of a file or folder, and the settings in its ``config.json`` (empty without one).
 
     Args:
@@ -73,7 +73,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def infer_settings(state: Mapping[str, Tensor]) -> dict[str, SettingValue]:
     """Infer settings from the shapes of a checkpoint.
 
     They do not determine ``input_sq_size``, and ``num_heads`` only with QK norm or with the rotary frequencies.
@@ -91,7 +91,7 @@ def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     hidden_size, in_channels, *patch_size = shapes["x_embedder.proj.weight"]
     max_length, caption_channels = shapes["y_embedder.y_embedding"]
     patch_values = in_channels * patch_size[0] * patch_size[1] * patch_size[2]
-    settings = {
+    settings: dict[str, SettingValue] = {
         "depth": len({name.split(".")[1] for name in state if name.startswith("spatial_blocks.")}),
         "hidden_size": hidden_size,
         "mlp_ratio": shapes["spatial_blocks.0.mlp.fc1.weight"][0] / hidden_size,
@@ -127,8 +127,8 @@ def to_stdit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_opensora(
-    weights: Mapping[str, Tensor], settings: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weights: Mapping[str, Tensor], settings: Mapping[str, SettingValue]
+) -> tuple[dict[str, Tensor], dict[str, SettingValue]]:
     """Convert weights and settings of an STDiT to the state dict and ``config.json`` of an STDiT3.
 
     Raises:
@@ -144,11 +144,10 @@ def to_opensora(
         raise UserError(
             f"this model has {used}, which Open-Sora's STDiT3 does not know: it cannot be converted."
         )
-    frequencies = rotary_frequencies(settings["hidden_size"] // settings["num_heads"])
+    frequencies = rotary_frequencies(cast(int, settings["hidden_size"]) // cast(int, settings["num_heads"]))
     dtype = weights["x_embedder.proj.weight"].dtype
-    config = {"model_type": "STDiT3", "architectures": ["STDiT3"]} | {
-        name: settings[name] for name in _STDIT3_SETTINGS
-    }
+    config: dict[str, SettingValue] = {"model_type": "STDiT3", "architectures": ["STDiT3"]}
+    config |= {name: settings[name] for name in _STDIT3_SETTINGS}
     return {**weights, ROTARY: frequencies.to(dtype)}, config
 
 
@@ -181,7 +180,7 @@ def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
         raise UserError("\n  ".join([f"{rule}:", *lines]) + f"\n{way_out}")
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def _read_settings(file: Path) -> dict[str, SettingValue]:
     if not file.is_file():
         return {}
     config = read_json(file, "a checkpoint")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from math import prod
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,19 +11,28 @@ from torch import nn
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.stdit import STDiT
-from stdit.parallel.sequence.planner import Workload
+from stdit.parallel.sequence.planner import FLOAT32_BYTES, Workload
 from stdit.parallel.sequence.sharding import block_shard_axes
 
 
-def batch_load(config: STDiTConfig, latent_shape: Sequence[int], clips: int, **options: Any) -> Workload:
-    """What a batch of clips, whose latents are (T, H, W), asks of a model; ``options`` are those of `Workload`."""
+def batch_load(
+    config: STDiTConfig,
+    latent_shape: Sequence[int],
+    clips: int,
+    element_size: int = FLOAT32_BYTES,
+    micro_batch_size: int | None = None,
+    saved: Literal["blocks", "inputs", "nothing"] = "blocks",
+) -> Workload:
+    """Return the workload of a model with a batch of clips whose latents are (T, H, W); see `Workload`."""
     return Workload(
         clips,
         *token_grid(latent_shape, config.patch_size),
         width=config.hidden_size,
         shard_axes=tuple(block_shard_axes(config.depth, config.block_order)),
         out_features=prod(config.patch_size) * config.out_channels,
-        **options,
+        element_size=element_size,
+        micro_batch_size=micro_batch_size,
+        saved=saved,
     )
 
 

@@ -8,13 +8,13 @@ E width of the text states, F frames of the modulation (T, or 1 where all frames
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -24,7 +24,7 @@ from torch.nn.functional import layer_norm, pad
 
 from stdit.models import opensora
 from stdit.models.attention import CrossAttention, SelfAttention
-from stdit.models.config import STDiTConfig, token_grid
+from stdit.models.config import SettingValue, STDiTConfig, token_grid
 from stdit.models.embeddings import (
     CaptionEmbedder,
     Mlp,
@@ -101,13 +101,15 @@ class SpatialBlock(STDiTBlock):
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B T) S D")
-        return rearrange(self.attn(rows), "(B T) S D -> B T S D", B=x.shape[0])
+        attended: Tensor = self.attn(rows)
+        return rearrange(attended, "(B T) S D -> B T S D", B=x.shape[0])
 
     def convolve_neighbours(self, x: Tensor, grid: TokenGrid) -> Tensor:
         if self.mlp_conv is None:
             return x
         frames = rearrange(x, "B T (H W) D -> (B T) D H W", W=grid.columns)
-        return x + rearrange(self.mlp_conv(frames), "(B T) D H W -> B T (H W) D", B=x.shape[0])
+        mixed: Tensor = self.mlp_conv(frames)
+        return x + rearrange(mixed, "(B T) D H W -> B T (H W) D", B=x.shape[0])
 
 
 class TemporalBlock(STDiTBlock):
@@ -120,13 +122,15 @@ class TemporalBlock(STDiTBlock):
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B S) T D")
-        return rearrange(self.attn(rows, grid.angles), "(B S) T D -> B T S D", B=x.shape[0])
+        attended: Tensor = self.attn(rows, grid.angles)
+        return rearrange(attended, "(B S) T D -> B T S D", B=x.shape[0])
 
     def convolve_neighbours(self, x: Tensor, grid: TokenGrid) -> Tensor:
         if self.mlp_conv is None:
             return x
         lines = rearrange(x, "B T S D -> (B S) D T")
-        return x + rearrange(self.mlp_conv(lines), "(B S) D T -> B T S D", B=x.shape[0])
+        mixed: Tensor = self.mlp_conv(lines)
+        return x + rearrange(mixed, "(B S) D T -> B T S D", B=x.shape[0])
 
 
 class FinalLayer(nn.Module):
@@ -139,19 +143,20 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table.to(x.dtype) + t[:, :, None])[:, :, :, None].unbind(2)
-        return self.linear(modulate(x, shift, scale))
+        out: Tensor = self.linear(modulate(x, shift, scale))
+        return out
 
 
-class STDiT(ModelMixin, ConfigMixin):
+class STDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
     """A text-to-video diffusion transformer of any latent size; its settings are those of :class:`STDiTConfig`."""
 
     config_name = "config.json"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SpatialBlock", "TemporalBlock"]
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: SettingValue) -> None:
         super().__init__()
-        config = STDiTConfig(**settings)
+        config = STDiTConfig(**settings)  # type: ignore[arg-type]  # checked there
         self.register_to_config(**asdict(config))
         dim = config.hidden_size
         self.out_channels = config.out_channels
@@ -170,7 +175,9 @@ class STDiT(ModelMixin, ConfigMixin):
         self.initialize_weights()
 
     @classmethod
-    def from_opensora(cls, source: str | PathLike[str] | Mapping[str, Tensor], **config: Any) -> Self:
+    def from_opensora(
+        cls, source: str | PathLike[str] | Mapping[str, Tensor], **config: SettingValue
+    ) -> Self:
         """Load a checkpoint of Open-Sora v1.2's STDiT3, in the checkpoint's precision.
 
         Args:
@@ -187,10 +194,11 @@ class STDiT(ModelMixin, ConfigMixin):
         settings = opensora.infer_settings(state) | recorded | config
         weights = opensora.to_stdit(state)
         with torch.device("meta"):  # weights that are replaced are not allocated
-            model = cls(**settings)
+            model: Self = cls(**settings)
         opensora.check_keys(weights, model.state_dict())
         model.load_state_dict(weights, assign=True)
-        return model.eval()
+        model.eval()
+        return model
 
     def initialize_weights(self) -> None:
         """Initialise all weights: Xavier-uniform maps, zero biases, small normal modulation, zero output.
@@ -224,17 +232,21 @@ class STDiT(ModelMixin, ConfigMixin):
 
     def blocks(self) -> list[STDiTBlock]:
         """Return the blocks in the order in which they run."""
-        rest: dict[ShardAxis, Any] = {"time": iter(self.spatial_blocks), "space": iter(self.temporal_blocks)}
-        return [next(rest[shard]) for shard in block_shard_axes(self.config.depth, self.config.block_order)]
+        rest: dict[ShardAxis, Iterator[nn.Module]] = {
+            "time": iter(self.spatial_blocks),
+            "space": iter(self.temporal_blocks),
+        }
+        axes = block_shard_axes(self.config.depth, self.config.block_order)
+        return [cast(STDiTBlock, next(rest[axis])) for axis in axes]
 
     def with_weights(self, tensors: dict[str, Tensor]) -> "STDiT":
         """Return a model with the same settings that uses ``tensors``, without a copy."""
         with torch.device("meta"):
-            model = STDiT.from_config(self.config)
+            model: STDiT = STDiT.from_config(self.config)
         model.load_state_dict(tensors, assign=True)
         return model
 
-    def compile_blocks(self, **options: Any) -> None:
+    def compile_blocks(self, **options: object) -> None:
         """Compile every block in place by ``torch.compile``, which takes the ``options``."""
         for block in self.blocks():
             block.compile(**options)
@@ -333,8 +345,10 @@ class STDiT(ModelMixin, ConfigMixin):
         modulation: Tensor,
     ) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
-        return block(x, y, mask, modulation, grid)
+            out: Tensor = self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
+        else:
+            out = block(x, y, mask, modulation, grid)
+        return out
 
     def token_sharding(self, group: Group, latent_frames: int, height: int, width: int) -> TokenSharding:
         """Return how a group shards latents of ``latent_frames``, and height and width in latents."""

@@ -17,7 +17,7 @@ def draw(indices, seed: int = 0, step: int = 5, **settings) -> TrainingDraws:
 def test_any_split_of_the_batch_draws_the_same() -> None:
     whole = draw(range(6), conditioning={"first": 0.5, "random": 0.3})
     parts = [draw(indices, conditioning={"first": 0.5, "random": 0.3}) for indices in (range(4), range(4, 6))]
-    for name in ("t", "noise", "given", "drop_caption"):
+    for name in ("t", "noise", "condition_mask", "drop_caption"):
         assert getattr(whole, name).equal(torch.cat([getattr(part, name) for part in parts])), name
 
 
@@ -27,7 +27,7 @@ def test_seed_step_and_index_all_matter() -> None:
         assert all((a - b).abs().max() > 0.1 for b in noises[:i])
 
 
-def test_given_frames_have_level_zero() -> None:
+def test_conditioning_frames_have_noise_level_zero() -> None:
     draws = draw(range(40), conditioning={"first": 0.5})
     assert draws.t.shape == (40, 3)
     assert (draws.t[draws.condition_mask] == 0).all() and (draws.t[~draws.condition_mask] > 0).all()
@@ -35,7 +35,7 @@ def test_given_frames_have_level_zero() -> None:
     assert not draws.condition_mask[:, 1:].any()
 
 
-def test_one_level_for_all_frames_where_none_is_given() -> None:
+def test_one_noise_level_for_all_frames_without_conditioning() -> None:
     draws = draw(range(40))
     assert draws.t.shape == (40, 1)
     assert 5 < draws.drop_caption.sum() < 35

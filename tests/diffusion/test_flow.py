@@ -117,7 +117,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         ({"shift": 0.0}, "shift"),
         ({"logit_std": -1.0}, "logit_std"),
         ({"caption_dropout": 1.5}, "caption_dropout = 1.5"),
-        ({"conditioning": {"frist": 0.1}}, "'frist'"),
+        ({"conditioning": {"frist": 0.1}}, "frist: must be one of.*did you mean first"),
         ({"conditioning": {"first": 0.7, "last": 0.7}}, "adds up"),
         ({"conditioning": {"first": -0.1}}, "negative"),
     ],

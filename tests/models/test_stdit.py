@@ -130,7 +130,7 @@ def test_convolution_sees_neighbours_along_the_attended_axis_only(axis: str) -> 
     grid = TokenGrid(5, torch.zeros(4, 8))
     x = torch.zeros(1, 4, 15, 32)
     x[0, 2, 7] = 1  # frame 2, row 1, column 2 of 3 rows and 5 columns
-    frames, patches = block.mix(x, grid).abs().sum(-1)[0].nonzero().unbind(1)
+    frames, patches = block.convolve_neighbours(x, grid).abs().sum(-1)[0].nonzero().unbind(1)
     if axis == "space":
         assert set(frames.tolist()) == {2}
         assert set(patches.tolist()) == {1, 2, 3, 6, 7, 8, 11, 12, 13}
