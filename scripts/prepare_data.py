@@ -1,4 +1,4 @@
-"""From a folder of videos to a manifest worth training on, in steps.
+"""Prepare a folder of videos for training, in steps.
 
     python scripts/prepare_data.py probe clips clips/probed.csv
     python scripts/prepare_data.py split clips/probed.csv clips/scenes.csv --min_seconds 2 --max_seconds 10
@@ -11,10 +11,12 @@
     python scripts/prepare_data.py cache prune clips/stdit-cache --config outputs/clips/config.yaml
 
 A source is a folder of videos or a manifest; the output is a manifest with all its columns, in CSV, JSON lines or
-Parquet. What a step leaves out is listed with the reason beside its output. An interrupted step goes on where it was
-when its command is given again. Original files are never changed. `prepare_data.py STEP --help` lists its flags.
+Parquet. Rows that a step excludes are listed in a table beside it (clips/scored.excluded.csv), each with the reason.
+The same command resumes an interrupted step. Original files are never changed. `prepare_data.py STEP --help` lists
+the flags of a step.
 """
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,136 +26,184 @@ from stdit.cli import run, script_parser
 from stdit.errors import UserError
 
 ENCODE_USAGE = "%(prog)s [--part K/N] [--config FILE ...] [--key value ...]"
-SCORES = ("motion", "difference", "sharpness", "brightness", "contrast")
+DEFAULT_SCORES = ("motion", "difference", "sharpness", "brightness", "contrast")
+TIMEOUT = 300.0
+SPLIT_TIMEOUT = 3600.0
+"""Seconds; whole films are decoded."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args, settings = parser.parse_known_args(argv)
     args.settings = settings
-    if settings and args.command != "encode":  # whose further arguments are settings of a training
+    if settings and args.command != "encode":  # its other arguments are settings of a training
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     for line in COMMANDS[args.command](args):
         print(line)
 
 
 def build_parser() -> ArgumentParser:
+    """Return the parser of all steps; imports neither torch nor PyAV."""
     parser = script_parser(__doc__)
     steps = parser.add_subparsers(dest="command", required=True, metavar="STEP")
 
-    def step(name: str, text: str, output: str = "a manifest: .csv, .jsonl or .parquet") -> ArgumentParser:
-        added = steps.add_parser(name, help=text, description=text, allow_abbrev=False)
-        added.add_argument("source", help="a folder of videos, a manifest, or tar shards")
-        added.add_argument("output", type=Path, help=output)
-        added.add_argument(
-            "--root", type=Path, help="what paths are relative to; default: the source's folder"
+    def add_step(
+        name: str,
+        text: str,
+        output: str = "a manifest: .csv, .jsonl or .parquet",
+        timeout: float = TIMEOUT,
+    ) -> ArgumentParser:
+        step = steps.add_parser(name, help=text, description=text, allow_abbrev=False)
+        step.add_argument("source", help="a folder of videos, a manifest, or tar shards")
+        step.add_argument("output", type=Path, help=output)
+        step.add_argument(
+            "--root", type=Path, help="folder that paths are relative to; default: the source's folder"
         )
-        added.add_argument(
-            "--workers", type=int, default=None, help="processes; 0: none but this; default: a core each"
+        step.add_argument(
+            "--workers", type=int, default=None, help="processes (one per core); 0: only this one"
         )
-        added.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-        return added
+        step.add_argument(
+            "--timeout",
+            type=float,
+            default=timeout,
+            metavar="SECONDS",
+            help="per clip, after which it is excluded (%(default)g); 0: no limit. Needs --workers 1 or more",
+        )
+        step.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+        return step
 
-    step("probe", "Fill in num_frames, fps, height and width from the files.")
+    add_step("probe", "Fill in num_frames, fps, height and width from the files.")
 
-    split = step("split", "Make a row of each scene: columns start and end, in seconds.")
+    split = add_step(
+        "split", "Write a row per scene: columns start and end, in seconds.", timeout=SPLIT_TIMEOUT
+    )
     split.add_argument(
-        "--detector", choices=["adaptive", "content"], default="adaptive", help="of PySceneDetect"
+        "--detector",
+        choices=["adaptive", "content"],
+        default="adaptive",
+        help="of PySceneDetect (%(default)s)",
     )
     split.add_argument("--threshold", type=float, help="of the detector; default: PySceneDetect's")
-    split.add_argument("--min_seconds", type=float, default=1.0, help="shorter scenes are left out (1)")
+    split.add_argument(
+        "--min_seconds", type=float, default=1.0, help="shorter scenes are excluded (%(default)g)"
+    )
     split.add_argument("--max_seconds", type=float, help="longer scenes are divided into equal parts")
     split.add_argument(
-        "--cut", type=Path, metavar="FOLDER", help="write a file of each scene, copied where possible"
+        "--cut", type=Path, metavar="FOLDER", help="write a file per scene, copied where possible"
     )
 
-    score = step("score", "Add columns that say how clips look.")
+    score = add_step("score", "Add columns of scores: motion, sharpness, and others.")
     score.add_argument(
-        "--scores", nargs="*", default=SCORES, help=f"default: {' '.join(SCORES)}; also: text_area"
+        "--scores",
+        nargs="*",
+        default=DEFAULT_SCORES,
+        metavar="NAME",
+        help=f"default: {' '.join(DEFAULT_SCORES)}; also: text_area, and your own",
+    )
+    add_import(
+        score, "a module of yours that calls stdit.data.preparation.scoring.register_scorer; repeatable"
     )
     score.add_argument(
-        "--scorer", action="append", default=[], metavar="MODULE:FUNCTION",
-        help="your own: takes frames uint8 [T H W 3], returns a number or a dict of them; may be repeated",
-    )  # fmt: skip
-    score.add_argument("--frames", type=int, default=32, help="to look at, from the middle of a clip (32)")
-    score.add_argument("--fps", type=float, default=8.0, help="of these frames (8)")
-    score.add_argument("--side", type=int, default=256, help="pixels of their longer side, at most (256)")
+        "--frames", type=int, default=32, help="frames from the middle of a clip (%(default)s)"
+    )
+    score.add_argument("--fps", type=float, default=8.0, help="of these frames (%(default)g)")
+    score.add_argument(
+        "--side", type=int, default=256, help="pixels of their longer side, at most (%(default)s)"
+    )
 
-    chosen = step("filter", "Keep the rows that fulfil a condition.")
-    chosen.add_argument("--where", required=True, help="such as \"motion > 2 and camera in ('pan', 'tilt')\"")
+    keep = add_step("filter", "Keep the rows that fulfil a condition.")
+    keep.add_argument("--where", required=True, help="such as \"motion > 2 and camera in ('pan', 'tilt')\"")
 
-    dedupe = step("dedupe", "Of clips that look alike, keep the one with most frames x pixels.")
+    dedupe = add_step("dedupe", "Of clips that look alike, keep the one with most frames x pixels.")
     dedupe.add_argument(
-        "--distance", type=float, default=4.0, help="bits of 64 by which hashes may differ (4)"
+        "--distance", type=float, default=4.0, help="bits of 64 by which duplicates may differ (%(default)g)"
     )
 
-    report = step("report", "Show what there is on a page.", output="a page: .html")
+    report = add_step("report", "Write a page of distributions and thumbnails.", output="a page: .html")
     report.add_argument(
         "--config",
         action="append",
         default=[],
-        help="of a training, whose buckets are shown; may be repeated",
+        metavar="FILE",
+        help="of a training, to show what its buckets would keep; repeatable",
     )
-    report.add_argument("--thumbnails", type=int, default=48, help="clips to show a picture of (48)")
+    add_import(report, "a module of yours that the config needs; repeatable")
+    report.add_argument("--thumbnails", type=int, default=48, help="pictures of clips (%(default)s)")
 
-    text = "Encode what a training reads, clips and captions, into its cache. Takes the settings of train.py."
+    text = "Encode all clips and captions of a training into its cache. Takes the settings of train.py."
     encode = steps.add_parser("encode", help=text, description=text, allow_abbrev=False, usage=ENCODE_USAGE)
     encode.add_argument(
-        "--part", default="1/1", metavar="K/N", help="the K-th of N commands that share the work"
+        "--part",
+        default="1/1",
+        metavar="K/N",
+        help="the K-th of N commands that share the work (%(default)s)",
     )
 
-    care = steps.add_parser("cache", help="Look after a cache.", allow_abbrev=False)
-    actions = care.add_subparsers(dest="action", required=True, metavar="ACTION")
-    verify = actions.add_parser("verify", help="Read all of it, and name what is broken.", allow_abbrev=False)
-    prune = actions.add_parser("prune", help="Remove what is broken or not needed.", allow_abbrev=False)
+    cache = steps.add_parser("cache", help="Verify or prune a cache.", allow_abbrev=False)
+    actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
+    verify = actions.add_parser("verify", help="Read and check all entries.", allow_abbrev=False)
+    prune = actions.add_parser(
+        "prune", help="Remove what is broken, and what no --config uses.", allow_abbrev=False
+    )
     for action in (verify, prune):
         action.add_argument("folder", type=Path, help="of the cache")
     prune.add_argument(
-        "--config", action="append", default=[], help="of a training whose entries stay; repeatable"
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="of a training whose entries and fitted codec are kept; repeatable; default: keep all",
     )
-    prune.add_argument("--dry_run", action="store_true", help="only say what would go")
+    add_import(prune, "a module of yours that a config needs; repeatable")
+    prune.add_argument("--dry_run", action="store_true", help="only show what would be removed")
     return parser
 
 
-def task(args: Namespace) -> Any:
-    import os
+def add_import(parser: ArgumentParser, text: str) -> None:
+    """Add the flag --import."""
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=text)
 
+
+def build_task(args: Namespace) -> Any:
+    """Return the Task of a step."""
     from stdit.data.preparation.flow import Task
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if args.workers is None else args.workers
-    return Task(args.source, args.output, args.root, workers, args.overwrite)
+    return Task(args.source, args.output, args.root, workers, args.overwrite, args.timeout)
 
 
 def probe(args: Namespace) -> list[str]:
     from stdit.data.preparation.probing import probe_clips
 
-    return probe_clips(task(args))
+    return probe_clips(build_task(args))
 
 
 def split(args: Namespace) -> list[str]:
     from stdit.data.preparation.scenes import SceneConfig, split_clips
 
     config = SceneConfig(args.detector, args.threshold, args.min_seconds, args.max_seconds)
-    return split_clips(task(args), config, args.cut)
+    return split_clips(build_task(args), config, args.cut)
 
 
 def score(args: Namespace) -> list[str]:
-    from stdit.data.preparation.scoring import View, score_clips
+    from stdit.cli import import_modules
+    from stdit.data.preparation.scoring import ScoringWindow, score_clips
 
-    return score_clips(task(args), args.scores, args.scorer, View(args.frames, args.fps, args.side))
+    import_modules(args.imports)
+    return score_clips(build_task(args), args.scores, ScoringWindow(args.frames, args.fps, args.side))
 
 
 def filter_rows(args: Namespace) -> list[str]:
     from stdit.data.preparation.filtering import filter_clips
 
-    return filter_clips(task(args), args.where)
+    return filter_clips(build_task(args), args.where)
 
 
 def dedupe(args: Namespace) -> list[str]:
     from stdit.data.preparation.duplicates import dedupe_clips
 
-    return dedupe_clips(task(args), args.distance)
+    return dedupe_clips(build_task(args), args.distance)
 
 
 def report(args: Namespace) -> list[str]:
@@ -164,27 +214,33 @@ def report(args: Namespace) -> list[str]:
         from stdit.training.config import parse_train
 
         files = [flag for name in args.config for flag in ("--config", name)]
-        train = parse_train([*files, "--data.sources=[]", "--data.manifest", args.source])
+        train = parse_train(
+            [*files, *import_flags(args), "--data.sources=[]", "--data.manifest", args.source]
+        )
         data, seed = train.data, train.seed
-    return report_clips(task(args), data, seed, args.thumbnails)
+    return report_clips(build_task(args), data, seed, args.thumbnails)
 
 
 def encode(args: Namespace) -> list[str]:
     from stdit.training.config import parse_train
 
-    part = read_part(args.part)
+    part = parse_part(args.part)
     config = parse_train(args.settings)
 
     from stdit.parallel.processes.device import find_device
-    from stdit.training.caching import encode as fill
+    from stdit.training.caching import fill_cache
 
-    summary = fill(config, find_device(config.trainer.device), part)
+    summary = fill_cache(config, find_device(config.trainer.device), part)
     hint = ["train with --data.cache disk (or memory) to read it"] if config.data.cache == "none" else []
     return [str(summary), *hint]
 
 
-def read_part(text: str) -> tuple[int, int]:
-    """(number from 0 on, of how many). Raises UserError."""
+def import_flags(args: Namespace) -> list[str]:
+    return [flag for name in args.imports for flag in ("--import", name)]
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Parse "K/N" to (K - 1, N). Raises UserError."""
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise UserError(f"--part {text}: must be K/N, such as 1/4 to 4/4 for four commands")
@@ -193,20 +249,20 @@ def read_part(text: str) -> tuple[int, int]:
 
 def cache(args: Namespace) -> list[str]:
     if args.action == "verify":
-        from stdit.data.cache.care import verify
+        from stdit.data.cache.maintenance import verify_cache
 
-        found = verify(args.folder)
+        found = verify_cache(args.folder)
         if found.broken:
-            raise UserError(f"{found}\nprune removes what is broken; encode, or training, makes it again")
+            raise UserError(f"{found}\nprune removes what is broken; encode, or training, encodes it again")
         return [str(found)]
 
     from stdit.training.config import parse_train
 
-    configs = [parse_train(["--config", name]) for name in args.config]
+    configs = [parse_train(["--config", name, *import_flags(args)]) for name in args.config]
 
-    from stdit.training.caching import prune_cache
+    from stdit.training.caching import prune_unused
 
-    return [str(prune_cache(args.folder, configs, args.dry_run))]
+    return [str(prune_unused(args.folder, configs, args.dry_run))]
 
 
 COMMANDS: dict[str, Callable[[Namespace], list[str]]] = {

@@ -1,19 +1,19 @@
-"""How many clips a second the loaders deliver, beside how many the model trains on, which should never wait.
+"""Measure how many clips per second the loaders deliver, and how many the model trains on.
 
     python scripts/bench/loader.py                                      # the quickstart, two threads
     python scripts/bench/loader.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv
 
-Without --data.manifest it builds a small part of the embedded data set aside. All are measured one after the other in
-one process, each alone on the machine:
+Without --data.manifest it builds a small part of the embedded data set in a temporary folder. All other flags are
+settings of train.py. Measured one after the other, in one process:
 
-    training     steps of the model, batches at hand
-    memory       data.cache memory: latents and text states held in memory
-    disk         data.cache disk: read from the files of the cache, in the training process and in loader processes
-    mp4          decoded from the files, resized, as float32, in the training process and in loader processes
-    mp4, codec   the same, and encoded by the codec in the training process, as data.cache none has it
+    training     training steps, on batches that are in memory
+    memory       data.cache memory: latents and text states are in memory
+    disk         data.cache disk: read from the files of the cache, by the training process or by loader processes
+    mp4          decoded, resized, converted to float32, by the training process or by loader processes
+    mp4, codec   the same, and encoded by the codec in the training process, as with data.cache none
 
-Text is not encoded in any of them: a run without a cache encodes each caption again every time that it comes, one
-with a cache once. What that takes is shown beside, as clips a second of the text encoder alone.
+None of them encodes text: a run without a cache encodes a caption whenever it occurs, one with a cache once. The last
+line is the text encoder alone.
 """
 
 import argparse
@@ -43,11 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     args, settings = parse_args(argv)
     if not any(argument.split("=")[0] == "--config" for argument in settings):
         settings = ["--config", DEFAULT, *settings]
-    with tempfile.TemporaryDirectory() as aside:
+    with tempfile.TemporaryDirectory() as folder:
         if not any(argument.split("=")[0] == "--data.manifest" for argument in settings):
-            settings += ["--data.manifest", str(shapes(Path(aside)))]
+            settings += ["--data.manifest", str(shapes(Path(folder)))]
         config = parse_train([*settings, "--trainer.num_threads", str(args.threads)])
-        data = replace(config.data, cache_dir=str(Path(aside) / "cache"))
+        data = replace(config.data, cache_dir=str(Path(folder) / "cache"))
         measure(replace(config, data=data), args.seconds, args.loaders)
 
 
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
 
 
 def shapes(folder: Path) -> Path:
-    """The manifest of a small part of the embedded data set."""
+    """Build a small part of the embedded data set; returns its manifest."""
     from stdit.data.shapes.build import ShapesConfig, build
 
     build(folder / "shapes", ShapesConfig(num_clips=CLIPS))
@@ -70,7 +70,7 @@ def shapes(folder: Path) -> Path:
 
 
 def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
-    """Print clips a second of each loader, and how many times that is what the model trains on."""
+    """Print the clips per second of each loader, and their ratio to those of training."""
     import torch
 
     from stdit.parallel.processes.mesh import Mesh
@@ -94,7 +94,7 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
         batches = build_batches(parts(cache, workers), folder, mesh)(0, 1 << 40)
         return (batch.batch_size for batch in batches)
 
-    memory = build_batches(parts("memory"), folder, mesh)(0, 1 << 40)  # which encodes everything
+    memory = build_batches(parts("memory"), folder, mesh)(0, 1 << 40)  # encodes everything
     some = [next(memory) for _ in range(20)]
     trainer = Trainer(
         base.model, base.flow, accelerator, mesh, config.trainer, config.optimizer, config.ema, config.seed
@@ -118,7 +118,7 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
 
 
 def rate(clips: Iterator[int], seconds: float) -> float:
-    """Clips per second, once the first two batches have come; the iterator yields the clips of each batch."""
+    """Measure clips per second after the first two batches; the iterator yields the number of clips of each batch."""
     for _ in range(2):
         next(clips)
     count, begin = 0, time.perf_counter()

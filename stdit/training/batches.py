@@ -14,7 +14,7 @@ from stdit.data.batch import EncodedBatch
 from stdit.data.cache.batches import DiskBatches, MemoryBatches, MemoryCache
 from stdit.data.cache.encode import EncodeSummary, encode_plan, encode_view
 from stdit.data.cache.reader import CachedReader, Makers
-from stdit.data.cache.store import Store
+from stdit.data.cache.store import CacheStore
 from stdit.data.dataset import to_video, video_loader
 from stdit.data.skips import SkipFile, SkipList, SkipTally
 from stdit.parallel.processes.mesh import Mesh
@@ -113,7 +113,7 @@ def reader_of(inputs: RunInputs) -> CachedReader:
     """Return a reader of the run's cache."""
     makers = Makers(inputs.codec.fingerprint(), inputs.text_encoder.fingerprint())
     data = inputs.config.data
-    return CachedReader(inputs.plan, data, Store(data.cache_folder()), makers)
+    return CachedReader(inputs.plan, data, CacheStore(data.cache_folder()), makers)
 
 
 def _release(parts: RunComponents) -> None:

@@ -15,7 +15,7 @@ from stdit.codecs import build_codec, build_text_encoder
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder
 from stdit.data.buckets import Bucket
-from stdit.data.cache.fitted import fitted
+from stdit.data.cache.codec_fitting import fit_codec
 from stdit.data.cache.keys import remembered
 from stdit.data.dataset import build_plan
 from stdit.data.plan import BatchPlan
@@ -100,7 +100,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
         if dry_run:
             variance = torch.ones(codec.channels)
         else:
-            codec = fitted(codec, plan, config.data)
+            codec = fit_codec(codec, plan, config.data)
             variance = codec.latent_variance
     text_encoder = build_text_encoder(config.text_encoder)
     texts = plan.assignment.clips.texts

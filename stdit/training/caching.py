@@ -1,4 +1,4 @@
-"""Filling and pruning a cache for the runs that read it, from their settings."""
+"""Fill and prune a cache, for the runs that read it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,28 +6,30 @@ from pathlib import Path
 
 import torch
 
-from stdit.data.cache.care import PruneSummary, prune
+from stdit.codecs import build_codec
+from stdit.data.cache.codec_fitting import fitted_name
 from stdit.data.cache.encode import EncodeSummary, encode_plan, wanted_keys
+from stdit.data.cache.maintenance import PruneSummary, prune_cache
 from stdit.data.skips import SkipTally
 from stdit.training.batches import reader_of
 from stdit.training.build import build_inputs
 from stdit.training.config import TrainConfig
 
 
-def encode(
+def fill_cache(
     config: TrainConfig, device: torch.device | str = "cpu", part: tuple[int, int] = (0, 1)
 ) -> EncodeSummary:
-    """Fill the cache with what a run of these settings reads: every view, every caption.
+    """Encode everything that a run of these settings reads into its cache: every augmented view, every caption.
 
     Args:
         config: with data.cache memory or disk; none counts as disk.
         device: of codec and text encoder.
-        part: (number, of how many) of processes that share the work, on any machines with the same folder.
+        part: (k, n): the k-th, from 0 on, of n processes that share the work, on any machines with the same folder.
 
     Raises:
-        UserError: for settings or data that will not do, or a disk that refuses.
+        UserError: if settings or data are invalid, or the cache cannot be written.
     """
-    inputs = build_inputs(cached(config))
+    inputs = build_inputs(_with_cache(config))
     inputs.codec.to(device)
     inputs.text_encoder.to(device)
     tally = SkipTally(inputs.plan.assignment.files, config.data.max_skipped_share)
@@ -37,21 +39,26 @@ def encode(
     )
 
 
-def prune_cache(folder: Path, configs: Sequence[TrainConfig] = (), dry_run: bool = False) -> PruneSummary:
-    """Remove from a cache what is broken, and, if configs are given, what runs of none of them read.
+def prune_unused(folder: Path, configs: Sequence[TrainConfig] = (), dry_run: bool = False) -> PruneSummary:
+    """Remove what is broken from a cache; with configs, also the entries and codecs that no run of them reads.
 
-    Raises UserError for settings or data that will not do, or a disk that refuses.
+    Raises UserError if settings or data are invalid, or files cannot be removed.
     """
     if not configs:
-        return prune(folder, dry_run=dry_run)
+        return prune_cache(folder, dry_run=dry_run)
     keys: set[bytes] = set()
+    codecs: set[str] = set()
     for config in configs:
-        inputs = build_inputs(cached(replace(config, data=replace(config.data, cache_dir=str(folder)))))
+        config = _with_cache(replace(config, data=replace(config.data, cache_dir=str(folder))))
+        inputs = build_inputs(config)
         keys.update(wanted_keys(reader_of(inputs), config.validation.prompts))
-    return prune(folder, keys, dry_run)
+        codec = build_codec(config.codec)
+        if not getattr(codec, "fitted", True):
+            codecs.add(fitted_name(codec, inputs.plan, config.data))
+    return prune_cache(folder, keys, codecs, dry_run)
 
 
-def cached(config: TrainConfig) -> TrainConfig:
-    """The settings with a cache."""
+def _with_cache(config: TrainConfig) -> TrainConfig:
+    """Return the settings with data.cache disk instead of none."""
     data = config.data
     return replace(config, data=replace(data, cache="disk")) if data.cache == "none" else config

@@ -255,7 +255,7 @@ def test_a_process_ends_with_workers_still_reading(folder):
 
 
 def test_light_to_import():
-    modules = "stdit.data.cache.batches, stdit.data.cache.care, stdit.data.cache.fitted"
+    modules = "stdit.data.cache.batches, stdit.data.cache.maintenance, stdit.data.cache.codec_fitting"
     code = f"import sys, {modules}; print({{'diffusers', 'transformers'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

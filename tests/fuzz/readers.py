@@ -22,8 +22,7 @@ from stdit.codecs.pixel import PixelCodec
 from stdit.codecs.stored_text import StoredTextEncoder
 from stdit.data.config import DataConfig, resolve_size
 from stdit.data.manifest.reading import read_manifest, read_texts
-from stdit.data.preparation.expressions import column_kinds
-from stdit.data.preparation.expressions import parse_condition as parse_where
+from stdit.data.preparation.expressions import column_types, parse_filter
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.pipelines.conditions import parse_frame_condition
@@ -251,7 +250,7 @@ def _condition(inputs: tuple[str, list[Any]], folder: Path) -> None:
         for row in (rows if isinstance(rows, list) else [])
         if isinstance(row, dict)
     ]
-    condition = parse_where(text, column_kinds(values, list(MANIFEST_ROWS[0])))
+    condition = parse_filter(text, column_types(values, list(MANIFEST_ROWS[0])))
     for row in values:
         condition.objection(row)
 

@@ -1,4 +1,4 @@
-"""The steps as a user calls them."""
+"""The commands of prepare_data.py, as a user runs them."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def test_mistakes_are_named(clips: Path) -> None:  # noqa: F811
         assert caught.value.code == 2
 
 
-def test_the_cache_of_a_training_is_filled_and_looked_after(
+def test_the_cache_of_a_training_is_filled_verified_and_pruned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = tiny_settings(tmp_path)
@@ -72,10 +72,10 @@ def test_the_cache_of_a_training_is_filled_and_looked_after(
         main([*arguments])
         return capsys.readouterr().out
 
-    assert "3 views encoded, 0 were there already" in told("encode", *settings, "--part", "1/2")
+    assert "3 views encoded, 0 were in the cache" in told("encode", *settings, "--part", "1/2")
     out = told("encode", *settings)
-    assert "5 clips, 2 views encoded, 3 were there already" in out and "train with --data.cache disk" in out
-    assert "0 views encoded, 5 were there already" in told("encode", *settings, "--data.cache", "disk")
+    assert "5 clips, 2 views encoded, 3 were in the cache" in out and "train with --data.cache disk" in out
+    assert "0 views encoded, 5 were in the cache" in told("encode", *settings, "--data.cache", "disk")
     assert "entries" in told("cache", "verify", str(folder))
     assert "0 entries and" in told("cache", "prune", str(folder), *settings)
 
@@ -83,6 +83,19 @@ def test_the_cache_of_a_training_is_filled_and_looked_after(
     assert "5 views encoded" in told("encode", *settings, *video)
     assert "5 entries and" in told("cache", "prune", str(folder), *settings, "--dry_run")
     assert "5 entries and" in told("cache", "prune", str(folder), *settings)
+
+    for channels in (2, 3):
+        codec = f"codec: {{name: pca, stride: [1, 2, 2], channels: {channels}, fit_clips: 2}}"
+        (tmp_path / f"pca-{channels}.yaml").write_text(
+            (tmp_path / "tiny.yaml").read_text().replace("codec: {name: pixel}", codec)
+        )
+        told("encode", "--config", str(tmp_path / f"pca-{channels}.yaml"))
+    assert len(list((folder / "codecs").iterdir())) == 2
+    pruned = ["cache", "prune", str(folder), *settings, "--config", str(tmp_path / "pca-3.yaml")]
+    assert "5 entries and 1 fitted codecs" in told(*pruned, "--dry_run")
+    assert "5 entries and 1 fitted codecs" in told(*pruned)
+    assert len(list((folder / "codecs").iterdir())) == 1
+    assert "0 entries and 0 fitted codecs" in told(*pruned)
 
     shard = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-50])
@@ -95,6 +108,30 @@ def test_the_cache_of_a_training_is_filled_and_looked_after(
     for part in ("0/2", "3/2", "1", "a/b", "-1/2"):
         with pytest.raises(UserError, match="must be K/N"):
             main(["encode", *settings, f"--part={part}"])
+
+
+def test_a_score_of_a_users_own_module(
+    clips: Path,  # noqa: F811
+) -> None:
+    """The recipe of stdit/data/README.md."""
+    (clips / "my_scores.py").write_text(
+        "from stdit.data.preparation.scoring import register_scorer\n\n\n"
+        "def redness(frames, fps):\n    return frames[..., 0].mean() - frames[..., 1:].mean()\n\n\n"
+        'register_scorer("redness", redness)\n'
+    )
+    command = ["scripts/prepare_data.py", "score", str(clips), str(clips / "scored.csv"), "--workers", "1"]
+    command = [sys.executable, str(ROOT / command[0]), *command[1:], "--scores", "brightness", "redness"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def score(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *flags], cwd=clips, env=environment, capture_output=True, text=True)
+
+    missing = score()
+    assert missing.returncode == 2 and "redness" in missing.stderr and "--import MODULE" in missing.stderr
+    done = score("--import", "my_scores")
+    assert done.returncode == 0, done.stderr
+    rows = read_csv(clips / "scored.csv")
+    assert len(rows) == 3 and all(abs(float(row["redness"])) < 256 for row in rows)
 
 
 def test_help_needs_nothing_heavy() -> None:
@@ -133,7 +170,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
-    assert "of 60 are done and kept: the same command goes on" in told and not output.exists()
+    assert "of 60 are done and kept: the same command resumes" in told and not output.exists()
     with pytest.raises(
         ProcessLookupError
     ):  # soon: the server of processes ends when it sees that this one has

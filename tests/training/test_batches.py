@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from stdit.data.cache.care import verify
-from stdit.data.cache.store import Store
+from stdit.data.cache.maintenance import verify_cache
+from stdit.data.cache.store import CacheStore
 from stdit.data.config import DataConfig, SourceConfig
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.loading import load_pipeline
 from stdit.training import build
 from stdit.training.batches import build_batches
-from stdit.training.caching import encode, prune_cache
+from stdit.training.caching import fill_cache, prune_unused
 from stdit.training.config import parse_train
 from stdit.training.trainer import Trainer
 from tests.codecs.tiny import save_tiny_vae
@@ -98,7 +98,7 @@ def test_from_memory_and_from_disk_encoded_before_or_not_a_run_is_the_same(views
         watch = Watch(patch)
         assert do(views(name="disk", data__cache="disk")) == 0
         assert watch.opened and len(watch.encoders) == 2
-    summary = encode(parse_train(views(data__cache="memory")))
+    summary = fill_cache(parse_train(views(data__cache="memory")))
     assert (summary.clips, summary.captions) == (5, 2) and summary.encoded + summary.stored == 3 * 4 + 2 * 2
     assert summary.stored > 0 and summary.captions_encoded == 0
     with monkeypatch.context() as patch:
@@ -126,13 +126,13 @@ def test_from_memory_and_from_disk_encoded_before_or_not_a_run_is_the_same(views
 def test_pruning_keeps_what_runs_read(views, tmp_path):
     folder = tmp_path / "clips" / "stdit-cache"
     config, plain = (parse_train(views(data__cache="disk", data__flip=flip)) for flip in ("true", "false"))
-    encode(config)
-    entries = verify(folder).entries
-    assert prune_cache(folder, [plain, config]).entries == 0
-    assert prune_cache(folder, [plain], dry_run=True).entries == 3 * 2
-    assert prune_cache(folder, [plain]).entries == 3 * 2
-    assert verify(folder).entries == entries - 6 and not verify(folder).broken
-    assert encode(plain).encoded == 0
+    fill_cache(config)
+    entries = verify_cache(folder).entries
+    assert prune_unused(folder, [plain, config]).entries == 0
+    assert prune_unused(folder, [plain], dry_run=True).entries == 3 * 2
+    assert prune_unused(folder, [plain]).entries == 3 * 2
+    assert verify_cache(folder).entries == entries - 6 and not verify_cache(folder).broken
+    assert fill_cache(plain).encoded == 0
 
 
 @pytest.mark.parametrize("cache", ["none", "disk", "memory"])
@@ -184,7 +184,7 @@ def test_ranks_encode_their_share_and_see_the_same_batches(views, tmp_path):
     folders = {cache: tmp_path / f"ranks-{cache}" for cache in ("memory", "disk")}
     runs = [views(data__cache=cache, data__cache_dir=folder) for cache, folder in folders.items()]
     run_on_ranks(2, on_rank, runs, tmp_path, expected)
-    stored = {cache: Store(folder).count("latents").total() for cache, folder in folders.items()}
+    stored = {cache: CacheStore(folder).count("latents").total() for cache, folder in folders.items()}
     assert stored["memory"] == 3 * 4 + 2 * 2 >= stored["disk"] > 4
 
 

@@ -1,1 +1,1 @@
-"""Latents and text states encoded once, in a folder of shards that runs share and training reads."""
+"""Latents and text states, encoded once and kept in a folder of files that all runs on a data set share."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from stdit.codecs.padding import pad_states
 from stdit.data.batch import EncodedBatch, RawBatch
-from stdit.data.cache.encode import captions
+from stdit.data.cache.encode import plan_captions
 from stdit.data.cache.keys import text_key
 from stdit.data.cache.reader import CachedContent, CachedReader
-from stdit.data.cache.shards import Entry, Kind, Writer
+from stdit.data.cache.shards import CacheEntry, EntryKind, ShardWriter
 from stdit.data.dataset import Loader, batch_info
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.skips import SkipTally
@@ -64,7 +64,7 @@ class MemoryCache:
             latents.append(torch.stack(found) if found else torch.empty(0))
             places.append(place)
         texts = {}
-        for caption in dict.fromkeys(captions(plan)):
+        for caption in dict.fromkeys(plan_captions(plan)):
             states = store.get("texts", text_key(caption, reader.makers.text_encoder))
             assert states is not None, "encoded before"
             texts[caption] = states
@@ -138,7 +138,7 @@ class DiskBatches:
     ) -> None:
         self.reader, self.encode_view, self.encode_text = reader, encode_view, encode_text
         self.loader = Loader(reader.plan, reader, tally, reader.config.workers, pin_memory, mesh)
-        self.writer = Writer(reader.store.folder)
+        self.writer = ShardWriter(reader.store.folder)
         self._adds = mesh.sp.rank == 0  # ranks that share a video need not all write it
 
     def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[EncodedBatch]:
@@ -154,7 +154,7 @@ class DiskBatches:
         finally:
             self._add(self.writer.flush)
 
-    def _encode(self, raw: RawBatch[CachedContent]) -> tuple[EncodedBatch, list[Entry]]:
+    def _encode(self, raw: RawBatch[CachedContent]) -> tuple[EncodedBatch, list[CacheEntry]]:
         """Encode what the cache lacks; return the batch, and the entries to add."""
         content, makers = raw.content, self.reader.makers
         assert content is not None, "the loader raises if it is"
@@ -185,9 +185,9 @@ class DiskBatches:
         assert latents is not None, "stored or encoded"
         return raw.encoded(latents, *text), entries
 
-    def _entry(self, kind: Kind, maker: str, key: bytes, encode: Callable[[], Tensor]) -> Entry:
+    def _entry(self, kind: EntryKind, maker: str, key: bytes, encode: Callable[[], Tensor]) -> CacheEntry:
         """Return the entry that waits to be written under a key, or encode it."""
-        return self.writer.waiting.get(key) or Entry(kind, maker, key, encode())
+        return self.writer.waiting.get(key) or CacheEntry(kind, maker, key, encode())
 
     def _add(self, write: Callable[[], None]) -> None:
         """Add to the cache; if the disk refuses, warn once and train without adding."""

@@ -1,4 +1,4 @@
-"""Encoding what a plan's clips and captions lack in the cache."""
+"""Encode the clips and captions of a plan that are not in the cache yet."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from stdit.codecs.padding import unpad_states
 from stdit.data.cache.keys import text_key
 from stdit.data.cache.reader import CachedReader
-from stdit.data.cache.shards import Entry, Writer
+from stdit.data.cache.shards import CacheEntry, ShardWriter
 from stdit.data.dataset import read_view, start_worker, to_video
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.manifest.reading import Skipped, summarise
@@ -30,32 +30,32 @@ CAPTIONS_AT_ONCE = 64
 
 @dataclass
 class EncodeSummary:
-    """What an encoding found and did."""
+    """What `encode_plan` found and encoded."""
 
     folder: str
     clips: int = 0
-    """That were looked at."""
+    """Clips of the plan (this process's part)."""
     encoded: int = 0
-    """Views that were encoded; of the others, latents were there."""
+    """Augmented views that were encoded."""
     stored: int = 0
-    """Views that were there already."""
+    """Augmented views that were in the cache already."""
     captions: int = 0
-    """Different ones."""
+    """Distinct captions."""
     captions_encoded: int = 0
     failed: list[Skipped] = field(default_factory=list)
     """Clips that cannot be read."""
     bytes: int = 0
-    """That were written."""
+    """Written to the cache."""
     seconds: float = 0.0
 
     def __str__(self) -> str:
         lines = [
-            f"{self.folder}: {self.clips} clips, {self.encoded} views encoded, {self.stored} were there already; "
+            f"{self.folder}: {self.clips} clips, {self.encoded} views encoded, {self.stored} were in the cache; "
             f"{self.captions} captions, {self.captions_encoded} encoded; {self.bytes / 1e6:,.1f} MB written in "
             f"{self.seconds:.1f} s"
         ]
         if self.failed:
-            lines.append(f"{len(self.failed)} clips left out:")
+            lines.append(f"{len(self.failed)} clips excluded:")
             lines += summarise(Skipped(path, f"cannot be read: {why}") for path, why in self.failed)
         return "\n".join(lines)
 
@@ -71,27 +71,28 @@ def encode_plan(
     check: bool = False,
     progress: bool = True,
 ) -> EncodeSummary:
-    """Encode every view of every clip of the reader's plan, and every caption, that its store has not.
+    """Encode every augmented view of every clip of the reader's plan, and every caption, that is not in its store.
 
-    Each clip is encoded by itself, so its latents do not depend on what was encoded with it. Whatever ends this (a
-    signal, a full disk), shards that are whole stay, and the next call goes on from there.
+    Each clip is encoded by itself, so its latents do not depend on the others. After an interrupt (a signal, a full
+    disk), complete shards stay, and the next call resumes from there.
 
     Args:
-        extra_texts: to encode beside the captions.
+        extra_texts: texts to encode beside the captions.
         device: of codec and text encoder.
-        part: (rank, of how many): this process does every so-manieth clip and caption; several may write at once.
-        tally: counts the clips that fail, and raises UserError when they are too many.
-        check: read what is there already, and make anew what the disk has changed.
+        part: (k, n): this process encodes every n-th clip and caption, beginning with the k-th. Several processes may
+            write to the same cache at once.
+        tally: counts the clips that fail, and raises UserError if there are too many.
+        check: read stored entries, and encode again those whose bytes have changed.
 
     Raises:
-        UserError: when the disk refuses, or the tally does.
+        UserError: if the cache cannot be written, or too many clips fail.
     """
     began = time.monotonic()
     summary = EncodeSummary(str(reader.store.folder))
-    with Writer(reader.store.folder) as writer:
-        texts = list(dict.fromkeys([*captions(reader.plan), *extra_texts]))[part[0] :: part[1]]
+    with ShardWriter(reader.store.folder) as writer:
+        texts = list(dict.fromkeys([*plan_captions(reader.plan), *extra_texts]))[part[0] :: part[1]]
         _encode_texts(reader, text_encoder, texts, writer, summary, check, progress)
-        missing = _Missing(reader, part, check)
+        missing = _MissingClips(reader, part, check)
         _encode_clips(missing, codec, device, writer, summary, tally, progress)
     reader.store.refresh()
     summary.bytes = sum(file.stat().st_size for file in writer.written)
@@ -99,19 +100,19 @@ def encode_plan(
     return summary
 
 
-class _Views(NamedTuple):
-    """What a clip lacks."""
+class _MissingViews(NamedTuple):
+    """The augmented views of a clip that are not stored."""
 
     stored: int
     keys: list[bytes]
     frames: list[Tensor]
     """uint8 [T 3 H W] each"""
-    new: list[Entry]
+    new: list[CacheEntry]
     failed: Skipped | None
 
 
-class _Missing(Dataset):
-    """Item i: the views of the i-th clip that the cache lacks, decoded."""
+class _MissingClips(Dataset):
+    """Item i: the augmented views of the i-th clip that are not stored, decoded."""
 
     def __init__(self, reader: CachedReader, part: tuple[int, int], check: bool) -> None:
         self.reader, self.check = reader, check
@@ -123,7 +124,7 @@ class _Missing(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, place: int) -> _Views:
+    def __getitem__(self, place: int) -> _MissingViews:
         k, index = self.pairs[place].tolist()
         assignment = self.reader.plan.assignment
         clip, bucket = assignment.clips[index], assignment.buckets[k]
@@ -134,15 +135,15 @@ class _Missing(Dataset):
             ]
             frames = [read_view(clip, bucket, view).contiguous() for view, _ in missing]
         except DecodeError as error:
-            return _Views(0, [], [], [], Skipped(error.path, error.reason))
-        return _Views(len(views) - len(missing), [key for _, key in missing], frames, new, None)
+            return _MissingViews(0, [], [], [], Skipped(error.path, error.reason))
+        return _MissingViews(len(views) - len(missing), [key for _, key in missing], frames, new, None)
 
 
 def _encode_clips(
-    missing: _Missing,
+    missing: _MissingClips,
     codec: "VideoCodec",
     device: torch.device | str,
-    writer: Writer,
+    writer: ShardWriter,
     summary: EncodeSummary,
     tally: SkipTally | None,
     progress: bool,
@@ -162,7 +163,7 @@ def _encode_clips(
             if tally is not None:
                 tally.add([views.failed])
         for key, frames in zip(views.keys, views.frames, strict=True):
-            writer.add(Entry("latents", maker, key, encode_view(codec, frames, device)))
+            writer.add(CacheEntry("latents", maker, key, encode_view(codec, frames, device)))
         for entry in views.new:
             writer.add(entry)
         summary.encoded += len(views.keys)
@@ -170,7 +171,7 @@ def _encode_clips(
 
 
 def encode_view(codec: "VideoCodec", frames: Tensor, device: torch.device | str) -> Tensor:
-    """Latents float32 [C T' H' W'] on the CPU of frames uint8 [T 3 H W]; by itself, whatever else is encoded."""
+    """Encode frames uint8 [T 3 H W] to latents float32 [C T' H' W'] on the CPU."""
     with torch.no_grad():
         return codec.encode(to_video(frames[None].to(device)))[0].float().cpu()
 
@@ -179,12 +180,12 @@ def _encode_texts(
     reader: CachedReader,
     encoder: "TextEncoder",
     texts: list[str],
-    writer: Writer,
+    writer: ShardWriter,
     summary: EncodeSummary,
     check: bool,
     progress: bool,
 ) -> None:
-    """Captions of like length are encoded together."""
+    """Encode the texts that are not stored, in batches of similar length."""
     summary.captions = len(texts)
     maker = reader.makers.text_encoder
     lacking = [text for text in texts if not reader.store.has("texts", text_key(text, maker), check)]
@@ -197,19 +198,19 @@ def _encode_texts(
         for begin in range(0, len(lacking), CAPTIONS_AT_ONCE):
             chunk = lacking[begin : begin + CAPTIONS_AT_ONCE]
             for text, states in zip(chunk, unpad_states(*encoder.encode(chunk)), strict=True):
-                writer.add(Entry("texts", maker, text_key(text, maker), states))
+                writer.add(CacheEntry("texts", maker, text_key(text, maker), states))
             bar.update(len(chunk))
 
 
-def captions(plan: BatchPlan) -> Iterator[str]:
-    """Those of the clips that train, in the order of the manifest."""
+def plan_captions(plan: BatchPlan) -> Iterator[str]:
+    """Yield the captions of a plan's clips, in the order of the manifest."""
     texts = plan.assignment.clips.texts
     for index in np.sort(np.concatenate(plan.assignment.members)).tolist():
         yield texts[index]
 
 
 def wanted_keys(reader: CachedReader, extra_texts: Iterable[str] = ()) -> Iterator[bytes]:
-    """Keys of all that the reader's plan, and further texts, may ask the cache for."""
+    """Yield the keys of all entries that the reader's plan and further texts may use."""
     assignment = reader.plan.assignment
     for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
         for index in members.tolist():
@@ -218,6 +219,6 @@ def wanted_keys(reader: CachedReader, extra_texts: Iterable[str] = ()) -> Iterat
                 yield reader.contents.known(clip.media)[0]
                 yield from (key for _, key in reader.wanted(clip, bucket)[0])
             except (OSError, DecodeError):
-                continue  # a file that is gone asks for nothing
-    for text in (*captions(reader.plan), *extra_texts):
+                continue  # a missing file has no entries
+    for text in (*plan_captions(reader.plan), *extra_texts):
         yield text_key(text, reader.makers.text_encoder)

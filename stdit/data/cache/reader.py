@@ -12,9 +12,9 @@ from torch import Tensor
 
 from stdit.codecs.padding import pad_states
 from stdit.data.buckets import Bucket
-from stdit.data.cache.keys import Contents, latents_key, text_key
-from stdit.data.cache.shards import Entry
-from stdit.data.cache.store import Store
+from stdit.data.cache.keys import FileHashes, latents_key, text_key
+from stdit.data.cache.shards import CacheEntry
+from stdit.data.cache.store import CacheStore
 from stdit.data.config import DataConfig
 from stdit.data.dataset import read_view
 from stdit.data.decoding.decode import DecodeError
@@ -49,7 +49,7 @@ class CachedSample(NamedTuple):
     """uint8 [T 3 H W]"""
     key: bytes
     """Of the latents."""
-    new_entries: list[Entry]
+    new_entries: list[CacheEntry]
     """To be added to the cache: the hash of a file that it had not seen."""
 
 
@@ -69,7 +69,7 @@ class CachedContent:
     """Text states float32 [B L E] and mask bool [B L]; None if those of some caption are not stored."""
     caption_states: list[Tensor | None]
     """If `text` is None: of each caption the states float32 [L E] that are stored."""
-    new_entries: list[Entry]
+    new_entries: list[CacheEntry]
     """To be added to the cache."""
 
     def pin_memory(self) -> "CachedContent":
@@ -88,16 +88,16 @@ class CachedReader:
 
     plan: BatchPlan
     config: DataConfig
-    store: Store
+    store: CacheStore
     makers: Makers
-    contents: Contents = field(init=False)
+    contents: FileHashes = field(init=False)
     _stored: dict[tuple[int, int], list[Wanted]] = field(default_factory=dict, init=False, repr=False)
     """By bucket and clip, once found in the store: then the file is not looked at again. Bounded."""
 
     def __post_init__(self) -> None:
-        self.contents = Contents(self.store)
+        self.contents = FileHashes(self.store)
 
-    def wanted(self, clip: Clip, bucket: Bucket) -> tuple[list[Wanted], list[Entry]]:
+    def wanted(self, clip: Clip, bucket: Bucket) -> tuple[list[Wanted], list[CacheEntry]]:
         """Return all views of a clip, each once, and entries to be added for its file. Raises DecodeError."""
         try:
             content, new = self.contents.of(clip.media)
@@ -118,7 +118,7 @@ class CachedReader:
     def read(self, planned: PlannedBatch, index: int, clip_index: int) -> CachedSample:
         """Read a view's latents, or its frames. Raises DecodeError."""
         place = planned.bucket_index, clip_index
-        views, new = self._stored.get(place, []), list[Entry]()
+        views, new = self._stored.get(place, []), list[CacheEntry]()
         if not views:
             views, new = self.wanted(self.plan.assignment.clips[clip_index], planned.bucket)
         view, key = views[self.number(planned.step, index, len(views))]

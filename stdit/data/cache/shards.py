@@ -1,8 +1,13 @@
-"""Shards: files of entries, each a key of 16 bytes and a tensor. Written aside and renamed, so whole or absent.
+"""Shards: safetensors files of cache entries, each a key of 16 bytes and a tensor, written atomically.
 
-A shard is a safetensors file of one kind of entry, made by one maker (the fingerprint of a codec or text encoder):
-values [sum of n, ...], entry after entry along the first axis; offsets int64 [N + 1], where each begins; keys uint8
-[N 16]; hashes int64 [N], XXH3-64 of each entry's bytes, which finds what a disk has changed. Letter: N entries.
+A shard has entries of one kind, made by one maker (the fingerprint of a codec or text encoder), and holds
+
+    values [sum of n, ...]   all entries, concatenated along the first axis
+    offsets int64 [N + 1]    where each entry begins
+    keys uint8 [N 16]
+    hashes int64 [N]         XXH3-64 of each entry's bytes, to detect corruption on disk
+
+Letters: N entries, n length of an entry.
 """
 
 import contextlib
@@ -25,32 +30,32 @@ from torch import Tensor
 
 from stdit.errors import UserError
 
-FORMAT = "stdit-cache-2"
+SHARD_FORMAT = "stdit-cache-2"
 SUFFIX = ".safetensors"
 KEY_BYTES = 16
 SHARD_BYTES = 1 << 26
 SHARD_SECONDS = 60.0
 
-Kind = Literal["latents", "texts", "contents"]
+EntryKind = Literal["latents", "texts", "contents"]
 
 
-class DamagedShard(ValueError):
-    """A file that is no whole shard; the message is the reason."""
+class DamagedShardError(ValueError):
+    """A file that is not a complete shard; the message is the reason."""
 
 
-class Entry(NamedTuple):
-    """What is to be written."""
+class CacheEntry(NamedTuple):
+    """A tensor to be written, and its key."""
 
-    kind: Kind
+    kind: EntryKind
     maker: str
     key: bytes
     value: Tensor
-    """[n, ...]: entries whose sizes differ in the first axis alone share a shard."""
+    """[n, ...]: entries whose sizes differ only in the first axis can share a shard."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A whole shard on disk, of which the values are read as they are wanted."""
+    """A shard on disk. Its values are read when they are needed."""
 
     file: Path
     kind: str
@@ -63,47 +68,51 @@ class Shard:
     """int64 [N]"""
 
     def read(self, values: Tensor, row: int) -> Tensor | None:
-        """The tensor of an entry; None if its bytes are not those that were written.
+        """Return the tensor of an entry; None if its bytes have changed since it was written.
 
         Args:
-            values: the shard's, from `open_values`.
+            values: of the shard, from `open_values`.
         """
         value = values[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()
-        return value if hash_of(value) == self.hashes[row] else None
+        return value if hash_tensor(value) == self.hashes[row] else None
 
 
 def open_values(file: Path) -> Tensor:
-    """The values of a shard, mapped into memory: read from the file as they are used. Raises OSError or
-    SafetensorError."""
+    """Map the values of a shard into memory: they are read from the file when they are used.
+
+    Raises OSError or SafetensorError.
+    """
     with safe_open(file, framework="pt") as stored:
         return stored.get_tensor("values")
 
 
 def read_shard(file: Path) -> Shard:
-    """Keys and places of a shard's entries. Raises DamagedShard."""
+    """Read keys, offsets and hashes of a shard. Raises DamagedShardError."""
     try:
         with safe_open(file, framework="pt") as stored:
-            facts = stored.metadata() or {}
-            if facts.get("format") != FORMAT:
-                raise DamagedShard(f"of the format {facts.get('format')}, not {FORMAT}")
+            metadata = stored.metadata() or {}
+            if metadata.get("format") != SHARD_FORMAT:
+                raise DamagedShardError(f"its format is {metadata.get('format')}, not {SHARD_FORMAT}")
             keys, offsets, hashes = (
                 stored.get_tensor(name).numpy() for name in ("keys", "offsets", "hashes")
             )
             count, size = len(keys), stored.get_slice("values").get_shape()
         steps = np.diff(offsets)
         if keys.shape != (count, KEY_BYTES) or len(hashes) != count or len(offsets) != count + 1:
-            raise DamagedShard("its parts do not fit together")
+            raise DamagedShardError("its tensors do not fit together")
         if count and (offsets[0] != 0 or offsets[-1] != size[0] or steps.min() < 0):
-            raise DamagedShard("its entries lie outside it")
-        return Shard(file, facts["kind"], facts["maker"], *(part.copy() for part in (keys, offsets, hashes)))
-    except DamagedShard:
+            raise DamagedShardError("its offsets lie outside its values")
+        return Shard(
+            file, metadata["kind"], metadata["maker"], *(part.copy() for part in (keys, offsets, hashes))
+        )
+    except DamagedShardError:
         raise
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise DamagedShard(str(error)) from error
+        raise DamagedShardError(str(error)) from error
 
 
-def write_shard(file: Path, entries: Sequence[Entry]) -> None:
-    """Write entries of one kind, maker, and shape but for the first axis. Raises OSError or SafetensorError."""
+def write_shard(file: Path, entries: Sequence[CacheEntry]) -> None:
+    """Write entries of the same kind, maker and shape (except the first axis). Raises OSError or SafetensorError."""
     lengths = [0, *(len(entry.value) for entry in entries)]
     tensors = {
         "values": torch.cat([entry.value for entry in entries]).contiguous(),
@@ -111,27 +120,27 @@ def write_shard(file: Path, entries: Sequence[Entry]) -> None:
         "keys": torch.frombuffer(bytearray().join(entry.key for entry in entries), dtype=torch.uint8).view(
             -1, KEY_BYTES
         ),
-        "hashes": torch.tensor([hash_of(entry.value) for entry in entries]),
+        "hashes": torch.tensor([hash_tensor(entry.value) for entry in entries]),
     }
-    facts = {"format": FORMAT, "kind": entries[0].kind, "maker": entries[0].maker}
-    aside = file.with_name(f".{file.name}.tmp")
-    content = save(tensors, facts)
+    metadata = {"format": SHARD_FORMAT, "kind": entries[0].kind, "maker": entries[0].maker}
+    staging = file.with_name(f".{file.name}.tmp")
+    content = save(tensors, metadata)
     try:
-        with held(aside):
-            with aside.open("wb") as out:
+        with locked(staging):
+            with staging.open("wb") as out:
                 out.write(content)
                 out.flush()
                 os.fsync(out.fileno())
-            aside.replace(file)
+            staging.replace(file)
         sync_folder(file.parent)
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            staging.unlink()
 
 
 @contextmanager
-def held(file: Path) -> Iterator[None]:
-    """Make a file, and lock it as long as this process writes it; see `is_held`."""
+def locked(file: Path) -> Iterator[None]:
+    """Create a file, and lock it while this process writes it; see `is_locked`."""
     try:
         from fcntl import LOCK_EX, LOCK_NB, flock
     except ImportError:  # Windows
@@ -143,8 +152,8 @@ def held(file: Path) -> Iterator[None]:
         yield
 
 
-def is_held(file: Path) -> bool:
-    """Whether a living process writes a file, as far as its file system has locks; or has just given it its name."""
+def is_locked(file: Path) -> bool:
+    """Return whether a process is writing a file, or has just renamed it; False if the file system has no locks."""
     try:
         from fcntl import LOCK_EX, LOCK_NB, flock
     except ImportError:  # Windows
@@ -159,14 +168,14 @@ def is_held(file: Path) -> bool:
     return False
 
 
-def hash_of(value: Tensor) -> int:
-    """XXH3-64 of a tensor's bytes, as int64 has it."""
+def hash_tensor(value: Tensor) -> int:
+    """Return XXH3-64 of a tensor's bytes, as a signed integer."""
     unsigned = xxhash.xxh3_64_intdigest(value.contiguous().flatten().view(torch.uint8).numpy().data)
     return unsigned - (1 << 64) if unsigned >> 63 else unsigned
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's names to disk, where the system can."""
+    """Flush the names in a folder to disk, on systems that can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -176,26 +185,26 @@ def sync_folder(folder: Path) -> None:
 
 
 @dataclass
-class Writer:
-    """Gathers entries and writes them as shards of bounded size, under names that no other writer has.
+class ShardWriter:
+    """Collects entries and writes them as shards of bounded size, with names that no other writer uses.
 
-    What is gathered is written when it is large, when it is old, and at the end of the `with` block, however that
-    ends: an encoding that was cut off loses a minute, or a shard, at most.
+    Entries are written when they are large or old enough, and at the end of the `with` block, however it ends: an
+    interrupted encoding loses at most a minute, or a shard.
     """
 
     folder: Path
     shard_bytes: int = SHARD_BYTES
-    """Values of a shard; a single larger entry has one for itself."""
+    """Maximum size of the values; a larger entry gets a shard of its own."""
     seconds: float = SHARD_SECONDS
-    """How old what is gathered may get before it is written."""
+    """Maximum age of entries that are not yet written."""
     written: list[Path] = field(default_factory=list)
-    waiting: dict[bytes, Entry] = field(default_factory=dict)
+    waiting: dict[bytes, CacheEntry] = field(default_factory=dict)
     _name: str = field(default_factory=lambda: secrets.token_hex(6))
     _bytes: int = 0
     _since: float = 0.0
 
-    def add(self, entry: Entry) -> None:
-        """Take an entry; one that waits already is left out. Raises UserError when the disk refuses."""
+    def add(self, entry: CacheEntry) -> None:
+        """Add an entry, unless its key is waiting already. Raises UserError if it cannot be written."""
         if entry.key in self.waiting:
             return
         size = entry.value.nbytes
@@ -209,8 +218,8 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits. Raises UserError when the disk refuses; whole shards stay as they are."""
-        groups: dict[tuple, list[Entry]] = {}
+        """Write the waiting entries. Raises UserError if that fails; complete shards stay."""
+        groups: dict[tuple, list[CacheEntry]] = {}
         for entry in self.waiting.values():
             alike = (entry.kind, entry.maker, entry.value.dtype, entry.value.shape[1:])
             groups.setdefault(alike, []).append(entry)
@@ -223,7 +232,7 @@ class Writer:
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"cannot write to the cache {self.folder} ({error}): make room, or set data.cache_dir to a "
-                    "folder elsewhere. What was encoded before is kept, and the same command goes on from there."
+                    "folder elsewhere. What was encoded before is kept, and the same command resumes from there."
                 ) from error
             self.written.append(file)
 

@@ -1,4 +1,4 @@
-"""The cache folder: which entries its shards hold. There is no index file that could be stale: shards say it."""
+"""Look up entries by key in a cache folder. The shards hold the keys: there is no index file that could be stale."""
 
 import logging
 from collections import Counter, OrderedDict
@@ -9,19 +9,19 @@ import numpy as np
 from safetensors import SafetensorError
 from torch import Tensor
 
-from stdit.data.cache.shards import SUFFIX, DamagedShard, Kind, Shard, open_values, read_shard
+from stdit.data.cache.shards import SUFFIX, DamagedShardError, EntryKind, Shard, open_values, read_shard
 
 logger = logging.getLogger(__name__)
 
 OPEN_SHARDS = 256
-"""Files that are kept mapped at a time."""
+"""Shards that are mapped into memory at a time."""
 
 
-class Store:
-    """Finds entries by key in a folder of shards, those included that other processes write meanwhile.
+class CacheStore:
+    """Finds entries by key in a folder of shards, including those that other processes add meanwhile.
 
-    It may be handed to worker processes. Damaged shards are passed over with a warning, and so are single entries
-    whose bytes have changed: both count as not there.
+    It can be sent to worker processes. Damaged shards, and entries whose bytes have changed, are ignored with a
+    warning.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class Store:
         self.shards: dict[str, Shard] = {}
         """By file name."""
         self.damaged: dict[str, str] = {}
-        """Why files are passed over, by name."""
+        """Why shards are ignored, by file name."""
         self._seen: int | None = None
         self._tables: dict[str, _Table] = {}
         self._open: OrderedDict[str, Tensor] = OrderedDict()
@@ -39,7 +39,7 @@ class Store:
         return {**vars(self), "_open": OrderedDict()}
 
     def refresh(self) -> None:
-        """Look for shards that came or went since the last time; costs one look at the folder if none did."""
+        """Find shards that were added or removed since the last call; costs one `stat` of the folder if none was."""
         try:
             changed = self.folder.stat().st_mtime_ns
         except OSError:
@@ -55,42 +55,42 @@ class Store:
         for name in sorted(new):
             try:
                 self.shards[name] = read_shard(self.folder / name)
-            except DamagedShard as error:
-                self._pass_over(name, str(error))
+            except DamagedShardError as error:
+                self._ignore(name, str(error))
         if gone or new:
             self._tables = {}
 
-    def count(self, kind: Kind) -> Counter[str]:
-        """Entries of a kind by maker."""
+    def count(self, kind: EntryKind) -> Counter[str]:
+        """Return the number of entries of a kind, by maker."""
         counted: Counter[str] = Counter()
         for shard in self.shards.values():
             if shard.kind == kind:
                 counted[shard.maker] += len(shard.keys)
         return counted
 
-    def has(self, kind: Kind, key: bytes, check: bool = False) -> bool:
-        """Whether an entry is there; `check` reads its bytes, too."""
+    def has(self, kind: EntryKind, key: bytes, check: bool = False) -> bool:
+        """Return whether an entry is stored; `check` verifies its bytes, too."""
         return self.get(kind, key) is not None if check else self._table(kind).place(key) >= 0
 
-    def get(self, kind: Kind, key: bytes) -> Tensor | None:
-        """The tensor of an entry; None if it is not there."""
+    def get(self, kind: EntryKind, key: bytes) -> Tensor | None:
+        """Return the tensor of an entry; None if it is not stored."""
         self.refresh()
         while (place := (table := self._table(kind)).place(key)) >= 0:
             shard, row = table.shards[table.shard[place]], int(table.row[place])
             try:
                 value = shard.read(self._mapped(shard.file), row)
             except (OSError, SafetensorError) as error:
-                self._pass_over(shard.file.name, str(error))
+                self._ignore(shard.file.name, str(error))
                 del self.shards[shard.file.name]
                 self._tables = {}
                 continue
             if value is not None:
                 return value
-            logger.warning("cache %s: an entry has changed since it was written: passed over", shard.file)
+            logger.warning("cache %s: an entry has changed since it was written: ignored", shard.file)
             table.gone.add(place)
         return None
 
-    def _table(self, kind: Kind) -> "_Table":
+    def _table(self, kind: EntryKind) -> "_Table":
         if kind not in self._tables:
             self._tables[kind] = _Table([shard for shard in self.shards.values() if shard.kind == kind])
         return self._tables[kind]
@@ -103,13 +103,13 @@ class Store:
         self._open.move_to_end(file.name)
         return self._open[file.name]
 
-    def _pass_over(self, name: str, reason: str) -> None:
+    def _ignore(self, name: str, reason: str) -> None:
         self.damaged[name] = reason
-        logger.warning("cache %s is damaged (%s): passed over", self.folder / name, reason)
+        logger.warning("cache %s is damaged (%s): ignored", self.folder / name, reason)
 
 
 class _Table:
-    """All entries of a kind, sorted by the first half of their keys."""
+    """Index of all entries of a kind, sorted by the first half of their keys."""
 
     def __init__(self, shards: list[Shard]) -> None:
         self.shards = shards
@@ -124,7 +124,7 @@ class _Table:
         self.gone: set[int] = set()
 
     def place(self, key: bytes) -> int:
-        """Of a key; -1 if it is not there."""
+        """Return the place of a key; -1 if it is not stored."""
         first, second = np.frombuffer(key, np.uint64).tolist()
         place = int(self._firsts.searchsorted(np.uint64(first)))
         while place < len(self.keys) and self.keys[place, 0] == first:
@@ -135,10 +135,10 @@ class _Table:
 
 
 def _halves(keys: np.ndarray) -> np.ndarray:
-    """uint8 [N 16] to uint64 [N 2]."""
+    """Convert uint8 [N 16] to uint64 [N 2]."""
     return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Files that are, or should be, shards."""
+    """Return the files that are, or should be, shards."""
     return [file for file in folder.glob(f"*{SUFFIX}") if not file.name.startswith(".")]

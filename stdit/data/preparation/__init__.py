@@ -1,1 +1,1 @@
-"""From a folder of videos to a manifest worth training on: one file for each sub-command of prepare_data.py."""
+"""Prepare a folder of videos for training: one file per step of prepare_data.py."""

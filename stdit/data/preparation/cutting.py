@@ -1,9 +1,8 @@
-"""A part of a video as a file of its own: copied where a key frame allows it, else encoded anew."""
+"""Write a span of a video to a file: copied if it begins with a key frame, otherwise re-encoded."""
 
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -17,49 +16,51 @@ from stdit.data.decoding.decode import INSTANT, DecodeError, VideoInfo, iter_fra
 from stdit.data.decoding.frames import REORDER_DEPTH
 from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import Video, open_clip
-from stdit.data.preparation.table import written_whole
+from stdit.data.preparation.table import staged_output
 from stdit.errors import UserError
 
-COPIED = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4"})
-"""Codecs that are copied into an mp4."""
-LOST = 3
-"""Frames that a copy may lack at its end, where they cannot be shown without frames after them."""
-CLOCK = Fraction(1, 90_000)
-"""Seconds of a tick of what is encoded."""
-QUALITY = {"crf": "14", "preset": "fast"}
-"""Of libx264: hardly to be told from the original."""
+COPIED_CODECS = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4"})
+"""Codecs whose packets are copied into an mp4."""
+MAX_LOST_FRAMES = 3
+"""Frames that a copy may lack at its end, because they cannot be decoded without later ones."""
+TIME_BASE = Fraction(1, 90_000)
+"""Seconds per tick of re-encoded videos."""
+X264_OPTIONS = {"crf": "14", "preset": "fast"}
+"""Nearly indistinguishable from the original."""
 
 
-def cut(
+def cut_clip(
     media: Media, start: float, end: float, output: Path, size: tuple[int, int]
 ) -> tuple[Literal["copied", "encoded"], VideoInfo]:
-    """Write the frames from `start` on and before `end` (seconds after the first) as an mp4 without sound.
+    """Write the frames from `start` to before `end` (seconds after the first frame) as an mp4 without sound.
 
     Args:
-        size: height and width in square pixels, as shown, of what has to be encoded anew.
+        size: height and width in square pixels, as shown, if it has to be re-encoded.
 
-    Returns how it was made, and what it holds. Raises DecodeError, and UserError when it cannot be written.
+    Returns how it was written, and its frames, rate and size. Raises DecodeError, and UserError if writing fails.
     """
-    with written_whole(output) as aside:
-        copied = copy_part(media, start, end, aside)
+    with staged_output(output) as staging:
+        copied = copy_packets(media, start, end, staging)
         if copied is not None:
             return "copied", copied
-        encode_part(media, start, end, aside, size)
-        return "encoded", probe(aside)
+        _reencode(media, start, end, staging, size)
+        return "encoded", probe(staging)
 
 
-def copy_part(media: Media, start: float, end: float, output: Path) -> VideoInfo | None:
-    """Copy the packets of a part that begins with a key frame, and say what the copy holds; None where none does.
+def copy_packets(media: Media, start: float, end: float, output: Path) -> VideoInfo | None:
+    """Copy the packets of a span, if it begins with a key frame; return the copy's frames, rate and size, or None.
 
-    Raises DecodeError for a source that cannot be read.
+    Raises DecodeError if the source cannot be read.
     """
     with open_clip(media, quick=False) as opened:
         if not isinstance(opened, Video):
             return None
         source, stream = opened.container, opened.stream
-        if stream.codec_context.name not in COPIED or source.format.name == "avi":  # whose times are wrong
+        if (
+            stream.codec_context.name not in COPIED_CODECS or source.format.name == "avi"
+        ):  # its timestamps are wrong
             return None
-        packets = _part(source, stream, start, end)
+        packets = _packets_of_span(source, stream, start, end)
         if not packets:
             return None
         first = packets[0].pts or 0
@@ -73,7 +74,7 @@ def copy_part(media: Media, start: float, end: float, output: Path) -> VideoInfo
         except (
             av.FFmpegError,
             ValueError,
-        ):  # they do not fit into an mp4, or the disk refuses, as it will again
+        ):  # they do not fit into an mp4; or the disk is full, as it will be again
             return None
     with contextlib.suppress(DecodeError):
         info = probe(output)
@@ -82,10 +83,12 @@ def copy_part(media: Media, start: float, end: float, output: Path) -> VideoInfo
     return None
 
 
-def _part(source: av.container.InputContainer, stream: VideoStream, start: float, end: float) -> list[Packet]:
-    """Packets from the key frame at `start` on, in order of decoding, that show all frames up to the last of them.
+def _packets_of_span(
+    source: av.container.InputContainer, stream: VideoStream, start: float, end: float
+) -> list[Packet]:
+    """Return the packets from the key frame at `start` on, in decoding order, which decode without any later ones.
 
-    Empty when there is no such key frame, or more than LOST frames before `end` cannot be shown without later ones.
+    Empty if there is no such key frame, or if more than MAX_LOST_FRAMES frames before `end` need later ones.
     """
     head = list(itertools.islice(source.demux(stream), REORDER_DEPTH))
     shown = [packet.pts for packet in head if packet.pts is not None and not packet.is_discard]
@@ -109,51 +112,52 @@ def _part(source: av.container.InputContainer, stream: VideoStream, start: float
         if not packets or packet.pts > times[0]:  # earlier ones need frames before the key frame
             packets.append(packet)
             times.append(packet.pts)
-    return packets[: _complete(times, limit)]
+    return packets[: _count_complete(times, limit)]
 
 
-def _complete(times: list[int], limit: int) -> int:
-    """How many frames, of those in order of decoding, are all that are shown before the last of them, which is shown
-    before `limit`; 0 when that leaves out more than LOST."""
+def _count_complete(times: list[int], limit: int) -> int:
+    """Return how many frames, in decoding order, can be kept so that none is missing before the last one shown.
+
+    The last one is shown before `limit`; 0 if more than MAX_LOST_FRAMES would be lost.
+    """
     wanted = sum(time < limit for time in times)
     latest = list(itertools.accumulate(times, max))
     earliest_after = [*itertools.accumulate(reversed(times), min)][::-1][1:] + [limit]
-    for count in range(len(times), max(0, wanted - LOST - 1), -1):
+    for count in range(len(times), max(0, wanted - MAX_LOST_FRAMES - 1), -1):
         if latest[count - 1] < min(earliest_after[count - 1], limit):
             return count
     return 0
 
 
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
+def _reencode(media: Media, start: float, end: float, output: Path, size: tuple[int, int]) -> None:
+    """Decode a span and encode it, upright and with square pixels.
+
+    Raises DecodeError, and UserError if it cannot be written.
+    """
     try:
-        yield
+        _encode_frames(media, start, end, output, size)
     except av.FFmpegError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from error
 
 
-def encode_part(media: Media, start: float, end: float, output: Path, size: tuple[int, int]) -> None:
-    """Decode a part and encode it anew, upright and with square pixels.
-
-    Raises DecodeError, and UserError when it cannot be written.
-    """
+def _encode_frames(media: Media, start: float, end: float, output: Path, size: tuple[int, int]) -> None:
     height, width = size
     chroma = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"
-    with _writing(output), av.open(output, "w", format="mp4") as target:
-        stream = target.add_stream("libx264", options=QUALITY)
+    with av.open(output, "w", format="mp4") as target:
+        stream = target.add_stream("libx264", options=X264_OPTIONS)
         stream.height, stream.width, stream.pix_fmt = height, width, chroma
-        stream.codec_context.time_base, stream.codec_context.thread_count = CLOCK, 1
+        stream.codec_context.time_base, stream.codec_context.thread_count = TIME_BASE, 1
         begin, ticks, length = None, 0, 0
         for time, pixels in iter_frames(media, start, end):
             begin = time if begin is None else begin
-            before, ticks = ticks, round((time - begin) / CLOCK)
+            before, ticks = ticks, round((time - begin) / TIME_BASE)
             length = ticks - before
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame = frame.reformat(width=width, height=height, format=chroma)
-            frame.pts, frame.time_base = ticks, CLOCK
+            frame.pts, frame.time_base = ticks, TIME_BASE
             target.mux(stream.encode(frame))
         if begin is None:
-            raise DecodeError(media, f"holds no frame from {start:g} to {end:g} s")
+            raise DecodeError(media, f"has no frame from {start:g} to {end:g} s")
         for packet in stream.encode():
-            packet.duration = length  # else the last frame would have none, and the video end too early
+            packet.duration = length  # otherwise the last frame has none, and the video ends too early
             target.mux(packet)

@@ -1,7 +1,7 @@
-"""`dedupe`: of clips that look alike, the best.
+"""`dedupe`: keep the best of clips that look alike.
 
-A clip's signature is the perceptual hash (of the package imagehash) of a few of its frames, end to end. Letters:
-N clips, F frames, D bits of distance.
+A clip's signature is the concatenated perceptual hashes (package imagehash) of a few of its frames. Letters: N clips,
+D bits of distance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,89 +10,85 @@ import numpy as np
 
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.reading import row_name
-from stdit.data.preparation.flow import Result, Section, Task, each_clip, finish
+from stdit.data.preparation.flow import ClipRecord, RowResult, Task, process_clips, write_results
 from stdit.errors import UserError
 
-FRAMES = 4
+HASHED_FRAMES = 4
 HASH_BITS = 64
-SIDE = 128
-"""Pixels of the longer side that frames are decoded at; the hash looks at 32 x 32."""
+"""Per frame."""
+HASH_SIDE = 128
+"""Pixels of the longer side of decoded frames; the hash uses 32 x 32."""
 PAIRS_AT_ONCE = 1 << 17
 
 
 def dedupe_clips(task: Task, distance: float = 4.0) -> list[str]:
-    """Leave out what looks like a better clip. Returns a summary; raises UserError.
+    """Exclude clips that look like a better one. Returns a summary; raises UserError.
+
+    The better clip is the one with more frames x pixels, then the first in the manifest. Clips are compared at the
+    same fractions of their length, so that a part of another clip, a mirrored or a cropped clip is not found.
 
     Args:
         distance: mean number of bits, of the 64 of a frame's hash, by which duplicates may differ.
-
-    Better is: more frames x pixels, then first in the manifest. Only clips that look alike at the same parts of
-    their length are found: not one that lies inside another, nor one that is mirrored or cropped.
     """
     if not 0 <= distance <= 16:
         raise UserError(
-            f"--distance {distance:g}: must be from 0 (equal hashes) to 16 bits of {HASH_BITS} a frame"
+            f"--distance {distance:g}: must be from 0 (equal hashes) to 16, of {HASH_BITS} bits per frame"
         )
-    need_imagehash()
-    table = task.open()
-    outcomes = each_clip(task, table, signature, (FRAMES, SIDE), "dedupe")
-    whole = [place for place, outcome in enumerate(outcomes) if outcome.reason is None]
-    hashes = np.array([list(bytes.fromhex(outcomes[place].value["hash"])) for place in whole], np.uint8)
-    volumes = [outcomes[place].value["volume"] for place in whole]
-    stand_ins = duplicates(hashes, volumes, int(distance * FRAMES))
-    reasons = {place: outcomes[place].reason for place in range(len(outcomes))}
-    for place, (better, bits) in stand_ins.items():
-        better_path = row_name(table.rows[whole[better]])
-        reasons[whole[place]] = f"duplicate: of {better_path}, {bits / FRAMES:g} bits apart"
-    results = [
-        Result(row, [] if reasons[place] else [row], reasons[place]) for place, row in enumerate(table.rows)
-    ]
-    return finish(task, table, results)
-
-
-def need_imagehash() -> None:
-    """Raises UserError."""
     try:
         import imagehash  # noqa: F401
     except ImportError as error:
         raise UserError(f"dedupe needs imagehash ({error}): pip install 'stdit[prepare]'") from None
+    table = task.open()
+    outcomes = process_clips(task, table, _signature, (HASHED_FRAMES, HASH_SIDE), "dedupe")
+    readable = [place for place, outcome in enumerate(outcomes) if outcome.reason is None]
+    hashes = np.array([list(bytes.fromhex(outcomes[place].value["hash"])) for place in readable], np.uint8)
+    volumes = [outcomes[place].value["volume"] for place in readable]
+    reasons = [outcome.reason for outcome in outcomes]
+    for place, (better, bits) in find_duplicates(hashes, volumes, int(distance * HASHED_FRAMES)).items():
+        better_path = row_name(table.rows[readable[better]])
+        reasons[readable[place]] = f"duplicate: of {better_path}, {bits / HASHED_FRAMES:g} bits apart"
+    results = [
+        RowResult(row, [] if reason else [row], reason)
+        for row, reason in zip(table.rows, reasons, strict=True)
+    ]
+    return write_results(task, table, results)
 
 
-def signature(section: Section) -> dict[str, str | int]:
-    """The hash of a clip in hexadecimal, and its frames x pixels. Raises DecodeError and LeftOut."""
+def _signature(record: ClipRecord) -> dict[str, str | int]:
+    """Return the hash of a clip in hexadecimal, and its frames x pixels. Raises DecodeError and ExcludedError."""
     import imagehash
     from PIL import Image
 
-    part = section.part()
-    height, width = part.size(SIDE)
+    span = record.span()
+    height, width = span.size(HASH_SIDE)
     bits = []
-    for k in range(FRAMES):
-        start = 0.0 if part.is_still else part.start + part.seconds * (k + 0.5) / FRAMES
-        frame = decode_clip(section.media, 1, part.fps, height, width, start=start)[0]
+    for k in range(HASHED_FRAMES):
+        start = 0.0 if span.is_still else span.start + span.seconds * (k + 0.5) / HASHED_FRAMES
+        frame = decode_clip(record.media, 1, span.fps, height, width, start=start)[0]
         bits.append(imagehash.phash(Image.fromarray(frame.permute(1, 2, 0).numpy())).hash.ravel())
     return {
         "hash": np.packbits(np.concatenate(bits)).tobytes().hex(),
-        "volume": part.num_frames * part.height * part.width,
+        "volume": span.num_frames * span.height * span.width,
     }
 
 
-def duplicates(hashes: np.ndarray, volumes: Sequence[int], bits: int) -> dict[int, tuple[int, int]]:
-    """For each clip to leave out the better one that it looks like and that is kept, and their distance in bits.
+def find_duplicates(hashes: np.ndarray, volumes: Sequence[int], bits: int) -> dict[int, tuple[int, int]]:
+    """Return for each clip to exclude the better one that is kept, and their distance in bits.
 
-    Every clip that is kept differs from every other kept one by more than `bits`; there are no chains, in which a
-    clip gives way to one that is unlike it.
+    Kept clips differ from each other by more than `bits`, and an excluded clip from the kept one by at most `bits`
+    (there are no chains of duplicates).
 
     Args:
         hashes: uint8 [N, bytes].
-        volumes: the larger, the better; of equals the first.
+        volumes: of each clip; the larger the better, of equals the first.
     """
     best_first = sorted(range(len(hashes)), key=lambda place: (-volumes[place], place))
-    leaders: dict[bytes, int] = {}  # the best clip of each hash: equal ones need not be compared again
+    leaders: dict[bytes, int] = {}  # the best clip of each hash, so that equal ones are not compared
     for place in best_first:
         leaders.setdefault(hashes[place].tobytes(), place)
     places = list(leaders.values())  # best first
     rivals: dict[int, list[tuple[int, int]]] = {}
-    for better, worse, distance in alike(hashes[places], bits):
+    for better, worse, distance in similar_pairs(hashes[places], bits):
         rivals.setdefault(worse, []).append((distance, better))
     gone: dict[int, tuple[int, int]] = {}  # places in `places`
     for leader in range(len(places)):
@@ -110,16 +106,16 @@ def duplicates(hashes: np.ndarray, volumes: Sequence[int], bits: int) -> dict[in
     return result
 
 
-def alike(hashes: np.ndarray, bits: int) -> Iterator[tuple[int, int, int]]:
-    """Pairs (lower place, higher place, distance) of clips that differ by at most `bits`, each once.
+def similar_pairs(hashes: np.ndarray, bits: int) -> Iterator[tuple[int, int, int]]:
+    """Yield all pairs (lower place, higher place, distance) of clips that differ by at most `bits`, each once.
 
-    Cut into bits + 1 bands, two such hashes have at least one band in common (pigeonholes), so that only clips with
-    a band in common are compared: no pair is missed, and far fewer than N^2 are looked at.
+    Hashes are cut into bits + 1 bands. Two that differ by at most `bits` have at least one band in common (pigeonhole
+    principle), so only clips with a common band are compared: no pair is missed, and far fewer than N^2 are compared.
     """
     if len(hashes) < 2:
         return
-    spread = np.unpackbits(hashes, axis=1)  # [N, bits of a signature]
-    bands = [np.packbits(band, axis=1) for band in np.array_split(spread, bits + 1, axis=1)]
+    unpacked = np.unpackbits(hashes, axis=1)  # [N, bits of a signature]
+    bands = [np.packbits(band, axis=1) for band in np.array_split(unpacked, bits + 1, axis=1)]
     names = np.stack(
         [np.unique(band, axis=0, return_inverse=True)[1].ravel() for band in bands]
     )  # [D + 1, N]
@@ -127,7 +123,9 @@ def alike(hashes: np.ndarray, bits: int) -> Iterator[tuple[int, int, int]]:
         order = np.argsort(names[b], kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(names[b][order])) + 1)
         for first, second in (pairs for group in groups if len(group) > 1 for pairs in _pairs(group)):
-            new = (names[:b, first] != names[:b, second]).all(axis=0)  # no earlier band gave this pair
+            new = (names[:b, first] != names[:b, second]).all(
+                axis=0
+            )  # this pair has no earlier band in common
             first, second = first[new], second[new]
             distance = np.unpackbits(hashes[first] ^ hashes[second], axis=1).sum(axis=1)
             near = np.flatnonzero(distance <= bits)
@@ -135,7 +133,7 @@ def alike(hashes: np.ndarray, bits: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _pairs(group: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All pairs of a group, whose places ascend, in pieces of bounded size."""
+    """Yield all pairs of a group, whose places ascend, in chunks of bounded size."""
     step = max(1, PAIRS_AT_ONCE // len(group))
     for begin in range(0, len(group) - 1, step):
         rows = np.arange(begin, min(begin + step, len(group) - 1))

@@ -1,7 +1,7 @@
-"""Conditions on the columns of a manifest, such as ``motion > 2 and height >= 240``.
+"""Filter expressions on the columns of a manifest, such as ``motion > 2 and height >= 240``.
 
-Python's grammar, of which only comparisons, and/or/not, + - * /, ``in``, numbers, texts and columns are let through:
-nothing is ever executed, and every name and type is checked before the first row.
+Expressions are parsed by Python's grammar, of which only comparisons, and/or/not, + - * /, ``in``, numbers, quoted
+texts and columns are allowed. Nothing is executed, and all names and types are checked before the first row.
 """
 
 import ast
@@ -15,10 +15,9 @@ from typing import Any, Literal
 
 from stdit.errors import UserError
 
-Kind = Literal["number", "text", "truth", "mixture"]
-Row = Mapping[str, Any]
-LONGEST = 2000
-"""Characters; a longer expression is no longer one that a person wrote."""
+ColumnType = Literal["number", "text", "boolean", "mixed"]
+MAX_EXPRESSION = 2000
+"""Characters of an expression."""
 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 COMPARISONS = {
@@ -30,26 +29,27 @@ COMPARISONS = {
     ast.GtE: operator.ge,
 }
 ALLOWED = "comparisons, and, or, not, + - * /, in, columns, numbers and quoted texts"
+NOUNS = {"number": "a number", "text": "a text", "boolean": "a boolean", "mixed": "of mixed types"}
 
 
 @dataclass(frozen=True)
 class Term:
-    """A part of an expression: its type, the columns in it, its value for a row (None: not known)."""
+    """A part of an expression: its type, its columns, and its value for a row (None: unknown)."""
 
-    kind: Kind
-    value: Callable[[Row], Any]
+    kind: ColumnType
+    value: Callable[[Mapping[str, Any]], Any]
     names: tuple[str, ...] = ()
     text: str = ""
 
 
 @dataclass(frozen=True)
-class Condition:
-    """What a row has to fulfil: all of `parts`, which "and" joins."""
+class RowFilter:
+    """A condition on rows: all of `parts` must be true."""
 
     parts: tuple[Term, ...]
 
-    def objection(self, row: Row) -> str | None:
-        """Why a row is left out, as "kind: detail"; None for one that fulfils the condition."""
+    def objection(self, row: Mapping[str, Any]) -> str | None:
+        """Return why a row is excluded, as "kind: detail"; None if it fulfils the condition."""
         for part in self.parts:
             holds = part.value(row)
             if holds is None:
@@ -61,23 +61,23 @@ class Condition:
         return None
 
 
-def column_kinds(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, Kind]:
-    """What each column holds; a number may be written as text, an empty value is none."""
-    return {name: _kind([row.get(name) for row in rows]) for name in columns}
+def column_types(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, ColumnType]:
+    """Return the type of each column. Numbers may be written as text; empty values are ignored."""
+    return {name: _column_type([row.get(name) for row in rows]) for name in columns}
 
 
-def parse_condition(text: str, kinds: Mapping[str, Kind]) -> Condition:
-    """Raises UserError that quotes what is not allowed, not known or not comparable."""
-    if len(text) > LONGEST:
-        raise UserError(f"--where has {len(text)} characters; at most {LONGEST} are read")
+def parse_filter(text: str, kinds: Mapping[str, ColumnType]) -> RowFilter:
+    """Parse an expression. Raises UserError, which quotes what is not allowed, unknown or not comparable."""
+    if len(text) > MAX_EXPRESSION:
+        raise UserError(f"--where has {len(text)} characters; at most {MAX_EXPRESSION} are allowed")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in texts
             tree = ast.parse(text.strip(), mode="eval")
-        parts = [_Reader(text.strip(), kinds).term(node) for node in _conjuncts(tree.body)]
+        parts = [_Parser(text.strip(), kinds).term(node) for node in _conjuncts(tree.body)]
     except SyntaxError as error:
         raise UserError(
-            f"--where {text!r} is no condition ({error.msg}): write one like 'motion > 2'"
+            f"--where {text!r} is not a condition ({error.msg}): write one like 'motion > 2'"
         ) from None
     except (RecursionError, MemoryError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
@@ -86,11 +86,11 @@ def parse_condition(text: str, kinds: Mapping[str, Kind]) -> Condition:
             f"--where {text[:60]!r} cannot be read ({error}): write a simpler condition"
         ) from None
     for part in parts:
-        if part.kind != "truth":
+        if part.kind != "boolean":
             raise UserError(
-                f"--where: {part.text!r} is a {part.kind}, no condition: compare it with something"
+                f"--where: {part.text!r} is {NOUNS[part.kind]}, not a condition: compare it with something"
             )
-    return Condition(tuple(parts))
+    return RowFilter(tuple(parts))
 
 
 def _conjuncts(node: ast.expr) -> list[ast.expr]:
@@ -99,16 +99,16 @@ def _conjuncts(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
-class _Reader:
-    """From nodes of the grammar to terms; anything that has no method here is refused."""
+class _Parser:
+    """Converts nodes of the grammar to terms; a node without a method here is refused."""
 
-    def __init__(self, text: str, kinds: Mapping[str, Kind]) -> None:
+    def __init__(self, text: str, kinds: Mapping[str, ColumnType]) -> None:
         self.text, self.kinds = text, kinds
 
     def term(self, node: ast.expr) -> Term:
         read = getattr(self, f"_{type(node).__name__.lower()}", None)
         if read is None:
-            raise UserError(f"--where: {self.source(node)!r} is not allowed; what is: {ALLOWED}")
+            raise UserError(f"--where: {self.source(node)!r} is not allowed; allowed are {ALLOWED}")
         return read(node)
 
     def source(self, node: ast.expr) -> str:
@@ -117,56 +117,56 @@ class _Reader:
     def _constant(self, node: ast.Constant) -> Term:
         value = node.value
         if isinstance(value, bool):
-            return Term("truth", lambda row: value, text=self.source(node))
+            return Term("boolean", lambda row: value, text=self.source(node))
         if isinstance(value, str):
             return Term("text", lambda row: value, text=self.source(node))
         if isinstance(value, int | float) and math.isfinite(number := float(value)):
             return Term("number", lambda row: number, text=self.source(node))
-        raise UserError(f"--where: {self.source(node)!r} is not allowed; what is: {ALLOWED}")
+        raise UserError(f"--where: {self.source(node)!r} is not allowed; allowed are {ALLOWED}")
 
     def _name(self, node: ast.Name) -> Term:
         name = node.id
         if name not in self.kinds:
             nearest = difflib.get_close_matches(name, self.kinds, 1, 0.4)
-            hint = f"did you mean {nearest[0]}?" if nearest else "quote it, if it is a text."
+            hint = f"did you mean {nearest[0]}?" if nearest else "put quotes around it if it is a text."
             raise UserError(f"--where: no column {name!r}: {hint} The columns are {', '.join(self.kinds)}")
         kind = self.kinds[name]
-        convert = as_number if kind == "number" else _as_is
+        convert = as_number if kind == "number" else lambda value: None if value == "" else value
         return Term(kind, lambda row: convert(row.get(name)), (name,), name)
 
     def _unaryop(self, node: ast.UnaryOp) -> Term:
         operand = self.term(node.operand)
         if isinstance(node.op, ast.Not):
-            self.need(operand, "truth", "not")
-            return Term("truth", _known(operator.not_, operand), operand.names, self.source(node))
+            self.need(operand, "boolean", "not")
+            return Term("boolean", _lifted(operator.not_, operand), operand.names, self.source(node))
         if not isinstance(node.op, ast.USub | ast.UAdd):
-            raise UserError(f"--where: {self.source(node)!r} is not allowed; what is: {ALLOWED}")
+            raise UserError(f"--where: {self.source(node)!r} is not allowed; allowed are {ALLOWED}")
         self.need(operand, "number", "a sign")
         sign = operator.neg if isinstance(node.op, ast.USub) else operator.pos
-        return Term("number", _known(sign, operand), operand.names, self.source(node))
+        return Term("number", _lifted(sign, operand), operand.names, self.source(node))
 
     def _binop(self, node: ast.BinOp) -> Term:
         if type(node.op) not in ARITHMETIC:
-            raise UserError(f"--where: {self.source(node)!r} is not allowed; what is: {ALLOWED}")
+            raise UserError(f"--where: {self.source(node)!r} is not allowed; allowed are {ALLOWED}")
         left, right = self.term(node.left), self.term(node.right)
         for side in (left, right):
             self.need(side, "number", "arithmetic")
-        value = _known(ARITHMETIC[type(node.op)], left, right)
+        value = _lifted(ARITHMETIC[type(node.op)], left, right)
         return Term("number", value, left.names + right.names, self.source(node))
 
     def _boolop(self, node: ast.BoolOp) -> Term:
         terms = [self.term(value) for value in node.values]
         for term in terms:
-            self.need(term, "truth", "and, or")
+            self.need(term, "boolean", "and, or")
         decisive = isinstance(node.op, ast.Or)  # one true decides an "or", one false an "and"
 
-        def value(row: Row) -> bool | None:
+        def value(row: Mapping[str, Any]) -> bool | None:
             values = [term.value(row) for term in terms]
             if decisive in values:
                 return decisive
             return None if None in values else not decisive
 
-        return Term("truth", value, _names(terms), self.source(node))
+        return Term("boolean", value, _names(terms), self.source(node))
 
     def _compare(self, node: ast.Compare) -> Term:
         sides = [node.left, *node.comparators]
@@ -177,41 +177,42 @@ class _Reader:
             for left, op, right in zip(sides, node.ops, sides[1:], strict=False)
         ]
 
-        def value(row: Row) -> bool | None:
+        def value(row: Mapping[str, Any]) -> bool | None:
             values = [pair.value(row) for pair in pairs]
             return False if False in values else None if None in values else True
 
-        return Term("truth", value, _names(pairs), self.source(node))
+        return Term("boolean", value, _names(pairs), self.source(node))
 
     def compared(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Term:
         if type(op) not in COMPARISONS:
-            raise UserError(f"--where: 'is' is not allowed; what is: {ALLOWED}")
+            raise UserError(f"--where: 'is' is not allowed; allowed are {ALLOWED}")
         terms = [self.term(left), self.term(right)]
         self.alike(*terms)
-        return Term("truth", _known(COMPARISONS[type(op)], *terms), _names(terms))
+        return Term("boolean", _lifted(COMPARISONS[type(op)], *terms), _names(terms))
 
     def member(self, left: ast.expr, right: ast.expr, wanted: bool) -> Term:
-        """``"dog" in text`` looks for a part of a text, ``camera in ("pan", "tilt")`` for an entry of a list."""
+        """Parse ``"dog" in text`` (a part of a text) or ``camera in ("pan", "tilt")`` (an entry of a list)."""
         one = self.term(left)
         if isinstance(right, ast.Tuple | ast.List):
             terms = [self.term(entry) for entry in right.elts]
             for term in terms:
                 self.alike(one, term)
-            value = _known(lambda value, *entries: (value in entries) == wanted, one, *terms)
-            return Term("truth", value, _names([one, *terms]))
+            value = _lifted(lambda value, *entries: (value in entries) == wanted, one, *terms)
+            return Term("boolean", value, _names([one, *terms]))
         whole = self.term(right)
         for term in (one, whole):
             self.need(term, "text", "in")
-        return Term("truth", _known(lambda a, b: (a in b) == wanted, one, whole), _names([one, whole]))
+        return Term("boolean", _lifted(lambda a, b: (a in b) == wanted, one, whole), _names([one, whole]))
 
-    def need(self, term: Term, kind: Kind, what: str) -> None:
+    def need(self, term: Term, kind: ColumnType, what: str) -> None:
         if term.kind != kind:
-            raise UserError(f"--where: {term.text!r} is a {term.kind}, but {what} takes a {kind}")
+            raise UserError(f"--where: {term.text!r} is {NOUNS[term.kind]}, but {what} takes {NOUNS[kind]}")
 
     def alike(self, left: Term, right: Term) -> None:
-        if left.kind != right.kind or left.kind == "mixture":
+        if left.kind != right.kind or left.kind == "mixed":
             raise UserError(
-                f"--where: {left.text!r} is a {left.kind} and {right.text!r} a {right.kind}: they cannot be compared"
+                f"--where: {left.text!r} is {NOUNS[left.kind]} and {right.text!r} {NOUNS[right.kind]}: they "
+                "cannot be compared"
             )
 
 
@@ -219,10 +220,10 @@ def _names(terms: Sequence[Term]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for term in terms for name in term.names))
 
 
-def _known(function: Callable[..., Any], *terms: Term) -> Callable[[Row], Any]:
-    """`function` of the terms' values; None where one is not known, or a divisor is zero."""
+def _lifted(function: Callable[..., Any], *terms: Term) -> Callable[[Mapping[str, Any]], Any]:
+    """Return `function` of the terms' values as a function of the row; None if one is unknown or a divisor is 0."""
 
-    def value(row: Row) -> Any:
+    def value(row: Mapping[str, Any]) -> Any:
         values = [term.value(row) for term in terms]
         if None in values:
             return None
@@ -234,17 +235,17 @@ def _known(function: Callable[..., Any], *terms: Term) -> Callable[[Row], Any]:
     return value
 
 
-def _kind(values: Sequence[Any]) -> Kind:
+def _column_type(values: Sequence[Any]) -> ColumnType:
     given = [value for value in values if value not in (None, "")]
     if all(isinstance(value, bool) for value in given):
-        return "truth" if given else "text"
+        return "boolean" if given else "text"
     if all(as_number(value) is not None for value in given):
         return "number"
-    return "text" if all(isinstance(value, str) for value in given) else "mixture"
+    return "text" if all(isinstance(value, str) for value in given) else "mixed"
 
 
 def as_number(value: Any) -> float | None:
-    """A number, or a text that is one; None for anything else, and for what is not finite."""
+    """Convert a number, or text that is one; None for anything else, and for infinity and nan."""
     if isinstance(value, bool) or value is None:
         return None
     try:
@@ -252,10 +253,6 @@ def as_number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _as_is(value: Any) -> Any:
-    return None if value == "" else value
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the sub-commands share: a manifest in, work on each clip, a manifest and the list of what was left out."""
+"""What all steps of prepare_data.py share: read a manifest, process each clip, write kept and excluded rows."""
 
 import math
 import os
@@ -11,46 +11,51 @@ from stdit.data.decoding.decode import VideoInfo, probe
 from stdit.data.decoding.media import Media, MediaError, inside, is_url
 from stdit.data.manifest.fields import clip_span
 from stdit.data.manifest.reading import RowError, Skipped, read_fields, row_name, summarise
-from stdit.data.preparation.jobs import Journal, LeftOut, Outcome, key_of, run_all
-from stdit.data.preparation.table import REFUSED, Row, Table, check_output, read_table, write_table
+from stdit.data.preparation.jobs import ExcludedError, Journal, Outcome, outcome_key, run_all
+from stdit.data.preparation.table import REFUSED, Table, TableRow, check_output, read_table, write_table
 from stdit.errors import UserError
 
 
 @dataclass(frozen=True)
 class Task:
-    """From which manifest to which, and how."""
+    """Source, output and processes of a step."""
 
     source: str
     """A folder, a manifest, or tar shards."""
     output: Path
     root: str | None = None
-    """What paths are relative to, and no file may lie outside; None: the folder of the manifest."""
+    """Folder that paths are relative to, outside of which no file may lie; None: the folder of the manifest."""
     workers: int = 0
     """Processes; 0 works in this one."""
     overwrite: bool = False
+    timeout: float = 0.0
+    """Seconds per clip, after which it is excluded; 0: no limit. Needs workers."""
 
     @property
-    def left_out(self) -> Path:
-        """The table of rows that were left out, each with its reason."""
-        return self.output.with_suffix(f".left_out{self.output.suffix}")
+    def excluded(self) -> Path:
+        """The table of excluded rows, each with its reason."""
+        return self.output.with_suffix(f".excluded{self.output.suffix}")
 
     @property
     def journal(self) -> Journal:
+        """Outcomes of an earlier, interrupted call of the same step."""
         return Journal(self.output.with_name(f"{self.output.name}.partial"))
 
     def open(self, suffixes: Sequence[str] | None = None) -> Table:
-        """The table of the source. Raises UserError for what would spoil the result, before any work."""
+        """Read the source. Raises UserError, before any work, if the output could not be written."""
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: must be 0 (this process) or more")
-        for file in (self.output, self.left_out):
+        if not 0 <= self.timeout < math.inf:
+            raise UserError(f"--timeout {self.timeout:g}: must be seconds per clip, or 0 for no limit")
+        for file in (self.output, self.excluded):
             check_output(file, self.overwrite, suffixes)
             if file.exists() and os.path.exists(self.source) and os.path.samefile(self.source, file):
                 raise UserError(f"output {file} is the source, which is never changed: choose another name")
         return read_table(self.source, self.root)
 
 
-class Part(NamedTuple):
-    """A clip: a file, or what lies between two times in it."""
+class ClipSpan(NamedTuple):
+    """A clip as decoded: a whole file, or a span of it."""
 
     start: float
     """Seconds after the first frame of the file."""
@@ -68,13 +73,13 @@ class Part(NamedTuple):
         return self.num_frames == 1
 
     def size(self, side: int) -> tuple[int, int]:
-        """Height and width, scaled down until the longer is at most `side`."""
+        """Return height and width, scaled down so that the longer is at most `side` pixels."""
         scale = min(1.0, side / max(self.height, self.width))
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
 
 
-class Section(NamedTuple):
-    """What a manifest says of a clip; nan is what it does not say."""
+class ClipRecord(NamedTuple):
+    """A clip as described by a manifest; nan stands for a value that it does not give."""
 
     media: Media
     num_frames: float = math.nan
@@ -83,113 +88,115 @@ class Section(NamedTuple):
     height: float = math.nan
     width: float = math.nan
     start: float = math.nan
-    """Seconds, as end: of the part of the file that is the clip."""
+    """Seconds, as end: the span of the file that is the clip."""
     end: float = math.nan
 
-    def whole(self) -> VideoInfo:
-        """Of the file; decodes what the manifest does not say. Raises DecodeError."""
+    def file_info(self) -> VideoInfo:
+        """Return frames, rate and size of the file; probes it if the manifest lacks some. Raises DecodeError."""
         if any(map(math.isnan, self[1:5])):
             return probe(self.media)
         return VideoInfo(int(self.num_frames), self.fps, int(self.height), int(self.width))
 
-    def part(self, whole: VideoInfo | None = None) -> Part:
-        """Of the clip. Raises DecodeError and LeftOut."""
-        whole = self.whole() if whole is None else whole
-        start, _, num_frames = map(float, clip_span(whole.num_frames, whole.fps, self.start, self.end))
+    def span(self, info: VideoInfo | None = None) -> ClipSpan:
+        """Return the span of the file that is the clip. Raises DecodeError, and ExcludedError if it is empty."""
+        info = self.file_info() if info is None else info
+        start, _, num_frames = map(float, clip_span(info.num_frames, info.fps, self.start, self.end))
         if num_frames == 0:
-            seconds = whole.num_frames / whole.fps
-            raise LeftOut(f"no frame from start to end: {self.start:g} to {self.end:g} s of {seconds:g} s")
-        return Part(start, int(num_frames), *whole[1:])
+            seconds = info.num_frames / info.fps
+            raise ExcludedError(
+                f"no frame from start to end: {self.start:g} to {self.end:g} s of {seconds:g} s"
+            )
+        return ClipSpan(start, int(num_frames), *info[1:])
 
 
-class Result(NamedTuple):
-    """A row of the source, and what became of it: rows of the output, or a reason."""
+class RowResult(NamedTuple):
+    """A row of the source, with the rows of the output that it gives, or the reason why it is excluded."""
 
-    row: Row
-    rows: list[Row]
+    source: TableRow
+    rows: list[TableRow]
     reason: str | None = None
 
 
-def section_of(row: Row, root: str) -> Section:
-    """The clip of a row, whose file is there. Raises LeftOut."""
+def process_clips(
+    task: Task, table: Table, work: Callable[[ClipRecord], Any], settings: Sequence[Hashable], label: str
+) -> list[Outcome]:
+    """Return what `work` gives for the clip of each row, in order; see `jobs.run_all`."""
+    records: dict[int, ClipRecord] = {}
+    outcomes: list[Outcome] = []
+    for place, row in enumerate(table.rows):
+        try:
+            records[place] = _read_record(row, table.root)
+            outcomes.append(Outcome())
+        except ExcludedError as error:
+            outcomes.append(Outcome(reason=str(error)))
+    keys = [outcome_key(record.media, label, *record[1:], *settings) for record in records.values()]
+    done = run_all(work, list(records.values()), keys, task.journal, task.workers, task.timeout, label)
+    for place, outcome in zip(records, done, strict=True):
+        outcomes[place] = outcome
+    return outcomes
+
+
+def _read_record(row: TableRow, root: str) -> ClipRecord:
+    """Read the clip of a row. Raises ExcludedError if its fields are wrong or its file is missing."""
     if reason := row.get(REFUSED):
-        raise LeftOut(reason)
+        raise ExcludedError(reason)
     if not row["path"]:
-        raise LeftOut("path missing")
+        raise ExcludedError("path missing")
     try:
         media, given = read_fields(row, root)
         if not media.is_remote:
             media.local_path()
     except (RowError, MediaError) as error:
-        raise LeftOut(str(error)) from None
-    return Section(media, *(given.get(name, math.nan) for name in Section._fields[1:]))
+        raise ExcludedError(str(error)) from None
+    return ClipRecord(media, *(given.get(name, math.nan) for name in ClipRecord._fields[1:]))
 
 
-def each_clip(
-    task: Task, table: Table, work: Callable[[Section], Any], settings: Sequence[Hashable], label: str
-) -> list[Outcome]:
-    """What `work` gives for the clip of each row, in order; see `run_all`."""
-    sections: dict[int, Section] = {}
-    outcomes: list[Outcome] = []
-    for place, row in enumerate(table.rows):
-        try:
-            sections[place] = section_of(row, table.root)
-            outcomes.append(Outcome())
-        except LeftOut as error:
-            outcomes.append(Outcome(reason=str(error)))
-    keys = [key_of(section.media, label, *section[1:], *settings) for section in sections.values()]
-    done = run_all(work, list(sections.values()), keys, task.journal, task.workers, label)
-    for place, outcome in zip(sections, done, strict=True):
-        outcomes[place] = outcome
-    return outcomes
+def add_columns(table: Table, outcomes: Sequence[Outcome]) -> list[RowResult]:
+    """Add the values of the outcomes, which are columns, to their rows."""
+    return [
+        RowResult(row, [] if outcome.reason else [{**row, **outcome.value}], outcome.reason)
+        for row, outcome in zip(table.rows, outcomes, strict=True)
+    ]
 
 
-def finish(task: Task, table: Table, results: Sequence[Result], new_columns: Sequence[str] = ()) -> list[str]:
-    """Write the output and the list of what was left out; lines that say how many of which.
+def write_results(
+    task: Task, table: Table, results: Sequence[RowResult], new_columns: Sequence[str] = ()
+) -> list[str]:
+    """Write the output and the table of excluded rows; return lines that summarise both.
 
-    Raises UserError when nothing is left; then only the list is written.
+    Raises UserError if no row is left; then only the excluded rows are written.
     """
     kept = [row for result in results for row in result.rows]
-    refused = [(result.row, result.reason) for result in results if result.reason is not None]
+    excluded = [(result.source, result.reason) for result in results if result.reason is not None]
     root, folder = table.root, os.path.realpath(task.output.parent)
-    base = common_base(kept, root, folder)
-    told = summarise(Skipped(row_name(row), reason or "") for row, reason in refused)
-    if refused:
-        told = [f"{len(refused)} left out, listed in {task.left_out}:", *told]
-        rows = [{**moved(row, root, base), "reason": reason} for row, reason in refused]
-        write_table(task.left_out, table.with_columns(rows, [*new_columns, "reason"]))
-    elif task.left_out.exists():
-        task.left_out.unlink()
+    # Paths are relative to the folder of the output if all files lie in it, so that its reader needs no --root.
+    together = not is_url(root) and all(inside(_location(row, root), folder) for row in kept)
+    base = folder if together else root
+    summary = summarise(Skipped(row_name(row), reason or "") for row, reason in excluded)
+    if excluded:
+        summary = [f"{len(excluded)} excluded, listed in {task.excluded}:", *summary]
+        rows = [{**_rebased(row, root, base), "reason": reason} for row, reason in excluded]
+        write_table(task.excluded, table.with_columns(rows, [*new_columns, "reason"]))
+    elif task.excluded.exists():
+        task.excluded.unlink()
     if not kept:
-        raise UserError("\n".join([f"{task.source}: no clip is left", *told]))
-    write_table(task.output, table.with_columns([moved(row, root, base) for row in kept], new_columns))
+        raise UserError("\n".join([f"{task.source}: no clip is left", *summary]))
+    write_table(task.output, table.with_columns([_rebased(row, root, base) for row in kept], new_columns))
     task.journal.remove()
-    clips = (
-        f"{len(kept)} clips"
-        if len(kept) != len(results) - len(refused)
-        else f"{len(kept)} of {len(results)} clips"
-    )
-    note = (
-        ""
-        if base == folder
-        else f"; its paths are relative to {root}: give --root {root} (--data.root in training)"
-    )
-    return [f"{task.output}: {clips}{note}", *told]
+    clips = f"{len(kept)} clips"
+    if len(kept) == len(results) - len(excluded):
+        clips = f"{len(kept)} of {len(results)} clips"
+    note = f"; its paths are relative to {root}: add --root {root} (--data.root in training)"
+    return [f"{task.output}: {clips}{'' if base == folder else note}", *summary]
 
 
-def common_base(rows: Sequence[Row], root: str, folder: str) -> str:
-    """What paths in a manifest in `folder` are relative to: `folder` if all files lie in it, so that nothing need be
-    said to its reader; else the data root."""
-    return folder if not is_url(root) and all(inside(_location(row, root), folder) for row in rows) else root
-
-
-def moved(row: Row, root: str, base: str) -> Row:
-    """A row whose path is relative to `base` instead of the data root, if the file lies there and there is a path."""
+def _rebased(row: TableRow, root: str, base: str) -> TableRow:
+    """Make a row's path relative to `base` instead of the data root, if the file lies there and there is a path."""
     if is_url(root) or not row["path"]:
         return row
     location = _location(row, root)
     return {**row, "path": os.path.relpath(location, base)} if inside(location, base) else row
 
 
-def _location(row: Row, root: str) -> str:
+def _location(row: TableRow, root: str) -> str:
     return os.path.normpath(os.path.join(root, row["path"]))

@@ -1,9 +1,11 @@
-"""Work on many items in several processes; what is done is kept, so that an interrupt loses none of it."""
+"""Process many items in worker processes, with a time limit per item; finished items survive an interrupt."""
 
 import contextlib
 import json
+import math
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +23,19 @@ from stdit.data.decoding.decode import DecodeError
 from stdit.data.decoding.media import Media
 from stdit.errors import UserError
 
+KILL_SECONDS = 5.0
+"""How long to wait for a process that was killed; one that the kernel cannot end (a dead network disk) is left."""
+TIMED_OUT = "took longer than"
+"""How the reason of an item that hit the time limit begins."""
+_READY = "ready"
 
-class LeftOut(Exception):
+
+class ExcludedError(Exception):
     """An item that cannot be used. The message is "kind" or "kind: detail"."""
 
 
 class Outcome(NamedTuple):
-    """What became of one item: a value of plain JSON, or the reason why there is none."""
+    """The result for one item: a value that JSON can hold, or the reason why there is none."""
 
     value: Any = None
     reason: str | None = None
@@ -37,21 +45,23 @@ Outcomes = Generator[tuple[int, Outcome], None, None]
 
 
 class _Failure(NamedTuple):
-    """An error that is no item's fault, on its way out of a worker."""
+    """An error in a worker that no item is the cause of."""
 
     text: str
-    for_people: bool
+    is_user_error: bool
 
 
 @dataclass
 class Journal:
-    """The outcomes so far, one line each, in a file that is removed when the result is whole.
+    """A file of the outcomes so far, one line each, which is removed when the result is complete.
 
-    Lines that an interrupt cut off, and those of other keys, do not count.
+    Lines that were cut off by an interrupt are ignored. Items that hit the time limit are not written, so that the
+    same command with a higher limit tries them again.
     """
 
     path: Path
     known: dict[str, Outcome] = field(init=False)
+    """By key."""
 
     def __post_init__(self) -> None:
         self.known = {}
@@ -63,7 +73,7 @@ class Journal:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Callable[[str, Outcome], None]]:
-        """A function that keeps the outcome of a key. Raises UserError when the disk refuses."""
+        """Provide a function that records the outcome of a key. Raises UserError if the file cannot be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -71,14 +81,16 @@ class Journal:
 
                 def record(key: str, outcome: Outcome) -> None:
                     self.known[key] = outcome
-                    file.write(json.dumps([key, *outcome]) + "\n")
-                    file.flush()
+                    if not (outcome.reason or "").startswith(TIMED_OUT):
+                        file.write(json.dumps([key, *outcome]) + "\n")
+                        file.flush()
 
                 yield record
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def remove(self) -> None:
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
 
 
@@ -88,22 +100,30 @@ def run_all(
     keys: Sequence[str],
     journal: Journal,
     workers: int = 0,
+    timeout: float = 0.0,
     label: str = "",
 ) -> list[Outcome]:
-    """The outcome of each item, in order; those that the journal knows are not worked on again.
+    """Return the outcome of each item, in order; items whose key is in the journal are not processed again.
 
     Args:
-        work: a function of a module (or a partial of one) that gives plain JSON, or raises LeftOut or DecodeError.
-        keys: what an outcome depends on, for each item; equal keys are worked on once.
-        workers: processes; 0 works in this one, where a decoder that crashes takes everything with it.
+        work: a function of a module (or a partial of one) that returns what JSON can hold, or raises ExcludedError or
+            DecodeError.
+        keys: for each item, everything that its outcome depends on; items with equal keys are processed once.
+        workers: processes; 0 runs in this one, where a decoder that crashes or hangs stops everything.
+        timeout: seconds per item, after which its worker is killed; 0: no limit. Needs workers.
 
-    Raises whatever else `work` raises, from a worker as a RuntimeError with its traceback (a UserError as such).
+    Raises:
+        Any other error that `work` raises; from a worker as a UserError, or a RuntimeError with its traceback.
     """
     todo = {key: item for key, item in zip(keys, items, strict=True) if key not in journal.known}
     if todo:
         names, rest = list(todo), list(todo.values())
         done = len(set(keys)) - len(todo)
-        outcomes = in_processes(work, rest, workers) if workers else in_this_process(work, rest)
+        outcomes = (
+            run_in_workers(work, rest, workers, timeout)
+            if workers
+            else ((place, _outcome(work, item)) for place, item in enumerate(rest))
+        )
         with (
             journal.recording() as record,
             contextlib.closing(tqdm(initial=done, total=done + len(todo), desc=label, disable=None)) as bar,
@@ -114,110 +134,136 @@ def run_all(
                     record(names[place], outcome)
                     bar.update()
             except KeyboardInterrupt:
-                bar.write(
-                    f"{bar.n} of {bar.total} are done and kept: the same command goes on from there",
-                    sys.stderr,
-                )
+                bar.write(f"{bar.n} of {bar.total} are done and kept: the same command resumes", sys.stderr)
                 raise
     return [journal.known[key] for key in keys]
 
 
-def in_this_process(work: Callable[[Any], Any], items: Sequence[Any]) -> Outcomes:
-    """(place, outcome) of each item in order."""
-    for place, item in enumerate(items):
-        yield place, attempt(work, item)
+@dataclass
+class _Worker:
+    """A process and the item that it works on."""
+
+    process: BaseProcess
+    place: int
+    deadline: float = math.inf
+    """Of `time.monotonic`, once the process has started up."""
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join(KILL_SECONDS)
 
 
-def in_processes(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Outcomes:
-    """(place, outcome) of each item as it is done.
+def run_in_workers(
+    work: Callable[[Any], Any], items: Sequence[Any], workers: int, timeout: float = 0.0
+) -> Outcomes:
+    """Yield (place, outcome) of each item as it is finished by one of several processes.
 
-    A worker that dies (a decoder that crashed on a damaged file, a kill for want of memory) costs its item and no
-    other; a new one takes its place. Closing the iterator stops them all.
+    A worker that dies (a decoder that crashes on a damaged file, or runs out of memory), or that takes longer than
+    `timeout` seconds (0: no limit) for an item, costs that item only: another worker takes over the rest. Closing
+    the iterator stops all workers.
     """
     context: Any = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not by each worker
-    crew: dict[Connection, tuple[BaseProcess, int]] = {}
+    context.set_forkserver_preload([__name__])  # imports torch once, instead of once per worker
+    crew: dict[Connection, _Worker] = {}
     places = iter(range(len(items)))
 
-    def hire(place: int | None) -> None:
+    def start_worker(place: int | None) -> None:
         if place is not None:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(work, there), daemon=True)
             process.start()
             there.close()
             here.send(items[place])
-            crew[here] = (process, place)
+            crew[here] = _Worker(process, place)
+
+    def limit() -> float:
+        return time.monotonic() + timeout if timeout else math.inf
 
     try:
         for _ in range(workers):
-            hire(next(places, None))
+            start_worker(next(places, None))
         while crew:
-            for pipe in wait(list(crew)):
+            soonest = min(worker.deadline for worker in crew.values())
+            for pipe in wait(
+                list(crew), None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+            ):
                 assert isinstance(pipe, Connection)
-                process, place = crew.pop(pipe)
+                worker = crew[pipe]
                 try:
                     result = pipe.recv()
                 except (EOFError, ConnectionError):
-                    process.join()
+                    del crew[pipe]
+                    worker.process.join()
                     pipe.close()
-                    yield place, Outcome(reason=f"the process that read it died ({_cause(process.exitcode)})")
-                    hire(next(places, None))
+                    cause = _exit_cause(worker.process.exitcode)
+                    yield worker.place, Outcome(reason=f"the process that read it died ({cause})")
+                    start_worker(next(places, None))
+                    continue
+                if result == _READY:
+                    worker.deadline = limit()
                     continue
                 if isinstance(result, _Failure):
-                    raise UserError(result.text) if result.for_people else RuntimeError(result.text)
-                yield place, result
+                    raise UserError(result.text) if result.is_user_error else RuntimeError(result.text)
+                yield worker.place, result
                 following = next(places, None)
                 if following is None:
+                    del crew[pipe]
                     pipe.close()
                     continue
+                worker.place, worker.deadline = following, limit()
                 try:
                     pipe.send(items[following])
-                except ConnectionError:  # it died after its last answer, which costs nothing
-                    process.join()
+                except ConnectionError:  # it died after its last answer, which costs no item
+                    del crew[pipe]
+                    worker.process.join()
                     pipe.close()
-                    hire(following)
-                else:
-                    crew[pipe] = (process, following)
+                    start_worker(following)
+            for pipe, worker in list(crew.items()):
+                if worker.deadline <= time.monotonic() and not pipe.poll():
+                    del crew[pipe]
+                    worker.stop()
+                    pipe.close()
+                    yield worker.place, Outcome(reason=f"{TIMED_OUT} {timeout:g} s (--timeout)")
+                    start_worker(next(places, None))
     finally:
-        for pipe, (process, _) in crew.items():
-            process.terminate()
-            process.join()
+        for pipe, worker in crew.items():
+            worker.stop()
             pipe.close()
 
 
-def _cause(exitcode: int | None) -> str:
+def _exit_cause(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         return signal.Signals(-exitcode).name
     return f"exit code {exitcode}"
 
 
 def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
-    """A worker: items in, outcomes out, until the other side is gone. Ctrl-C is for the other side."""
+    """Run a worker: receive items and send outcomes until the pipe is closed. Ctrl-C is left to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)  # the processes share the cores
     with contextlib.suppress(EOFError, ConnectionError):
+        pipe.send(_READY)
         while True:
             item = pipe.recv()
             try:
-                pipe.send(attempt(work, item))
+                pipe.send(_outcome(work, item))
             except UserError as error:
-                pipe.send(_Failure(str(error), for_people=True))
+                pipe.send(_Failure(str(error), is_user_error=True))
             except Exception:
-                pipe.send(_Failure(traceback.format_exc(), for_people=False))
+                pipe.send(_Failure(traceback.format_exc(), is_user_error=False))
 
 
-def attempt(work: Callable[[Any], Any], item: Any) -> Outcome:
-    """The value that `work` gives, or why it left the item out."""
+def _outcome(work: Callable[[Any], Any], item: Any) -> Outcome:
     try:
         return Outcome(value=work(item))
     except DecodeError as error:
         return Outcome(reason=f"cannot be read: {error.reason}")
-    except LeftOut as error:
+    except ExcludedError as error:
         return Outcome(reason=str(error))
 
 
-def key_of(media: Media, *settings: Hashable) -> str:
-    """What an outcome depends on: which file, unchanged, and how it is worked on."""
+def outcome_key(media: Media, *settings: Hashable) -> str:
+    """Return a hash of everything that an outcome depends on: which file, in which state, and the settings."""
     try:
         state: tuple[Hashable, ...] = media.state()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Pieces of a page of HTML that needs nothing else: no script, no network, every text from data escaped."""
+"""HTML for a self-contained page: no scripts, no network, and all text from data escaped."""
 
 import html
 import math
@@ -24,7 +24,7 @@ figure { margin: 0; } figure img { max-width: 100%; display: block; }
 figcaption { font-size: 12px; overflow-wrap: anywhere; max-height: 9rem; overflow: hidden; }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What a browser may load for the page, whatever stands in it."""
+"""Content security policy: what a browser may load, whatever the page contains."""
 BINS = 20
 LONGEST_LABEL = 60
 
@@ -35,7 +35,7 @@ class Bar(NamedTuple):
 
 
 def page(title: str, sections: Sequence[str]) -> str:
-    """A whole page. `sections` are HTML, `title` is text."""
+    """Return a whole page. `sections` are HTML, `title` is text."""
     return "\n".join(
         [
             "<!doctype html>",
@@ -51,13 +51,14 @@ def page(title: str, sections: Sequence[str]) -> str:
 
 
 def escaped(text: object) -> str:
+    """Escape text for HTML."""
     return html.escape(str(text), quote=True)
 
 
 def histogram(values: Sequence[float]) -> list[Bar]:
-    """How many values lie where: one bar for each value if there are few different ones, else equal steps.
+    """Count values: one bar per value if few are different, otherwise bins of equal width.
 
-    What lies beyond the 99th percentile is in the last bar, so that a few giants do not hide the others.
+    Values above the 99th percentile are in the last bar, so that a few outliers do not hide the others.
     """
     if len(counts := Counter(f"{value:.4g}" for value in values)) <= BINS:
         return [Bar(label, counts[label]) for label in sorted(counts, key=float)]
@@ -76,13 +77,13 @@ def histogram(values: Sequence[float]) -> list[Bar]:
 
 
 def round_step(step: float) -> float:
-    """The next number of the form 1, 2 or 5 times a power of ten."""
+    """Round up to 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
 
 
-def frequencies(values: Sequence[str]) -> list[Bar]:
-    """The most frequent texts, and all others in one bar."""
+def count_texts(values: Sequence[str]) -> list[Bar]:
+    """Count texts: one bar for each of the most frequent, and one for all others."""
     ordered = Counter(values).most_common()
     bars = [Bar(text, count) for text, count in ordered[:BINS]]
     rest = sum(count for _, count in ordered[BINS:])
@@ -90,7 +91,7 @@ def frequencies(values: Sequence[str]) -> list[Bar]:
 
 
 def chart(title: str, bars: Sequence[Bar]) -> str:
-    """A bar chart with its numbers."""
+    """Return a bar chart with its numbers."""
     most = max((bar.clips for bar in bars), default=0) or 1
     rows = [
         f"<tr><td>{escaped(shortened(bar.label))}</td>"
@@ -101,16 +102,18 @@ def chart(title: str, bars: Sequence[Bar]) -> str:
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table; cells are text."""
     head = "".join(f"<th>{escaped(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table class="wide"><tr>{head}</tr>{body}</table>'
 
 
 def figure(jpeg: str | None, lines: Sequence[str]) -> str:
-    """A picture (JPEG in base64) over lines of text; None where there is none to show."""
+    """Return a picture (JPEG in base64, or None) above lines of text."""
     image = f'<img alt="" src="data:image/jpeg;base64,{escaped(jpeg)}">' if jpeg else ""
     return f"<figure>{image}<figcaption>{'<br>'.join(map(escaped, lines))}</figcaption></figure>"
 
 
 def shortened(text: str, longest: int = LONGEST_LABEL) -> str:
+    """Cut text off at `longest` characters."""
     return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -2,22 +2,18 @@
 
 from stdit.data.decoding.decode import probe
 from stdit.data.manifest.rows import METADATA
-from stdit.data.preparation.flow import Result, Section, Task, each_clip, finish
+from stdit.data.preparation.flow import ClipRecord, Task, add_columns, process_clips, write_results
 
 
 def probe_clips(task: Task) -> list[str]:
     """Fill in num_frames, fps, height and width, whatever the manifest says. Returns a summary; raises UserError."""
     table = task.open()
-    outcomes = each_clip(task, table, probed, (), "probe")
-    results = [
-        Result(row, [] if outcome.reason else [{**row, **outcome.value}], outcome.reason)
-        for row, outcome in zip(table.rows, outcomes, strict=True)
-    ]
-    return finish(task, table, results, METADATA)
+    outcomes = process_clips(task, table, _probe, (), "probe")
+    return write_results(task, table, add_columns(table, outcomes), METADATA)
 
 
-def probed(section: Section) -> dict[str, float]:
-    """Raises DecodeError, and LeftOut for a part that is empty."""
-    whole = probe(section.media)
-    section.part(whole)
-    return whole._asdict()
+def _probe(record: ClipRecord) -> dict[str, float]:
+    """Read the columns of a file. Raises DecodeError, and ExcludedError if the clip is an empty span of it."""
+    info = probe(record.media)
+    record.span(info)
+    return info._asdict()

@@ -1,4 +1,4 @@
-"""`report`: what there is and what training would take of it, on one page."""
+"""`report`: an HTML page of a manifest: distributions, thumbnails, and what each bucket of a training would keep."""
 
 import base64
 import io
@@ -13,18 +13,18 @@ from stdit.data.dataset import build_assignment
 from stdit.data.manifest.reading import row_name
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
 from stdit.data.preparation import page
-from stdit.data.preparation.expressions import as_number, column_kinds
-from stdit.data.preparation.flow import Section, Task, each_clip
-from stdit.data.preparation.scoring import View, middle_frames
-from stdit.data.preparation.table import Row, Table, written_whole
+from stdit.data.preparation.expressions import as_number, column_types
+from stdit.data.preparation.flow import ClipRecord, Task, process_clips
+from stdit.data.preparation.scoring import ScoringWindow, middle_frames
+from stdit.data.preparation.table import Table, TableRow, staged_output
 from stdit.errors import UserError
 
-SIDE = 200
-"""Pixels of the longer side of a thumbnail."""
+THUMBNAIL_SIDE = 200
+"""Pixels of the longer side."""
 EXTREMES = 4
-"""Clips shown of each end of a score."""
+"""Clips shown of the lowest and of the highest values of a score."""
 LONGEST_CAPTION = 300
-KNOWN = {"path", "text", "member", "reason", *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS}
+STANDARD_COLUMNS = {"path", "text", "member", "reason", *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS}
 
 
 def report_clips(
@@ -33,48 +33,48 @@ def report_clips(
     """Write the page. Returns a summary; raises UserError.
 
     Args:
-        data: settings of a training, whose buckets are shown as this source fills them.
-        thumbnails: clips to show, spread evenly over the manifest; 0 shows none, nor those at the ends of scores.
+        data: settings of a training, to show how this source fills its buckets.
+        seed: of that training.
+        thumbnails: clips to show, evenly spaced over the manifest; 0 shows no pictures at all.
     """
     if thumbnails < 0:
         raise UserError(f"--thumbnails {thumbnails}: must be 0 or more")
     source = task.open((".html",))
-    kinds = column_kinds(source.rows, source.columns)
-    scores = [name for name in source.columns if name not in KNOWN and kinds[name] == "number"]
-    groups = {"Clips": spread(len(source.rows), thumbnails)}
+    types = column_types(source.rows, source.columns)
+    scores = [name for name in source.columns if name not in STANDARD_COLUMNS and types[name] == "number"]
+    groups = {"Clips": _evenly_spaced(len(source.rows), thumbnails)}
     if thumbnails:
-        groups |= {f"{end} {name}": places for name in scores for end, places in ends(source.rows, name)}
+        groups |= {f"{end} {name}": places for name in scores for end, places in _extremes(source.rows, name)}
     chosen = sorted({place for places in groups.values() for place in places})
-    pictures = each_clip(
-        task, source.with_columns([source.rows[place] for place in chosen], ()), thumbnail, (), "report"
-    )
+    shown_rows = source.with_columns([source.rows[place] for place in chosen], ())
+    pictures = process_clips(task, shown_rows, _thumbnail, (), "report")
     shown = dict(zip(chosen, pictures, strict=True))
 
     def figure(place: int) -> str:
         row, (jpeg, reason) = source.rows[place], shown[place]
-        return page.figure(jpeg, [*described(row, scores), *([reason] if reason else [])])
+        return page.figure(jpeg, [*_caption_lines(row, scores), *([reason] if reason else [])])
 
     sections = [
-        overview(source),
+        _overview(source),
         "<h2>Distributions</h2>",
-        f'<div class="charts">{"".join(charts(source, kinds))}</div>',
-        *([] if data is None else ["<h2>Buckets</h2>", buckets(task, source, data, seed)]),
+        f'<div class="charts">{"".join(_charts(source, types))}</div>',
+        *([] if data is None else ["<h2>Buckets</h2>", _buckets(task, source, data, seed)]),
     ]
     for title, places in groups.items():
         if places:
             figures = "".join(map(figure, places))
             sections += [f"<h2>{page.escaped(title)}</h2>", f'<div class="clips">{figures}</div>']
-    with written_whole(task.output) as aside:
-        aside.write_text(page.page(f"{task.source}: {len(source.rows)} clips", sections), encoding="utf-8")
+    with staged_output(task.output) as staging:
+        staging.write_text(page.page(f"{task.source}: {len(source.rows)} clips", sections), encoding="utf-8")
     task.journal.remove()
     failed = sum(outcome.reason is not None for outcome in pictures)
     note = f", {failed} of {len(pictures)} pictures could not be made" if failed else ""
     return [f"{task.output}: {len(source.rows)} clips{note}"]
 
 
-def overview(source: Table) -> str:
-    """Totals, and what is missing."""
-    seconds = [value for row in source.rows if (value := duration(row)) is not None]
+def _overview(source: Table) -> str:
+    """Return a table of totals."""
+    seconds = [value for row in source.rows if (value := _duration(row)) is not None]
     captions = sum(bool(row.get("text")) for row in source.rows)
     rows = [
         ("clips", len(source.rows)),
@@ -87,19 +87,19 @@ def overview(source: Table) -> str:
     return page.table(("what", "how much"), rows)
 
 
-def charts(source: Table, kinds: Mapping[str, str]) -> list[str]:
-    """A chart of each measure of clips, and of each further column of numbers, or of few different texts."""
+def _charts(source: Table, types: Mapping[str, str]) -> list[str]:
+    """Return charts of the clips' properties, and of all other columns of numbers or of few different texts."""
     rows = source.rows
     measures: dict[str, list[float | None]] = {
-        "duration, seconds": [duration(row) for row in rows],
+        "duration, seconds": [_duration(row) for row in rows],
         "frames of the file": [as_number(row.get("num_frames")) for row in rows],
         "frames per second": [as_number(row.get("fps")) for row in rows],
-        "aspect ratio, width / height": [aspect_ratio(row) for row in rows],
+        "aspect ratio, width / height": [_aspect_ratio(row) for row in rows],
         "caption length, characters": [float(len(row.get("text") or "")) for row in rows],
     }
-    further = [name for name in source.columns if name not in KNOWN]
+    further = [name for name in source.columns if name not in STANDARD_COLUMNS]
     measures |= {
-        name: [as_number(row.get(name)) for row in rows] for name in further if kinds[name] == "number"
+        name: [as_number(row.get(name)) for row in rows] for name in further if types[name] == "number"
     }
     made = [
         page.chart(title, page.histogram(known))
@@ -108,41 +108,41 @@ def charts(source: Table, kinds: Mapping[str, str]) -> list[str]:
     ]
     sizes = [f"{row['width']}x{row['height']}" for row in rows if row.get("width") and row.get("height")]
     texts = {"size, width x height": sizes}
-    texts |= {name: [str(row.get(name) or "") for row in rows] for name in further if kinds[name] != "number"}
+    texts |= {name: [str(row.get(name) or "") for row in rows] for name in further if types[name] != "number"}
     made += [
-        page.chart(title, page.frequencies(values))
+        page.chart(title, page.count_texts(values))
         for title, values in texts.items()
         if values and (title not in further or len(set(values)) <= page.BINS)
     ]
     return made
 
 
-def buckets(task: Task, table: Table, data: DataConfig, seed: int) -> str:
-    """What each bucket of a training would keep, and what is left out and why."""
+def _buckets(task: Task, table: Table, data: DataConfig, seed: int) -> str:
+    """Return the table of clips per bucket of a training, and of those that none takes, with the reason."""
     data = replace(data, manifest=task.source, root=table.root, sources=[])
     try:
-        told = build_assignment(data, seed).table()
+        text = build_assignment(data, seed).table()
         if any(bucket.max_tokens for bucket in data.buckets):
-            told += (
-                "\nmax_tokens sizes batches by the codec and the model: train.py --dry_run true shows them"
+            text += (
+                "\nmax_tokens: the batch size depends on codec and model: train.py --dry_run true shows it"
             )
     except UserError as error:
-        told = str(error)
-    return f"<pre>{page.escaped(told)}</pre>"
+        text = str(error)
+    return f"<pre>{page.escaped(text)}</pre>"
 
 
-def thumbnail(section: Section) -> str:
-    """The frame in the middle, a JPEG in base64. Raises DecodeError and LeftOut."""
-    frame = middle_frames(section, View(frames=1, side=SIDE))[0]
+def _thumbnail(record: ClipRecord) -> str:
+    """Return the middle frame as a JPEG in base64. Raises DecodeError and ExcludedError."""
+    frame = middle_frames(record, ScoringWindow(frames=1, side=THUMBNAIL_SIDE))[0]
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=80)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def described(row: Row, scores: Sequence[str]) -> list[str]:
-    """What stands below a thumbnail."""
+def _caption_lines(row: TableRow, scores: Sequence[str]) -> list[str]:
+    """Return the lines below a thumbnail."""
     numbers = [f"{name} {row[name]}" for name in scores if row.get(name) not in (None, "")]
-    seconds, size = duration(row), (row.get("width"), row.get("height"))
+    seconds, size = _duration(row), (row.get("width"), row.get("height"))
     window = f" from {row['start']} s" if row.get("start") else ""
     facts = [
         f"{seconds:.2f} s{window}" if seconds is not None else "",
@@ -152,14 +152,14 @@ def described(row: Row, scores: Sequence[str]) -> list[str]:
     return [row_name(row), ", ".join(filter(None, facts)), ", ".join(numbers), caption]
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` places, evenly over all."""
+def _evenly_spaced(count: int, wanted: int) -> list[int]:
+    """Return at most `wanted` of `count` places, evenly spaced."""
     wanted = min(count, wanted)
     return [k * count // wanted for k in range(wanted)]
 
 
-def ends(rows: Sequence[Row], name: str) -> list[tuple[str, list[int]]]:
-    """The places of the lowest and of the highest values of a score."""
+def _extremes(rows: Sequence[TableRow], name: str) -> list[tuple[str, list[int]]]:
+    """Return the places of the lowest and of the highest values of a score."""
     known = {
         place: value for place, row in enumerate(rows) if (value := as_number(row.get(name))) is not None
     }
@@ -167,14 +167,14 @@ def ends(rows: Sequence[Row], name: str) -> list[tuple[str, list[int]]]:
     return [("lowest", order[:EXTREMES]), ("highest", order[EXTREMES:][-EXTREMES:][::-1])]
 
 
-def duration(row: Row) -> float | None:
-    """Seconds of the clip."""
+def _duration(row: TableRow) -> float | None:
+    """Return the seconds of a clip; None if the manifest does not say."""
     frames, fps, start, end = (as_number(row.get(name)) for name in ("num_frames", "fps", *SPAN_COLUMNS))
     if not frames or not fps:
         return None
     return max(0.0, min(frames / fps, math.inf if end is None else end) - (start or 0.0))
 
 
-def aspect_ratio(row: Row) -> float | None:
+def _aspect_ratio(row: TableRow) -> float | None:
     height, width = as_number(row.get("height")), as_number(row.get("width"))
     return width / height if height and width else None

@@ -1,8 +1,7 @@
-"""`split`: each video into its scenes, as parts of the same file (columns start, end) or as files of their own."""
+"""`split`: each video into its scenes, as spans of the same file (columns start, end) or as files of their own."""
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,33 +10,40 @@ from typing import Any, Literal, NamedTuple
 from stdit.data.decoding.decode import iter_frames
 from stdit.data.decoding.media import inside, is_url
 from stdit.data.manifest.rows import METADATA, SPAN_COLUMNS
-from stdit.data.preparation.cutting import cut
-from stdit.data.preparation.flow import Part, Result, Section, Task, each_clip, finish
-from stdit.data.preparation.jobs import LeftOut
-from stdit.data.preparation.table import Row, Table
+from stdit.data.preparation.cutting import cut_clip
+from stdit.data.preparation.flow import (
+    ClipRecord,
+    ClipSpan,
+    RowResult,
+    Task,
+    process_clips,
+    write_results,
+)
+from stdit.data.preparation.jobs import ExcludedError
+from stdit.data.preparation.table import Table, TableRow
 from stdit.errors import UserError
 
-ARCHIVE = ("member", "offset", "size")
+ARCHIVE_COLUMNS = ("member", "offset", "size")
 """Columns that say where in an archive a file is."""
-SIDE = 256
-"""Pixels of the longer side of the frames that the detector sees, as PySceneDetect scales down by itself."""
+DETECTOR_SIDE = 256
+"""Pixels of the longer side of the frames that the detector sees, as PySceneDetect downscales by default."""
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What a scene is."""
+    """Settings of the scene detection."""
 
     detector: Literal["adaptive", "content"] = "adaptive"
-    """adaptive: a change is compared with those around it, so that fast motion is none; content: with a threshold."""
+    """adaptive: compares a change with those around it, so that fast motion is not a cut; content: a threshold."""
     threshold: float | None = None
-    """Of PySceneDetect's detector: the change that makes a scene; None: its own default."""
+    """Of PySceneDetect's detector; None: its default."""
     min_seconds: float = 1.0
-    """Shorter scenes are left out."""
+    """Shorter scenes are excluded."""
     max_seconds: float | None = None
     """Longer scenes are divided into equal parts; None: they stay whole."""
 
     def validate(self) -> None:
-        """Raises UserError."""
+        """Raise UserError if a setting is out of range."""
         if self.threshold is not None and not self.threshold > 0:
             raise UserError(f"--threshold {self.threshold:g}: must be above 0")
         if not 0 <= self.min_seconds < math.inf:
@@ -51,7 +57,7 @@ class SceneConfig:
             )
 
 
-class Scene(NamedTuple):
+class SceneSpan(NamedTuple):
     """Seconds after the first frame of the file, `end` excluded."""
 
     start: float
@@ -59,124 +65,126 @@ class Scene(NamedTuple):
 
 
 def split_clips(task: Task, config: SceneConfig, cut_into: Path | None = None) -> list[str]:
-    """A row for each scene. Returns a summary; raises UserError.
+    """Write a row per scene. Returns a summary; raises UserError.
 
     Args:
-        cut_into: folder for a file of each scene; None: no file is made, and rows say where in theirs scenes begin
-            and end, which loses nothing and takes no space.
+        cut_into: folder for a file per scene; None: no files are written, and rows say where in their file scenes
+            begin and end, which is lossless and takes no space.
     """
     config.validate()
-    detector(config)
+    _build_detector(config)
     table = task.open()
-    folder = None if cut_into is None else check_folder(cut_into, task, table)
-    work = partial(split, config=config, folder=folder)
-    outcomes = each_clip(task, table, work, (config, folder), "split")
+    folder = None if cut_into is None else _check_folder(cut_into, task, table)
+    work = partial(split_clip, config=config, folder=folder)
+    outcomes = process_clips(task, table, work, (config, folder), "split")
     results = []
     for row, outcome in zip(table.rows, outcomes, strict=True):
         if outcome.reason is not None:
-            results.append(Result(row, [], outcome.reason))
+            results.append(RowResult(row, [], outcome.reason))
             continue
-        results.append(Result(row, [{**row, **columns} for columns in outcome.value["scenes"]]))
-        results += [_too_short(row, Scene(*scene), config) for scene in outcome.value["short"]]
-    lines = finish(task, table, results, [*METADATA, *(() if folder else SPAN_COLUMNS)])
+        results.append(RowResult(row, [{**row, **columns} for columns in outcome.value["scenes"]]))
+        for start, end in outcome.value["short"]:
+            reason = f"scene too short: {end - start:.2f} s, --min_seconds {config.min_seconds:g}"
+            results.append(RowResult({**row, "start": start, "end": end}, [], reason))
+    lines = write_results(task, table, results, [*METADATA, *(() if folder else SPAN_COLUMNS)])
     if folder is not None:
         how = [way for outcome in outcomes if outcome.value for way in outcome.value["how"]]
         copied, encoded = how.count("copied"), how.count("encoded")
         lines.append(
-            f"{folder}: {copied} scenes copied from a key frame on, {encoded} encoded anew; no sound is kept"
+            f"{folder}: {copied} scenes copied from a key frame on, {encoded} re-encoded; sound is dropped"
         )
     return lines
 
 
-def check_folder(folder: Path, task: Task, table: Table) -> str:
-    """Its resolved path. Raises UserError for one that training could not read, or that holds other things."""
+def _check_folder(folder: Path, task: Task, table: Table) -> str:
+    """Return the resolved path of --cut. Raises UserError if training could not read from it, or it is not empty."""
     resolved = os.path.realpath(folder)
     manifest = os.path.realpath(task.output.parent)
     if not inside(resolved, manifest) and (is_url(table.root) or not inside(resolved, table.root)):
         raise UserError(
-            f"--cut {folder}: must lie in the folder of the output, {manifest}, whose paths lead there"
+            f"--cut {folder}: must lie in the folder of the output, {manifest}, which its paths are relative to"
         )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--cut {folder} is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (task.overwrite or task.journal.known):
         raise UserError(
-            f"--cut {folder} is not empty: choose another, or give --overwrite to replace its scenes"
+            f"--cut {folder} is not empty: choose another, or add --overwrite to replace its scenes"
         )
     return resolved
 
 
-def split(section: Section, config: SceneConfig, folder: str | None) -> dict[str, Any]:
-    """Columns of each scene, the scenes that are too short, and how files were made. Raises DecodeError, LeftOut."""
-    whole = section.whole()
-    part = section.part(whole)
-    if part.is_still:
-        return {"scenes": [whole._asdict()], "short": [], "how": []}
-    found, short = scenes(section, part, config)
-    if not found:
+def split_clip(record: ClipRecord, config: SceneConfig, folder: str | None) -> dict[str, Any]:
+    """Return columns of each scene, the scenes that are too short, and how files were written.
+
+    Raises DecodeError, and ExcludedError if no scene is long enough.
+    """
+    info = record.file_info()
+    span = record.span(info)
+    if span.is_still:
+        return {"scenes": [info._asdict()], "short": [], "how": []}
+    scenes, short = _find_scenes(record, span, config)
+    if not scenes:
         longest = max(scene.end - scene.start for scene in short)
-        raise LeftOut(f"no scene is long enough: the longest of {len(short)} lasts {longest:.2f} s")
+        raise ExcludedError(f"no scene is long enough: the longest of {len(short)} lasts {longest:.2f} s")
     if folder is None:
-        rows: list[Row] = [{**whole._asdict(), **scene._asdict()} for scene in found]
+        rows: list[TableRow] = [{**info._asdict(), **scene._asdict()} for scene in scenes]
         return {"scenes": rows, "short": short, "how": []}
     rows, how = [], []
-    for scene in found:
-        file = Path(folder) / section.media.name / f"{round(scene.start * 1000):09d}.mp4"
-        way, info = cut(section.media, *scene, file, (part.height, part.width))
-        rows.append({"path": str(file), **info._asdict(), **dict.fromkeys((*SPAN_COLUMNS, *ARCHIVE))})
+    for scene in scenes:
+        file = Path(folder) / record.media.name / f"{round(scene.start * 1000):09d}.mp4"
+        way, written = cut_clip(record.media, *scene, file, (span.height, span.width))
+        empty = dict.fromkeys((*SPAN_COLUMNS, *ARCHIVE_COLUMNS))
+        rows.append({"path": str(file), **written._asdict(), **empty})
         how.append(way)
     return {"scenes": rows, "short": short, "how": how}
 
 
-def scenes(section: Section, part: Part, config: SceneConfig) -> tuple[list[Scene], list[Scene]]:
-    """Those that are long enough, none longer than the maximum, and those that are too short.
+def _find_scenes(
+    record: ClipRecord, span: ClipSpan, config: SceneConfig
+) -> tuple[list[SceneSpan], list[SceneSpan]]:
+    """Return the scenes that are long enough, divided at the maximum length, and those that are too short.
 
-    No scene has a cut inside. Raises DecodeError and LeftOut.
+    Raises DecodeError and ExcludedError.
     """
     from scenedetect import FrameTimecode
 
-    found, times, cuts = detector(config), [], []
-    stop = math.inf if math.isnan(section.end) else section.end
-    for time, frame in iter_frames(section.media, part.start, stop, SIDE):
+    detector, times, cuts = _build_detector(config), [], []
+    stop = math.inf if math.isnan(record.end) else record.end
+    for time, frame in iter_frames(record.media, span.start, stop, DETECTOR_SIDE):
         times.append(time)
-        cuts += found.process_frame(
-            FrameTimecode(len(times) - 1, fps=part.fps), frame[..., ::-1]
-        )  # it takes BGR
+        bgr = frame[..., ::-1]
+        cuts += detector.process_frame(FrameTimecode(len(times) - 1, fps=span.fps), bgr)
     if not times:
-        raise LeftOut("no frame from start to end")
-    cuts += found.post_process(FrameTimecode(len(times) - 1, fps=part.fps))
+        raise ExcludedError("no frame from start to end")
+    cuts += detector.post_process(FrameTimecode(len(times) - 1, fps=span.fps))
     edges = sorted({0, len(times), *(cut.frame_num for cut in cuts)})
-    times.append(max(times[-1] + 1 / part.fps, min(part.start + part.seconds, times[-1] + 2 / part.fps)))
+    times.append(max(times[-1] + 1 / span.fps, min(span.start + span.seconds, times[-1] + 2 / span.fps)))
+
+    def scene(first: int, last: int) -> SceneSpan:
+        return SceneSpan(round(times[first], 5), round(times[last], 5))
+
     long, short = [], []
     for first, last in zip(edges, edges[1:], strict=False):
         seconds = times[last] - times[first]
         if seconds < config.min_seconds - 1e-6:
-            short.append(_scene(times, first, last))
+            short.append(scene(first, last))
             continue
         parts = 1 if config.max_seconds is None else math.ceil(seconds / config.max_seconds - 1e-6)
         inner = [first + round((last - first) * k / parts) for k in range(parts + 1)]
-        long += [_scene(times, a, b) for a, b in zip(inner, inner[1:], strict=False) if b > a]
+        long += [scene(a, b) for a, b in zip(inner, inner[1:], strict=False) if b > a]
     return long, short
 
 
-def detector(config: SceneConfig) -> Any:
-    """A new detector of PySceneDetect, which counts every cut. Raises UserError."""
+def _build_detector(config: SceneConfig) -> Any:
+    """Return a new detector of PySceneDetect, which reports every cut. Raises UserError if it is not installed."""
     try:
         from scenedetect import AdaptiveDetector, ContentDetector
     except ImportError as error:
         raise UserError(f"PySceneDetect cannot be loaded ({error}): pip install 'stdit[prepare]'") from None
-    if config.detector == "content":
-        return ContentDetector(min_scene_len=0, **_given(threshold=config.threshold))
-    return AdaptiveDetector(min_scene_len=0, **_given(adaptive_threshold=config.threshold))
-
-
-def _given(**options: float | None) -> dict[str, float]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _scene(times: Sequence[float], first: int, last: int) -> Scene:
-    return Scene(round(times[first], 5), round(times[last], 5))
-
-
-def _too_short(row: Row, scene: Scene, config: SceneConfig) -> Result:
-    reason = f"scene too short: {scene.end - scene.start:.2f} s, --min_seconds {config.min_seconds:g}"
-    return Result({**row, **scene._asdict()}, [], reason)
+    build, name = (
+        (ContentDetector, "threshold")
+        if config.detector == "content"
+        else (AdaptiveDetector, "adaptive_threshold")
+    )
+    options = {} if config.threshold is None else {name: config.threshold}
+    return build(min_scene_len=0, **options)

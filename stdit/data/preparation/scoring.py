@@ -1,12 +1,13 @@
-"""`score`: numbers that say how a clip looks, from a window in its middle.
+"""`score`: numbers that say what a clip looks like, from a window of frames in its middle.
+
+The scores are entries of a registry. `register_scorer` adds one from a module of your own.
 
 Letters: T frames, H height, W width.
 """
 
 import contextlib
-import importlib
 import math
-import sys
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,85 +17,122 @@ import numpy as np
 
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
-from stdit.data.preparation.flow import Result, Section, Task, each_clip, finish
-from stdit.data.preparation.jobs import LeftOut
+from stdit.data.preparation.flow import ClipRecord, Task, add_columns, process_clips, write_results
+from stdit.data.preparation.jobs import ExcludedError
 from stdit.errors import UserError
+from stdit.registry import Registry
 
-GREY = np.array([0.299, 0.587, 0.114], np.float32)
+Scorer = Callable[[np.ndarray, float], float | Mapping[str, float]]
+"""From frames uint8 [T H W 3] and frames per second to a score, or to several by name."""
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
-RESERVED = ("path", "text", "member", "reason", *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS)
+RESERVED_COLUMNS = ("path", "text", "member", "reason", *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS)
 TEXT_FRAMES = 3
-"""Frames that are searched for text, which takes long."""
+"""Frames that are searched for text, which is slow."""
 
 
 @dataclass(frozen=True)
-class View:
-    """What of a clip its scores are taken from."""
+class ScoringWindow:
+    """The frames of a clip that are scored."""
 
     frames: int = 32
-    """At most; a clip that is shorter gives fewer."""
+    """At most; a shorter clip has fewer."""
     fps: float = 8.0
     side: int = 256
-    """Pixels of the longer side; a clip that is smaller is not enlarged."""
+    """Pixels of the longer side; a smaller clip is not enlarged."""
 
     def validate(self) -> None:
-        """Raises UserError."""
+        """Raise UserError if a setting is out of range."""
         for name, value in (("frames", self.frames), ("fps", self.fps), ("side", self.side)):
             if not 1 <= value <= 4096:
                 raise UserError(f"--{name} {value}: must be from 1 to 4096")
 
 
-def score_clips(
-    task: Task, scores: Sequence[str], scorers: Sequence[str] = (), view: View = View()
-) -> list[str]:  # noqa: B008 (it is frozen)
+def score_clips(task: Task, scores: Sequence[str], window: ScoringWindow = ScoringWindow()) -> list[str]:  # noqa: B008 (it is frozen)
     """Add a column for each score. Returns a summary; raises UserError.
 
     Args:
-        scores: names in SCORES.
-        scorers: "module:function" of the user's own: frames uint8 [T H W 3] to a number, or to a dict of them.
+        scores: names of the registry: the built-in ones, and those of `register_scorer`.
     """
-    view.validate()
-    for name in scores:
-        if name not in SCORES:
-            raise UserError(f"--scores {name}: is not one of {', '.join(SCORES)}")
-    if not scores and not scorers:
-        raise UserError(
-            f"--scores is empty: name some of {', '.join(SCORES)}, or give a --scorer module:function"
-        )
+    window.validate()
+    if not scores:
+        raise UserError(f"--scores is empty: name some of {', '.join(SCORERS.names())}")
+    scorers = {name: SCORERS.get(name) for name in scores}
+    if task.workers:
+        for name, scorer in scorers.items():
+            try:
+                pickle.dumps(scorer)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise UserError(
+                    f"--scores {name} cannot be sent to other processes ({error}): make it a function of a module, "
+                    "or add --workers 0"
+                ) from error
     table = task.open()
-    own_packages(scores)
-    for name in scorers:
-        own_scorer(name)
-    work = partial(scored, scores=tuple(scores), scorers=tuple(scorers), view=view)
-    outcomes = each_clip(task, table, work, (tuple(scores), tuple(scorers), view), "score")
-    results = [
-        Result(row, [] if outcome.reason else [{**row, **outcome.value}], outcome.reason)
-        for row, outcome in zip(table.rows, outcomes, strict=True)
-    ]
+    _check_packages(scores)
+    work = partial(_score_clip, scorers=scorers, window=window)
+    outcomes = process_clips(task, table, work, (tuple(scores), window), "score")
     columns = dict.fromkeys(name for outcome in outcomes for name in outcome.value or {})
-    return finish(task, table, results, list(columns))
+    return write_results(task, table, add_columns(table, outcomes), list(columns))
 
 
-def scored(section: Section, scores: Sequence[str], scorers: Sequence[str], view: View) -> dict[str, float]:
-    """All scores of a clip, rounded to what they are worth. Raises DecodeError and LeftOut."""
-    frames = middle_frames(section, view)
-    found: dict[str, float] = {name: float(SCORES[name](frames, view.fps)) for name in scores}
-    for name in scorers:
-        found |= own_scores(name, frames)
-    return {name: float(f"{value:.6g}") for name, value in found.items()}
+def register_scorer(name: str, scorer: Scorer) -> None:
+    """Add a score, which `prepare_data.py score --import MODULE --scores NAME` computes.
+
+    Args:
+        name: of the score and its column.
+        scorer: a function of a module, from frames uint8 [T H W 3] and their frames per second to a number, or to a
+            dict of numbers, each of which gets a column of its own. A clip for which it raises an error, or returns
+            a number that is not finite, is excluded.
+
+    Raises:
+        UserError: if the name is taken, or cannot be a column.
+    """
+    _check_column(name, name)
+    SCORERS.register(name, scorer)
 
 
-def middle_frames(section: Section, view: View) -> np.ndarray:
-    """uint8 [T H W 3]. Raises DecodeError and LeftOut."""
-    part = section.part()
-    count = 1 if part.is_still else max(1, min(view.frames, math.floor(part.seconds * view.fps + 1e-6)))
-    start = 0.0 if part.is_still else part.start + max(0.0, part.seconds - count / view.fps) / 2
-    video = decode_clip(section.media, count, view.fps, *part.size(view.side), start=start)
+def _score_clip(record: ClipRecord, scorers: Mapping[str, Scorer], window: ScoringWindow) -> dict[str, float]:
+    """Return all scores of a clip, rounded to 6 digits. Raises DecodeError, ExcludedError and UserError."""
+    frames = middle_frames(record, window)
+    scores = {}
+    for name, scorer in scorers.items():
+        try:
+            answer = scorer(frames, window.fps)
+        except UserError:
+            raise
+        except Exception as error:
+            raise ExcludedError(f"score {name} failed: {type(error).__name__}: {error}") from error
+        for column, value in (answer if isinstance(answer, Mapping) else {name: answer}).items():
+            _check_column(name, column)
+            number = math.nan
+            with contextlib.suppress(TypeError, ValueError):
+                number = float(value)
+            if not math.isfinite(number):
+                raise ExcludedError(f"score {name} failed: {column} = {value!r} is not a number")
+            scores[column] = float(f"{number:.6g}")
+    return scores
+
+
+def _check_column(scorer: str, column: object) -> None:
+    """Raise UserError if a score cannot be a column of this name."""
+    if not (isinstance(column, str) and column.isidentifier()) or column in RESERVED_COLUMNS:
+        raise UserError(
+            f"score {scorer}: {column!r} cannot be a column: choose an identifier, such as aesthetic, and none of "
+            f"{', '.join(RESERVED_COLUMNS)}"
+        )
+
+
+def middle_frames(record: ClipRecord, window: ScoringWindow) -> np.ndarray:
+    """Decode the window in the middle of a clip: uint8 [T H W 3]. Raises DecodeError and ExcludedError."""
+    span = record.span()
+    count = 1 if span.is_still else max(1, min(window.frames, math.floor(span.seconds * window.fps + 1e-6)))
+    start = 0.0 if span.is_still else span.start + max(0.0, span.seconds - count / window.fps) / 2
+    video = decode_clip(record.media, count, window.fps, *span.size(window.side), start=start)
     return video.permute(0, 2, 3, 1).numpy()
 
 
-def motion(frames: np.ndarray, fps: float) -> float:
-    """Mean length of the optical flow, in percent of the longer side a second. 0 for a single frame."""
+def _motion(frames: np.ndarray, fps: float) -> float:
+    """Return the mean length of the optical flow, in percent of the longer side per second; 0 for a single frame."""
     cv2 = opencv()
     height, width = frames.shape[1:3]
     if len(frames) < 2 or min(height, width) < 16:
@@ -108,67 +146,70 @@ def motion(frames: np.ndarray, fps: float) -> float:
     return 100 * fps * float(np.mean(lengths)) / max(height, width)
 
 
-def difference(frames: np.ndarray, fps: float) -> float:
-    """Mean change of a pixel from frame to frame, in levels of grey of 255. 0 for a single frame."""
-    greys = grey(frames)
+def _difference(frames: np.ndarray, fps: float) -> float:
+    """Return the mean change of a pixel between frames, in grey levels from 0 to 255; 0 for a single frame."""
+    greys = _grey(frames)
     return float(np.abs(np.diff(greys, axis=0)).mean()) if len(frames) > 1 else 0.0
 
 
-def sharpness(frames: np.ndarray, fps: float) -> float:
-    """Variance of the Laplacian of grey levels, mean over frames: below about 100 looks soft."""
+def _sharpness(frames: np.ndarray, fps: float) -> float:
+    """Return the variance of the Laplacian of grey levels, mean over frames: below about 100 looks soft."""
     cv2 = opencv()
-    return float(np.mean([cv2.Laplacian(image, cv2.CV_32F).var() for image in grey(frames)]))
+    return float(np.mean([cv2.Laplacian(image, cv2.CV_32F).var() for image in _grey(frames)]))
 
 
-def brightness(frames: np.ndarray, fps: float) -> float:
-    """Mean level of grey, from 0 to 255."""
-    return float(grey(frames).mean())
+def _brightness(frames: np.ndarray, fps: float) -> float:
+    """Return the mean grey level, from 0 to 255."""
+    return float(_grey(frames).mean())
 
 
-def contrast(frames: np.ndarray, fps: float) -> float:
-    """Standard deviation of the levels of grey in a frame, mean over frames."""
-    return float(grey(frames).std(axis=(1, 2)).mean())
+def _contrast(frames: np.ndarray, fps: float) -> float:
+    """Return the standard deviation of the grey levels of a frame, mean over frames."""
+    return float(_grey(frames).std(axis=(1, 2)).mean())
 
 
-def text_area(frames: np.ndarray, fps: float) -> float:
-    """Share of the picture, in percent, in which lettering is found: the mean over a few frames."""
+def _text_area(frames: np.ndarray, fps: float) -> float:
+    """Return the share of the picture, in percent, that text covers: the mean over a few frames."""
     cv2 = opencv()
-    detect = text_detector()
+    detect = _text_detector()
     chosen = frames[np.linspace(0, len(frames) - 1, min(TEXT_FRAMES, len(frames))).round().astype(int)]
     areas = []
     for frame in chosen:
-        found = detect(frame[..., ::-1]).boxes  # it takes BGR
+        found = detect(frame[..., ::-1]).boxes  # BGR
         area = sum(cv2.contourArea(np.asarray(box, np.float32)) for box in (() if found is None else found))
         areas.append(min(1.0, area / (frame.shape[0] * frame.shape[1])))
     return 100 * float(np.mean(areas))
 
 
-SCORES: Mapping[str, Callable[[np.ndarray, float], float]] = {
-    "motion": motion,
-    "difference": difference,
-    "sharpness": sharpness,
-    "brightness": brightness,
-    "contrast": contrast,
-    "text_area": text_area,
-}
+SCORERS: Registry[Scorer] = Registry(
+    "--scores",
+    {
+        "motion": _motion,
+        "difference": _difference,
+        "sharpness": _sharpness,
+        "brightness": _brightness,
+        "contrast": _contrast,
+        "text_area": _text_area,
+    },
+)
 
 
-def grey(frames: np.ndarray) -> np.ndarray:
-    """uint8 [T H W 3] to float32 [T H W], from 0 to 255."""
-    return frames.astype(np.float32) @ GREY
+def _grey(frames: np.ndarray) -> np.ndarray:
+    """Convert uint8 [T H W 3] to grey levels float32 [T H W], from 0 to 255."""
+    return frames.astype(np.float32) @ LUMA
 
 
-def own_packages(scores: Sequence[str]) -> None:
-    """Raises UserError for a package that the scores need and that is not there."""
+def _check_packages(scores: Sequence[str]) -> None:
+    """Raise UserError if a package that the scores need is not installed."""
     if {"motion", "sharpness", "text_area"} & set(scores):
         opencv()
     if "text_area" in scores:
-        text_detector()
+        _text_detector()
 
 
 @cache
 def opencv() -> Any:
-    """OpenCV on one thread. Raises UserError."""
+    """Return OpenCV, set to one thread. Raises UserError if it is not installed."""
     try:
         import cv2
     except ImportError as error:
@@ -178,8 +219,8 @@ def opencv() -> Any:
 
 
 @cache
-def text_detector() -> Callable[..., Any]:
-    """A detector of lettering, whose weights lie in its package. Raises UserError."""
+def _text_detector() -> Callable[..., Any]:
+    """Return a text detector, whose weights are part of its package. Raises UserError if it is not installed."""
     try:
         import onnxruntime  # noqa: F401 (it runs the detector)
         from rapidocr import RapidOCR
@@ -188,54 +229,10 @@ def text_detector() -> Callable[..., Any]:
     engine = RapidOCR(
         params={
             "Global.log_level": "error",
-            "Det.limit_type": "max",  # enlarged, as by default, it takes much longer and sees lettering everywhere
+            "Det.limit_type": "max",  # the default enlarges frames, which is slow and finds text everywhere
             "Det.limit_side_len": 960,
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         }
     )
     return partial(engine, use_det=True, use_cls=False, use_rec=False)
-
-
-@cache
-def own_scorer(name: str) -> Callable[[np.ndarray], Any]:
-    """The user's function "module:function", with the current folder among those that modules are looked for in.
-
-    Raises UserError.
-    """
-    module_name, _, function_name = name.partition(":")
-    if not (module_name and function_name):
-        raise UserError(f"--scorer {name}: must be module:function, such as my_scores:aesthetic")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(f"--scorer {name}: {module_name} cannot be imported ({error!r})") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"--scorer {name}: {module_name} has no function {function_name}")
-    return function
-
-
-def own_scores(name: str, frames: np.ndarray) -> dict[str, float]:
-    """What the user's function says of a clip, which is left out where it fails. Raises LeftOut and UserError."""
-    function = own_scorer(name)
-    try:
-        answer = function(frames)
-    except Exception as error:
-        raise LeftOut(f"scorer {name} failed: {type(error).__name__}: {error}") from error
-    named = answer if isinstance(answer, Mapping) else {name.partition(":")[2]: answer}
-    scores = {}
-    for key, value in named.items():
-        if not (isinstance(key, str) and key.isidentifier()) or key in RESERVED:
-            raise UserError(
-                f"--scorer {name} gives {key!r}: a score needs a name of its own, such as aesthetic"
-            )
-        number = math.nan
-        with contextlib.suppress(TypeError, ValueError):
-            number = float(value)
-        if not math.isfinite(number):
-            raise LeftOut(f"scorer {name} failed: {key} = {value!r} is no number")
-        scores[key] = number
-    return scores

@@ -1,45 +1,45 @@
-"""Manifests as tables of which every column is kept, and results that are whole or absent."""
+"""Manifests as tables that keep all columns, written atomically."""
 
 import contextlib
 import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from stdit.data.manifest.reading import open_rows
 from stdit.errors import UserError
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 REFUSED = ""
-"""Key, which no column has, of the reason why a row of a manifest is none."""
-PLAIN = ("path", "text", "member")
-"""Columns that are text, whatever they look like."""
+"""Key (no column has this name) of the reason why a row of a manifest is invalid."""
+TEXT_COLUMNS = ("path", "text", "member")
+"""Columns that are text, even if they look like numbers."""
 
 
 @dataclass
 class Table:
-    """Rows of a manifest, whose fields are text as a CSV has them; those that were added may be numbers."""
+    """Rows of a manifest. Their fields are text, as in a CSV; those that a step added may be numbers."""
 
     columns: list[str]
-    """In their order; a row may lack some."""
-    rows: list[Row]
+    """In order; a row may lack some."""
+    rows: list[TableRow]
     root: str
     """Data root: a resolved folder, or a URL."""
 
-    def with_columns(self, rows: list[Row], names: Sequence[str]) -> "Table":
-        """Other rows, whose new columns come last."""
+    def with_columns(self, rows: list[TableRow], names: Sequence[str]) -> "Table":
+        """Return a table of other rows, with new columns at the end."""
         return Table(list(dict.fromkeys([*self.columns, *names])), rows, self.root)
 
 
 def read_table(source: str, root: str | None) -> Table:
-    """All columns of a manifest, or path and text of the files in a folder. Raises UserError."""
+    """Read all columns of a manifest, or path and text of the files in a folder. Raises UserError."""
     chunks, root = open_rows(source, root)
     columns: dict[str, None] = {}
-    table: list[Row] = []
+    table: list[TableRow] = []
     for chunk in chunks:
         columns |= dict.fromkeys(chunk.columns)
         rows = [
@@ -59,58 +59,50 @@ def read_table(source: str, root: str | None) -> Table:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """CSV, JSON lines or Parquet, by the suffix. Raises UserError."""
-    with written_whole(path) as aside:
-        _writer(path)(aside, table)
+    """Write CSV, JSON lines or Parquet, by the suffix. Raises UserError."""
+    with staged_output(path) as staging:
+        WRITERS[path.suffix.lower()](staging, table)
 
 
 def check_output(path: Path, overwrite: bool, suffixes: Sequence[str] | None = None) -> None:
-    """Raises UserError when a result cannot get this name, before any work is done for it."""
+    """Raise UserError if a result could not be written to this path, before any work is done for it."""
     suffixes = list(WRITERS) if suffixes is None else suffixes
     if path.suffix.lower() not in suffixes:
         raise UserError(f"output {path}: its name must end in {' or '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"output {path} is a folder: name a file in it")
     if path.exists() and not overwrite:
-        raise UserError(f"output {path} exists: choose another name, or give --overwrite to replace it")
+        raise UserError(f"output {path} exists: choose another name, or add --overwrite to replace it")
     if path.suffix.lower() == ".parquet":
-        need_pyarrow(path)
+        _import_pyarrow(path)
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A file to write in place of `path`, which gets its name once it is whole, and is gone otherwise."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def staged_output(path: Path) -> Iterator[Path]:
+    """Provide a temporary file that replaces `path` at the end of the block, unless it fails. Raises UserError."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with aside.open("rb") as file:
+        yield staging
+        with staging.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(staging, path)
     except OSError as error:
         raise UserError(f"output {path} cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def _writer(path: Path) -> Callable[[Path, Table], None]:
-    return WRITERS[path.suffix.lower()]
+            staging.unlink(missing_ok=True)
 
 
 def _write_csv(path: Path, table: Table) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        _csv_into(file, table)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table.columns)
+        writer.writerows([_csv_field(row.get(name)) for name in table.columns] for row in table.rows)
 
 
-def _csv_into(file: IO[str], table: Table) -> None:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows([_as_text(row.get(name)) for name in table.columns] for row in table.rows)
-
-
-def _as_text(value: Any) -> Any:
-    """A cell of a CSV: what is neither text nor number as JSON."""
+def _csv_field(value: Any) -> Any:
+    """Convert a value to a field of a CSV: lists and objects become JSON."""
     if value is None:
         return ""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
@@ -125,19 +117,19 @@ def _write_jsonl(path: Path, table: Table) -> None:
 
 
 def _write_parquet(path: Path, table: Table) -> None:
-    pyarrow = need_pyarrow(path)
+    pyarrow = _import_pyarrow(path)
     columns = {name: typed([row.get(name) for row in table.rows], name) for name in table.columns}
     for name, values in columns.items():
         if len({type(value) for value in values if value is not None} - {int, float}) > 1:
-            columns[name] = [None if value is None else _as_text(value) for value in values]
+            columns[name] = [None if value is None else _csv_field(value) for value in values]
     try:
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
     except pyarrow.ArrowException as error:
         raise UserError(f"output {path} cannot be written ({error}): choose .csv or .jsonl") from error
 
 
-def need_pyarrow(path: Path) -> Any:
-    """Raises UserError."""
+def _import_pyarrow(path: Path) -> Any:
+    """Import pyarrow, or raise UserError."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -147,20 +139,20 @@ def need_pyarrow(path: Path) -> Any:
 
 
 def typed(values: Sequence[Any], name: str) -> list[Any]:
-    """Fields of a column as the numbers, truths, lists or objects that they are the text of; None for no value.
+    """Convert the fields of a column from text to numbers, booleans, lists or objects; empty ones to None.
 
-    Only where this loses nothing of any of them: 007 stays text.
+    Only if all of them can be converted without loss: 007 stays text.
     """
-    given = [None if value == "" and name not in PLAIN else value for value in values]
-    if name in PLAIN:
+    given = [None if value == "" and name not in TEXT_COLUMNS else value for value in values]
+    if name in TEXT_COLUMNS:
         return given
-    for read in (int, _finite, _truth, json.loads):
+    for read in (int, _finite_float, _boolean, json.loads):
         try:
             made = [read(value) if isinstance(value, str) else value for value in given]
         except (ValueError, RecursionError):
             continue
         if all(
-            _as_text(new) == old or str(new) == old
+            _csv_field(new) == old or str(new) == old
             for new, old in zip(made, given, strict=True)
             if new != old
         ):
@@ -168,13 +160,13 @@ def typed(values: Sequence[Any], name: str) -> list[Any]:
     return given
 
 
-def _finite(text: str) -> float:
+def _finite_float(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(text)
     return number
 
 
-def _truth(text: str) -> bool:
+def _boolean(text: str) -> bool:
     if text not in ("True", "False"):
         raise ValueError(text)
     return text == "True"

@@ -9,7 +9,7 @@ import torch
 import stdit.data.cache.keys as keys_module
 from stdit.data.cache.batches import DiskBatches, MemoryBatches, MemoryCache
 from stdit.data.cache.encode import encode_view
-from stdit.data.cache.store import Store
+from stdit.data.cache.store import CacheStore
 from stdit.data.dataset import to_video, video_loader
 from stdit.data.skips import SkipTally
 from stdit.errors import UserError
@@ -97,7 +97,7 @@ def test_training_from_the_cache_opens_no_video(work, monkeypatch):
         raise AssertionError("opened")
 
     monkeypatch.setattr(av, "open", fail)
-    monkeypatch.setattr(keys_module, "hash_bytes", fail)
+    monkeypatch.setattr(keys_module, "hash_media", fail)
     for make in (from_memory, from_disk):
         assert len(list(make(work())(0, 8))) == 8  # which also builds the plan
     with pytest.raises(AssertionError, match="opened"):
@@ -139,7 +139,7 @@ def test_a_clip_that_fails_gives_way(work, tmp_path):
 
 def replace_store(work):
     """As another process would have it."""
-    work.reader = replace(work.reader, store=Store(work.config.cache_folder()))
+    work.reader = replace(work.reader, store=CacheStore(work.config.cache_folder()))
     return work
 
 

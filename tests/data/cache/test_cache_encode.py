@@ -10,7 +10,7 @@ import stdit.data.cache.encode as encode_module
 import stdit.data.cache.keys as keys_module
 import stdit.data.cache.shards as shards_module
 from stdit.data.cache.encode import wanted_keys
-from stdit.data.cache.store import Store
+from stdit.data.cache.store import CacheStore
 from stdit.data.dataset import read_view, to_video
 from stdit.data.skips import SkipTally
 from stdit.data.views import AugmentedView
@@ -18,7 +18,7 @@ from stdit.errors import UserError
 from tests.data.cache.tiny import TinyCodec, Work, same, shards
 
 
-def test_everything_is_encoded_once_and_found_again(work):
+def test_every_clip_and_caption_is_encoded_once(work):
     first = work()
     summary = first.encode()
     assert (summary.clips, summary.encoded, summary.stored, summary.captions_encoded) == (7, 7, 0, 5)
@@ -57,8 +57,8 @@ def test_a_change_of_codec_text_encoder_caption_size_or_content_is_another_entry
 
 def test_files_are_hashed_once_and_known_by_their_content(work, config, tmp_path, monkeypatch):
     hashed = []
-    original = keys_module.hash_bytes
-    monkeypatch.setattr(keys_module, "hash_bytes", lambda media: hashed.append(media.name) or original(media))
+    original = keys_module.hash_media
+    monkeypatch.setattr(keys_module, "hash_media", lambda media: hashed.append(media.name) or original(media))
     first = work()
     first.encode()
     assert len(hashed) == 7
@@ -73,11 +73,13 @@ def test_files_are_hashed_once_and_known_by_their_content(work, config, tmp_path
     assert summary.encoded == 0 and not hashed
 
 
-def test_an_interrupted_encoding_goes_on_with_what_whole_shards_hold(work, monkeypatch, config):
+def test_an_interrupted_encoding_resumes_from_complete_shards(work, monkeypatch, config):
     straight = work(cache_dir=str(config.cache_folder()) + "-straight")
     straight.encode()
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 1)
-    monkeypatch.setattr(encode_module, "Writer", lambda folder: shards_module.Writer(folder, shard_bytes=1))
+    monkeypatch.setattr(
+        encode_module, "ShardWriter", lambda folder: shards_module.ShardWriter(folder, shard_bytes=1)
+    )
     work_done = work()
     original = work_done.codec.encode
 
@@ -95,8 +97,10 @@ def test_an_interrupted_encoding_goes_on_with_what_whole_shards_hold(work, monke
     assert same(resumed.latents(), straight.latents())
 
 
-def test_a_damaged_shard_or_entry_is_made_anew(work, config, monkeypatch):
-    monkeypatch.setattr(encode_module, "Writer", lambda folder: shards_module.Writer(folder, shard_bytes=1))
+def test_a_damaged_shard_or_entry_is_encoded_again(work, config, monkeypatch):
+    monkeypatch.setattr(
+        encode_module, "ShardWriter", lambda folder: shards_module.ShardWriter(folder, shard_bytes=1)
+    )
     first = work()
     first.encode()
     latents = first.latents()
@@ -112,7 +116,7 @@ def test_a_damaged_shard_or_entry_is_made_anew(work, config, monkeypatch):
     assert same(again.latents(), latents)
 
 
-def test_processes_that_encode_at_once_share_the_work(work, config):
+def test_concurrent_processes_share_the_encoding(work, config):
     context = get_context("fork")
     processes = [
         context.Process(target=encode_part, args=(work(), part)) for part in ((0, 2), (1, 2), (0, 1))
@@ -126,14 +130,14 @@ def test_processes_that_encode_at_once_share_the_work(work, config):
     whole.encode()
     together = work()
     assert together.encode().encoded == 0 and same(together.latents(), whole.latents())
-    assert not Store(config.cache_folder()).damaged
+    assert not CacheStore(config.cache_folder()).damaged
 
 
 def encode_part(work, part):
     work.encode(part=part)
 
 
-def test_clips_that_cannot_be_read_are_left_out_and_counted(work, config, tmp_path):
+def test_clips_that_cannot_be_read_are_excluded_and_counted(work, config, tmp_path):
     ready = work()
     (tmp_path / "2.mp4").write_bytes(b"damaged")
     (tmp_path / "4.mp4").unlink()  # between probing and encoding
@@ -142,12 +146,12 @@ def test_clips_that_cannot_be_read_are_left_out_and_counted(work, config, tmp_pa
         str(tmp_path / "2.mp4"),
         str(tmp_path / "4.mp4"),
     ]
-    assert "2 clips left out" in str(summary) and "file missing" in str(summary)
+    assert "2 clips excluded" in str(summary) and "file missing" in str(summary)
     with pytest.raises(UserError, match=r"1 of 7 files failed to decode, more than data.max_skipped_share"):
         ready.encode(tally=SkipTally(7, 0.1))
 
 
-def test_a_full_disk_is_an_error_that_keeps_what_was_made(work, config, monkeypatch):
+def test_a_full_disk_is_an_error_that_keeps_complete_shards(work, config, monkeypatch):
     original, calls = os.fsync, []
 
     def fsync(descriptor):
@@ -157,10 +161,12 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_made(work, config, monkeypa
         original(descriptor)
 
     monkeypatch.setattr(shards_module.os, "fsync", fsync)
-    monkeypatch.setattr(encode_module, "Writer", lambda folder: shards_module.Writer(folder, shard_bytes=1))
+    monkeypatch.setattr(
+        encode_module, "ShardWriter", lambda folder: shards_module.ShardWriter(folder, shard_bytes=1)
+    )
     with pytest.raises(UserError, match=r"cannot write to the cache .*No space left.*make room"):
         work().encode()
-    store = Store(config.cache_folder())
+    store = CacheStore(config.cache_folder())
     assert len(store.shards) >= 3 and not store.damaged and not list(store.folder.glob(".*"))
     summary = work().encode()
     assert summary.captions_encoded < 5 and summary.encoded == 7
@@ -174,7 +180,7 @@ def test_workers_encode_the_same(work, config):
     assert same(here.latents(), there.latents())
 
 
-def test_views_are_windows_crops_and_mirror_images(work):
+def test_augmented_views_are_windows_crops_and_mirror_images(work):
     done = work(augmented_views=3, crop="random", flip=True)
     # The first five have no room, and two of them have "words"; the last turns "left".
     assert done.encode().encoded == 3 * 2 + 2 + 3 * 2 + 3
@@ -189,6 +195,6 @@ def test_views_are_windows_crops_and_mirror_images(work):
 def test_wanted_keys_are_those_that_were_written(work):
     done = work(augmented_views=2)
     done.encode(extra_texts=["a prompt"])
-    store = Store(done.config.cache_folder())
+    store = CacheStore(done.config.cache_folder())
     written = {key.tobytes() for shard in store.shards.values() for key in shard.keys}
     assert set(wanted_keys(done.reader, ["a prompt"])) == written

@@ -8,7 +8,7 @@ import torch
 from stdit.data.cache.encode import encode_plan
 from stdit.data.cache.keys import remembered
 from stdit.data.cache.reader import CachedReader, Makers
-from stdit.data.cache.store import Store
+from stdit.data.cache.store import CacheStore
 from stdit.data.dataset import build_plan
 
 
@@ -59,14 +59,14 @@ class Work:
         self.config, self.codec, self.text = config, TinyCodec(codec), TinyEncoder(text)
         self.plan = build_plan(config, seed, known=remembered(config))
         makers = Makers(codec, text)
-        self.reader = CachedReader(self.plan, config, Store(config.cache_folder()), makers)
+        self.reader = CachedReader(self.plan, config, CacheStore(config.cache_folder()), makers)
 
     def encode(self, **options):
         return encode_plan(self.reader, self.codec, self.text, progress=False, **options)
 
     def latents(self):
         """Of every view, by clip and number, from a store that is read anew."""
-        reader = replace(self.reader, store=Store(self.config.cache_folder()))
+        reader = replace(self.reader, store=CacheStore(self.config.cache_folder()))
         found = {}
         for bucket, members in zip(self.plan.assignment.buckets, self.plan.assignment.members, strict=True):
             for index in members.tolist():

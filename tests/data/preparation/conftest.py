@@ -1,4 +1,4 @@
-"""Clips that can be told apart: scenes of a moving pattern each."""
+"""Distinct clips: each scene is a moving pattern of its own."""
 
 import csv
 from collections.abc import Callable
@@ -18,9 +18,14 @@ def pattern(seed: int, num_frames: int, height: int = 48, width: int = 64, speed
 
 
 def task(
-    source: Path, output: Path, root: Path | None = None, workers: int = 0, overwrite: bool = False
+    source: Path,
+    output: Path,
+    root: Path | None = None,
+    workers: int = 0,
+    overwrite: bool = False,
+    timeout: float = 0.0,
 ) -> Task:
-    return Task(str(source), output, None if root is None else str(root), workers, overwrite)
+    return Task(str(source), output, None if root is None else str(root), workers, overwrite, timeout)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -30,7 +35,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def clips(tmp_path: Path, write_video: Callable[..., Path]) -> Path:
-    """A folder of three clips, one without a caption, and three files that are none."""
+    """A folder of three clips, one without a caption, and three files that are not videos."""
     folder = tmp_path / "clips"
     for name, seed, length in (("a.mp4", 1, 16), ("b.mp4", 2, 8), ("c.mp4", 3, 24)):
         write_video(folder / name, frames=pattern(seed, length))

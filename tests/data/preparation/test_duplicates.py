@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stdit.data.preparation import duplicates as module
-from stdit.data.preparation.duplicates import alike, dedupe_clips, duplicates
+from stdit.data.preparation.duplicates import dedupe_clips, find_duplicates, similar_pairs
 from stdit.errors import UserError
 from tests.data.preparation.conftest import pattern, read_csv, task
 
@@ -35,14 +35,14 @@ def test_banding_misses_no_pair(hashes: np.ndarray, bits: int, monkeypatch: pyte
         for i, j in itertools.combinations(range(len(hashes)), 2)
         if apart[i, j] <= bits
     }
-    found = list(alike(hashes, bits))
+    found = list(similar_pairs(hashes, bits))
     assert len(found) == len(set(found)) and set(found) == wanted
     assert bits < 5 or len(wanted) > 20
 
 
 def test_the_best_stays_and_what_stays_is_unlike(hashes: np.ndarray) -> None:
     volumes = np.random.default_rng(1).integers(1, 9, len(hashes)).tolist()
-    gone = duplicates(hashes, volumes, 16)
+    gone = find_duplicates(hashes, volumes, 16)
     apart = distances(hashes)
     kept = [place for place in range(len(hashes)) if place not in gone]
     assert 100 <= len(kept) < 250
@@ -54,7 +54,7 @@ def test_the_best_stays_and_what_stays_is_unlike(hashes: np.ndarray) -> None:
 
 def test_equal_clips_are_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = np.zeros((100_000, 32), np.uint8)  # 5 * 10^9 pairs, if they were compared
-    gone = duplicates(hashes, [1] * 99_999 + [2], 16)
+    gone = find_duplicates(hashes, [1] * 99_999 + [2], 16)
     assert len(gone) == 99_999 and set(gone.values()) == {(99_999, 0)}
 
 
@@ -67,7 +67,7 @@ def test_copies_in_other_sizes_and_codecs_are_found(tmp_path: Path, write_video:
     (tmp_path / "a" / "broken.mp4").write_text("no video")
     lines = dedupe_clips(task(tmp_path / "a", tmp_path / "a" / "manifest.csv"))
     assert [row["path"] for row in read_csv(tmp_path / "a" / "manifest.csv")] == ["other.mp4", "z_large.mp4"]
-    reasons = {row["path"]: row["reason"] for row in read_csv(tmp_path / "a" / "manifest.left_out.csv")}
+    reasons = {row["path"]: row["reason"] for row in read_csv(tmp_path / "a" / "manifest.excluded.csv")}
     assert reasons["twin.mp4"] == "duplicate: of other.mp4, 0 bits apart"
     assert reasons["small.avi"].startswith("duplicate: of z_large.mp4, ") and "broken.mp4" in reasons
     assert any("2 x duplicate: small.avi (of z_large.mp4, " in line for line in lines)

@@ -1,6 +1,6 @@
 import pytest
 
-from stdit.data.preparation.expressions import LONGEST, column_kinds, parse_condition
+from stdit.data.preparation.expressions import MAX_EXPRESSION, column_types, parse_filter
 from stdit.errors import UserError
 
 ROWS = [
@@ -24,11 +24,11 @@ ROWS = [
     },
     {"path": "c.mp4", "text": "the dog", "motion": "", "height": 720, "fps": "0", "camera": "", "hd": None},
 ]
-KINDS = column_kinds(ROWS, list(ROWS[0]) + ["nothing"])
+KINDS = column_types(ROWS, list(ROWS[0]) + ["nothing"])
 
 
 def kept(where: str) -> str:
-    condition = parse_condition(where, KINDS)
+    condition = parse_filter(where, KINDS)
     return "".join(str(row["path"])[0] for row in ROWS if condition.objection(row) is None)
 
 
@@ -61,13 +61,13 @@ def test_rows_that_hold(where: str, paths: str) -> None:
 
 
 def test_the_reason_is_the_part_that_does_not_hold() -> None:
-    condition = parse_condition("height >= 240 and (motion > 2 and camera == 'pan')", KINDS)
+    condition = parse_filter("height >= 240 and (motion > 2 and camera == 'pan')", KINDS)
     assert [condition.objection(row) for row in ROWS] == [
         None,
         "not motion > 2: motion = 0.5",
         "no value of motion",
     ]
-    assert parse_condition("1 / fps > 0.01", KINDS).objection(ROWS[2]) == "division by zero in 1 / fps > 0.01"
+    assert parse_filter("1 / fps > 0.01", KINDS).objection(ROWS[2]) == "division by zero in 1 / fps > 0.01"
 
 
 @pytest.mark.parametrize(
@@ -105,16 +105,16 @@ def test_the_reason_is_the_part_that_does_not_hold() -> None:
         "(" * 500 + "motion" + ")" * 500 + " > 1",
         "not " * 450 + "hd",
         "-" * 1900 + "motion > 1",
-        "motion > " + "1 + " * 400 + "1" + " " * LONGEST,
+        "motion > " + "1 + " * 400 + "1" + " " * MAX_EXPRESSION,
         "'a' * 999999999 == text",
         "motion + hd > 1",
     ],
 )
 def test_hostile_and_broken_expressions_are_refused(where: str) -> None:
     try:
-        parse_condition(where, KINDS)
+        parse_filter(where, KINDS)
     except UserError as error:
-        assert "--where" in str(error) and len(str(error)) < LONGEST + 500
+        assert "--where" in str(error) and len(str(error)) < MAX_EXPRESSION + 500
     else:
         assert where.startswith(("not ", "-", "((")), (
             "only depth may be let through, where Python can read it"
@@ -126,27 +126,27 @@ def test_hostile_and_broken_expressions_are_refused(where: str) -> None:
     [
         ("motoin > 2", "no column 'motoin': did you mean motion?"),
         ("camera == pan", "no column 'pan': .*columns are path, text, motion"),
-        ("motion", "'motion' is a number, no condition"),
+        ("motion", "'motion' is a number, not a condition"),
         ("camera > 2", "'camera' is a text and '2' a number: they cannot be compared"),
         ("camera in ('pan', 2)", "'camera' is a text and '2' a number"),
         ("motion in text", "'motion' is a number, but in takes a text"),
         ("text + 'a' == 'b'", "'text' is a text, but arithmetic takes a number"),
-        ("motion and hd", "'motion' is a number, no condition"),
-        ("hd or motion", "'motion' is a number, but and, or takes a truth"),
+        ("motion and hd", "'motion' is a number, not a condition"),
+        ("hd or motion", "'motion' is a number, but and, or takes a boolean"),
     ],
 )
 def test_what_is_wrong_is_named_before_any_row(where: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse_condition(where, KINDS)
+        parse_filter(where, KINDS)
 
 
 def test_kinds_of_columns() -> None:
     assert (
         KINDS["motion"] == KINDS["height"] == "number"
         and KINDS["camera"] == "text"
-        and KINDS["hd"] == "truth"
+        and KINDS["hd"] == "boolean"
     )
-    assert column_kinds([{"a": "1"}, {"a": "nan"}], ["a"]) == {"a": "text"}
-    assert column_kinds([{"a": [1]}, {"a": "x"}], ["a"]) == {"a": "mixture"}
-    with pytest.raises(UserError, match="'a' is a mixture and '1' a number"):
-        parse_condition("a > 1", {"a": "mixture"})
+    assert column_types([{"a": "1"}, {"a": "nan"}], ["a"]) == {"a": "text"}
+    assert column_types([{"a": [1]}, {"a": "x"}], ["a"]) == {"a": "mixed"}
+    with pytest.raises(UserError, match="'a' is of mixed types and '1' a number"):
+        parse_filter("a > 1", {"a": "mixed"})

@@ -19,7 +19,7 @@ def test_rows_are_kept_with_all_columns_and_the_others_listed(source: Path, tmp_
     lines = filter_clips(task(source, tmp_path / "good.csv"), "motion > 2 and camera == 'pan'")
     assert read_csv(tmp_path / "good.csv") == read_csv(source)[:1]
     assert [
-        (row["path"], row["text"], row["reason"]) for row in read_csv(tmp_path / "good.left_out.csv")
+        (row["path"], row["text"], row["reason"]) for row in read_csv(tmp_path / "good.excluded.csv")
     ] == [
         ("b.mp4", "c\nd", "not motion > 2: motion = 1"),
         ("c.mp4", "e", "no value of motion"),
@@ -31,6 +31,6 @@ def test_a_bad_condition_makes_nothing(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "good.csv"
     with pytest.raises(UserError, match="no column 'motoin': did you mean motion?"):
         filter_clips(task(source, output), "motoin > 2")
-    with pytest.raises(UserError, match="no clip is left\n3 left out"):
+    with pytest.raises(UserError, match="no clip is left\n3 excluded"):
         filter_clips(task(source, output), "motion > 20")
     assert not output.exists()

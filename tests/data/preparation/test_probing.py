@@ -8,9 +8,9 @@ import pytest
 
 from stdit.data.manifest.reading import read_manifest
 from stdit.data.preparation import probing
-from stdit.data.preparation.flow import Section
+from stdit.data.preparation.flow import ClipRecord
 from stdit.data.preparation.probing import probe_clips
-from stdit.data.preparation.scoring import View, middle_frames
+from stdit.data.preparation.scoring import ScoringWindow, middle_frames
 from stdit.errors import UserError
 from tests.data.preparation.conftest import read_csv, task
 
@@ -27,19 +27,19 @@ def test_a_folder_becomes_a_manifest_and_what_is_broken_is_listed(clips: Path) -
         **{"path": "a.mp4", "text": 'a red, "large" ball'},
         **{"num_frames": "16", "fps": "8.0", "height": "48", "width": "64"},
     }
-    reasons = {row["path"]: row["reason"] for row in read_csv(clips / "manifest.left_out.csv")}
+    reasons = {row["path"]: row["reason"] for row in read_csv(clips / "manifest.excluded.csv")}
     assert set(reasons) == {"broken.mp4", "empty.mp4", "outside.mp4"}
     assert (
         reasons["broken.mp4"].startswith("cannot be read: not a")
         and "empty (0 bytes)" in reasons["empty.mp4"]
     )
     assert reasons["outside.mp4"].startswith("outside the data root")
-    assert "3 of 6 clips" in lines[0] and "3 left out, listed in" in lines[1]
+    assert "3 of 6 clips" in lines[0] and "3 excluded, listed in" in lines[1]
     assert "2 x cannot be read: broken.mp4 (" in lines[2]
     assert contents(clips) == before and len(list(clips.iterdir())) == 10  # nothing else was left behind
 
 
-def test_paths_hold_where_the_output_is(clips: Path, tmp_path: Path) -> None:
+def test_paths_are_right_for_the_output(clips: Path, tmp_path: Path) -> None:
     probe_clips(task(clips, tmp_path / "all.csv"))
     assert [row["path"] for row in read_csv(tmp_path / "all.csv")] == [
         "clips/a.mp4",
@@ -49,7 +49,7 @@ def test_paths_hold_where_the_output_is(clips: Path, tmp_path: Path) -> None:
 
     elsewhere = tmp_path / "made" / "all.csv"
     (line, *_) = probe_clips(task(clips, elsewhere))
-    assert f"give --root {clips}" in line
+    assert f"add --root {clips}" in line
     assert [row["path"] for row in read_csv(elsewhere)] == ["a.mp4", "b.mp4", "c.mp4"]
     probe_clips(task(elsewhere, tmp_path / "again.csv", root=clips))
     assert read_csv(tmp_path / "again.csv") == read_csv(tmp_path / "all.csv")
@@ -70,10 +70,10 @@ def test_rows_that_cannot_be_used(clips: Path) -> None:
     probe_clips(task(source, clips / "manifest.csv"))
     kept = [(row["text"], row["mood"], row["num_frames"]) for row in read_csv(clips / "manifest.csv")]
     assert kept == [("ball", "x", "16"), ("part", "w", "16"), ("open", "", "16")]
-    left_out = [
-        (row["text"], row["reason"].partition(":")[0]) for row in read_csv(clips / "manifest.left_out.csv")
+    excluded = [
+        (row["text"], row["reason"].partition(":")[0]) for row in read_csv(clips / "manifest.excluded.csv")
     ]
-    assert left_out == [
+    assert excluded == [
         ("ball", f"outside the data root {clips}, where no file is opened"),
         ("", "file missing"),
         ("ball", "path missing"),
@@ -92,14 +92,14 @@ def test_nothing_is_made_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="clips lists no clips"):
         probe_clips(task(folder, tmp_path / "manifest.csv"))
     (folder / "a.mp4").write_text("no video")
-    with pytest.raises(UserError, match="no clip is left\n1 left out, listed in (.*)"):
+    with pytest.raises(UserError, match="no clip is left\n1 excluded, listed in (.*)"):
         probe_clips(task(folder, tmp_path / "manifest.csv"))
-    assert read_csv(tmp_path / "manifest.left_out.csv")[0]["path"] == "clips/a.mp4"
+    assert read_csv(tmp_path / "manifest.excluded.csv")[0]["path"] == "clips/a.mp4"
     assert not (tmp_path / "manifest.csv").exists()
 
 
 def test_nothing_is_overwritten_unless_told(clips: Path) -> None:
-    output, left_out = clips / "manifest.csv", clips / "manifest.left_out.csv"
+    output, excluded = clips / "manifest.csv", clips / "manifest.excluded.csv"
     output.write_text("path,text\na.mp4,mine\n")
     with pytest.raises(UserError, match="manifest.csv exists: .* --overwrite"):
         probe_clips(task(clips, output))
@@ -110,36 +110,36 @@ def test_nothing_is_overwritten_unless_told(clips: Path) -> None:
             probe_clips(task(clips, clips / name))
     with pytest.raises(UserError, match="--workers -1"):
         probe_clips(task(clips, clips / "new.csv", workers=-1))
-    assert output.read_text() == "path,text\na.mp4,mine\n" and not left_out.exists()
+    assert output.read_text() == "path,text\na.mp4,mine\n" and not excluded.exists()
     (clips / "mine").write_text("")
     with pytest.raises(UserError, match="cannot be written: Not a directory|cannot be written: File exists"):
         probe_clips(task(clips, clips / "mine" / "manifest.csv"))
 
-    left_out.write_text("stale")
+    excluded.write_text("stale")
     probe_clips(task(output, clips / "other.csv"))
-    assert left_out.read_text() == "stale"
-    with pytest.raises(UserError, match="manifest.left_out.csv exists"):
+    assert excluded.read_text() == "stale"
+    with pytest.raises(UserError, match="manifest.excluded.csv exists"):
         output.unlink()
         probe_clips(task(clips / "other.csv", output))
     probe_clips(task(clips / "other.csv", output, overwrite=True))
     assert (
-        read_csv(output) == read_csv(clips / "other.csv") and not left_out.exists()
+        read_csv(output) == read_csv(clips / "other.csv") and not excluded.exists()
     )  # there was nothing to list
 
 
-def test_an_interrupted_step_goes_on_and_looks_at_changed_files_again(
+def test_an_interrupted_step_resumes_and_reads_changed_files_again(
     clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
     interrupted_at = "b.mp4"
 
-    def probed(section: Section) -> dict[str, float]:
-        seen.append(Path(section.media.location).name)
+    def probed(record: ClipRecord) -> dict[str, float]:
+        seen.append(Path(record.media.location).name)
         if seen[-1] == interrupted_at:
             raise KeyboardInterrupt
-        return section.whole()._asdict()
+        return record.file_info()._asdict()
 
-    monkeypatch.setattr(probing, "probed", probed)
+    monkeypatch.setattr(probing, "_probe", probed)
     output = clips / "manifest.csv"
     with pytest.raises(KeyboardInterrupt):
         probe_clips(task(clips, output))
@@ -162,7 +162,7 @@ def test_an_interrupted_step_goes_on_and_looks_at_changed_files_again(
 def test_processes_give_the_same(clips: Path) -> None:
     probe_clips(task(clips, clips / "one.csv"))
     probe_clips(task(clips, clips / "two.csv", workers=2))
-    for kind in (".csv", ".left_out.csv"):
+    for kind in (".csv", ".excluded.csv"):
         assert (clips / f"one{kind}").read_text() == (clips / f"two{kind}").read_text()
 
 
@@ -178,7 +178,7 @@ def test_tar_shards_are_read_where_they_lie(clips: Path, tmp_path: Path) -> None
     found, _ = read_manifest(tmp_path / "all.jsonl")
     assert (
         found[0].text == 'a red, "large" ball'
-        and middle_frames(Section(found[0].media), View()).shape[0] == 16
+        and middle_frames(ClipRecord(found[0].media), ScoringWindow()).shape[0] == 16
     )
-    (left_out,) = [json.loads(line) for line in (tmp_path / "all.left_out.jsonl").read_text().splitlines()]
-    assert left_out["member"] == "broken.mp4" and left_out["reason"].startswith("cannot be read")
+    (excluded,) = [json.loads(line) for line in (tmp_path / "all.excluded.jsonl").read_text().splitlines()]
+    assert excluded["member"] == "broken.mp4" and excluded["reason"].startswith("cannot be read")

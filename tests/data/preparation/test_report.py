@@ -7,7 +7,7 @@ import pytest
 
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.data.dataset import build_assignment
-from stdit.data.preparation.page import Bar, frequencies, histogram, round_step
+from stdit.data.preparation.page import Bar, count_texts, histogram, round_step
 from stdit.data.preparation.report import report_clips
 from stdit.errors import UserError
 from tests.data.preparation.conftest import task
@@ -91,5 +91,5 @@ def test_histograms_count_every_value_once() -> None:
     assert sum(bar.clips for bar in spread) == 5030
     assert histogram([-5.0, 5.0, 5.0]) == [Bar("-5", 1), Bar("5", 2)]
     assert [round_step(step) for step in (0.011, 0.3, 1, 4.2, 70)] == pytest.approx([0.02, 0.5, 1, 5, 100])
-    many = frequencies([str(k) for k in range(30)] + ["7"])
+    many = count_texts([str(k) for k in range(30)] + ["7"])
     assert many[0] == Bar("7", 2) and many[-1] == Bar("10 others", 10)

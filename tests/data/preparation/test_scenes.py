@@ -7,7 +7,7 @@ import pytest
 from stdit.data.decoding.decode import iter_frames, probe
 from stdit.data.decoding.media import Media
 from stdit.data.preparation import scenes as module
-from stdit.data.preparation.cutting import copy_part, cut
+from stdit.data.preparation.cutting import copy_packets, cut_clip
 from stdit.data.preparation.scenes import SceneConfig, split_clips
 from stdit.errors import UserError
 from tests.data.preparation.conftest import pattern, read_csv, task
@@ -40,10 +40,10 @@ def test_scenes_are_windows_and_no_scene_has_a_cut_inside(film: Path, detector: 
         "8.0",
         "57",
     )
-    assert windows(film.parent / "scenes.left_out.csv") == [(3.5, 4.125)]
+    assert windows(film.parent / "scenes.excluded.csv") == [(3.5, 4.125)]
     assert "1 x scene too short: film.mp4 (0.62 s, --min_seconds 1)" in lines[2]
     assert sorted(path.name for path in film.parent.iterdir()) == [
-        "film.mp4", "scenes.csv", "scenes.left_out.csv", "source.csv",
+        "film.mp4", "scenes.csv", "scenes.excluded.csv", "source.csv",
     ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def test_cut_scenes_hold_the_same_frames_and_their_file_is_left_alone(film: Path
     assert len(parts) == len(whole)
     assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(whole, parts, strict=True)) < 4
 
-    with pytest.raises(UserError, match="cut is not empty: choose another, or give --overwrite"):
+    with pytest.raises(UserError, match="cut is not empty: choose another, or add --overwrite"):
         split_clips(task(film.parent / "scenes.csv", film.parent / "again.csv"), SceneConfig(), folder)
 
 
@@ -82,7 +82,7 @@ def test_a_part_from_a_key_frame_on_is_copied_bit_for_bit(
     path = write_video(tmp_path / name, frames=pattern(0, 24), gop=8)
     whole = [frame for _, frame in iter_frames(path)]
     for start, end, places in ((1.0, 2.0, range(8, 16)), (2.0, 9.0, range(16, 24))):
-        way, info = cut(Media.of(path), start, end, tmp_path / "cut.mp4", SIZE)
+        way, info = cut_clip(Media.of(path), start, end, tmp_path / "cut.mp4", SIZE)
         assert way == "copied" and info == (len(places), 8.0, 48, 64)
         copied = list(iter_frames(tmp_path / "cut.mp4"))
         assert [time for time, _ in copied] == pytest.approx([k / 8 for k in range(len(places))])
@@ -91,8 +91,8 @@ def test_a_part_from_a_key_frame_on_is_copied_bit_for_bit(
 
 def test_what_cannot_be_copied_is_encoded_anew(tmp_path: Path, write_video: Callable[..., Path]) -> None:
     media = Media.of(write_video(tmp_path / "a.mp4", frames=pattern(0, 24), gop=8))
-    assert copy_part(media, 0.5, 2.0, tmp_path / "cut.mp4") is None
-    way, info = cut(media, 0.5, 2.0, tmp_path / "cut.mp4", SIZE)
+    assert copy_packets(media, 0.5, 2.0, tmp_path / "cut.mp4") is None
+    way, info = cut_clip(media, 0.5, 2.0, tmp_path / "cut.mp4", SIZE)
     assert way == "encoded" and info == (12, 8.0, 48, 64)
     for (time, frame), (other, same) in zip(
         iter_frames(tmp_path / "cut.mp4"), iter_frames(media, 0.5, 2.0), strict=True
@@ -101,16 +101,16 @@ def test_what_cannot_be_copied_is_encoded_anew(tmp_path: Path, write_video: Call
 
     times = [0, 0.1, 0.2, 1.0, 1.1, 2.0]
     varying = write_video(tmp_path / "b.avi", frames=pattern(0, 12, 33, 47)[:, :33, :47], codec="mpeg4")
-    assert cut(Media.of(varying), 0.0, 1.0, tmp_path / "cut.mp4", (33, 47))[1] == (8, 8.0, 33, 47)
+    assert cut_clip(Media.of(varying), 0.0, 1.0, tmp_path / "cut.mp4", (33, 47))[1] == (8, 8.0, 33, 47)
     varying = write_video(tmp_path / "c.mp4", frames=pattern(0, 6), times=times, gop=9)
-    assert cut(Media.of(varying), 0.2, 1.5, tmp_path / "cut.mp4", SIZE)[0] == "encoded"
+    assert cut_clip(Media.of(varying), 0.2, 1.5, tmp_path / "cut.mp4", SIZE)[0] == "encoded"
     assert [time for time, _ in iter_frames(tmp_path / "cut.mp4")] == pytest.approx([0, 0.8, 0.9], abs=1e-3)
 
 
 def test_bad_settings_are_named_before_the_work(
     film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "split", None)
+    monkeypatch.setattr(module, "split_clip", None)
     job = task(film.parent, film.parent / "scenes.csv")
     for config, message in (
         (SceneConfig(threshold=0.0), "--threshold 0: must be above 0"),

@@ -6,7 +6,7 @@ import pytest
 from stdit.data.manifest.reading import read_manifest
 from stdit.data.preparation import table as module
 from stdit.data.preparation.filtering import filter_clips
-from stdit.data.preparation.table import Table, read_table, typed, write_table, written_whole
+from stdit.data.preparation.table import Table, read_table, staged_output, typed, write_table
 from stdit.errors import UserError
 from tests.data.preparation.conftest import read_csv, task
 
@@ -74,7 +74,7 @@ def test_what_is_written_can_be_trained_on(clips: Path) -> None:
 def test_a_result_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "manifest.csv"
     path.write_text("before")
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as aside:
+    with pytest.raises(KeyboardInterrupt), staged_output(path) as aside:
         aside.write_text("half")
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Codecs that were fitted to the clips, kept in the cache so that they are fitted once."""
+"""Fit a codec to a data set, and keep it in the cache so that it is fitted once."""
 
 import logging
 import secrets
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stdit.checkpoint_files import apply_umask
-from stdit.data.cache.keys import DECODING, Contents, digest
-from stdit.data.cache.shards import Entry, Writer
-from stdit.data.cache.store import Store
+from stdit.data.cache.keys import DECODING_VERSION, FileHashes, digest
+from stdit.data.cache.shards import CacheEntry, ShardWriter
+from stdit.data.cache.store import CacheStore
 from stdit.data.config import DataConfig
 from stdit.data.dataset import middle_window, to_video
 from stdit.data.decoding.decode import DecodeError
@@ -27,23 +27,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CODECS_FOLDER = "codecs"
+"""In the cache folder: a folder per fitted codec."""
 
-def fitted(codec: Any, plan: BatchPlan, config: DataConfig) -> "VideoCodec":
-    """A codec fitted to the middle of the first clips, or the one that was fitted to the same ones before.
+
+def fit_codec(codec: Any, plan: BatchPlan, config: DataConfig) -> "VideoCodec":
+    """Fit a codec to the middle of the first clips, or load it if it was fitted to the same ones before.
 
     Args:
-        codec: with `fit`, and `fit_clips`, the number of clips that it looks at.
+        codec: with `fit`, and `fit_clips`, the number of clips that it is fitted to.
 
     Raises:
-        UserError: if the clips will not do.
+        UserError: if the clips cannot be used, or the cache cannot be written.
     """
     from stdit.codecs.base import CODEC_FILE, VideoCodec
 
     if config.cache == "none":
         codec.fit(_videos(plan, []))
         return codec
-    folder, (name, new) = config.cache_folder(), _identity(codec, plan, config)
-    saved = folder / "codecs" / name
+    folder, (name, new) = config.cache_folder(), _identify(codec, plan, config)
+    saved = folder / CODECS_FOLDER / name
     if (saved / CODEC_FILE).is_file():
         try:
             return VideoCodec.from_pretrained(saved)
@@ -52,51 +55,56 @@ def fitted(codec: Any, plan: BatchPlan, config: DataConfig) -> "VideoCodec":
             shutil.rmtree(saved, ignore_errors=True)
     unreadable: list[str] = []
     codec.fit(_videos(plan, unreadable))
-    if not unreadable:  # otherwise it has seen others than those that its name stands for
-        with Writer(folder) as writer:
+    if not unreadable:  # otherwise it was fitted to other clips than its name says
+        with ShardWriter(folder) as writer:
             for entry in new:
                 writer.add(entry)
-        aside = saved.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
+        staging = saved.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
         try:
-            codec.save_pretrained(aside)
-            apply_umask(aside)
+            codec.save_pretrained(staging)
+            apply_umask(staging)
             if not saved.exists():
-                aside.rename(saved)
+                staging.rename(saved)
         except OSError as error:
             raise UserError(f"cannot write to the cache {folder} ({error}): make room on the disk") from error
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
     return codec
 
 
-def _identity(codec: Any, plan: BatchPlan, config: DataConfig) -> tuple[str, list[Entry]]:
-    """A name that stands for the codec's settings and all that it will see; and hashes of files to be remembered."""
-    contents, facts, new = Contents(Store(config.cache_folder())), [], []
+def fitted_name(codec: Any, plan: BatchPlan, config: DataConfig) -> str:
+    """Return the name under which `fit_codec` keeps a codec: a hash of its settings and of the clips."""
+    return _identify(codec, plan, config)[0]
+
+
+def _identify(codec: Any, plan: BatchPlan, config: DataConfig) -> tuple[str, list[CacheEntry]]:
+    """Return the name of a fitted codec, and hashes of files that the cache does not have yet."""
+    hashes, clips, new = FileHashes(CacheStore(config.cache_folder())), [], []
     for index, k in islice(_in_order(plan), codec.fit_clips):
         clip, bucket = plan.assignment.clips[index], plan.assignment.buckets[k]
         try:
-            content, entry = contents.of(clip.media)
+            content, entry = hashes.of(clip.media)
         except OSError:
             continue
         new += [] if entry is None else [entry]
-        facts.append((content.hex(), clip.start, clip.num_frames, clip.fps, str(bucket)))
+        clips.append((content.hex(), clip.start, clip.num_frames, clip.fps, str(bucket)))
     settings = codec.name, list(codec.stride), codec.channels, codec.fit_clips
-    return digest("codec", DECODING, settings, facts).hex(), new
+    return digest("codec", DECODING_VERSION, settings, clips).hex(), new
 
 
 def _videos(plan: BatchPlan, unreadable: list[str]) -> "Iterator[Tensor]":
-    """Float videos [3 T H W] of the clips that train, as the manifest has them; names those that cannot be read."""
+    """Yield float videos [3 T H W] of the clips, in the order of the manifest; collect those that cannot be read."""
     for index, k in _in_order(plan):
         try:
             frames = middle_window(plan.assignment.clips[index], plan.assignment.buckets[k])
-        except DecodeError as error:  # reported, and counted, where it would be trained on
+        except DecodeError as error:  # reported and counted when it would be trained on
             unreadable.append(error.path)
         else:
             yield to_video(frames[None])[0]
 
 
 def _in_order(plan: BatchPlan) -> "Iterator[tuple[int, int]]":
-    """(clip, bucket) in the order of the manifest."""
+    """Yield (clip, bucket) in the order of the manifest."""
     members = plan.assignment.members
     rows, buckets = np.concatenate(members), np.repeat(np.arange(len(members)), [len(m) for m in members])
     for place in np.argsort(rows, kind="stable").tolist():
