@@ -92,7 +92,7 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
 
     rows = mesh.sample_range(size)
     runs = ((shared, batch.rows(rows)), (alone, batch))
-    losses = [one.accumulate(data)[None] for one, data in runs]
+    losses = [one.mesh.all_reduce_mean(one.accumulate(data)[0])[None] for one, data in runs]
     yield "loss", *largest(mesh, {"": (losses[0], losses[1])})
     names = [name for name, _ in model.named_parameters()]
     gradients = [{name: one.model.get_parameter(name).grad for name in names} for one in (shared, alone)]

@@ -24,9 +24,10 @@ def jump_at(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
     """Let the loss of a step be a hundred times what it is; the steps that are computed."""
     original, seen = Trainer.accumulate, []
 
-    def accumulate(self: Trainer, batch: EncodedBatch) -> Tensor:
+    def accumulate(self: Trainer, batch: EncodedBatch) -> tuple[Tensor, Tensor]:
         seen.append(batch.step)
-        return original(self, batch) * (100 if batch.step == at else 1)
+        loss, levels = original(self, batch)
+        return loss * (100 if batch.step == at else 1), levels
 
     monkeypatch.setattr(Trainer, "accumulate", accumulate)
     return seen
@@ -44,11 +45,11 @@ def test_a_run_goes_back_before_a_spike_and_never_trains_on_what_led_to_it(
     assert seen == [*range(11), 11], "8, 9 and 10 are computed once, and left out when they come again"
     assert "step 10: the loss jumped to" in capsys.readouterr().out
     run, never = (tmp_path / "outputs" / name for name in ("spike", "never"))
-    assert [line["step"] for line in metrics(run) if line.get("left_out")] == [8, 9, 10]
-    assert read_meta(run / "checkpoints" / "step-00000012")["spikes"]["left_out"] == [8, 9, 10]
+    assert [line["step"] for line in metrics(run) if line.get("excluded")] == [8, 9, 10]
+    assert read_meta(run / "checkpoints" / "step-00000012")["spikes"]["excluded_steps"] == [8, 9, 10]
     assert do(settings(name="spike", trainer__steps=14, **FLAGS)) == 0  # it goes on
     with monkeypatch.context() as patch:
-        patch.setattr(SpikeGuard, "left_out", {8, 9, 10}, raising=False)
+        patch.setattr(SpikeGuard, "excluded_steps", {8, 9, 10}, raising=False)
         patch.setattr(SpikeGuard, "__setattr__", keep_left_out)
         assert do(settings(name="never", trainer__steps=14, **FLAGS)) == 0
     assert numbers(run) == numbers(never)
@@ -56,7 +57,7 @@ def test_a_run_goes_back_before_a_spike_and_never_trains_on_what_led_to_it(
 
 
 def keep_left_out(self: SpikeGuard, name: str, value: Any) -> None:
-    if name != "left_out":
+    if name != "excluded":
         object.__setattr__(self, name, value)
 
 
@@ -71,7 +72,7 @@ def test_the_validation_loss_and_norms_of_layers_are_in_the_metrics(
     run = tmp_path / "outputs" / "straight"
     lines = metrics(run)
     assert [line["step"] + 1 for line in lines if "validation_loss" in line] == [2, 4, 5]
-    assert [line["step"] for line in lines if "layers" in line] == [0, 3]
+    assert [line["step"] for line in lines if "block_norms" in line] == [0, 3]
     found = lines[-1]["validation"]
     assert list(found) == ["4x8x8 at 8 fps"] and list(found["4x8x8 at 8 fps"]) == [
         "0.125",

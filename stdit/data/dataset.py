@@ -29,7 +29,10 @@ from stdit.data.plan import BatchPlan, PlannedBatch
 from stdit.data.skips import SkipTally
 from stdit.data.views import AugmentedView, augmented_view, may_mirror
 from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.step_exchange import StepExchange
 
+READ_FAILURES = "read failures"
+"""Name of the loader's flag in the exchange of a step."""
 PROBE_SIDE = 16
 """Pixels of each side when a clip is decoded only to see whether it can be."""
 
@@ -231,8 +234,17 @@ class Loader(Generic[Content]):
         workers: int = 0,
         pin_memory: bool = False,
         mesh: Mesh = Mesh(),  # noqa: B008 (it is frozen)
+        exchange: StepExchange | None = None,
     ) -> None:
+        """Make a loader.
+
+        Args:
+            workers: processes that read; 0 reads in this one.
+            exchange: of the training steps between the batches; None: the loader exchanges by itself.
+        """
         self.workers, self.pin_memory, self.mesh, self.tally = workers, pin_memory, mesh, tally
+        self.exchange, self._has_failures = exchange or StepExchange(mesh), False
+        self.exchange.register(READ_FAILURES, lambda: [self._has_failures])
         self._dataset = _StepDataset(plan, reader, tally.limit, mesh)
 
     def __call__(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[RawBatch[Content]]:
@@ -247,11 +259,35 @@ class Loader(Generic[Content]):
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # its own, so that torch's global random state is left alone
         )
-        for raw in loader:
-            failures = self.mesh.gather_failures(raw.failures)
-            if failures:
-                self.mesh.on_all_ranks(partial(self._count, failures, raw.info.step))
-            yield replace(raw, replaced=sum(part.replaced for part in failures))
+        if self.mesh.world_size == 1:
+            yield from map(self._agreed, loader)
+            return
+        # The flag that says that some rank has failures in its part of a batch must be known before any rank starts
+        # the step, since a rank whose part cannot be filled would leave the others waiting inside the model. So one
+        # batch is read ahead: its flag travels in the exchange of the step before.
+        raws = iter(loader)
+        raw = next(raws, None)
+        self.exchange.discard(READ_FAILURES)
+        self._flag(raw)
+        while raw is not None:
+            (failed,) = self.exchange.take(READ_FAILURES)
+            raw, ahead = self._agreed(raw) if failed else raw, next(raws, None)
+            self._flag(ahead)
+            yield raw
+            raw = ahead
+
+    def _flag(self, upcoming: RawBatch[Content] | None) -> None:
+        self._has_failures = upcoming is not None and upcoming.failures is not None
+
+    def _agreed(self, raw: RawBatch[Content]) -> RawBatch[Content]:
+        """Exchange failures with the other ranks, and count them; every rank must call this.
+
+        Raises UserError on every rank if there are too many.
+        """
+        failures = self.mesh.gather_failures(raw.failures)
+        if failures:
+            self.mesh.on_all_ranks(partial(self._count, failures, raw.info.step))
+        return replace(raw, replaced=sum(part.replaced for part in failures))
 
     def _count(self, failures: list[ReadFailures], step: int) -> None:
         """Raise UserError if too many clips have failed on all ranks together."""
@@ -274,10 +310,11 @@ def video_loader(
     mesh: Mesh = Mesh(),  # noqa: B008
     flip: bool = False,
     tally: SkipTally | None = None,
+    exchange: StepExchange | None = None,
 ) -> Loader[Tensor]:
     """Return a loader of frames uint8 [B T 3 H W], decoded for each step; `to_video` makes floats of them."""
     tally = tally or SkipTally(plan.assignment.files, max_skipped_share)
-    return Loader(plan, VideoReader(plan, crop, flip), tally, workers, pin_memory, mesh)
+    return Loader(plan, VideoReader(plan, crop, flip), tally, workers, pin_memory, mesh, exchange)
 
 
 def to_video(frames: Tensor) -> Tensor:

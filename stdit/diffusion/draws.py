@@ -37,7 +37,10 @@ class TrainingDraws:
 
     def to(self, device: torch.device) -> "TrainingDraws":
         return TrainingDraws(
-            *(value.to(device) for value in (self.t, self.noise, self.condition_mask, self.drop_caption))
+            *(
+                value.to(device, non_blocking=True)
+                for value in (self.t, self.noise, self.condition_mask, self.drop_caption)
+            )
         )
 
 

@@ -18,6 +18,7 @@ from stdit.data.cache.store import CacheStore
 from stdit.data.dataset import to_video, video_loader
 from stdit.data.skips import SkipFile, SkipList, SkipTally
 from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.step_exchange import StepExchange
 from stdit.training.build import RunComponents, RunInputs
 from stdit.training.data_stalls import timed_batches
 
@@ -25,7 +26,9 @@ Batches = Callable[[int, int], Iterator[EncodedBatch]]
 """From (first step, last step + 1) to this rank's part of each batch, in order."""
 
 
-def build_batches(parts: RunComponents, folder: Path, mesh: Mesh) -> Batches:
+def build_batches(
+    parts: RunComponents, folder: Path, mesh: Mesh, exchange: StepExchange | None = None
+) -> Batches:
     """Return this rank's part of each batch: loaded, encoded and timed. Every rank must call this.
 
     With a cache, the parts release the text encoder and what only encoding needs of the codec; states of the
@@ -33,6 +36,7 @@ def build_batches(parts: RunComponents, folder: Path, mesh: Mesh) -> Batches:
 
     Args:
         folder: of the run; ``skipped.jsonl`` lists the clips that fail.
+        exchange: of the training steps; None: the batches are not trained on.
 
     Raises:
         UserError: while encoding, or iterating, if too many clips cannot be read.
@@ -40,15 +44,23 @@ def build_batches(parts: RunComponents, folder: Path, mesh: Mesh) -> Batches:
     data = parts.config.data
     listed = SkipFile(folder / "skipped.jsonl") if mesh.is_main else SkipList()
     tally = SkipTally(parts.plan.assignment.files, data.max_skipped_share, listed)
-    batches = BATCHES[data.cache](parts, tally, mesh)
+    batches = BATCHES[data.cache](parts, tally, exchange or StepExchange(mesh))
     return lambda start, stop: timed_batches(batches(start, stop), data, warns=mesh.is_main)
 
 
-def _uncached(parts: RunComponents, tally: SkipTally, mesh: Mesh) -> Batches:
+def _uncached(parts: RunComponents, tally: SkipTally, exchange: StepExchange) -> Batches:
     """Decode and encode each batch when it is needed."""
-    data, pin_memory = parts.config.data, mesh.device.type == "cuda"
+    data, mesh = parts.config.data, exchange.mesh
+    pin_memory = mesh.device.type == "cuda"
     loader = video_loader(
-        parts.plan, data.workers, data.crop, pin_memory=pin_memory, mesh=mesh, flip=data.flip, tally=tally
+        parts.plan,
+        data.workers,
+        data.crop,
+        pin_memory=pin_memory,
+        mesh=mesh,
+        flip=data.flip,
+        tally=tally,
+        exchange=exchange,
     )
     chunk = parts.config.trainer.micro_batch_size
 
@@ -67,9 +79,9 @@ def _uncached(parts: RunComponents, tally: SkipTally, mesh: Mesh) -> Batches:
     return encode
 
 
-def _from_memory(parts: RunComponents, tally: SkipTally, mesh: Mesh) -> Batches:
+def _from_memory(parts: RunComponents, tally: SkipTally, exchange: StepExchange) -> Batches:
     """Encode everything before the first step, each rank its share, and hold it in memory."""
-    reader = reader_of(parts)
+    reader, mesh = reader_of(parts), exchange.mesh
 
     def encode() -> EncodeSummary:
         return encode_plan(
@@ -90,19 +102,20 @@ def _from_memory(parts: RunComponents, tally: SkipTally, mesh: Mesh) -> Batches:
     return MemoryBatches(reader, cache, mesh, pin_memory=mesh.device.type == "cuda")
 
 
-def _from_disk(parts: RunComponents, tally: SkipTally, mesh: Mesh) -> Batches:
+def _from_disk(parts: RunComponents, tally: SkipTally, exchange: StepExchange) -> Batches:
     """Read each batch from the cache when it is needed; encode and store what it lacks."""
     _release(parts)
 
     def encode_text(caption: str) -> torch.Tensor:
         return next(unpad_states(*parts.text_encoder.encode([caption])))
 
+    mesh = exchange.mesh
     pin_memory = mesh.device.type == "cuda"
     encode = partial(encode_view, parts.codec, device=mesh.device)
-    return DiskBatches(reader_of(parts), encode, encode_text, tally, pin_memory, mesh)
+    return DiskBatches(reader_of(parts), encode, encode_text, tally, pin_memory, mesh, exchange)
 
 
-BATCHES: dict[str, Callable[[RunComponents, SkipTally, Mesh], Batches]] = {
+BATCHES: dict[str, Callable[[RunComponents, SkipTally, StepExchange], Batches]] = {
     "none": _uncached,
     "memory": _from_memory,
     "disk": _from_disk,

@@ -1,4 +1,4 @@
-"""Norms of weights, gradients and updates, by block: where in a model training goes wrong, or does nothing."""
+"""Norms of weights, gradients and updates, by block: they show where training diverges, or changes nothing."""
 
 import re
 from collections import defaultdict
@@ -13,8 +13,8 @@ from stdit.parallel.processes.parameters import local_tensor
 BLOCK = re.compile(r"\w+_blocks\.\d+|\w+")
 
 
-class LayerNorms:
-    """Norms in one step: made between its backward pass and its update, of which it keeps the weights before."""
+class BlockNorms:
+    """Norms of one step. Make it between the backward pass and the update; it keeps a copy of the weights."""
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh
@@ -23,7 +23,7 @@ class LayerNorms:
         self.gradients = norms_by_block(gradients, mesh)
 
     def after_update(self) -> dict[str, dict[str, float]]:
-        """By block: ``weight``, ``gradient`` (before it is clipped), ``update`` (weight after less before)."""
+        """Return by block: ``weight``, ``gradient`` (before it is clipped), ``update`` (weight after less before)."""
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         moved = {name: local_tensor(p) - self.before[name] for name, p in weights.items()}
         sharded = any(local_tensor(p) is not p for p in weights.values())
@@ -41,10 +41,11 @@ class LayerNorms:
 def norms_by_block(
     tensors: Mapping[str, Tensor], mesh: Mesh, sharded: bool | None = None
 ) -> dict[str, float]:
-    """Euclidean norm of all tensors of a block, whole; every rank must call this.
+    """Return the Euclidean norm of all tensors of each block, over all shards; every rank must call this.
 
     Args:
-        tensors: by the name of the parameter; if any is a DTensor, or all are ``sharded``, ranks have shares.
+        tensors: by the name of the parameter.
+        sharded: whether each rank has a shard of each; None: if any is a DTensor.
     """
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mesh.device))
     for name, tensor in tensors.items():

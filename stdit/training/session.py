@@ -159,7 +159,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             rollback = Rollback(saver, recorder)
 
             # Batches: last, since data.cache = memory encodes the whole data set here, which may take long.
-            batches = build_batches(components, folder, mesh)
+            batches = build_batches(components, folder, mesh, trainer.exchange)
 
             yield Session(
                 components.config,

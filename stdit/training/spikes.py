@@ -1,42 +1,51 @@
-"""Losses that jump: which are spikes, and which batches a run leaves out because of them."""
+"""Loss spikes: which losses are spikes, and which batches a run excludes because of them."""
 
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from stdit.diffusion.draws import sample_generator
-from stdit.diffusion.flow import RectifiedFlow
+import torch
+
 from stdit.errors import UserError
 from stdit.training.config import NEIGHBOUR_FRACTION, SpikeConfig
 
 
 class SpikeGuard:
-    """Compares losses, and remembers what to leave out; alike on all ranks, and as a checkpoint has it."""
+    """Compares each loss with earlier ones at similar noise levels; its state is the same on all ranks."""
 
     def __init__(self, config: SpikeConfig) -> None:
         self.config = config
-        self.left_out: set[int] = set()
+        self.excluded_steps: set[int] = set()
         """Steps whose batches are not trained on."""
         self.spikes = 0
         self.history: deque[tuple[float, float]] = deque(maxlen=config.window)
-        """Noise level and loss of the latest steps."""
+        """Mean noise level and loss of the latest steps."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.config.factor is not None
 
     def is_spike(self, level: float, loss: float) -> bool:
-        """Whether a loss is one; if not, later ones are compared with it."""
+        """Return whether a loss is a spike; if not, later ones are compared with it.
+
+        Args:
+            level: mean noise level of the step's global batch.
+        """
         if self.config.factor is None:
             return False
         if len(self.history) == self.config.window:
-            like = sorted(self.history, key=lambda one: (abs(one[0] - level), one))[
-                : self.config.window // NEIGHBOUR_FRACTION
-            ]
-            if loss > self.config.factor * median(one[1] for one in like):
+            nearest = sorted(self.history, key=lambda one: (abs(one[0] - level), one))
+            similar = nearest[: self.config.window // NEIGHBOUR_FRACTION]
+            if loss > self.config.factor * median(one[1] for one in similar):
                 return True
         self.history.append((level, loss))
         return False
 
-    def leave_out(self, step: int) -> None:
-        """Leave out what a spike in ``step`` takes out. Raises UserError if there were too many spikes."""
-        self.left_out |= set(range(max(0, step - self.config.exclude_batches + 1), step + 1))
+    def exclude(self, step: int) -> None:
+        """Exclude the batches of a spike in ``step``. Raises UserError if there were too many spikes."""
+        first = max(0, step - self.config.exclude_batches + 1)
+        self.excluded_steps |= set(range(first, step + 1))
         self.spikes += 1
         if self.spikes >= self.config.max_spikes:
             raise UserError(
@@ -46,24 +55,21 @@ class SpikeGuard:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON has it."""
+        """Return what a checkpoint keeps, as JSON."""
         history = [list(one) for one in self.history]
-        return {"left_out": sorted(self.left_out), "spikes": self.spikes, "history": history}
+        return {"excluded_steps": sorted(self.excluded_steps), "spikes": self.spikes, "history": history}
 
-    def take_over(self, state: dict[str, Any]) -> None:
-        """Go on with a state. What is left out already stays so: a run that goes back does so because of it."""
-        self.left_out |= {int(step) for step in state.get("left_out", [])}
+    def load(self, state: dict[str, Any]) -> None:
+        """Load a state. Steps that are excluded already stay so: they are the reason for a rollback."""
+        self.excluded_steps |= {int(step) for step in state.get("excluded_steps", [])}
         self.spikes = max(self.spikes, int(state.get("spikes", 0)))
         self.history.clear()
         self.history.extend((float(level), float(loss)) for level, loss in state.get("history", []))
 
 
-def mean_level(
-    flow: RectifiedFlow, seed: int, step: int, size: int, latent_frames: int, height: float, width: float
-) -> float:
-    """Mean noise level of the global batch of a step, the first that is drawn for each sample."""
-    levels = [
-        flow.sample_t(sample_generator(seed, step, index), latent_frames, int(height), int(width))
-        for index in range(size)
-    ]
-    return float(sum(levels)) / size
+def mean_level(levels: Sequence[float]) -> float:
+    """Return the mean noise level of a global batch.
+
+    Summed in float32 and in order, so that it is the same for every split of the batch over ranks.
+    """
+    return float(sum(torch.tensor(levels).unbind())) / len(levels)

@@ -16,8 +16,9 @@ from stdit.diffusion.flow import RectifiedFlow, frame_weights
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import full_tensor, replicate_model, shard_model
+from stdit.parallel.processes.step_exchange import StepExchange
 from stdit.parallel.processes.storage import StoredTensors
-from stdit.training.block_norms import LayerNorms
+from stdit.training.block_norms import BlockNorms
 from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
 from stdit.training.ema import EMA
 from stdit.training.optim import build_optimizer, learning_rate_factor
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """While it lasts, products of float32 matrices are so exact."""
+    """Set the precision of products of float32 matrices in a block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -39,7 +40,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 class Trainer:
-    """The model with its optimizer and average, and the step that moves them."""
+    """The model with its optimizer and averaged weights, and the training step."""
 
     def __init__(
         self,
@@ -65,6 +66,8 @@ class Trainer:
         self.parts = mesh.dp
         """Into so many parts at least the ranks, and then the passes of a rank, split a batch."""
         self.spikes = SpikeGuard(config.spike)
+        self.exchange = StepExchange(mesh)
+        """The one message between ranks in each step, besides gradients and what the model sends."""
 
     def step(self, batch: EncodedBatch) -> dict[str, Any]:
         """Train on this rank's part of a global batch, and return measurements of the whole of it.
@@ -81,28 +84,28 @@ class Trainer:
     def _step(self, batch: EncodedBatch) -> dict[str, Any]:
         step = batch.step
         factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
-        if step in self.spikes.left_out:
-            return {**self._line(None, None, factor), "left_out": True}
-        total = self.accumulate(batch)
-        layers = LayerNorms(self.model, self.mesh) if self._measures_layers(step) else None
-        gradient_norm = float(full_tensor(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
-        finite = math.isfinite(total) and math.isfinite(gradient_norm)
-        spike = finite and self.spikes.is_spike(self._mean_level(batch), float(total))
+        if step in self.spikes.excluded_steps:
+            return {**self._line(None, None, factor), "excluded": True}
+        part, own_levels = self.accumulate(batch)
+        norms = BlockNorms(self.model, self.mesh) if self._measures_block_norms(step) else None
+        loss, gradient_norm, levels = self._exchange_and_clip(part, own_levels)
+        finite = math.isfinite(loss) and math.isfinite(gradient_norm)
+        spike = finite and self.spikes.enabled and self.spikes.is_spike(mean_level(levels), loss)
         if finite and not spike:
             self.optimizer.step(factor)
             self.ema.update(self.model, step)
         self.optimizer.zero_grad()
         self._count(step, finite)
         if spike:
-            self.spikes.leave_out(step)
-            return {**self._line(None, None, factor), "spike": float(total), "left_out": True}
+            self.spikes.exclude(step)
+            return {**self._line(None, None, factor), "spike": loss, "excluded": True}
         if not finite:
             return self._line(None, None, factor)
-        line = self._line(float(total), gradient_norm, factor)
-        return line if layers is None else {**line, "layers": layers.after_update()}
+        line = self._line(loss, gradient_norm, factor)
+        return line if norms is None else {**line, "block_norms": norms.after_update()}
 
     def _line(self, loss: float | None, gradient_norm: float | None, factor: float) -> dict[str, Any]:
-        """Measurements of a step; one without a loss was skipped."""
+        """Return the measurements of a step; without a loss it was skipped."""
         return {
             "loss": loss,
             "lr": self.optimizer_config.lr * factor,
@@ -110,43 +113,57 @@ class Trainer:
             "skipped": loss is None,
         }
 
-    def _measures_layers(self, step: int) -> bool:
+    def _measures_block_norms(self, step: int) -> bool:
         return self.config.block_norms_every is not None and step % self.config.block_norms_every == 0
 
-    def _mean_level(self, batch: EncodedBatch) -> float:
-        size = (batch.latents.shape[2], float(batch.height[0]), float(batch.width[0]))
-        return mean_level(self.flow, self.seed, batch.step, batch.batch_size, *size)
+    def accumulate(self, batch: EncodedBatch) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of the loss of the global batch, averaged over all ranks, in the parameters.
 
-    def accumulate(self, batch: EncodedBatch) -> Tensor:
-        """Return the loss of the global batch; leave its gradients, averaged over all ranks, in the parameters."""
-        passes = self.mesh.micro_batches(batch.batch_size, self.most_at_once(batch.batch_size))
-        total = torch.zeros((), device=self.accelerator.device)
-        for index, (rows, counts) in enumerate(passes):
-            with nullcontext() if index == len(passes) - 1 else self.network.no_sync():
+        Returns:
+            this rank's part of the loss, float32 scalar, of which the mean over all ranks is the loss; and noise
+            levels, float32 [global batch] on the CPU, in which those of other ranks are 0.
+        """
+        micro_batches = self.mesh.micro_batches(batch.batch_size, self.most_at_once(batch.batch_size))
+        size, samples = (int(batch.height[0]), int(batch.width[0])), self.mesh.sample_range(batch.batch_size)
+        shape = tuple(batch.latents.shape[1:])
+        total, levels = torch.zeros((), device=self.accelerator.device), torch.zeros(batch.batch_size)
+        for number, (rows, counts) in enumerate(micro_batches):
+            indices = samples[rows]
+            draws = draw_batch(self.flow, self.seed, batch.step, indices, shape, *size)  # type: ignore[arg-type]
+            if self.mesh.sp.rank == 0:  # ranks that share samples must not add up their levels
+                levels[indices.start : indices.stop] = draws.t.amax(dim=1)  # conditioning frames have level 0
+            with nullcontext() if number == len(micro_batches) - 1 else self.network.no_sync():
                 # Ranks average their gradients, and each has a part of the sum: hence the factor.
                 factor = counts * self.mesh.world_size / batch.batch_size
-                loss = self._losses(batch, rows).sum() * factor
+                loss = self.sample_losses(batch.rows(rows), draws).sum() * factor
                 loss.backward()
             total += loss.detach()
-        return self.mesh.all_reduce_mean(total)
+        return total, levels
+
+    def _exchange_and_clip(self, part: Tensor, levels: Tensor) -> tuple[float, float, list[float]]:
+        """Return the loss and the gradient's norm, and noise levels if the spike guard needs them; clip gradients.
+
+        Ranks exchange one message, and the CPU waits once for the device.
+        """
+        if not self.spikes.enabled:
+            levels = levels[:0]
+        own = torch.cat([part[None], levels.to(part.device, non_blocking=True)])
+        sums = self.exchange.reduce(own)
+        norm = full_tensor(clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        loss, *rest = torch.cat([sums[:1] / self.mesh.world_size, sums[1:], norm[None]]).tolist()
+        self.exchange.receive(rest[len(levels) : -1])
+        return loss, rest[-1], rest[: len(levels)]
 
     def most_at_once(self, batch_size: int) -> int | None:
-        """Clips that a rank has in one pass, at most; None: its share of the batch.
+        """Return the largest micro-batch of a rank, in samples; None: its whole part of the batch.
 
-        On fewer ranks than the run had before, no more than then, if nothing else is set: they fit in memory.
+        If no size is set, it is no larger than on the number of ranks that the run had before, so that it fits.
         """
         if self.config.micro_batch_size is not None or self.parts <= self.mesh.dp:
             return self.config.micro_batch_size
         return -(-batch_size // self.parts)
 
-    def _losses(self, batch: EncodedBatch, rows: slice) -> Tensor:
-        """Return the losses of some samples of this rank's part of the batch, over this rank's frames of them."""
-        size = (int(batch.height[0]), int(batch.width[0]))
-        indices, shape = self.mesh.sample_range(batch.batch_size)[rows], tuple(batch.latents.shape[1:])
-        draws = draw_batch(self.flow, self.seed, batch.step, indices, shape, *size)  # type: ignore[arg-type]
-        return self.losses(batch.rows(rows), draws)
-
-    def losses(self, batch: EncodedBatch, draws: TrainingDraws) -> Tensor:
+    def sample_losses(self, batch: EncodedBatch, draws: TrainingDraws) -> Tensor:
         """Return the loss of each sample ``[B]`` with these draws.
 
         Ranks that share a sample each return the part of its loss that their frames have; the parts add up to it.
@@ -181,7 +198,7 @@ class Trainer:
             )
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights, averages and optimizer state, by name; of what is sharded, this rank's share."""
+        """Return weights, averages and optimizer state, by name; of sharded tensors, this rank's shard."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -189,7 +206,7 @@ class Trainer:
         }
 
     def read(self, checkpoint: Path, meta: dict[str, Any]) -> None:
-        """Take over the state in a checkpoint, whose manifest is ``meta``, however it was shared out.
+        """Load the state of a checkpoint with manifest ``meta``, whatever ranks and shards wrote it.
 
         Raises:
             UserError: if it cannot be read, or is of another model or optimizer.
@@ -202,4 +219,4 @@ class Trainer:
             StoredTensors(checkpoint / part).read_into(state[part])
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
         self.parts = max(self.mesh.dp, meta["parts"])
-        self.spikes.take_over(meta.get("spikes", {}))
+        self.spikes.load(meta.get("spikes", {}))

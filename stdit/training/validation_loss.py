@@ -1,8 +1,8 @@
-"""The loss at fixed noise levels, with fixed noise, on fixed clips: the number that tells whether a run is sound.
+"""Validation loss: at fixed noise levels, with fixed noise, on fixed clips.
 
-The loss of a training step is as loud as its noise levels and clips are different from the last ones; this one only
-changes with the weights. It is measured with the averaged weights, for each bucket, at quantiles of the distribution
-of noise levels that is trained.
+The training loss varies from step to step with its noise levels and clips; the validation loss changes only with the
+weights. It is measured with the averaged weights, for each bucket, at quantiles of the distribution of noise levels
+that is trained.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from stdit.training.build import RunInputs
 from stdit.training.trainer import Trainer
 
 NOISE_STREAM = 0x76616C69
-"""In the place of the step, of which there are never so many, in the seed of the noise."""
+"""Takes the place of the step in the seed of the noise; no run has this many steps."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,23 @@ class ValidationRow:
     """One clip at one noise level."""
 
     clip: int
-    """Counts through the clips of the bucket."""
+    """Number of the clip within the bucket."""
     level: int
-    """Counts through the quantiles."""
+    """Number of the quantile."""
     weight: float = 1.0
-    """0 for one that only fills up the last batch."""
+    """0 for a row that only fills up the last batch."""
 
 
-def rows_of(clips: int, levels: int, batch_size: int) -> Iterator[tuple[ValidationRow, ...]]:
-    """Every clip at every level, in batches that are all full."""
+def validation_rows(clips: int, levels: int, batch_size: int) -> Iterator[tuple[ValidationRow, ...]]:
+    """Yield batches of every clip at every level; all are full."""
     rows = [ValidationRow(clip, level) for clip in range(clips) for level in range(levels)]
     rows += [replace(rows[0], weight=0.0)] * (-len(rows) % batch_size)
     for start in range(0, len(rows), batch_size):
         yield tuple(rows[start : start + batch_size])
 
 
-def quantiles(levels: int) -> list[float]:
-    """The middles of so many equal parts of a distribution."""
+def level_quantiles(levels: int) -> list[float]:
+    """Return the midpoints of ``levels`` equal parts of [0, 1]."""
     return [(level + 0.5) / levels for level in range(levels)]
 
 
@@ -64,14 +64,14 @@ def fixed_draws(
     height: int,
     width: int,
 ) -> TrainingDraws:
-    """Noise that depends on the clip alone, and the level of each row; no frame is given, no caption dropped.
+    """Return noise that depends on the clip alone, and each row's level; no conditioning frames, no dropped captions.
 
     Args:
         latent_shape: (C, T, H, W) of one sample.
         height: pixels, for the shift by size; likewise ``width``.
     """
     frames = latent_shape[1]
-    at = [flow.t_at_quantile(quantile, frames, height, width) for quantile in quantiles(levels)]
+    at = [flow.t_at_quantile(quantile, frames, height, width) for quantile in level_quantiles(levels)]
     noise = [
         torch.randn(latent_shape, generator=sample_generator(seed, NOISE_STREAM, row.clip)) for row in rows
     ]
@@ -88,7 +88,7 @@ def fixed_draws(
 def losses_by_level(
     trainer: Trainer, batches: Sequence[tuple[tuple[ValidationRow, ...], EncodedBatch]], levels: int
 ) -> list[float]:
-    """Mean loss at each quantile over the clips of a bucket; every rank must call this, and gets the same.
+    """Return the mean loss at each quantile over the clips of a bucket, the same on every rank; all must call this.
 
     Args:
         batches: rows of the global batch, with this rank's part of it, as `Trainer.step` takes it.
@@ -101,7 +101,7 @@ def losses_by_level(
         for part, counts in mesh.micro_batches(len(rows), trainer.most_at_once(len(rows))):
             shape = tuple(batch.latents.shape[1:])
             draws = fixed_draws(trainer.flow, trainer.seed, mine[part], levels, shape, *size)  # type: ignore[arg-type]
-            losses = trainer.losses(batch.rows(part), draws).cpu()
+            losses = trainer.sample_losses(batch.rows(part), draws).cpu()
             level, weight = _by_level(mine[part])
             totals.index_add_(0, level, losses * weight * counts)
     sums = (
@@ -115,7 +115,7 @@ def _by_level(rows: Sequence[ValidationRow]) -> tuple[Tensor, Tensor]:
 
 
 class ValidationLoss:
-    """The clips, read and encoded once, and the loss on them."""
+    """Clips that are read and encoded once, and the loss on them."""
 
     def __init__(self, inputs: RunInputs, mesh: Mesh) -> None:
         """Choose the clips; they are read at the first measurement.
@@ -129,7 +129,7 @@ class ValidationLoss:
         if self.config.loss_manifest is not None:
             data = replace(config.data, manifest=self.config.loss_manifest, root=None, sources=[])
             self.assignment = build_plan(data, config.seed, known=remembered(data)).assignment
-        self.chosen = mesh.on_main(lambda: readable(self.assignment, self.config.loss_clips))
+        self.chosen = mesh.on_main(lambda: readable_clips(self.assignment, self.config.loss_clips))
         captions = [self.assignment.clips[index].text for index in chain.from_iterable(self.chosen)]
         inputs.text_encoder.check(captions)
         self._encoded: dict[int, list[tuple[tuple[ValidationRow, ...], EncodedBatch]]] = {}
@@ -139,7 +139,7 @@ class ValidationLoss:
         return f"validation loss on {sum(map(len, self.chosen))} clips of {where}"
 
     def measure(self, trainer: Trainer) -> dict[str, Any]:
-        """``validation_loss``, over all clips and levels, and ``validation``, by bucket and quantile."""
+        """Return ``validation_loss``, over all clips and levels, and ``validation``, by bucket and quantile."""
         levels, found, count = self.config.loss_levels, {}, 0
         with trainer.ema.applied(trainer.model):
             for place, clips in enumerate(self.chosen):
@@ -152,17 +152,17 @@ class ValidationLoss:
         named = {
             bucket: {
                 f"{quantile:.3g}": round(loss, 7)
-                for quantile, loss in zip(quantiles(levels), losses, strict=True)
+                for quantile, loss in zip(level_quantiles(levels), losses, strict=True)
             }
             for bucket, losses in found.items()
         }
         return {"validation_loss": round(total / (levels * count), 7), "validation": named}
 
     def _batches(self, place: int) -> list[tuple[tuple[ValidationRow, ...], EncodedBatch]]:
-        """This rank's parts of the batches of a bucket, encoded once and kept."""
+        """Return this rank's parts of the batches of a bucket, encoded at the first call."""
         if place not in self._encoded:
             bucket, clips = self.assignment.buckets[place], self.chosen[place]
-            rows = rows_of(len(clips), self.config.loss_levels, bucket.batch_size)
+            rows = validation_rows(len(clips), self.config.loss_levels, bucket.batch_size)
             self._encoded[place] = self.mesh.on_all_ranks(
                 lambda: [(batch, self._batch(bucket, clips, batch)) for batch in rows]
             )
@@ -191,13 +191,13 @@ class ValidationLoss:
         )
 
 
-def readable(assignment: Assignment, most: int) -> list[list[int]]:
-    """The first clips of each bucket that can be read, at most so many. Raises UserError if there are none."""
+def readable_clips(assignment: Assignment, limit: int) -> list[list[int]]:
+    """Return the first ``limit`` readable clips of each bucket. Raises UserError if there are none."""
     chosen: list[list[int]] = []
     for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
         chosen.append([])
         for index in sorted(int(member) for member in members):
-            if len(chosen[-1]) == most:
+            if len(chosen[-1]) == limit:
                 break
             try:
                 middle_window(assignment.clips[index], bucket)
@@ -212,5 +212,5 @@ def readable(assignment: Assignment, most: int) -> list[list[int]]:
 
 
 def validation_loss_of(inputs: RunInputs, mesh: Mesh) -> ValidationLoss | None:
-    """What `validation.loss_every` asks for; every rank must call this."""
+    """Return the validation loss, or None if `validation.loss_every` is not set; every rank must call this."""
     return None if inputs.config.validation.loss_every is None else ValidationLoss(inputs, mesh)

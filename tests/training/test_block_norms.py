@@ -11,7 +11,7 @@ def test_norms_are_those_of_each_block() -> None:
     )
     before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
     line = one.step(tiny_batch(0))
-    found = line["layers"]
+    found = line["block_norms"]
     after = dict(one.model.named_parameters())
     assert set(found) == {name.split(".")[0] for name in after if "_blocks" not in name} | {
         "spatial_blocks.0",
@@ -25,4 +25,4 @@ def test_norms_are_those_of_each_block() -> None:
         assert norms["update"] == pytest.approx(float(moved.norm()), rel=1e-5)
     total = sum(norms["gradient"] ** 2 for norms in found.values() if "gradient" in norms) ** 0.5
     assert total == pytest.approx(line["grad_norm"], rel=1e-5), "before clipping"
-    assert "layers" not in one.step(tiny_batch(1))
+    assert "block_norms" not in one.step(tiny_batch(1))

@@ -2,12 +2,13 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from stdit.data.batch import EncodedBatch
 from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.draws import draw_batch
+from stdit.diffusion.draws import draw_batch, sample_generator
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
 from stdit.training.config import OptimizerConfig, SpikeConfig
@@ -40,23 +41,25 @@ def test_nothing_is_a_spike_before_there_is_enough_to_compare_with() -> None:
     assert not one.is_spike(0.5, 100.0)
 
 
-def test_what_is_left_out_is_remembered() -> None:
+def test_excluded_steps_are_remembered() -> None:
     one, other = guard(exclude_batches=3), guard(exclude_batches=3)
     fill(one, [1.0] * 8)
-    one.leave_out(20)
-    one.leave_out(1)
-    other.left_out = {40}
-    other.take_over(one.state())
-    assert other.left_out == {0, 1, 18, 19, 20, 40} and other.history == one.history and other.spikes == 2
+    one.exclude(20)
+    one.exclude(1)
+    other.excluded_steps = {40}
+    other.load(one.state())
+    assert (
+        other.excluded_steps == {0, 1, 18, 19, 20, 40} and other.history == one.history and other.spikes == 2
+    )
 
 
 def test_too_many_spikes_stop_the_run() -> None:
     one = guard(max_spikes=2)
-    one.leave_out(5)
+    one.exclude(5)
     with pytest.raises(
         UserError, match="trainer.spike.max_spikes = 2 losses were spikes, the last in step 9: lower"
     ):
-        one.leave_out(9)
+        one.exclude(9)
 
 
 def test_the_mean_level_is_that_of_the_draws() -> None:
@@ -66,8 +69,19 @@ def test_the_mean_level_is_that_of_the_draws() -> None:
     ):
         flow = RectifiedFlow(config)
         draws = draw_batch(flow, 3, 7, range(5), (2, 4, 2, 2), 8, 8)
-        levels = draws.t.max(dim=1).values  # given frames have level 0
-        assert mean_level(flow, 3, 7, 5, 4, 8, 8) == pytest.approx(float(levels.mean()), rel=1e-6)
+        levels = draws.t.max(dim=1).values  # conditioning frames have level 0
+        drawn = [float(flow.sample_t(sample_generator(3, 7, index), 4, 8, 8)) for index in range(5)]
+        assert drawn == levels.tolist()
+        assert mean_level(drawn) == pytest.approx(float(levels.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [None, 3.0])
+def test_a_step_draws_each_sample_once(factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, seeds, original = trainer(spike=SpikeConfig(factor=factor, window=8)), [], np.random.SeedSequence
+    monkeypatch.setattr(np.random, "SeedSequence", lambda seed: seeds.append(seed) or original(seed))
+    one.step(tiny_batch(0))
+    assert seeds == [[1, 0, index] for index in range(4)]
+    assert len(one.spikes.history) == (factor is not None)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +108,10 @@ def test_a_spike_moves_nothing_and_its_batch_is_never_trained_on() -> None:
         one.step(tiny_batch(step))
         other.step(tiny_batch(step))
     values = one.step(loud(8))
-    assert values["loss"] is None and values["skipped"] and values["left_out"] and values["spike"] > 1000
-    other.spikes.left_out.add(8)  # as a resumed run has it
+    assert values["loss"] is None and values["skipped"] and values["excluded"] and values["spike"] > 1000
+    other.spikes.excluded_steps.add(8)  # as a resumed run has it
     assert other.step(loud(8)) == {
-        name: values[name] for name in ("loss", "lr", "grad_norm", "skipped", "left_out")
+        name: values[name] for name in ("loss", "lr", "grad_norm", "skipped", "excluded")
     }
     assert one.step(tiny_batch(9)) == other.step(tiny_batch(9))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters, other.parameters, strict=True))

@@ -167,8 +167,8 @@ def measure_alike(sp: int) -> None:
         one = tiny_trainer(
             tiny_model(in_channels=3), ADAMW, mesh, sharded, block_norms_every=1, micro_batch_size=1
         )
-        found = one.step(tiny_batch(0, mesh=mesh))["layers"]
-        for block, norms in line["layers"].items():
+        found = one.step(tiny_batch(0, mesh=mesh))["block_norms"]
+        for block, norms in line["block_norms"].items():
             assert found[block] == pytest.approx(norms, rel=1e-4, abs=1e-6), (block, sharded)
         before = tensors(one)
         assert measured(one) == pytest.approx(measured(alone), rel=1e-5)

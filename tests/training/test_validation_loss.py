@@ -12,7 +12,13 @@ from stdit.diffusion.flow import RectifiedFlow
 from stdit.parallel.processes.mesh import Mesh
 from stdit.training.config import OptimizerConfig
 from stdit.training.trainer import Trainer
-from stdit.training.validation_loss import ValidationRow, fixed_draws, losses_by_level, quantiles, rows_of
+from stdit.training.validation_loss import (
+    ValidationRow,
+    fixed_draws,
+    level_quantiles,
+    losses_by_level,
+    validation_rows,
+)
 from tests.training.tiny import ALONE, tiny_batch, tiny_model, tiny_trainer
 
 LEVELS = 3
@@ -22,7 +28,7 @@ def batches(mesh: Mesh = ALONE, size: int = 4) -> list[tuple[tuple[ValidationRow
     """Of three clips."""
     clips = tiny_batch(0, 3)
     found = []
-    for rows in rows_of(3, LEVELS, size):
+    for rows in validation_rows(3, LEVELS, size):
         mine = [rows[row].clip for row in mesh.sample_range(size)]
         found.append((rows, replace(clips.rows(mine), batch_size=size)))
     return found
@@ -38,8 +44,8 @@ def trainer(mesh: Mesh = ALONE, sharded: bool = False, **settings: Any) -> Train
 
 
 def test_every_clip_has_every_level_once() -> None:
-    rows = [row for batch in rows_of(3, 4, 5) for row in batch]
-    assert len(rows) == 15 and {len(batch) for batch in rows_of(3, 4, 5)} == {5}
+    rows = [row for batch in validation_rows(3, 4, 5) for row in batch]
+    assert len(rows) == 15 and {len(batch) for batch in validation_rows(3, 4, 5)} == {5}
     counted = [(row.clip, row.level) for row in rows if row.weight]
     assert sorted(counted) == [(clip, level) for clip in range(3) for level in range(4)]
 
@@ -49,7 +55,7 @@ def test_levels_are_quantiles_of_those_that_are_trained(sampling: Any) -> None:
     flow = RectifiedFlow(FlowConfig(timestep_sampling=sampling, logit_mean=0.7, shift=2.0))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack([flow.sample_t(generator, 4, 8, 8) for _ in range(20000)])
-    for quantile in quantiles(4):
+    for quantile in level_quantiles(4):
         assert float((drawn < flow.t_at_quantile(quantile, 4, 8, 8)).float().mean()) == pytest.approx(
             quantile, abs=0.01
         )

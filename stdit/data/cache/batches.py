@@ -24,6 +24,7 @@ from stdit.data.decoding.decode import DecodeError
 from stdit.data.skips import SkipTally
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.step_exchange import StepExchange
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +136,10 @@ class DiskBatches:
         tally: SkipTally,
         pin_memory: bool = False,
         mesh: Mesh = Mesh(),  # noqa: B008
+        exchange: StepExchange | None = None,
     ) -> None:
         self.reader, self.encode_view, self.encode_text = reader, encode_view, encode_text
-        self.loader = Loader(reader.plan, reader, tally, reader.config.workers, pin_memory, mesh)
+        self.loader = Loader(reader.plan, reader, tally, reader.config.workers, pin_memory, mesh, exchange)
         self.writer = ShardWriter(reader.store.folder)
         self._adds = mesh.sp.rank == 0  # ranks that share a video need not all write it
 

@@ -137,15 +137,11 @@ class Mesh:
         return result[0]  # type: ignore[return-value]  # the main rank's, of type T
 
     def gather_failures(self, failures: T | None) -> list[T]:
-        """Return the failures of each part of the batch that has some, on every rank.
-
-        If no rank has one, only a number is exchanged.
+        """Return the failures of each part of the batch that has some, on every rank; every rank must call this.
 
         Raises:
             UserError: on every rank, if ranks that share a part of the batch have different failures.
         """
-        if self.all_reduce_max([failures is not None]) == [0]:
-            return []
         gathered, part_ranks = self.all_gather_objects(failures), self.world_size // self.dp
         for rank, found in enumerate(gathered):
             lead = rank // part_ranks * part_ranks
