@@ -1,1 +1,1 @@
-"""Video data: manifests, decoding, buckets, batches, and the embedded data set."""
+"""Video data: manifests, decoding, buckets, batches, cache, preparation, and the embedded shapes data set."""

@@ -22,20 +22,20 @@ KEEP_STREAM = 0x6B656570
 
 @dataclass
 class Assignment:
-    """Which clips train in which bucket, and which do not train."""
+    """Which clips train in which bucket, and which are dropped."""
 
     clips: Clips
-    """Of a clip that serves several windows, each part by itself."""
+    """All clips; a clip that is split into temporal windows is one entry per window."""
     buckets: list[Bucket]
     members: list[np.ndarray]
     """For each bucket the indices of its clips in `clips`, ascending; may be empty."""
     dropped: Dropped
     skipped: list[Skipped] = field(default_factory=list)
-    """Files that the manifest names but that could not be used."""
+    """Rows of the manifest whose files cannot be used, with the reason."""
     window_index: np.ndarray | None = None
-    """For each of `clips` its number among the parts of its clip; None: there are none but whole clips."""
+    """For each of `clips` its number among the windows of its clip, int64 [N]; None: no clip is split."""
     warnings: list[str] = field(default_factory=list)
-    """What is odd about the manifest's clips, though they can be used."""
+    """Oddities of the manifest, for people."""
 
     @property
     def used_buckets(self) -> list[Bucket]:
@@ -44,40 +44,40 @@ class Assignment:
 
     @property
     def kept(self) -> int:
+        """Number of clips (or windows) that train."""
         return sum(len(members) for members in self.members)
 
     @property
     def files(self) -> int:
-        """Different files that train: fewer than clips where scenes or windows share one."""
+        """Number of different files that train: fewer than clips if scenes or windows share one."""
         return len(np.unique(self.clips.files[np.concatenate(self.members)]))
 
     @property
     def clip_counts(self) -> list[int]:
-        """For each bucket its clips, those that serve several windows counted once."""
+        """Number of clips of each bucket; a clip that is split into windows counts once."""
         window_index = self.window_index
         if window_index is None:
             return [len(members) for members in self.members]
         return [int((window_index[members] == 0).sum()) for members in self.members]
 
     def weights(self, bucket: int) -> np.ndarray | None:
-        """How often each clip of a bucket is drawn in an epoch, float64; None: each once."""
+        """Return how often each clip of a bucket is drawn per epoch, float64; None if each is drawn once."""
         weights = self.clips.weight[self.members[bucket]]
         return None if (weights == 1).all() else weights
 
     def draws_per_epoch(self, bucket: int) -> int:
-        """Clips that a bucket draws in one epoch: the sum of its clips' weights, rounded, but one at least if it has
-        any."""
+        """Return how many clips a bucket draws per epoch: the rounded sum of its weights, at least 1 if it has clips."""
         weights = self.weights(bucket)
         return len(self.members[bucket]) if weights is None else max(1, round(float(weights.sum())))
 
     def steps_per_epoch(self, bucket: int) -> int:
-        """Batches of a bucket in one epoch; the last is filled up with clips from the start."""
+        """Return the number of batches of a bucket per epoch; the last one is filled up with clips from the start."""
         return math.ceil(self.draws_per_epoch(bucket) / self.buckets[bucket].batch_size)
 
     def table(self) -> str:
-        """What each bucket holds, where it comes from, and what was left out and why, for people.
+        """Return a report for people: what each bucket holds, the sources, and what is dropped or skipped and why.
 
-        Windows, draws and tokens are shown where they say something.
+        The columns for windows, draws and tokens appear only if they differ from the others.
         """
         draws, windows = (
             [self.draws_per_epoch(k) for k in range(len(self.buckets))],
@@ -89,7 +89,7 @@ class Assignment:
         if draws != windows:
             columns["drawn"] = draws
         columns["batch"] = [bucket.batch_size for bucket in self.buckets]
-        columns["steps an epoch"] = [self.steps_per_epoch(k) for k in range(len(self.buckets))]
+        columns["steps/epoch"] = [self.steps_per_epoch(k) for k in range(len(self.buckets))]
         if any(bucket.max_tokens for bucket in self.buckets):
             columns["tokens"] = [bucket.batch_size * (bucket.tokens or 0) for bucket in self.buckets]
             columns["max_tokens"] = [bucket.max_tokens or 0 for bucket in self.buckets]
@@ -100,7 +100,7 @@ class Assignment:
         return "\n".join([*lines, *self.source_lines(), *self.exclusions()])
 
     def source_lines(self) -> list[str]:
-        """Of data from several places, or with weights, how much each gives, for people."""
+        """Return a line per data root with its number of clips and draws; empty for one root without weights."""
         members = np.concatenate(self.members)
         roots, weights = self.clips.root[members], self.clips.weight[members]
         what, lines = "clips" if self.window_index is None else "windows", []
@@ -109,13 +109,14 @@ class Assignment:
             least, most = float(chosen.min()), float(chosen.max())
             weight = f"{least:g}" if least == most else f"{least:g} to {most:g}"
             where = f"{len(chosen)} {what} from {without_secrets(str(self.clips.roots[place]))}"
-            lines.append(f"{where}, weight {weight}: {chosen.sum():.0f} draws an epoch")
+            lines.append(f"{where}, weight {weight}: {chosen.sum():.0f} draws per epoch")
         return [] if len(lines) == 1 and (weights == 1).all() else lines
 
     def exclusions(self) -> list[str]:
+        """Return lines about dropped clips, skipped rows and oddities of the manifest."""
         lines = []
         if self.dropped:
-            lines.append(f"{len(self.dropped)} clips dropped, since no bucket takes them:")
+            lines.append(f"{len(self.dropped)} clips dropped because no bucket takes them:")
             lines += self.dropped.summary()
         if self.skipped:
             lines.append(f"{len(self.skipped)} entries of the manifest skipped:")
@@ -124,7 +125,7 @@ class Assignment:
 
 
 def _line(name: str, cells: Iterable[object], widths: Sequence[int]) -> str:
-    """A line of a table, its cells to the right of their columns."""
+    """Format a line of a table; cells are aligned to the right."""
     return f"{name:<36}" + "".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
@@ -135,17 +136,16 @@ def assign_clips(
     allow_upscale: bool = False,
     skipped: Sequence[Skipped] = (),
 ) -> Assignment:
-    """Each clip to the largest bucket (frames x area) that it can fill, of the nearest aspect ratio.
+    """Assign each clip to the largest bucket (frames x area) that it can fill, of the nearest aspect ratio.
 
-    It fills a bucket when it has enough frames after resampling and need not be enlarged, nor its frames
-    repeated, to cover it (both unless `allow_upscale`). A bucket takes it with its keep_probability, drawn
-    from (seed, place in `clips`); else the next smaller one is asked.
+    A clip fills a bucket if it has enough frames after resampling and, unless `allow_upscale`, is neither enlarged
+    nor has frames repeated. A bucket takes it with probability `keep_probability`, drawn from (seed, place in
+    `clips`); otherwise the next smaller bucket is tried.
 
-    A bucket with `windows` above 1 divides a clip that is n times as long as its window into n equal parts, at most
-    that many, which are clips of their own from then on: each is drawn as often as its clip's weight says, with a
-    window drawn within the part. So windows of one epoch do not overlap.
+    A bucket with `max_windows` above 1 splits a clip that is n times as long into min(n, max_windows) equal parts.
+    Each part is a clip of its own from then on, with the weight of its clip, so windows of one epoch do not overlap.
 
-    Raises UserError when no clip is left, with the reasons.
+    Raises UserError, with the reasons, if no clip is left.
     """
     assert buckets, "at least one bucket"
     clips = clips if isinstance(clips, Clips) else Clips.of(clips)

@@ -7,7 +7,7 @@ from stdit.data.config import BucketConfig
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clips of one size: frames, pixels, frames per second; `batch_size` of them are one step."""
+    """One size of clips (frames, pixels, frames per second), `batch_size` of which make a batch."""
 
     num_frames: int
     height: int
@@ -16,15 +16,15 @@ class Bucket:
     batch_size: int = 1
     keep_probability: float = 1.0
     max_windows: int = 1
-    """Most parts that one clip is split_into_windows into."""
+    """Most temporal windows that one clip gives per epoch."""
     max_tokens: int | None = None
-    """Of a batch; what fits is known once codec and model are: see `sized`."""
+    """Most tokens of a batch; `sized` turns it into a batch size once codec and model are known."""
     tokens: int | None = None
-    """Of a clip, once known."""
+    """Tokens of one clip, once codec and model are known."""
 
     @classmethod
     def from_config(cls, config: BucketConfig) -> "Bucket":
-        """Raises UserError for an impossible value."""
+        """Make the bucket of its settings. Raises UserError for an impossible value."""
         config.validate()
         height, width = config.size()
         return cls(
@@ -39,13 +39,13 @@ class Bucket:
         )
 
     def sized(self, tokens: int) -> "Bucket":
-        """The bucket when a clip has so many tokens: max_tokens, if given, says how many are a batch."""
+        """Return the bucket for clips of `tokens` tokens each; max_tokens, if given, sets the batch size."""
         size = self.batch_size if self.max_tokens is None else max(1, self.max_tokens // tokens)
         return replace(self, batch_size=size, tokens=tokens)
 
     @property
     def volume(self) -> int:
-        """Frames x pixels of a frame."""
+        """Frames x height x width."""
         return self.num_frames * self.height * self.width
 
     @property

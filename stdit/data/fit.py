@@ -1,4 +1,4 @@
-"""Which clip can fill which bucket, why one fills none, and how a long one is split_into_windows.
+"""Which bucket a clip can fill, why it fills none, and how a long clip is split into temporal windows.
 
 Letters: N clips, K buckets, R reasons.
 """
@@ -14,16 +14,16 @@ from stdit.data.buckets import Bucket
 from stdit.data.manifest.clips import Clip, Clips
 from stdit.data.manifest.reading import MAX_EXAMPLES, ReasonCount, Skipped, summary_lines
 
-# Clips of 424 x 240 serve a bucket of 426 x 240, and 29.97 fps one of 30.
+# Clips of 424 x 240 may fill a bucket of 426 x 240, and clips of 29.97 fps one of 30.
 SIZE_SLACK = 1.02
 RATE_SLACK = 1.1
 
-# Buckets of equal length whose sizes differ by less than this are one resolution in several aspect ratios.
+# Buckets of equal length with at least this ratio of areas are one resolution in several aspect ratios.
 SAME_RESOLUTION = 0.9
 
 
 def resampled_frames(num_frames: int | np.ndarray, fps: float | np.ndarray, target_fps: float) -> np.ndarray:
-    """Frames that a clip gives at another rate, to the nearest; at least one."""
+    """Return the number of frames after resampling to another rate, rounded, at least 1."""
     return np.maximum(1, np.floor(np.asarray(num_frames) * target_fps / np.asarray(fps) + 0.5)).astype(
         np.int64
     )
@@ -32,8 +32,7 @@ def resampled_frames(num_frames: int | np.ndarray, fps: float | np.ndarray, targ
 def choose_buckets(
     clips: Clips, part: slice, buckets: Sequence[Bucket], allow_upscale: bool, rng: np.random.Generator
 ) -> np.ndarray:
-    """For each clip of a part of the table [N] the place of its bucket; if none takes it, -1 - that of the reason in
-    REASONS.
+    """Return the bucket of each clip in a part of the table, int64 [N]; -1 - r if none takes it because of REASONS[r].
 
     The draws for keep_probability are the next N x K of `rng`.
     """
@@ -65,8 +64,11 @@ def choose_buckets(
 
 
 def window_counts(clips: Clips, choice: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
-    """How many windows each clip serves, int64 [N]: as often as its frames fill its bucket's (after resampling), at
-    most `Bucket.max_windows`, at least one. `choice` is as `choose_buckets` gives it."""
+    """Return how many windows each clip gives, int64 [N]: how often it fills its bucket, from 1 to max_windows.
+
+    Args:
+        choice: result of `choose_buckets`.
+    """
     counts = np.ones(len(clips), np.int64)
     for k, bucket in enumerate(buckets):
         if bucket.max_windows > 1:
@@ -77,9 +79,9 @@ def window_counts(clips: Clips, choice: np.ndarray, buckets: Sequence[Bucket]) -
 
 
 def split_into_windows(clips: Clips, counts: np.ndarray) -> tuple[Clips, np.ndarray]:
-    """A table in which each clip gives way to `counts` parts of it, of whole frames and as equal as can be.
+    """Replace each clip by `counts` parts of whole frames, as equal as possible.
 
-    Also the number of each part in its clip, int64; so 0 for what was not split_into_windows.
+    Returns: the new table, and the number of each part in its clip, int64 (0 for clips that are not split).
     """
     places = np.repeat(np.arange(len(clips)), counts)
     ends = np.cumsum(counts)
@@ -97,8 +99,7 @@ def split_into_windows(clips: Clips, counts: np.ndarray) -> tuple[Clips, np.ndar
 
 
 def _resolution_rank(buckets: Sequence[Bucket]) -> np.ndarray:
-    """For each bucket its rank by volume, largest first; one rank for one resolution in several aspect
-    ratios."""
+    """Return the rank of each bucket by volume, largest first; aspect ratios of one resolution share a rank."""
     ranks = np.zeros(len(buckets))
     order = sorted(range(len(buckets)), key=lambda k: (-buckets[k].volume, -buckets[k].num_frames))
     rank, leader = -1, None
@@ -146,16 +147,20 @@ REASONS: dict[str, Callable[[Clip, Sequence[Bucket]], str]] = {
     "left out by keep_probability": lambda clip, buckets: "",
     "its weight is 0": lambda clip, buckets: "",
 }
-"""Why a clip may fit no bucket, the first that holds, and what to say of it."""
+"""Reasons for which no bucket takes a clip, in the order in which they are tested, and functions for the detail."""
 
 
 class Dropped(Sequence[tuple[Clip, str]]):
-    """Clips that fit no bucket, each with the reason, which is put into words when it is asked for."""
+    """Clips that fit no bucket, each with the reason, whose text is made on access."""
 
     def __init__(
         self, clips: Clips, buckets: Sequence[Bucket], places: np.ndarray, reasons: np.ndarray
     ) -> None:
-        """Of the clips at `places`, ascending; `reasons` are places in REASONS."""
+        """
+        Args:
+            places: indices of the dropped clips in `clips`, ascending.
+            reasons: for each an index into REASONS.
+        """
         self.clips, self.buckets, self.places, self.reasons = clips, buckets, places, reasons
 
     def __len__(self) -> int:
@@ -174,7 +179,7 @@ class Dropped(Sequence[tuple[Clip, str]]):
         return clip, f"{kind}: {detail}" if detail else kind
 
     def summary(self) -> list[str]:
-        """A line for each kind of reason, for people."""
+        """Return one line per reason, with a count and examples."""
         codes, firsts = np.unique(self.reasons, return_index=True)
         kinds = {}
         for code in codes[firsts.argsort()].tolist():

@@ -1,7 +1,7 @@
 """The batch plan: which clips make up the global batch of any step.
 
-A pure function of (seed, manifest, buckets, step) with random access, so that a resume needs the step and
-nothing else, and any number of ranks or workers sees the same data.
+A pure function of (seed, manifest, buckets, step) with random access, so that a resume needs only the step, and any
+number of ranks or workers sees the same data.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from stdit.data.assignment import Assignment
 from stdit.data.buckets import Bucket
 from stdit.data.manifest.clips import Clip
 
-# Names of independent random streams under one seed; those of buckets are their numbers.
+# Keys of independent random streams under one seed; the streams of buckets have their numbers as keys.
 ORDER_STREAM = 0x6F726472
 WINDOW_STREAM = 0x77696E64
 CROP_STREAM = 0x63726F70
@@ -22,7 +22,7 @@ DRAW_STREAM = 0x64726177
 
 
 class PlannedItem(NamedTuple):
-    """One sample: which clip, and where in it its frames begin."""
+    """One sample: a clip, and where its frames begin."""
 
     clip: Clip
     start: float
@@ -31,27 +31,25 @@ class PlannedItem(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """The global batch of one step: `bucket.batch_size` clips of one bucket."""
+    """The global batch of a step: `bucket.batch_size` clips of one bucket."""
 
     step: int
     epoch: int
     bucket: Bucket
     bucket_index: int
     indices: list[int]
-    """Places of its clips in `Assignment.clips`."""
+    """Indices of its clips in `Assignment.clips`."""
 
 
 @dataclass
 class BatchPlan:
-    """Batches by step. An epoch is a shuffle of the batches of all buckets, each bucket's clips shuffled
-    anew.
+    """Batches by step. An epoch is a random order of the batches of all buckets, with each bucket's clips shuffled.
 
-    A clip of weight 2 is drawn twice an epoch; of weight 0.5 in every other epoch on average, by lot. The draws of a
-    bucket are as many in every epoch, so that a step's place is known without those before it.
+    A clip of weight 2 is drawn twice per epoch, one of weight 0.5 in every other epoch on average. A bucket has the
+    same number of draws in every epoch, so the batch of a step is found without those before it.
 
-    The last batch of a bucket in an epoch is filled up from the start of its order, so that batches are
-    always full; a bucket smaller than its batch repeats clips within one (`notes` says so), with windows of
-    their own.
+    The last batch of a bucket in an epoch is filled up from the start of its order, so batches are always full. A
+    bucket with fewer clips than a batch repeats clips within it (see `notes`), each with its own window.
     """
 
     assignment: Assignment
@@ -60,13 +58,13 @@ class BatchPlan:
     _drawn_cache: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        assert self.assignment.kept > 0, "assign() leaves at least one clip"
+        assert self.assignment.kept > 0, "assign_clips() leaves at least one clip"
         count = range(len(self.assignment.buckets))
         self._draws = [self.assignment.draws_per_epoch(k) for k in count]
         self._ends = np.cumsum([self.assignment.steps_per_epoch(k) for k in count])
 
     def sized(self, tokens: Callable[[Bucket], int]) -> "BatchPlan":
-        """The plan when a clip of each bucket has so many tokens: see `Bucket.sized`."""
+        """Return the plan for `tokens(bucket)` tokens per clip: see `Bucket.sized`."""
         buckets = [bucket.sized(tokens(bucket)) for bucket in self.assignment.buckets]
         return BatchPlan(replace(self.assignment, buckets=buckets), self.seed)
 
@@ -76,7 +74,7 @@ class BatchPlan:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about buckets that are too small, or whose clips are too large, for their batch."""
+        """Warnings about buckets with fewer clips than a batch, or clips larger than max_tokens."""
         notes = []
         for bucket, draws in zip(self.assignment.buckets, self._draws, strict=True):
             if 0 < draws < bucket.batch_size:
@@ -91,22 +89,21 @@ class BatchPlan:
         return notes
 
     def report(self) -> str:
-        """The table of buckets with the notes, for people."""
+        """Return the table of buckets with the notes, for people."""
         return "\n".join([self.assignment.table(), *self.notes])
 
     def batch(self, step: int) -> PlannedBatch:
-        """The global batch of a step, counted from 0, without walking through the steps before it."""
+        """Return the global batch of a step, counted from 0."""
         epoch, k, first = self._locate(step)
         bucket = self.assignment.buckets[k]
         indices = [self._clip_index(epoch, k, first + i) for i in range(bucket.batch_size)]
         return PlannedBatch(step, epoch, bucket, k, indices)
 
     def replacements(self, step: int, index: int) -> Iterator[int]:
-        """Places in `Assignment.clips` of those that stand in, in turn, for item `index` of a batch that
-        fails.
+        """Yield the clips (indices in `Assignment.clips`) that replace item `index` of a batch, in order of preference.
 
-        They are the other clips of the bucket, in the epoch's order from the failed one on; then, where weights leave
-        some out of the epoch, those too.
+        These are the other clips of the bucket, in the epoch's order from the failed one on, and then the clips that
+        are not drawn in this epoch because of their weights.
         """
         epoch, k, first = self._locate(step)
         for i in range(1, self._draws[k]):
@@ -115,19 +112,19 @@ class BatchPlan:
             yield from self.assignment.members[k].tolist()
 
     def item(self, planned: PlannedBatch, index: int, clip_index: int) -> PlannedItem:
-        """A clip, the planned one or one that stands in for it, as item `index` of a batch."""
+        """Return a clip (the planned one or a replacement) with its window, as item `index` of a batch."""
         clip = self.assignment.clips[clip_index]
         start = window_start_seconds(clip, planned.bucket, self.seed, planned.step, index)
         return PlannedItem(clip, clip.start + start)
 
     def crop_seed(self, step: int, index: int) -> int:
-        """Seed of the random crop of item `index` of a step's batch."""
+        """Return the seed of the random crop of item `index` of a step's batch."""
         return int(
             np.random.SeedSequence([self.seed, CROP_STREAM, step, index]).generate_state(1, np.uint64)[0] >> 1
         )
 
     def _locate(self, step: int) -> tuple[int, int, int]:
-        """(epoch, bucket, place of the batch's first clip in the bucket's order)."""
+        """Return (epoch, bucket, place of the batch's first clip in the bucket's order)."""
         assert step >= 0, step
         epoch, within = divmod(step, self.steps_per_epoch)
         slot = int(self._permutation(self.steps_per_epoch, epoch, ORDER_STREAM)[within])
@@ -140,43 +137,42 @@ class BatchPlan:
         return int(self._drawn(epoch, k)[chosen])
 
     def _drawn(self, epoch: int, k: int) -> np.ndarray:
-        """The clips that a bucket draws in an epoch, each as often as it does; only the latest epoch is kept."""
+        """Return the clips that a bucket draws in an epoch, with repetitions; only the latest epoch is cached."""
         members, weights = self.assignment.members[k], self.assignment.weights(k)
         if weights is None:
             return members
         if k not in self._drawn_cache or self._drawn_cache[k][0] != epoch:
             rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, DRAW_STREAM, k]))
-            self._drawn_cache[k] = (epoch, members[draw(weights, self._draws[k], rng)])
+            self._drawn_cache[k] = (epoch, members[systematic_sample(weights, self._draws[k], rng)])
         return self._drawn_cache[k][1]
 
     def _permutation(self, length: int, epoch: int, stream: int) -> np.ndarray:
-        """Of one epoch; only the latest epoch of each stream is kept."""
+        """Return the permutation of an epoch; only the latest epoch of each stream is cached."""
         if stream not in self._cache or self._cache[stream][0] != epoch:
             rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, stream]))
             self._cache[stream] = (epoch, rng.permutation(length))
         return self._cache[stream][1]
 
 
-def draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Places drawn in proportion to weights, `count` of them in all, each its share rounded down or up.
+def systematic_sample(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `count` indices in proportion to weights: each index its expected number of times, rounded down or up.
 
-    Systematic sampling: shares are laid end to end in random order, and a comb with teeth one apart is laid on them.
+    Systematic sampling: shares are laid end to end in random order, and sampled at equal distances.
     """
     order = rng.permutation(len(weights))
     ends = np.cumsum(weights[order])
-    teeth = (np.arange(count) + rng.random()) * (ends[-1] / count)
-    return order[np.minimum(np.searchsorted(ends, teeth, side="right"), len(order) - 1)]
+    points = (np.arange(count) + rng.random()) * (ends[-1] / count)
+    return order[np.minimum(np.searchsorted(ends, points, side="right"), len(order) - 1)]
 
 
 def slack_seconds(clip: Clip, bucket: Bucket) -> float:
-    """How much longer than the bucket's window the clip is; 0 when it fits to within half a frame."""
+    """Return how many seconds longer than the bucket the clip is; 0 if it fits to within half a frame."""
     slack = clip.seconds - bucket.seconds
     return slack if slack >= 0.5 / bucket.fps and clip.num_frames > 1 else 0.0
 
 
 def window_start_seconds(clip: Clip, bucket: Bucket, seed: int, step: int, index: int) -> float:
-    """Where the window of item `index` of a step's batch begins within its clip, drawn evenly; 0 when the
-    clip fits exactly."""
+    """Draw where the window of item `index` of a step's batch begins in its clip, in seconds; 0 if it fits exactly."""
     slack = slack_seconds(clip, bucket)
     if slack == 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""Clips that fail in training: counted, listed in a file, and too many for a run to go on."""
+"""Clips that fail to decode while training: count them, list them in a file, and stop the run at too many."""
 
 import json
 import logging
@@ -12,21 +12,21 @@ logger = logging.getLogger(__name__)
 
 
 class SkipList:
-    """Keeps nothing: the list of ranks that do not write."""
+    """A list that keeps nothing, for ranks that do not write."""
 
     def add(self, skipped: Skipped, step: int | None) -> None:
-        """A clip that failed, in a step or before the first."""
+        """Record a clip that failed in a step; None: before the first."""
 
 
 class SkipFile(SkipList):
-    """`skipped.jsonl`: path, reason and step of every clip that failed, a line each, once for all parts of a run."""
+    """`skipped.jsonl`: one line per failed clip (path, reason, step), once per run, across resumes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._listed: set[str] | None = None
 
     def add(self, skipped: Skipped, step: int | None) -> None:
-        """Append a line, on disk as soon as it is written. Raises UserError when the disk refuses."""
+        """Append a line to the file. Raises UserError if it cannot be written."""
         try:
             if self._listed is None:
                 self._listed = self._read()
@@ -43,7 +43,7 @@ class SkipFile(SkipList):
         self._listed.add(skipped.path)
 
     def _read(self) -> set[str]:
-        """Paths listed by earlier parts of the run. What a killed process left of a line is cut off."""
+        """Return the paths that the file lists; remove an incomplete last line, which a killed process leaves."""
         if not self.path.exists():
             return set()
         text = self.path.read_text(encoding="utf-8", errors="replace")
@@ -54,7 +54,7 @@ class SkipFile(SkipList):
 
 
 class SkipTally:
-    """Counts the files that fail in training, and stops the run when they are more than a share of `files`, all."""
+    """Count the files that fail while training; raise if they are more than a share of all `files`."""
 
     def __init__(self, files: int, max_share: float, listed: SkipList | None = None) -> None:
         self.files, self.max_share = files, max_share
@@ -63,18 +63,18 @@ class SkipTally:
 
     @property
     def limit(self) -> int:
-        """The number of files that may fail."""
+        """Number of files that may fail."""
         return int(self.max_share * self.files)
 
     def add(self, skipped: Iterable[Skipped], step: int | None = None) -> None:
-        """Raises UserError when too many different files have failed so far.
+        """Count failed files. Raises UserError if too many different files have failed so far.
 
         Args:
-            step: in which they failed; None: before the first.
+            step: the step in which they failed; None: before the first.
         """
         for path, reason in skipped:
             if path not in self.failed:
-                logger.warning("left out: %s cannot be read: %s", path, reason)
+                logger.warning("skipped: %s cannot be read: %s", path, reason)
                 self.listed.add(Skipped(path, reason), step)
             self.failed[path] = reason
         if len(self.failed) > self.limit:
@@ -84,6 +84,7 @@ class SkipTally:
             )
 
     def error(self, rule: str) -> UserError:
+        """Return an error that states how many files failed, the rule, and the reasons."""
         failed = [Skipped(path, f"cannot be read: {reason}") for path, reason in self.failed.items()]
         message = f"{len(failed)} of {self.files} files failed to decode, {rule}"
         return UserError("\n".join([message, *summarise(failed)]))

@@ -156,14 +156,14 @@ def test_the_table_shows_windows_draws_tokens_and_sources_where_they_say_somethi
     ]
     buckets = [Bucket(16, 64, 64, 8, max_windows=8, max_tokens=2500).sized(1000), Bucket(64, 64, 64, 8)]
     lines = assign_clips(clips, buckets).table().splitlines()
-    assert lines[0].split()[6:] == "clips windows drawn batch steps an epoch tokens max_tokens".split()
+    assert lines[0].split()[6:] == "clips windows drawn batch steps/epoch tokens max_tokens".split()
     assert lines[1].split()[4:] == ["2", "5", "7", "2", "4", "2000", "2500"]
     assert lines[3:] == [
-        "3 windows from None, weight 2: 6 draws an epoch",
-        "2 windows from /more, weight 0.5: 1 draws an epoch",
+        "3 windows from None, weight 2: 6 draws per epoch",
+        "2 windows from /more, weight 0.5: 1 draws per epoch",
     ]
     plain = assign_clips([clip()], [Bucket(16, 64, 64, 8)]).table().splitlines()
-    assert plain[0].split()[6:] == "clips batch steps an epoch".split() and len(plain) == 2
+    assert plain[0].split()[6:] == "clips batch steps/epoch".split() and len(plain) == 2
 
 
 def test_many_clips_are_assigned_as_a_few_are(monkeypatch):

@@ -118,7 +118,7 @@ def test_a_clip_that_fails_gives_way_to_the_next(breaking, workers, caplog):
         assert used == expected and raw.replaced == 1
     ((path, reason),) = loader.tally.failed.items()
     assert path == str(folder / "4.mp4") and "not a readable video" in reason
-    assert caplog.text.count(f"left out: {folder / '4.mp4'} cannot be read") == 1
+    assert caplog.text.count(f"skipped: {folder / '4.mp4'} cannot be read") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
