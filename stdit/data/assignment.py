@@ -66,7 +66,7 @@ class Assignment:
         return None if (weights == 1).all() else weights
 
     def draws_per_epoch(self, bucket: int) -> int:
-        """Return how many clips a bucket draws per epoch: the rounded sum of its weights, at least 1 if it has clips."""
+        """Return how many clips a bucket draws per epoch: the rounded sum of its weights, at least 1."""
         weights = self.weights(bucket)
         return len(self.members[bucket]) if weights is None else max(1, round(float(weights.sum())))
 

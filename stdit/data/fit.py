@@ -32,7 +32,7 @@ def resampled_frames(num_frames: int | np.ndarray, fps: float | np.ndarray, targ
 def choose_buckets(
     clips: Clips, part: slice, buckets: Sequence[Bucket], allow_upscale: bool, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the bucket of each clip in a part of the table, int64 [N]; -1 - r if none takes it because of REASONS[r].
+    """Return each clip's bucket, for a part of the table, int64 [N]; -1 - r if none takes it because of REASONS[r].
 
     The draws for keep_probability are the next N x K of `rng`.
     """

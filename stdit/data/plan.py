@@ -100,7 +100,7 @@ class BatchPlan:
         return PlannedBatch(step, epoch, bucket, k, indices)
 
     def replacements(self, step: int, index: int) -> Iterator[int]:
-        """Yield the clips (indices in `Assignment.clips`) that replace item `index` of a batch, in order of preference.
+        """Yield the clips (indices in `Assignment.clips`) that may replace item `index` of a batch, best first.
 
         These are the other clips of the bucket, in the epoch's order from the failed one on, and then the clips that
         are not drawn in this epoch because of their weights.
@@ -172,7 +172,7 @@ def slack_seconds(clip: Clip, bucket: Bucket) -> float:
 
 
 def window_start_seconds(clip: Clip, bucket: Bucket, seed: int, step: int, index: int) -> float:
-    """Draw where the window of item `index` of a step's batch begins in its clip, in seconds; 0 if it fits exactly."""
+    """Draw where the window of item `index` of a step's batch begins in its clip, in seconds."""
     slack = slack_seconds(clip, bucket)
     if slack == 0:
         return 0.0

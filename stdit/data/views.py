@@ -9,7 +9,7 @@ from stdit.data.manifest.clips import Clip
 from stdit.data.plan import slack_seconds
 
 # Martin Roberts, The Unreasonable Effectiveness of Quasirandom Sequences, 2018: frac(1/2 + n a) in three dimensions,
-# with a = (1/g, 1/g^2, 1/g^3) and g^4 = g + 1. The first point is the middle; each further one is far from the others.
+# with a = (1/g, 1/g^2, 1/g^3) and g^4 = g + 1. The first point is the middle; further ones are far from it and the rest.
 _G = 1.2207440846057596
 _STEPS = (_G**-1, _G**-2, _G**-3)
 
@@ -49,7 +49,7 @@ def may_mirror(caption: str) -> bool:
 
 
 def count_augmented_views(config: DataConfig, caption: str) -> int:
-    """Return how many views of a clip the cache keeps: `data.augmented_views`, twice as many if it may be mirrored."""
+    """Return how many views of a clip the cache keeps: `augmented_views`, doubled if it may be mirrored."""
     return config.augmented_views * (2 if config.flip and may_mirror(caption) else 1)
 
 
