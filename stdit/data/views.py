@@ -9,7 +9,7 @@ from stdit.data.manifest.clips import Clip
 from stdit.data.plan import slack_seconds
 
 # Martin Roberts, The Unreasonable Effectiveness of Quasirandom Sequences, 2018: frac(1/2 + n a) in three dimensions,
-# with a = (1/g, 1/g^2, 1/g^3) and g^4 = g + 1. The first point is the middle; further ones are far from it and the rest.
+# with a = (1/g, 1/g^2, 1/g^3) and g^4 = g + 1. The first point is the middle; any first n points are well spread.
 _G = 1.2207440846057596
 _STEPS = (_G**-1, _G**-2, _G**-3)
 
