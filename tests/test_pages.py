@@ -14,7 +14,9 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -109,6 +111,12 @@ def run_script(name: str, arguments: list[str] | None) -> ParsedError:
 def parse_command(command: str) -> None:
     """Parse a shell command as the program that it starts does. Raises ValueError, UserError or SystemExit."""
     words = shlex.split(command, comments=True)
+    own = {module: ModuleType(module) for flag, module in pairwise(words) if flag == "--import"}
+    with patch.dict(sys.modules, own):
+        parse_words(words)
+
+
+def parse_words(words: list[str]) -> None:
     for word in words:
         check_path(word.partition("::")[0])
     place = next((i for i, word in enumerate(words) if re.search(r"\.(py|sh|sbatch)$", word)), None)
@@ -122,7 +130,10 @@ def parse_command(command: str) -> None:
         if arguments[i - 1] == "--config" and (arguments[i] not in FILES or is_placeholder(arguments[i])):
             arguments[i] = stand_in  # a reader's own; check_path has looked at those of the repository
     if script in ("train.py", "scripts/launch_node.sh", "scripts/slurm.sbatch"):
-        parse_train(arguments)
+        if "--import" in arguments:  # what a reader's module registers is not known
+            parse(TrainConfig, arguments)
+        else:
+            parse_train(arguments)
     elif script == "sample.py":
         parse(SampleConfig, arguments)
     elif script in SCRIPTS:
@@ -413,13 +424,14 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
             --trainer.steps 3  # three steps
         torchrun --nproc_per_node 2 sample.py --config FILE --checkpoint outputs/NAME --prompt "a \\"ball\\" rises"
         python scripts/prepare_data.py encode --part 1/4 --data.manifest clips/manifest.csv
+        python train.py --import my_module --optimizer.lr 1e-3
         python -c "import stdit"
         ls nothing.py
         ```
 
             pytest tests/test_pages.py
 
-        `--flow.conditioning.first 0.1`, `flow.conditioning`.
+        `--flow.conditioning.first 0.1`, `--import MODULE`, `flow.conditioning`.
         `tests/test_pages.py::test_what_is_right_passes`, `cli.py`
         """
     page.write_text("\n".join(line.removeprefix(" " * 8) for line in text.splitlines()), encoding="utf-8")
