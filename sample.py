@@ -2,13 +2,14 @@
 
     python sample.py --checkpoint outputs/quickstart --prompt "a red ball rises"
     python sample.py --checkpoint outputs/quickstart --prompts prompts.csv --num_samples 2
-    python sample.py --config configs/sample/quickstart.yaml --image first_frame.png --output outputs/mine
+    python sample.py --config configs/sample/quickstart.yaml --prompt "a red ball" --image first.png
+    python sample.py --checkpoint outputs/clips --prompt "a wave rises" --segment_prompts "it breaks"
     python sample.py --checkpoint outputs/opensora --config configs/sample/240p-2s.yaml --prompt "waves at dusk"
     python sample.py --checkpoint outputs/opensora --list_sizes
 
---checkpoint takes a run (its newest whole checkpoint or exported pipeline), one checkpoint of a run, or
-a pipeline folder. Every video is an .mp4 with its settings inside and in a .json beside it; sheet.png shows
-them all. Nothing is overwritten. A GPU is used if there is one; everything works without.
+--checkpoint takes a run (its newest complete checkpoint or exported pipeline), one checkpoint of a run, or a
+pipeline folder. Each video is an .mp4 with its settings inside and in a .json beside it; sheet.png shows all
+videos. No file is overwritten. A GPU is used if there is one. More: stdit/pipelines/README.md.
 """
 
 from stdit.cli import parse, run

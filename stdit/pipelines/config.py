@@ -125,6 +125,10 @@ def list_settings(defaults: Mapping[str, Any]) -> Callable[[Function], Function]
             )
             for f in fields(VideoSettings)
         ]
+        function.__annotations__ = {
+            **function.__annotations__,
+            **{f.name: f.type for f in fields(VideoSettings)},
+        }
         function.__signature__ = signature.replace(parameters=[*named, *listed])  # type: ignore[attr-defined]
         return function
 

@@ -21,7 +21,7 @@ def _print_path(path: Path) -> None:
 
 @dataclass
 class VideoWriter:
-    """Write videos and their metadata into a folder without replacing any file."""
+    """Write videos and their metadata into a folder, which is created, without replacing any file."""
 
     folder: Path
     formats: Sequence[Format]
@@ -49,6 +49,7 @@ class VideoWriter:
             stem = free_stem(self.folder, f"{request.index:03d}-{slug(request.prompt)}-seed{request.seed}")
             names = [f"{stem}.{kind}" for kind in ("mp4", "gif") if kind in self.formats]
             with _explain_disk_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
                 for name in names:
                     write = video_io.write_mp4 if name.endswith(".mp4") else video_io.write_gif
                     write(self.folder / name, frames, metadata["fps"], metadata)

@@ -279,6 +279,7 @@ def test_settings_are_listed_once(pipe, tmp_path):
     assert [name for name in init if name in names] == [name for name in call if name in names] == names
     assert init["num_inference_steps"].default == 30 and call["num_inference_steps"].default is None
     assert not [p for p in (*init.values(), *call.values()) if p.kind is p.VAR_KEYWORD]
+    assert STDiTPipeline._get_signature_types()["num_frames"] == (int, type(None))  # what diffusers reads
     assert set(names) | {"step"} <= set(pipe.config)
     pipe.save_pretrained(tmp_path / "pipeline")
     assert set(names) <= set(json.loads((tmp_path / "pipeline/model_index.json").read_text()))

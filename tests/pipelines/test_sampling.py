@@ -16,8 +16,9 @@ from stdit.pipelines.config import SampleConfig, VideoSettings
 from stdit.pipelines.requests import Request, plan_requests
 from stdit.pipelines.runner import sample_videos
 from stdit.pipelines.sampling import sample_to_files
+from stdit.pipelines.segments import Segments
 from stdit.pipelines.video_io import read_metadata
-from stdit.pipelines.writer import free_stem, slug
+from stdit.pipelines.writer import VideoWriter, free_stem, slug
 from tests.pipelines.tiny import write_run
 
 
@@ -220,6 +221,23 @@ def test_files_are_whole_described_and_never_replaced(pipe, tmp_path, capsys, ca
     assert all(path.read_bytes() == content for path, content in before.items())
     first, second = (folder / f"000-a-red-ball-it-moves-seed3{number}.mp4" for number in ("", "-2"))
     assert first.read_bytes() == second.read_bytes()  # same seed, same pixels, same file
+
+
+def test_requests_runner_and_writer_without_the_command(pipe, tmp_path):
+    request = Request(
+        "a wave rises", 0, VideoSettings(fps=4), segment_prompts=("it breaks",), segments=Segments(2, 1)
+    )
+    told = []
+    writer = VideoWriter(
+        tmp_path / "videos", ["mp4", "png"], pipe.config, {"checkpoint_hash": "x"}, told.append
+    )
+    writer.write(sample_videos(pipe, [request]))
+    files = writer.finish()
+    names = ["000-a-wave-rises-seed0.mp4", "000-a-wave-rises-seed0.json", "sheet.png"]
+    assert files == told == [tmp_path / "videos" / name for name in names]
+    metadata = read_metadata(files[0])
+    assert (metadata["checkpoint_hash"], metadata["fps"], metadata["segments"]) == ("x", 4, 2)
+    assert metadata["num_frames"] == pipe.config.num_frames
 
 
 def test_a_full_disk_is_explained(pipe, tmp_path, monkeypatch):
