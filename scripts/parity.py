@@ -1,13 +1,14 @@
-"""Does training and sampling on these processes give the numbers of one?
+"""Check that training and sampling on several processes give the numbers of one process.
 
     torchrun --nproc_per_node 4 scripts/parity.py --config configs/train/quickstart.yaml --parallel.sp 2
 
-Takes the settings of train.py. Every rank computes the whole by itself and then its share, on random latents and
-weights without zeros, and compares output, loss, gradients, weights after five steps, and a sample. Differences are
-relative to the largest value of a tensor. Exits with 1 if one is above --tolerance (default 1e-5), and names it.
+Takes the settings of train.py. Every rank computes everything alone and then its share, on random latents and weights
+without zeros, and compares output, loss, gradients, weights after five steps, and a sample. Differences are relative
+to the largest value of a tensor. Exits with 1 if one is above --tolerance (default 1e-5), and names the tensor.
 
-Weights may differ by --step_tolerance (default 1e-3): AdamW divides each gradient by its own size, so where it is but
-rounding (the biases of keys, which softmax cancels) the weight moves at full rate, and in a direction of chance.
+Weights may differ by --step_tolerance (default 1e-3): AdamW divides each gradient by its own size, so a gradient that
+is only rounding error (that of the keys' biases, which softmax cancels) moves its weight at full rate, in a random
+direction.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> int:
     from stdit.training.system import prepare_process
 
     if config.parallel.sp == "auto":
-        raise UserError("parallel.sp = auto: give the number of ranks whose numbers are to be compared")
+        raise UserError("parallel.sp = auto: must be a number here: the ranks that share each video")
     accelerator = prepare_process(config.trainer, config.parallel.timeout)
     mesh = build_mesh(config.parallel, accelerator.device)
     mesh.check_batch_sizes([config.data.multiplied_buckets()[0].batch_size])
@@ -62,7 +63,7 @@ def main() -> int:
 
 
 def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple[str, str, float]]:
-    """(what, name of the worst tensor, its difference) for each thing that is compared, over all ranks."""
+    """Yield what is compared, the name of the worst tensor, and its difference, over all ranks."""
     from stdit.diffusion.draws import draw_batch
     from stdit.training.trainer import Trainer
 
@@ -70,8 +71,8 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
     batch = random_batch(config, pipe)
     settings = (config.trainer, config.optimizer, config.ema, config.seed)
     one_process = Mesh(device=accelerator.device)
-    alone = Trainer(deepcopy(model), flow, accelerator, one_process, *settings)
-    shared = Trainer(deepcopy(model), flow, accelerator, mesh, *settings, config.parallel.shard_parameters)
+    single = Trainer(deepcopy(model), flow, accelerator, one_process, *settings)
+    parallel = Trainer(deepcopy(model), flow, accelerator, mesh, *settings, config.parallel.shard_parameters)
 
     x, size = batch.latents.to(accelerator.device), batch.batch_size
     shape = (int(batch.height[0]), int(batch.width[0]))
@@ -86,27 +87,27 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
         **{name: getattr(there, name) for name in ("fps", "height", "width")},
     }
     with torch.no_grad():
-        expected = sharding.split(alone.model(x_t, **condition), dim=2)
-        found = shared.model(sharding.split(x_t, dim=2), **condition, sharding=sharding)
+        expected = sharding.split(single.model(x_t, **condition), dim=2)
+        found = parallel.model(sharding.split(x_t, dim=2), **condition, sharding=sharding)
     yield "output", *largest(mesh, {"": (found, expected)})
 
     rows = mesh.sample_range(size)
-    runs = ((shared, batch.rows(rows)), (alone, batch))
+    runs = ((parallel, batch.rows(rows)), (single, batch))
     losses = [one.mesh.all_reduce_mean(one.accumulate(data)[0])[None] for one, data in runs]
     yield "loss", *largest(mesh, {"": (losses[0], losses[1])})
     names = [name for name, _ in model.named_parameters()]
-    gradients = [{name: one.model.get_parameter(name).grad for name in names} for one in (shared, alone)]
+    gradients = [{name: one.model.get_parameter(name).grad for name in names} for one in (parallel, single)]
     yield "gradients", *largest(mesh, pairs(*gradients))
     for one, data in runs:
         one.optimizer.zero_grad()
         for step in range(STEPS):
             one.step(replace(data, step=step))
-    weights = [one.model.state_dict() for one in (shared, alone)]
+    weights = [one.model.state_dict() for one in (parallel, single)]
     yield f"weights after {STEPS} steps", *largest(mesh, pairs(*weights))
-    yield "averaged weights", *largest(mesh, pairs(shared.ema.average, alone.ema.average))
+    yield "averaged weights", *largest(mesh, pairs(parallel.ema.average, single.ema.average))
 
     samples = []
-    pipe.transformer = alone.model.eval()
+    pipe.transformer = single.model.eval()
     for ranks in (mesh, one_process):
         pipe.share(ranks)
         generator = torch.Generator().manual_seed(config.seed)
@@ -115,7 +116,7 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
 
 
 def build(config: TrainConfig) -> tuple[Any, Any, Any]:
-    """A model of these settings in which no weight is zero, the objective, and a pipeline of both."""
+    """Build a model in which no weight is zero, the objective, and a pipeline of both."""
     from stdit.codecs import build_codec, build_text_encoder
     from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
@@ -148,7 +149,7 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
 
 
 def random_batch(config: TrainConfig, pipe: Any) -> EncodedBatch:
-    """A global batch of the first bucket's size, the same on every rank."""
+    """Make a random global batch of the first bucket, the same on every rank."""
     bucket = Bucket.from_config(config.data.multiplied_buckets()[0])
     size, generator = bucket.batch_size, torch.Generator().manual_seed(config.seed)
     shape = pipe.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
@@ -169,12 +170,12 @@ def random_batch(config: TrainConfig, pipe: Any) -> EncodedBatch:
 
 
 def pairs(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tensors of one name beside each other; found ones may be sharded."""
+    """Pair tensors by name; found ones may be sharded."""
     return {name: (full_tensor(found[name]), expected[name]) for name in expected}
 
 
 def largest(mesh: Mesh, compared: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, float]:
-    """Name and size of the largest relative difference, over all tensors and ranks; nan counts as infinite."""
+    """Return name and size of the largest relative difference over all tensors and ranks; nan counts as infinite."""
     differences = [("", 0.0)]
     for name, (found, expected) in compared.items():
         if expected.numel():

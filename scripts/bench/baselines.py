@@ -1,18 +1,18 @@
-"""Other ways to share a video, put into a plain STDiT in place, to be compared with dynamic sequence parallelism.
+"""Baselines for dynamic sequence parallelism: other ways to share a video, installed in a plain STDiT.
 
-In each a rank keeps its whole frames ``[B T_n S D]`` from the first block to the last, and attention sends what it
-needs. A pair of blocks then sends, from each rank and in the forward pass, with M the bytes of ``[B T S D]``:
+In each of them time stays sharded, ``[B T_n S D]``, from the first block to the last, and attention exchanges what it
+needs. Bytes that a rank sends in the forward pass of a pair of blocks, with M the bytes of ``[B T S D]``:
 
 - ulysses: 4 M/N (N-1)/N: temporal attention exchanges frames for heads (arXiv:2309.14509, section 3.2).
-- ulysses-all: 8 M/N (N-1)/N: spatial attention as well, as if the frames were cut too.
-- ring: 2 M (N-1)/N: the keys and values of temporal attention go round (arXiv:2310.01889, section 3).
-- megatron: 8 M (N-1)/N: all tokens come to every rank, which has some heads and some columns of the MLP
-  (arXiv:2205.05198, section 4.2.2). Cross-attention stays with a rank's tokens: to split it too would add 4.
+- ulysses-all: 8 M/N (N-1)/N: spatial attention as well, as if the tokens were one sequence.
+- ring: 2 M (N-1)/N: keys and values of temporal attention go round a ring (arXiv:2310.01889, section 3).
+- megatron: 8 M (N-1)/N: every rank gathers all tokens, for its share of heads and of the MLP's hidden columns
+  (arXiv:2205.05198, section 4.2.2). Cross-attention is not split: that would add 4 M (N-1)/N.
 
-Backward sends as much, and ring twice that. Activation checkpointing repeats what forward sends, since all of it is
-sent inside the blocks. Every rank holds all weights; the mean over ranks of their gradients is the gradient.
+Backward sends the same, for ring twice that. Activation checkpointing repeats the exchanges of forward, which are all
+inside the blocks. Every rank holds all weights; the mean of their gradients over ranks is the gradient.
 
-Letters: B batch, T frames, S patches of a frame, D width, N ranks; R rows that attend by themselves, h heads,
+Letters: B batch, T frames, S patches of a frame, D width, N ranks; R rows of independent attention, h heads,
 n tokens of a row, d channels of a head.
 """
 
@@ -32,7 +32,7 @@ from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding, even_size
 
 
 class FrameSharding(TokenSharding):
-    """Tokens that stay in whole frames from the first block to the last."""
+    """Tokens that stay sharded along time from the first block to the last."""
 
     def switch(self, x: Tensor, source: ShardAxis, target: ShardAxis) -> Tensor:
         return x
@@ -41,28 +41,28 @@ class FrameSharding(TokenSharding):
         return super().per_frame(values, "time")
 
     def sizes(self, length: int, frames: int) -> list[int]:
-        """What each rank has of an axis of frames, which is ``length`` long where there are so many frames."""
+        """Return each rank's share of an axis of ``length`` that has ``frames`` frames."""
         return [length // frames * share for share in self.frames_per_rank]
 
     @property
     def own(self) -> int:
-        """How many frames this rank has."""
+        """Number of frames of this rank."""
         return self.frames_per_rank[self.group.rank]
 
 
 def apply_baseline(model: Any, method: str, sharding: TokenSharding) -> TokenSharding:
-    """Let an STDiT run by another method; it then takes and gives a rank's frames, as under DSP.
+    """Install a baseline in an STDiT, which then takes and returns a rank's frames, as with DSP.
 
     Args:
-        model: changed in place, for good; its weights stay as they are.
+        model: changed in place, permanently; its weights stay the same.
         method: one of `BASELINES`.
-        sharding: of the latents that the model will see, from ``STDiT.token_sharding``.
+        sharding: of the model's input, from ``STDiT.token_sharding``.
 
     Returns:
-        The ``sharding`` to call the model with.
+        The ``sharding`` to pass to the model.
 
     Raises:
-        UserError: for an unknown method, or a model or size that it cannot share.
+        UserError: for an unknown method, or for a model or size that it does not support.
     """
     if method not in BASELINES:
         raise UserError(f"method {method!r}: must be one of {', '.join(BASELINES)}")
@@ -80,37 +80,39 @@ def apply_baseline(model: Any, method: str, sharding: TokenSharding) -> TokenSha
     if model.config.mlp_conv:
         raise UserError(
             f"{method} with model.mlp_conv: its temporal convolution needs frames of other ranks, which only DSP "
-            "brings; leave mlp_conv out"
+            "exchanges; leave mlp_conv out"
         )
-    group = replace(sharding.group, chunks=1)  # nothing travels between stages, so nothing is cut
+    group = replace(
+        sharding.group, chunks=1
+    )  # nothing is exchanged between stages, so there is nothing to overlap
     staying = FrameSharding(group, sharding.frames, sharding.patches, sharding.patch_frames)
     BASELINES[method](model, staying)
     return staying
 
 
 def ulysses(model: Any, sharding: FrameSharding) -> None:
-    """Temporal attention sees all frames with a share of the heads; spatial attention is left alone."""
+    """Let temporal attention see all frames, with a share of the heads; spatial attention is unchanged."""
     for block in model.temporal_blocks:
         block.attn.register_forward_pre_hook(partial(_own_angles, sharding))
-        block.attn.attend = partial(attend_with_own_heads, block.attn.attend, sharding, 2)
+        block.attn.attend = partial(_attend_with_own_heads, block.attn.attend, sharding, 2)
 
 
 def ulysses_all(model: Any, sharding: FrameSharding) -> None:
-    """Every attention sees all frames with a share of the heads."""
+    """Let every attention see all frames, with a share of the heads."""
     ulysses(model, sharding)
     for block in model.spatial_blocks:
-        block.attn.attend = partial(attend_with_own_heads, block.attn.attend, sharding, 0)
+        block.attn.attend = partial(_attend_with_own_heads, block.attn.attend, sharding, 0)
 
 
 def ring(model: Any, sharding: FrameSharding) -> None:
-    """Keys and values of temporal attention go round the ranks."""
+    """Let keys and values of temporal attention go round the ranks."""
     for block in model.temporal_blocks:
         block.attn.register_forward_pre_hook(partial(_own_angles, sharding))
         block.attn.attend = partial(_RingAttention.apply, sharding.group, sharding.frames_per_rank)
 
 
 def megatron(model: Any, sharding: FrameSharding) -> None:
-    """Self-attention and MLP see all tokens, with a share of the heads and of the hidden columns."""
+    """Let self-attention and MLP see all tokens, with a share of the heads and of the hidden columns."""
     heads = even_sizes(model.config.num_heads, sharding.group.size)
     for blocks, frames_axis in ((model.spatial_blocks, 0), (model.temporal_blocks, 1)):
         for block in blocks:
@@ -130,12 +132,12 @@ BASELINES: dict[str, Callable[[Any, FrameSharding], None]] = {
 
 
 def _own_angles(sharding: TokenSharding, _: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Rotary angles of this rank's frames, instead of all."""
+    """Pass the rotary angles of this rank's frames instead of all."""
     x, angles = args
     return x, angles.split(sharding.frames_per_rank)[sharding.group.rank]
 
 
-def attend_with_own_heads(
+def _attend_with_own_heads(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     sharding: FrameSharding,
     axis: int,
@@ -143,9 +145,9 @@ def attend_with_own_heads(
     k: Tensor,
     v: Tensor,
 ) -> Tensor:
-    """Attention ``[R h n d]``, to which the ranks bring what they have of axis 0 or 2, each for its share of heads.
+    """Attend over ``[R h n d]`` sharded along axis 0 or 2, each rank for its share of the heads.
 
-    Two exchanges: q, k and v there, and the result back (arXiv:2309.14509, section 3.2).
+    Two all-to-alls: one of q, k and v, one of the result (arXiv:2309.14509, section 3.2).
     """
     heads, sizes = even_sizes(q.shape[1], sharding.group.size), sharding.sizes(q.shape[axis], sharding.own)
     q, k, v = all_to_all(torch.stack([q, k, v]), sharding.group, 2, heads, axis + 1, sizes)
@@ -153,10 +155,10 @@ def attend_with_own_heads(
 
 
 class _RingAttention(torch.autograd.Function):
-    """Attention ``[R h n d]`` of this rank's queries to the keys and values of all ranks, a part at a time.
+    """Attention ``[R h n d]`` of this rank's queries to the keys and values of all ranks, one rank's at a time.
 
-    Parts are joined by their log-sum-exp (arXiv:2310.01889, section 3); the derivative of a part follows from that of
-    the whole as in FlashAttention-2 (arXiv:2307.08691, algorithm 2). Scores are computed in float32 at least.
+    Results are combined by their log-sum-exp (arXiv:2310.01889, section 3); gradients are those of FlashAttention-2
+    (arXiv:2307.08691, algorithm 2). Scores are computed in float32 or wider.
     """
 
     @staticmethod
@@ -189,7 +191,7 @@ class _RingAttention(torch.autograd.Function):
             grad_q += grad_scores @ keys * scale
             grad_kv = torch.stack([grad_scores.mT @ scaled, weights.mT @ grad]).to(kv.dtype)
             if step == 0:
-                own = grad_kv  # waits here for what the other ranks add up on the way round
+                own = grad_kv  # stays here until the others' sum has gone round
                 continue
             if arriving is not None:
                 grad_kv += arriving()
@@ -200,7 +202,7 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _go_round(x: Tensor, group: Group, sizes: list[int]) -> Iterator[Tensor]:
-    """This rank's ``x [2 R h n d]`` and then those of the ranks before it, each on its way while one is in use."""
+    """Yield this rank's ``x [2 R h n d]``, then those of the previous ranks; the next is in transit meanwhile."""
     for step in range(1, group.size):
         arriving = ring_send(x, group, 3, sizes[(group.rank - step) % group.size])
         yield x
@@ -209,33 +211,33 @@ def _go_round(x: Tensor, group: Group, sizes: list[int]) -> Iterator[Tensor]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32, or wider."""
+    """Convert to float32, unless it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _split_columns(
     module: nn.Module, first: Any, last: Any, columns: list[int], sharding: FrameSharding, frames_axis: int
 ) -> None:
-    """Let a module of two linear maps see all frames, with this rank's columns of what lies between the maps."""
+    """Let a module of two linear layers see all frames, with this rank's share of the hidden columns."""
     group = sharding.group
-    first.forward = partial(_some_outputs, first, columns, group)
-    last.forward = partial(_some_inputs, last, columns, group)
+    first.forward = partial(_own_outputs, first, columns, group)
+    last.forward = partial(_own_inputs, last, columns, group)
 
-    def bring_all(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def gather_frames(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *rest = args
         return all_gather(x, group, frames_axis, sharding.sizes(x.shape[frames_axis], sharding.own)), *rest
 
-    def keep_own(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def scatter_sum(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return reduce_scatter(
             output, group, frames_axis, sharding.sizes(output.shape[frames_axis], sharding.frames)
         )
 
-    module.register_forward_pre_hook(bring_all)
-    module.register_forward_hook(keep_own)
+    module.register_forward_pre_hook(gather_frames)
+    module.register_forward_hook(scatter_sum)
 
 
-def _some_outputs(layer: nn.Linear, columns: list[int], group: Group, x: Tensor) -> Tensor:
-    """This rank's columns of the result; of each part of it, where it is several side by side (q, k, v)."""
+def _own_outputs(layer: nn.Linear, columns: list[int], group: Group, x: Tensor) -> Tensor:
+    """Compute this rank's columns of the output; if that is several parts side by side (q, k, v), of each part."""
     parts = layer.out_features // sum(columns)
     own = [
         p.unflatten(0, (parts, -1)).split(columns, 1)[group.rank].flatten(0, 1)
@@ -244,6 +246,6 @@ def _some_outputs(layer: nn.Linear, columns: list[int], group: Group, x: Tensor)
     return linear(x, *own)
 
 
-def _some_inputs(layer: nn.Linear, columns: list[int], group: Group, x: Tensor) -> Tensor:
-    """This rank's part of a sum over ranks, with its part of the bias."""
+def _own_inputs(layer: nn.Linear, columns: list[int], group: Group, x: Tensor) -> Tensor:
+    """Compute this rank's term of a sum over ranks, with its share of the bias."""
     return linear(x, layer.weight.split(columns, 1)[group.rank], layer.bias / group.size)

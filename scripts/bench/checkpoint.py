@@ -1,13 +1,13 @@
-"""How long a checkpoint stops training, written in the background and written at once, and what memory it takes.
+"""Measure how long saving a checkpoint stops training, in the background and synchronously, and its memory.
 
     python scripts/bench/checkpoint.py
     python scripts/bench/checkpoint.py --folder /scratch/bench --saves 5 --output checkpoint.json
     python scripts/bench/checkpoint.py --device cuda
 
-One process saves the weights, averages and AdamW's moments of a model of 100 million parameters, both ways in turn,
-to a folder that is removed afterwards: choose it on the disk that checkpoints are to lie on. Between saves the
-optimizer goes on moving the state, and the figures say how much slower that is while a save is written. Memory is
-what the process holds above what it held before the first save, at most, as a multiple of what a checkpoint holds.
+One process saves weights, averages and AdamW's moments of a model of 100 million parameters, in both ways in turn, to
+a folder that is removed afterwards: choose it on the disk of your checkpoints. Between saves, optimizer steps
+continue; the figures say how much slower they are while a checkpoint is written. Memory is the peak of the process
+above what it held before the first save, as a multiple of the size of a checkpoint.
 """
 
 import json
@@ -38,9 +38,9 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--hidden_size", type=int, default=768)
     parser.add_argument("--depth", type=int, default=5, help="pairs of blocks")
-    parser.add_argument("--saves", type=int, default=3, help="of each kind, of which the median counts")
+    parser.add_argument("--saves", type=int, default=3, help="saves of each kind, of which the median counts")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--folder", type=Path, help="where to write; default: where temporary files go")
+    parser.add_argument("--folder", type=Path, help="folder to write to (that of temporary files)")
     parser.add_argument("--output", type=Path, help="a JSON file of all figures")
     args = parser.parse_args()
     if args.saves < 1:
@@ -54,10 +54,10 @@ def main() -> None:
         shutil.rmtree(folder)
     print(
         f"{figures['parameters'] / 1e6:.0f} M parameters, {figures['bytes'] / 2**30:.2f} GiB a checkpoint\n"
-        f"at once           {figures['at_once_seconds']:8.3f} s\n"
+        f"synchronous       {figures['at_once_seconds']:8.3f} s\n"
         f"in the background {figures['pause_seconds']:8.3f} s that training stops, "
-        f"{100 * figures['pause_ratio']:.1f}% of that (the first time {figures['first_pause_seconds']:.3f} s)\n"
-        f"                  {figures['behind_seconds']:8.3f} s until it is on the disk, in which steps take "
+        f"{100 * figures['pause_ratio']:.1f}% of that (first save {figures['first_pause_seconds']:.3f} s)\n"
+        f"                  {figures['behind_seconds']:8.3f} s until it is on the disk; steps meanwhile take "
         f"{figures['slowdown']:.2f} times as long\n"
         f"memory            {figures['memory_ratio']:8.2f} checkpoints at most"
     )
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 class State:
-    """A model with its average and AdamW, and steps that move them without looking at data."""
+    """A model with its average and AdamW, and optimizer steps without data."""
 
     def __init__(self, hidden_size: int, depth: int, device: str) -> None:
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ class State:
         self.step()
 
     def step(self) -> float:
-        """Move everything; returns the seconds that it took."""
+        """Do an optimizer step; return its seconds."""
         begin = time.perf_counter()
         for parameter in self.model.parameters():
             if parameter.grad is None:
@@ -98,7 +98,7 @@ class State:
 
 
 def measure(state: State, folder: Path, saves: int) -> dict[str, float]:
-    """Save in the background and at once in turn, and once before, to have the memory for the copy."""
+    """Save in the background and synchronously in turn, once before to allocate the copy; return the figures."""
     checkpoints = CheckpointWriter(folder, CheckpointConfig(keep_last=1), Mesh())
     size = sum(tensor.nbytes for part in state.tensors().values() for tensor in part.values())
     quiet = [state.step() for _ in range(saves)]
@@ -127,7 +127,7 @@ def measure(state: State, folder: Path, saves: int) -> dict[str, float]:
 
 
 def save(checkpoints: CheckpointWriter, step: int, state: State, at_once: bool) -> float:
-    """Seconds that training stands still."""
+    """Save, and return the seconds that training stops."""
     begin = time.perf_counter()
     checkpoints.save(step, state.tensors(), {}, at_once=at_once)
     return time.perf_counter() - begin
@@ -135,7 +135,7 @@ def save(checkpoints: CheckpointWriter, step: int, state: State, at_once: bool) 
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Bytes that this process holds at most while it lasts, above what it holds at its begin."""
+    """Measure the peak of resident bytes in the block, above those at its start."""
     process, done = psutil.Process(), Event()
     before, peak = process.memory_info().rss, [0]
 

@@ -1,33 +1,34 @@
-"""What dynamic sequence parallelism (DSP) and other methods send, take and hold, on one model; starts its own ranks.
+"""Measure traffic, time and memory of dynamic sequence parallelism (DSP) and the baselines; starts its own ranks.
 
     python scripts/bench/sequence.py --ranks 1 2 4
     python scripts/bench/sequence.py --preset S --frames 16 32 --output bench.json --plot bench.png
     sudo python scripts/bench/sequence.py --ranks 2 --methods dsp dsp-overlap --rate 200mbit 1gbit 4gbit
 
-Bytes are counted where the collectives are called, on the rank that sends most; beside them stands the formula of
-stdit/parallel/README.md (with a ~ where sizes do not divide evenly). "compute" is the time of the same step with
-exchanges that move nothing. One rank alone runs the path of DSP; "overhead" is its time relative to the same step
+Bytes are counted where the collectives are called, on the rank that sends most, and printed beside the formula of
+stdit/parallel/README.md (with a ~ if sizes do not divide evenly). "compute" is the time of the same step with
+exchanges that move nothing. A single rank runs the code path of DSP; "overhead" is its time relative to the same step
 without that path. With --rate, two ranks run in two network namespaces joined by a link of that rate, which needs
-Linux, root, ip and tc; without it, any number of ranks on this machine.
+Linux, root, ip and tc; without it, any number of ranks run on this machine.
 """
 
 import argparse
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where scripts.* is found
+
+from scripts.arguments import positive_int
+from scripts.network import LOOPBACK, Network, NoLinkError, limited_link, megabits
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
@@ -37,20 +38,8 @@ METHODS = ("dsp", "dsp-overlap", "dsp-paired", "ulysses", "ulysses-all", "ring",
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "models").glob("*.yaml"))
 
 
-class Place(NamedTuple):
-    """Where the ranks run."""
-
-    name: str
-    prefixes: list[list[str]]
-    """What each rank's command begins with; empty: any number of ranks, on this machine's loopback."""
-    environment: dict[str, str]
-
-
-LOOPBACK = Place("loopback", [], {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"})
-
-
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks and links are ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks are ended and links removed
     args = parse_args()
     settings = settings_of(args)
     for rate in args.rate:
@@ -61,7 +50,7 @@ def main() -> None:
             with limited_link(rate) as link:
                 results.append(measure(settings, 2, link))
         except NoLinkError as error:
-            print(f"--rate {rate}: skipped, since {error}")
+            print(f"--rate {rate}: skipped: {error}")
     for result in results:
         print(table(result, settings))
     if args.output:
@@ -72,50 +61,41 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="numbers of ranks (1 2)")
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="which (all)")
+    parser.add_argument(
+        "--ranks", type=positive_int, nargs="+", default=[1, 2], help="numbers of ranks (1 2)"
+    )
+    parser.add_argument(
+        "--methods", choices=METHODS, nargs="+", default=list(METHODS), help="methods to measure (all)"
+    )
     parser.add_argument("--preset", choices=PRESETS, help="take width, heads and depth from configs/models")
-    parser.add_argument("--hidden_size", type=positive, help="width D (64)")
-    parser.add_argument("--num_heads", type=positive, help="attention heads (4)")
-    parser.add_argument("--depth", type=positive, help="pairs of blocks (4)")
-    parser.add_argument("--frames", type=positive, nargs="+", default=[16], help="latent frames T (16)")
-    parser.add_argument("--height", type=positive, default=16, help="latent rows; a patch has 2 (16)")
-    parser.add_argument("--width", type=positive, default=16, help="latent columns; a patch has 2 (16)")
-    parser.add_argument("--batch", type=positive, default=1, help="videos B (1)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and tokens")
+    parser.add_argument("--hidden_size", type=positive_int, help="width D (64)")
+    parser.add_argument("--num_heads", type=positive_int, help="attention heads (4)")
+    parser.add_argument("--depth", type=positive_int, help="pairs of blocks (4)")
+    parser.add_argument("--frames", type=positive_int, nargs="+", default=[16], help="latent frames T (16)")
+    parser.add_argument("--height", type=positive_int, default=16, help="latent rows; a patch has 2 (16)")
+    parser.add_argument("--width", type=positive_int, default=16, help="latent columns; a patch has 2 (16)")
+    parser.add_argument("--batch", type=positive_int, default=1, help="videos B (1)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of weights and tokens (fp32)"
+    )
     parser.add_argument(
         "--checkpointing", action="store_true", help="activation checkpointing in timed steps"
     )
-    parser.add_argument("--overlap_chunks", type=positive, default=4, help="pieces of dsp-overlap (4)")
-    parser.add_argument("--steps", type=positive, default=5, help="timed steps of each method (5)")
-    parser.add_argument("--warmup", type=positive, default=2, help="steps before them (2)")
-    parser.add_argument("--threads", type=positive, default=1, help="of each rank (1)")
+    parser.add_argument("--overlap_chunks", type=positive_int, default=4, help="chunks of dsp-overlap (4)")
+    parser.add_argument("--steps", type=positive_int, default=5, help="timed steps per method (5)")
+    parser.add_argument("--warmup", type=positive_int, default=2, help="steps before them (2)")
+    parser.add_argument("--threads", type=positive_int, default=1, help="threads per rank (1)")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each rank"
     )
-    parser.add_argument("--rate", nargs="+", default=[], help="of links, such as 200mbit 1gbit")
+    parser.add_argument("--rate", nargs="+", default=[], help="rates of links, such as 200mbit 1gbit")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     parser.add_argument("--plot", type=Path, help="picture of bytes and times; needs matplotlib")
     return parser.parse_args()
 
 
-def positive(text: str) -> int:
-    """For argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return int(text)
-
-
-def megabits(rate: str) -> int:
-    """A rate such as 200mbit or 1gbit in Mbit/s."""
-    number, unit = rate[:-4], rate[-4:]
-    if unit not in ("mbit", "gbit") or not number.isdecimal() or int(number) < 1:
-        raise UserError(f"--rate {rate}: must be a whole number of mbit or gbit a second, such as 200mbit")
-    return int(number) * (1000 if unit == "gbit" else 1)
-
-
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What every rank needs to know. Raises UserError for sizes that make no model."""
+    """Return the settings that are sent to every rank. Raises UserError if the sizes make no model."""
     model: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "depth": 4}
     if args.preset:
         preset = yaml.safe_load((ROOT / "configs" / "models" / f"{args.preset}.yaml").read_text())["model"]
@@ -126,31 +106,31 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": model, **{name: value for name, value in vars(args).items() if name not in own}}
 
 
-def measure(settings: dict[str, Any], ranks: int, place: Place) -> dict[str, Any]:
-    """Run so many ranks -> their figures, with those of the formulas."""
+def measure(settings: dict[str, Any], ranks: int, network: Network) -> dict[str, Any]:
+    """Run the benchmark on ``ranks`` ranks, and return its figures with those of the formulas."""
     if ranks == 1:
         settings = {**settings, "methods": ["dsp"]}
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
-        run_ranks({**settings, "figures": str(figures)}, ranks, place, Path(folder))
+        run_ranks({**settings, "figures": str(figures)}, ranks, network, Path(folder))
         result = json.loads(figures.read_text())
     for row in result["rows"]:
         row["formula"] = formula(row["method"], settings, row["frames"], ranks)
-    return {"ranks": ranks, "link": place.name, **result}
+    return {"ranks": ranks, "link": network.name, **result}
 
 
-def run_ranks(settings: dict[str, Any], ranks: int, place: Place, folder: Path) -> None:
-    """Run sequence_rank.py to its end on every rank; ends all when one fails, and raises UserError with its words."""
+def run_ranks(settings: dict[str, Any], ranks: int, network: Network, folder: Path) -> None:
+    """Run sequence_rank.py on every rank; if one fails, end all, and raise UserError with its last lines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = os.environ | place.environment | {"MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    environment = os.environ | network.environment | {"MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     environment |= {"OMP_NUM_THREADS": str(settings["threads"])}
     script = [sys.executable, str(ROOT / "scripts" / "bench" / "sequence_rank.py"), json.dumps(settings)]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(ranks):
-            prefix = place.prefixes[rank] if place.prefixes else []
+            prefix = network.prefixes[rank] if network.prefixes else []
             with (folder / f"{rank}.err").open("wb") as errors:
                 of_rank = environment | {"RANK": str(rank)}
                 processes.append(subprocess.Popen([*prefix, *script], env=of_rank, stderr=errors))
@@ -164,14 +144,14 @@ def run_ranks(settings: dict[str, Any], ranks: int, place: Place, folder: Path) 
             process.wait()
     for rank, code in enumerate(codes):
         if code:
-            said = (folder / f"{rank}.err").read_text(errors="replace").strip().splitlines()
-            raise UserError(f"rank {rank} of {ranks} ended with code {code}: " + "\n".join(said[-5:]))
+            lines = (folder / f"{rank}.err").read_text(errors="replace").strip().splitlines()
+            raise UserError(f"rank {rank} of {ranks} ended with code {code}: " + "\n".join(lines[-5:]))
 
 
 def formula(method: str, settings: dict[str, Any], frames: int, ranks: int) -> dict[str, Any]:
-    """Bytes that a rank sends in forward, in backward, and in backward with activation checkpointing.
+    """Return the bytes that a rank sends in forward, in backward, and in backward with activation checkpointing.
 
-    M is the size of the tokens; see stdit/parallel/README.md. A last switch from patches to frames carries the output
+    M is the size of the tokens; see stdit/parallel/README.md. The last switch back to whole frames carries the output
     only: 4 channels of a patch of 2 x 2.
     """
     N, pairs, D = ranks, settings["model"]["depth"], settings["model"]["hidden_size"]
@@ -193,71 +173,22 @@ def formula(method: str, settings: dict[str, Any], frames: int, ranks: int) -> d
     return {"forward": forward, "backward": backward, "checkpointing": backward + repeated, "exact": even}
 
 
-PACKET = 9000
-"""Bytes. Links of clusters have such large ones; of small ones the kernel's work would slow what is computed."""
-TCP_BUFFER = "4096 16777216 33554432"
-"""Least, first and largest size in bytes, large as on hosts of clusters; with small ones gloo's two directions wait
-for each other."""
-
-
-class NoLinkError(Exception):
-    """Why this machine cannot join two namespaces by a link of limited rate."""
-
-
-@contextmanager
-def limited_link(rate: str) -> Iterator[Place]:
-    """Two network namespaces, joined by a pair of virtual Ethernet devices that each send at most so much."""
-    if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
-        raise NoLinkError("it needs Linux, root, and the commands ip and tc (package iproute2)")
-    spaces = [f"stdit-{os.getpid()}-{end}" for end in "ab"]
-    burst = max(
-        128 * 1024, megabits(rate) * 125
-    )  # bytes that may pass at once: those of a millisecond, or more
-    try:
-        for space in spaces:
-            command("ip", "netns", "add", space)
-        ends = [["link0", "netns", space] for space in spaces]
-        command("ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
-        for number, space in enumerate(spaces, 1):
-            command("ip", "-n", space, "address", "add", f"10.77.0.{number}/24", "dev", "link0")
-            for device in ("lo", "link0"):
-                command("ip", "-n", space, "link", "set", device, "up")
-            command("ip", "-n", space, "link", "set", "link0", "mtu", str(PACKET))
-            for way in ("tcp_rmem", "tcp_wmem"):
-                command("ip", "netns", "exec", space, "sysctl", "-qw", f"net.ipv4.{way}={TCP_BUFFER}")
-            shape = ["tbf", "rate", rate, "burst", str(burst), "latency", "50ms"]
-            command("tc", "-n", space, "qdisc", "add", "dev", "link0", "root", *shape)
-        prefixes = [["ip", "netns", "exec", space] for space in spaces]
-        command(*prefixes[0], "true")
-        yield Place(rate, prefixes, {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "link0"})
-    finally:
-        for space in spaces:  # the devices go with them
-            subprocess.run(["ip", "netns", "delete", space], stderr=subprocess.DEVNULL)
-
-
-def command(*words: str) -> None:
-    """Run a command that sets the link up."""
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise NoLinkError(f"`{' '.join(words)}` says: {done.stderr.strip()}")
-
-
 def table(result: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The figures of one number of ranks, a line for each method and length."""
+    """Format the figures of one number of ranks as a table, with a line for each method and length."""
     rate = f", {result['mbit_per_s']:.0f} Mbit/s measured" if result["mbit_per_s"] else ""
     pairs, timed = settings["model"]["depth"], "on" if settings["checkpointing"] else "off"
     lines = [
         f"\n{result['ranks']} rank(s), {result['link']}{rate}; {pairs} pair(s) of blocks; checkpointing {timed} in "
-        "times and memory\nMB that a rank sends in a step, measured | formula, and calls, forward + backward",
+        "times and memory\nMB that a rank sends per step, measured | formula, and calls, forward + backward",
         f"{'':<12}{'':>7}{'forward':>18}{'backward':>18}{'.. checkpointing':>18}{'calls':>9}{'step':>11}"
         f"{'compute':>11}{'peak':>9}",
     ]
     for row in result["rows"]:
         plain, repeated = row["plain"], row["checkpointing"]
         cells = [
-            beside(plain["forward"]["bytes"], row, "forward"),
-            beside(plain["backward"]["bytes"], row, "backward"),
-            beside(repeated["backward"]["bytes"], row, "checkpointing"),
+            _measured_and_formula(plain["forward"]["bytes"], row, "forward"),
+            _measured_and_formula(plain["backward"]["bytes"], row, "backward"),
+            _measured_and_formula(repeated["backward"]["bytes"], row, "checkpointing"),
         ]
         calls = f"{plain['forward']['calls']}+{plain['backward']['calls']}"
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
@@ -267,7 +198,7 @@ def table(result: dict[str, Any], settings: dict[str, Any]) -> str:
             + f"{calls:>9}{1e3 * row['seconds']:>8.1f} ms{1e3 * row['compute_seconds']:>8.1f} ms{peak:>9}"
         )
     lines += [
-        f"hidden share of overlap at T {frames}: {share:.0%}"
+        f"share of the wait that overlap hides at T {frames}: {share:.0%}"
         for frames, share in hidden_shares(result).items()
     ]
     if "overhead" in result:
@@ -275,16 +206,16 @@ def table(result: dict[str, Any], settings: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def beside(measured: int, row: dict[str, Any], name: str) -> str:
-    """Measured and expected MB."""
+def _measured_and_formula(measured: int, row: dict[str, Any], name: str) -> str:
+    """Format measured and expected MB."""
     about = "" if row["formula"]["exact"] else "~"
     return f"{measured / 1e6:.3f} | {about}{row['formula'][name] / 1e6:.3f}"
 
 
 def hidden_shares(result: dict[str, Any]) -> dict[int, float]:
-    """By number of frames: what share of the time that DSP waits for exchanges is gone when they overlap.
+    """Return, by number of frames, the share of DSP's wait for exchanges that overlap hides.
 
-    Where the wait is less than a twentieth of the step, the figure would be one of chance, and is left out.
+    Left out if the wait is less than a twentieth of the step, where the figure would be noise.
     """
     at = {(row["method"], row["frames"]): row for row in result["rows"]}
     shares = {}
@@ -296,11 +227,11 @@ def hidden_shares(result: dict[str, Any]) -> dict[int, float]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Bytes and times of a step against the number of ranks, and against the number of frames."""
+    """Plot bytes and times of a step against the number of ranks, and against the number of frames."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("--plot: skipped, since matplotlib is not there: pip install 'stdit[plot]'")
+        print("--plot: skipped: matplotlib is not installed: pip install 'stdit[plot]'")
         return
     figure = Figure(figsize=(10, 8), layout="constrained")
     panels = figure.subplots(2, 2)
@@ -314,7 +245,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         (("ranks", ("frames", most_frames)), ("frames", ("ranks", most_ranks)))
     ):
         for row, (value, label) in enumerate(
-            (("mb", "MB sent by a rank, a step"), ("seconds", "seconds a step"))
+            (("mb", "MB sent by a rank per step"), ("seconds", "seconds per step"))
         ):
             panel = panels[row][column]
             for method in METHODS:

@@ -1,9 +1,9 @@
-"""One rank of sequence.py, which starts it: measures each method, and the first rank writes the figures as JSON.
+"""One rank of sequence.py, which starts it: measures each method; rank 0 writes the figures as JSON.
 
     python scripts/bench/sequence_rank.py '{"methods": ["dsp"], ...}'
 
-A step is forward, loss and backward of one batch on a rank's frames; averaging gradients and the optimizer are the
-same for all methods and left out. Takes RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment.
+A step is forward, loss and backward of one batch on a rank's frames; averaging gradients and the optimizer step are
+the same for all methods, and left out. Takes RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment.
 """
 
 import ctypes
@@ -24,6 +24,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where scripts.* is found
 
 from scripts.bench.baselines import BASELINES, apply_baseline
 from stdit.cli import run
@@ -98,7 +100,7 @@ class Step:
         (self.model.enable_gradient_checkpointing if on else self.model.disable_gradient_checkpointing)()
 
     def forward(self, sharding: TokenSharding | None = None) -> Tensor:
-        """The loss of this rank's frames."""
+        """Return the loss of this rank's frames."""
         self.model.zero_grad()
         output = self.model(self.x_t, **self.condition, sharding=sharding or self.sharding)
         return self.flow.loss(output, self.x, self.noise, self.x_t, self.t, self.weight).mean()
@@ -110,27 +112,27 @@ class Step:
 def measure(
     settings: dict[str, Any], frames: int, group: Group, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Figures of each method at one length; the methods take turns, so that other load meets all of them."""
+    """Yield the figures of each method at one length; the methods take turns, so that other load slows all alike."""
     steps = {name: Step(name, settings, frames, group, device) for name in settings["methods"]}
     rows = {name: {"method": name, "frames": frames, **count(step)} for name, step in steps.items()}
     for name, step in steps.items():
         step.checkpointing(settings["checkpointing"])
         rows[name]["peak_bytes"] = largest(peak_memory(step, device))
     times: dict[tuple[str, bool], list[float]] = {
-        (name, silent): [] for name in steps for silent in (False, True)
+        (name, local): [] for name in steps for local in (False, True)
     }
     for _ in range(settings["warmup"] + settings["steps"]):
-        for (name, silent), taken in times.items():
-            with silence() if silent else nullcontext():
+        for (name, local), taken in times.items():
+            with without_exchange() if local else nullcontext():
                 taken.append(timed(steps[name], device))
     for name, row in rows.items():
-        for key, silent in (("seconds", False), ("compute_seconds", True)):
-            row[key] = slowest_median(times[name, silent][settings["warmup"] :])
+        for key, local in (("seconds", False), ("compute_seconds", True)):
+            row[key] = slowest_median(times[name, local][settings["warmup"] :])
         yield row
 
 
 def count(step: Step) -> dict[str, Any]:
-    """Calls and bytes of forward and backward, without and with activation checkpointing, of the busiest rank."""
+    """Return calls and bytes of the busiest rank, forward and backward, with and without activation checkpointing."""
     figures: dict[str, Any] = {}
     for key, checkpointing in (("plain", False), ("checkpointing", True)):
         step.checkpointing(checkpointing)
@@ -151,25 +153,25 @@ def count(step: Step) -> dict[str, Any]:
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a step that all ranks begin together."""
+    """Return the seconds of a step that all ranks begin together."""
     if dist.is_initialized():
         dist.barrier()
-    wait_for(device)
+    synchronize(device)
     start = time.perf_counter()
     step()
-    wait_for(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def wait_for(device: torch.device) -> None:
-    """Until the device has done its work."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
-def silence() -> Iterator[None]:
-    """Exchanges that pack and unpack as ever, but move nothing: each rank takes its own data for that of others."""
+def without_exchange() -> Iterator[None]:
+    """Replace exchanges by ones that pack and unpack but move nothing: each rank receives its own data."""
 
     def keep(flat: Tensor, out_sizes: list[int], in_sizes: list[int], name: str) -> Tensor:
         size = sum(out_sizes)
@@ -183,7 +185,7 @@ def silence() -> Iterator[None]:
 
 
 class DirectSharding(TokenSharding):
-    """Calls the stages of the model one after another, and does nothing else."""
+    """Calls the stages of the model one after the other, and does nothing else."""
 
     def switch(self, x: Tensor, source: ShardAxis, target: ShardAxis) -> Tensor:
         return x
@@ -195,9 +197,9 @@ class DirectSharding(TokenSharding):
 
 
 def overhead(step: Step, settings: dict[str, Any]) -> float:
-    """Time of a step on one rank, relative to the same step without the code that shares it out.
+    """Return the time of a step on one rank, relative to the same step without the code of `TokenSharding`.
 
-    Both sides take turns, each first every other time; the median of their ratios.
+    Both variants take turns, each first every other time; the result is the median of their ratios.
     """
     direct = DirectSharding(step.group, step.sharding.frames, step.sharding.patches)
     ratios = []
@@ -210,7 +212,7 @@ def overhead(step: Step, settings: dict[str, Any]) -> float:
 
 
 def peak_memory(step: Step, device: torch.device) -> int | None:
-    """Bytes that a step takes above what is held before it; on the CPU of resident memory, where Linux tells."""
+    """Return the bytes that a step needs above what is held before; on a CPU resident memory, if Linux tells it."""
     step.model.zero_grad()
     gc.collect()
     if device.type == "cuda":
@@ -220,7 +222,7 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
         before = resident("VmRSS")
         step()
         return resident("VmHWM") - before
@@ -229,13 +231,13 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
 
 
 def resident(name: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
+    """Return a value of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def exchange_rate(device: torch.device) -> float:
-    """Mbit/s that a rank sends in all-to-alls of 1 MB from each to each."""
+    """Return the Mbit/s that a rank sends in all-to-alls of 1 MB to each other rank."""
     x, taken = torch.ones(250_000 * dist.get_world_size(), device=device), []
     for _ in range(4):
         taken.append(timed(lambda: dist.all_to_all_single(torch.empty_like(x), x), device))
@@ -243,18 +245,18 @@ def exchange_rate(device: torch.device) -> float:
 
 
 def slowest_median(seconds: list[float]) -> float:
-    """Median over steps of the time of the slowest rank."""
+    """Return the median over steps of the time of the slowest rank."""
     return median(max(of_step) for of_step in zip(*from_all(seconds), strict=True))
 
 
 def largest(value: Any) -> Any:
-    """Over all ranks; None stays None."""
+    """Return the maximum over all ranks; None if a rank has none."""
     values = from_all(value)
     return None if None in values else max(values)
 
 
 def from_all(value: Any) -> list[Any]:
-    """The values of all ranks."""
+    """Return the values of all ranks."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

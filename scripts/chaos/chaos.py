@@ -1,4 +1,4 @@
-"""Disturb a training run again and again, and compare what comes of it with an undisturbed one.
+"""Disturb a training run by faults again and again, and compare its result with that of an undisturbed run.
 
     python scripts/chaos/chaos.py                                      # 10 faults on a tiny model
     python scripts/chaos/chaos.py --faults 200 --seed 1 --output outputs/chaos-1
@@ -6,15 +6,15 @@
     python scripts/chaos/chaos.py --launcher "srun -n {ranks} python train.py" --splits 4x2 8x1 \
         --config my.yaml --trainer.steps 200 --checkpoint.every 20 --parallel.heartbeat_timeout 30
 
-A trial is one run, which faults interrupt and which is started again after each; half of the trials start with
-another number of processes, or another split of them, every time. At its end a run must have the losses and weights
-of an undisturbed one: bit for bit if all of it ran on one split, else within --tolerance. After each fault, all
-processes must end in time and leave none behind, checkpoints with their final names must be whole, and nothing may be
-lost but the steps after the newest.
+A trial is one run that is started again after each fault; half of the trials change the number of processes, or how
+they share the work, at every start. At its end a run must have the losses and weights of an undisturbed one: bit for
+bit if all of it ran on one split, else within --tolerance. After each fault, all processes must end in time, none may
+be left behind, checkpoints with their final names must be complete, and only the steps after the newest may be lost.
 
-Settings that are not of this script go to train.py; without --config, it trains a tiny model on generated clips.
-Every part of every run is a line of OUTPUT/chaos.jsonl, and the same command again goes on after the trials that are
-recorded there. Exits with 1 if a promise was broken. Needs Linux; drop_link needs root and the commands ip and tc.
+All other settings are passed to train.py; without --config, it trains a tiny model on generated clips. Every start
+of every run is a line of OUTPUT/chaos.jsonl; the same command resumes after the trials that are recorded there. Exits
+with 1 if a promise was broken. Needs Linux; drop_link needs root and the commands ip and tc. README.md beside this
+file tells more.
 """
 
 import argparse
@@ -26,16 +26,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported: a pool of threads would not survive a fork
-sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: its threads do not survive a fork
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where scripts.* is found
 
-from scripts.bench.sequence import NoLinkError, Place, limited_link, positive
+from scripts.arguments import positive_int
 from scripts.chaos.faults import FAULTS
 from scripts.chaos.jobs import CommandLauncher, Launcher, WarmLauncher, adopt_orphans, parse_split
 from scripts.chaos.log import table
-from scripts.chaos.trials import Bench, campaign
+from scripts.chaos.trials import Setup, run_trials
+from scripts.network import Network, NoLinkError, limited_link
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.training.config import parse_train
@@ -55,7 +54,7 @@ checkpoint: {{every: 2, keep_last: 3}}
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that jobs and links are ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that jobs are ended and links removed
     args, argv = parse_args()
     adopt_orphans()
     launcher = WarmLauncher() if args.launcher == "warm" else CommandLauncher(args.launcher)
@@ -67,9 +66,9 @@ def main() -> int:
             "checkpoint.keep_last = 1: must be at least 2, so that a damaged checkpoint can be skipped"
         )
     with ExitStack() as stack:
-        place, faults = link(stack, launcher, args.only)
-        parts, verdicts = campaign(
-            Bench(
+        network, faults = link(stack, launcher, args.only)
+        attempts, verdicts = run_trials(
+            Setup(
                 launcher,
                 argv,
                 config.trainer.steps,
@@ -78,24 +77,30 @@ def main() -> int:
                 faults,
                 args.limit,
                 args.tolerance,
-                place,
+                network,
             ),
             args.seed,
             args.faults,
         )
-    print(table(parts, verdicts))
-    broken = sum(bool(part.wrong) for part in parts) + sum(bool(verdict.wrong) for verdict in verdicts)
+    print(table(attempts, verdicts))
+    broken = sum(bool(attempt.violations) for attempt in attempts) + sum(
+        bool(verdict.violations) for verdict in verdicts
+    )
     print(f"{broken} times a promise was broken" if broken else "every promise was kept")
     return 1 if broken else 0
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
-    """Arguments of this script, and those of train.py."""
+    """Parse this script's arguments; return them and those of train.py."""
     parser = script_parser(__doc__)
-    parser.add_argument("--faults", type=positive, default=10, help="that strike, in all trials (10)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which, when and on how many ranks (0)")
     parser.add_argument(
-        "--only", choices=list(FAULTS), nargs="+", default=list(FAULTS), help="these kinds of faults"
+        "--faults", type=positive_int, default=10, help="faults to strike, in all trials (10)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="decides which fault strikes when, and on how many ranks (0)"
+    )
+    parser.add_argument(
+        "--only", choices=list(FAULTS), nargs="+", default=list(FAULTS), help="kinds of faults (all)"
     )
     parser.add_argument(
         "--launcher", default="warm", help="warm, torchrun, python, or a command with {ranks} in it"
@@ -104,9 +109,11 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--splits", nargs="+", default=SPLITS, help=f"DPxSP or DPxSP:sharded ({' '.join(SPLITS)})"
     )
     parser.add_argument(
-        "--limit", type=float, default=240, help="seconds for a job to go on, or to end (240)"
+        "--limit", type=float, default=240, help="seconds for a job to make progress, or to end (240)"
     )
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, from split to split (1e-5)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="relative difference allowed between splits (1e-5)"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/chaos"), help="folder (outputs/chaos)")
     args, rest = parser.parse_known_args()
     args.output = args.output.absolute()
@@ -114,14 +121,14 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 
 
 def tiny_config(output: Path) -> Path:
-    """A config of a tiny model, with clips and states of captions, which are made if they are not there."""
+    """Return the config of a tiny model; make it, its clips and its text states if they do not exist."""
     clips, text, file = output / "clips", output / "text", output / "tiny.yaml"
     if not file.exists():
         maker = multiprocessing.get_context("fork").Process(target=_make_data, args=(clips, text))
-        maker.start()  # a process of its own: no thread may start in this one, which will be forked
+        maker.start()  # in a process of its own, since this one will be forked and must start no thread
         maker.join()
         if maker.exitcode:
-            raise UserError(f"no data could be made in {output}: see above")
+            raise UserError(f"the data in {output} could not be made: see above")
         file.write_text(TINY.format(clips=clips, text=text), encoding="utf-8")
     return file
 
@@ -139,17 +146,17 @@ def _make_data(clips: Path, text: Path) -> None:
         pass
 
 
-def link(stack: ExitStack, launcher: Launcher, faults: Sequence[str]) -> tuple[Place | None, list[str]]:
-    """Two networks with a link to drop, and the faults that can be had; says which cannot, and why."""
+def link(stack: ExitStack, launcher: Launcher, faults: Sequence[str]) -> tuple[Network | None, list[str]]:
+    """Make a network whose link can be dropped, and return it with the faults that are possible here."""
     need = [name for name in faults if FAULTS[name].over_link]
     if not need:
         return None, list(faults)
     try:
-        if not launcher.takes_places:
-            raise NoLinkError("only the warm launcher puts ranks into two networks")
+        if not launcher.takes_networks:
+            raise NoLinkError("only the warm launcher runs ranks in network namespaces")
         return stack.enter_context(limited_link("1gbit")), list(faults)
     except NoLinkError as error:
-        print(f"{', '.join(need)}: skipped, since {error}")
+        print(f"{', '.join(need)}: skipped: {error}")
         return None, [name for name in faults if name not in need]
 
 

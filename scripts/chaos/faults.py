@@ -1,4 +1,4 @@
-"""The faults of scripts/chaos/chaos.py: each waits for its moment in a running job, strikes, and says what it did."""
+"""Faults of scripts/chaos/chaos.py: each waits for a moment of a running job, strikes, and says what it did."""
 
 import random
 import resource
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.bench.sequence import Place
-from scripts.chaos.jobs import Job, send
-from scripts.chaos.runs import checkpoint, is_saving, read_lines, steps_done, visible
+from scripts.chaos.jobs import Job, send_signal
+from scripts.chaos.runs import checkpoint, is_saving, read_lines, steps_done, visible_steps
+from scripts.network import Network
 
 SAVING_SECONDS = 0.02
 """Longest time to let a checkpoint be written before the kill."""
@@ -25,12 +25,12 @@ class MissedError(Exception):
 
 
 class StuckError(Exception):
-    """The job neither went on nor ended for as long as it may take."""
+    """The job neither made progress nor ended within its time limit."""
 
 
 @dataclass
-class Scene:
-    """A running job, and when a fault is to strike it."""
+class FaultContext:
+    """A running job, and when a fault should strike it."""
 
     job: Job
     run: Path
@@ -39,17 +39,17 @@ class Scene:
     target: int
     """Steps after which to strike."""
     startup: float
-    """Seconds from launch to the first step, about."""
+    """Approximate seconds from launch to the first step."""
     limit: float
-    """Seconds after which a job that does not go on is stuck."""
+    """Seconds without progress after which a job is stuck."""
     damaged: set[int] = field(default_factory=set)
     """Steps of the checkpoints that earlier faults damaged."""
-    place: Place | None = None
-    """The network that its ranks are in, if it is one of our own."""
+    network: Network | None = None
+    """The pair of network namespaces that its ranks run in, if any."""
     launched: float = field(default_factory=time.time)
 
     def wait_for(self, condition: Callable[[], bool], pause: float = 0.01) -> None:
-        """Return as soon as a condition holds."""
+        """Wait until a condition holds. Raises MissedError if the job ends, StuckError after the time limit."""
         deadline = time.monotonic() + self.limit
         while not condition():
             if self.job.poll() is not None:
@@ -59,13 +59,13 @@ class Scene:
             time.sleep(pause)
 
     def reach_target(self) -> None:
-        """Wait until this job, and not one before it, has done the steps."""
+        """Wait until this job, not an earlier one, has reached the target step."""
         file = self.run / "metrics.jsonl"
         self.wait_for(lambda: file.exists() and file.stat().st_mtime >= self.launched)
         self.wait_for(lambda: steps_done(self.run) >= self.target)
 
     def some_ranks(self) -> tuple[list[int], str]:
-        """One rank by chance, and its name."""
+        """Choose a rank at random; return its process id and its name."""
         ranks = self.job.ranks()
         if not ranks:
             raise MissedError
@@ -73,88 +73,88 @@ class Scene:
         return [ranks[number]], f"rank {number} of {len(ranks)}"
 
 
-def any_moment(scene: Scene) -> None:
-    """Wait for a moment of the start (one in six), or of a step."""
-    if scene.rng.random() < 1 / 6:
-        moment = time.monotonic() + scene.rng.uniform(0, scene.startup)
-        scene.wait_for(lambda: time.monotonic() > moment)
+def any_moment(context: FaultContext) -> None:
+    """Wait for a random moment: of the start (one in six), or of a step."""
+    if context.rng.random() < 1 / 6:
+        moment = time.monotonic() + context.rng.uniform(0, context.startup)
+        context.wait_for(lambda: time.monotonic() > moment)
         return
-    scene.reach_target()
-    moment = time.monotonic() + scene.rng.uniform(0, 0.1)
-    scene.wait_for(lambda: time.monotonic() > moment, pause=0.002)
+    context.reach_target()
+    moment = time.monotonic() + context.rng.uniform(0, 0.1)
+    context.wait_for(lambda: time.monotonic() > moment, pause=0.002)
 
 
-def while_saving(scene: Scene) -> None:
-    """Wait for a moment in which a checkpoint is being written."""
-    scene.reach_target()
+def while_saving(context: FaultContext) -> None:
+    """Wait for a random moment at which a checkpoint is being written."""
+    context.reach_target()
     while True:
-        scene.wait_for(lambda: is_saving(scene.run, scene.launched), pause=0.0002)
-        time.sleep(scene.rng.uniform(0, SAVING_SECONDS) * scene.rng.random())
-        if is_saving(scene.run, scene.launched):
+        context.wait_for(lambda: is_saving(context.run, context.launched), pause=0.0002)
+        time.sleep(context.rng.uniform(0, SAVING_SECONDS) * context.rng.random())
+        if is_saving(context.run, context.launched):
             return
 
 
-def kill(scene: Scene) -> str:
-    """All processes die at once, as when the power fails."""
-    any_moment(scene)
-    return _kill(scene, scene.job.everyone(), "all processes")
+def kill(context: FaultContext) -> str:
+    """Kill all processes at once, as a power failure does."""
+    any_moment(context)
+    return _kill(context, context.job.everyone(), "all processes")
 
 
-def kill_rank(scene: Scene) -> str:
-    """One rank dies."""
-    any_moment(scene)
-    return _kill(scene, *scene.some_ranks())
+def kill_rank(context: FaultContext) -> str:
+    """Kill one rank."""
+    any_moment(context)
+    return _kill(context, *context.some_ranks())
 
 
-def kill_saving(scene: Scene) -> str:
-    """All processes, or one rank, die while a checkpoint is written."""
-    whole = scene.rng.random() < 0.5
-    while_saving(scene)
-    return _kill(scene, *((scene.job.everyone(), "all processes") if whole else scene.some_ranks()))
+def kill_saving(context: FaultContext) -> str:
+    """Kill all processes, or one rank, while a checkpoint is being written."""
+    whole = context.rng.random() < 0.5
+    while_saving(context)
+    return _kill(context, *((context.job.everyone(), "all processes") if whole else context.some_ranks()))
 
 
-def kill_with_checkpoints(scene: Scene) -> str:
-    """All processes die when there are two checkpoints, one of which may then be damaged."""
-    scene.wait_for(lambda: len(set(visible(scene.run)) - scene.damaged) > 1)
-    return kill(scene)
+def kill_with_checkpoints(context: FaultContext) -> str:
+    """Kill all processes once there are two checkpoints, so that the newest may be damaged."""
+    context.wait_for(lambda: len(set(visible_steps(context.run)) - context.damaged) > 1)
+    return kill(context)
 
 
-def _kill(scene: Scene, pids: list[int], whose: str) -> str:
+def _kill(context: FaultContext, pids: list[int], whose: str) -> str:
     if not pids:
         raise MissedError
-    send(signal.SIGKILL, pids)
+    send_signal(signal.SIGKILL, pids)
     return f"kill -9 to {whose}"
 
 
-def stop_rank(scene: Scene) -> str:
-    """One rank stops for good, and the others wait for it."""
-    any_moment(scene)
-    pids, whose = scene.some_ranks()
-    send(signal.SIGSTOP, pids)
+def stop_rank(context: FaultContext) -> str:
+    """Stop one rank for good (SIGSTOP); the others wait for it."""
+    any_moment(context)
+    pids, whose = context.some_ranks()
+    send_signal(signal.SIGSTOP, pids)
     return f"stopped {whose}"
 
 
-def pause(scene: Scene) -> str:
-    """One rank stops and goes on; later all processes die."""
-    any_moment(scene)
-    pids, whose = scene.some_ranks()
-    send(signal.SIGSTOP, pids)
+def pause(context: FaultContext) -> str:
+    """Stop one rank for a while; later kill all processes."""
+    any_moment(context)
+    pids, whose = context.some_ranks()
+    send_signal(signal.SIGSTOP, pids)
     time.sleep(PAUSE_SECONDS)
-    send(signal.SIGCONT, pids)
-    scene.reach_target()
-    steps = steps_done(scene.run)
-    scene.wait_for(lambda: steps_done(scene.run) > steps)
+    send_signal(signal.SIGCONT, pids)
+    context.reach_target()
+    steps = steps_done(context.run)
+    context.wait_for(lambda: steps_done(context.run) > steps)
     return f"stopped {whose} for {PAUSE_SECONDS} s, then " + _kill(
-        scene, scene.job.everyone(), "all processes"
+        context, context.job.everyone(), "all processes"
     )
 
 
-def full_disk(scene: Scene) -> str:
-    """Files cannot grow any more: none, or none but the small ones."""
-    any_moment(scene)
-    small = sum(map(len, read_lines(scene.run))) + 8192
-    limit = scene.rng.choice([1, small])
-    for pid in scene.job.everyone():
+def full_disk(context: FaultContext) -> str:
+    """Limit the size of files, so that none, or only small ones, can be written."""
+    any_moment(context)
+    small = sum(map(len, read_lines(context.run))) + 8192
+    limit = context.rng.choice([1, small])
+    for pid in context.job.everyone():
         try:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
         except ProcessLookupError:
@@ -162,29 +162,30 @@ def full_disk(scene: Scene) -> str:
     return f"files cannot grow beyond {limit} bytes"
 
 
-def drop_link(scene: Scene) -> str:
-    """The network between two halves of the ranks goes down."""
-    assert scene.place is not None
-    any_moment(scene)
-    space = scene.place.prefixes[-1][-1]
+def drop_link(context: FaultContext) -> str:
+    """Take down the network between two halves of the ranks."""
+    assert context.network is not None
+    any_moment(context)
+    space = context.network.prefixes[-1][-1]
     subprocess.run(["ip", "-n", space, "link", "set", "link0", "down"], check=True)
     return "link down"
 
 
-def signalled(number: signal.Signals) -> Callable[[Scene], str]:
-    """A signal to one rank that trains."""
+def signalled(number: signal.Signals) -> Callable[[FaultContext], str]:
+    """Return a fault that sends a signal to one rank while it trains."""
 
-    def strike(scene: Scene) -> str:
-        scene.reach_target()
-        time.sleep(scene.rng.uniform(0, 0.1))
-        pids, whose = scene.some_ranks()
-        send(number, pids)
+    def strike(context: FaultContext) -> str:
+        context.reach_target()
+        time.sleep(context.rng.uniform(0, 0.1))
+        pids, whose = context.some_ranks()
+        send_signal(number, pids)
         return f"{number.name} to {whose}"
 
     return strike
 
 
 def truncate(folder: Path, rng: random.Random) -> str:
+    """Cut a file."""
     file, size = _some_file(folder, rng)
     keep = rng.randrange(size)
     with file.open("r+b") as opened:
@@ -193,17 +194,19 @@ def truncate(folder: Path, rng: random.Random) -> str:
 
 
 def flip(folder: Path, rng: random.Random) -> str:
+    """Flip one bit of a file."""
     file, size = _some_file(folder, rng)
-    place, bit = rng.randrange(size), rng.randrange(8)
+    position, bit = rng.randrange(size), rng.randrange(8)
     with file.open("r+b") as opened:
-        opened.seek(place)
+        opened.seek(position)
         byte = opened.read(1)[0]
-        opened.seek(place)
+        opened.seek(position)
         opened.write(bytes([byte ^ (1 << bit)]))
-    return f"flipped bit {bit} of byte {place} of {file.relative_to(folder)}"
+    return f"flipped bit {bit} of byte {position} of {file.relative_to(folder)}"
 
 
 def delete(folder: Path, rng: random.Random) -> str:
+    """Delete a file, or all."""
     if rng.random() < 0.2:
         shutil.rmtree(folder)
         folder.mkdir()
@@ -214,37 +217,39 @@ def delete(folder: Path, rng: random.Random) -> str:
 
 
 def _some_file(folder: Path, rng: random.Random) -> tuple[Path, int]:
-    """A file that is not empty, and its size."""
+    """Choose a file that is not empty; return it and its size."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
     file = rng.choice(files)
     return file, file.stat().st_size
 
 
-def damage_newest(scene: Scene, how: Callable[[Path, random.Random], str]) -> str:
-    """Damage the newest checkpoint that is whole, if there is another one."""
-    whole = sorted(set(visible(scene.run)) - scene.damaged)
+def damage_newest(context: FaultContext, how: Callable[[Path, random.Random], str]) -> str:
+    """Damage the newest complete checkpoint, if there is another one. Raises MissedError if not."""
+    whole = sorted(set(visible_steps(context.run)) - context.damaged)
     if len(whole) < 2:
         raise MissedError
-    scene.damaged.add(whole[-1])
-    return f"{checkpoint(scene.run, whole[-1]).name}: {how(checkpoint(scene.run, whole[-1]), scene.rng)}"
+    context.damaged.add(whole[-1])
+    return (
+        f"{checkpoint(context.run, whole[-1]).name}: {how(checkpoint(context.run, whole[-1]), context.rng)}"
+    )
 
 
 @dataclass(frozen=True)
 class Fault:
     """Something that happens to a run, and how the job may end then."""
 
-    strike: Callable[[Scene], str]
+    strike: Callable[[FaultContext], str]
     weight: float = 1
-    """How often, relative to others."""
+    """Relative frequency."""
     codes: Callable[[int], bool] = bool
     """Whether an exit code is right; default: any but 0."""
     damage: Callable[[Path, random.Random], str] | None = None
-    """What is done to the newest checkpoint when the job has ended."""
+    """Damage done to the newest checkpoint after the job has ended."""
     least_ranks: int = 1
     over_link: bool = False
-    """Whether ranks have to be in two networks of our own."""
+    """Whether ranks must run in two network namespaces."""
     loses_nothing: bool = False
-    """Whether the run is to save before it ends."""
+    """Whether the run must save before it ends."""
 
 
 FAULTS = {

@@ -1,4 +1,4 @@
-"""Starts training on several processes for scripts/chaos/chaos.py, and knows which processes those are.
+"""Start training on several processes for scripts/chaos/chaos.py, and list those processes.
 
 A job is one start of ``train.py``, from launch to the end of its last process. The warm launcher forks ranks from a
 process that has imported everything, so that a start takes a second or two; any other launcher is a command line.
@@ -21,7 +21,7 @@ from typing import Protocol
 
 import psutil
 
-from scripts.bench.sequence import LOOPBACK, Place
+from scripts.network import LOOPBACK, Network
 from stdit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -30,9 +30,9 @@ COMMANDS = {
     "--master_port {port} train.py",
     "python": "{python} train.py",
 }
-"""Launchers by name."""
+"""Command lines of launchers, by name."""
 PATIENCE = 1.0
-"""Seconds that other ranks have, once one has failed, until they are asked to end (SIGTERM)."""
+"""Seconds from the failure of one rank until the others are asked to end (SIGTERM)."""
 GRACE = 15.0
 """Seconds after which ranks that were asked to end are killed; torchrun waits for 30."""
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -41,7 +41,7 @@ CLONE_NEWNET = 0x40000000  # setns(2)
 
 @dataclass(frozen=True)
 class Split:
-    """How many processes train, and how they share the work."""
+    """How the processes of a job share the work: dp x sp, parameters sharded or not."""
 
     dp: int
     sp: int
@@ -64,8 +64,8 @@ def parse_split(text: str) -> Split:
     """Read ``DPxSP`` or ``DPxSP:sharded``. Raises UserError."""
     sizes, _, suffix = text.partition(":")
     numbers = sizes.split("x")
-    fits = len(numbers) == 2 and all(n.isdecimal() and int(n) > 0 for n in numbers)
-    if not fits or text != f"{sizes}:sharded" and text != sizes:
+    valid = len(numbers) == 2 and all(n.isdecimal() and int(n) > 0 for n in numbers)
+    if not valid or text != f"{sizes}:sharded" and text != sizes:
         raise UserError(f"--splits {text}: must be DPxSP or DPxSP:sharded, such as 2x1 or 2x2:sharded")
     return Split(int(numbers[0]), int(numbers[1]), bool(suffix))
 
@@ -102,10 +102,10 @@ class ForkedJob:
         since = time.monotonic() - self._failed if self._failed else 0.0
         if since > PATIENCE and not self._asked:
             self._asked = True
-            send(signal.SIGTERM, self.ranks())
+            send_signal(signal.SIGTERM, self.ranks())
         if since > PATIENCE + GRACE:
             self.forced = True
-            send(signal.SIGKILL, self.ranks())
+            send_signal(signal.SIGKILL, self.ranks())
         return None
 
     def ranks(self) -> list[int]:
@@ -127,13 +127,13 @@ class CommandJob:
         return self.process.poll()
 
     def ranks(self) -> list[int]:
-        """Processes that know a rank; if there is none, the command itself trains."""
+        """Return the processes that have a RANK in their environment; if none has, the command itself trains."""
         found: dict[int, int] = {}
         for pid in self.everyone():
             try:
                 rank = psutil.Process(pid).environ().get("RANK", "")
             except psutil.Error:
-                continue  # it has ended meanwhile
+                continue  # it has ended
             if rank.isdecimal():
                 found.setdefault(int(rank), pid)
         return [found[rank] for rank in sorted(found)] or self.everyone()[:1]
@@ -145,17 +145,17 @@ class CommandJob:
 class Launcher(Protocol):
     """Starts jobs."""
 
-    takes_places: bool
-    """Whether it can put ranks into network namespaces."""
+    takes_networks: bool
+    """Whether it can start ranks in network namespaces."""
 
-    def start(self, split: Split, argv: Sequence[str], log: Path, place: Place = LOOPBACK) -> Job:
+    def start(self, split: Split, argv: Sequence[str], log: Path, network: Network = LOOPBACK) -> Job:
         """Start ``train.py`` with these arguments and the flags of a split; output and errors go to ``log``."""
 
 
 class CommandLauncher:
     """A command line with ``{ranks}``, ``{port}`` and ``{python}`` in it, to which arguments are added."""
 
-    takes_places = False
+    takes_networks = False
 
     def __init__(self, template: str) -> None:
         self.template = COMMANDS.get(template, template)
@@ -173,7 +173,7 @@ class CommandLauncher:
         )
         return shlex.split(template.format(ranks=ranks, port=free_port(), python=shlex.quote(sys.executable)))
 
-    def start(self, split: Split, argv: Sequence[str], log: Path, place: Place = LOOPBACK) -> Job:
+    def start(self, split: Split, argv: Sequence[str], log: Path, network: Network = LOOPBACK) -> Job:
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         with log.open("ab") as file:
             process = subprocess.Popen(
@@ -191,7 +191,7 @@ class CommandLauncher:
 class WarmLauncher:
     """Forks ranks from this process, which imports what training needs first; no thread may run in it."""
 
-    takes_places = True
+    takes_networks = True
 
     def __init__(self) -> None:
         import accelerate  # noqa: F401
@@ -202,16 +202,16 @@ class WarmLauncher:
         import stdit.training.session  # noqa: F401
         import train  # noqa: F401
 
-    def start(self, split: Split, argv: Sequence[str], log: Path, place: Place = LOOPBACK) -> Job:
+    def start(self, split: Split, argv: Sequence[str], log: Path, network: Network = LOOPBACK) -> Job:
         context = multiprocessing.get_context("fork")
         arguments, port, processes = [*argv, *split.flags], str(free_port()), []
         for rank in range(split.ranks):
             environment: dict[str, str] = {}
             if split.ranks > 1:
-                environment = place.environment | {"MASTER_PORT": port}
+                environment = network.environment | {"MASTER_PORT": port}
                 environment |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
                 environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(split.ranks))
-            space = place.prefixes[rank % len(place.prefixes)][-1] if place.prefixes else None
+            space = network.prefixes[rank % len(network.prefixes)][-1] if network.prefixes else None
             processes.append(context.Process(target=_train, args=(arguments, environment, log, space)))
         for process in processes:
             process.start()
@@ -219,7 +219,7 @@ class WarmLauncher:
 
 
 def _train(argv: Sequence[str], environment: dict[str, str], log: Path, space: str | None) -> None:
-    """What a forked rank does: become a process like one that was started by a command, and train."""
+    """Train in a forked rank, set up like a process that was started by a command."""
     from stdit.cli import run
     from train import main
 
@@ -243,14 +243,14 @@ def enter(space: str) -> None:
 
 
 def adopt_orphans(adopt: bool = True) -> None:
-    """Let processes whose parent dies become children of this one, so that `leftovers` finds them. Linux only."""
+    """Become the parent of processes whose parent dies, so that `remaining_processes` finds them. Linux only."""
     if sys.platform != "linux":
         raise UserError("this script needs Linux, where processes that a job leaves behind can be found")
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
-def leftovers() -> list[int]:
-    """Living processes below this one. To be called when no job runs: what it finds was left behind."""
+def remaining_processes() -> list[int]:
+    """Return the living descendants of this process; while no job runs, these were left behind."""
     for child in psutil.Process().children():
         if child.status() == psutil.STATUS_ZOMBIE:
             os.waitpid(child.pid, os.WNOHANG)
@@ -258,7 +258,7 @@ def leftovers() -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Living processes below one."""
+    """Return the ids of the living descendants of a process."""
     try:
         return [
             p.pid for p in psutil.Process(pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
@@ -267,7 +267,7 @@ def descendants(pid: int) -> list[int]:
         return []
 
 
-def send(number: signal.Signals, pids: Iterable[int]) -> None:
+def send_signal(number: signal.Signals, pids: Iterable[int]) -> None:
     """Send a signal to processes, some of which may be gone."""
     for pid in pids:
         try:

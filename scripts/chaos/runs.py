@@ -1,7 +1,7 @@
-"""What scripts/chaos/chaos.py reads of a run, and the promises that it holds it to.
+"""Read the results of a run for scripts/chaos/chaos.py, and check the promises that training makes.
 
-Only what a run promises to users is looked at: ``metrics.jsonl``, the folders ``checkpoints/step-*`` and their
-``meta.json``, the exported ``pipeline/``, and what is printed. Checks return what is wrong, in words.
+Only what a run promises to users is read: ``metrics.jsonl``, the folders ``checkpoints/step-*`` and their
+``meta.json``, the exported ``pipeline/``, and what is printed. Checks yield violations, in words.
 """
 
 import json
@@ -16,14 +16,14 @@ from stdit.checkpoint_files import newest_whole, step_of, verify
 from stdit.errors import UserError
 
 CURVE = ("loss", "lr", "grad_norm")
-"""What is compared of a line of metrics.jsonl; the other values are times."""
+"""Values of a line of metrics.jsonl that are compared; the others are times."""
 GRADIENT_NORM_SLACK = 10
-"""A gradient's norm may differ by so many times what a loss may: it is the less stable of the two."""
+"""Allowed difference of a gradient's norm, as a multiple of that of a loss: it is less stable."""
 Line = dict[str, Any]
 
 
 def read_lines(run: Path) -> list[bytes]:
-    """Whole lines of metrics.jsonl."""
+    """Return the complete lines of metrics.jsonl."""
     try:
         return [
             line
@@ -35,13 +35,13 @@ def read_lines(run: Path) -> list[bytes]:
 
 
 def steps_done(run: Path) -> int:
-    """Steps of which there is a line."""
+    """Return the number of steps that metrics.jsonl has."""
     lines = read_lines(run)
     return json.loads(lines[-1])["step"] + 1 if lines else 0
 
 
-def visible(run: Path) -> list[int]:
-    """Steps of the checkpoints that have their final name, in order."""
+def visible_steps(run: Path) -> list[int]:
+    """Return the steps of the checkpoints that have their final name, in order."""
     folders = (run / "checkpoints").glob("step-*")
     return sorted(step for folder in folders if (step := step_of(folder)) is not None)
 
@@ -51,7 +51,7 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def is_whole(run: Path, step: int) -> bool:
-    """Whether a checkpoint is there, and as it was written."""
+    """Return whether a checkpoint exists and passes verification."""
     try:
         verify(checkpoint(run, step))
     except UserError:
@@ -60,10 +60,10 @@ def is_whole(run: Path, step: int) -> bool:
 
 
 def is_saving(run: Path, since: float) -> bool:
-    """Whether a checkpoint is being written, or an old one removed: its folder has another name meanwhile.
+    """Return whether a checkpoint is being written or removed: its folder has a temporary name meanwhile.
 
     Args:
-        since: when the run was started, as `time.time` says; what one before it has left does not count.
+        since: start of the job (`time.time`); folders that an earlier job left do not count.
     """
     for folder in (run / "checkpoints").glob("step-*.tmp"):
         try:
@@ -76,7 +76,7 @@ def is_saving(run: Path, since: float) -> bool:
 
 @dataclass(frozen=True)
 class Result:
-    """What is left of a run that has ended."""
+    """Curve and weights of a run that has ended."""
 
     curve: list[Line]
     weights: dict[str, "np.ndarray[Any, Any]"]
@@ -93,10 +93,10 @@ def read_result(run: Path) -> Result:
 
 
 def compare(found: Result, expected: Result, tolerance: float) -> Iterator[str]:
-    """What differs in the loss curve and the weights.
+    """Yield what differs in the loss curve and the weights.
 
     Args:
-        tolerance: relative; 0: bit for bit. Of the weights, the norm of the difference counts.
+        tolerance: relative; 0: bit for bit. Weights are compared by the norm of their difference.
     """
     steps = [[line["step"] for line in result.curve] for result in (found, expected)]
     if steps[0] != steps[1]:
@@ -117,13 +117,13 @@ def compare(found: Result, expected: Result, tolerance: float) -> Iterator[str]:
 
 
 def curve_difference(found: Result, expected: Result) -> float:
-    """The largest relative difference of a loss."""
+    """Return the largest relative difference of a loss."""
     pairs = zip(found.curve, expected.curve, strict=True)
     return max((_difference(one["loss"], other["loss"]) for one, other in pairs), default=0.0)
 
 
 def weights_difference(found: Result, expected: Result) -> float:
-    """Norm of the difference of all weights, relative to their norm; 0 only if they are equal bit for bit."""
+    """Return the norm of the difference of all weights over their norm; 0 only if equal bit for bit."""
     squares = [0.0, 0.0]
     for name, tensor in expected.weights.items():
         other = found.weights[name]
@@ -136,11 +136,11 @@ def weights_difference(found: Result, expected: Result) -> float:
 
 
 def check_metrics(run: Path, before: list[bytes], resumed_at: int) -> Iterator[str]:
-    """Lines are those of the steps 0, 1, ... once each, and those before the resumed step are as they were.
+    """Check that metrics.jsonl has steps 0, 1, ... once each, and is unchanged before the resumed step.
 
     Args:
-        before: the lines before this part of the run began.
-        resumed_at: the step of the checkpoint that it had to go on from.
+        before: the lines before this attempt of the run began.
+        resumed_at: step of the checkpoint that it should resume from.
     """
     lines = read_lines(run)
     steps = [json.loads(line)["step"] for line in lines]
@@ -150,14 +150,14 @@ def check_metrics(run: Path, before: list[bytes], resumed_at: int) -> Iterator[s
         (i for i, pair in enumerate(zip(before, lines, strict=False)) if pair[0] != pair[1]), resumed_at
     )
     if redone < resumed_at or len(lines) < resumed_at:
-        went_on = min(redone, len(lines))
-        yield f"lost more than what followed the checkpoint of step {resumed_at}: went on from {went_on}"
+        found = min(redone, len(lines))
+        yield f"lost more than the steps after the checkpoint of step {resumed_at}: resumed from {found}"
 
 
 def check_checkpoints(run: Path, damaged: Collection[int], expected: int) -> Iterator[str]:
-    """Every checkpoint with its final name is whole, but for those that were damaged, and the newest whole one is
-    that of the step ``expected`` (0: none), or a newer one."""
-    for step in set(visible(run)) - set(damaged):
+    """Check that every checkpoint with its final name is complete, except damaged ones, and that the newest complete
+    one is of step ``expected`` (0: none) or later."""
+    for step in set(visible_steps(run)) - set(damaged):
         if not is_whole(run, step):
             yield f"{checkpoint(run, step)} is broken, but has its final name"
     newest, _ = newest_whole(run / "checkpoints")
@@ -167,7 +167,7 @@ def check_checkpoints(run: Path, damaged: Collection[int], expected: int) -> Ite
 
 
 def _difference(one: Any, other: Any) -> float:
-    """Relative; 0 only for equal values (None: a step that was skipped)."""
+    """Return the relative difference; 0 only for equal values (None: a step that was skipped)."""
     if one == other:
         return 0.0
     if one is None or other is None:
@@ -176,7 +176,7 @@ def _difference(one: Any, other: Any) -> float:
 
 
 def _ranges(steps: list[int]) -> str:
-    """Such as ``0-3, 5-9``."""
+    """Format steps such as ``0-3, 5-9``."""
     ranges: list[list[int]] = []
     for step in steps:
         if ranges and ranges[-1][1] + 1 == step:

@@ -1,4 +1,4 @@
-"""The launch scripts: SLURM's with stand-ins for its commands, the plain one on two machines that are namespaces."""
+"""The launch scripts: SLURM's with stand-ins for its commands, launch_node.sh on two network namespaces."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.bench.sequence import NoLinkError, limited_link
+from scripts.network import NoLinkError, limited_link
 from tests.launch import ROOT
 from tests.test_train import metrics
 from tests.training.tiny import tiny_settings
@@ -47,7 +47,7 @@ def slurm(folder: Path, code: str = "", **environment: str) -> "tuple[subprocess
     return subprocess.Popen(command, cwd=folder, env=os.environ | variables, text=True), said
 
 
-def test_slurm_starts_every_rank_and_asks_for_more_time(tmp_path: Path) -> None:
+def test_slurm_starts_every_rank_and_requeues_after_a_signal(tmp_path: Path) -> None:
     process, said = slurm(tmp_path)
     deadline = time.monotonic() + 60
     while said.read_text().count("ready") < 2 and time.monotonic() < deadline:
@@ -63,7 +63,7 @@ def test_slurm_starts_every_rank_and_asks_for_more_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "restarts", "again"), [("0", "0", False), ("1", "0", True), ("1", "5", False), ("2", "0", False)]
 )
-def test_slurm_goes_on_after_the_fault_of_a_machine_only(
+def test_slurm_requeues_only_after_the_fault_of_a_machine(
     tmp_path: Path, code: str, restarts: str, again: bool
 ) -> None:
     process, said = slurm(tmp_path, code, SLURM_RESTART_COUNT=restarts)
@@ -73,19 +73,19 @@ def test_slurm_goes_on_after_the_fault_of_a_machine_only(
 
 @pytest.mark.slow
 def test_two_machines_train_as_one_restart_and_end_together(tmp_path: Path) -> None:
-    """A rank of the second is killed: both machines' ranks start anew and go on from the checkpoint."""
+    """A rank of the second machine is killed: the ranks of both restart and resume from the checkpoint."""
     psutil: Any = pytest.importorskip("psutil")
     settings = [*tiny_settings(tmp_path), "--trainer.steps", "100000", "--checkpoint.every", "3"]
     run = tmp_path / "outputs" / "tiny"
     try:
-        with limited_link("1gbit") as place:
+        with limited_link("1gbit") as network:
             nodes = []
-            for number, prefix in enumerate(place.prefixes or []):
+            for number, prefix in enumerate(network.prefixes or []):
                 own = {"NODES": "2", "NODE": str(number), "MASTER": "10.77.0.1", "PROCESSES": "1"}
                 own |= {"ADDRESS": f"10.77.0.{number + 1}", "OMP_NUM_THREADS": "1", "RESTARTS": "1"}
                 own |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
                 command = [*prefix, "bash", "scripts/launch_node.sh", *settings]
-                nodes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | place.environment | own))
+                nodes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | network.environment | own))
             try:
                 wait_for(lambda: (run / "checkpoints" / "step-00000006").exists(), nodes)
                 rank = next(

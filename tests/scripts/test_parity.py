@@ -1,4 +1,4 @@
-"""The parity command: says that the numbers agree, and notices where they do not."""
+"""The parity command: passes if the numbers agree, and fails if they do not."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def test_parity(tmp_path: Path, ranks: int, sharded: str) -> None:
         assert f"\n{what} " in f"\n{output}"
 
 
-def test_its_absence_is_noticed(tmp_path: Path) -> None:
+def test_a_difference_fails_and_is_named(tmp_path: Path) -> None:
     settings = [*tiny_settings(tmp_path), "--parallel.sp", "2"]
     code, output, _ = launch("scripts/parity.py", 2, [*settings, "--tolerance", "1e-30"])
     assert code == 1

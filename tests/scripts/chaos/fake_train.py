@@ -1,4 +1,4 @@
-"""Stands in for train.py: starts at once, counts steps, saves, goes on; with BROKEN=..., breaks one promise."""
+"""A stand-in for train.py that starts at once, counts steps, saves and resumes; BROKEN=... breaks one promise."""
 
 import json
 import os

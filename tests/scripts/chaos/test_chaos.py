@@ -1,4 +1,4 @@
-"""Chaos: training keeps its promises under a few faults, and where a program breaks one, it is noticed."""
+"""Chaos: training keeps its promises under a few faults, and a program that breaks one is noticed."""
 
 import json
 import random
@@ -11,7 +11,7 @@ import pytest
 
 from scripts.chaos.faults import delete, flip, truncate
 from scripts.chaos.jobs import CommandLauncher, Split, parse_split
-from scripts.chaos.log import Part, Verdict, read_log, table
+from scripts.chaos.log import Attempt, Verdict, read_log, table
 from scripts.chaos.runs import Result, compare
 from stdit.checkpoint_files import verify, write_manifest
 from stdit.errors import UserError
@@ -44,7 +44,7 @@ def test_training_keeps_its_promises_under_other_launchers(tmp_path: Path) -> No
     own = ["--faults", "4", "--launcher", "torchrun", "--splits", "1x1", "1x2"]
     done = chaos(*own, "--output", str(tmp_path / "chaos"), "--trainer.steps", "40", limit=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "drop_link: skipped, since only the warm launcher" in done.stdout
+    assert "drop_link: skipped: only the warm launcher" in done.stdout
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_the_default_is_a_tiny_run_of_its_own(tmp_path: Path) -> None:
     "broken, faults, number, message",
     [
         ("", "kill kill_saving truncate flip delete pause sigterm", 7, "every promise was kept"),
-        ("from step 0", "kill", 1, "lost more than what followed the checkpoint"),
+        ("from step 0", "kill", 1, "lost more than the steps after the checkpoint"),
         ("drift", "kill", 1, "undisturbed 0."),
         ("orphan", "kill_rank", 1, "processes were left behind"),
         ("not aside", "kill", 4, "is broken, but has its final name"),
@@ -80,7 +80,7 @@ def test_a_broken_promise_is_noticed(
     assert any(line.get("fault", "none") != "none" and not line["missed"] for line in lines[1:]), log
 
 
-def test_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+def test_bad_splits_and_launchers_are_errors(tmp_path: Path) -> None:
     for text in ("2", "2x", "0x1", "2x1:", "2x1:half", "ax1"):
         with pytest.raises(UserError, match="--splits"):
             parse_split(text)
@@ -91,7 +91,7 @@ def test_refuses_what_it_cannot_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, delete])
-def test_damage_is_such_that_a_checkpoint_is_broken(
+def test_a_damaged_checkpoint_fails_verification(
     tmp_path: Path, damage: Callable[[Path, random.Random], str]
 ) -> None:
     for seed in range(8):
@@ -106,7 +106,7 @@ def test_damage_is_such_that_a_checkpoint_is_broken(
                 verify(folder)
 
 
-def test_runs_are_compared_line_by_line() -> None:
+def test_runs_are_compared() -> None:
     numpy = pytest.importorskip("numpy")
 
     def result(loss: float = 1.0, weight: float = 1.0, steps: int = 2) -> Result:
@@ -125,17 +125,17 @@ def test_runs_are_compared_line_by_line() -> None:
         assert message in next(compare(other, result(), tolerance))
 
 
-def test_a_log_is_gone_on_with_after_its_last_whole_trial(tmp_path: Path) -> None:
+def test_a_log_is_continued_after_its_last_complete_trial(tmp_path: Path) -> None:
     log = tmp_path / "chaos.jsonl"
     assert read_log(log, {"seed": 1}) == ([], [])
-    part, verdict = Part(0, "2x1", "kill", saving=True, seconds=1.5), Verdict(0, ["2x1"], 0.0, 0.0)
+    attempt, verdict = Attempt(0, "2x1", "kill", saving=True, seconds=1.5), Verdict(0, ["2x1"], 0.0, 0.0)
     with log.open("a") as file:
-        for line in (part, verdict, Part(1, "1x1")):
+        for line in (attempt, verdict, Attempt(1, "1x1")):
             file.write(json.dumps(line.__dict__) + "\n")
-    assert read_log(log, {"seed": 1}) == ([part], [verdict])
+    assert read_log(log, {"seed": 1}) == ([attempt], [verdict])
     assert len(log.read_text().splitlines()) == 3
     with pytest.raises(UserError, match="log of other settings"):
         read_log(log, {"seed": 2})
     assert "kill                1        0        1        0        1      1.5        0" in table(
-        [part], [verdict]
+        [attempt], [verdict]
     )
