@@ -1,4 +1,4 @@
-"""How much memory a process may use."""
+"""Memory that a process may use."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from stdit.parallel.processes.memory import machine_memory, memory_of_process
 CPU = torch.device("cpu")
 
 
-def test_what_is_given_counts() -> None:
+def test_the_setting_wins() -> None:
     assert memory_of_process(CPU, 1.5) == 3 * 2**29
 
 
@@ -22,7 +22,7 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("limit, expected", [("1000\n", 1000), ("max\n", None), (f"{2**70}\n", None)])
-def test_a_container_may_have_less(
+def test_a_container_limit_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int | None
 ) -> None:
     (tmp_path / "limit").write_text(limit)
@@ -31,7 +31,7 @@ def test_a_container_may_have_less(
 
 
 @pytest.mark.gpu
-def test_a_process_has_a_gpu_to_itself() -> None:
+def test_a_process_may_use_its_whole_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     assert memory_of_process(torch.device("cuda"), None) > 2**30

@@ -12,21 +12,21 @@ from tests.parallel.ranks import run_on_ranks
     "ranks, sharded, expected",
     [(1, False, 200), (4, False, 200), (1, True, 200), (5, True, 40), (4, True, 60)],
 )
-def test_state_is_whole_or_divided(ranks: int, sharded: bool, expected: int) -> None:
+def test_state_is_replicated_or_sharded(ranks: int, sharded: bool, expected: int) -> None:
     assert state_bytes(10, ranks, sharded) == expected
 
 
-@pytest.mark.parametrize("spread", [replicate_model, shard_model])
-def test_one_rank_alone_keeps_its_model(spread: object) -> None:
+@pytest.mark.parametrize("distribute", [replicate_model, shard_model])
+def test_a_single_rank_keeps_its_model(distribute: object) -> None:
     model = nn.Linear(2, 2)
-    network = spread(model, Mesh())  # type: ignore[operator]
+    network = distribute(model, Mesh())  # type: ignore[operator]
     assert network.module is model and type(model) is nn.Linear
     with network.no_sync():
         assert isinstance(model.weight, nn.Parameter) and type(model.weight.data) is torch.Tensor
 
 
 class Backwards(nn.Module):
-    """Layers that are used in another order than they are made in."""
+    """Layers that run in another order than they were made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Backwards(nn.Module):
         return x
 
 
-def check_every_pass_sums_alike(group: Group) -> None:
+def check_all_passes_are_equal(group: Group) -> None:
     torch.manual_seed(0)
     model = Backwards()
     network = replicate_model(model, Mesh(group.rank, group.size))
@@ -51,5 +51,5 @@ def check_every_pass_sums_alike(group: Group) -> None:
     assert torch.equal(passes[0], passes[1]) and torch.equal(passes[0], passes[2])
 
 
-def test_the_first_pass_of_a_process_sums_as_later_ones_do() -> None:
-    run_on_ranks(3, check_every_pass_sums_alike)
+def test_the_first_pass_of_a_process_sums_gradients_in_the_same_order_as_later_ones() -> None:
+    run_on_ranks(3, check_all_passes_are_equal)

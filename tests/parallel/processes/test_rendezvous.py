@@ -1,4 +1,4 @@
-"""Processes meet those that run, and not what others have left in the store."""
+"""Rendezvous of processes that run now, not of those that left tokens in the store."""
 
 import os
 import subprocess
@@ -24,71 +24,73 @@ print("met")
 
 
 @pytest.fixture
-def kept() -> TCPStore:
-    """What torchrun keeps, whoever starts again."""
+def store() -> TCPStore:
+    """The store of torchrun, which survives restarts of processes."""
     return TCPStore("localhost", 0, is_master=True)
 
 
-class Life(threading.Thread):
-    """A process of a rank, which waits for the others."""
+class Process(threading.Thread):
+    """One process of a rank that joins the rendezvous, as a thread."""
 
-    def __init__(self, kept: TCPStore, rank: int, size: int, patience: float = 30.0) -> None:
+    def __init__(self, store: TCPStore, rank: int, size: int, timeout: float = 30.0) -> None:
         super().__init__(daemon=True)
-        self.store = TCPStore("localhost", kept.port, is_master=False, timeout=timedelta(seconds=30))
-        self.rank, self.size, self.patience = rank, size, patience
+        self.store = TCPStore("localhost", store.port, is_master=False, timeout=timedelta(seconds=30))
+        self.rank, self.size, self.timeout = rank, size, timeout
         self.name, self.error = "", ""
         self.start()
 
     def run(self) -> None:
         try:
-            self.name = agree_on_rendezvous(self.store, self.rank, self.size, self.patience)
+            self.name = agree_on_rendezvous(self.store, self.rank, self.size, self.timeout)
         except LostRankError as error:
             self.error = str(error)
 
 
-def met(lives: list[Life]) -> str:
-    for life in lives:
-        life.join(30)
-    (name,) = {life.name for life in lives}
+def joined(processes: list[Process]) -> str:
+    for process in processes:
+        process.join(30)
+    (name,) = {process.name for process in processes}
     assert name
     return name
 
 
-def test_all_come_to_one_meeting_and_next_time_to_another(kept: TCPStore) -> None:
-    first = met([Life(kept, rank, 3) for rank in range(3)])
-    later = [Life(kept, rank, 3) for rank in (1, 2)]
+def test_all_join_one_rendezvous_and_later_another(store: TCPStore) -> None:
+    first = joined([Process(store, rank, 3) for rank in range(3)])
+    later = [Process(store, rank, 3) for rank in (1, 2)]
     time.sleep(0.5)
-    assert all(life.is_alive() for life in later)  # and not in the meeting of before
-    assert met([*later, Life(kept, 0, 3)]) != first
+    assert all(process.is_alive() for process in later)  # not in the earlier rendezvous
+    assert joined([*later, Process(store, 0, 3)]) != first
 
 
 @pytest.mark.parametrize("twice", [0, 1])
-def test_one_that_started_twice_before_the_others_came(kept: TCPStore, twice: int) -> None:
-    gone = Life(kept, twice, 3, patience=0.5)
+def test_a_rank_that_restarts_before_the_others_start(store: TCPStore, twice: int) -> None:
+    gone = Process(store, twice, 3, timeout=0.5)
     gone.join()
-    early = Life(kept, 2, 3)
+    early = Process(store, 2, 3)
     time.sleep(0.3)
-    met([early, Life(kept, twice, 3), Life(kept, 1 - twice, 3)])
+    joined([early, Process(store, twice, 3), Process(store, 1 - twice, 3)])
 
 
-def test_one_that_never_comes_is_named(kept: TCPStore) -> None:
-    lives = [Life(kept, rank, 3, patience=1.0) for rank in (0, 2)]
-    for life in lives:
-        life.join()
-    assert all(life.error.startswith("rank 1 did not join the rendezvous within 1 s") for life in lives)
-    again = [Life(kept, rank, 3, patience=1.0) for rank in (0, 1)]
-    for life in again:
-        life.join()
+def test_a_missing_rank_is_named(store: TCPStore) -> None:
+    processes = [Process(store, rank, 3, timeout=1.0) for rank in (0, 2)]
+    for process in processes:
+        process.join()
+    assert all(
+        process.error.startswith("rank 1 did not join the rendezvous within 1 s") for process in processes
+    )
+    again = [Process(store, rank, 3, timeout=1.0) for rank in (0, 1)]
+    for process in again:
+        process.join()
     assert again[0].error.startswith("rank 2 did not join")  # it was there, and has ended
 
 
-def test_the_process_group_is_made_so(kept: TCPStore) -> None:
-    """The second rank is killed while it waits, and starts again."""
+def test_a_process_group_forms_after_a_restart(store: TCPStore) -> None:
+    """Rank 1 is killed while it waits, and is started again."""
     own = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(kept.port),
+        "MASTER_PORT": str(store.port),
     }
     own |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
 
@@ -98,10 +100,10 @@ def test_the_process_group_is_made_so(kept: TCPStore) -> None:
         return subprocess.Popen(command, env=os.environ | own | number, stdout=subprocess.PIPE, text=True)
 
     lost = start(1, 0)
-    kept.wait(["stdit/present/1"], timedelta(seconds=120))
+    store.wait(["stdit/present/1"], timedelta(seconds=120))
     lost.kill()
     processes = [start(0, 0), start(1, 1)]
-    said, _ = [process.communicate(timeout=120)[0].strip() for process in processes]  # one speaks
+    said, _ = [process.communicate(timeout=120)[0].strip() for process in processes]  # only rank 0 prints
     assert said == "met"
     assert [process.returncode for process in processes] == [0, 0]
     lost.wait()

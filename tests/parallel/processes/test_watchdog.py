@@ -1,4 +1,4 @@
-"""Ranks that die, hang, stop and fail: processes that only wait, so that every case takes a second or two."""
+"""Watchdogs of ranks that die, hang, stop or fail; the processes only wait, so a case takes a second or two."""
 
 import multiprocessing
 import os
@@ -22,18 +22,18 @@ from stdit.training.stop_signals import Stop
 
 RANKS = 3
 PATIENCE = 60.0
-"""Seconds that a process may take, on a machine that has other work."""
+"""Seconds that a process may take on a busy machine."""
 server = multiprocessing.get_context("forkserver")  # pytest's own process has threads, and must not be forked
 server.set_forkserver_preload([__name__])
 
 
 def wait_for_others() -> None:
-    """As a collective does, of which another rank has no part."""
+    """Block, as in a collective that another rank does not join."""
     threading.Event().wait(PATIENCE)
 
 
 def begin(watchdog: RankWatchdog, doing: str) -> None:
-    """Begin something, and go on when all ranks have begun something, and each can know it of the others."""
+    """Begin a phase, and return when the status of every rank has one."""
     watchdog.phase(doing)
     wait_until(lambda: all(b"step" in watchdog.store.get(str(rank)) for rank in range(watchdog.size)))
 
@@ -105,11 +105,11 @@ def ends_well(rank: int, watchdog: Watchdog) -> None:
 
 
 def clocks_jump(rank: int, watchdog: Watchdog) -> None:
-    """Of each rank in its own way: forward by a year, and back to before the start."""
+    """Move the clock of each rank differently: forward by a year, and back before the start."""
     now = time.time
     for jump in (365 * 86400.0 * rank, -3600.0 * (RANKS - rank)):
         watchdog.phase("step 12, computing")
-        time.time = lambda jump=jump: now() + jump  # in a process of its own
+        time.time = lambda jump=jump: now() + jump  # affects only this process
         time.sleep(0.7)
 
 
@@ -183,7 +183,7 @@ def playing(
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
-    """All scenes, some at a time."""
+    """Play all scenes, some in parallel."""
     folder, result = tmp_path_factory.mktemp("scenes"), {}
 
     def of(name: str) -> None:
@@ -222,7 +222,7 @@ def test_a_rank_that_hangs_is_named(ends: dict[str, End]) -> None:
     assert "rank 2 is in" not in end.said
 
 
-def test_when_all_ranks_hang_each_says_where(ends: dict[str, End]) -> None:
+def test_if_all_ranks_hang_the_location_of_each_is_printed(ends: dict[str, End]) -> None:
     end = ends["all_hang"]
     assert end.codes == [1, 1, 1] and end.said.count("error: ") == 1
     assert all(
@@ -241,14 +241,14 @@ def test_a_rank_that_is_stopped_is_named(ends: dict[str, End]) -> None:
     )
 
 
-def test_an_error_of_one_rank_ends_all_and_only_it_speaks(ends: dict[str, End]) -> None:
+def test_an_error_of_one_rank_ends_all_and_is_printed_once(ends: dict[str, End]) -> None:
     end = ends["fails"]
     assert end.codes == [1, 1, 1]
     assert end.said.count("Traceback") == 1 and "ZeroDivisionError" in end.said
     assert "This happened on rank 1, step 12, computing" in end.said
 
 
-def test_an_error_for_people_ends_all_with_its_code(ends: dict[str, End]) -> None:
+def test_a_user_error_ends_all_with_its_code(ends: dict[str, End]) -> None:
     end = ends["finds_no_room"]
     assert end.codes == [2, 2, 2]
     assert end.said == "error: rank 0, step 13, saving: checkpoint x could not be written\n"
@@ -257,16 +257,16 @@ def test_an_error_for_people_ends_all_with_its_code(ends: dict[str, End]) -> Non
     assert end.said.count("error: ") == 1
 
 
-def test_a_rank_that_is_told_to_stop_at_once_takes_the_others_along(ends: dict[str, End]) -> None:
+def test_a_rank_that_must_stop_at_once_ends_the_others(ends: dict[str, End]) -> None:
     assert ends["is_told_twice"].codes[1] == 130  # as cli.run has it; train.py takes the code of the signal
     assert [ends["is_told_twice"].codes[rank] for rank in (0, 2)] == [0, 0]
 
 
-def test_ranks_that_end_well_say_nothing(ends: dict[str, End]) -> None:
+def test_ranks_without_errors_print_nothing(ends: dict[str, End]) -> None:
     assert ends["ends_well"] == End([0, 0, 0], "")
 
 
-def test_clocks_that_jump_disturb_nobody(tmp_path: Path) -> None:
+def test_jumps_of_the_clock_have_no_effect(tmp_path: Path) -> None:
     with playing(clocks_jump, tmp_path / "said") as processes:
         for process in processes:
             process.join(PATIENCE)
@@ -281,9 +281,7 @@ def test_clocks_that_jump_disturb_nobody(tmp_path: Path) -> None:
         (signal.SIGSTOP, "had no answer from it for 3 s (parallel.heartbeat_timeout)"),
     ],
 )
-def test_where_the_store_is_lost_its_machine_is_named(
-    tmp_path: Path, number: signal.Signals, words: str
-) -> None:
+def test_a_lost_store_names_rank_0(tmp_path: Path, number: signal.Signals, words: str) -> None:
     said, ports = tmp_path / "said", server.Queue()
     hosting = server.Process(target=host, args=(ports,))
     hosting.start()
@@ -303,7 +301,7 @@ def test_where_the_store_is_lost_its_machine_is_named(
     assert f"error: rank 0 or its machine is lost: rank 2, step 12, computing, {words}" in said.read_text()
 
 
-def test_a_place_is_the_innermost_of_this_project() -> None:
+def test_code_location_is_the_innermost_line_of_this_project() -> None:
     assert code_location(None) == ""
     assert code_location(sys._getframe()).startswith("tests/parallel/processes/test_watchdog.py:")
     shown: list[str] = []
