@@ -207,8 +207,11 @@ class CheckpointConfig:
 
 
 @dataclass
-class ValidationConfig:
-    """Validation videos and validation loss. The video settings also become those of the exported pipeline."""
+class ValidationConfig(VideoSettings):
+    """Validation videos and validation loss. The video settings also become those of the exported pipeline.
+
+    None for num_frames, height, width and fps: that of the bucket with the most clips.
+    """
 
     prompts: list[str] = field(default_factory=list)
     """Prompts of the videos in samples/ in the run folder, one each; none: no validation videos."""
@@ -216,18 +219,6 @@ class ValidationConfig:
     """Steps between validations; the last step has one, too."""
     seed: int = 0
     """Seed of every video."""
-    num_inference_steps: int = 30
-    """Euler steps."""
-    guidance_scale: float = 1.5
-    """1 follows the prompt as trained; more follows it harder, at twice the cost."""
-    num_frames: int | None = None
-    """Length in frames; none: that of the bucket with the most clips. The same for height, width and fps."""
-    height: int | None = None
-    """Height in pixels."""
-    width: int | None = None
-    """Width in pixels."""
-    fps: float | None = None
-    """Frames per second."""
     loss_every: int | None = None
     """Steps between measurements of the validation loss: at fixed noise levels, with fixed noise, of fixed clips."""
     loss_manifest: str | None = None
@@ -247,12 +238,7 @@ class ValidationConfig:
             if value is not None and value < 1:
                 raise UserError(f"validation.{name} = {value}: must be at least 1")
         check_seed(self.seed, "validation.")
-        self.settings().check("validation.")
-
-    def settings(self) -> VideoSettings:
-        """Return the settings of a pipeline call that this config has."""
-        names = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
-        return VideoSettings(**{name: getattr(self, name) for name in names})
+        self.check("validation.")
 
 
 @dataclass

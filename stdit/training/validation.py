@@ -1,7 +1,6 @@
 """Make and write validation videos, and choose the settings with which a run samples by default."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ def pipeline_settings_of(config: ValidationConfig, assignment: "Assignment") -> 
     sizes = [len(members) for members in assignment.members]
     bucket = assignment.buckets[sizes.index(max(sizes))]
     trained = {name: getattr(bucket, name) for name in ("num_frames", "height", "width", "fps")}
-    given = {name: value for name, value in asdict(config.settings()).items() if value is not None}
+    given = {name: value for name in VIDEO_SETTINGS if (value := getattr(config, name)) is not None}
     return {**trained, **given}
 
 
