@@ -1,11 +1,11 @@
-"""Convert a checkpoint of Open-Sora v1.2's STDiT3 into a model folder or a pipeline, or back.
+"""Convert a checkpoint of Open-Sora v1.2's STDiT3 to a model folder or a pipeline, or back.
 
     python scripts/convert_opensora.py OpenSora-STDiT-v3 outputs/stdit
     python scripts/convert_opensora.py OpenSora-STDiT-v3 outputs/opensora --codec OpenSora-VAE --text_encoder t5-xxl
     python scripts/convert_opensora.py outputs/stdit OpenSora-again --reverse
 
-SRC is a folder or a file: .safetensors, or .pth, .pt or .bin, which is read as weights only; in shards, too. DST is
-made: config.json and safetensors, which train.py --init_from and STDiT.from_pretrained take. With a codec and a
+SRC is a folder or a file: .safetensors, or .pth, .pt or .bin, which is read as weights only; also in shards. DST is
+created: config.json and safetensors, which train.py --init_from and STDiT.from_pretrained take. With a codec and a
 text encoder it is a whole pipeline for sample.py --checkpoint. With --reverse, SRC is either of these, and DST gets
 the keys and the config.json of Open-Sora. Tensors stay bit for bit.
 """
@@ -26,25 +26,29 @@ if TYPE_CHECKING:
 def convert(
     source: Path, folder: Path, codec: Path | None, text_encoder: Path | None, **settings: int
 ) -> str:
-    """Write the STDiT of an Open-Sora checkpoint into a new folder; returns what to tell about it."""
+    """Write the STDiT of an Open-Sora checkpoint into a new folder; return a summary."""
     from stdit.models.opensora import read_checkpoint
     from stdit.models.stdit import STDiT
 
     state, recorded = read_checkpoint(source)
     model = STDiT.from_opensora(state, **(recorded | settings))
-    left_out = sorted(set(state) - set(model.state_dict()))
+    skipped = sorted(set(state) - set(model.state_dict()))
     pipe = build_pipeline(model, codec, text_encoder) if codec and text_encoder else None
     with replace_folder(f"model {folder}", folder, parents=True) as aside:
         if pipe is not None:
             pipe.save_pretrained(aside)
         else:
             model.save_pretrained(aside)
-    told = f"{folder}: {model.num_parameters():,} weights, {model.config.depth} + {model.config.depth} blocks"
-    return told + "".join(f"; left out {name}, a constant that the model makes itself" for name in left_out)
+    summary = (
+        f"{folder}: {model.num_parameters():,} weights, {model.config.depth} + {model.config.depth} blocks"
+    )
+    return summary + "".join(
+        f"; skipped {name}, a constant that the model computes itself" for name in skipped
+    )
 
 
 def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path) -> "STDiTPipeline":
-    """A pipeline that samples as Open-Sora v1.2 does: 2 seconds of 240p, 30 steps, guidance 7."""
+    """Build a pipeline that samples as Open-Sora v1.2 does: 2 seconds of 240p, 30 steps, guidance 7."""
     from stdit.codecs import CodecConfig, TextEncoderConfig, build_codec, build_text_encoder
     from stdit.data.config import LENGTHS, resolve_size
     from stdit.diffusion.config import FlowConfig
@@ -80,7 +84,7 @@ def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path
 
 
 def convert_back(source: Path, folder: Path) -> str:
-    """Write an STDiT as an Open-Sora checkpoint into a new folder; returns what to tell about it."""
+    """Write an STDiT as an Open-Sora checkpoint into a new folder; return a summary."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,13 +1,13 @@
-"""Encode captions and prompts once, so that training and sampling need not hold the text encoder.
+"""Encode captions and prompts once, so that training and sampling need not load the text encoder.
 
     python scripts/encode_text.py --output text --encoder.name t5 --encoder.path T5_FOLDER \
         --captions clips/manifest.csv --captions prompts.txt
     python train.py --config ... --text_encoder.name stored --text_encoder.path text
     python sample.py --checkpoint ... --prompts prompts.txt --text_states text
 
---captions takes manifests (of every kind that data.manifest takes) and files of prompts, whose negative prompts and
-prompts of further parts are taken, too. What the folder has already is not encoded again.
-Training needs the captions of its clips and validation.prompts.
+--captions takes manifests (all that data.manifest takes) and files of prompts, with their negative prompts and segment
+prompts. Captions that the folder already has are not encoded again. Training needs the captions of its clips and
+validation.prompts.
 """
 
 import csv
@@ -24,14 +24,14 @@ from stdit.errors import UserError
 
 @dataclass
 class EncodeConfig:
-    """What to encode, with which encoder."""
+    """The captions to encode, and the encoder."""
 
     output: str = ""
     """Folder of the states; new ones are added to those that it has."""
     captions: list[str] = field(default_factory=list)
     """Manifests and files of prompts, one flag each."""
     caption_scores: list[Literal["aesthetic", "motion", "camera"]] = field(default_factory=list)
-    """As data.caption_scores of the training that is to read the states."""
+    """data.caption_scores of the training that will read the states."""
     encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """The text encoder."""
     store: Literal["fp32", "bf16"] = "bf16"
@@ -67,11 +67,11 @@ def main() -> None:
         for count in store_text(encoder, texts, Path(config.output), DTYPES[config.store]):
             done += count
             bar.update(count)
-    print(f"{config.output}: {done} captions encoded, {len(texts) - done} were there already")
+    print(f"{config.output}: {done} captions encoded, {len(texts) - done} existed already")
 
 
 def read_captions(file: str | Path, caption_scores: Sequence[str] = ()) -> list[str]:
-    """All texts of a manifest or a file of prompts. Raises UserError."""
+    """Return all texts of a manifest or a file of prompts. Raises UserError."""
     from stdit.data.manifest.archives import is_archive
     from stdit.data.manifest.reading import read_texts
     from stdit.pipelines.prompts import read_prompts
@@ -90,8 +90,8 @@ def read_captions(file: str | Path, caption_scores: Sequence[str] = ()) -> list[
 
 
 def _columns(path: Path) -> list[str]:
-    """The header of a csv, or the keys of the first line of a jsonl; none of another file, or of one that cannot be
-    read, about which its reader says more."""
+    """Return the header of a csv, or the keys of the first line of a jsonl; empty for other and unreadable files, for
+    which their reader raises the error."""
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".jsonl"):
         return []

@@ -24,25 +24,25 @@ Config = TypeVar("Config")
 OWN_FLAGS = ("help", "config", "print_config", "import")
 IMPORTS = "imports"
 """Field of a config that records the modules of --import."""
-PATIENCE = 10.0
-"""Seconds in which a launcher ends the other processes when one has failed."""
+_LAUNCHER_TIMEOUT = 10.0
+"""Seconds that a launcher has to end the other processes after one has failed."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and exit: with its code, with that of a `UserError` (2), with 130 after Ctrl-C.
+    """Call ``main`` and exit with its code, that of a `UserError` (2), or 130 after Ctrl-C.
 
-    Of several processes that fail alike, the first on each machine speaks. The others wait for their launcher to end
-    them then; one that it leaves alone has failed alone, and speaks as well.
+    If several processes fail with the same error, only the first on each machine prints it. The others wait for their
+    launcher to end them; one that is not ended has failed alone, and prints its error, too.
     """
     try:
         code = main() or 0
-        _part_from_others()
+        _end_process_group()
     except OtherRankError as error:
         code = error.code
     except UserError as error:
         whose = ""
-        if not _speaks():
-            time.sleep(PATIENCE)
+        if not _prints_errors():
+            time.sleep(_LAUNCHER_TIMEOUT)
             whose = f"rank {os.environ.get('RANK', os.environ['LOCAL_RANK'])}: "
         print(f"error: {whose}{error}", file=sys.stderr)
         code = error.code
@@ -52,22 +52,22 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def _part_from_others() -> None:
-    """End the process group: its threads, still running while Python ends, sometimes abort a process that is done."""
+def _end_process_group() -> None:
+    """End the process group, whose threads can abort a process that is exiting."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def _speaks() -> bool:
-    """Whether errors of this process are for people to read: once the ranks agree on errors, any of them."""
+def _prints_errors() -> bool:
+    """Return whether this process prints errors; once the ranks exchange errors, each of them does."""
     distributed = sys.modules.get("torch.distributed")
-    agreeing = distributed is not None and distributed.is_initialized()
-    return agreeing or os.environ.get("LOCAL_RANK", "0") == "0"
+    connected = distributed is not None and distributed.is_initialized()
+    return connected or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def script_parser(doc: str | None) -> ArgumentParser:
-    """A parser of plain flags for a script, whose docstring ``doc`` is the help."""
+    """Return a parser of plain flags for a script, with its docstring ``doc`` as help."""
     summary, _, details = (doc or "").partition("\n\n")
     return ArgumentParser(
         description=summary,
@@ -83,8 +83,8 @@ def parse(
     """Read a config dataclass from the command line.
 
     ``--config FILE`` may be repeated: later files win over earlier ones, flags (``--group.key value``) over
-    files. A later list replaces an earlier one; a list of texts takes its entries one by one, too. ``--help`` shows
-    the docstring below each field; ``--print_config`` prints the result as YAML.
+    files. A later list replaces an earlier one; a list of texts can also be given as one flag per entry. ``--help``
+    shows the docstring below each field; ``--print_config`` prints the result as YAML.
 
     If the dataclass has a field ``imports``, ``--import MODULE`` (repeatable) imports modules before any setting is
     checked, so that what they register can be named; see `import_modules`. A file's own ``imports`` are never
@@ -220,7 +220,7 @@ def _choices(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Registr
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as dicts, tuples as lists, paths as text: what YAML and JSON hold."""
+    """Convert dataclasses to dicts, tuples to lists, and paths to text, as YAML and JSON need."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -231,7 +231,7 @@ def plain(value: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """The complete config as YAML, to be read again by `parse` with ``--config``."""
+    """Return the complete config as YAML, which `parse` reads with ``--config``."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -253,7 +253,7 @@ def _files_first(arguments: list[str]) -> list[str]:
 
 
 def _one_by_one(arguments: list[str], lists: set[str]) -> list[str]:
-    """Let ``--name a --name b`` append to a list of texts, which ``--name '[a, b]'`` sets."""
+    """Make ``--name a --name b`` append to a list of texts; ``--name '[a, b]'`` sets it."""
     result = list(arguments)
     for place, argument in enumerate(arguments):
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -266,7 +266,8 @@ def _one_by_one(arguments: list[str], lists: set[str]) -> list[str]:
 def _emptied_first(arguments: list[str], lists: set[str]) -> Iterator[str]:
     """Empty a list of groups before a file or a flag sets it.
 
-    jsonargparse would take what a new entry leaves out from the earlier one in its place, if both lists are as long.
+    Otherwise jsonargparse takes missing settings of an entry from the earlier entry at its index, if both lists have
+    the same length.
     """
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument == "--config":
@@ -279,7 +280,7 @@ def _emptied_first(arguments: list[str], lists: set[str]) -> Iterator[str]:
 
 
 def _holds(content: Any, name: str) -> bool:
-    """Whether nested mappings have a dotted key."""
+    """Return whether nested mappings have a dotted key."""
     group, _, rest = name.partition(".")
     return isinstance(content, dict) and (
         name in content or (group in content and bool(rest) and _holds(content[group], rest))
@@ -287,12 +288,12 @@ def _holds(content: Any, name: str) -> bool:
 
 
 def _group_in(hint: Any) -> Any:
-    """The dataclass whose values a list of this type holds; None for other types."""
+    """Return the dataclass of the entries of a list type; None for other types."""
     return next((t for t in typing.get_args(hint) if dataclasses.is_dataclass(t)), None)
 
 
 def _switches_on(arguments: list[str], known: dict[str, Any]) -> Iterator[str]:
-    """Say ``true`` after a true-or-false setting that is named without a value."""
+    """Add ``true`` after a true-or-false setting that has no value."""
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         yield argument
         if argument[:2] == "--" == following[:2] and known.get(argument[2:]) in (bool, bool | None):
@@ -300,7 +301,7 @@ def _switches_on(arguments: list[str], known: dict[str, Any]) -> Iterator[str]:
 
 
 def _settings(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key with its type: groups (dataclasses) and leaves."""
+    """Yield every dotted key with its type: groups (dataclasses) and leaves."""
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
@@ -324,7 +325,7 @@ def _check_key(key: str, known: dict[str, Any], dashes: str = "", where: str = "
 
 
 def _nearest(key: str, keys: list[str]) -> str | None:
-    """The key that was probably meant: same last part elsewhere, or a like spelling."""
+    """Return the key that was probably meant: one with the same last part, or a similar spelling."""
     last = key.rpartition(".")[2]
     lasts = {other.rpartition(".")[2]: other for other in reversed(keys)}
     close = difflib.get_close_matches(key, keys, 1, 0.75)
@@ -342,7 +343,7 @@ def _check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"--config {path}: cannot be read ({reason}).") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as of a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as of an impossible date
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must hold settings, such as 'name: first'.")
@@ -358,7 +359,7 @@ def _check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
 
 
 def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, where: str) -> None:
-    """Walk a mapping beside the dataclass that it fills."""
+    """Check the keys and nulls of a mapping against a dataclass."""
     known = dict(_settings(config_class))
     for key, value in content.items():
         _check_key(f"{prefix}{key}", {prefix + name: hint for name, hint in known.items()}, where=where)
@@ -377,7 +378,7 @@ def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, wher
 
 
 def _explain(message: str, known: dict[str, Any]) -> str:
-    """One line for what jsonargparse says in several."""
+    """Turn a message of jsonargparse into one line."""
     if flag := re.search(r"argument (--[\w.]+)(?:/--[\w.]+\+)?: expected one argument", message):
         return f"{flag[1]} needs a value; one that begins with a dash is joined to it: {flag[1]}=-x"
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
@@ -395,7 +396,7 @@ def _explain(message: str, known: dict[str, Any]) -> str:
 
 
 def _describe(hint: Any) -> str:
-    """A type in words."""
+    """Describe a type in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in names:

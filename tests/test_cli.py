@@ -201,7 +201,7 @@ def test_run_exits_with_codes(capsys: pytest.CaptureFixture[str]) -> None:
         run(lambda: fail(ValueError("bug")))
 
 
-def test_a_process_beside_the_first_speaks_if_it_fails_alone(
+def test_a_process_that_fails_alone_prints_its_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")

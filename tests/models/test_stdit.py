@@ -19,7 +19,7 @@ PARAMETERS = {
     "XL-2": 1_208_872_736,
     "3B-2": 3_183_440_336,
 }
-"""As in the table of configs/models/README.md; tiny with the quickstart's codec and text encoder."""
+"""As in the table of stdit/models/README.md; tiny with the quickstart's codec and text encoder."""
 
 
 def small(**settings) -> STDiT:
@@ -51,7 +51,7 @@ def inputs(frames: int = 4, rows: int = 5, columns: int = 6, batch: int = 2) -> 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_of_presets(name: str) -> None:
     settings = yaml.safe_load((ROOT / "configs" / "models" / f"{name}.yaml").read_text())["model"]
-    table = (ROOT / "configs" / "models" / "README.md").read_text()
+    table = (ROOT / "stdit" / "models" / "README.md").read_text()
     (row,) = (line for line in table.splitlines() if line.startswith(f"| `{name}`"))
     if name == "tiny":
         quickstart = yaml.safe_load((ROOT / "configs" / "train" / "quickstart.yaml").read_text())

@@ -36,7 +36,7 @@ def test_there_and_back(
     torch.save(state, tmp_path / "ema.pt")
     model, again = tmp_path / "deeper" / "model", tmp_path / "again"
     assert convert(monkeypatch, tmp_path / "ema.pt", model, "--input_sq_size", 256) == 0
-    assert "3 + 3 blocks; left out rope.freqs, a constant" in capsys.readouterr().out
+    assert "3 + 3 blocks; skipped rope.freqs, a constant" in capsys.readouterr().out
     assert {file.name for file in model.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert STDiT.from_pretrained(model).config.input_sq_size == 256
 

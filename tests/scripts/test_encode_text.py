@@ -29,7 +29,7 @@ def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
     ]
     result = call(*encode)
     assert result.returncode == 0, result.stderr
-    assert "2 captions encoded, 0 were there already" in result.stdout
+    assert "2 captions encoded, 0 existed already" in result.stdout
 
     stored = ["--text_encoder.name", "stored", "--text_encoder.path", text, "--name"]
     for flags in (["--name", "with"], [*stored, "without"]):
@@ -44,7 +44,7 @@ def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
     result = call(*sample, "--text_states", text, "--output", str(tmp_path / "videos"))
     assert result.returncode == 2 and "no states of 3 captions, such as 'a blue star'" in result.stderr
     result = call(*encode, "--captions", str(prompts))
-    assert "3 captions encoded, 2 were there already" in result.stdout, result.stderr
+    assert "3 captions encoded, 2 existed already" in result.stdout, result.stderr
     result = call(*sample, "--text_states", text, "--output", str(tmp_path / "videos"))
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1

@@ -1,0 +1,57 @@
+"""The names that packages export, and what importing them costs."""
+
+import subprocess
+import sys
+
+import pytest
+
+PACKAGES = {
+    "stdit": ["STDiT", "STDiTPipeline", "RectifiedFlow", "__version__"],
+    "stdit.models": ["STDiT", "STDiTConfig"],
+    "stdit.diffusion": ["RectifiedFlow", "FlowConfig", "register_mask_strategy", "register_prediction"],
+    "stdit.codecs": [
+        *(
+            "VideoCodec",
+            "TextEncoder",
+            "CodecConfig",
+            "TextEncoderConfig",
+            "build_codec",
+            "build_text_encoder",
+        ),
+        *("register_codec", "register_diffusers_vae", "register_text_encoder"),
+    ],
+}
+LIGHT = [
+    *PACKAGES,
+    "stdit.models.config",
+    "stdit.codecs.config",
+    "stdit.diffusion.config",
+    "stdit.registry",
+    "stdit.cli",
+]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_exported_names_exist(package: str) -> None:
+    module = __import__(package, fromlist=["_"])
+    assert set(PACKAGES[package]) <= set(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
+
+
+def test_importing_packages_and_configs_imports_no_torch() -> None:
+    program = f"import sys, {', '.join(LIGHT)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "diffusers", "transformers"} & set(done.stdout.split())
+
+
+def test_importing_stdit_is_quick() -> None:
+    """By user time of the import alone, the least of three; 50 ms by the clock on an idle machine."""
+    program = "import time; start = time.process_time(); import stdit; print(time.process_time() - start)"
+    runs = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        for _ in "123"
+    ]
+    assert min(float(done.stdout) for done in runs) < 0.05
