@@ -5,9 +5,9 @@
     python train.py --config ... --text_encoder.name stored --text_encoder.path text
     python sample.py --checkpoint ... --prompts prompts.txt --text_states text
 
---captions takes manifests (all that data.manifest takes) and files of prompts, with their negative prompts and segment
-prompts. Captions that the folder already has are not encoded again. Training needs the captions of its clips and
-validation.prompts.
+--captions takes manifests (all that data.manifest takes) and files of prompts, with their negative prompts and
+segment prompts. Captions that the folder already has are not encoded again. Training needs the captions of its clips
+and validation.prompts.
 """
 
 import csv
