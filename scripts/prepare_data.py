@@ -29,7 +29,7 @@ ENCODE_USAGE = "%(prog)s [--part K/N] [--config FILE ...] [--key value ...]"
 DEFAULT_SCORES = ("motion", "difference", "sharpness", "brightness", "contrast")
 TIMEOUT = 300.0
 SPLIT_TIMEOUT = 3600.0
-"""Seconds; whole films are decoded."""
+"""Seconds per clip; longer for split, which decodes whole films."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

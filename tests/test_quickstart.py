@@ -1,4 +1,4 @@
-"""scripts/quickstart.sh, with a stand-in for Python that leaves the files of each command."""
+"""scripts/quickstart.sh, with a stand-in for Python that writes the files of each command."""
 
 import re
 import subprocess
@@ -32,14 +32,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def quickstart(folder: Path, stop: str = "", code: int = 0) -> tuple[int, list[str]]:
-    """The exit code and the commands that were shown; the one that is named ``stop`` ends with a code at once."""
+    """Run the script; returns its exit code and the commands that it showed. Command ``stop`` exits with ``code``."""
     (folder / "stop").write_text(stop)
     (folder / "code").write_text(str(code))
     done = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=folder, capture_output=True, text=True)
     return done.returncode, re.findall(r"^\$ (.*)$", done.stdout, re.MULTILINE)
 
 
-def test_the_commands_are_those_of_the_readme_and_what_they_made_is_used_again(folder: Path) -> None:
+def test_the_commands_are_those_of_the_readme_and_their_results_are_reused(folder: Path) -> None:
     block = (ROOT / "README.md").read_text().partition("The quickstart runs these commands:\n\n```bash\n")[2]
     shapes, train, sample, score = commands = block.partition("\n```")[0].splitlines()
     assert quickstart(folder) == (0, commands)
@@ -55,7 +55,7 @@ def test_it_stops_where_training_stopped(folder: Path, code: int, own: int) -> N
     assert quickstart(folder, "train.py", code) == (own, quickstart(folder)[1][:2])
 
 
-def test_an_interrupted_sampling_is_begun_anew(folder: Path) -> None:
+def test_an_interrupted_sampling_starts_over(folder: Path) -> None:
     half = folder / "outputs" / "quickstart" / "videos" / "000-half.mp4"
     assert quickstart(folder, "sample.py", 130)[0] == 130
     half.parent.mkdir()

@@ -49,7 +49,7 @@ def words(text: str) -> set[str]:
 # ---- scenes ----
 
 
-def test_render_is_deterministic_and_moves_as_said() -> None:
+def test_render_is_deterministic_and_follows_the_motion() -> None:
     scene = Scene("square", "blue", "right", "black", x=12, y=16, travel=8, radius=5)
     first, again = render(scene), render(scene)
     assert first.shape == (16, 32, 32, 3) and first.dtype == np.uint8
@@ -69,7 +69,7 @@ def test_render_is_anti_aliased_and_scales() -> None:
     assert np.abs(halved - small).mean() < 1.0
 
 
-def test_scenes_vary_in_full() -> None:
+def test_scenes_vary_over_their_full_ranges() -> None:
     many = scenes(400)
     for name, low, high in (("x", 11, 21), ("y", 11, 21), ("travel", 6.96, 9.04), ("radius", 5.22, 6.78)):
         values = [getattr(scene, name) for scene in many]
@@ -132,7 +132,7 @@ def test_unseen_words_never_occur_in_training_captions() -> None:
 
 
 def unseen_names(text: str, scene: Scene) -> set[str]:
-    """The attributes that a text names by a held-out word."""
+    """Return the attributes for which a text uses a held-out word."""
     forms = {name: [f for o in UNSEEN[name][scene.attributes[name]] for f in _forms(o)] for name in UNSEEN}
     return {name for name in forms if any(re.search(rf"\b{form}\b", text) for form in forms[name])}
 
@@ -147,7 +147,7 @@ def test_paraphrases_use_unseen_words() -> None:
 
 
 def _forms(option: str) -> list[str]:
-    """Both inflections of a verb phrase `third|participle rest`, or the phrase itself."""
+    """Return both inflections of a verb phrase `third|participle rest`, or the phrase itself."""
     if "|" not in option:
         return [option]
     third, rest = option.split("|")
@@ -193,17 +193,17 @@ def test_checker_accepts_blur_and_faint_noise() -> None:
 
 
 @pytest.mark.parametrize(("size", "frames"), [(64, 16), (48, 9), (128, 24)])
-def test_checker_takes_other_sizes(size: int, frames: int) -> None:
+def test_checker_accepts_other_sizes(size: int, frames: int) -> None:
     shown = scenes(20, seed=4)
     assert accuracy([render(scene, frames, size) for scene in shown], shown) == 1
 
 
-def test_checker_takes_wide_frames() -> None:
+def test_checker_accepts_wide_frames() -> None:
     video = np.pad(render(BASE), ((0, 0), (0, 0), (12, 12), (0, 0)))
     assert score(video, BASE.attributes)["strict"]
 
 
-def test_checker_refuses_noise_and_emptiness() -> None:
+def test_checker_rejects_noise_and_empty_videos() -> None:
     rng = np.random.default_rng(0)
     for low, high in ((0, 256), (60, 200)):
         verdict = check(rng.integers(low, high, (16, 32, 32, 3), dtype=np.uint8))
@@ -212,7 +212,7 @@ def test_checker_refuses_noise_and_emptiness() -> None:
     assert empty.background == "black" and empty.shape is None and empty.motion is None
 
 
-def test_checker_refuses_still_jumping_and_shuffled_objects() -> None:
+def test_checker_rejects_still_jumping_and_shuffled_objects() -> None:
     rng = np.random.default_rng(0)
     for scene in scenes(40, seed=5):
         video = render(scene)
@@ -229,7 +229,7 @@ def test_checker_refuses_still_jumping_and_shuffled_objects() -> None:
         assert score(video[[0] * 16], scene.attributes)["shape"]
 
 
-def test_checker_refuses_every_other_value() -> None:
+def test_checker_rejects_every_other_value() -> None:
     values: dict[str, Iterable[str]] = {
         "shape": SHAPES,
         "colour": COLOURS,
@@ -249,7 +249,7 @@ def test_checker_refuses_every_other_value() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_checker_names_the_shape_lenient_of_what_it_refuses(
+def test_checker_gives_a_lenient_shape_where_the_strict_one_fails(
     shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outline = SHAPES[shape]
@@ -262,7 +262,7 @@ def test_checker_names_the_shape_lenient_of_what_it_refuses(
 
 
 @pytest.mark.parametrize("stranger", ["diamond", "ring", "ellipse", "rectangle", "upside down", "two"])
-def test_checker_refuses_unknown_shapes(stranger: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checker_rejects_unknown_shapes(stranger: str, monkeypatch: pytest.MonkeyPatch) -> None:
     triangle = SHAPES["triangle"]
     outlines = {
         "diamond": lambda u, v: (np.abs(u) + np.abs(v)) / np.sqrt(2) - 0.9,
@@ -279,7 +279,7 @@ def test_checker_refuses_unknown_shapes(stranger: str, monkeypatch: pytest.Monke
         assert check(video).shape is None
 
 
-def test_checker_refuses_morphs_and_changing_colours() -> None:
+def test_checker_rejects_morphs_and_changing_colours() -> None:
     for scene in scenes(30, seed=8):
         scene = replace(scene, x=16, y=16, radius=5.5)  # clear of the border
         video = render(scene)
@@ -292,14 +292,14 @@ def test_checker_refuses_morphs_and_changing_colours() -> None:
 
 
 @pytest.mark.parametrize("rgb", [(110, 60, 15), (0, 220, 230), (255, 150, 180), (180, 180, 180)])
-def test_checker_refuses_unknown_colours(rgb: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checker_rejects_unknown_colours(rgb: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(COLOURS, "stranger", rgb)
         video = render(replace(BASE, colour="stranger"))
     assert check(video).colour is None and check(video).shape == "circle"
 
 
-def test_checker_wants_bytes() -> None:
+def test_checker_requires_uint8() -> None:
     with pytest.raises(ValueError, match="uint8"):
         check(np.zeros((16, 32, 32, 3), np.float32))
 
@@ -366,7 +366,7 @@ def test_build_writes_prompts(built: Path) -> None:
     assert {row["shape"] for row in rows} == set(SHAPES) and len({row["motion"] for row in rows}) >= 5
 
 
-def test_prompts_avoid_the_captions_they_are_told() -> None:
+def test_prompts_avoid_given_texts() -> None:
     once = draw_prompts("heldout", [("circle", "red", "up")], 1, seed=0)
     again = draw_prompts("heldout", [("circle", "red", "up")], 1, 0, frozenset({once[0]["prompt"]}))
     assert once[0]["prompt"] != again[0]["prompt"] and once[0]["shape"] == again[0]["shape"]
@@ -391,7 +391,7 @@ def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def _leave_garbage_in_memory(rng: np.random.Generator) -> None:
-    """An encoder that reads memory before it writes there shows it only when that memory is not zero."""
+    """Fill memory that is then freed: an encoder that reads uninitialised memory shows it only if it is not zero."""
     garbage = [np.frombuffer(rng.bytes(int(n)), np.uint8).copy() for n in rng.integers(100, 200_000, 40)]
     del garbage
 
@@ -445,7 +445,7 @@ def test_build_never_replaces_what_it_did_not_write(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"num_clips": 0}, {"size": 33}, {"size": 16}, {"seed": -1}, {"fps": 0}])
-def test_impossible_settings(wrong: dict[str, int]) -> None:
+def test_settings_out_of_range_are_errors(wrong: dict[str, int]) -> None:
     with pytest.raises(UserError):
         ShapesConfig(**wrong)
 
@@ -496,7 +496,7 @@ def test_evaluate_scores_a_folder_of_videos(built: Path, tmp_path: Path) -> None
         "no video",
     ],
 )
-def test_evaluate_answers_bad_input(case: str, built: Path, tmp_path: Path) -> None:
+def test_evaluate_rejects_bad_input(case: str, built: Path, tmp_path: Path) -> None:
     prompts = built / ("missing.csv" if case == "no prompts file" else "prompts_heldout.csv")
     if case == "wrong columns":
         prompts = built / "manifest.csv"

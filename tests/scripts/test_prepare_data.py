@@ -44,7 +44,7 @@ def test_all_steps_in_order(clips: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert re.search(r"16x32x32 at 8 fps +1 +1 +1\n", (clips / "report.html").read_text())
 
 
-def test_mistakes_are_named(clips: Path) -> None:  # noqa: F811
+def test_bad_arguments_are_errors(clips: Path) -> None:  # noqa: F811
     with pytest.raises(UserError, match="no column 'motion'"):
         main(["filter", str(clips), str(clips / "good.csv"), "--where", "motion > 2"])
     config = clips / "train.yaml"
@@ -134,7 +134,7 @@ def test_a_score_of_a_users_own_module(
     assert len(rows) == 3 and all(abs(float(row["redness"])) < 256 for row in rows)
 
 
-def test_help_needs_nothing_heavy() -> None:
+def test_help_imports_neither_torch_nor_av() -> None:
     code = "import sys, scripts.prepare_data as s; s.build_parser(); print(*{'av', 'torch'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "\n", result.stderr

@@ -72,17 +72,17 @@ def hash_media(media: Media) -> bytes:
 
 
 def remembered(config: DataConfig) -> Callable[[Clip], bool]:
-    """Return a function that says whether the cache knows the hash of a clip's file.
+    """Return a function that says whether the cache has the hash of a clip's file.
 
     Only files that were decoded are hashed, so such a clip is readable and need not be opened to check.
     """
     if config.cache == "none":
         return lambda clip: False
-    contents = FileHashes(CacheStore(config.cache_folder()))
+    hashes = FileHashes(CacheStore(config.cache_folder()))
 
     def known(clip: Clip) -> bool:
         try:
-            return contents.known(clip.media)[1] is not None
+            return hashes.known(clip.media)[1] is not None
         except OSError:
             return False
 

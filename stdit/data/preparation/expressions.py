@@ -100,7 +100,7 @@ def _conjuncts(node: ast.expr) -> list[ast.expr]:
 
 
 class _Parser:
-    """Converts nodes of the grammar to terms; a node without a method here is refused."""
+    """Converts nodes of the grammar to terms; a node without a method here is an error."""
 
     def __init__(self, text: str, kinds: Mapping[str, ColumnType]) -> None:
         self.text, self.kinds = text, kinds

@@ -1,4 +1,4 @@
-"""A codec and a text encoder that say what they were asked, and the work of encoding a data set by them."""
+"""A tiny codec and text encoder that count their calls, and a data set that is encoded by them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from stdit.data.dataset import build_plan
 
 
 class TinyCodec:
-    """Keeps every second frame, row and column; counts the clips that it encoded."""
+    """Keeps every second frame, row and column; counts the clips that it encodes."""
 
     channels = 3
 
@@ -32,7 +32,7 @@ class TinyCodec:
 
 
 class TinyEncoder:
-    """One token a word, its state the number of letters and the place; remembers what it encoded."""
+    """One token per word, whose state is its number of letters and its place; keeps the captions that it encodes."""
 
     def __init__(self, name="text"):
         self.name, self.captions = name, []
@@ -53,7 +53,7 @@ class TinyEncoder:
 
 
 class Work:
-    """A data set with a cache, and what was encoded for it."""
+    """A data set with a cache."""
 
     def __init__(self, config, seed=0, codec="tiny", text="text"):
         self.config, self.codec, self.text = config, TinyCodec(codec), TinyEncoder(text)
@@ -65,7 +65,7 @@ class Work:
         return encode_plan(self.reader, self.codec, self.text, progress=False, **options)
 
     def latents(self):
-        """Of every view, by clip and number, from a store that is read anew."""
+        """Read the latents of every view, by clip and number, from a new store."""
         reader = replace(self.reader, store=CacheStore(self.config.cache_folder()))
         found = {}
         for bucket, members in zip(self.plan.assignment.buckets, self.plan.assignment.members, strict=True):

@@ -18,7 +18,7 @@ def distances(hashes: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def hashes() -> np.ndarray:
-    """400 clips: 100 at random, and three like each, a few bits away."""
+    """400 clips: 100 random ones, and three similar to each, a few bits away."""
     rng = np.random.default_rng(0)
     bits = np.repeat(rng.integers(0, 2, (100, 256), np.uint8), 4, axis=0)
     for row in bits:
@@ -40,7 +40,7 @@ def test_banding_misses_no_pair(hashes: np.ndarray, bits: int, monkeypatch: pyte
     assert bits < 5 or len(wanted) > 20
 
 
-def test_the_best_stays_and_what_stays_is_unlike(hashes: np.ndarray) -> None:
+def test_the_best_clip_is_kept_and_kept_clips_differ(hashes: np.ndarray) -> None:
     volumes = np.random.default_rng(1).integers(1, 9, len(hashes)).tolist()
     gone = find_duplicates(hashes, volumes, 16)
     apart = distances(hashes)
@@ -52,7 +52,7 @@ def test_the_best_stays_and_what_stays_is_unlike(hashes: np.ndarray) -> None:
         assert (-volumes[better], better) < (-volumes[place], place)
 
 
-def test_equal_clips_are_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_clips_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = np.zeros((100_000, 32), np.uint8)  # 5 * 10^9 pairs, if they were compared
     gone = find_duplicates(hashes, [1] * 99_999 + [2], 16)
     assert len(gone) == 99_999 and set(gone.values()) == {(99_999, 0)}
@@ -73,6 +73,6 @@ def test_copies_in_other_sizes_and_codecs_are_found(tmp_path: Path, write_video:
     assert any("2 x duplicate: small.avi (of z_large.mp4, " in line for line in lines)
 
 
-def test_an_impossible_distance_is_named(tmp_path: Path) -> None:
+def test_a_distance_out_of_range_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--distance 17: must be from 0"):
         dedupe_clips(task(tmp_path, tmp_path / "manifest.csv"), 17)

@@ -56,11 +56,11 @@ def kept(where: str) -> str:
         ("text < 'b'", "ab"),
     ],
 )
-def test_rows_that_hold(where: str, paths: str) -> None:
+def test_rows_that_fulfil_a_condition(where: str, paths: str) -> None:
     assert kept(where) == paths
 
 
-def test_the_reason_is_the_part_that_does_not_hold() -> None:
+def test_the_reason_names_the_part_that_is_false() -> None:
     condition = parse_filter("height >= 240 and (motion > 2 and camera == 'pan')", KINDS)
     assert [condition.objection(row) for row in ROWS] == [
         None,
@@ -135,12 +135,12 @@ def test_hostile_and_broken_expressions_are_refused(where: str) -> None:
         ("hd or motion", "'motion' is a number, but and, or takes a boolean"),
     ],
 )
-def test_what_is_wrong_is_named_before_any_row(where: str, message: str) -> None:
+def test_errors_of_names_and_types_are_found_before_any_row(where: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_filter(where, KINDS)
 
 
-def test_kinds_of_columns() -> None:
+def test_column_types() -> None:
     assert (
         KINDS["motion"] == KINDS["height"] == "number"
         and KINDS["camera"] == "text"

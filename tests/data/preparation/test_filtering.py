@@ -9,7 +9,7 @@ from tests.data.preparation.conftest import read_csv, task
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Its clips do not exist: nothing opens them."""
+    """A manifest whose clips do not exist: filter opens none."""
     path = tmp_path / "scored.csv"
     path.write_text('path,text,motion,camera\na.mp4,"a, b",3,pan\nb.mp4,"c\nd",1,pan\nc.mp4,e,,tilt\n')
     return path
@@ -27,7 +27,7 @@ def test_rows_are_kept_with_all_columns_and_the_others_listed(source: Path, tmp_
     assert "1 of 3 clips" in lines[0] and "1 x not motion > 2: b.mp4 (motion = 1)" in lines[2]
 
 
-def test_a_bad_condition_makes_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_bad_condition_writes_nothing(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "good.csv"
     with pytest.raises(UserError, match="no column 'motoin': did you mean motion?"):
         filter_clips(task(source, output), "motoin > 2")

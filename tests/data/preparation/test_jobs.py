@@ -15,7 +15,7 @@ from stdit.errors import UserError
 
 
 def work(item: int, log: Path | None = None) -> int:
-    """Squares; some items fail in ways of their own."""
+    """Squares an item; some items fail, each in another way."""
     if log is not None:
         with log.open("a") as file:
             file.write(f"{item}\n")
@@ -51,7 +51,7 @@ def test_outcomes_in_order_with_reasons(tmp_path: Path) -> None:
 
 
 def work_and_die(item: int) -> int:
-    """Answers, and is gone a moment later: killed for want of memory, say."""
+    """Returns, and dies a moment later, as a process that is killed for its memory."""
     if item == 1:
         threading.Timer(0.2, os._exit, [9]).start()
     return item
@@ -85,7 +85,7 @@ def test_errors_that_no_item_causes_are_raised(item: int, error: type[Exception]
 
 
 def work_or_hang(item: int) -> int:
-    """Never returns for 0, as a decoder that hangs."""
+    """Never returns for 0, like a decoder that hangs."""
     while item == 0:
         time.sleep(1)
     return item

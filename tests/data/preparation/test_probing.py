@@ -19,7 +19,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.glob("*.mp4")}
 
 
-def test_a_folder_becomes_a_manifest_and_what_is_broken_is_listed(clips: Path) -> None:
+def test_a_folder_becomes_a_manifest_and_broken_files_are_listed(clips: Path) -> None:
     before = contents(clips)
     lines = probe_clips(task(clips, clips / "manifest.csv"))
     assert [row["path"] for row in read_csv(clips / "manifest.csv")] == ["a.mp4", "b.mp4", "c.mp4"]
@@ -55,7 +55,7 @@ def test_paths_are_right_for_the_output(clips: Path, tmp_path: Path) -> None:
     assert read_csv(tmp_path / "again.csv") == read_csv(tmp_path / "all.csv")
 
 
-def test_rows_that_cannot_be_used(clips: Path) -> None:
+def test_invalid_rows_are_excluded(clips: Path) -> None:
     rows = ["a.mp4,ball,x,,", "../outside.mp4,ball,y,,", "missing.mp4,,z,,", ",ball,,,"]
     rows += [
         "a.mp4,part,w,0.5,1.5",
@@ -84,7 +84,7 @@ def test_rows_that_cannot_be_used(clips: Path) -> None:
     ]
 
 
-def test_nothing_is_made_of_nothing(tmp_path: Path) -> None:
+def test_a_source_without_usable_clips_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     with pytest.raises(UserError, match="clips does not exist"):
         probe_clips(task(folder, tmp_path / "manifest.csv"))
@@ -98,7 +98,7 @@ def test_nothing_is_made_of_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "manifest.csv").exists()
 
 
-def test_nothing_is_overwritten_unless_told(clips: Path) -> None:
+def test_nothing_is_overwritten_without_the_flag(clips: Path) -> None:
     output, excluded = clips / "manifest.csv", clips / "manifest.excluded.csv"
     output.write_text("path,text\na.mp4,mine\n")
     with pytest.raises(UserError, match="manifest.csv exists: .* --overwrite"):
@@ -159,14 +159,14 @@ def test_an_interrupted_step_resumes_and_reads_changed_files_again(
     assert seen[:2] == ["a.mp4", "b.mp4"]
 
 
-def test_processes_give_the_same(clips: Path) -> None:
+def test_worker_processes_give_the_same_output(clips: Path) -> None:
     probe_clips(task(clips, clips / "one.csv"))
     probe_clips(task(clips, clips / "two.csv", workers=2))
     for kind in (".csv", ".excluded.csv"):
         assert (clips / f"one{kind}").read_text() == (clips / f"two{kind}").read_text()
 
 
-def test_tar_shards_are_read_where_they_lie(clips: Path, tmp_path: Path) -> None:
+def test_tar_shards_are_read_in_place(clips: Path, tmp_path: Path) -> None:
     shard = tmp_path / "shards" / "0.tar"
     shard.parent.mkdir()
     with tarfile.open(shard, "w") as archive:

@@ -27,7 +27,7 @@ def source(clips: Path) -> Path:
 
 
 def bars(page: str, title: str) -> dict[str, int]:
-    """The numbers of a chart, as a reader sees them."""
+    """Read the numbers of a chart off the page."""
     chart = re.search(rf"<h3>{re.escape(title)}</h3><table>(.*?)</table>", page)
     assert chart, title
     return {
@@ -36,7 +36,7 @@ def bars(page: str, title: str) -> dict[str, int]:
     }
 
 
-def test_the_page_has_the_numbers_and_needs_nothing_else(source: Path, tmp_path: Path) -> None:
+def test_the_page_has_the_numbers_and_is_self_contained(source: Path, tmp_path: Path) -> None:
     data = DataConfig(buckets=[BucketConfig(8, 8, 32, 32, batch_size=2), BucketConfig(16, 8, 48, 64)])
     (line,) = report_clips(task(source, tmp_path / "report.html"), data)
     assert "4 clips, 1 of 4 pictures could not be made" in line
@@ -67,7 +67,7 @@ def test_the_page_has_the_numbers_and_needs_nothing_else(source: Path, tmp_path:
     )
 
 
-def test_what_training_would_refuse_is_on_the_page(source: Path, tmp_path: Path) -> None:
+def test_errors_of_training_are_on_the_page(source: Path, tmp_path: Path) -> None:
     data = DataConfig(buckets=[BucketConfig(999, 8, 32, 32)])
     report_clips(task(source, tmp_path / "report.html"), data, thumbnails=0)
     page = (tmp_path / "report.html").read_text()

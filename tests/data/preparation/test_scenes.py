@@ -17,7 +17,7 @@ SIZE = (48, 64)
 
 @pytest.fixture
 def film(tmp_path: Path, write_video: Callable[..., Path]) -> Path:
-    """Four scenes, at 8 frames a second: 16, 12, 5 and 24 frames."""
+    """Four scenes of 16, 12, 5 and 24 frames, at 8 frames per second."""
     frames = np.concatenate([pattern(seed, length) for seed, length in enumerate((16, 12, 5, 24))])
     return write_video(tmp_path / "clips" / "film.mp4", frames=frames)
 
@@ -27,7 +27,7 @@ def windows(manifest: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("detector", ["adaptive", "content"])
-def test_scenes_are_windows_and_no_scene_has_a_cut_inside(film: Path, detector: str) -> None:
+def test_scenes_are_spans_without_a_cut_inside(film: Path, detector: str) -> None:
     source = film.parent / "source.csv"
     source.write_text("path,text,mood\nfilm.mp4,four scenes,calm\n")
     output = film.parent / "scenes.csv"
@@ -47,7 +47,7 @@ def test_scenes_are_windows_and_no_scene_has_a_cut_inside(film: Path, detector: 
     ]  # fmt: skip
 
 
-def test_long_scenes_are_divided_and_windows_stay_in_theirs(film: Path) -> None:
+def test_long_scenes_are_divided_within_the_span_of_the_row(film: Path) -> None:
     source, output = film.parent / "source.csv", film.parent / "scenes.csv"
     source.write_text("path,text,start,end\nfilm.mp4,x,1.0,6.125\n")
     split_clips(task(source, output), SceneConfig(min_seconds=0.5, max_seconds=1.1))
@@ -56,7 +56,7 @@ def test_long_scenes_are_divided_and_windows_stay_in_theirs(film: Path) -> None:
     ]  # fmt: skip
 
 
-def test_cut_scenes_hold_the_same_frames_and_their_file_is_left_alone(film: Path) -> None:
+def test_cut_scenes_have_the_same_frames_and_the_original_is_unchanged(film: Path) -> None:
     before = film.read_bytes()
     output, folder = film.parent / "scenes.csv", film.parent / "cut"
     lines = split_clips(task(film.parent, output), SceneConfig(min_seconds=0.5), folder)
@@ -76,7 +76,7 @@ def test_cut_scenes_hold_the_same_frames_and_their_file_is_left_alone(film: Path
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
-def test_a_part_from_a_key_frame_on_is_copied_bit_for_bit(
+def test_a_span_that_begins_with_a_key_frame_is_copied_bit_for_bit(
     tmp_path: Path, write_video: Callable[..., Path], name: str
 ) -> None:
     path = write_video(tmp_path / name, frames=pattern(0, 24), gop=8)
@@ -89,7 +89,7 @@ def test_a_part_from_a_key_frame_on_is_copied_bit_for_bit(
         assert all(np.array_equal(frame, whole[k]) for (_, frame), k in zip(copied, places, strict=True))
 
 
-def test_what_cannot_be_copied_is_encoded_anew(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+def test_a_span_that_cannot_be_copied_is_reencoded(tmp_path: Path, write_video: Callable[..., Path]) -> None:
     media = Media.of(write_video(tmp_path / "a.mp4", frames=pattern(0, 24), gop=8))
     assert copy_packets(media, 0.5, 2.0, tmp_path / "cut.mp4") is None
     way, info = cut_clip(media, 0.5, 2.0, tmp_path / "cut.mp4", SIZE)
@@ -107,7 +107,7 @@ def test_what_cannot_be_copied_is_encoded_anew(tmp_path: Path, write_video: Call
     assert [time for time, _ in iter_frames(tmp_path / "cut.mp4")] == pytest.approx([0, 0.8, 0.9], abs=1e-3)
 
 
-def test_bad_settings_are_named_before_the_work(
+def test_bad_settings_are_errors_before_the_work(
     film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "split_clip", None)
@@ -123,7 +123,7 @@ def test_bad_settings_are_named_before_the_work(
         split_clips(job, SceneConfig(), tmp_path / "elsewhere")
 
 
-def test_a_film_without_a_scene_long_enough(film: Path) -> None:
+def test_a_video_without_a_long_enough_scene_is_excluded(film: Path) -> None:
     with pytest.raises(
         UserError, match="1 x no scene is long enough: film.mp4 .the longest of 4 lasts 3.00 s"
     ):

@@ -27,7 +27,7 @@ def smooth(speed: int) -> np.ndarray:
     return np.stack(frames).clip(0, 255).astype(np.uint8)[..., None].repeat(3, axis=3)
 
 
-def test_motion_is_in_percent_of_the_longer_side_a_second() -> None:
+def test_motion_is_in_percent_of_the_longer_side_per_second() -> None:
     moving = SCORERS.get("motion")(smooth(2), 8.0)
     assert moving == pytest.approx(100 * 2 * 8 / 96, rel=0.25)
     assert SCORERS.get("motion")(smooth(1), 8.0) == pytest.approx(moving / 2, rel=0.25)
@@ -46,7 +46,7 @@ def test_scores_of_known_frames() -> None:
     assert SCORERS.get("sharpness")(sharp, 8) > 10 * SCORERS.get("sharpness")(smooth(0), 8)
 
 
-def test_text_is_found_where_there_is_some() -> None:
+def test_text_area() -> None:
     pytest.importorskip("rapidocr"), pytest.importorskip("onnxruntime")
     cv2 = scoring.opencv()
     plain = np.full((1, 144, 256, 3), 90, np.uint8)
@@ -137,7 +137,7 @@ def test_a_scorer_that_hangs_costs_only_its_clip(clips: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_scorers")
-def test_bad_scorers_are_named_before_the_work(clips: Path) -> None:
+def test_bad_scores_are_errors(clips: Path) -> None:
     job = task(clips, clips / "scored.csv")
     for scores, message in (
         ([], "--scores is empty"),

@@ -26,7 +26,7 @@ COLUMNS = ["path", "text", "id", "motion", "n", "hd", "tags"]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_all_columns_come_back(tmp_path: Path, suffix: str) -> None:
+def test_all_columns_are_read_back(tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     path = tmp_path / f"manifest{suffix}"
@@ -35,7 +35,7 @@ def test_all_columns_come_back(tmp_path: Path, suffix: str) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_jsonl_has_numbers_where_nothing_is_lost(tmp_path: Path) -> None:
+def test_jsonl_has_numbers_if_nothing_is_lost(tmp_path: Path) -> None:
     source = tmp_path / "source.jsonl"
     rows = [
         {
@@ -56,14 +56,14 @@ def test_jsonl_has_numbers_where_nothing_is_lost(tmp_path: Path) -> None:
     assert read_csv(tmp_path / "good.csv")[0]["tags"] == '["a", {"b": 1}]'
 
 
-def test_kinds_of_fields() -> None:
+def test_types_of_fields() -> None:
     assert typed(["1", "2", ""], "a") == [1, 2, None] and typed(["1.5", "2.0"], "a") == [1.5, 2.0]
     for kept in (["1.50"], ["nan"], ["inf"], ["1_0"], ["0x1"], ["true"], ["{}x"], ["[" * 9999], ["1", "x"]):
         assert typed(kept, "a") == kept
     assert typed(["1", ""], "text") == ["1", ""]
 
 
-def test_what_is_written_can_be_trained_on(clips: Path) -> None:
+def test_a_written_manifest_can_be_trained_on(clips: Path) -> None:
     write_table(
         clips / "m.jsonl", Table(["path", "text", "end"], [{"path": "a.mp4", "text": "x", "end": 1.0}], "")
     )
@@ -71,7 +71,7 @@ def test_what_is_written_can_be_trained_on(clips: Path) -> None:
     assert (found[0].num_frames, found[0].text) == (8, "x")
 
 
-def test_a_result_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "manifest.csv"
     path.write_text("before")
     with pytest.raises(KeyboardInterrupt), staged_output(path) as aside:

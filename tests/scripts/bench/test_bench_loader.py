@@ -6,7 +6,7 @@ from scripts.bench.loader import main, parse_args
 from tests.training.tiny import tiny_settings
 
 
-def test_each_loader_is_measured_beside_training(tmp_path, capsys):
+def test_each_loader_is_measured_and_compared_with_training(tmp_path, capsys):
     AcceleratorState._reset_state(True)
     threads = torch.get_num_threads()
     manifest = str(tmp_path / "clips" / "manifest.csv")
