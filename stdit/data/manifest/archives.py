@@ -1,7 +1,7 @@
-"""Tar shards in the manner of WebDataset: a video or image, and its .txt or .json, under one key.
+"""Tar shards in the WebDataset format: a video or image and its .txt or .json share a key.
 
-A shard is walked once, from header to header; what is kept of a video is where its bytes are (`Media`), and it is
-read from there. Nothing is extracted.
+A shard is scanned once, from header to header, to find the position of each video (`Media`), from which it is read
+later. Nothing is extracted.
 """
 
 import glob
@@ -23,15 +23,15 @@ from stdit.data.manifest.rows import OTHER_NAMES, Rows, as_text
 from stdit.errors import UserError
 
 MAX_TEXT_BYTES = 1 << 20
-SHARDS_AT_ONCE = 64
+SHARDS_PER_CHUNK = 64
 MAX_SHARDS = 1_000_000
 HEADER_BLOCK_BYTES = 1 << 16
-"""Read at once from a remote shard while it is walked: a header, and the captions that lie beside it."""
+"""Read-ahead while a remote shard is scanned: a header, and the captions beside it."""
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tzst|txz)$", re.IGNORECASE)
 
 
 class Member(NamedTuple):
-    """A file in an archive: where its bytes are, or why it is not read."""
+    """A file in an archive: the position of its bytes, or the reason why it is not read."""
 
     name: str
     offset: int
@@ -44,21 +44,21 @@ def is_archive(manifest: str) -> bool:
     name = manifest.partition("?")[0] if is_url(manifest) else manifest
     if COMPRESSED.search(name):
         raise UserError(
-            f"manifest {manifest}: a compressed archive cannot be read from the middle: unpack it to .tar (videos "
-            "do not get smaller by it)"
+            f"manifest {manifest}: a compressed archive cannot be read at any position: unpack it to .tar "
+            "(compression does not make videos smaller)"
         )
     return name.lower().endswith(".tar")
 
 
 def find_shards(pattern: str) -> list[str]:
-    """Paths or URLs of shards, in order: `{000..099}` and `{a,b}` are spelt out, then `*` and `[ab]` are looked up.
+    """Return paths or URLs of shards, in order: expand `{000..099}` and `{a,b}`, then match `*` and `[ab]`.
 
-    Raises UserError when there is none, or one that is named is missing.
+    Raises UserError if there is none, or one that is named is missing.
     """
     if os.path.exists(pattern):
         return [pattern]
     found: list[str] = []
-    for name in itertools.islice(_spelt_out(pattern), MAX_SHARDS + 1):
+    for name in itertools.islice(_expand_braces(pattern), MAX_SHARDS + 1):
         if re.search(r"[*\[]", name):
             matches = sorted(_remote_matches(name) if is_url(name) else glob.glob(name, recursive=True))
             if not matches:
@@ -74,37 +74,37 @@ def find_shards(pattern: str) -> list[str]:
 
 
 def shard_root(pattern: str) -> str:
-    """The folder, resolved, or the URL above all shards of a pattern."""
+    """Return the resolved folder, or the URL, that contains all shards of a pattern."""
     plain = re.split(r"[{*\[]", pattern, maxsplit=1)[0]
     parent = plain.rpartition("/")[0]
     return parent if is_url(pattern) else os.path.realpath(parent or ("/" if plain.startswith("/") else "."))
 
 
 def archive_rows(shards: list[str], root: str) -> Iterator[Rows]:
-    """Rows of shards in their order, with the columns member, offset and size; several are walked at a time.
+    """Yield rows of shards in order, with the columns member, offset and size; several are scanned in parallel.
 
-    A shard that cannot be read at all, or only in part, is a row of its own that says so.
+    A shard that cannot be read, or only in part, gives an additional refused row.
 
     Args:
-        root: the data root: a resolved folder or a URL; `path` is the shard's in it.
+        root: the data root, a resolved folder or a URL, to which `path` is relative.
     """
     with ThreadPoolExecutor() as pool:
         with tqdm(total=len(shards), desc="reading shards", unit="shard", delay=3, disable=None) as bar:
-            for first in range(0, len(shards), SHARDS_AT_ONCE):
+            for first in range(0, len(shards), SHARDS_PER_CHUNK):
                 for rows in pool.map(
-                    lambda shard: _shard_rows(shard, root), shards[first : first + SHARDS_AT_ONCE]
+                    lambda shard: _shard_rows(shard, root), shards[first : first + SHARDS_PER_CHUNK]
                 ):
                     bar.update()
                     yield rows
 
 
 def iter_members(file: BinaryIO) -> Iterator[Member]:
-    """Files of a tar archive in their order. Raises tarfile.TarError where it is damaged or ends too early."""
+    """Yield the files of a tar archive. Raises tarfile.TarError if it is damaged or ends too early."""
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (info := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
             if info.isdir():
                 continue
             if info.offset_data + info.size > end:
@@ -119,7 +119,7 @@ def iter_members(file: BinaryIO) -> Iterator[Member]:
 
 
 def _refusal(info: tarfile.TarInfo) -> str:
-    """Why a member is not read; empty if it may be."""
+    """Return the reason why a member is not read; empty if it may be."""
     if info.issym() or info.islnk():
         return f"link in an archive, which is not followed: to {info.linkname}"
     if not info.isreg() or info.issparse():
@@ -166,7 +166,7 @@ def _shard_rows(shard: str, root: str) -> Rows:
 
 
 def _chosen(members: Iterable[Member]) -> Iterator[tuple[Member, str]]:
-    """The member of each key that is a clip, and all that are left out, with the reason."""
+    """Yield the clip of each key, and the excluded members with the reason."""
     seen: set[str] = set()
     clips: dict[str, Member] = {}
     rest: list[tuple[Member, str]] = []
@@ -201,7 +201,7 @@ def _chosen(members: Iterable[Member]) -> Iterator[tuple[Member, str]]:
 
 
 def _caption(member: Member, texts: dict[str, bytes]) -> tuple[dict[str, str], str]:
-    """What the .json and .txt of a member's key say, the caption as "text"; or why they cannot be read."""
+    """Return the fields of the .json and .txt of a member's key, the caption as "text"; or the reason why not."""
     key = _key(member.name)
     fields: dict[str, Any] = {}
     try:
@@ -224,7 +224,7 @@ def _key(name: str) -> str:
 
 
 class _RowList:
-    """Rows of one shard that are collected one by one."""
+    """Rows of one shard, collected one by one."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -246,14 +246,14 @@ class _RowList:
         return Rows({name: [row.get(name, "") for row in self.rows] for name in names}, self.refused)
 
 
-def _spelt_out(pattern: str) -> Iterator[str]:
-    """A pattern for each choice of its braces, the first varying slowest."""
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """Yield the pattern for each choice of its braces; the first brace varies slowest."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         yield pattern
         return
     for choice in _choices(found[1], pattern):
-        yield from _spelt_out(pattern[: found.start()] + choice + pattern[found.end() :])
+        yield from _expand_braces(pattern[: found.start()] + choice + pattern[found.end() :])
 
 
 def _choices(inner: str, pattern: str) -> Iterator[str]:
@@ -271,7 +271,7 @@ def _choices(inner: str, pattern: str) -> Iterator[str]:
 
 
 def _remote_matches(pattern: str) -> list[str]:
-    """URLs that match. Raises UserError."""
+    """Return the matching URLs. Raises UserError."""
     import fsspec
 
     try:

@@ -1,17 +1,17 @@
-"""Scores that follow a caption, as Open-Sora writes them; the same words in training and in sampling."""
+"""Append scores to captions as Open-Sora does; training and sampling use the same words."""
 
 import math
 from collections.abc import Mapping
 
 CAPTION_SCORES = {"aesthetic": "aesthetic score", "motion": "motion score", "camera": "camera motion"}
-"""Columns of a manifest, in the order in which they follow the caption, and what the caption calls them."""
+"""Columns of a manifest, in the order in which they follow the caption, and their names in the caption."""
 
 
 def score_suffix(values: Mapping[str, float | str | None]) -> str:
-    """' aesthetic score: 6.5. motion score: 5. camera motion: pan left.', of those that have a value.
+    """Return ' aesthetic score: 6.5. motion score: 5. camera motion: pan left.', for scores that have a value.
 
-    Numbers, also those that come as text, are given to one decimal (Open-Sora v1.2,
-    opensora/utils/inference_utils.py, append_score_to_prompts).
+    Numbers, also given as text, are rounded to one decimal (Open-Sora v1.2, opensora/utils/inference_utils.py,
+    append_score_to_prompts).
     """
     texts = {name: _written(values.get(name)) for name in CAPTION_SCORES}
     return "".join(f" {CAPTION_SCORES[name]}: {text}." for name, text in texts.items() if text)

@@ -1,4 +1,4 @@
-"""Clips: what a manifest says of each, kept by column so that a million of them fit in a few hundred MB.
+"""Tables of clips, stored by column so that a million clips fit in a few hundred MB.
 
 Letter: N clips.
 """
@@ -15,24 +15,24 @@ import xxhash
 
 from stdit.data.decoding.media import Media
 
-STRINGS_AT_ONCE = 65536
-WHOLE = -1
-"""The size of a clip that is a whole file."""
+_STRINGS_PER_PIECE = 65536
+WHOLE_FILE = -1
+"""Value of `Clips.size` for clips that are whole files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One video (or image, a video of one frame), or a part of one, with its caption."""
+    """A video, an image (a video of one frame), or a part of a video, with its caption."""
 
     media: Media
-    """Where its bytes are; whether they are there, inside the data root, is seen when they are read."""
+    """Location of its bytes; whether they exist, inside the data root, is checked when they are read."""
     text: str
     num_frames: int
-    """Of the part between `start` and `end`."""
+    """Number of frames between `start` and `end`."""
     fps: float
-    """Mean frames per second: num_frames / fps is the duration in seconds."""
+    """Mean frames per second, so that num_frames / fps is the duration in seconds."""
     height: int
-    """Pixels as shown, after rotation."""
+    """Pixels, after rotation."""
     width: int
     extra: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Further columns of the manifest."""
@@ -41,7 +41,7 @@ class Clip:
     end: float | None = None
     """Seconds after the first frame of the file where the clip ends; None: with the file."""
     weight: float = 1.0
-    """How often it is drawn in an epoch: 2 is twice, 0.5 in every other epoch on average."""
+    """How often it is drawn per epoch: 2 is twice, 0.5 in every other epoch on average."""
 
     @property
     def seconds(self) -> float:
@@ -49,7 +49,7 @@ class Clip:
 
 
 class Strings(Sequence[str]):
-    """N strings, read-only, in one piece of memory: UTF-8 end to end, and where each begins."""
+    """A read-only sequence of N strings, stored as one piece of UTF-8 and an array of offsets."""
 
     __slots__ = ("offsets", "utf8")
 
@@ -63,7 +63,7 @@ class Strings(Sequence[str]):
 
     @classmethod
     def of(cls, utf8: bytes, offsets: np.ndarray) -> "Strings":
-        """Strings that are in one piece already."""
+        """Make the sequence of its UTF-8 and offsets, without a copy."""
         made = cls.__new__(cls)
         made.utf8, made.offsets = utf8, offsets
         return made
@@ -90,13 +90,13 @@ class Strings(Sequence[str]):
         return self.utf8[begin:end].decode("utf-8", "surrogatepass")
 
     def take(self, places: np.ndarray) -> "Strings":
-        """The strings at these places, in their order."""
+        """Return the strings at these places, in this order."""
         lengths = self.offsets[places + 1] - self.offsets[places]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return self.of(b"".join(self.pieces(places)), offsets)
 
     def digests(self) -> np.ndarray:
-        """A hash of each string, uint64 [N]."""
+        """Return a hash of each string, uint64 [N]."""
         if not self.utf8:
             return np.zeros(len(self), np.uint64)
         content, ends = memoryview(self.utf8), self.offsets.tolist()
@@ -104,8 +104,8 @@ class Strings(Sequence[str]):
         return np.fromiter((xxhash.xxh3_64_intdigest(content[a:b]) for a, b in spans), np.uint64, len(self))
 
     def pieces(self, places: np.ndarray) -> Iterator[bytes]:
-        """The UTF-8 of the strings at these places, joined by the thousand: for hashing and copying."""
-        for chunk in np.array_split(places, range(STRINGS_AT_ONCE, len(places), STRINGS_AT_ONCE)):
+        """Yield the UTF-8 of the strings at these places, many strings per piece, for hashing and copying."""
+        for chunk in np.array_split(places, range(_STRINGS_PER_PIECE, len(places), _STRINGS_PER_PIECE)):
             begins, ends = self.offsets[chunk].tolist(), self.offsets[chunk + 1].tolist()
             yield b"".join([self.utf8[begin:end] for begin, end in zip(begins, ends, strict=True)])
 
@@ -122,21 +122,21 @@ NUMBER_COLUMNS = {
     "offset": np.int64,
     "size": np.int64,
 }
-"""Columns of numbers of `Clips`."""
+"""Numeric columns of `Clips`."""
 
-COLUMN_DEFAULTS = {"start": 0.0, "end": math.nan, "weight": 1.0, "root": 0, "offset": 0, "size": WHOLE}
-"""Of the columns that a manifest need not have."""
+COLUMN_DEFAULTS = {"start": 0.0, "end": math.nan, "weight": 1.0, "root": 0, "offset": 0, "size": WHOLE_FILE}
+"""Values of optional columns."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clips(Sequence[Clip]):
-    """N clips by column, read-only. `clips[i]` makes the `Clip` of one; what concerns all of them reads columns."""
+    """A read-only table of N clips by column; `clips[i]` makes a `Clip`."""
 
     paths: Strings
     """Relative to the clip's root."""
     texts: Strings
     num_frames: np.ndarray
-    """int32 [N], as the columns below are [N]; a single value stands for all."""
+    """int32 [N]; this and all columns below may be given as a single value for all clips."""
     fps: np.ndarray
     """float64"""
     height: np.ndarray
@@ -154,11 +154,11 @@ class Clips(Sequence[Clip]):
     roots: tuple[str | None, ...] = (None,)
     """Folders with links resolved, or URLs."""
     members: Strings = field(default=None)  # type: ignore[assignment]
-    """Names in the archives that `paths` are; empty for clips that are files; None: all are."""
+    """Names inside the archives at `paths`; an empty string for clips that are files; None: all are files."""
     offset: np.ndarray = field(default=COLUMN_DEFAULTS["offset"])  # type: ignore[arg-type]
     """int64, bytes from the start of the archive"""
     size: np.ndarray = field(default=COLUMN_DEFAULTS["size"])  # type: ignore[arg-type]
-    """int64, bytes; WHOLE: to the end"""
+    """int64, bytes; WHOLE_FILE: to the end"""
     extra: dict[str, Strings] = field(default_factory=dict)
     """Further columns by name; an empty string where a clip has none."""
 
@@ -174,7 +174,7 @@ class Clips(Sequence[Clip]):
 
     @classmethod
     def of(cls, clips: Iterable[Clip]) -> "Clips":
-        """A table of clips that were made one by one."""
+        """Make a table of single clips."""
         clips = list(clips)
         media = [clip.media for clip in clips]
         roots = list(dict.fromkeys(one.root for one in media)) or [None]
@@ -193,13 +193,13 @@ class Clips(Sequence[Clip]):
             roots=tuple(roots),
             members=Strings(one.member for one in media),
             offset=np.array([one.offset for one in media]),
-            size=np.array([WHOLE if one.size is None else one.size for one in media]),
+            size=np.array([WHOLE_FILE if one.size is None else one.size for one in media]),
             extra={name: Strings(clip.extra.get(name, "") for clip in clips) for name in names},
         )
 
     @classmethod
     def concatenate(cls, parts: Sequence["Clips"]) -> "Clips":
-        """The clips of all parts, one part after the other; their roots and further columns are united."""
+        """Return the clips of all tables, one table after the other, with the union of roots and extra columns."""
         roots = list(dict.fromkeys(root for part in parts for root in part.roots))
         names = dict.fromkeys(name for part in parts for name in part.extra)
         places = [np.array([roots.index(root) for root in part.roots]) for part in parts]
@@ -239,7 +239,7 @@ class Clips(Sequence[Clip]):
                 _folder(root) + self.paths[place],
                 self.members[place],
                 int(self.offset[place]),
-                None if size == WHOLE else size,
+                None if size == WHOLE_FILE else size,
                 root,
             ),
             text=self.texts[place],
@@ -254,7 +254,7 @@ class Clips(Sequence[Clip]):
         )
 
     def take(self, places: np.ndarray) -> "Clips":
-        """The clips at these places, in their order."""
+        """Return the clips at these places, in this order."""
         return Clips(
             self.paths.take(places),
             self.texts.take(places),
@@ -265,7 +265,7 @@ class Clips(Sequence[Clip]):
         )
 
     def content(self, places: np.ndarray) -> Iterator[bytes]:
-        """What identifies the clips at these places, wherever their roots lie: for hashing."""
+        """Yield the bytes that identify the clips at these places, independent of their roots, for hashing."""
         for name in ("paths", "texts", "members"):
             strings = getattr(self, name)
             lengths = strings.offsets[places + 1] - strings.offsets[places]
@@ -282,7 +282,7 @@ class Clips(Sequence[Clip]):
 
     @cached_property
     def files(self) -> np.ndarray:
-        """A hash of each clip's file (or member of an archive), uint64 [N]: parts of one file have the same."""
+        """Hash of each clip's file (or member of an archive), uint64 [N]: parts of one file have the same hash."""
         return self.paths.digests() * np.uint64(31) + self.members.digests() + self.root.astype(np.uint64)
 
     @property
@@ -292,12 +292,12 @@ class Clips(Sequence[Clip]):
 
 
 def _folder(root: str | None) -> str:
-    """What stands before a path in the root."""
+    """Return the prefix of paths in a root."""
     return "" if root is None else root.rstrip("/") + "/"
 
 
 def _joined(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Columns end to end; a single value if they hold but one."""
+    """Concatenate columns; return a single value if all entries are equal."""
     columns = [column for column in columns if len(column)] or columns[:1]
     firsts = np.array([column[0] for column in columns if len(column)])
     alike = all(column.strides == (0,) for column in columns) and len(np.unique(firsts)) == 1

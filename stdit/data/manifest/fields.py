@@ -1,4 +1,4 @@
-"""The numbers in the rows of a manifest, for one row or for many at once; nan stands for one that is not given."""
+"""Parse and check numbers in rows of a manifest, for one row or many; nan means missing."""
 
 import math
 from typing import Any
@@ -16,14 +16,14 @@ LIMITS = {
     "offset": (0, 2**53, True),
     "size": (1, 2**53, True),
 }
-"""Least and greatest value of the numbers of a row, and whether they are whole."""
+"""Columns of numbers: (least value, greatest value, whether it must be an integer)."""
 
 FRAME_SLACK = 1e-3
-"""Of a frame: a part that ends this much too early for its last frame still has it."""
+"""Fraction of a frame: a part that ends earlier by at most this still includes its last frame."""
 
 
 def read_numbers(column: list[str] | None, count: int) -> np.ndarray:
-    """The numbers of a column, float64 [count]; -inf for what is none."""
+    """Parse a column of numbers, float64 [count]; nan if empty, -inf if not a number."""
     if column is None:
         return np.full(count, math.nan)
     try:
@@ -34,7 +34,7 @@ def read_numbers(column: list[str] | None, count: int) -> np.ndarray:
 
 
 def read_number(text: str) -> float:
-    """As `read_numbers`, of one field."""
+    """Parse one field: nan if empty, -inf if not a number."""
     try:
         number = float(text) if text else math.nan
     except ValueError:
@@ -43,15 +43,15 @@ def read_number(text: str) -> float:
 
 
 def is_allowed(name: str, number: Any) -> Any:
-    """Whether LIMITS let a column have a number."""
+    """Whether a number (or each of an array) is within the LIMITS of its column."""
     least, greatest, whole = LIMITS[name]
     return (number >= least) & (number <= greatest) & ((np.floor(number) == number) | (not whole))
 
 
 def clip_span(num_frames: Any, fps: Any, start: Any, end: Any) -> tuple[Any, Any, Any]:
-    """Where the part of a file between `start` and `end` begins and ends, in seconds, and its number of frames.
+    """Return (start, end, number of frames) of the part of a file between `start` and `end`, in seconds.
 
-    An `end` after that of the file is that of the file. No frames: the part is empty.
+    `end` is clipped to the end of the file; 0 frames if the part is empty. Takes numbers or arrays.
     """
     seconds = num_frames / fps
     begin, finish = np.where(np.isnan(start), 0.0, start), np.fmin(end, seconds)

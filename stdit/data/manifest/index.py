@@ -1,6 +1,6 @@
-"""The table of a large manifest, kept in a file, so that a run that goes on need not read its rows again.
+"""Cache the table of a large manifest in a file, so that a resumed run need not parse its rows again.
 
-Known by the manifest's content and by how it was read: a changed one is read anew.
+Keyed by the content of the manifest and by how it is read: a changed manifest is read again.
 """
 
 import contextlib
@@ -20,28 +20,29 @@ from stdit.checkpoint_files import apply_umask
 from stdit.data.manifest.clips import NUMBER_COLUMNS, Clips, Strings
 from stdit.data.manifest.scan import Scan
 
-INDEX_FORMAT = "stdit-clips-1"
-LEAST_ROWS = 50_000
-"""Fewer are read in no time."""
-MOST_UNREAD = 10_000
-STRINGS = ("paths", "texts", "members")
+_FORMAT = "stdit-clips-1"
+MIN_ROWS = 50_000
+"""Smaller manifests are read fast enough."""
+MAX_UNREAD = 10_000
+"""Above this number of incomplete rows, caching saves little."""
+_STRINGS = ("paths", "texts", "members")
 
 logger = logging.getLogger(__name__)
 
 
 def manifest_key(manifest: str, *reading: object) -> str | None:
-    """A hash of a manifest's bytes and of how it is read; None if it is no local file."""
+    """Return a hash of a manifest's bytes and of how it is read; None if it is no local file."""
     if not os.path.isfile(manifest):
         return None
-    digest = xxhash.xxh3_128(json.dumps([INDEX_FORMAT, *reading]).encode())
+    digest = xxhash.xxh3_128(json.dumps([_FORMAT, *reading]).encode())
     with open(manifest, "rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def load(file: Path, key: str) -> Scan | None:
-    """What `save` kept; None if there is none, it is damaged, or of another key."""
+def load_scan(file: Path, key: str) -> Scan | None:
+    """Return a saved scan; None if there is none, or it is damaged or has another key."""
     try:
         with safe_open(file, framework="numpy") as stored:
             about = stored.metadata() or {}
@@ -52,10 +53,10 @@ def load(file: Path, key: str) -> Scan | None:
                 name: Strings.of(
                     stored.get_tensor(f"{name}.utf8").tobytes(), stored.get_tensor(f"{name}.offsets")
                 )
-                for name in (*STRINGS, *(f"extra.{name}" for name in facts["extra"]))
+                for name in (*_STRINGS, *(f"extra.{name}" for name in facts["extra"]))
             }
             clips = Clips(
-                **{name: strings[name] for name in STRINGS},
+                **{name: strings[name] for name in _STRINGS},
                 **{name: _single(stored.get_tensor(name)) for name in NUMBER_COLUMNS},
                 roots=tuple(facts["roots"]),
                 extra={name: strings[f"extra.{name}"] for name in facts["extra"]},
@@ -63,19 +64,16 @@ def load(file: Path, key: str) -> Scan | None:
             unread = {int(place): (fields, refused) for place, (fields, refused) in facts["unread"].items()}
             return Scan(clips, stored.get_tensor("places"), unread)
     except (OSError, SafetensorError, KeyError, ValueError):
-        return None  # it is made anew
+        return None  # the manifest is read again
 
 
-def save(file: Path, key: str, scan: Scan) -> None:
-    """Keep a scan, written aside and renamed; of few rows, or with many unread ones, it is not worth it.
-
-    Where the disk refuses, a warning says so.
-    """
-    if scan.total < LEAST_ROWS or len(scan.unread) > MOST_UNREAD:
+def save_scan(file: Path, key: str, scan: Scan) -> None:
+    """Save a scan atomically, unless it has few rows or many incomplete ones; warn if the disk refuses."""
+    if scan.total < MIN_ROWS or len(scan.unread) > MAX_UNREAD:
         return
     clips = scan.clips
     tensors: dict[str, np.ndarray] = {"places": scan.places}
-    named = {name: getattr(clips, name) for name in STRINGS}
+    named = {name: getattr(clips, name) for name in _STRINGS}
     for name, strings in (
         named | {f"extra.{name}": strings for name, strings in clips.extra.items()}
     ).items():
@@ -92,14 +90,12 @@ def save(file: Path, key: str, scan: Scan) -> None:
         apply_umask(aside)
         aside.replace(file)
     except (OSError, SafetensorError) as error:
-        logger.warning(
-            "%s cannot be written (%s): the manifest is read again when the run goes on", file, error
-        )
+        logger.warning("%s cannot be written (%s): a resumed run will read the manifest again", file, error)
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
 
 
 def _single(column: np.ndarray) -> Any:
-    """The value of a column that holds but one."""
+    """Return the value of a column with a single one, else the column."""
     return column[0] if len(column) == 1 else column

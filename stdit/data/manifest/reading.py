@@ -1,7 +1,7 @@
-"""From manifests to clips: what is there, what it says about itself, and what has to be left out and why.
+"""Read manifests: return the clips, and the rows that are skipped with the reason.
 
-Rows are read by column, many at a time. A row that says everything about its clip costs no look at the file system,
-since a million of them would take minutes; its file is checked when it is opened.
+Rows are read by column, in chunks. A row with complete metadata needs no access to its file, since a million of them
+would take minutes; the file is checked when it is opened.
 """
 
 import math
@@ -20,7 +20,7 @@ from stdit.data.manifest.archives import archive_rows, find_shards, is_archive, 
 from stdit.data.manifest.clips import Clip, Clips
 from stdit.data.manifest.config import SourceConfig
 from stdit.data.manifest.fields import LIMITS, clip_span, is_allowed, read_number
-from stdit.data.manifest.index import load, manifest_key, save
+from stdit.data.manifest.index import load_scan, manifest_key, save_scan
 from stdit.data.manifest.rows import METADATA, SPAN_COLUMNS, Rows, near_misses, read_rows
 from stdit.data.manifest.scan import KNOWN_COLUMNS, add_scores, scan_rows
 from stdit.errors import UserError
@@ -37,22 +37,22 @@ __all__ = [
 ]
 
 MAX_EXAMPLES = 2
-"""Of one kind of reason that a summary names."""
+"""Examples that a summary names for each reason."""
 
 
 class Skipped(NamedTuple):
-    """Something left out. `reason` is "kind" or "kind: detail"; reports count by kind."""
+    """A skipped row or file. `reason` is "kind" or "kind: detail"; reports count by kind."""
 
     path: str
     reason: str
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message is "kind" or "kind: detail"."""
+    """An unusable row; the message is "kind" or "kind: detail"."""
 
 
 class ReasonCount(NamedTuple):
-    """Cases of one kind of reason."""
+    """How many cases have one kind of reason, and examples."""
 
     total: int
     examples: list[Skipped]
@@ -61,13 +61,14 @@ class ReasonCount(NamedTuple):
 def read_sources(
     sources: Sequence[SourceConfig], caption_scores: Sequence[str] = (), index: Path | None = None
 ) -> tuple[Clips, list[Skipped]]:
-    """Clips of all sources of a data set, one source after the other, and what was left out. Raises UserError.
+    """Return the clips of all sources, one source after the other, and the skipped rows. Raises UserError.
 
-    `index` is a folder for what the rows of large manifests say.
+    Args:
+        index: folder in which the rows of large manifests are cached.
     """
     parts, skipped = [], []
     for number, source in enumerate(sources):
-        clips, left_out = read_manifest(
+        clips, excluded = read_manifest(
             source.manifest,
             source.root,
             caption_scores,
@@ -75,7 +76,7 @@ def read_sources(
             index and index / f"source-{number}.safetensors",
         )
         parts.append(clips)
-        skipped += left_out
+        skipped += excluded
     return Clips.concatenate(parts), skipped
 
 
@@ -86,30 +87,30 @@ def read_manifest(
     weight: float = 1.0,
     index: Path | None = None,
 ) -> tuple[Clips, list[Skipped]]:
-    """Clips in the order of the manifest, and what was left out.
+    """Return the clips in the order of the manifest, and the skipped rows.
 
     Args:
         manifest: a .csv, .jsonl or .parquet whose rows have path,text and any of num_frames,fps,height,width (of the
-            whole file; what is not given is probed), start,end (seconds, of the part of the file that is the clip),
-            member,offset,size (of a file in the archive `path`, so that its shard need not be walked) and others
-            (kept in `Clip.extra`); or a folder that holds videos and images, each with its caption in a .txt of the
-            same name beside it; or tar shards, each clip with a .txt or .json of the same name.
+            whole file; probed if missing), start,end (seconds; the clip is that part of the file), member,offset,size
+            (of a file in the archive `path`, so that its shard need not be scanned) and others (kept in
+            `Clip.extra`); or a folder of videos and images, each with its caption in a .txt of the same name; or tar
+            shards, each clip with a .txt or .json of the same name.
         root: folder or URL; paths are relative to it, and a file outside it is never opened; default: the folder of
             the manifest.
         caption_scores: columns whose values follow the captions (`stdit.data.manifest.caption_scores`).
-        weight: how often each clip is to come in an epoch.
-        index: file that keeps what the rows say, and spares reading them when they are the same (`index.py`).
+        weight: how often each clip is drawn per epoch.
+        index: file in which the rows are cached, keyed by the content of the manifest (`index.py`).
 
-    Raises UserError when the manifest itself is unusable or nothing is left.
+    Raises UserError if the manifest itself is unusable or no clip is left.
     """
     chunks, data_root = open_rows(str(manifest), None if root is None else str(root))
-    worth_it = index and not is_archive(str(manifest))  # to hash a shard takes longer than to walk it
+    worth_it = index and not is_archive(str(manifest))  # hashing a shard takes longer than scanning it
     key = manifest_key(str(manifest), data_root, caption_scores, weight) if worth_it else None
-    scan = load(index, key) if index and key else None
+    scan = load_scan(index, key) if index and key else None
     if scan is None:
         scan = scan_rows(chunks, data_root, caption_scores, weight)
         if index and key:
-            save(index, key, scan)
+            save_scan(index, key, scan)
     clips, places, unread = scan
     if not scan.total:
         raise UserError(f"manifest {manifest} lists no clips: {_what_to_add(str(manifest))}")
@@ -129,7 +130,7 @@ def read_manifest(
 
 
 def read_texts(manifest: Path | str, caption_scores: Sequence[str] = ()) -> list[str]:
-    """The captions of a manifest, whose videos are not opened. Raises UserError."""
+    """Return the captions of a manifest without opening its videos. Raises UserError."""
     texts: list[str] = []
     for rows in open_rows(str(manifest), None)[0]:
         add_scores(rows, caption_scores)
@@ -138,7 +139,7 @@ def read_texts(manifest: Path | str, caption_scores: Sequence[str] = ()) -> list
 
 
 def clip_warnings(clips: Clips) -> list[str]:
-    """What is odd about clips that can be used all the same, for people."""
+    """Return warnings about usable clips: repeated captions, clips listed twice, misspelt columns."""
     lines = []
     if repeated := len(clips) - len(np.unique(clips.texts.digests())):
         lines.append(f"{repeated} of {len(clips)} clips repeat the caption of an earlier one")
@@ -155,7 +156,7 @@ def clip_warnings(clips: Clips) -> list[str]:
 
 
 def summarise(skipped: Iterable[Skipped]) -> list[str]:
-    """One line for each kind of reason, most frequent first, with a count and the first examples."""
+    """Return one line per kind of reason, most frequent first, with a count and the first examples."""
     kinds: dict[str, ReasonCount] = {}
     for case in skipped:
         name = case.reason.partition(": ")[0]
@@ -165,7 +166,7 @@ def summarise(skipped: Iterable[Skipped]) -> list[str]:
 
 
 def summary_lines(kinds: dict[str, ReasonCount]) -> list[str]:
-    """One line for each kind of reason, as `summarise` gives."""
+    """Return the lines of `summarise` for cases that are already counted."""
     lines = []
     for kind, (count, examples) in sorted(kinds.items(), key=lambda item: -item[1].total):
         details = [(path, reason.partition(": ")[2]) for path, reason in examples]
@@ -175,7 +176,7 @@ def summary_lines(kinds: dict[str, ReasonCount]) -> list[str]:
 
 
 def open_rows(manifest: str, root: str | None) -> tuple[Iterator[Rows], str]:
-    """The rows of a manifest of any kind, and its data root. Raises UserError."""
+    """Return the rows of a manifest of any kind, and its data root. Raises UserError."""
     if root is not None and not is_url(root):
         if not os.path.isdir(root):
             raise UserError(f"data root {root} is not a folder: check data.root")
@@ -202,14 +203,14 @@ def _what_to_add(manifest: str) -> str:
 
 
 def row_name(fields: Mapping[str, str]) -> str:
-    """What to call the file of a row."""
+    """Return the name of a row's file for messages."""
     return "/".join(filter(None, (fields["path"], fields.get("member")))) or "(no path)"
 
 
 def read_fields(fields: Mapping[str, str], root: str) -> tuple[Media, dict[str, float]]:
-    """Where the file of a row is, at which nothing is looked, and the numbers that the row gives.
+    """Return the location of a row's file, without accessing it, and the numbers that the row gives.
 
-    Raises RowError, and MediaError for what lies outside the root.
+    Raises RowError, or MediaError if the file lies outside the root.
     """
     member, given = fields.get("member") or "", {}
     for column, (least, _, whole) in LIMITS.items():
@@ -220,13 +221,13 @@ def read_fields(fields: Mapping[str, str], root: str) -> tuple[Media, dict[str, 
                 raise RowError(f"{column} is not a {'whole ' if whole else ''}number {above}: {text!r}")
             given[column] = number
     if bool(member) != ("offset" in given) or bool(member) != ("size" in given):
-        raise RowError("member, offset and size: a row has all of them or none")
+        raise RowError("member, offset and size: give all of them or none")
     size = int(given["size"]) if member else None
     return Media(locate(fields["path"], root), member, int(given.get("offset", 0)), size, root), given
 
 
 def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) -> Clip | Skipped:
-    """The clip of one row, or why it has to be left out."""
+    """Return the clip of a row, or the reason why it is skipped."""
     name = row_name(fields)
     if refused:
         return Skipped(name, refused)

@@ -1,7 +1,7 @@
-"""The rows of a manifest, whatever its format: CSV, JSON lines, Parquet, a folder with captions beside its videos.
+"""Read the rows of a manifest: CSV, JSON lines, Parquet, or a folder of videos with captions beside them.
 
-Rows come by column, many at a time, every field as text: a million of them are read in seconds. Nothing that they
-name is opened here.
+Rows are read by column, in chunks, every field as text: a million of them take seconds. No file that they name is
+opened here.
 """
 
 import csv
@@ -21,37 +21,37 @@ METADATA = ("num_frames", "fps", "height", "width")
 SPAN_COLUMNS = ("start", "end")
 BYTE_RANGE_COLUMNS = ("offset", "size")
 ROWS_PER_CHUNK = 4096
-"""Few enough that a processor's cache holds them: a third faster than 65536 on CSV."""
+"""Few enough for the cache of a processor: a third faster than 65536 on CSV."""
 
 OTHER_NAMES = {
     "path": ("file", "filename", "filepath", "video", "video_path", "image"),
     "text": ("caption", "prompt", "description", "sentence", "title"),
 }
-"""What other data sets call the columns that have to be there."""
+"""Names of the required columns in other data sets."""
 
 
 class Rows(NamedTuple):
-    """Some rows of a manifest by column."""
+    """A chunk of rows of a manifest, by column."""
 
     columns: dict[str, list[str]]
-    """Fields by name, "path" and "text" among them, without space around them; empty where a row has none."""
+    """Stripped fields by name, including "path" and "text"; an empty string if a row has no value."""
     refused: dict[int, str]
-    """Why a row cannot be used, "kind" or "kind: detail", by its place."""
+    """Reasons ("kind" or "kind: detail") for which rows cannot be used, by place in the chunk."""
 
     def __len__(self) -> int:
         return len(self.columns["path"])
 
     def fields(self, place: int) -> dict[str, str]:
-        """One row."""
+        """Return one row."""
         return {name: column[place] for name, column in self.columns.items()}
 
 
 def read_rows(manifest: Path, root: Path) -> Iterator[Rows]:
-    """Rows in their order. Raises UserError when the manifest itself cannot be read.
+    """Yield rows in order. Raises UserError if the manifest itself cannot be read.
 
     Args:
-        manifest: .csv, .jsonl, .parquet, or a folder; of a file with any other name the content decides.
-        root: resolved; captions of a folder that lie outside are not read.
+        manifest: .csv, .jsonl, .parquet, or a folder; the content decides for files with another suffix.
+        root: resolved data root; caption files outside it are not read.
     """
     if manifest.is_dir():
         yield from _folder_rows(manifest, root)
@@ -65,7 +65,7 @@ def read_rows(manifest: Path, root: Path) -> Iterator[Rows]:
 
 
 def check_columns(manifest: Path | str, names: Sequence[str]) -> None:
-    """Raises UserError if one that has to be there is missing, with the one that was probably meant."""
+    """Raise UserError if a required column is missing or a column occurs twice; suggest a similar name."""
     for column in names:
         if names.count(column) > 1:
             raise UserError(f"manifest {manifest} has two columns {column!r}: rename or remove one")
@@ -84,7 +84,7 @@ def check_columns(manifest: Path | str, names: Sequence[str]) -> None:
 
 
 def near_misses(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Columns that look like a known one that is not there: (as it is, as it was probably meant)."""
+    """Return misspelt columns: pairs of a name and the known column that is missing and similar to it."""
     known, names = (
         (*METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS, "aesthetic", "motion", "camera"),
         list(names),
@@ -96,10 +96,10 @@ def near_misses(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def as_text(value: Any) -> str:
-    """A field as a CSV has it."""
+    """Return a value as the text that a CSV would have."""
     if isinstance(value, str):
         return value.strip()
-    if value is None or value != value:  # not a number: how pandas writes that there is none
+    if value is None or value != value:  # NaN: a missing value of pandas
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace").strip()
@@ -146,8 +146,11 @@ def _csv_rows(manifest: Path) -> Iterator[Rows]:
 
 
 def _even(rows: list[list[str]], width: int, line: int) -> tuple[list[list[str]], dict[int, str]]:
-    """Rows of `width` fields, without blank ones, and why those are refused that have more; `line` is the one before
-    the first."""
+    """Pad rows to `width` fields and drop blank ones; also return the reasons to refuse longer rows.
+
+    Args:
+        line: number of the line before the first row.
+    """
     if set(map(len, rows)) == {width}:
         return rows, {}
     even: list[list[str]] = []
@@ -185,7 +188,7 @@ def _json_rows(manifest: Path) -> Iterator[Rows]:
 
 
 def _json_row(line: str) -> tuple[dict[str, Any], str]:
-    """The row of a line, or an empty one and what is wrong with it."""
+    """Parse a line; if it is no object, return an empty row and the reason."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -193,7 +196,7 @@ def _json_row(line: str) -> tuple[dict[str, Any], str]:
     return (
         (row, "")
         if isinstance(row, dict)
-        else ({}, 'is no object such as {"path": "a.mp4", "text": "a ball"}')
+        else ({}, 'is not an object such as {"path": "a.mp4", "text": "a ball"}')
     )
 
 
@@ -218,12 +221,12 @@ def _parquet_rows(manifest: Path) -> Iterator[Rows]:
     except pyarrow.ArrowException as error:
         reason = str(error).partition(". ")[0].partition("\n")[0]
         raise UserError(
-            f"manifest {manifest} is not a whole Parquet file ({reason}): write it anew"
+            f"manifest {manifest} is not a complete Parquet file ({reason}): write it again"
         ) from error
 
 
 def _is_bytes(kind: Any) -> bool:
-    """Whether a column of Parquet holds bytes, such as whole files, which nothing here reads."""
+    """Whether a column of Parquet has bytes (such as whole files), which are not read."""
     return "binary" in str(kind)
 
 

@@ -1,4 +1,4 @@
-"""The rows of a manifest by column, to clips: those that say everything, without a look at any file."""
+"""Turn rows of a manifest into clips by column, for rows with complete metadata, without accessing files."""
 
 import contextlib
 import gc
@@ -17,23 +17,23 @@ KNOWN_COLUMNS = frozenset((*REQUIRED, *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLU
 
 
 class Scan(NamedTuple):
-    """What the rows of a manifest say, before a look at any file."""
+    """The rows of a manifest, before any file is accessed."""
 
     clips: Clips
-    """Of the rows that say everything."""
+    """Clips of the rows with complete metadata."""
     places: np.ndarray
-    """int64, their rows, ascending."""
+    """Row numbers of `clips`, int64, ascending."""
     unread: dict[int, tuple[dict[str, str], str]]
-    """The other rows, by place: fields, and why they are refused, if they are."""
+    """The other rows by number: fields, and the reason if they are refused."""
 
     @property
     def total(self) -> int:
-        """Rows in all."""
+        """Number of rows."""
         return len(self.places) + len(self.unread)
 
 
 def scan_rows(chunks: Iterator[Rows], root: str, caption_scores: Sequence[str], weight: float) -> Scan:
-    """What the rows say, by column."""
+    """Scan all rows of a manifest."""
     parts: list[Clips] = [Clips.of([])]
     places: list[np.ndarray] = [np.empty(0, np.int64)]
     unread: dict[int, tuple[dict[str, str], str]] = {}
@@ -52,7 +52,7 @@ def scan_rows(chunks: Iterator[Rows], root: str, caption_scores: Sequence[str], 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Rows hold no cycles, but are so many that Python would search them for some again and again."""
+    """Pause garbage collection: rows have no reference cycles, but scanning so many objects takes long."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -63,7 +63,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def add_scores(rows: Rows, caption_scores: Sequence[str]) -> None:
-    """Let the values of columns follow the captions of rows that have one."""
+    """Append the values of score columns to the captions, in place."""
     given = {name: rows.columns[name] for name in caption_scores if name in rows.columns}
     if given:
         texts = rows.columns["text"]
@@ -73,7 +73,7 @@ def add_scores(rows: Rows, caption_scores: Sequence[str]) -> None:
 
 
 def _complete_clips(rows: Rows, root: str, weight: float) -> tuple[Clips, np.ndarray]:
-    """Clips of the rows that say everything about them, and which rows those are, bool [rows]."""
+    """Return the clips of rows with complete metadata, and which rows those are, bool [rows]."""
     count = len(rows)
     numbers = {name: read_numbers(rows.columns.get(name), count) for name in LIMITS}
     given = {name: ~np.isnan(column) for name, column in numbers.items()}
@@ -117,15 +117,15 @@ def _complete_clips(rows: Rows, root: str, weight: float) -> tuple[Clips, np.nda
 
 
 def _given(strings: list[str]) -> np.ndarray:
-    """Which strings are not empty, bool [strings]."""
+    """Return which strings are not empty, bool [strings]."""
     if all(strings):
         return np.ones(len(strings), bool)
     return np.fromiter(map(bool, strings), bool, len(strings))
 
 
 def _plain(paths: list[str], root: str) -> list[str]:
-    """Paths below the root, relative to it; empty where it takes more than a look at the name to tell."""
-    # Most often one look at all of them tells that none is odd.
+    """Return paths relative to the root; empty if the name alone does not tell that the path lies inside."""
+    # Usually one search through all of them shows that none is odd.
     text = "\n".join(["", *paths, ""])
     if not any(odd in text for odd in ("\n/", "./", "//", "\0", "\n.\n", "\n..\n")):
         return paths

@@ -13,7 +13,7 @@ HEADER = "path,text,num_frames,fps,height,width,start,camera"
 @pytest.fixture
 def csv(tmp_path, monkeypatch, write_video):
     """A manifest of complete rows, one to be probed, and one without a caption."""
-    monkeypatch.setattr(index, "LEAST_ROWS", 5)
+    monkeypatch.setattr(index, "MIN_ROWS", 5)
     write_video(tmp_path / "p.mp4")
     rows = [f"{i}.mp4,clip {i} 🐈,{10 + i},8,32,{40 + i},{i % 2},pan {i}" for i in range(6)]
     path = tmp_path / "m.csv"
@@ -76,6 +76,6 @@ def test_small_manifests_and_full_disks_keep_nothing(csv, tmp_path, monkeypatch,
         read(csv, tmp_path)
     assert "cannot be written" in caplog.text
     (tmp_path / "kept").unlink()
-    monkeypatch.setattr(index, "LEAST_ROWS", 9)
+    monkeypatch.setattr(index, "MIN_ROWS", 9)
     read(csv, tmp_path)
     assert not (tmp_path / "kept").exists()

@@ -94,9 +94,9 @@ def test_manifests_that_cannot_be_read_say_why(tmp_path):
         return str(caught.value)
 
     whole = write_parquet(tmp_path / "m.parquet", {"path": ["a"], "text": ["b"]}).read_bytes()
-    assert "is not a whole Parquet file" in message("m.parquet", b"<html>no such page</html>")
-    assert "is not a whole Parquet file" in message("m.parquet", b"")
-    assert "is not a whole Parquet file" in message("m.parquet", whole[:-20])
+    assert "is not a complete Parquet file" in message("m.parquet", b"<html>no such page</html>")
+    assert "is not a complete Parquet file" in message("m.parquet", b"")
+    assert "is not a complete Parquet file" in message("m.parquet", whole[:-20])
     assert "not UTF-8" in message("m.jsonl", '{"path": "a", "text": "ß"}'.encode("latin-1"))
     assert "no column 'text'; it has path, caption (rename 'caption'?)" in message(
         "m.jsonl", b'{"path": "a", "caption": "b"}'

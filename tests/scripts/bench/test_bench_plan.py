@@ -13,7 +13,7 @@ from stdit.data.manifest import index
 def test_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(index, "LEAST_ROWS", 1000)
+    monkeypatch.setattr(index, "MIN_ROWS", 1000)
     monkeypatch.setattr(bench_plan, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(bench_plan, "SECONDS", 3.0)
     output = tmp_path / "plan.json"
