@@ -214,7 +214,9 @@ def test_files_in_the_run_folder_ask_for_a_checkpoint_and_an_end(
     assert meta["config"]["name"] == "tiny" and meta["versions"].keys() == {"stdit", "torch", "python"}
     monkeypatch.setattr(Trainer, "step", original)
     meta = json.loads((saved[1] / "meta.json").read_text())
-    (saved[1] / "meta.json").write_text(json.dumps({**meta, "parts": 2}))  # as if two ranks had saved it
+    (saved[1] / "meta.json").write_text(
+        json.dumps({**meta, "batch_splits": 2})
+    )  # as if two ranks had saved it
     assert do(settings(checkpoint__minutes=1e-6, checkpoint__keep_last=9)) == 0
     assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["2", "4", "5", "6"]
     said = capsys.readouterr().out

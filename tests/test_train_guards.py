@@ -50,14 +50,14 @@ def test_a_run_goes_back_before_a_spike_and_never_trains_on_what_led_to_it(
     assert do(settings(name="spike", trainer__steps=14, **FLAGS)) == 0  # it goes on
     with monkeypatch.context() as patch:
         patch.setattr(SpikeGuard, "excluded_steps", {8, 9, 10}, raising=False)
-        patch.setattr(SpikeGuard, "__setattr__", keep_left_out)
+        patch.setattr(SpikeGuard, "__setattr__", keep_excluded_steps)
         assert do(settings(name="never", trainer__steps=14, **FLAGS)) == 0
     assert numbers(run) == numbers(never)
     assert same_state(*(folder / "checkpoints" / "step-00000014" for folder in (run, never)))
 
 
-def keep_left_out(self: SpikeGuard, name: str, value: Any) -> None:
-    if name != "excluded":
+def keep_excluded_steps(self: SpikeGuard, name: str, value: Any) -> None:
+    if name != "excluded_steps":
         object.__setattr__(self, name, value)
 
 

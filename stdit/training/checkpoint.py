@@ -6,7 +6,7 @@ from typing import Any
 from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify
 from stdit.errors import UserError
 
-_REQUIRED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "parts": int}
+_REQUIRED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "batch_splits": int}
 """Keys of the manifest that resuming reads, with their types."""
 
 

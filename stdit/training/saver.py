@@ -16,6 +16,8 @@ from stdit.training.stop_signals import StopSignals
 from stdit.training.system import ProgressBar
 from stdit.training.trainer import Trainer
 
+STOP_OR_SAVE = "stop or save"
+"""Name of the saver's flags in the exchange of a step."""
 LONG_WAIT = 1.0
 """Print a message if a save waited longer than this many seconds for the one before."""
 
@@ -50,8 +52,8 @@ class Saver:
         self.start_step = 0 if checkpoint is None else self.load(checkpoint)
         if checkpoint is not None and self._needs_more_micro_batches():
             print(
-                f"each batch was split into {trainer.parts} parts, and now into {self.mesh.dp}: to stay the same, it "
-                f"takes up to {-(-trainer.parts // self.mesh.dp)} micro-batches a step"
+                f"each batch was split into {trainer.batch_splits} parts, and now into {self.mesh.dp}: to stay the "
+                f"same, it takes up to {-(-trainer.batch_splits // self.mesh.dp)} micro-batches a step"
             )
         self.requests = NoRequests()
         if self.mesh.is_main:
@@ -64,20 +66,28 @@ class Saver:
         return meta["step"]
 
     def _needs_more_micro_batches(self) -> bool:
-        return self.trainer.parts > self.mesh.dp and self.config.trainer.micro_batch_size is None
+        return self.trainer.batch_splits > self.mesh.dp and self.config.trainer.micro_batch_size is None
+
+    def exchange_flags(self, signals: StopSignals) -> None:
+        """Let ranks exchange with each step what `is_due` depends on: signals, requests, and failures to save."""
+
+        def poll() -> list[int]:
+            requested = self.requests.poll()
+            return [*signals.flags(requested.stop), requested.save, self.checkpoints.failed]
+
+        self.trainer.exchange.register(STOP_OR_SAVE, poll)
 
     def is_due(self, step: int, signals: StopSignals) -> bool:
         """Return whether to save after ``step`` steps, because of the settings, a signal or a request.
 
-        Every rank must call this after each step: it also makes all ranks stop after the same one.
+        Every rank must call this after each step: it also makes all ranks stop after the same one. On several ranks,
+        what happens after the loss of a step was exchanged counts in the next step.
 
         Raises:
             UserError: on every rank, if the checkpoint that is being written has failed on one.
         """
-        requested = self.requests.poll()
-        save, failed = signals.synchronize(
-            self.mesh, requested.stop, [requested.save, self.checkpoints.failed]
-        )
+        *received, save, failed = self.trainer.exchange.take(STOP_OR_SAVE)
+        signals.agree(received)
         if failed:
             self.checkpoints.wait()
         stops = signals.stop_signal is not None
@@ -98,7 +108,7 @@ class Saver:
             "pipeline": self.pipeline_settings,
             "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
             "spikes": self.trainer.spikes.state(),
-            "parts": self.trainer.parts,
+            "batch_splits": self.trainer.batch_splits,
             "validation_loss": self.checkpoints.losses.get(step),
             "versions": {
                 "stdit": stdit.__version__,

@@ -140,6 +140,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             # Saver: loads the checkpoint into the trainer. From here on, closing gives a save in progress some time.
             pipeline_settings = pipeline_settings_of(config.validation, components.plan.assignment)
             saver = mesh.main_first(lambda: Saver(folder, components, trainer, pipeline_settings, checkpoint))
+            saver.exchange_flags(signals)
 
             # Recorder: cuts off the metrics of steps after that checkpoint. The files that say what the run is come
             # first: a run that was refused above has changed none of them.

@@ -10,10 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from stdit.parallel.processes.mesh import Mesh
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 """Signals that stop a run: those of schedulers, launchers and keyboards."""
@@ -48,20 +44,19 @@ class StopSignals:
     def __init__(self) -> None:
         self._received_at = 0.0
 
-    def synchronize(self, mesh: "Mesh", stop: bool = False, others: Sequence[int] = ()) -> list[int]:
-        """Set `stop_signal` to what any rank received; every rank must call this.
+    def flags(self, stop: bool = False) -> list[bool]:
+        """Return for each of `STOP_SIGNALS` whether this process received it.
 
         Args:
             stop: the run is asked to stop by other means than a signal; counts as SIGTERM.
-            others: numbers to reduce in the same collective.
-
-        Returns:
-            The maximum of each of ``others`` over all ranks.
         """
         received = signal.SIGTERM if stop else self.received
-        number, *maxima = mesh.all_reduce_max([0 if received is None else received.value, *others])
-        self.stop_signal = signal.Signals(number) if number else None
-        return maxima
+        return [received == number for number in STOP_SIGNALS]
+
+    def agree(self, counts: Sequence[int]) -> None:
+        """Set `stop_signal`, given how many processes received each of `STOP_SIGNALS`."""
+        received = [number for number, count in zip(STOP_SIGNALS, counts, strict=True) if count]
+        self.stop_signal = max(received, default=None)
 
     @property
     def exit_code(self) -> int:

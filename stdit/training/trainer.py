@@ -63,8 +63,8 @@ class Trainer:
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, ema)
         self.nonfinite_in_a_row = 0
-        self.parts = mesh.dp
-        """Into so many parts at least the ranks, and then the passes of a rank, split a batch."""
+        self.batch_splits = mesh.dp
+        """A batch is split into at least this many parts, over ranks and then over the micro-batches of each."""
         self.spikes = SpikeGuard(config.spike)
         self.exchange = StepExchange(mesh)
         """The one message between ranks in each step, besides gradients and what the model sends."""
@@ -123,7 +123,7 @@ class Trainer:
             this rank's part of the loss, float32 scalar, of which the mean over all ranks is the loss; and noise
             levels, float32 [global batch] on the CPU, in which those of other ranks are 0.
         """
-        micro_batches = self.mesh.micro_batches(batch.batch_size, self.most_at_once(batch.batch_size))
+        micro_batches = self.mesh.micro_batches(batch.batch_size, self.micro_batch_size(batch.batch_size))
         size, samples = (int(batch.height[0]), int(batch.width[0])), self.mesh.sample_range(batch.batch_size)
         shape = tuple(batch.latents.shape[1:])
         total, levels = torch.zeros((), device=self.accelerator.device), torch.zeros(batch.batch_size)
@@ -154,14 +154,14 @@ class Trainer:
         self.exchange.receive(rest[len(levels) : -1])
         return loss, rest[-1], rest[: len(levels)]
 
-    def most_at_once(self, batch_size: int) -> int | None:
+    def micro_batch_size(self, batch_size: int) -> int | None:
         """Return the largest micro-batch of a rank, in samples; None: its whole part of the batch.
 
         If no size is set, it is no larger than on the number of ranks that the run had before, so that it fits.
         """
-        if self.config.micro_batch_size is not None or self.parts <= self.mesh.dp:
+        if self.config.micro_batch_size is not None or self.batch_splits <= self.mesh.dp:
             return self.config.micro_batch_size
-        return -(-batch_size // self.parts)
+        return -(-batch_size // self.batch_splits)
 
     def sample_losses(self, batch: EncodedBatch, draws: TrainingDraws) -> Tensor:
         """Return the loss of each sample ``[B]`` with these draws.
@@ -218,5 +218,5 @@ class Trainer:
         for part in ("model", "ema"):
             StoredTensors(checkpoint / part).read_into(state[part])
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
-        self.parts = max(self.mesh.dp, meta["parts"])
+        self.batch_splits = max(self.mesh.dp, meta["batch_splits"])
         self.spikes.load(meta.get("spikes", {}))

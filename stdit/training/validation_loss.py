@@ -98,7 +98,7 @@ def losses_by_level(
         weights.index_add_(0, *_by_level(rows))
         mine = [rows[row] for row in mesh.sample_range(len(rows))]
         size = (int(batch.height[0]), int(batch.width[0]))
-        for part, counts in mesh.micro_batches(len(rows), trainer.most_at_once(len(rows))):
+        for part, counts in mesh.micro_batches(len(rows), trainer.micro_batch_size(len(rows))):
             shape = tuple(batch.latents.shape[1:])
             draws = fixed_draws(trainer.flow, trainer.seed, mine[part], levels, shape, *size)  # type: ignore[arg-type]
             losses = trainer.sample_losses(batch.rows(part), draws).cpu()

@@ -12,6 +12,7 @@ from stdit.data.config import BucketConfig, DataConfig
 from stdit.data.dataset import build_plan, to_video, video_loader
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.processes.mesh import Mesh
+from stdit.parallel.processes.step_exchange import StepExchange
 from tests.parallel.ranks import run_on_ranks
 
 
@@ -176,8 +177,26 @@ def test_ranks_that_share_a_video_must_read_it_alike(breaking, tmp_path_factory)
     run_on_ranks(2, read_otherwise, [plan, other])
 
 
+def test_one_batch_is_read_ahead_and_its_failures_travel_with_the_step(breaking):
+    run_on_ranks(2, exchange_failures_with_steps, breaking[0])
+
+
+def exchange_failures_with_steps(group, plan):
+    mesh = Mesh(group.rank, group.size)
+    steps, alone = StepExchange(mesh), video_loader(plan, mesh=mesh)(0, 6)
+    for raw, other in zip(video_loader(plan, mesh=mesh, exchange=steps)(0, 6), alone, strict=True):
+        assert same(raw, other)
+        steps.receive(steps.reduce(torch.zeros(1)).tolist()[1:])
+        if raw.info.step < 5:
+            failed = [4 in plan.batch(raw.info.step + 1).indices]
+            assert steps.take("read failures") == failed
+            steps.receive(failed)  # as it was
+
+
 def read_otherwise(group, plans):
-    with pytest.raises((UserError, OtherRankError), match="rank 1 shares the videos of rank 0, but"):
+    with pytest.raises(
+        (UserError, OtherRankError), match="rank 1 and rank 0 share videos, but read them differently"
+    ):
         list(video_loader(plans[group.rank], mesh=Mesh(group.rank, group.size, group))(0, 4))
 
 

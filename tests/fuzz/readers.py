@@ -264,7 +264,7 @@ def _checkpoint_meta() -> Reader:
         "step": 8,
         "experiment": experiment,
         "nonfinite_in_a_row": 0,
-        "parts": 1,
+        "batch_splits": 1,
         "format": FORMAT,
         "pipeline": {"fps": 8},
         "files": listed,

@@ -57,16 +57,20 @@ def test_one_of_a_newer_version_is_an_error_and_not_passed_over(tmp_path: Path) 
 
 
 def test_another_experiment_is_named(tmp_path: Path) -> None:
-    meta = {"experiment": {"model.depth": 2, "seed": 0, "gone": 1}, "nonfinite_in_a_row": 0, "parts": 1}
+    meta = {
+        "experiment": {"model.depth": 2, "seed": 0, "gone": 1},
+        "nonfinite_in_a_row": 0,
+        "batch_splits": 1,
+    }
     folder = save(folder_of(tmp_path), 1, meta)
     assert check_same_experiment(folder, {"model.depth": 2, "new": 3})["step"] == 1
     with pytest.raises(UserError, match=r"model.depth was 2, is 3; seed was 0, is 1"):
         check_same_experiment(folder, {"model.depth": 3, "seed": 1})
 
 
-@pytest.mark.parametrize("key", ["step", "experiment", "nonfinite_in_a_row", "parts"])
+@pytest.mark.parametrize("key", ["step", "experiment", "nonfinite_in_a_row", "batch_splits"])
 def test_a_manifest_that_lacks_something_is_named(tmp_path: Path, key: str) -> None:
-    folder = save(folder_of(tmp_path), 1, {"experiment": {}, "nonfinite_in_a_row": 0, "parts": 1})
+    folder = save(folder_of(tmp_path), 1, {"experiment": {}, "nonfinite_in_a_row": 0, "batch_splits": 1})
     meta = json.loads((folder / "meta.json").read_text())
     del meta[key]
     (folder / "meta.json").write_text(json.dumps(meta))

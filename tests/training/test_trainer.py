@@ -50,7 +50,7 @@ def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
     for step in range(3):
         first.step(tiny_batch(step))
     folder = CheckpointWriter(tmp_path, CheckpointConfig(), Mesh()).save(3, first.state(), {}, at_once=True)
-    second.read(folder, {"nonfinite_in_a_row": 2, "parts": 1})
+    second.read(folder, {"nonfinite_in_a_row": 2, "batch_splits": 1})
     assert second.nonfinite_in_a_row == 2
     for step in (3, 4):
         assert first.step(tiny_batch(step)) == second.step(tiny_batch(step))
@@ -63,19 +63,24 @@ def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
 
 def test_on_fewer_ranks_than_before_passes_are_as_small_as_then(tmp_path: Path) -> None:
     before, expected = trainer(micro_batch_size=2), trainer()
-    meta = {"nonfinite_in_a_row": 0, "parts": 2}
+    meta = {"nonfinite_in_a_row": 0, "batch_splits": 2}
     folder = CheckpointWriter(tmp_path, CheckpointConfig(), Mesh()).save(
         1, before.state(), meta, at_once=True
     )
     found = trainer()
     found.read(folder, meta)
-    assert (found.parts, found.most_at_once(4), found.most_at_once(3), expected.most_at_once(4)) == (
+    assert (
+        found.batch_splits,
+        found.micro_batch_size(4),
+        found.micro_batch_size(3),
+        expected.micro_batch_size(4),
+    ) == (
         2,
         2,
         2,
         None,
     )
-    assert trainer(micro_batch_size=3).most_at_once(4) == 3
+    assert trainer(micro_batch_size=3).micro_batch_size(4) == 3
     assert found.step(tiny_batch(1)) == before.step(tiny_batch(1))
     assert found.step(tiny_batch(2))["loss"] == before.step(tiny_batch(2))["loss"]
 

@@ -19,6 +19,7 @@ from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.processes.mesh import Mesh, build_mesh
 from stdit.parallel.processes.parameters import full_tensor, state_bytes
+from stdit.parallel.processes.step_exchange import StepExchange
 from stdit.parallel.sequence.group import Group
 from stdit.pipelines.loading import load_transformer
 from stdit.training import checkpoint_writer
@@ -224,14 +225,16 @@ def resume(sp: int, folder: Path) -> None:
         if mesh.is_main:
             write(alone, folder / optimizer.name / "alone", 4)
         dist.barrier()
-        again.read(folder / optimizer.name / "alone" / "step-00000004", {"nonfinite_in_a_row": 0, "parts": 1})
+        again.read(
+            folder / optimizer.name / "alone" / "step-00000004", {"nonfinite_in_a_row": 0, "batch_splits": 1}
+        )
         check(again, alone, "resumed", 1e-5, 1e-4)
 
 
 def goes_on(saved: Trainer, where: Path, alike: Trainer, others: list[Trainer], steps: range) -> list[float]:
     """What was saved goes on bit for bit on the same split, and within 1e-5 on others."""
     for one in (alike, *others):
-        one.read(where, {"nonfinite_in_a_row": 0, "parts": saved.parts})
+        one.read(where, {"nonfinite_in_a_row": 0, "batch_splits": saved.batch_splits})
         assert equal(tensors(one), tensors(saved))
     expected = train(saved, steps)
     assert train(alike, steps) == expected and equal(tensors(alike), tensors(saved))
@@ -264,12 +267,15 @@ def fail_alike(sp: int, folder: Path) -> None:
 
 def agree() -> None:
     """What one rank is asked, all do after the same step."""
-    mesh, signals = mesh_of(1), StopSignals()
-    assert (
-        signals.synchronize(mesh, others=[mesh.rank, 1 - mesh.rank, 0]) == [1, 1, 0]
-        and signals.stop_signal is None
-    )
-    signals.synchronize(mesh, stop=mesh.is_main)
+    mesh, signals, asked = mesh_of(1), StopSignals(), [False]
+    exchange = StepExchange(mesh)
+    exchange.register("flags", lambda: [*signals.flags(asked[0]), mesh.rank, 1 - mesh.rank, 0])
+    *received, one, other, none = exchange.take("flags")
+    signals.agree(received)
+    assert [one, other, none] == [1, 1, 0] and signals.stop_signal is None
+    asked[0] = mesh.is_main
+    exchange.receive(exchange.reduce(torch.ones(2)).tolist()[2:])
+    signals.agree(exchange.take("flags")[:-3])
     assert signals.stop_signal == signal.SIGTERM and signals.exit_code == 0
 
 
@@ -281,7 +287,7 @@ def on_more(group: Group, sp: int, names: list[str], saved: Path) -> None:
         for sharded in (True, False):
             one = trainer(mesh_of(sp), sharded, optimizer)
             where = saved / optimizer.name / "sharded" / "step-00000002"
-            one.read(where, {"nonfinite_in_a_row": 0, "parts": 2})
+            one.read(where, {"nonfinite_in_a_row": 0, "batch_splits": 2})
             losses = [values["loss"] for values in train(one, range(2, 4))]
             assert losses == pytest.approx(expected, rel=1e-5)
 

@@ -5,7 +5,7 @@ sampling); the sp ranks share each video. sp varies fastest: the ranks of a vide
 is large enough.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from math import prod
@@ -102,14 +102,6 @@ class Mesh:
         total = values.clone()
         dist.all_reduce(total, group=self.control_group)
         return total / self.world_size
-
-    def all_reduce_max(self, values: Sequence[int]) -> list[int]:
-        """Return the maximum of each value over all ranks, by one collective."""
-        if self.world_size == 1:
-            return list(values)
-        reduced = torch.tensor(values, device=self.device)
-        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.control_group)
-        return [int(value) for value in reduced.tolist()]
 
     def on_all_ranks(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every rank; if it fails on one, raise its error there and OtherRankError elsewhere."""
