@@ -1,20 +1,20 @@
-"""How long a pass through the model takes, what it holds, and what share of the machine's arithmetic it uses.
+"""Measure time, memory and utilisation of a pass through the model.
 
     python scripts/bench/step.py
     python scripts/bench/step.py --sizes reference S --compile true --threads 2 --output step.json
     python scripts/bench/step.py --device cuda --precision bf16 --sizes XL-2
     python scripts/bench/step.py --sizes reference --threads 2 --beside other.py
 
-For each size: forward alone; forward and backward; the same with a given first frame, and with activation
-checkpointing. Each runs in a process of its own, on a CPU in several ways: "kept" does not give freed memory back to
-the system, as train.py does; "flash" does that, too, but leaves attention among few tokens to PyTorch's flash kernel;
-"medium" is "kept" with trainer.matmul_precision = medium. "GiB" is the peak above the built model and its inputs;
-"of matmul" is the model's arithmetic (matrix products and attention, without recomputation) a second, as a share of
-what a large matrix product reaches there in the same precision.
+For each size: forward alone; forward and backward; the same with the first frame as a conditioning frame, and with
+activation checkpointing. Each runs in a process of its own, on a CPU in several ways: "kept" keeps freed memory, as
+train.py does; "flash" does that, too, but computes short attention by PyTorch's flash kernel; "medium" is "kept" with
+trainer.matmul_precision = medium. "GiB" is the peak above the built model and its inputs; "of matmul" is the model's
+arithmetic (matrix products and attention, without recomputation) per second, as a share of what a large matrix product
+reaches in the same precision.
 
---beside measures another model in the same run, and how many times as long it takes. Its Python file defines
-build(size, given, device) -> (module, keyword arguments of a pass), as `build` does here; the module gives a tensor.
-A case whose build raises NotImplementedError is left out, and so is checkpointing where the module has no
+--beside measures another model in the same run, and the ratio of the times. Its Python file defines
+build(size, conditioning, device) -> (module, keyword arguments of a pass), as `build` does here; the module returns a
+tensor. A case whose build raises NotImplementedError is skipped, and so is checkpointing where the module has no
 enable_gradient_checkpointing().
 """
 
@@ -61,7 +61,7 @@ SIZES = {
 CASES: dict[str, dict[str, bool]] = {
     "forward": {"backward": False},
     "forward + backward": {},
-    "with a given frame": {"given": True},
+    "with a conditioning frame": {"conditioning": True},
     "checkpointing": {"checkpointing": True},
 }
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", choices=["true", "false"], default="false", help="measure compiled, too")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
-    parser.add_argument("--steps", type=int, default=5, help="passes, of which the median counts")
+    parser.add_argument("--steps", type=int, default=5, help="passes, of which the median is printed")
     parser.add_argument("--beside", type=Path, metavar="FILE", help="another model, eager; see above")
     parser.add_argument("--output", type=Path, help="a JSON file of all figures")
     args = parser.parse_args()
@@ -135,13 +135,13 @@ def measure(
     flash: bool = False,
     matmul_precision: str = "highest",
     backward: bool = True,
-    given: bool = False,
+    conditioning: bool = False,
     checkpointing: bool = False,
     beside: Path | None = None,
 ) -> dict[str, float] | None:
-    """Median seconds of a pass, peak GiB above model and inputs, and the share of a matrix product's speed.
+    """Measure the median seconds of a pass, its peak GiB, and the share of a matrix product's speed.
 
-    None: the model of the file `beside` has no such case. Its arithmetic counts as that of ours.
+    None: the model of the file `beside` has no such case. The arithmetic of stdit's model is taken for it.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -157,7 +157,7 @@ def measure(
         keep_freed_memory()
     build_side = builder(beside) if beside else build
     try:
-        model, inputs = build_side(size, given, device)
+        model, inputs = build_side(size, conditioning, device)
     except NotImplementedError:
         return None
     if checkpointing and not hasattr(model, "enable_gradient_checkpointing"):
@@ -170,7 +170,7 @@ def measure(
     seconds = [timed(model, inputs, backward, precision) for _ in range(1 + steps)][1:]
     peak = memory(device, peak=True)
     with FlopCounterMode(display=False) as counter:
-        one_pass(*build(size, given, "meta"), backward, "fp32")
+        one_pass(*build(size, conditioning, "meta"), backward, "fp32")
     rate = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     return {
         "seconds": statistics.median(seconds),
@@ -182,7 +182,7 @@ def measure(
 
 
 def builder(file: Path) -> Any:
-    """The function `build` of a Python file."""
+    """Return the function `build` of a Python file."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
@@ -190,8 +190,8 @@ def builder(file: Path) -> Any:
     return module.build
 
 
-def build(size: Size, given: bool, device: str) -> tuple[Any, dict[str, Any]]:
-    """A model without zeros, and inputs for it; with a frame at level 0 if one is given."""
+def build(size: Size, conditioning: bool, device: str) -> tuple[Any, dict[str, Any]]:
+    """Build a model without zeros, and its inputs, of which the first frame may be a conditioning frame."""
     import torch
 
     from stdit.models.stdit import STDiT
@@ -209,18 +209,18 @@ def build(size: Size, given: bool, device: str) -> tuple[Any, dict[str, Any]]:
             torch.nn.init.normal_(parameter, std=0.02)
         inputs = {
             "hidden_states": torch.randn(size.batch, 4, size.frames, size.side, size.side),
-            "timestep": torch.full((size.batch, size.frames if given else 1), 500.0),
+            "timestep": torch.full((size.batch, size.frames if conditioning else 1), 500.0),
             "encoder_hidden_states": torch.randn(size.batch, size.tokens, size.text_width),
             "encoder_attention_mask": torch.ones(size.batch, size.tokens, dtype=torch.bool),
             **{name: torch.full((size.batch,), 24.0) for name in ("fps", "height", "width")},
         }
-    if given:
+    if conditioning:
         inputs["timestep"][:, 0] = 0
     return model, inputs
 
 
 def one_pass(model: Any, inputs: dict[str, Any], backward: bool, precision: str) -> None:
-    """Forward, and backward from a loss if asked."""
+    """Run a forward pass, and a backward pass from a loss if ``backward``."""
     import torch
 
     kind = next(model.parameters()).device.type
@@ -235,7 +235,7 @@ def one_pass(model: Any, inputs: dict[str, Any], backward: bool, precision: str)
 
 
 def timed(model: Any, inputs: dict[str, Any], backward: bool, precision: str) -> float:
-    """Seconds of one pass."""
+    """Return the seconds of one pass."""
     import torch
 
     on_gpu = next(model.parameters()).device.type == "cuda"
@@ -247,7 +247,7 @@ def timed(model: Any, inputs: dict[str, Any], backward: bool, precision: str) ->
 
 
 def memory(device: str, peak: bool = False) -> int:
-    """Bytes in use: of the GPU, or of this process; or the most that there were."""
+    """Return the bytes in use, or their peak, of the GPU or of this process."""
     if device.startswith("cuda"):
         import torch
 
@@ -264,7 +264,7 @@ def memory(device: str, peak: bool = False) -> int:
 
 
 def matmul_rate(device: str, dtype: Any, side: int = 2048) -> float:
-    """Floating-point operations a second of a large matrix product, the best of a few."""
+    """Return floating-point operations per second of a large matrix product, the best of six."""
     import torch
 
     a = torch.randn(side, side, device=device, dtype=dtype)

@@ -19,14 +19,14 @@ from stdit.codecs.loading import (
     check_complete,
     dtype_name,
     explain_load_errors,
-    find_weights,
+    locate_weights,
     named_dtype,
     quiet,
 )
 from stdit.codecs.vaes import VAES
 from stdit.errors import UserError
 
-FRAMES_AT_ONCE = 16
+FRAMES_PER_PASS = 16
 """Frames that an image VAE gets at a time, which bounds its memory."""
 
 
@@ -34,7 +34,7 @@ class DiffusersCodec(VideoCodec):
     """A VAE of diffusers. Latents are the mode of its posterior, normalised with the VAE's own constants."""
 
     def __init__(self, vae: ModelMixin) -> None:
-        """Wrap a VAE of one of the classes in `VAES`; it is frozen and put in eval mode."""
+        """Wrap a VAE of one of the classes in `VAES`, which is frozen and put in eval mode."""
         super().__init__()
         self.name = type(vae).__name__
         self.vae: Any = vae.eval().requires_grad_(False)
@@ -55,7 +55,7 @@ class DiffusersCodec(VideoCodec):
         Raises:
             UserError: no such folder or hub id, another class, pickled or incomplete weights.
         """
-        source = find_weights("codec.path", config.path, config.subfolder)
+        source = locate_weights("codec.path", config.path, config.subfolder)
         return cls(_load_vae(config.name, source, DTYPES[config.dtype]))
 
     def saved_settings(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class DiffusersCodec(VideoCodec):
 
     @classmethod
     def load(cls, directory: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> "DiffusersCodec":
-        source = find_weights("the saved codec", str(directory), None)
+        source = locate_weights("the saved codec", str(directory), None)
         return cls(
             _load_vae(settings["name"], source, dtype or named_dtype(settings.get("dtype", "float32")))
         )
@@ -103,16 +103,16 @@ class DiffusersCodec(VideoCodec):
             yield
 
 
-def encode_images(vae: Any, video: Tensor, at_once: int = FRAMES_AT_ONCE) -> Tensor:
+def encode_images(vae: Any, video: Tensor, per_pass: int = FRAMES_PER_PASS) -> Tensor:
     """Encode each frame of a video [B 3 T H W] by an image VAE -> [B C T H' W']."""
-    images = rearrange(video, "b c t h w -> (b t) c h w").split(at_once)
+    images = rearrange(video, "b c t h w -> (b t) c h w").split(per_pass)
     modes = torch.cat([vae.encode(image).latent_dist.mode() for image in images])
     return rearrange(modes, "(b t) c h w -> b c t h w", b=len(video))
 
 
-def decode_images(vae: Any, latents: Tensor, at_once: int = FRAMES_AT_ONCE) -> Tensor:
+def decode_images(vae: Any, latents: Tensor, per_pass: int = FRAMES_PER_PASS) -> Tensor:
     """Decode each latent frame [B C T H' W'] by an image VAE -> [B 3 T H W]."""
-    images = rearrange(latents, "b c t h w -> (b t) c h w").split(at_once)
+    images = rearrange(latents, "b c t h w -> (b t) c h w").split(per_pass)
     decoded = torch.cat([vae.decode(image).sample for image in images])
     return rearrange(decoded, "(b t) c h w -> b c t h w", b=len(latents))
 

@@ -78,7 +78,7 @@ def local_weights(folder: str | Path) -> WeightsSource:
     return WeightsSource(str(folder), None, local=True)
 
 
-def find_weights(setting: str, path: str | None, subfolder: str | None) -> WeightsSource:
+def locate_weights(setting: str, path: str | None, subfolder: str | None) -> WeightsSource:
     """Return a local folder if ``path`` is one, else a hub id if it has that form. Uses no network.
 
     Args:

@@ -28,29 +28,29 @@ from stdit.codecs.loading import (
     WeightsSource,
     dtype_name,
     explain_load_errors,
-    find_weights,
+    locate_weights,
     named_dtype,
     read_json,
     write_json,
 )
 from stdit.models.opensora import check_keys, read_weights
 
-IMAGES_AT_ONCE = 4
+IMAGES_PER_PASS = 4
 """Frames that the spatial VAE gets at a time, which bounds its memory."""
 
 
 @dataclass(frozen=True)
 class OpenSoraVAEConfig:
-    """The defaults are the released VAE; what its config.json holds beside these is of no account here."""
+    """Settings of the VAE, by default of the released one; other keys of its config.json are ignored."""
 
     micro_frame_size: int = 17
-    """Frames of a chunk: chunks know nothing of each other."""
+    """Frames of a chunk; chunks are encoded independently."""
     shift: tuple[float, ...] = (-0.10, 0.34, 0.27, 0.98)
-    """Mean of each latent channel, taken off."""
+    """Mean of each latent channel, which is subtracted."""
     scale: tuple[float, ...] = (3.85, 2.32, 2.33, 3.06)
-    """Spread of each latent channel, divided by."""
+    """Standard deviation of each latent channel, by which it is divided."""
     spatial_factor: float = 0.18215
-    """What Open-Sora multiplies the image VAE's latents by (not the 0.13025 of SDXL's own config)."""
+    """Factor of the image VAE's latents in Open-Sora (not the 0.13025 of SDXL's own config)."""
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     """Widths of the image VAE; each level but the last halves rows and columns."""
     filters: int = 128
@@ -58,7 +58,7 @@ class OpenSoraVAEConfig:
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
     """Widths of its levels, in multiples of that."""
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    """Between which levels the frames are halved."""
+    """After which levels the number of frames is halved."""
     num_res_blocks: int = 4
     """Residual blocks of a level, and of the innermost part."""
     norm_num_groups: int = 32
@@ -66,7 +66,7 @@ class OpenSoraVAEConfig:
 
     @classmethod
     def read(cls, recorded: dict[str, Any]) -> Self:
-        """From a config.json, of Open-Sora or of our own."""
+        """Read the settings from the content of a config.json, of Open-Sora or of stdit."""
         known: dict[str, Any] = {}
         for name in [f.name for f in fields(cls) if f.name in recorded]:
             known[name] = tuple(recorded[name]) if isinstance(recorded[name], list) else recorded[name]
@@ -74,7 +74,7 @@ class OpenSoraVAEConfig:
 
 
 class CausalConv3d(nn.Module):
-    """A convolution that sees no later frame: zeros before the first frame, and around each."""
+    """Convolution that is causal in time: zero padding before the first frame, and around each frame."""
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int, time_stride: int = 1, bias: bool = True
@@ -139,7 +139,7 @@ class TemporalEncoder(nn.Module):
 
 
 class TemporalDecoder(nn.Module):
-    """Latents ``[B 4 T' H W]`` to ``[B 4 4T' H W]``; levels are numbered as the encoder's, and run backwards."""
+    """Latents ``[B 4 T' H W]`` to ``[B 4 4T' H W]``; levels have the encoder's numbers, and run in reverse order."""
 
     def __init__(self, channels: int, config: OpenSoraVAEConfig) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class TemporalDecoder(nn.Module):
 
 
 class TemporalVAE(nn.Module):
-    """A VAE along time. What its stride does not divide is filled up with zeros before the first frame."""
+    """A VAE along time. Lengths that its stride does not divide are padded with zeros before the first frame."""
 
     def __init__(self, channels: int, config: OpenSoraVAEConfig) -> None:
         super().__init__()
@@ -177,29 +177,29 @@ class TemporalVAE(nn.Module):
         self.decoder = TemporalDecoder(channels, config)
 
     def encode(self, x: Tensor) -> Tensor:
-        """The mean of the posterior, ``[B 4 T H W] -> [B 4 T' H W]``."""
+        """Return the mean of the posterior, ``[B 4 T H W] -> [B 4 T' H W]``."""
         filled = pad(x, (0, 0, 0, 0, -x.shape[2] % self.stride, 0))
         return self.quant_conv(self.encoder(filled)).chunk(2, dim=1)[0]
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
-        """The last ``num_frames`` of what latents ``[B 4 T' H W]`` stand for."""
+        """Decode latents ``[B 4 T' H W]``, and return the last ``num_frames``."""
         x = self.decoder(self.post_quant_conv(z))
         return x[:, :, x.shape[2] - num_frames :]
 
 
 class OpenSoraCodec(VideoCodec):
-    """Latents ``[B 4 T' H/8 W/8]``: of each chunk of 17 frames 5, of n frames at the end n / 4, rounded up.
+    """Latents ``[B 4 T' H/8 W/8]``: 5 frames for each chunk of 17, and n / 4, rounded up, for n frames at the end.
 
     Both VAEs give the mean of their posterior, where Open-Sora samples. Rows and columns beyond a multiple of 8,
-    which Open-Sora's image VAE drops, are filled up and come back.
+    which Open-Sora's image VAE drops, are padded and decoded.
     """
 
     name = "opensora"
     causal_first_frame = True
-    size_multiple = 2  # as its models were trained; what 8 does not divide is filled up
+    size_multiple = 2  # as its models were trained; sizes that 8 does not divide are padded
 
     def __init__(self, config: OpenSoraVAEConfig) -> None:
-        """A new VAE with random weights."""
+        """Make a VAE with random weights."""
         super().__init__()
         self.settings = config
         self.channels = len(config.shift)
@@ -224,18 +224,18 @@ class OpenSoraCodec(VideoCodec):
 
     @classmethod
     def from_config(cls, config: CodecConfig) -> Self:
-        """The VAE at `config.path`: a folder with config.json and safetensors, or a hub id.
+        """Load the VAE at `config.path`: a folder with config.json and safetensors, or a hub id.
 
         Raises:
             UserError: no such folder or hub id, or weights that are pickled, damaged, or not exactly this VAE's.
         """
-        source = find_weights("codec.path", config.path, config.subfolder)
+        source = locate_weights("codec.path", config.path, config.subfolder)
         with explain_load_errors("opensora", source):
             return cls._read(_local(source), DTYPES[config.dtype])
 
     @classmethod
     def load(cls, directory: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> "OpenSoraCodec":
-        source = find_weights("the saved codec", str(directory), None)
+        source = locate_weights("the saved codec", str(directory), None)
         with explain_load_errors("opensora", source):
             return cls._read(directory, dtype or named_dtype(settings.get("dtype", "float32")))
 
@@ -263,7 +263,7 @@ class OpenSoraCodec(VideoCodec):
         return self._hash(asdict(self.settings) | numbers)
 
     def save(self, directory: Path) -> None:
-        """Write the files that Open-Sora reads, too."""
+        """Write the files in the format of Open-Sora."""
         numbers = {"shift": self.shift[None].clone(), "scale": self.scale[None].clone()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors | numbers, directory / "model.safetensors", metadata={"format": "pt"})
@@ -282,34 +282,34 @@ class OpenSoraCodec(VideoCodec):
 
     def latent_index(self, frame: int, num_frames: int | None = None) -> int:
         chunk, within = divmod(frame, self.chunk)
-        return chunk * self.latent_chunk + (within + self._fill(chunk, num_frames)) // self.stride[0]
+        return chunk * self.latent_chunk + (within + self._padding(chunk, num_frames)) // self.stride[0]
 
     def start_frame(self, index: int, num_frames: int | None = None) -> int:
         chunk, within = divmod(index, self.latent_chunk)
-        return chunk * self.chunk + max(0, within * self.stride[0] - self._fill(chunk, num_frames))
+        return chunk * self.chunk + max(0, within * self.stride[0] - self._padding(chunk, num_frames))
 
     def encoding_context(self, index: int, num_frames: int) -> tuple[int, int]:
         within = index % self.latent_chunk
         begin = self.start_frame(index - within, num_frames)
         return within, self.start_frame(index, num_frames) - begin
 
-    def _fill(self, chunk: int, num_frames: int | None) -> int:
-        """Frames that are filled up in front of a chunk; the last one of a video may be shorter than the others."""
+    def _padding(self, chunk: int, num_frames: int | None) -> int:
+        """Return the padding before a chunk in frames; the last chunk of a video may be shorter than the others."""
         frames = self.chunk if num_frames is None else min(self.chunk, num_frames - chunk * self.chunk)
         return -frames % self.stride[0]
 
     def pad_video(self, video: Tensor) -> Tensor:
-        """Rows and columns only: the temporal VAE fills up frames by itself."""
+        """Pad rows and columns only: the temporal VAE pads frames by itself."""
         return super().pad_video(video)[:, :, : video.shape[2]]
 
     def _encode(self, video: Tensor) -> Tensor:
         vae: Any = self.spatial_vae["module"]
-        images = encode_images(vae, video.to(self.dtype), IMAGES_AT_ONCE) * self.settings.spatial_factor
+        images = encode_images(vae, video.to(self.dtype), IMAGES_PER_PASS) * self.settings.spatial_factor
         z = torch.cat([self.temporal_vae.encode(chunk) for chunk in images.split(self.chunk, dim=2)], dim=2)
         return (z.float() - self.shift.to(z.device)) / self.scale.to(z.device)
 
     def _decode_frames(self, latents: Tensor, num_frames: int) -> Tensor:
-        """Where ``num_frames`` end in the last chunk, it was filled up in front, and that is what comes off."""
+        """Decode; if ``num_frames`` end in the last chunk, its padding in front is cut off."""
         z = (latents * self.scale.to(latents.device) + self.shift.to(latents.device)).to(self.dtype)
         chunks = z.split(self.latent_chunk, dim=2)
         counts = [self.pixel_shape(chunk.shape[2], 1, 1)[0] for chunk in chunks]
@@ -318,11 +318,11 @@ class OpenSoraCodec(VideoCodec):
         images = [self.temporal_vae.decode(*pair) for pair in zip(chunks, counts, strict=True)]
         frames = torch.cat(images, dim=2)[:, :, :num_frames] / self.settings.spatial_factor
         vae: Any = self.spatial_vae["module"]
-        return decode_images(vae, frames, IMAGES_AT_ONCE)
+        return decode_images(vae, frames, IMAGES_PER_PASS)
 
 
 def _local(source: WeightsSource) -> Path:
-    """The folder of a source, fetched from the hub if it is not here."""
+    """Return the folder of a source, downloaded from the hub if it is not local."""
     if source.local:
         return Path(source.location)
     from huggingface_hub import snapshot_download

@@ -19,9 +19,9 @@ from stdit.codecs.loading import (
     check_complete,
     dtype_name,
     explain_load_errors,
-    find_weights,
     fingerprint,
     local_weights,
+    locate_weights,
     named_dtype,
     quiet,
 )
@@ -135,7 +135,7 @@ class TransformersTextEncoder(TextEncoder):
         path = config.path
         if config.name == "minilm" and path is None:
             path = str(minilm_folder())
-        source = find_weights("text_encoder.path", path, config.subfolder)
+        source = locate_weights("text_encoder.path", path, config.subfolder)
         tokenizer, model = _load(config.name, source, DTYPES[config.dtype])
         if config.clean_captions:
             clean_caption("")  # raises if a package is missing
@@ -161,7 +161,7 @@ class TransformersTextEncoder(TextEncoder):
     ) -> "TransformersTextEncoder":
         if not {"max_length", "dtype"} <= settings.keys():
             raise UserError(f"{str(directory)!r} holds no text encoder that can be read: save it again")
-        source = find_weights("the saved text encoder", str(directory), None)
+        source = locate_weights("the saved text encoder", str(directory), None)
         name = settings["name"]
         tokenizer, model = _load(name, source, dtype or named_dtype(settings["dtype"]))
         clean = bool(settings.get("clean_captions"))

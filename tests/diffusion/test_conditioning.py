@@ -14,10 +14,10 @@ def draw(name: str, frames: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 8, 17])
 def test_one_frame_is_free_and_draws_repeat(name: str, frames: int) -> None:
     for seed in range(20):
-        given = draw(name, frames, seed)
-        assert given.shape == (frames,) and given.dtype == torch.bool
-        assert not given.all()
-        assert given.equal(draw(name, frames, seed))
+        condition_mask = draw(name, frames, seed)
+        assert condition_mask.shape == (frames,) and condition_mask.dtype == torch.bool
+        assert not condition_mask.all()
+        assert condition_mask.equal(draw(name, frames, seed))
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,14 @@ def test_euler_steps_with_the_true_velocity_reach_the_data(prediction: str) -> N
 
 def test_given_frames_do_not_count() -> None:
     flow, (x, noise, t) = make("velocity"), sample()
-    given = torch.tensor([[True, False, False, False], [False, False, True, True]])
-    x_t = flow.add_noise(x, noise, t * ~given)
+    condition_mask = torch.tensor([[True, False, False, False], [False, False, True, True]])
+    x_t = flow.add_noise(x, noise, t * ~condition_mask)
     torch.testing.assert_close(x_t[0, :, 0], x[0, :, 0])
     output = x - noise
-    expected = flow.loss(output, x, noise, x_t, t, frame_weights(given))
+    expected = flow.loss(output, x, noise, x_t, t, frame_weights(condition_mask))
     output[0, :, 0] += 100
     output[1, :, 2:] += 100
-    torch.testing.assert_close(flow.loss(output, x, noise, x_t, t, frame_weights(given)), expected)
+    torch.testing.assert_close(flow.loss(output, x, noise, x_t, t, frame_weights(condition_mask)), expected)
 
 
 def test_residual_is_the_best_linear_estimate() -> None:

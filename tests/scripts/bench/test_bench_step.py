@@ -59,10 +59,10 @@ BESIDE = """
 import torch
 from scripts.bench.step import build as ours
 
-def build(size, given, device):
-    if given:
+def build(size, conditioning, device):
+    if conditioning:
         raise NotImplementedError
-    model, inputs = ours(size, given, device)
+    model, inputs = ours(size, conditioning, device)
     hidden = inputs["hidden_states"]
     return torch.nn.Linear(hidden.shape[-1], 1), {"input": hidden}
 """
@@ -74,5 +74,5 @@ def test_another_model_beside_it(tmp_path: Path) -> None:
     settings = {"device": "cpu", "steps": 1, "beside": file}
     found = measure(TINY, "fp32", None, **settings)
     assert found is not None and found["seconds"] > 0
-    assert measure(TINY, "fp32", None, given=True, **settings) is None
+    assert measure(TINY, "fp32", None, conditioning=True, **settings) is None
     assert measure(TINY, "fp32", None, checkpointing=True, **settings) is None
