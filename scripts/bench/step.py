@@ -9,8 +9,8 @@ For each size: forward alone; forward and backward; the same with the first fram
 activation checkpointing. Each runs in a process of its own, on a CPU in several ways: "kept" keeps freed memory, as
 train.py does; "flash" does that, too, but computes short attention by PyTorch's flash kernel; "medium" is "kept" with
 trainer.matmul_precision = medium. "GiB" is the peak above the built model and its inputs; "of matmul" is the model's
-arithmetic (matrix products and attention, without recomputation) per second, as a share of what a large matrix product
-reaches in the same precision.
+arithmetic (matrix products and attention, without recomputation) per second, as a share of that of a large matrix
+product in the same precision.
 
 --beside measures another model in the same run, and the ratio of the times. Its Python file defines
 build(size, conditioning, device) -> (module, keyword arguments of a pass), as `build` does here; the module returns a
