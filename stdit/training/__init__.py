@@ -1,1 +1,24 @@
-"""Training: the step, its optimizers and averages, and the run folder that keeps them."""
+"""Training: start-up, the step, optimizers, averaged weights, checkpoints, and the folder of a run.
+
+`train.py` is the loop. `start` makes a `Session`, which is all that it needs; README.md tells how to use it.
+"""
+
+from typing import TYPE_CHECKING
+
+from stdit.lazy import lazy_getattr
+from stdit.training.config import TrainConfig, parse_train
+
+if TYPE_CHECKING:
+    from stdit.training.session import Session, start
+    from stdit.training.trainer import Trainer
+
+__all__ = ["Session", "TrainConfig", "Trainer", "parse_train", "start"]
+
+__getattr__ = lazy_getattr(
+    __name__,
+    {
+        "Session": "stdit.training.session",
+        "Trainer": "stdit.training.trainer",
+        "start": "stdit.training.session",
+    },
+)

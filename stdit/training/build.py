@@ -28,7 +28,7 @@ from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
 from stdit.parallel.sequence.planner import format_gib
 from stdit.training.config import TrainConfig, experiment_key
 from stdit.training.optim import count_matrices
-from stdit.training.run_folder import find_weights
+from stdit.training.run_folder import find_initial_weights
 
 
 @dataclass
@@ -179,7 +179,7 @@ def _load_initial_weights(model: STDiT, source: str) -> None:
     from stdit.pipelines.loading import load_transformer
     from stdit.pipelines.pipeline import read_transformer
 
-    folder = find_weights(source)
+    folder = find_initial_weights(source)
     if (folder / META).is_file():
         other, _ = load_transformer(folder, read_meta(folder), ema=True)
     else:

@@ -41,7 +41,7 @@ def lock_run_folder(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
     if checkpoint is not None:
         check_same_experiment(checkpoint, experiment_key(config))
     elif config.init_from is not None:
-        find_weights(config.init_from)
+        find_initial_weights(config.init_from)
     if (folder / "pipeline").exists() and not any((folder / "checkpoints").glob("step-*")):
         raise UserError(
             f"{folder} has a trained pipeline, but no checkpoint to resume from: choose another --name (and "
@@ -98,7 +98,7 @@ def write_run_files(
             Path(file).write_text(to_yaml(config), encoding="utf-8")
 
 
-def find_weights(init_from: str) -> Path:
+def find_initial_weights(init_from: str) -> Path:
     """Return the model folder or checkpoint with the weights of ``init_from``. Raises UserError if there is none."""
     folder = Path(init_from)
     weights = "diffusion_pytorch_model.safetensors"

@@ -1,15 +1,14 @@
 """Stop a run on a signal: after its step, or at once. Imports no torch, so that the first seconds count, too."""
 
-import multiprocessing
-import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+from stdit.parallel.processes.exit import end_process
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 """Signals that stop a run: those of schedulers, launchers and keyboards."""
@@ -112,7 +111,7 @@ def _end_process_after_second_signal() -> Iterator[None]:
                 continue
             now = time.monotonic()
             if since is not None and now - since > REPEAT_SECONDS and not done.wait(EXIT_SECONDS):
-                _end_process(_exit_code(number[0]))
+                end_process(_exit_code(number[0]))
             since = since or now
 
     before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
@@ -126,12 +125,3 @@ def _end_process_after_second_signal() -> Iterator[None]:
         sender.close()
         thread.join()
         receiver.close()
-
-
-def _end_process(code: int) -> None:
-    """End the process although its main thread may be stuck in a library; loader processes first."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -7,7 +7,6 @@ itself. One rank then prints which rank failed, in which step, and why; the othe
 """
 
 import json
-import multiprocessing
 import os
 import secrets
 import socket
@@ -20,12 +19,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from stdit.errors import LostRankError, OtherRankError, UserError
 from stdit.parallel.config import TrainingParallelConfig
+from stdit.parallel.processes.exit import end_process
 from stdit.parallel.processes.mesh import Mesh
 
 HEARTBEAT_SECONDS = 1.0
@@ -292,15 +291,6 @@ def code_location(frame: FrameType | None) -> str:
             called = f", in {inner.f_code.co_name}" if inner is not None and inner is not one else ""
             return f"{path.relative_to(_REPOSITORY)}:{one.f_lineno}{called}"
     return f"{inner.f_code.co_name}" if inner is not None else ""
-
-
-def end_process(code: int) -> NoReturn:
-    """End this process at once, although its main thread may be stuck in a library; kill its workers first."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def build_watchdog(mesh: Mesh, config: TrainingParallelConfig) -> Watchdog:
