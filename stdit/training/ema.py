@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, which is what samples are made from."""
+"""Exponential moving average of the weights; samples are made with it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ class EMA:
         self.average = {name: tensor.float().clone() for name, tensor in model.state_dict().items()}
 
     def decay(self, step: int) -> float:
-        """Share that is kept in ``step``, counted from 0."""
+        """Return the share of the average that is kept in ``step``, counted from 0."""
         return min(self.config.decay, (1 + step) / (10 + step)) if self.config.warmup else self.config.decay
 
     @torch.no_grad()
@@ -32,7 +32,7 @@ class EMA:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """While it lasts, the model has the averages, and they are the weights."""
+        """Swap the model's weights and the averages in a block."""
         self._swap(model)
         try:
             yield

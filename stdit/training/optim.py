@@ -18,11 +18,11 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 BLOCK_MATRIX = re.compile(r"(?:spatial|temporal)_blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
 STACKED = {"qkv": 3, "kv_linear": 2}
 AT_ONCE = 2**24
-"""Numbers in the parameters that Muon orthogonalises at once, roughly."""
+"""Muon orthogonalises about this many weights at once."""
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """What the learning rates are multiplied by in ``step`` (from 0) of ``steps``: rise, plateau, fall."""
+    """Return the factor of the learning rates in ``step`` (from 0) of ``steps``: warm-up, plateau, decay."""
     rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
     length = config.decay_share * steps
     if config.schedule == "constant" or length == 0:
@@ -33,7 +33,7 @@ def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> floa
 
 
 def split_parameters(model: nn.Module) -> tuple[dict[str, int], list[str]]:
-    """Which parameters Muon takes: the matrices of attention and MLP in the blocks, known by their names.
+    """Split the parameters into those for Muon, the matrices of attention and MLP in the blocks, and the others.
 
     Returns:
         Names for Muon, each with the number of matrices stacked in it (qkv 3, kv 2); names of all others.
@@ -50,7 +50,7 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, int], list[str]]:
 
 
 def count_matrices(model: nn.Module) -> int:
-    """Weights that Muon takes."""
+    """Return the number of weights that Muon updates."""
     return sum(model.get_parameter(name).numel() for name in split_parameters(model)[0])
 
 
@@ -141,7 +141,7 @@ class Optimizers:
         return {f"{name}.{key}": value for name, state in self._states() for key, value in state.items()}
 
     def like(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Room for a state of these shapes: what is as large as its parameter lies where that does, sharded as it."""
+        """Return an empty state of these shapes; tensors as large as their parameter are placed like it."""
         return {key: self._room(key, shape) for key, shape in shapes.items()}
 
     def _room(self, key: str, shape: torch.Size) -> Tensor:
@@ -153,7 +153,7 @@ class Optimizers:
         return torch.empty(shape, device=parameter.device)
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over, not copied, a state as `state_dict` gives it, in place of any before."""
+        """Replace the state by one from `state_dict`; its tensors are not copied."""
         owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         states: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in tensors.items():
@@ -226,7 +226,7 @@ class Muon(Optimizer):
         scale: str,
         iterations: int,
     ) -> None:
-        """Move parameters, each one or several matrices of rows x columns, which are whole for so long."""
+        """Update parameters, each one or several matrices of rows x columns; full matrices exist only in here."""
         directions = [p.grad.clone() for p in params if p.grad is not None]
         torch._foreach_lerp_(directions, [self._momentum(p) for p in params], momentum)  # Nesterov
         matrices = torch.cat([full_tensor(direction).view(-1, rows, columns) for direction in directions])
