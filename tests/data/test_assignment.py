@@ -112,7 +112,7 @@ def windows_of(clips, windows=16, **options):
     return [(part.start, part.num_frames) for part in assignment.clips]
 
 
-def test_a_clip_three_times_as_long_serves_three_windows_each_in_its_own_third():
+def test_a_clip_three_times_as_long_gives_three_windows_each_in_its_own_third():
     assert windows_of([clip(num_frames=48)]) == [(0, 16), (2, 16), (4, 16)]
     assert windows_of([clip(num_frames=47)]) == [(0, 23), (23 / 8, 24)]
     assert windows_of([clip(num_frames=17), clip(num_frames=33)]) == [(0, 17), (0, 16), (2, 17)]
@@ -125,7 +125,7 @@ def test_windows_are_an_option_and_have_a_limit():
     assert windows_of([clip(num_frames=480)], windows=4) == [(0, 120), (15, 120), (30, 120), (45, 120)]
 
 
-def test_only_the_bucket_that_takes_a_clip_divides_it():
+def test_only_the_bucket_that_takes_a_clip_splits_it():
     buckets = [Bucket(32, 64, 64, 8), Bucket(16, 32, 32, 8, max_windows=3)]
     clips = [clip(num_frames=64), clip(num_frames=64, height=40, name="b.mp4"), clip(num_frames=2)]
     assignment = assign_clips(clips, buckets)
@@ -143,13 +143,13 @@ def test_only_the_bucket_that_takes_a_clip_divides_it():
     assert [part.end for part in assignment.clips][1:4] == [21 / 8, 42 / 8, None]
 
 
-def test_a_clip_of_weight_0_is_left_out_and_said_to_be():
+def test_a_clip_of_weight_0_is_dropped_with_the_reason():
     assignment = assign_clips([clip(), clip(weight=0.0)], [Bucket(16, 32, 32, 8)])
     assert assignment.members[0].tolist() == [0]
     assert [reason for _, reason in assignment.dropped] == ["its weight is 0"]
 
 
-def test_the_table_shows_windows_draws_tokens_and_sources_where_they_say_something():
+def test_the_table_shows_windows_draws_tokens_and_sources_only_if_they_differ():
     clips = [
         clip(num_frames=48, weight=2.0, name="a/1.mp4"),
         Clip(Media("/more/2.mp4", root="/more"), "text", 32, 8.0, 64, 64, weight=0.5),
@@ -166,7 +166,7 @@ def test_the_table_shows_windows_draws_tokens_and_sources_where_they_say_somethi
     assert plain[0].split()[6:] == "clips batch steps/epoch".split() and len(plain) == 2
 
 
-def test_many_clips_are_assigned_as_a_few_are(monkeypatch):
+def test_clips_are_assigned_the_same_in_chunks(monkeypatch):
     clips = [clip(num_frames=8 + i % 30, height=30 + i % 50, name=f"{i}.mp4") for i in range(100)]
     buckets = [Bucket(16, 48, 48, 8, keep_probability=0.5), Bucket(16, 32, 32, 8, keep_probability=0.5)]
     at_once = assign_clips(clips, buckets)

@@ -39,7 +39,7 @@ def test_one_rule_gives_open_soras_sizes(resolution):
         assert all(side % 2 == 0 for side in ours)
 
 
-def test_a_bucket_of_which_nothing_is_said():
+def test_defaults_of_a_bucket():
     assert Bucket.from_config(BucketConfig()) == Bucket(16, 256, 256, 8)
 
 

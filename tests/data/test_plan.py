@@ -64,7 +64,7 @@ def test_a_step_is_a_pure_function():
     assert batches(pickle.loads(pickle.dumps(plan)), range(40)) == walked
 
 
-def test_epochs_and_seeds_are_shuffled_apart():
+def test_epochs_and_seeds_have_different_orders():
     plan = make_plan(counts=(40, 40))
     first, second = batches(plan, range(plan.steps_per_epoch)), batches(plan, range(30, 60))
     other = batches(make_plan(counts=(40, 40), seed=1), range(30))
@@ -75,7 +75,7 @@ def test_epochs_and_seeds_are_shuffled_apart():
     assert orders[0] not in (sorted(orders[0]), sorted(orders[0], reverse=True)), "buckets are mixed"
 
 
-def test_a_bucket_smaller_than_its_batch_wraps_round_and_says_so():
+def test_a_bucket_smaller_than_its_batch_repeats_clips_with_a_note():
     plan = make_plan(counts=(3,), batch_sizes=(8,))
     assert plan.steps_per_epoch == 1
     assert sorted(Counter(plan.batch(0).indices).values()) == [2, 3, 3]
@@ -89,7 +89,7 @@ def test_an_empty_bucket_has_no_batches():
     assert {plan.batch(step).bucket_index for step in range(9)} == {0, 2}
 
 
-def test_windows_are_drawn_within_the_clip_and_alike_each_time():
+def test_windows_lie_within_the_clip_and_are_reproducible():
     plan = make_plan(counts=(3,), batch_sizes=(6,), seconds=5.0)
     starts = [item.start for step in range(50) for item in items(plan, plan.batch(step))]
     assert all(0 <= start <= 3.0 for start in starts)
@@ -123,7 +123,7 @@ def test_a_whole_weight_is_how_often_a_clip_is_drawn():
         assert all(epoch(plan, number)[i] == (1, 3)[i % 2] for i in range(20))
 
 
-def test_a_fraction_of_a_weight_is_drawn_anew_each_epoch_alike_each_time():
+def test_fractional_weights_are_drawn_per_epoch_and_reproducible():
     weights = (0.25, 1.5, 1.0, 2.25)  # 5 in all, of 10 clips each
     plan = make_plan(counts=(40,), batch_sizes=(5,), weight=lambda i: weights[i % 4])
     again = make_plan(counts=(40,), batch_sizes=(5,), weight=lambda i: weights[i % 4])
@@ -144,7 +144,7 @@ def test_weights_that_sum_to_little_still_give_a_batch():
     assert plan.notes == ["bucket 16x32x32 at 8 fps: 1 clips for batches of 2, so every batch repeats clips"]
 
 
-def test_those_that_weights_leave_out_stand_in_last():
+def test_clips_not_drawn_because_of_weights_are_the_last_replacements():
     plan = make_plan(counts=(10,), batch_sizes=(2,), weight=lambda i: 0.4)
     first = epoch(plan, 0)
     assert len(first) == 4
@@ -180,7 +180,7 @@ def test_tokens_size_the_batches():
 
 @pytest.mark.parametrize("step", [10**6, 10**12])
 @pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_far_steps_are_found_without_walking(step, weight, monkeypatch):
+def test_far_steps_are_found_without_earlier_ones(step, weight, monkeypatch):
     plan = make_plan(counts=(1000, 500), batch_sizes=(4, 2), weight=lambda i: weight)
     streams = []
     monkeypatch.setattr(np.random, "default_rng", counting(np.random.default_rng, streams))

@@ -1,4 +1,4 @@
-"""The plan of data that uses no later option never changes: order, windows and crops, bit for bit.
+"""The plan of fixed data never changes: order, windows and crops, bit for bit.
 
 A run that is resumed after an update of stdit must see the batches that it would have seen.
 """
@@ -60,7 +60,7 @@ def facts(plan: BatchPlan, step: int) -> list[object]:
         (42, True, "e7598adeea3f8f55", "4f53cda18c2baa0c", "8883ff1ad13b7935"),
     ],
 )
-def test_the_plan_is_what_it_was(seed, allow_upscale, members, dropped, batches):
+def test_the_plan_is_unchanged(seed, allow_upscale, members, dropped, batches):
     assignment = assign_clips(clips(), BUCKETS, seed, allow_upscale)
     plan = BatchPlan(assignment, seed)
     assert digest([part.tolist() for part in assignment.members]) == members

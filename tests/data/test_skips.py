@@ -13,7 +13,7 @@ def lines(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_each_clip_is_listed_once_with_reason_and_step_across_parts_of_a_run(tmp_path):
+def test_each_clip_is_listed_once_with_reason_and_step_across_resumes(tmp_path):
     file = tmp_path / "skipped.jsonl"
     tally = SkipTally(10, 1.0, SkipFile(file))
     assert not file.exists()
@@ -29,7 +29,7 @@ def test_each_clip_is_listed_once_with_reason_and_step_across_parts_of_a_run(tmp
     assert lines(file) == [*expected, {**C._asdict(), "step": 9}]
 
 
-def test_the_one_too_many_is_listed_too(tmp_path):
+def test_the_clip_that_exceeds_the_limit_is_listed(tmp_path):
     file = tmp_path / "skipped.jsonl"
     tally = SkipTally(10, 0.1, SkipFile(file))
     tally.add([A], 1)

@@ -56,7 +56,7 @@ def test_the_first_view_is_the_middle_and_the_others_spread():
     } == {0.5}
 
 
-def test_views_without_room_are_one():
+def test_views_of_a_clip_without_slack_are_equal():
     config = DataConfig(augmented_views=5, crop="random", cache="disk")
     exact = Clip(Media("a.mp4"), "", num_frames=16, fps=8.0, height=64, width=64, start=3.0)
     assert {augmented_view(config, number, exact, BUCKET) for number in range(5)} == {AugmentedView(3.0)}

@@ -1,7 +1,7 @@
-"""From a file to frames: what it holds, and the frames of a window, resized and cropped.
+"""Probe and decode videos and images: frames of a temporal window, resized and cropped.
 
-Letters: T frames, H height, W width. `opening` opens and checks, `frames` finds the frames on screen at given times
-(`pictures` those of images), `pixels` makes them RGB of one size.
+Letters: T frames, H height, W width. `opening` opens and checks files, `frames` selects the frames on screen at given
+times (`pictures` those of images), `pixels` converts them to RGB of one size.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from stdit.data.decoding.frames import (
-    Shown,
+    ShownFrame,
     TimeOrderCheck,
     check_intact,
     decodable_packets,
@@ -50,18 +50,18 @@ __all__ = [
     "iter_frames",
 ]
 
-# A frame counts as shown at a target time that it misses by less than this share of the target interval:
-# containers round times to milliseconds, and 29.97 fps is meant to serve a target of 30.
+# Share of the target interval by which a frame may come later than a target time and still count as shown then:
+# containers round times to milliseconds, and clips of 29.97 fps may fill a bucket of 30 fps.
 TOLERANCE = 0.1
 
 INSTANT = 1e-4
-"""Seconds by which the times of one frame may differ, once rounded to what a manifest holds."""
+"""Seconds by which the time of a frame may differ after rounding in a manifest."""
 
-Read = Callable[[Video, list[float], float], Iterator[Shown]]
+_Select = Callable[[Video, list[float], float], Iterator[ShownFrame]]
 
 
 class VideoInfo(NamedTuple):
-    """What a file holds. Sizes are those shown: after rotation, with square pixels."""
+    """Length, rate and size of a file; the size is after rotation, in square pixels."""
 
     num_frames: int
     fps: float
@@ -71,10 +71,9 @@ class VideoInfo(NamedTuple):
 
 
 def probe(file: Media | Path) -> VideoInfo:
-    """Frames, rate and size of a video or image, from its packets and its first frame.
+    """Return number of frames, rate and size of a video or image, from its packets and its first frame.
 
-    Counts packets instead of believing the header, which promises too much for a truncated file.
-    Raises DecodeError.
+    Counts packets, since the header of a truncated file states too many frames. Raises DecodeError.
     """
     media = Media.of(file)
     for quick in (True, False):
@@ -83,7 +82,7 @@ def probe(file: Media | Path) -> VideoInfo:
                 return _probe_video(opened) if isinstance(opened, Video) else _probe_picture(opened)
         except NeedsSlowerRead:
             continue
-    raise AssertionError("what is not quick is never unclear")
+    raise AssertionError("the slow way raises no NeedsSlowerRead")
 
 
 def decode_clip(
@@ -97,27 +96,26 @@ def decode_clip(
     generator: torch.Generator | None = None,
     threads: int = 1,
 ) -> torch.Tensor:
-    """Frames at start, start + 1/fps, ... of one file, resized and cropped to fill height x width
-    undistorted.
+    """Decode frames at start, start + 1/fps, ..., resized and cropped to height x width without distortion.
 
-    Frame k is the one on screen at ``start + k / fps`` seconds after the first: the latest that is not later,
-    by presentation time. A still image is a video of one frame.
+    Frame k is the one on screen at ``start + k / fps`` seconds after the first frame: the latest whose presentation
+    time is not later. A still image is a video of one frame.
 
     Args:
         start: seconds; the decoder seeks to the key frame before it.
-        crop: where the part lies in what is cut off, down and across from 0 to 1; "center" is (0.5, 0.5), and
-            "random" draws one place for all frames from `generator` (CPU).
-        threads: of the decoder; 1 is right inside loader workers.
+        crop: (vertical, horizontal) place of the crop, from 0 to 1; "center" is (0.5, 0.5), and "random" draws one
+            place for all frames from `generator` (CPU).
+        threads: decoder threads; use 1 inside loader workers.
 
     Returns: uint8 [T 3 H W].
-    Raises DecodeError when the file is damaged, too large, or ends before the last frame asked for.
+    Raises DecodeError if the file is damaged, too large, or ends before the last frame.
     """
     media = Media.of(file)
     drawn = torch.rand(2, generator=generator).tolist() if crop == "random" else [0.5, 0.5]
     place = drawn if isinstance(crop, str) else list(crop)
     times, tolerance = [start + k / fps for k in range(num_frames)], TOLERANCE / fps
-    clip = np.empty((num_frames, 3, height, width), np.uint8)  # NumPy copies small frames in less time
-    ways: tuple[Read, ...] = (select_by_packets, select_by_frames, partial(select_by_frames, seek=False))
+    clip = np.empty((num_frames, 3, height, width), np.uint8)  # copying small frames is faster with NumPy
+    ways: tuple[_Select, ...] = (select_by_packets, select_by_frames, partial(select_by_frames, seek=False))
     for read in ways:
         try:
             with open_clip(media, threads, quick=read is select_by_packets) as opened:
@@ -133,16 +131,16 @@ def decode_clip(
             return torch.from_numpy(clip)
         except NeedsSlowerRead:
             continue
-    raise AssertionError("reading from the start is never unclear")
+    raise AssertionError("reading from the start raises no NeedsSlowerRead")
 
 
 def iter_frames(
     file: Media | Path, start: float = 0.0, end: float = math.inf, side: int | None = None
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Every frame of a video from `start` on and before `end`, in seconds after the first, one at a time.
+    """Yield all frames of a video from `start` to before `end` (seconds after the first frame).
 
-    Yields: (seconds, RGB uint8 [H W 3]), as shown but for the shape of pixels; the longer side is at most `side`.
-    Raises DecodeError.
+    Yields: (seconds, RGB uint8 [H W 3]), upright, but pixels that are not square stay so; the longer side is at most
+    `side` pixels. Raises DecodeError.
     """
     media = Media.of(file)
     for seek in (True, False):
@@ -161,7 +159,7 @@ def iter_frames(
 def _timed(
     opened: Video | Image.Image, start: float, side: int | None
 ) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
-    """(seconds, what makes the picture) of every frame, from `start` or before it on."""
+    """Yield (seconds, function that makes the picture) of all frames from `start`, or from before it."""
     if isinstance(opened, Video):
         for time, _, frame in frames_in_order(opened, start):
             yield time, partial(rgb, check_intact(opened, frame), side=side)
@@ -216,6 +214,6 @@ def _probe_picture(image: Image.Image) -> VideoInfo:
 
 
 def _shown_aspect(video: Video, frame: av.VideoFrame) -> float:
-    """Width of a pixel over its height, after rotation."""
+    """Return width / height of a pixel after rotation."""
     aspect = pixel_aspect(video)
     return 1 / aspect if frame.rotation % 180 else aspect

@@ -1,4 +1,4 @@
-"""Which frame of a video is on screen at which time.
+"""Select the frames of a video that are on screen at given times.
 
 Two ways give the same answer. `select_by_packets` knows the times of frames before it decodes them, from their
 packets: it decodes nothing after the last frame needed, and skips frames that are neither needed nor referred to by
@@ -20,49 +20,49 @@ from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import DecodeError, NeedsSlowerRead, Video, check_frame_size
 
 REORDER_DEPTH = 16
-"""Packets come in the order of decoding, at most so far from their place in the order of presentation."""
+"""Most places by which decoding order and presentation order of packets differ."""
 
 FIRST_KEY = 512
-"""Packets at the start of a file of which one should be a key frame."""
+"""Number of packets at the start of a file among which a key frame is expected."""
 
 SKIPPING = frozenset({"h264", "mpeg1video", "mpeg2video", "mpeg4"})
-"""Decoders that leave out frames that no other refers to, one by one, when told so."""
+"""Decoders that can skip single frames that no other frame refers to."""
 
 ONE_FOR_ONE = frozenset({"libdav1d", "av1"})
-"""Decoders that keep silent about packets of rubbish, but of which every whole packet gives one frame."""
+"""Decoders that give no error for a damaged packet, but exactly one frame for each intact packet."""
 
 UNSEEKABLE = frozenset({"gif"})
-"""Formats of which each frame adds to the last: seeking would read the whole file, to begin at its start."""
+"""Formats in which each frame builds on the last, so that seeking would read the whole file from its start."""
 
-STEPS_BACK = (0.0, 0.5, 2.0, 10.0, 60.0)
-"""Seconds before the time that is looked for at which to try again, where seeking does not lead to a key frame."""
+SEEK_BACK_SECONDS = (0.0, 0.5, 2.0, 10.0, 60.0)
+"""How many seconds earlier to seek again if a seek does not end at a key frame."""
 
 T = TypeVar("T")
-Shown = tuple[av.VideoFrame, range]
-"""A frame, and the places in a list of times at which it is on screen."""
+ShownFrame = tuple[av.VideoFrame, range]
+"""A frame, and the range of indices in a list of times at which it is on screen."""
 
 
 class Clock(NamedTuple):
-    """Times of a stream, in seconds after its first frame."""
+    """Converts time stamps of a stream to seconds after its first frame."""
 
     origin: int
     tick: float
-    """Seconds."""
+    """Seconds per time stamp unit."""
     rate: float
-    """Frames per second that the container states, or 1."""
+    """Frames per second according to the container, or 1."""
 
     def seconds(self, pts: int) -> float:
         return (pts - self.origin) * self.tick
 
 
 class TimeOrderCheck:
-    """Refuses times, in order of decoding, that jump back by more than reordering explains."""
+    """Detects times, in decoding order, that jump back by more than reordering explains."""
 
     def __init__(self, media: Media) -> None:
         self.media, self._recent, self._newest = media, deque[float](), -math.inf
 
     def check(self, time: float) -> None:
-        """Raises DecodeError."""
+        """Raise DecodeError if `time` jumps back."""
         if time < self._newest:
             raise DecodeError(self.media, f"its times jump back from {self._newest:.3f} s to {time:.3f} s")
         self._recent.append(time)
@@ -70,10 +70,10 @@ class TimeOrderCheck:
             self._newest = max(self._newest, self._recent.popleft())
 
 
-def select_by_packets(video: Video, times: list[float], tolerance: float) -> Iterator[Shown]:
-    """The frames on screen at ascending `times` (seconds after the first), each once.
+def select_by_packets(video: Video, times: list[float], tolerance: float) -> Iterator[ShownFrame]:
+    """Yield the frames on screen at ascending `times` (seconds after the first frame), each once.
 
-    Raises NeedsSlowerRead where packets do not tell, or not all frames come; DecodeError.
+    Raises NeedsSlowerRead if the times of packets are not sufficient, or frames are missing; DecodeError.
     """
     clock, packets = _packets(video)
     if not clock.tick or _is_counted(video):
@@ -81,7 +81,7 @@ def select_by_packets(video: Video, times: list[float], tolerance: float) -> Ite
     if times[0] > 0 and video.container.format.name not in UNSEEKABLE:
         packets = _from_key_frame(video, clock, times[0] + tolerance)
     context = video.stream.codec_context
-    context.open(strict=False)  # before frames are skipped: a decoder may take the first setting for good
+    context.open(strict=False)  # before skip_frame is set, which some decoders read once
     wanted: dict[int, range] = {}
     missing: set[int] = set()
     left = len(times)
@@ -113,10 +113,10 @@ def select_by_packets(video: Video, times: list[float], tolerance: float) -> Ite
 
 def select_by_frames(
     video: Video, times: list[float], tolerance: float, seek: bool = True
-) -> Iterator[Shown]:
-    """As `select_by_packets`, by decoding every frame from the key frame, or from the start, on.
+) -> Iterator[ShownFrame]:
+    """Do the same as `select_by_packets`, but decode every frame from the key frame, or from the start, on.
 
-    Raises NeedsSlowerRead when seeking led too far; DecodeError.
+    Raises NeedsSlowerRead if seeking ended too late; DecodeError.
     """
     timed = frames_in_order(video, times[0] + tolerance if seek and times[0] > 0 else 0.0)
     for frame, places in latest_shown(video.media, timed, times, tolerance):
@@ -124,10 +124,10 @@ def select_by_frames(
 
 
 def frames_in_order(video: Video, start: float = 0.0) -> Iterator[tuple[float, float, av.VideoFrame]]:
-    """(seconds after the first frame, seconds that it lasts, frame) in order of presentation: all, or from one
-    on that is shown no later than `start`.
+    """Yield (seconds after the first frame, duration in seconds, frame) in presentation order.
 
-    Raises NeedsSlowerRead when seeking led too far; DecodeError.
+    Begins at a frame that is shown no later than `start`. Raises NeedsSlowerRead if seeking ended too late;
+    DecodeError.
     """
     clock, packets = _packets(video)
     counted = _is_counted(video) or not clock.tick
@@ -150,10 +150,12 @@ def frames_in_order(video: Video, start: float = 0.0) -> Iterator[tuple[float, f
 def latest_shown(
     media: Media, timed: Iterable[tuple[float, float, T]], times: list[float], tolerance: float
 ) -> Iterator[tuple[T, range]]:
-    """Of (seconds, length in seconds, picture) in order of presentation: for each of `times` the latest that is not
-    later, with all its places in `times`.
+    """Yield, for ascending `times`, the latest picture that is not later, with the range of its indices in `times`.
 
-    Raises DecodeError when the last picture ends before the last time.
+    Args:
+        timed: (seconds, duration in seconds, picture) in presentation order.
+
+    Raises DecodeError if the last picture ends before the last time.
     """
     shown, place, at, length = None, 0, 0.0, 0.0
     for time, next_length, picture in timed:
@@ -173,10 +175,11 @@ def latest_shown(
 def times_on_screen(
     video: Video, packets: Iterable[Packet], clock: Clock, times: list[float], tolerance: float
 ) -> Iterator[tuple[Packet, range]]:
-    """Each packet in turn, with the places in `times` at which its frame is on screen.
+    """Yield each packet with the range of indices in `times` at which its frame is on screen.
 
-    Looks ahead as far as frames may be reordered, and holds no more packets than that.
-    Raises NeedsSlowerRead for packets without a time, or two of one time; DecodeError when time runs backwards, or
+    Looks ahead, and holds packets, only as far as frames may be reordered.
+
+    Raises NeedsSlowerRead for a packet without a time, or two with the same time; DecodeError if time jumps back, or
     the video ends before the last of `times`.
     """
     around: deque[tuple[Packet | None, float | None]] = deque()
@@ -221,22 +224,24 @@ def too_short(media: Media, seconds: float, needed: float) -> DecodeError:
 
 
 def is_hidden(packet: Packet) -> bool:
-    """Whether a packet of data gives no frame to show: outside of the edit list, or a VP8 frame for reference."""
+    """Whether a packet gives no frame to show: outside the edit list, or a hidden VP8 reference frame."""
     if packet.is_discard:
         return True
     return packet.stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
 
 
 def pixel_aspect(video: Video) -> float:
-    """Width of a pixel over its height, as the container states it, or the decoder, once it has decoded a frame;
-    1.0 unless it is believable."""
+    """Return width / height of a pixel, as stated by the container, or by the decoder after its first frame.
+
+    1.0 if it is missing or implausible.
+    """
     stated = video.stream.sample_aspect_ratio or video.stream.codec_context.sample_aspect_ratio
     aspect = float(stated or 0)
     return aspect if 0.1 < aspect < 10 else 1.0
 
 
 def check_intact(video: Video, frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame. Raises DecodeError when it is damaged or too large."""
+    """Return the frame. Raises DecodeError if it is damaged or too large."""
     check_frame_size(video.media, frame.width, frame.height)
     if frame.is_corrupt:
         raise DecodeError(video.media, "not a readable video, or damaged (a frame is incomplete)")
@@ -244,9 +249,9 @@ def check_intact(video: Video, frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def decodable_packets(packets: Iterable[Packet]) -> Iterator[Packet]:
-    """Those with data, from the first key frame on: a stream may have been cut in the middle.
+    """Yield packets with data, from the first key frame on, since a stream may begin in the middle.
 
-    All of them where the first FIRST_KEY have no key frame: some encoders write none.
+    If the first FIRST_KEY packets have no key frame, yield all of them: some encoders mark none.
     """
     packets = (packet for packet in packets if packet.size)
     before: list[Packet] = []
@@ -258,25 +263,25 @@ def decodable_packets(packets: Iterable[Packet]) -> Iterator[Packet]:
 
 
 def _packets(video: Video) -> tuple[Clock, Iterator[Packet]]:
-    """The packets of a video that was just opened, and its clock."""
+    """Return the clock of a video that was just opened, and its packets."""
     packets = decodable_packets(video.container.demux(video.stream))
     head = list(itertools.islice(packets, REORDER_DEPTH + 1))
     ticks = [p.pts for p in head if p.pts is not None and not is_hidden(p)]
     origin = min(ticks) if ticks else video.stream.start_time or 0
     if head and head[0].is_keyframe and head[0].pts is not None and not is_hidden(head[0]):
-        origin = head[0].pts  # what is shown before it needs frames that are not there
+        origin = head[0].pts  # earlier frames refer to frames that are missing
     tick, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0)
     return Clock(origin, tick, rate or 1.0), itertools.chain(head, packets)
 
 
 def _from_key_frame(video: Video, clock: Clock, time: float) -> Iterator[Packet]:
-    """Packets from a key frame on that is shown no later than `time`: the last such, where the file has an index.
+    """Yield packets from a key frame that is shown no later than `time`; the last one if the file has an index.
 
     Raises NeedsSlowerRead if none is found.
     """
     target = clock.origin + int(time / clock.tick)
     at = target
-    for back in STEPS_BACK:
+    for back in SEEK_BACK_SECONDS:
         try:
             video.container.seek(at, stream=video.stream)
         except av.FFmpegError as error:
@@ -304,12 +309,12 @@ def _decoded(video: Video, packets: Iterable[Packet]) -> Iterator[av.VideoFrame]
     yield from video.stream.codec_context.decode(None)
 
 
-def _pick(video: Video, frames: list[av.VideoFrame], wanted: dict[int, range]) -> Iterator[Shown]:
+def _pick(video: Video, frames: list[av.VideoFrame], wanted: dict[int, range]) -> Iterator[ShownFrame]:
     for frame in frames:
         if frame.pts in wanted:
             yield check_intact(video, frame), wanted.pop(frame.pts)
 
 
 def _is_counted(video: Video) -> bool:
-    """Whether frames have to be counted from the start: AVI has a constant rate, and wrong times for B-frames."""
+    """Whether frames must be counted from the start: AVI has a constant rate, and wrong times for B-frames."""
     return video.container.format.name == "avi" and video.stream.codec_context.has_b_frames

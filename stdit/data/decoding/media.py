@@ -1,4 +1,4 @@
-"""Where the bytes of a clip are, and how they are opened: a local file, or a range of a local or remote one."""
+"""Locate and open the bytes of a clip: a local file, or a range of a local or remote file."""
 
 import contextlib
 import io
@@ -14,18 +14,18 @@ from typing import BinaryIO
 PROTOCOL = re.compile(r"[A-Za-z][\w+.-]+(://|::)")
 EMPTY = "is empty (0 bytes)"
 BLOCK_BYTES = 1 << 22
-"""Most that one request to a remote file reads ahead."""
+"""Largest read-ahead of a request to a remote file."""
 
 
 class MediaError(OSError):
-    """Bytes that may not be, or cannot be, read; the message is the reason alone."""
+    """Bytes that cannot be read, or are outside the data root; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """The bytes of one video or image: of a whole file, or `size` of them from `offset` on.
+    """The location of a video's or image's bytes: a whole file, or `size` bytes from `offset` on.
 
-    A value without an open file: cheap to make (nothing is looked at), hashable, and picklable for worker processes.
+    A value without an open file: cheap to make (no access to the file), hashable, and picklable for worker processes.
     """
 
     location: str
@@ -36,12 +36,12 @@ class Media:
     size: int | None = None
     """Bytes; None: to the end of the file."""
     root: str | None = None
-    """Data root: a local folder (resolved) that the file has to lie in once links are followed, or a URL;
-    None: it may lie anywhere."""
+    """Data root, a resolved local folder in which the file must lie after links are followed, or a URL;
+    None: the file may lie anywhere."""
 
     @classmethod
     def of(cls, file: "Media | Path | str") -> "Media":
-        """A file that the user named, wherever it lies."""
+        """Make the media of a file that the user named, wherever it lies."""
         return file if isinstance(file, Media) else cls(os.fspath(file))
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Media:
 
     @property
     def name(self) -> str:
-        """The name inside the data root, which stays when the root moves; for fingerprints."""
+        """Name relative to the data root, which does not change when the root moves; for fingerprints."""
         full, root = str(self), self.root
         if root is None:
             return full
@@ -59,7 +59,7 @@ class Media:
 
     @property
     def suffix(self) -> str:
-        """Lower case, with its dot."""
+        """File name suffix in lower case, with its dot."""
         return posixpath.splitext(self.member or str(self))[1].lower()
 
     @property
@@ -67,7 +67,7 @@ class Media:
         return is_url(self.location)
 
     def state(self) -> tuple[int | str, ...]:
-        """What changes when the bytes do: size and time of change (of a remote file its tag), and the range.
+        """Return values that change when the bytes change: size, modification time (or ETag), and the range.
 
         Raises OSError.
         """
@@ -87,7 +87,7 @@ class Media:
         return (status.st_size, status.st_mtime_ns, self.offset, -1 if self.size is None else self.size)
 
     def local_path(self) -> str:
-        """The resolved path of a local file. Raises MediaError unless it is a file inside the root."""
+        """Return the resolved path of a local file. Raises MediaError unless it is a file inside the root."""
         assert not self.is_remote
         try:
             path = os.path.realpath(self.location)
@@ -106,9 +106,9 @@ class Media:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[str | BinaryIO]:
-        """What PyAV and Pillow open: the path of a whole local file, else a file object over the range.
+        """Yield what PyAV and Pillow can open: the path of a whole local file, else a file object over the range.
 
-        Raises OSError, also for what the libraries of remote protocols raise.
+        Raises OSError, also for exceptions of the libraries of remote protocols.
         """
         if not self.is_remote and self.size is None:
             path = self.local_path()
@@ -120,9 +120,10 @@ class Media:
             yield file
 
     def open(self, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
-        """A file object over the bytes, from its position 0; of a remote file so many are read ahead.
+        """Open a read-only file object over the bytes. It and its methods raise OSError.
 
-        Raises OSError, as its methods do.
+        Args:
+            block_bytes: read-ahead of a remote file.
         """
         if self.size == 0:
             raise MediaError(EMPTY)
@@ -130,7 +131,7 @@ class Media:
             path = self.local_path()
             if self.size is not None and self.offset + self.size > os.path.getsize(path):
                 raise MediaError(f"its archive {self.location} is cut short")
-            whole: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (its owner closes it)
+            whole: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (_Range closes it)
         else:
             with _remote_errors():
                 whole = open_remote(self.location, min(self.size or block_bytes, block_bytes))
@@ -138,7 +139,7 @@ class Media:
 
 
 class _Range(io.RawIOBase):
-    """A part of an open file, which it owns, as a file that is only read."""
+    """A read-only file over a part of an open file, which it owns."""
 
     def __init__(self, whole: BinaryIO, offset: int, size: int | None, name: str) -> None:
         with _remote_errors():
@@ -177,22 +178,22 @@ class _Range(io.RawIOBase):
 
 
 def is_url(location: str) -> bool:
-    """Whether fsspec opens it: `s3://bucket/a.tar`, `simplecache::https://...`."""
+    """Whether a location is a URL of fsspec: `s3://bucket/a.tar`, `simplecache::https://...`."""
     return PROTOCOL.match(location) is not None
 
 
 def inside(path: str, root: str) -> bool:
-    """Whether a path lies in a folder, going by the names alone."""
+    """Whether a path lies in a folder, judging by the names alone."""
     return path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def locate(path: str, root: str) -> str:
-    """The location of what a manifest calls `path`, going by the names alone where they lie in the root.
+    """Return the location of a path of a manifest, without accessing it if its name lies in the root.
 
     Args:
         root: a resolved folder, or a URL.
 
-    Raises MediaError for what lies outside, also once links are followed.
+    Raises MediaError if it lies outside the root, also after links are followed.
     """
     outside = f"outside the data root {without_secrets(root)}, where no file is opened"
     if is_url(root):
@@ -205,11 +206,11 @@ def locate(path: str, root: str) -> str:
     location = os.path.normpath(os.path.join(root, path))
     if inside(location, root):
         return location
-    return Media(location, root=root).local_path()  # a link on the way may lead to the root all the same
+    return Media(location, root=root).local_path()  # it may lie in the root after links are followed
 
 
 def open_remote(url: str, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
-    """A remote file that seeks and reads by range. Raises what its protocol raises."""
+    """Open a remote file that can seek. Raises the exceptions of its protocol."""
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(url)
@@ -217,7 +218,7 @@ def open_remote(url: str, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
 
 
 def remote_info(url: str) -> dict:
-    """Size, and what else its protocol tells. Raises what its protocol raises."""
+    """Return size and further facts of a remote file. Raises the exceptions of its protocol."""
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(url)
@@ -225,13 +226,13 @@ def remote_info(url: str) -> dict:
 
 
 def without_secrets(url: str) -> str:
-    """A URL without the name and password, and the signature, that it may carry; a path as it is."""
+    """Return a URL without user name, password and query string; a path unchanged."""
     return re.sub(r"(://)[^/@]*@", r"\1", url.partition("?")[0]) if is_url(url) else url
 
 
 @contextlib.contextmanager
 def _remote_errors() -> Iterator[None]:
-    """Protocols have exceptions of their own, such as aiohttp's and botocore's, which are no OSError."""
+    """Turn exceptions of protocols (of aiohttp, botocore, ...), which need not be OSErrors, into MediaError."""
     try:
         yield
     except FileNotFoundError as error:

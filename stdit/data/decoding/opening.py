@@ -1,7 +1,7 @@
-"""Clips opened and checked before a frame is decoded.
+"""Open videos and images, and check them before a frame is decoded.
 
-Files are untrusted: only the demuxers of `FORMATS` may open them (a text file that names other files is not one
-of them), only local files are read, and sizes are checked in the header.
+Files are untrusted: only the demuxers of `FORMATS` may open them (none that follows names of other files), only local
+files are read, and sizes are checked in the header.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ VIDEO_SUFFIXES = frozenset(
 )
 MAX_PIXELS = 8192 * 8192
 HEAD_BYTES = 12
-"""Of a file, to tell what it is."""
+"""Bytes at the start of a file that tell its type."""
 
-# For containers that state sizes and times: av.open would decode from one to twenty frames to learn them, each time.
-# Without a decoder it only reads packets, up to the probe size, of which this is the least.
+# For containers that state sizes and times: av.open would decode one to twenty frames to find them. Without a decoder
+# it only reads packets, up to the probe size, here the smallest allowed.
 QUICK = {"codec_whitelist": "none", "probesize": "2048"}
 
 
 class DecodeError(ValueError):
-    """A file that cannot be used; the message is the path and the reason."""
+    """A file that cannot be decoded; the message is path and reason."""
 
     def __init__(self, path: Media | Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -45,7 +45,7 @@ class DecodeError(ValueError):
 
 
 class NeedsSlowerRead(Exception):
-    """A quick way of reading does not do for this file; a slower one may."""
+    """A fast way of reading does not work for this file; a slower one may."""
 
 
 class Video(NamedTuple):
@@ -58,10 +58,12 @@ class Video(NamedTuple):
 
 @contextlib.contextmanager
 def open_clip(media: Media, threads: int = 1, quick: bool = True) -> Iterator[Video | Image.Image]:
-    """A video, or a picture, still or animated, that Pillow reads; by content, whatever the name says.
+    """Open a video, or a still or animated picture that Pillow reads; the content decides, not the name.
 
-    Turns every error of FFmpeg and Pillow inside the block into DecodeError. Unless `quick`, FFmpeg decodes some
-    frames to learn what the container leaves out.
+    Turns all errors of FFmpeg and Pillow inside the block into DecodeError.
+
+    Args:
+        quick: do not decode frames to find what the container does not state.
     """
     try:
         with media.opened() as file:
@@ -75,7 +77,7 @@ def open_clip(media: Media, threads: int = 1, quick: bool = True) -> Iterator[Vi
                 yield opened
     except MediaError as error:
         raise DecodeError(media, str(error)) from error
-    except OSError as error:  # but for those of FFmpeg and Pillow, which the two below name
+    except OSError as error:  # errors of FFmpeg and Pillow are handled below
         raise DecodeError(media, error.strerror or str(error)) from error
 
 
@@ -105,18 +107,18 @@ def _open_video(
             stream = streams[0]
             context = stream.codec_context
             if context is None:
-                raise DecodeError(media, "its video is of a codec that is not read here")
+                raise DecodeError(media, "its video has a codec that is not supported")
             check_frame_size(media, stream.width, stream.height)
             context.options = {"max_pixels": str(MAX_PIXELS)}
-            if context.name == "hevc":  # the one decoder that would hide damage and not mark the frames
+            if context.name == "hevc":  # the only decoder that does not mark damaged frames
                 context.options["err_detect"] = "explode"
             context.thread_count, context.thread_type = threads, "AUTO" if threads > 1 else "NONE"
             yield Video(media, container, stream)
     except av.FFmpegError as error:
         if media.suffix in IMAGE_SUFFIXES:
             raise DecodeError(media, f"not a readable image, or damaged ({error.strerror})") from error
-        if error.errno == errno.EINVAL:  # what the whitelist of formats answers
-            raise DecodeError(media, "not a video in a format that is read here, or damaged") from error
+        if error.errno == errno.EINVAL:  # the format is not in the whitelist
+            raise DecodeError(media, "not a video in a supported format, or damaged") from error
         raise DecodeError(media, f"not a readable video, or damaged ({error.strerror})") from error
 
 
@@ -134,7 +136,7 @@ def _open_container(
 
 
 def check_frame_size(media: Media, width: int, height: int) -> None:
-    """Raises DecodeError."""
+    """Raise DecodeError if frames of this size are too large."""
     if not (0 < width <= MAX_DIMENSION and 0 < height <= MAX_DIMENSION and width * height <= MAX_PIXELS):
         raise DecodeError(
             media,

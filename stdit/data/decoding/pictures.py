@@ -1,4 +1,4 @@
-"""Pictures that Pillow reads as videos: still ones of one frame, animated WebP and PNG of several."""
+"""Read pictures as videos with Pillow: still ones have one frame, animated WebP and PNG several."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,9 @@ from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import DecodeError
 from stdit.data.decoding.pixels import upright_rgb
 
-SHORTEST = 0.011
-"""Seconds: frames that claim to be shown for less are shown for LENGTH, as browsers do."""
-LENGTH = 0.1
+MIN_SECONDS = 0.011
+"""Frames with a shorter duration are shown for DEFAULT_SECONDS, as in browsers."""
+DEFAULT_SECONDS = 0.1
 
 
 def is_still(image: Image.Image) -> bool:
@@ -20,13 +20,13 @@ def is_still(image: Image.Image) -> bool:
 
 
 def timed_pictures(image: Image.Image) -> Iterator[tuple[float, float, np.ndarray]]:
-    """(seconds after the first, seconds shown, RGB [H W 3]) of each frame in turn."""
+    """Yield (seconds after the first frame, duration in seconds, RGB [H W 3]) of each frame."""
     time = 0.0
     for index in range(getattr(image, "n_frames", 1)):
         image.seek(index)
         image.load()
         seconds = float(image.info.get("duration", 0)) / 1000
-        seconds = seconds if seconds >= SHORTEST else LENGTH
+        seconds = seconds if seconds >= MIN_SECONDS else DEFAULT_SECONDS
         yield time, seconds, np.array(upright_rgb(image))
         time += seconds
 
@@ -34,9 +34,9 @@ def timed_pictures(image: Image.Image) -> Iterator[tuple[float, float, np.ndarra
 def pictures_at(
     media: Media, image: Image.Image, times: list[float], tolerance: float
 ) -> Iterator[tuple[np.ndarray, range]]:
-    """The pictures on screen at ascending `times` (seconds after the first), with their places in `times`.
+    """Yield the pictures on screen at ascending `times` (seconds), with their range of indices in `times`.
 
-    Raises DecodeError when it ends earlier; a still image has one frame, and serves one time.
+    Raises DecodeError if the animation ends earlier, or for several times of a still image.
     """
     if not is_still(image):
         yield from latest_shown(media, timed_pictures(image), times, tolerance)

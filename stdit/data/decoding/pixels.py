@@ -1,4 +1,4 @@
-"""From a decoded frame or picture to uint8 RGB of the size wanted: upright, opaque, cropped, undistorted."""
+"""Convert decoded frames and pictures to uint8 RGB of one size: upright, opaque, cropped, without distortion."""
 
 import threading
 from collections import OrderedDict
@@ -17,22 +17,22 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 WHITE = 255
-"""What shows through transparent pixels, as on most pages."""
+"""Grey level behind transparent pixels, as on most web pages."""
 
-# Of FFmpeg's scaler: a bicubic kernel as wide as the reduction asks for, the same as that of `fill`.
+# Options of FFmpeg's scaler: an antialiasing bicubic kernel, the same as that of `fill`.
 SCALE_FLAGS = "flags=bicubic:param0=0:param1=0.5"
-MOST_REDUCTION = 64
-"""Beyond it the scaler's coefficients are too coarse."""
+MAX_REDUCTION = 64
+"""Largest reduction for which the scaler's coefficients are fine enough."""
 
-MOST_GRAPHS = 8
+MAX_GRAPHS = 8
 
 UNSPECIFIED = 2
-"""In FFmpeg's numbers of colour matrices, transfers and primaries."""
+"""FFmpeg's number for colour matrices, transfers and primaries that are not stated."""
 MATRICES = {0: 0, 1: 1, 4: 4, 5: 5, 6: 6, 7: 7, 8: 8, 9: 9, 10: 9}
-"""Colour matrices that the scaler knows (8, YCgCo, it refuses by name); what is reserved counts as not stated."""
+"""Colour matrices that the scaler supports (it refuses 8, YCgCo); reserved numbers count as not stated."""
 
 PLANES = (2, 0, 1)
-"""Of "gbrp": where red, green and blue are."""
+"""Planes of red, green and blue in the format gbrp."""
 
 
 class Region(NamedTuple):
@@ -45,7 +45,7 @@ class Region(NamedTuple):
 
 
 class Graphs(threading.local):
-    """What this thread has set up of FFmpeg lately, for clips of one kind: it takes as long as some small frames."""
+    """Recently used FFmpeg filter graphs of this thread, since a new one takes as long as some small frames."""
 
     def __init__(self) -> None:
         self.graphs: OrderedDict[tuple, Graph] = OrderedDict()
@@ -53,7 +53,7 @@ class Graphs(threading.local):
     def of(self, kind: tuple, set_up: Callable[[], Graph]) -> Graph:
         graph = self.graphs.pop(kind, None) or set_up()
         self.graphs[kind] = graph
-        if len(self.graphs) > MOST_GRAPHS:
+        if len(self.graphs) > MAX_GRAPHS:
             self.graphs.popitem(last=False)
         return graph
 
@@ -62,7 +62,7 @@ _GRAPHS = Graphs()
 
 
 class FrameFitter:
-    """Decoded frames to uint8 [3 H W] of one size; holds what FFmpeg sets up for one kind of frame."""
+    """Converts decoded frames to uint8 [3 H W] of one size; holds the filter graph for the current kind of frame."""
 
     def __init__(
         self, height: int, width: int, place: Sequence[float], threads: int = 1, opaque: bool = False
@@ -70,26 +70,24 @@ class FrameFitter:
         """
         Args:
             place: see `fill`.
-            opaque: a format with alpha has white where it is transparent, so that alpha does not matter.
+            opaque: ignore alpha, since transparent pixels are white already.
         """
         self.height, self.width, self.place, self.threads, self.opaque = height, width, place, threads, opaque
         self._kind: tuple | None = None
         self._graph: Graph | None = None
 
     def fit(self, frame: av.VideoFrame, aspect: float, out: np.ndarray) -> None:
-        """Write to `out`, uint8 [3 H W], what `fill` makes of `rgb(frame)`, in one step of FFmpeg's scaler where that
-        does as well.
+        """Write the frame to `out`, uint8 [3 H W]: by one pass of FFmpeg's scaler if possible, otherwise by `fill`.
 
-        Against the exact colours, scaled in floating point, pixels of real clips are off by 0.5 to 1.1 levels of 255
-        on average, those of `fill` by 0.6 to 1.3, since their colours are taken from the nearest place.
+        Compared with exact colours, scaled in floating point, pixels of real clips are off by 0.5 to 1.1 levels of
+        255 on average; those of `fill` by 0.6 to 1.3, since it takes colours from the nearest chroma sample.
         """
         plain = self.opaque or not has_alpha(frame.format.name)
         if not (plain and self.scale(frame, aspect, *orientation(frame), out)):
             out[:] = fill(rgb(frame, self.threads), aspect, self.height, self.width, self.place).numpy()
 
     def scale(self, frame: av.VideoFrame, aspect: float, turns: int, mirrored: bool, out: np.ndarray) -> bool:
-        """The one step, for a frame of that `orientation`; false, and nothing is written, where it would do less
-        well."""
+        """Scale in one pass for this `orientation`; return False, and write nothing, if `fill` is better."""
         kind = (frame.format.name, frame.height, frame.width, aspect, turns, mirrored)
         if kind != self._kind:
             self._kind, self._graph = kind, self._set_up(frame, aspect, turns, mirrored)
@@ -99,9 +97,9 @@ class FrameFitter:
             self._graph.vpush(with_known_colours(frame))
             scaled = self._graph.vpull()
         except BaseException:
-            _GRAPHS.graphs.clear()  # it may hold a frame
+            _GRAPHS.graphs.clear()  # a graph may still hold a frame
             raise
-        planes = scaled.planes  # made anew at each call
+        planes = scaled.planes  # a new tuple at each access
         for pixels, plane in zip(out, PLANES, strict=True):
             rows = _rows(planes[plane])[:, : scaled.width]
             pixels[:] = np.rot90(rows[:, ::-1] if mirrored else rows, turns) if turns or mirrored else rows
@@ -115,14 +113,14 @@ class FrameFitter:
         height, width = (self.width, self.height) if turns % 2 else (self.height, self.width)
         pixel_aspect = 1 / aspect if turns % 2 else aspect
         region = largest_region(frame.height, frame.width, width / height / pixel_aspect, (down, across))
-        if max(region.height / height, region.width / width) > MOST_REDUCTION:
+        if max(region.height / height, region.width / width) > MAX_REDUCTION:
             return None
         kind = (frame.format.name, frame.height, frame.width, region, height, width, self.threads)
         return _GRAPHS.of(kind, lambda: self._new_graph(frame, region, height, width))
 
     def _new_graph(self, frame: av.VideoFrame, region: Region, height: int, width: int) -> Graph:
         graph = Graph()
-        if hasattr(graph, "threads"):  # in newer PyAV
+        if hasattr(graph, "threads"):  # a newer PyAV
             graph.threads = self.threads
         nodes = [
             graph.add_buffer(
@@ -130,7 +128,7 @@ class FrameFitter:
             )
         ]
         if (region.height, region.width) != (frame.height, frame.width):
-            # Of many formats colour has fewer pixels; between two of them it would shift.
+            # A crop between two chroma samples would shift the colours.
             grid_x, grid_y = 4 // frame.format.chroma_width(4), 4 // frame.format.chroma_height(4)
             top, left = region.top // grid_y * grid_y, region.left // grid_x * grid_x
             nodes.append(graph.add("crop", f"{region.width}:{region.height}:{left}:{top}:exact=1"))
@@ -142,12 +140,12 @@ class FrameFitter:
 
 @cache
 def has_alpha(pixel_format: str) -> bool:
-    """Whether pixels of a format, by FFmpeg's name for it, may be transparent."""
+    """Whether a pixel format of FFmpeg has alpha."""
     return any(component.is_alpha for component in av.VideoFormat(pixel_format).components)
 
 
 def rgb(frame: av.VideoFrame, threads: int = 1, side: int | None = None) -> np.ndarray:
-    """uint8 [H W 3] as shown, the longer side at most `side`; may have gaps between rows."""
+    """Convert a frame to upright RGB uint8 [H W 3], the longer side at most `side`; rows may be strided."""
     alpha = has_alpha(frame.format.name)
     layout, channels = ("rgba", 4) if alpha else ("rgb24", 3)
     height, width = _at_most(frame.height, frame.width, side)
@@ -163,26 +161,25 @@ def rgb(frame: av.VideoFrame, threads: int = 1, side: int | None = None) -> np.n
 
 
 def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
-    """How to make a frame upright, as its display matrix says: quarter turns counter-clockwise, after it was mirrored
-    left to right or not."""
+    """Return (quarter turns counter-clockwise, whether to mirror first) that make a frame upright."""
     turns = round(frame.rotation / 90)
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX) if frame.side_data else None  # most frames have none
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX) if frame.side_data else None  # rare
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-        if a * d < b * c:  # the angle is that of the first row, which mirroring turns about
+        if a * d < b * c:  # mirroring reverses the first row, which gives the angle
             return (turns + 2) % 4, True
     return turns % 4, False
 
 
 def with_known_colours(frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame, without colours that the scaler would refuse; brightness is taken as it is, whatever its curve."""
+    """Replace colour properties that the scaler refuses, in place; transfer curves are ignored."""
     frame.colorspace = MATRICES.get(frame.colorspace, UNSPECIFIED)
     frame.color_trc = frame.color_primaries = UNSPECIFIED
     return frame
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A picture as it is shown. Of 16 bits of grey the upper 8 count, where Pillow would cut values off at 255."""
+    """Convert a picture to upright RGB. 16-bit grey keeps its upper 8 bits; Pillow would clip values at 255."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -193,7 +190,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def largest_region(height: int, width: int, aspect: float, place: Sequence[float]) -> Region:
-    """The largest region of that aspect (width over height, in pixels) of a frame; `place` as in `fill`."""
+    """Return the largest region with an aspect (width / height, in pixels) of a frame; `place` as in `fill`."""
     cut_height = min(height, max(1, round(width / aspect)))
     cut_width = min(width, max(1, round(height * aspect)))
     return Region(
@@ -204,9 +201,10 @@ def largest_region(height: int, width: int, aspect: float, place: Sequence[float
 def fill(
     pixels: np.ndarray, pixel_aspect: float, height: int, width: int, place: Sequence[float]
 ) -> torch.Tensor:
-    """Cut the largest region of the target's aspect out of [H W 3] and resize it, antialiased: uint8 [3 H W].
+    """Crop the largest region of the target's aspect from [H W 3] and resize it, antialiased: uint8 [3 H W].
 
-    `place` is where the region lies in what is left over, down and across, from 0 to 1.
+    Args:
+        place: (vertical, horizontal) place of the crop, from 0 to 1.
     """
     source_height, source_width = pixels.shape[:2]
     top, left, cut_height, cut_width = largest_region(
@@ -220,7 +218,7 @@ def fill(
 
 
 def shrink(pixels: np.ndarray, side: int | None) -> np.ndarray:
-    """[H W 3] with a longer side of at most `side`."""
+    """Resize [H W 3] to a longer side of at most `side`."""
     height, width = _at_most(pixels.shape[0], pixels.shape[1], side)
     if (height, width) == pixels.shape[:2]:
         return pixels
@@ -233,12 +231,12 @@ def _at_most(height: int, width: int, side: int | None) -> tuple[int, int]:
 
 
 def _rows(plane: Any) -> np.ndarray:
-    """uint8 [H, bytes of a row], of which the last may be of no use; valid as long as the array lives."""
+    """View a plane as uint8 [H, bytes per row], whose last bytes may be padding."""
     return np.ndarray((plane.height, plane.line_size), np.uint8, plane)
 
 
 def _over_white(pixels: np.ndarray) -> np.ndarray:
-    """RGBA [H W 4] on a white ground: [H W 3]."""
+    """Blend RGBA [H W 4] over white: [H W 3]."""
     colour, alpha = pixels[..., :3], pixels[..., 3:]
     if alpha.min() == 255:
         return colour

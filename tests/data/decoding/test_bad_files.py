@@ -1,4 +1,4 @@
-"""Files that are not what they should be: each is read as far as it can be, or left out with the reason."""
+"""Damaged and unusual files: each is read as far as possible, or skipped with the reason."""
 
 from pathlib import Path
 
@@ -179,7 +179,7 @@ def test_animated_pictures(tmp_path, name):
         decode_clip(path, 12, 10, 16, 16)
 
 
-def test_what_is_left_out_is_said(tmp_path, write_video):
+def test_skipped_files_are_reported_with_the_reason(tmp_path, write_video):
     good = write_video(tmp_path / "good.mp4", frames=noise(24, 64, 64))
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "page.mp4").write_text("<html>")

@@ -55,7 +55,7 @@ def test_variable_frame_rate_goes_by_presentation_time(tmp_path, write_video):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.ts"])
-def test_walks_through_a_part_frame_by_frame(tmp_path, write_video, name):
+def test_iterates_over_a_part_frame_by_frame(tmp_path, write_video, name):
     path = write_video(tmp_path / name, num_frames=20, height=32, width=64)
     for start, end, wanted in (
         (0.0, math.inf, range(20)),

@@ -1,4 +1,4 @@
-"""The frames that are read by seeking and skipping are those that decoding one by one finds."""
+"""Seeking and skipping give the same frames as decoding one by one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_only_what_is_needed_is_decoded(tmp_path, write_video):
     assert 4 <= len(packets) < 13 + 1  # of the 13 frames of the window, and none before or after it
 
 
-def test_packets_that_do_not_tell_are_read_frame_by_frame(tmp_path, write_video):
+def test_without_times_of_packets_frames_are_read_one_by_one(tmp_path, write_video):
     path = write_video(
         tmp_path / "a.avi", num_frames=20, gop=8, options={"bf": "2", "x264-params": "b-adapt=0"}
     )
@@ -165,7 +165,7 @@ def copied(source: Path, path: Path, options: dict[str, str], skip: int = 0, shi
         ("e.ts", {}, 900_000, 96),
     ],
 )
-def test_wherever_times_begin(tmp_path, grey, name, options, shift, count):
+def test_any_start_of_time_stamps(tmp_path, grey, name, options, shift, count):
     path = copied(grey, tmp_path / name, options, shift=shift)
     info = probe(path)
     assert info.num_frames == count and info.fps == pytest.approx(24, rel=1e-3)

@@ -51,7 +51,7 @@ def test_a_link_that_leaves_the_root_is_not_followed_when_a_clip_is_opened(tmp_p
             read(media)
 
 
-def test_what_cannot_be_opened_says_why(tmp_path, video):
+def test_errors_of_opening_state_the_reason(tmp_path, video):
     def reason(media):
         with pytest.raises(DecodeError) as caught:
             probe(media)
@@ -67,7 +67,7 @@ def test_what_cannot_be_opened_says_why(tmp_path, video):
     assert "Protocol not known" in reason(Media("nonsense://bucket/a.mp4"))
 
 
-def test_names_stay_when_the_root_moves_and_hold_no_secrets():
+def test_names_do_not_depend_on_the_root_and_contain_no_secrets():
     for root in ("/one", "/two/deep"):
         assert Media(f"{root}/b/a.mp4", root=root).name == "b/a.mp4"
         assert Media(f"{root}/b.tar", "x/a.MP4", 512, 9, root).name == "b.tar/x/a.MP4"

@@ -122,7 +122,7 @@ def test_one_clip_a_key(tmp_path):
 
 
 @pytest.mark.parametrize("cut", ["in a member", "in a header", "at a header", "no mark", "bad header"])
-def test_a_truncated_shard_gives_its_whole_members_and_says_so(tmp_path, cut):
+def test_a_truncated_shard_gives_its_complete_members_and_a_reason(tmp_path, cut):
     members = [(f"{i}.{kind}", b"x" * 700) for i in range(3) for kind in ("mp4", "txt")]
     shard = write_tar(tmp_path / "0.tar", members)
     content = bytearray(shard.read_bytes())

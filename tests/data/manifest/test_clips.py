@@ -33,7 +33,7 @@ def test_a_table_gives_the_clips_that_it_was_made_of():
         table.weight[0] = 3.0
 
 
-def test_tables_end_to_end_are_the_table_of_all():
+def test_concatenated_tables():
     parts = [Clips.of(MADE[:1]), Clips.of([]), Clips.of(MADE[1:])]
     both = Clips.concatenate(parts)
     assert list(both) == MADE
@@ -75,7 +75,7 @@ def test_content_is_that_of_the_clips_asked_for_and_not_of_where_they_lie():
         assert content(Clips.of([other]), 0) != content(table, 0)
 
 
-def test_complete_rows_are_read_without_a_look_at_their_files(tmp_path):
+def test_complete_rows_are_read_without_accessing_their_files(tmp_path):
     rows = [f"videos/{i}.mp4,clip {i},{i + 1},8,32,{40 + i}" for i in range(5)]
     (tmp_path / "m.csv").write_text(
         "\n".join(["path,text,num_frames,fps,height,width", *rows, "../x.mp4,a,1,1,1,1"])

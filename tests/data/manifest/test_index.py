@@ -1,4 +1,4 @@
-"""A large manifest is read once: what its rows say is kept, and used while it is the same."""
+"""The rows of a large manifest are saved, and used as long as the manifest is the same."""
 
 import logging
 
@@ -37,7 +37,7 @@ def scans(monkeypatch):
     return made
 
 
-def test_what_was_kept_is_what_was_read(csv, tmp_path, monkeypatch):
+def test_a_saved_scan_equals_the_scan(csv, tmp_path, monkeypatch):
     plain = facts(read_manifest(csv))
     made = scans(monkeypatch)
     first, again = (read(csv, tmp_path) for _ in range(2))
@@ -48,7 +48,7 @@ def test_what_was_kept_is_what_was_read(csv, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["content", "root", "weight", "caption_scores"])
-def test_another_manifest_or_reading_is_read_anew(csv, tmp_path, monkeypatch, what):
+def test_a_changed_manifest_or_setting_is_read_again(csv, tmp_path, monkeypatch, what):
     read(csv, tmp_path)
     made, options = scans(monkeypatch), {}
     if what == "content":
@@ -62,7 +62,7 @@ def test_another_manifest_or_reading_is_read_anew(csv, tmp_path, monkeypatch, wh
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x08", b"\x02\0\0\0\0\0\0\0{}", None])
-def test_a_damaged_file_is_made_anew(csv, tmp_path, monkeypatch, damage):
+def test_a_damaged_index_is_replaced(csv, tmp_path, monkeypatch, damage):
     plain = read(csv, tmp_path)
     file = tmp_path / "kept" / "m.safetensors"
     file.write_bytes(file.read_bytes()[:-20] if damage is None else damage)
@@ -70,7 +70,7 @@ def test_a_damaged_file_is_made_anew(csv, tmp_path, monkeypatch, damage):
     assert read(csv, tmp_path) == plain == read(csv, tmp_path) and len(made) == 1
 
 
-def test_small_manifests_and_full_disks_keep_nothing(csv, tmp_path, monkeypatch, caplog):
+def test_small_manifests_and_full_disks_save_nothing(csv, tmp_path, monkeypatch, caplog):
     (tmp_path / "kept").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         read(csv, tmp_path)

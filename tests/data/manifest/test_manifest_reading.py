@@ -25,7 +25,7 @@ def video(tmp_path, write_video):
     return write_video(tmp_path / "a.mp4")
 
 
-def test_probes_what_the_manifest_does_not_say(tmp_path, video):
+def test_missing_metadata_is_probed(tmp_path, video):
     clips, skipped = read_manifest(write_csv(tmp_path, 'a.mp4,"a red ball, rolling"'))
     assert list(clips) == [
         Clip(Media(str(video), root=str(tmp_path)), "a red ball, rolling", 16, 8.0, 32, 32)
@@ -33,7 +33,7 @@ def test_probes_what_the_manifest_does_not_say(tmp_path, video):
     assert not skipped and clips[0].seconds == 2
 
 
-def test_believes_what_the_manifest_says_and_keeps_other_columns(tmp_path, video):
+def test_given_metadata_is_used_and_other_columns_are_kept(tmp_path, video):
     header = "path,text,num_frames,fps,height,width,camera"
     clips, _ = read_manifest(write_csv(tmp_path, "a.mp4,ball,12,4,30,40,pan", header=header))
     assert (clips[0].num_frames, clips[0].fps, clips[0].height, clips[0].width) == (12, 4.0, 30, 40)
@@ -79,13 +79,13 @@ def test_bad_entries_are_skipped_with_their_reasons(tmp_path, video):
     assert found["missing.mp4"] == "file missing"
     assert found["empty.mp4"] == "cannot be read: is empty (0 bytes)"
     assert found["text.mp4"].startswith("cannot be read: not a readable video")
-    assert found["concat.mp4"].startswith("cannot be read: not a video in a format")
+    assert found["concat.mp4"].startswith("cannot be read: not a video in a supported format")
     assert found["a.mp4"] == "caption missing"
     assert found["(no path)"] == "path missing"
     assert found["b.mp4"].startswith("malformed row: line 9") and "quote" in found["b.mp4"]
 
 
-def test_what_a_file_holds_counts_and_not_its_name(tmp_path, video):
+def test_the_content_of_a_file_decides_and_not_its_name(tmp_path, video):
     (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>" * 50)
     (tmp_path / "page.png").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
     Image.new("RGB", (48, 32)).save(tmp_path / "photo.png")

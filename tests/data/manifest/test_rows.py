@@ -66,7 +66,7 @@ def test_a_bad_line_is_refused_and_the_others_are_read(tmp_path):
         assert reason.startswith(f"malformed row: line {place + 1} is no")
 
 
-def test_rows_come_in_parts(tmp_path, monkeypatch):
+def test_rows_come_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("stdit.data.manifest.rows.ROWS_PER_CHUNK", 2)
     write_parquet(tmp_path / "m.parquet", {"path": list("abcde"), "text": list("vwxyz")})
     write_json(tmp_path / "m.jsonl", [dict(path=p, text="t") for p in "abcde"])

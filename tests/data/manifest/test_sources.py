@@ -45,7 +45,7 @@ def levels(frames):
     return (frames.float().mean(dim=(1, 2, 3)) / 10).round().int().tolist()
 
 
-def test_one_clip_reads_alike_in_every_format(tmp_path, video, write_video):
+def test_a_clip_is_the_same_from_every_format(tmp_path, video, write_video):
     facts = {
         "path": "a.mp4",
         "text": "a ball",
@@ -72,7 +72,7 @@ def test_one_clip_reads_alike_in_every_format(tmp_path, video, write_video):
     assert clip.media.location == str(shard) and clip.media.name == "0.tar/a.mp4"
 
 
-def test_rows_that_say_everything_are_not_looked_at(tmp_path):
+def test_files_of_complete_rows_are_not_accessed(tmp_path):
     rows = ["gone.mp4,ball,16,8,32,32", "sub/../x.mp4,ball,16,8,32,32", "../up.mp4,ball,16,8,32,32"]
     clips, skipped = read_manifest(write_csv(tmp_path / "m.csv", f"path,text,{COMPLETE}", *rows))
     assert [clip.media.name for clip in clips] == ["gone.mp4", "x.mp4"]
@@ -141,7 +141,7 @@ def test_training_from_shards(tmp_path, write_video, remote):
         assert one.info.captions == other.info.captions and torch.equal(one.content, other.content)
 
 
-def test_a_file_that_goes_after_the_plan_is_replaced_and_counted(tmp_path, write_video):
+def test_a_file_that_vanishes_after_planning_is_replaced_and_counted(tmp_path, write_video):
     for name in "abc":
         write_video(tmp_path / f"{name}.mp4", num_frames=6, fps=8)
     write_video(tmp_path / "outside" / "d.mp4", num_frames=6, fps=8)
@@ -204,7 +204,7 @@ def test_impossible_sources_are_named(values, message):
         DataConfig(**values, sources=sources).validate()
 
 
-def test_duplicates_and_columns_that_look_misspelt_are_remarked_on(tmp_path, video):
+def test_warnings_about_duplicates_and_misspelt_columns(tmp_path, video):
     rows = ["a.mp4,ball,1", "a.mp4,ball,1", "a.mp4,cube,1"]
     clips, _ = read_manifest(write_csv(tmp_path / "m.csv", "path,text,heigth", *rows))
     assert clip_warnings(clips) == [
@@ -229,7 +229,7 @@ def test_the_cache_lies_with_the_first_source(tmp_path):
     assert folder(sources=[SourceConfig("b/a.csv"), SourceConfig("c/a.csv")]) == "b/stdit-cache"
 
 
-def test_a_manifest_may_say_where_files_are_in_archives(tmp_path, video):
+def test_rows_with_positions_in_archives(tmp_path, video):
     shard = make_shard(tmp_path / "0.tar", video)
     (tmp_path / "a.txt").write_text("a ball")
     ((clip,), _) = read_manifest(make_shard(tmp_path / "1.tar", video, tmp_path / "a.txt"))
@@ -275,7 +275,7 @@ def test_videos_below_a_remote_root(tmp_path, video):
         read_manifest("memory://videos/m.csv")
 
 
-def test_a_shard_is_not_hashed_to_keep_what_its_rows_say(tmp_path, video, monkeypatch):
+def test_shards_are_not_hashed_for_the_index(tmp_path, video, monkeypatch):
     (tmp_path / "a.txt").write_text("a ball")
     shard = make_shard(tmp_path / "0.tar", video, tmp_path / "a.txt")
     monkeypatch.setattr(

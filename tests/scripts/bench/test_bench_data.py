@@ -1,4 +1,4 @@
-"""What encoders do to the process that makes the clips."""
+"""The benchmark's generated clips, and the process that encodes them."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from scripts.bench.data import GENERATED, generate
 
 @pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux has it")
 @pytest.mark.parametrize("name", GENERATED)
-def test_making_clips_leaves_the_process_as_it_was(tmp_path: Path, name: str) -> None:
+def test_making_clips_restores_the_scheduling_policy(tmp_path: Path, name: str) -> None:
     if GENERATED[name][0] not in av.codecs_available:
         pytest.skip(f"no encoder {GENERATED[name][0]} here")
     before = os.sched_getscheduler(0), os.sched_getparam(0)

@@ -21,10 +21,10 @@ def test_the_command(
     monkeypatch.setattr(sys, "argv", argv)
     bench_plan.main()
     printed = capsys.readouterr().out
-    assert "begin: 1,500 clips in 24 buckets" in printed and "go on: 1,500 clips" in printed
+    assert "start: 1,500 clips in 24 buckets" in printed and "resume: 1,500 clips" in printed
     figures = json.loads(output.read_text())
-    assert figures["go on"]["mib"] >= 0
-    for found in (figures["begin"], figures["go on"]):
+    assert figures["resume"]["mib"] >= 0
+    for found in (figures["start"], figures["resume"]):
         whole = found["seconds"].pop("in all, before that batch")
         found["seconds"].pop("read the first batch")
         assert whole[0] == pytest.approx(sum(wall for wall, _ in found["seconds"].values()))
