@@ -45,7 +45,7 @@ def test_prompt_to_video(run, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_sizes_are_listed(run, tmp_path):
+def test_list_sizes(run, tmp_path):
     result = sample("--checkpoint", run, "--list_sizes", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "428x240" in result.stdout and "Traceback" not in result.stderr
@@ -80,7 +80,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_names_every_setting_and_imports_nothing_heavy(tmp_path):
+def test_help_names_every_setting_and_imports_no_torch(tmp_path):
     program = (
         "import sys, runpy\n"
         "sys.argv = ['sample.py', '--help']\n"

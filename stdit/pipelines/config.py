@@ -17,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _setting(pipeline_default: Any) -> Any:
-    """Field that is None where it is not set; a new pipeline that is not told otherwise has ``pipeline_default``."""
+    """Return a field that is None unless set; ``pipeline_default`` is its value in a new pipeline."""
     return field(default=None, metadata={"pipeline_default": pipeline_default})
 
 
@@ -90,7 +90,7 @@ class VideoSettings:
 VIDEO_SETTINGS = tuple(f.name for f in fields(VideoSettings))
 """Names of the settings of a pipeline call."""
 PIPELINE_DEFAULTS: dict[str, Any] = {f.name: f.metadata["pipeline_default"] for f in fields(VideoSettings)}
-"""Settings of a new pipeline that is not told otherwise."""
+"""Settings of a new pipeline for which none are passed."""
 
 
 def video_settings(function: Callable[..., Any], keywords: Mapping[str, Any]) -> VideoSettings:

@@ -89,8 +89,8 @@ class STDiTPipeline(DiffusionPipeline):
 
         Args:
             step: training step of the weights.
-            settings: the fields of `VideoSettings`, which a call uses unless it is told otherwise: the size that the
-                model was trained on, and sampling settings that suit it.
+            settings: the fields of `VideoSettings`: defaults of a call, such as the size that the model was trained
+                on, and sampling settings that suit it.
 
         Raises:
             TypeError: for a setting that does not exist.

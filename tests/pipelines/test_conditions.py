@@ -27,7 +27,7 @@ def video(frames, seed=0):
         (r"C:\clip.mp4@0:2", FrameCondition(r"C:\clip.mp4", 0, 2)),
     ],
 )
-def test_syntax(text, expected):
+def test_condition_syntax(text, expected):
     assert parse_frame_condition(text) == expected
     assert parse_frame_condition(str(expected)) == expected
 
@@ -50,7 +50,7 @@ def test_bad_syntax_is_named(text, message):
         parse_frame_condition(text)
 
 
-def test_places():
+def test_span_of_a_condition():
     assert FrameCondition("a", -1).span(16) == (15, 1)
     assert FrameCondition("a", 4).span(16) == (4, 12)
     assert FrameCondition("a", 4, 3).span(16) == (4, 3)
@@ -84,14 +84,14 @@ def test_frames_of_files(tmp_path, caplog):
     assert frames_of(FrameCondition(tmp_path / "red.png"))[:, 0, 0, 0].tolist() == [1, -1, -1]
 
 
-def test_pictures_are_taken_as_they_are_shown(tmp_path):
-    """16 bits of grey are not cut off at 255, and a camera's rotation counts, of files and of pictures in memory."""
+def test_16_bit_grey_and_rotated_pictures(tmp_path):
+    """16-bit grey is not clipped at 255, and the EXIF rotation is applied, to files and to pictures in memory."""
     grey = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
     grey.save(tmp_path / "grey.png")
     rotated = PIL.Image.new("RGB", (8, 8), "red")
     rotated.paste("blue", (4, 0, 8, 8))
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # rotate clockwise
     rotated.save(tmp_path / "rotated.png", exif=exif)
     for name in ("grey.png", "rotated.png"):
         file, picture = tmp_path / name, PIL.Image.open(tmp_path / name)
@@ -101,12 +101,12 @@ def test_pictures_are_taken_as_they_are_shown(tmp_path):
     assert frames_of(FrameCondition(tmp_path / "rotated.png"))[2, 0, :, 0].tolist() == [-1] * 4 + [1] * 4
 
 
-def test_frames_of_another_size_are_fitted_and_it_is_said(caplog):
+def test_frames_of_another_size_are_resized_with_a_warning(caplog):
     assert frames_of(FrameCondition(video(6)), num_frames=4, height=4, width=6).shape == (3, 4, 4, 6)
     assert "8x8" in caplog.text and "6x4" in caplog.text
 
 
-def test_files_that_are_none(tmp_path):
+def test_missing_and_unreadable_files(tmp_path):
     for name in ("absent.mp4", "a" * 300, "a\0b.png"):
         with pytest.raises(UserError, match=f"{name}: there is no such file"):
             check_frame_source(str(tmp_path / name))
@@ -115,7 +115,7 @@ def test_files_that_are_none(tmp_path):
         check_frame_source(tmp_path / "clip.mp4")
 
 
-def test_given_frames_stay_where_they_are_put(any_pipe):  # noqa: F811
+def test_conditioning_frames_are_kept_at_their_index(any_pipe):  # noqa: F811
     codec = any_pipe.codec
     conditions = [FrameCondition(video(4)), FrameCondition(video(1, 7), -1)]
     found = latents(any_pipe, conditions=conditions, num_frames=16)
@@ -126,18 +126,20 @@ def test_given_frames_stay_where_they_are_put(any_pipe):  # noqa: F811
     assert torch.equal(found[0, :, -1:], codec.encode(still)[0, :, first : first + 1])
     middle = slice(start.shape[1], -1)
     free = latents(any_pipe, num_frames=16)
-    assert not torch.allclose(found[0, :, middle], free[0, :, middle], atol=1e-4)  # the others see them
+    assert not torch.allclose(
+        found[0, :, middle], free[0, :, middle], atol=1e-4
+    )  # generated frames depend on them
     alone = latents(any_pipe, conditions=[conditions[0]], num_frames=16)
     assert not torch.allclose(found[0, :, middle], alone[0, :, middle], atol=1e-4)
 
 
-def test_in_the_middle_and_the_later_one_wins(pipe):
+def test_later_conditions_overwrite_earlier_ones(pipe):
     found = latents(pipe, conditions=[FrameCondition(video(4)), FrameCondition(video(2, 1), 1)], num_frames=8)
     assert torch.equal(found[0, :, 0], video(4)[:, 0]) and torch.equal(found[0, :, 3], video(4)[:, 3])
     assert torch.equal(found[0, :, 1:3], video(2, 1))
 
 
-def test_each_prompt_has_its_own(pipe):
+def test_conditions_per_prompt(pipe):
     conditions = [[FrameCondition(video(1), 2)], []]
     both = latents(pipe, ["a", "b"], (1, 2), conditions=conditions)
     torch.testing.assert_close(both[0], latents(pipe, "a", (1,), conditions=conditions[0])[0])
@@ -150,7 +152,7 @@ def test_an_image_is_a_condition_on_the_first_frame(pipe):
     )
 
 
-def test_partial_strength_begins_from_the_noised_frames(pipe):
+def test_partial_strength_starts_from_noised_frames(pipe):
     """Against the steps below the level, written out."""
     clip, sigmas = video(4), pipe.scheduler.sigmas(8, 4, 8, 8)
     settings = {"num_inference_steps": 8, "guidance_scale": 1.0}
@@ -175,7 +177,7 @@ def test_too_few_steps_for_a_strength(pipe, caplog):
         latents(pipe, conditions=[FrameCondition(video(4), strength=0.9)], num_inference_steps=3)
 
 
-def test_nothing_is_left_to_make(pipe):
+def test_all_frames_conditioned_is_an_error(pipe):
     with pytest.raises(UserError, match="4 latent frames, and all are conditioning frames"):
         latents(pipe, conditions=[FrameCondition(video(4))])
 

@@ -75,13 +75,13 @@ def test_a_video_does_not_depend_on_its_batch(any_pipe, settings):
         torch.testing.assert_close(together[index], alone[0], atol=1e-5, rtol=1e-5)
 
 
-def test_one_generator_serves_a_batch(pipe):
+def test_one_generator_for_a_batch(pipe):
     (generator,) = seeded(1)
     frames = pipe(PROMPTS, generator=generator, output_type="latent").frames
     torch.testing.assert_close(frames[0], latents(pipe)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_the_first_frame_stays(any_pipe):
+def test_the_first_frame_is_kept(any_pipe):
     picture = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
     result = latents(any_pipe, image=picture, num_frames=8)
     repeats = 1 if any_pipe.codec.causal_first_frame else any_pipe.codec.stride[0]
@@ -91,14 +91,14 @@ def test_the_first_frame_stays(any_pipe):
     assert not torch.allclose(result[0, :, 1:], free[0, :, 1:], atol=1e-4)  # the others see it
 
 
-def test_given_and_free_samples_share_a_batch(pipe):
+def test_samples_with_and_without_image_share_a_batch(pipe):
     picture = torch.zeros(3, 8, 8)
     together = latents(pipe, PROMPTS, (1, 2), image=[picture, None])
     torch.testing.assert_close(together[0], latents(pipe, seeds=(1,), image=picture)[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together[1], latents(pipe, PROMPTS[1], (2,))[0], atol=1e-5, rtol=1e-5)
 
 
-def test_no_frame_can_be_given_to_patches_of_several(tmp_path):
+def test_temporal_patches_cannot_be_conditioned(tmp_path):
     pipe = tiny_pipeline(tmp_path)
     pipe.transformer = tiny_model(patch_size=(2, 4, 4))
     assert latents(pipe).shape == (1, 3, 4, 8, 8)
@@ -144,7 +144,7 @@ def test_guidance_follows_its_schedule(pipe, monkeypatch, settings, halves):
     assert not torch.allclose(scheduled, constant, atol=1e-3)
 
 
-def test_rescaled_guidance_has_the_spread_of_none(pipe, monkeypatch):
+def test_rescaled_guidance_has_the_spread_of_unguided_velocity(pipe, monkeypatch):
     seen = []
     velocity = pipe.predict_velocity
     monkeypatch.setattr(pipe, "predict_velocity", lambda *args: seen.append(velocity(*args)) or seen[-1])
@@ -183,12 +183,12 @@ def test_output_types(pipe):
     assert frames.shape == (1, 4, 8, 8, 3)
 
 
-def test_sizes_that_nothing_divides(any_pipe):
+def test_sizes_not_divisible_by_patch_or_stride(any_pipe):
     frames = any_pipe("a star", num_frames=5, height=10, width=7, output_type="np").frames
     assert frames.shape == (1, 5, 10, 7, 3)
 
 
-def test_callback_sees_and_replaces_latents(pipe):
+def test_callback_gets_and_replaces_latents(pipe):
     seen = []
 
     def callback(pipeline, step, timestep, tensors):
@@ -233,7 +233,7 @@ def test_bad_arguments_are_named(pipe, settings, message):
         pipe(**{"prompt": "a star", **settings})
 
 
-def test_pictures_of_any_kind_become_the_same_frame():
+def test_images_of_all_types_become_the_same_frame():
     levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     frame = image_to_frame(PIL.Image.fromarray(levels), 8, 8)
     assert frame.shape == (3, 1, 8, 8)
@@ -244,7 +244,7 @@ def test_pictures_of_any_kind_become_the_same_frame():
     )
 
 
-def test_a_picture_of_another_size_is_scaled_and_cropped(caplog):
+def test_an_image_of_another_size_is_scaled_and_cropped(caplog):
     levels = np.zeros((20, 40, 3), dtype=np.uint8)
     levels[:, 10:30] = 255  # the middle square, which is what remains
     frame = image_to_frame(levels, 10, 10)
@@ -253,7 +253,7 @@ def test_a_picture_of_another_size_is_scaled_and_cropped(caplog):
     assert "40x20" in caplog.text and "10x10" in caplog.text
 
 
-def test_saved_and_loaded_it_gives_the_same(any_pipe, tmp_path):
+def test_save_and_load_give_the_same_latents(any_pipe, tmp_path):
     any_pipe.save_pretrained(tmp_path / "pipeline")
     files = [path for path in (tmp_path / "pipeline").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".model"}

@@ -29,7 +29,7 @@ def test_a_checkpoint_by_name(run):
     assert loaded.config["step"] == 10
 
 
-def test_a_broken_checkpoint_is_passed_over_in_a_run_and_refused_by_name(run, caplog):
+def test_a_broken_checkpoint_is_skipped_in_a_run_and_refused_by_name(run, caplog):
     broken = run / "checkpoints" / "step-00000020"
     (broken / "ema" / "ema.safetensors").write_bytes(b"half")
     assert find_checkpoint_source(run).path.name == "step-00000010"
@@ -40,7 +40,7 @@ def test_a_broken_checkpoint_is_passed_over_in_a_run_and_refused_by_name(run, ca
 
 
 @pytest.mark.parametrize("step, chosen", [(5, "step-00000020"), (20, "pipeline"), (30, "pipeline")])
-def test_the_newer_of_checkpoint_and_pipeline(pipe, run, step, chosen):
+def test_the_newer_of_checkpoint_and_pipeline_is_used(pipe, run, step, chosen):
     pipe.save_pretrained(run / "pipeline")
     index = run / "pipeline" / "model_index.json"
     index.write_text(index.read_text().replace('"step": null', f'"step": {step}'))
@@ -93,7 +93,7 @@ def test_a_pipeline_away_from_its_run(pipe, tmp_path):
     assert source.is_pipeline and source.run is None
 
 
-def test_folders_with_nothing_in_them(tmp_path):
+def test_empty_folders(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         find_checkpoint_source(tmp_path / "absent")
     with pytest.raises(UserError, match="neither a complete checkpoint"):

@@ -63,7 +63,7 @@ def test_paths_of_conditioning_frames_are_relative_to_the_file(tmp_path):
     assert plan_requests(SampleConfig(prompts=str(tmp_path / "p.jsonl")))[0].image is None
 
 
-def test_a_csv_has_lists_and_true_or_false_too(tmp_path):
+def test_csv_lists_and_booleans(tmp_path):
     content = (
         "prompt,segment_prompts,loop,guidance_interval,condition\n"
         'a,"[""b"", ""c""]",true,"[0.2, 0.8]",[d].png@0\nb,c,false,,\n'
@@ -127,7 +127,7 @@ def test_a_csv_has_lists_and_true_or_false_too(tmp_path):
         ("p.pdf", "a", "must end in .txt, .csv, .jsonl"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(tmp_path, name, content, message):
+def test_errors_name_the_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         read_prompts(written(tmp_path, name, content))
 
@@ -142,7 +142,7 @@ def test_missing_and_binary_files(tmp_path):
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../secret.png", "link", "link/a.png"])
 @pytest.mark.parametrize("key", ["image", "reference_path", "condition"])
-def test_nothing_outside_the_folder_of_the_prompts_is_named(tmp_path: Path, key: str, path: str) -> None:
+def test_paths_outside_the_folder_of_the_prompts_are_refused(tmp_path: Path, key: str, path: str) -> None:
     folder = tmp_path / "prompts"
     folder.mkdir()
     (folder / "link").symlink_to(tmp_path)

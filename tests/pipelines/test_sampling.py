@@ -27,7 +27,7 @@ def picture(path):
     return str(path)
 
 
-def test_a_line_wins_over_the_command_and_that_over_the_pipeline(tmp_path):
+def test_precedence_of_line_command_and_pipeline(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a", "fps": 4, "seed": 9, "negative_prompt": "c"}\n{"prompt": "b"}\n')
     config = SampleConfig(
@@ -50,7 +50,7 @@ def test_a_line_wins_over_the_command_and_that_over_the_pipeline(tmp_path):
     assert requests[0].settings.num_frames is None and requests[0].settings.height == 192
 
 
-def test_seeds_by_name_and_size_by_aspect_ratio():
+def test_list_of_seeds_and_named_size():
     requests = plan_requests(SampleConfig(prompt="a", seeds=[5, 3], resolution="256", aspect_ratio="1:1"))
     assert [(r.seed, r.negative_prompt) for r in requests] == [(5, None), (3, None)]
     assert (requests[0].settings.height, requests[0].settings.width) == (256, 256)
@@ -59,7 +59,7 @@ def test_seeds_by_name_and_size_by_aspect_ratio():
 @pytest.mark.parametrize(
     "text", ["[a b]", "[a, b]", "null", "123", "true", "{a}", "a: b", "- a", "# a", "&a", '"a"']
 )
-def test_a_prompt_is_taken_as_it_stands(text):
+def test_a_prompt_is_used_verbatim(text):
     config = parse(SampleConfig, ["--prompt", text, f"--negative_prompt={text}"])
     (request,) = plan_requests(config)
     assert request.prompt == request.negative_prompt == text
@@ -115,7 +115,7 @@ def test_bad_input_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, sett
         (dict(text_states="{}/text"), "text_states.json|a folder of text states"),
     ],
 )
-def test_what_a_pipeline_records_is_heeded_before_it_is_loaded(
+def test_requests_are_checked_against_recorded_settings_before_loading(
     pipe, tmp_path, monkeypatch, settings, message
 ):
     pipe.save_pretrained(tmp_path / "pipeline")
@@ -129,7 +129,7 @@ def test_what_a_pipeline_records_is_heeded_before_it_is_loaded(
         sample_to_files(SampleConfig(prompt="a", checkpoint=str(tmp_path / "pipeline"), **settings))
 
 
-def test_text_states_are_looked_at_before_a_model_is_loaded(pipe, tmp_path, monkeypatch):
+def test_text_states_are_checked_before_a_model_is_loaded(pipe, tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", pipe)
     monkeypatch.setattr("stdit.pipelines.sampling.load_pipeline", lambda *_: pytest.fail("loaded a model"))
     config = SampleConfig(
@@ -148,20 +148,20 @@ def test_text_states_are_looked_at_before_a_model_is_loaded(pipe, tmp_path, monk
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
-def test_an_image_that_is_none(tmp_path, content):
+def test_an_unreadable_image(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(UserError, match=r"a.png: (not a readable image|is empty \(0 bytes\))"):
         plan_requests(SampleConfig(prompt="a", image=str(tmp_path / "a.png")))
 
 
-def test_an_output_folder_that_cannot_be_written(pipe, tmp_path):
+def test_an_unwritable_output_folder(pipe, tmp_path):
     run = write_run(tmp_path / "run", pipe)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         sample_to_files(SampleConfig(prompt="a", checkpoint=str(run), output=str(tmp_path / "file" / "out")))
 
 
-def test_a_device_that_is_not_there(pipe, tmp_path):
+def test_a_missing_device(pipe, tmp_path):
     run = write_run(tmp_path / "run", pipe)
     with pytest.raises(UserError, match="device = cuda:77"):
         sample_to_files(SampleConfig(prompt="a", checkpoint=str(run), device="cuda:77"))
@@ -183,7 +183,7 @@ def test_equal_settings_share_a_batch_and_order_is_kept(pipe, monkeypatch):
     assert np.abs(alone.astype(int) - results[1][1]).max() <= 1  # rounding of a level at most
 
 
-def test_files_are_whole_described_and_never_replaced(pipe, tmp_path, capsys, caplog):
+def test_files_have_metadata_and_are_never_overwritten(pipe, tmp_path, capsys, caplog):
     run = write_run(tmp_path / "run", pipe)
     prompts = tmp_path / "p.csv"
     prompts.write_text("prompt,shape,image\nA red Ball: it moves!,ball,\n圆 star,star,first.png\n")
@@ -254,13 +254,13 @@ def test_a_full_disk_is_explained(pipe, tmp_path, monkeypatch):
     "error",
     [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("out of memory")],
 )
-def test_too_little_memory_is_explained(pipe, monkeypatch, error):
+def test_out_of_memory_is_explained(pipe, monkeypatch, error):
     monkeypatch.setattr(pipe, "denoise", Mock(side_effect=error))
     with pytest.raises(UserError, match="2 videos at once need more memory than there is: lower batch_size"):
         next(sample_videos(pipe, [Request("a", 1), Request("a", 2)]))
 
 
-def test_names():
+def test_slugs():
     assert slug("A red ball!") == "a-red-ball" and slug("?!") == "video"
     assert len(slug("long " * 50)) <= 40
 

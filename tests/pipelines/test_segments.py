@@ -24,7 +24,7 @@ def make(pipe, **settings):
     return next(iter(sample_videos(pipe, [Request("a red circle", 1, **settings)])))[1].astype(int)
 
 
-def test_lengths():
+def test_starts_and_total_frames():
     assert Segments(3, 2).starts(8) == [0, 6, 12] and Segments(3, 2).total_frames(8) == 20
     assert Segments(3, 2, loop=True).total_frames(8) == 18
     assert Segments(2).starts(16) == [0, 12]
@@ -78,7 +78,7 @@ def test_a_loop_ends_with_its_first_frame(pipe, monkeypatch):
     assert len(whole) == 6 and np.abs(whole[5] - last[0, 2].permute(1, 2, 0).numpy() * 255).max() <= 0.51
 
 
-def test_conditions_count_in_the_whole_video(pipe):
+def test_conditions_are_indexed_in_the_whole_video(pipe):
     clip = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole = make(
         pipe,
@@ -171,7 +171,7 @@ def test_segment_prompts_and_scores():
     assert plan_requests(SampleConfig(prompt="a", segment_prompts=["b"], segments=4))[0].segments.count == 4
 
 
-def test_mask_strategy_is_read():
+def test_mask_strategy_syntax():
     entries = parse_mask_strategy("0; 1,1,2,-4,3,0.25 ;", ["a.mp4", "b.png"])
     assert entries == [MaskEntry(0, "a.mp4", 0, 0, 1, 0.0), MaskEntry(1, "b.png", 2, -4, 3, 0.25)]
     assert parse_mask_strategy("", []) == []

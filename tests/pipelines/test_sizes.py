@@ -22,7 +22,7 @@ from tests.pipelines.tiny import tiny_pipeline, write_run
         ((1, 1, 1), (1, 1, 1), 2),
     ],
 )
-def test_sizes_divide_without_rest(stride, patch, multiple):
+def test_named_sizes_are_multiples(stride, patch, multiple):
     codec = PCACodec(stride, 8 if stride != (1, 1, 1) else 3)
     assert size_multiple(codec, patch) == multiple
     for resolution in RESOLUTIONS:
@@ -33,11 +33,11 @@ def test_sizes_divide_without_rest(stride, patch, multiple):
                 assert side % (step * edge) == side % 2 == 0
 
 
-def test_open_soras_sizes_are_its_own():
+def test_open_soras_sizes():
     assert size_multiple(tiny_opensora_vae(), (1, 2, 2)) == 2
 
 
-def test_table_of_a_checkpoint_whose_model_is_not_loaded(tmp_path, monkeypatch):
+def test_table_of_sizes_without_loading_the_model(tmp_path, monkeypatch):
     pipe = tiny_pipeline(tmp_path)
     run = write_run(tmp_path / "run", pipe)
     pipe.save_pretrained(tmp_path / "pipeline")
@@ -51,7 +51,7 @@ def test_table_of_a_checkpoint_whose_model_is_not_loaded(tmp_path, monkeypatch):
         assert "2s   51 frames (51 in latents)" in table[-4]
 
 
-def test_a_size_by_name_is_rounded_for_the_checkpoint(tmp_path, monkeypatch):
+def test_named_size_is_rounded_for_the_checkpoint(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", tiny_pipeline(tmp_path, PixelCodec()))
     made = []
     monkeypatch.setattr(

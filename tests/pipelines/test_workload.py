@@ -35,7 +35,7 @@ def workload(pipe: Any, count: int, cfg: int = 1, batch_size: int = 1, **setting
         (1, 4, 1, 1, 1),
     ],
 )
-def test_videos_are_spread_first(
+def test_videos_are_spread_over_ranks_first(
     pipe: Any, count: int, processes: int, cfg: int, frames: int, expected: int
 ) -> None:
     choice = workload(pipe, count, cfg, num_frames=frames).choose_sp(processes, GIB)
@@ -50,14 +50,14 @@ def test_little_memory_makes_more_ranks_share(pipe: Any) -> None:
         assert many.choose_sp(4, memory)[::2] == expected
 
 
-def test_guidance_apart_takes_less(pipe: Any) -> None:
+def test_guidance_on_two_ranks_takes_less_memory(pipe: Any) -> None:
     split = ParallelDims(2, 1)
     together, apart = (workload(pipe, 2, cfg, height=64, width=64).memory(split) for cfg in (1, 2))
     assert together > apart
     assert workload(pipe, 2, guidance_scale=1.0, height=64, width=64).memory(split) == apart
 
 
-def test_idle_ranks_are_told(pipe: Any) -> None:
+def test_idle_ranks_give_a_warning(pipe: Any) -> None:
     assert workload(pipe, 1, num_frames=4).idle_warnings(4, 4) == []
     (line,) = workload(pipe, 1, num_frames=2).idle_warnings(4, 4)
     assert "a video has 2 frames of tokens: in spatial blocks, ranks 2 to 3 of each 4 will idle" in line
