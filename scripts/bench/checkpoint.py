@@ -112,13 +112,13 @@ def measure(state: State, folder: Path, saves: int) -> dict[str, float]:
             behind.append(time.perf_counter() - begin)
             checkpoints.wait()
             at_once.append(save(checkpoints, 2 * number + 1, state, at_once=True))
-    pause, whole = statistics.median(pauses[1:]), statistics.median(at_once[1:])
+    pause, synchronous = statistics.median(pauses[1:]), statistics.median(at_once[1:])
     return {
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "bytes": size,
-        "at_once_seconds": whole,
+        "at_once_seconds": synchronous,
         "pause_seconds": pause,
-        "pause_ratio": pause / whole,
+        "pause_ratio": pause / synchronous,
         "first_pause_seconds": pauses[0],
         "behind_seconds": statistics.median(behind[1:]),
         "slowdown": statistics.mean(busy) / statistics.mean(quiet),

@@ -108,9 +108,9 @@ def kill_rank(context: FaultContext) -> str:
 
 def kill_saving(context: FaultContext) -> str:
     """Kill all processes, or one rank, while a checkpoint is being written."""
-    whole = context.rng.random() < 0.5
+    everyone = context.rng.random() < 0.5
     while_saving(context)
-    return _kill(context, *((context.job.everyone(), "all processes") if whole else context.some_ranks()))
+    return _kill(context, *((context.job.everyone(), "all processes") if everyone else context.some_ranks()))
 
 
 def kill_with_checkpoints(context: FaultContext) -> str:
@@ -225,13 +225,11 @@ def _some_file(folder: Path, rng: random.Random) -> tuple[Path, int]:
 
 def damage_newest(context: FaultContext, how: Callable[[Path, random.Random], str]) -> str:
     """Damage the newest complete checkpoint, if there is another one. Raises MissedError if not."""
-    whole = sorted(set(visible_steps(context.run)) - context.damaged)
-    if len(whole) < 2:
+    complete = sorted(set(visible_steps(context.run)) - context.damaged)
+    if len(complete) < 2:
         raise MissedError
-    context.damaged.add(whole[-1])
-    return (
-        f"{checkpoint(context.run, whole[-1]).name}: {how(checkpoint(context.run, whole[-1]), context.rng)}"
-    )
+    context.damaged.add(complete[-1])
+    return f"{checkpoint(context.run, complete[-1]).name}: {how(checkpoint(context.run, complete[-1]), context.rng)}"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def is_whole(run: Path, step: int) -> bool:
+def is_complete(run: Path, step: int) -> bool:
     """Return whether a checkpoint exists and passes verification."""
     try:
         verify(checkpoint(run, step))
@@ -158,12 +158,12 @@ def check_checkpoints(run: Path, damaged: Collection[int], expected: int) -> Ite
     """Check that every checkpoint with its final name is complete, except damaged ones, and that the newest complete
     one is of step ``expected`` (0: none) or later."""
     for step in set(visible_steps(run)) - set(damaged):
-        if not is_whole(run, step):
+        if not is_complete(run, step):
             yield f"{checkpoint(run, step)} is broken, but has its final name"
     newest, _ = newest_whole(run / "checkpoints")
     step = step_of(newest) or 0 if newest else 0
     if step < expected:
-        yield f"the newest whole checkpoint is that of step {step}, but there was one of step {expected}"
+        yield f"the newest complete checkpoint is that of step {step}, but there was one of step {expected}"
 
 
 def _difference(one: Any, other: Any) -> float:

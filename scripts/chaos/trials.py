@@ -19,8 +19,8 @@ from scripts.chaos.runs import (
     check_metrics,
     compare,
     curve_difference,
+    is_complete,
     is_saving,
-    is_whole,
     read_lines,
     read_result,
     steps_done,
@@ -222,7 +222,7 @@ class Trial:
             yield f"{attempt.steps} steps were done, but the newest checkpoint is of step {newest}"
         yield from check_processes()
         yield from check_metrics(self.run, before, attempt.resumed_at)
-        self.damaged -= {step for step in self.damaged if is_whole(self.run, step)}  # written again
+        self.damaged -= {step for step in self.damaged if is_complete(self.run, step)}  # written again
         yield from check_checkpoints(self.run, self.damaged, attempt.resumed_at)
 
 

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: processes on gloo, that end together."""
+"""Run a function on several ranks: gloo processes that end together."""
 
 import datetime
 import os
@@ -18,7 +18,7 @@ TIMEOUT = datetime.timedelta(seconds=120)
 
 
 def run_on_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
-    """Call ``function(group, *args)`` on each of so many ranks; an error on one is raised here."""
+    """Call ``function(group, *args)`` on each of ``ranks`` processes; an error on one is raised here."""
     with tempfile.TemporaryDirectory() as folder:
         warm.context()
         arguments = (ranks, Path(folder) / "store", function, args)

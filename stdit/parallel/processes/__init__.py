@@ -1,8 +1,9 @@
 """The processes of a run: how they find each other, what they agree on, and where weights and checkpoints lie.
 
-`rendezvous` and `device` join the processes, `mesh` arranges them as dp x cfg x sp and exchanges errors, `watchdog`
-ends all when one dies or hangs, `parameters` replicates or shards the model, `storage` divides checkpoints among the
-ranks, `memory` says how many bytes a process may use.
+`rendezvous` and `device` join the processes, `mesh` arranges them as dp x cfg x sp and exchanges errors,
+`step_exchange` is the one collective of a training step, `watchdog` ends all when one dies or hangs, `parameters`
+replicates or shards the model, `storage` divides checkpoints among the ranks, `memory` says how many bytes a process
+may use.
 """
 
 from typing import TYPE_CHECKING

@@ -21,7 +21,7 @@ from stdit.parallel.sequence.group import Group
 from stdit.parallel.sequence.planner import SpChoice
 from stdit.parallel.sequence.sharding import even_sizes, micro_batches
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ class Mesh:
         dist.all_reduce(total, group=self.control_group)
         return total / self.world_size
 
-    def on_all_ranks(self, action: Callable[[], T]) -> T:
+    def on_all_ranks(self, action: Callable[[], _T]) -> _T:
         """Run ``action`` on every rank; if it fails on one, raise its error there and OtherRankError elsewhere."""
         return self._run_together(action, range(self.world_size))
 
-    def main_first(self, action: Callable[[], T]) -> T:
+    def main_first(self, action: Callable[[], _T]) -> _T:
         """Run ``action`` on the main rank, then on the others, which find what it wrote; errors as `on_all_ranks`."""
         if self.is_main:
             result = self._run_together(action, range(1))
@@ -116,19 +116,19 @@ class Mesh:
         self._run_together(_nothing, range(1))
         return self._run_together(action, range(1, self.world_size))
 
-    def on_main(self, action: Callable[[], T]) -> T:
+    def on_main(self, action: Callable[[], _T]) -> _T:
         """Run ``action`` on the main rank only, and return its result on every rank; errors as `on_all_ranks`."""
         if self.world_size == 1:
             return action()
-        result: list[T | None] = [None]
+        result: list[_T | None] = [None]
         if self.is_main:
             result = [self._run_together(action, range(1))]
         else:
             self._run_together(_nothing, range(1))
         dist.broadcast_object_list(result, src=0, group=self.control_group)
-        return result[0]  # type: ignore[return-value]  # the main rank's, of type T
+        return result[0]  # type: ignore[return-value]  # the main rank's, of type _T
 
-    def gather_failures(self, failures: T | None) -> list[T]:
+    def gather_failures(self, failures: _T | None) -> list[_T]:
         """Return the failures of each part of the batch that has some, on every rank; every rank must call this.
 
         Raises:
@@ -144,11 +144,11 @@ class Mesh:
                 )
         return [found for found in gathered[::part_ranks] if found is not None]
 
-    def gather_on_main(self, value: T) -> list[T]:
+    def gather_on_main(self, value: _T) -> list[_T]:
         """Return the value of each part of the batch, in order, on the main rank, and an empty list on others."""
         if self.world_size == 1:
             return [value]
-        gathered: list[T | None] | None = [None] * self.world_size if self.is_main else None
+        gathered: list[_T | None] | None = [None] * self.world_size if self.is_main else None
         leads = self.sp.rank == self.cfg.rank == 0
         dist.gather_object(value if leads else None, gathered, group=self.control_group)
         return gathered[:: self.world_size // self.dp] if gathered else []  # type: ignore[return-value]
@@ -163,15 +163,15 @@ class Mesh:
                 "machines that have the same files"
             )
 
-    def all_gather_objects(self, value: T) -> list[T]:
+    def all_gather_objects(self, value: _T) -> list[_T]:
         """Return the values of all ranks, in order, on every rank."""
         if self.world_size == 1:
             return [value]
-        values: list[T | None] = [None] * self.world_size
+        values: list[_T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values  # type: ignore[return-value]  # every rank has filled its place
 
-    def _run_together(self, action: Callable[[], T], ranks: range) -> T:
+    def _run_together(self, action: Callable[[], _T], ranks: range) -> _T:
         """Run ``action``, and raise on every rank if it failed on one of ``ranks``."""
         if self.world_size == 1:
             return action()

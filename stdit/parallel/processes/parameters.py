@@ -63,7 +63,7 @@ class _WithUnusedParameter(nn.Module):
 def shard_model(model: nn.Module, mesh: Mesh) -> DistributedModel:
     """Shard the weights over all ranks, in place, by ``fully_shard``; all ranks must call the model equally often.
 
-    Gradients are averaged in every pass: until then they are whole, and take the memory that sharding should save.
+    Gradients are averaged in every pass: until then they are unsharded, in memory that sharding should save.
     """
     if mesh.world_size == 1:
         return replicate_model(model, mesh)

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from stdit.errors import LostRankError
 
-POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 """Seconds between two reads of the store."""
 
 
@@ -66,7 +66,7 @@ def agree_on_rendezvous(store: Store, rank: int, size: int, timeout: float) -> s
                 store.set(f"stdit/complete/{name}", "")
             if store.check([f"stdit/complete/{name}"]):
                 return name
-        time.sleep(POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
     def absent(keys: list[str]) -> list[int]:
         return [other for other in ranks if other != rank and not store.check([keys[other]])]

@@ -31,7 +31,7 @@ HEARTBEAT_SECONDS = 1.0
 """Seconds between two heartbeats."""
 GRACE_SECONDS = 5.0
 """Seconds for the first error of a run to reach all ranks, and after which a rank without a new heartbeat is lost."""
-RESUME_HINT = "The same command resumes from the newest complete checkpoint."
+_RESUME_HINT = "The same command resumes from the newest complete checkpoint."
 _REPOSITORY = Path(__file__).parents[3]
 _FAILURE_KEY = "failure"
 _MAX_NAMED_RANKS = 8
@@ -129,13 +129,13 @@ class RankWatchdog(Watchdog):
                 f"rank {lost[0]} is lost: it ended without an error message, as noticed by {self._name()}. Its last "
                 f"heartbeat was in {status or 'its start'}"
             )
-            own: Exception = LostRankError(f"{text}. {RESUME_HINT}")
+            own: Exception = LostRankError(f"{text}. {_RESUME_HINT}")
         elif isinstance(error, UserError):
             text = f"{self._name()}: {error}" if self.current_phase or self.rank else str(error)
             own = UserError(text)
         else:
             text, own = f"{self._name()}: {type(error).__name__}: {error}", error
-            own.add_note(f"This happened on {self._name()}. {RESUME_HINT}")
+            own.add_note(f"This happened on {self._name()}. {_RESUME_HINT}")
         code = own.code if isinstance(own, UserError) else 1
         if self._record_failure(text, code):
             return own
@@ -151,7 +151,7 @@ class RankWatchdog(Watchdog):
             before = time.monotonic()
             while not self._stopped.wait(self.interval):
                 now = time.monotonic()
-                if now - before > self.heartbeat_timeout / 2:  # this process was suspended: start anew
+                if now - before > self.heartbeat_timeout / 2:  # this process was suspended: start again
                     self._seen.clear()
                     self._progress_at = now
                 before = self._checked_at = now
@@ -272,7 +272,7 @@ class RankWatchdog(Watchdog):
 
 
 def _print_error(text: str) -> None:
-    print(f"error: {text}. {RESUME_HINT}", file=sys.stderr, flush=True)
+    print(f"error: {text}. {_RESUME_HINT}", file=sys.stderr, flush=True)
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

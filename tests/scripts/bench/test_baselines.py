@@ -1,4 +1,4 @@
-"""Other ways to share a video against one process, on weights without zeros, and what each of them sends."""
+"""The baselines against one process, on weights without zeros, and the bytes that each of them sends."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from tests.parallel.sequence.test_sharding import compare_models, make_batch, ma
 CASES: dict[str, dict[str, Any]] = {
     "nothing divides": {"frames": 7, "batch": 3, "num_heads": 5, "hidden_size": 20, "mlp_ratio": 0.7},
     "one clip, paired, checkpointing": {"frames": 6, "block_order": "paired", "checkpointing": True},
-    "given frames": {
+    "conditioning frames": {
         "frames": 5,
         "batch": 3,
-        "given": True,
+        "conditioning": True,
         "cross_attention": "spatial",
         "pooled_text": True,
     },
@@ -31,9 +31,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def compare(group: Group, method: str, name: str) -> None:
-    case = {"batch": 1, "given": False, "checkpointing": False, "num_heads": 4, "depth": 2, **CASES[name]}
+    case = {
+        "batch": 1,
+        "conditioning": False,
+        "checkpointing": False,
+        "num_heads": 4,
+        "depth": 2,
+        **CASES[name],
+    }
     sizes = (case.pop("frames"), 5, 6)
-    batch = make_batch(*sizes, case.pop("batch"), case.pop("given"), torch.float64)
+    batch = make_batch(*sizes, case.pop("batch"), case.pop("conditioning"), torch.float64)
     checkpointing = case.pop("checkpointing")
     whole, sharded = make_model(torch.float64, **case), make_model(torch.float64, **case)
     if checkpointing:
@@ -59,7 +66,7 @@ M = 4 * BATCH * FRAMES * (ROWS // 2) * (COLUMNS // 2) * DIM  # bytes; the output
 
 
 def traffic(group: Group, method: str, checkpointing: bool, **settings: Any) -> dict[str, int]:
-    """Bytes that a rank sends in forward and backward, by kind; all sizes divide."""
+    """Return the bytes that a rank sends in forward and backward, by collective; all sizes divide."""
     model = make_model(
         torch.float32, depth=PAIRS, num_heads=HEADS, hidden_size=DIM, pred_sigma=False, **settings
     )
@@ -103,7 +110,7 @@ def test_traffic_is_that_of_the_formulas() -> None:
         ("ulysses", 2, {"mlp_conv": True}, "leave mlp_conv out"),
     ],
 )
-def test_refuses_what_it_cannot_share(
+def test_unsupported_models_and_sizes_are_errors(
     method: str, ranks: int, settings: dict[str, Any], message: str
 ) -> None:
     model = make_model(torch.float32, **settings)

@@ -1,4 +1,4 @@
-"""The benchmark of a checkpoint, on a model that takes no time."""
+"""The benchmark of checkpoints, on a tiny model."""
 
 import json
 import sys

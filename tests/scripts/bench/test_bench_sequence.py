@@ -1,4 +1,4 @@
-"""The benchmark of parallel methods: it starts its ranks, and what they send is what the formulas say."""
+"""The benchmark of sequence parallelism: it starts its ranks, and they send what the formulas say."""
 
 import json
 import subprocess
@@ -49,13 +49,13 @@ def test_bytes_are_those_of_the_formulas(tmp_path: Path) -> None:
     assert "overhead of DSP's path on one rank" in done.stdout
 
 
-def test_a_rank_that_fails_says_why() -> None:
+def test_the_error_of_a_rank_is_shown() -> None:
     done = bench("--ranks", "2", "--methods", "megatron", "--num_heads", "1")
     assert done.returncode == 2
     assert "the model has 1 heads" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_refuses_a_rate_that_is_none() -> None:
+def test_a_bad_rate_is_an_error() -> None:
     done = bench("--rate", "1gbit", "fast")
     assert done.returncode == 2
     assert "--rate fast: must be a whole number of mbit or gbit" in done.stderr
