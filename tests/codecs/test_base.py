@@ -1,4 +1,4 @@
-"""Given frames inside a longer video, by a codec that keeps one frame of each latent frame."""
+"""Frames encoded at their place in a longer video, by a codec that keeps one frame of each latent frame."""
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ class LastOfFour(VideoCodec):
     def __init__(self, causal: bool) -> None:
         super().__init__()
         self.causal_first_frame = causal
-        self.register_buffer("place", torch.zeros(()))
 
     def _encode(self, video: Tensor) -> Tensor:
         return video[:, :, (0 if self.causal_first_frame else 3) :: 4]

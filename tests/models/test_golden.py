@@ -14,13 +14,13 @@ from tests.parallel.ranks import run_on_ranks
 
 
 def generated_frames(tensors: dict[str, Tensor]) -> Tensor:
-    """True where a frame is made, ``[B T]``: given ones are compared by nobody."""
+    """True for generated frames, ``[B T]``; the output of conditioning frames is not compared."""
     x = tensors["in.x"]
     return tensors.get("in.x_mask", torch.ones(x.shape[0], x.shape[2], dtype=torch.bool))
 
 
 def condition(tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """All inputs but the latents."""
+    """Return all inputs but the latents."""
     return {
         "timestep": tensors["in.timestep"][:, None] * generated_frames(tensors),
         "encoder_hidden_states": tensors["in.y"][:, 0],
@@ -73,15 +73,15 @@ def test_the_reference_written_out_equals_open_sora(case: str) -> None:
     torch.testing.assert_close(out.float() * free, tensors["out"] * free, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("conditioning", [False, True])
 @pytest.mark.parametrize("T, H, W", [(1, 6, 10), (1, 7, 9), (2, 2, 2), (3, 1, 5)])
-def test_images_and_other_sizes_equal_the_reference(T: int, H: int, W: int, given: bool) -> None:
+def test_images_and_other_sizes_equal_the_reference(T: int, H: int, W: int, conditioning: bool) -> None:
     """Output and all gradients within 1e-5, of sizes that no reference tensors exist for; T = 1: an image."""
     tensors = golden("odd_ragged")
     torch.manual_seed(T)
     x = torch.randn(2, 4, T, H, W)
     frames = torch.ones(2, T, dtype=torch.bool)
-    frames[0, -1] = not given
+    frames[0, -1] = not conditioning
     inputs = {**condition(tensors), "timestep": tensors["in.timestep"][:, None] * frames}
 
     model = STDiT.from_opensora(weights(tensors))
