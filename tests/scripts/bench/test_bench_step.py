@@ -45,7 +45,7 @@ def test_the_command(
     [
         (["--steps", "0"], "steps = 0"),
         (["--threads", "0"], "threads = 0"),
-        (["--device", "cuda:77"], "not there"),
+        (["--device", "cuda:77"], "not available"),
         (["--beside", "nowhere.py"], "no such file"),
     ],
 )
