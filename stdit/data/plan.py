@@ -114,7 +114,7 @@ class BatchPlan:
     def item(self, planned: PlannedBatch, index: int, clip_index: int) -> PlannedItem:
         """Return a clip (the planned one or a replacement) with its window, as item `index` of a batch."""
         clip = self.assignment.clips[clip_index]
-        start = window_start_seconds(clip, planned.bucket, self.seed, planned.step, index)
+        start = _draw_window_start(clip, planned.bucket, self.seed, planned.step, index)
         return PlannedItem(clip, clip.start + start)
 
     def crop_seed(self, step: int, index: int) -> int:
@@ -143,7 +143,7 @@ class BatchPlan:
             return members
         if k not in self._drawn_cache or self._drawn_cache[k][0] != epoch:
             rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, DRAW_STREAM, k]))
-            self._drawn_cache[k] = (epoch, members[systematic_sample(weights, self._draws[k], rng)])
+            self._drawn_cache[k] = (epoch, members[_systematic_sample(weights, self._draws[k], rng)])
         return self._drawn_cache[k][1]
 
     def _permutation(self, length: int, epoch: int, stream: int) -> np.ndarray:
@@ -154,7 +154,7 @@ class BatchPlan:
         return self._cache[stream][1]
 
 
-def systematic_sample(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def _systematic_sample(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Draw `count` indices in proportion to weights: each index its expected number of times, rounded down or up.
 
     Systematic sampling: shares are laid end to end in random order, and sampled at equal distances.
@@ -171,7 +171,7 @@ def slack_seconds(clip: Clip, bucket: Bucket) -> float:
     return slack if slack >= 0.5 / bucket.fps and clip.num_frames > 1 else 0.0
 
 
-def window_start_seconds(clip: Clip, bucket: Bucket, seed: int, step: int, index: int) -> float:
+def _draw_window_start(clip: Clip, bucket: Bucket, seed: int, step: int, index: int) -> float:
     """Draw where the window of item `index` of a step's batch begins in its clip, in seconds."""
     slack = slack_seconds(clip, bucket)
     if slack == 0:

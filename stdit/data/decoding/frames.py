@@ -37,7 +37,7 @@ UNSEEKABLE = frozenset({"gif"})
 SEEK_BACK_SECONDS = (0.0, 0.5, 2.0, 10.0, 60.0)
 """How many seconds earlier to seek again if a seek does not end at a key frame."""
 
-T = TypeVar("T")
+PictureT = TypeVar("PictureT")
 ShownFrame = tuple[av.VideoFrame, range]
 """A frame, and the range of indices in a list of times at which it is on screen."""
 
@@ -86,7 +86,7 @@ def select_by_packets(video: Video, times: list[float], tolerance: float) -> Ite
     missing: set[int] = set()
     left = len(times)
     try:
-        for packet, places in times_on_screen(video, packets, clock, times, tolerance):
+        for packet, places in _match_packets(video, packets, clock, times, tolerance):
             if places:
                 assert packet.pts is not None, "it has a time on screen"
                 wanted[packet.pts] = places
@@ -148,8 +148,8 @@ def frames_in_order(video: Video, start: float = 0.0) -> Iterator[tuple[float, f
 
 
 def latest_shown(
-    media: Media, timed: Iterable[tuple[float, float, T]], times: list[float], tolerance: float
-) -> Iterator[tuple[T, range]]:
+    media: Media, timed: Iterable[tuple[float, float, PictureT]], times: list[float], tolerance: float
+) -> Iterator[tuple[PictureT, range]]:
     """Yield, for ascending `times`, the latest picture that is not later, with the range of its indices in `times`.
 
     Args:
@@ -167,12 +167,12 @@ def latest_shown(
             return
         shown, at, length = picture, time, next_length
     if times[-1] > at + max(tolerance, length - tolerance):
-        raise too_short(media, at + length, times[-1])
+        raise _too_short(media, at + length, times[-1])
     if shown is not None:
         yield shown, range(place, len(times))
 
 
-def times_on_screen(
+def _match_packets(
     video: Video, packets: Iterable[Packet], clock: Clock, times: list[float], tolerance: float
 ) -> Iterator[tuple[Packet, range]]:
     """Yield each packet with the range of indices in `times` at which its frame is on screen.
@@ -215,11 +215,11 @@ def times_on_screen(
             length = float((current.duration or 0) * clock.tick) or 1 / clock.rate
             end = bisect_right(times, time + max(tolerance, length - tolerance))
             if end < len(times):
-                raise too_short(video.media, time + length, times[-1])
+                raise _too_short(video.media, time + length, times[-1])
         yield current, range(begin, end)
 
 
-def too_short(media: Media, seconds: float, needed: float) -> DecodeError:
+def _too_short(media: Media, seconds: float, needed: float) -> DecodeError:
     return DecodeError(media, f"lasts {seconds:.3f} s, but a frame is needed at {needed:.3f} s")
 
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 PROTOCOL = re.compile(r"[A-Za-z][\w+.-]+(://|::)")
 EMPTY = "is empty (0 bytes)"
@@ -73,7 +73,8 @@ class Media:
         """
         if self.is_remote:
             with _remote_errors():
-                info = remote_info(self.location)
+                filesystem, path = _remote_file(self.location)
+                info = filesystem.info(path)
             found = next(
                 (info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), ""
             )
@@ -134,7 +135,9 @@ class Media:
             whole: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (_Range closes it)
         else:
             with _remote_errors():
-                whole = open_remote(self.location, min(self.size or block_bytes, block_bytes))
+                filesystem, path = _remote_file(self.location)
+                block_bytes = min(self.size or block_bytes, block_bytes)
+                whole = filesystem.open(path, "rb", block_size=block_bytes)
         return io.BufferedReader(_Range(whole, self.offset, self.size, self.member or self.location), 1 << 16)
 
 
@@ -209,20 +212,11 @@ def locate(path: str, root: str) -> str:
     return Media(location, root=root).local_path()  # it may lie in the root after links are followed
 
 
-def open_remote(url: str, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
-    """Open a remote file that can seek. Raises the exceptions of its protocol."""
+def _remote_file(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the path in it. Raises the exceptions of its protocol."""
     import fsspec
 
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return filesystem.open(path, "rb", block_size=block_bytes)
-
-
-def remote_info(url: str) -> dict:
-    """Return size and further facts of a remote file. Raises the exceptions of its protocol."""
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return filesystem.info(path)
+    return fsspec.core.url_to_fs(url)
 
 
 def without_secrets(url: str) -> str:

@@ -44,7 +44,7 @@ class Region(NamedTuple):
     width: int
 
 
-class Graphs(threading.local):
+class _Graphs(threading.local):
     """Recently used FFmpeg filter graphs of this thread, since a new one takes as long as some small frames."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Graphs(threading.local):
         return graph
 
 
-_GRAPHS = Graphs()
+_GRAPHS = _Graphs()
 
 
 class FrameFitter:

@@ -98,7 +98,7 @@ def archive_rows(shards: list[str], root: str) -> Iterator[Rows]:
                     yield rows
 
 
-def iter_members(file: BinaryIO) -> Iterator[Member]:
+def _iter_members(file: BinaryIO) -> Iterator[Member]:
     """Yield the files of a tar archive. Raises tarfile.TarError if it is damaged or ends too early."""
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -140,7 +140,7 @@ def _shard_rows(shard: str, root: str) -> Rows:
         media = Media(locate(path, root), root=root)
         rows.path = media.location.removeprefix(root.rstrip("/") + "/")
         with media.open(HEADER_BLOCK_BYTES) as file:
-            for member in iter_members(file):
+            for member in _iter_members(file):
                 members.append(member)
                 if (
                     member.name.endswith((".txt", ".json"))

@@ -64,7 +64,7 @@ def read_rows(manifest: Path, root: Path) -> Iterator[Rows]:
         raise UserError(f"manifest {manifest} cannot be read: {error.strerror or error}") from error
 
 
-def check_columns(manifest: Path | str, names: Sequence[str]) -> None:
+def _check_columns(manifest: Path | str, names: Sequence[str]) -> None:
     """Raise UserError if a required column is missing or a column occurs twice; suggest a similar name."""
     for column in names:
         if names.count(column) > 1:
@@ -129,7 +129,7 @@ def _csv_rows(manifest: Path) -> Iterator[Rows]:
                     f"manifest {manifest} is empty: its first line must name the columns path,text"
                 )
             names = [name.strip() for name in header]
-            check_columns(manifest, names)
+            _check_columns(manifest, names)
             before = reader.line_num
             while chunk := list(itertools.islice(reader, ROWS_PER_CHUNK)):
                 rows, refused = _even(chunk, len(names), before)
@@ -179,7 +179,7 @@ def _json_rows(manifest: Path) -> Iterator[Rows]:
                     refused[place] = f"malformed row: line {number} {refusal}"
             names = list(dict.fromkeys(itertools.chain(*rows)))
             if not checked and names:
-                check_columns(manifest, names)
+                _check_columns(manifest, names)
                 checked = True
             columns = {
                 name: [as_text(row.get(name)) for row in rows] for name in dict.fromkeys((*REQUIRED, *names))
@@ -211,7 +211,7 @@ def _parquet_rows(manifest: Path) -> Iterator[Rows]:
     try:
         with pyarrow.parquet.ParquetFile(manifest) as file:
             schema = file.schema_arrow
-            check_columns(manifest, schema.names)
+            _check_columns(manifest, schema.names)
             names = [field.name for field in schema if field.name in REQUIRED or not _is_bytes(field.type)]
             for batch in file.iter_batches(ROWS_PER_CHUNK, columns=names):
                 columns = zip(batch.schema.names, batch.columns, strict=True)
