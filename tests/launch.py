@@ -1,4 +1,4 @@
-"""Starts the entry scripts on several processes of this machine."""
+"""Start the entry scripts on several processes of this machine."""
 
 import os
 import signal

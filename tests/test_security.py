@@ -1,6 +1,6 @@
 """What no file and no setting may do: run code, leave its root, show a key, or be readable against the umask.
 
-Pickles that are planted in checkpoints, weights and codecs are in tests/training/test_saving.py,
+Pickles that are planted in checkpoints, weights and codecs are in tests/training/test_checkpoint_writer.py,
 tests/models/test_opensora.py, tests/codecs/test_text.py and tests/codecs/test_diffusers_vae.py.
 """
 

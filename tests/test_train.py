@@ -69,7 +69,7 @@ def numbers(run: Path) -> list[tuple[Any, ...]]:
 
 
 def same_state(one: Path, other: Path) -> bool:
-    """Whether two checkpoints have the same weights, averages and optimizer state, bit for bit."""
+    """Return whether two checkpoints have the same weights, averages and optimizer state, bit for bit."""
     for part, stem in STEMS.items():
         first, second = (load_file(folder / part / f"{stem}.safetensors") for folder in (one, other))
         if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in first):
@@ -78,7 +78,7 @@ def same_state(one: Path, other: Path) -> bool:
 
 
 def signal_in_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
-    """Let this process receive a signal while it computes a step."""
+    """Send a signal to this process while it computes a step."""
     original = Trainer.step
 
     def stepping(self: Trainer, batch: EncodedBatch) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Si
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *numbers: signal.Signals) -> None:
-    """Let this process receive signals where a function is called."""
+    """Send signals to this process when a function is called."""
     original = getattr(owner, name)
 
     def called(*args: Any, **options: Any) -> Any:
@@ -261,7 +261,7 @@ def test_a_signal_during_the_export_lets_it_finish(
     assert load_pipeline(tmp_path / "outputs" / "tiny" / "pipeline")[0].config["step"] == 2
 
 
-def test_what_an_end_after_the_last_step_left_out_is_made_up_for(
+def test_what_was_missing_after_the_last_step_is_done_on_resume(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = {
@@ -438,7 +438,7 @@ def test_training_on_real_videos_at_two_resolutions(settings: Settings, tmp_path
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
-def test_a_bucket_that_cannot_be_read_is_left_out(
+def test_a_bucket_that_cannot_be_read_is_skipped(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: str
 ) -> None:
     argv = settings(data__cache=cache, trainer__steps=3, data__buckets=json.dumps(

@@ -1,4 +1,4 @@
-"""What train.py does when its folder goes, the clock jumps, wandb is out of reach, or a checkpoint is damaged."""
+"""train.py when its folder vanishes, the clock jumps, wandb cannot be reached, or a checkpoint is damaged."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.training.tiny import tiny_settings
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[], object]]) -> None:
-    """Let something happen before steps of the run are computed, once each."""
+    """Call functions before steps of the run are computed, once each."""
     original = Trainer.step
 
     def stepping(self: Trainer, batch: EncodedBatch) -> dict[str, Any]:
@@ -36,14 +36,14 @@ def before_step(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[],
 
 
 def checkpoint_is_written() -> None:
-    """Wait for the checkpoint that is being written while training goes on."""
+    """Wait for the checkpoint that is being written in the background."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join(60)
 
 
 def ended(argv: list[str]) -> int:
-    """How a process of train.py ends."""
+    """Run train.py in this process and return its exit code."""
     with pytest.raises(SystemExit) as end:
         run_main(lambda: do(argv))
     return int(end.value.code or 0)
@@ -58,7 +58,7 @@ def mounted(*command: str) -> None:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Let nothing be made or removed in a folder: by its rights; for root, whom they do not bind, by a mount."""
+    """Make a folder read-only: by its mode, or for root, who may write anyway, by a mount."""
     if os.geteuid():
         folders = [path for path in (folder, *folder.rglob("*")) if path.is_dir()]
         for path in folders:
@@ -76,7 +76,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def check_one_error(said: str, run: Path, words: str) -> None:
-    """Whether what was said on stderr is one error, in one line, that names the run's folder."""
+    """Check that stderr has one error, in one line, that names the run folder."""
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and str(run) in errors[0] and words in errors[0], said
     assert "check that the folder exists and is writable" in errors[0] and "Traceback" not in said
@@ -111,7 +111,7 @@ def test_a_folder_that_vanishes_ends_the_run_which_says_so(
     assert [line["step"] for line in metrics(run)] == list(range(6))
 
 
-def test_a_folder_that_vanishes_after_the_last_step_is_not_made_anew(
+def test_a_folder_that_vanishes_after_the_last_step_is_not_recreated(
     settings: Settings,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -166,7 +166,7 @@ def test_a_disk_that_turns_read_only_under_open_files_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """As ext4 does after an error of the disk: what was open for writing refuses, too."""
+    """As ext4 does after an error of the disk: files that are open for writing fail, too."""
     disk, image, run = tmp_path / "outputs", tmp_path / "image", tmp_path / "outputs" / "tiny"
     if os.geteuid() or not shutil.which("mkfs.ext4"):
         pytest.skip("needs root, to mount a file system, and mkfs.ext4")
@@ -195,7 +195,7 @@ def test_a_clock_that_jumps_changes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Forward by a year, and back to an hour before now: losses, durations, and when checkpoints are due."""
+    """Forward by a year, then back to an hour ago: the same losses, durations, and steps with a checkpoint."""
     now, jumped, looked = time.time, [0.0], [0]
 
     def shifted() -> float:
@@ -276,7 +276,7 @@ def remove(folder: Path) -> None:
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
-    """Let the manifest of a checkpoint say something else."""
+    """Return a function that changes the manifest of a checkpoint."""
 
     def change(folder: Path) -> None:
         meta = json.loads((folder / META).read_text())
@@ -289,7 +289,7 @@ def edit(**changes: Any) -> Callable[[Path], None]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """Settings of a run, and its folder, that has checkpoints of steps 2 and 4 of the 6 that it is to do."""
+    """Settings of a run of 6 steps, and its folder, with checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("trained")
     argv = tiny_settings(folder)
     assert do([*argv, "--trainer.steps", "4"]) == 0
@@ -307,7 +307,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     ],
     ids=["truncated", "flipped", "missing", "unfinished"],
 )
-def test_training_passes_over_a_damaged_checkpoint_and_comes_to_the_same(
+def test_training_skips_a_damaged_checkpoint_with_the_same_result(
     trained: tuple[list[str], Path],
     capfd: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,

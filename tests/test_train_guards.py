@@ -1,4 +1,4 @@
-"""What train.py does about losses that jump, and the numbers that tell whether a run is sound."""
+"""train.py when the loss jumps, and the measurements that monitor a run."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ FLAGS = {
 
 
 def jump_at(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
-    """Let the loss of a step be a hundred times what it is; the steps that are computed."""
+    """Multiply the loss of a step by 100; return the steps that are computed."""
     original, seen = Trainer.accumulate, []
 
     def accumulate(self: Trainer, batch: EncodedBatch) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def jump_at(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
     return seen
 
 
-def test_a_run_goes_back_before_a_spike_and_never_trains_on_what_led_to_it(
+def test_a_run_rolls_back_before_a_spike_and_excludes_its_batches(
     settings: Settings,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -61,7 +61,7 @@ def keep_excluded_steps(self: SpikeGuard, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
 
-def test_the_validation_loss_and_norms_of_layers_are_in_the_metrics(
+def test_validation_loss_and_block_norms_are_in_the_metrics(
     settings: Settings,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

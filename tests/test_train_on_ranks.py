@@ -25,7 +25,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dict[str, Any]], Path]:
-    """Settings of a run, and what it does on one process."""
+    """Settings of a run, and its metrics and folder on one process."""
     folder = tmp_path_factory.mktemp("ranks")
     settings = [
         *tiny_settings(folder),
@@ -62,8 +62,8 @@ def test_losses_are_those_of_one_process(
     check_results(run.with_name(name), run)
 
 
-def test_the_number_of_ranks_that_share_a_clip_is_chosen(alone: Any) -> None:
-    """A batch of one has to be shared, also where memory is for the weights alone, and a clip has but one frame."""
+def test_sp_auto_is_chosen(alone: Any) -> None:
+    """A batch of one clip must be shared, even if only the weights fit in memory and the clip has one frame."""
     settings, _, run = alone
     bucket = dict(num_frames=1, height=8, width=8, fps=8, batch_size=1)
     flags = [
@@ -85,7 +85,7 @@ def test_the_number_of_ranks_that_share_a_clip_is_chosen(alone: Any) -> None:
     assert "sp: auto" in (run.with_name("chosen") / "config.yaml").read_text()
 
 
-def test_dry_run_speaks_once(alone: Any) -> None:
+def test_dry_run_prints_once(alone: Any) -> None:
     settings, _, run = alone
     code, output, errors = launch("train.py", 2, [*settings, "--name", "dry", "--dry_run", "true"])
     assert code == 0, errors
@@ -114,7 +114,7 @@ def check_losses(run: Path, expected: list[dict[str, Any]]) -> None:
 
 
 def check_results(run: Path, expected: Path) -> None:
-    """Exported model and videos; weights move by 1e-3 a step."""
+    """Compare exported models and videos; weights move by 1e-3 per step."""
     models = [folder / "pipeline" / "transformer" for folder in (run, expected)]
     assert (models[0] / "config.json").read_bytes() == (models[1] / "config.json").read_bytes()
     found, weights = (load_file(model / "diffusion_pytorch_model.safetensors") for model in models)
@@ -129,7 +129,7 @@ def check_results(run: Path, expected: Path) -> None:
         assert (one.float() - other.float()).abs().mean() < 4, "of 255: weights differ a little, and h264"
 
 
-def test_a_run_goes_on_with_another_split(alone: Any) -> None:
+def test_a_run_resumes_with_another_split(alone: Any) -> None:
     settings, expected, run = alone
     settings = [*settings, "--name", "moved"]
     for ranks, sp, sharded, steps in ((2, 2, "true", 10), (3, 1, "true", STEPS)):
@@ -209,7 +209,7 @@ def test_when_a_rank_dies_all_end_and_one_says_so(alone: Any) -> None:
 
 
 def wait_for_workers(process: subprocess.Popen[str], run: Path) -> list[psutil.Process]:
-    """The processes of the ranks, in order, as soon as the run has done a few steps."""
+    """Return the processes of the ranks, in order, as soon as the run has done a few steps."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and len(metrics(run)) > 2:

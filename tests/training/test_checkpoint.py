@@ -7,10 +7,10 @@ from stdit.checkpoint_files import newest_whole
 from stdit.errors import UserError
 from stdit.training.checkpoint import check_same_experiment, find_checkpoint
 from stdit.training.config import CheckpointConfig
-from tests.training.test_saving import damage, folder_of, save
+from tests.training.test_checkpoint_writer import damage, folder_of, save
 
 
-def test_auto_passes_over_broken_ones(tmp_path: Path) -> None:
+def test_auto_skips_broken_checkpoints(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, keep_last=5)
     folders = [save(checkpoints, step) for step in (1, 2, 3)]
     damage(folders[2])
@@ -42,7 +42,7 @@ def test_never_and_paths(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path / "empty"), run)
 
 
-def test_one_of_a_newer_version_is_an_error_and_not_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_newer_version_is_an_error_and_not_skipped(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, keep_last=5)
     save(checkpoints, 1)
     newer = save(checkpoints, 2, {"versions": {"stdit": "9.0"}})

@@ -1,4 +1,4 @@
-"""What a run is said to take, and the sharing that follows."""
+"""The estimated memory of a run, and the choice of sp that follows."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def total(estimate: MemoryEstimate, split: ParallelDims) -> int:
     return sum(estimate.memory(split).values())
 
 
-def test_memory_falls_with_the_ranks_that_share_a_clip(settings: list[str]) -> None:
+def test_memory_falls_with_sp(settings: list[str]) -> None:
     estimate = estimate_of(settings)
     one, two, four = (estimate.memory(ParallelDims(4, sp)) for sp in (1, 2, 4))
     assert one["activations"] == 2 * two["activations"] == 4 * four["activations"]
@@ -55,12 +55,12 @@ def test_memory_falls_with_the_ranks_that_share_a_clip(settings: list[str]) -> N
 
 
 def test_sharing_a_whole_share_of_the_batch_saves_nothing(settings: list[str]) -> None:
-    """Twice the ranks have half of twice the clips."""
+    """Twice as many ranks share twice as many clips."""
     estimate = estimate_of([*settings, "--trainer.micro_batch_size", "null"])
     assert total(estimate, ParallelDims(2, 1)) == total(estimate, ParallelDims(2, 2))
 
 
-def test_the_choice_follows_memory_and_batches(settings: list[str]) -> None:
+def test_choose_sp_follows_memory_and_batches(settings: list[str]) -> None:
     estimate = estimate_of(settings)
     assert estimate.valid_sp(4) == [2, 4], "a batch of 2 cannot be split into 4"
     two, four = (total(estimate, ParallelDims(4, sp)) for sp in (2, 4))
@@ -75,7 +75,7 @@ def test_the_choice_follows_memory_and_batches(settings: list[str]) -> None:
     assert estimate.choose_sp(1, 0).sp == 1
 
 
-def test_the_report_compares_ways_to_share(settings: list[str]) -> None:
+def test_the_report_compares_values_of_sp(settings: list[str]) -> None:
     estimate = estimate_of(settings)
     memory = total(estimate, ParallelDims(2, 2))
     shown = report(estimate.inputs, 1, memory)
@@ -125,7 +125,7 @@ def test_a_model_beyond_memory_is_refused_before_it_is_built(settings: list[str]
         build_components(parse_train([*settings, *flags]), None, processes=1, memory=GIB)
 
 
-def test_a_run_may_go_on_with_another_sharing(settings: list[str]) -> None:
+def test_a_run_may_resume_with_another_sp(settings: list[str]) -> None:
     keys = [
         experiment_key(parse_train([*settings, *flags]))
         for flags in ([], ["--parallel.sp", "auto", "--parallel.memory_gib", "3"], ["--parallel.sp", "2"])

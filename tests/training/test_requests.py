@@ -6,7 +6,7 @@ from stdit.training import requests
 from stdit.training.requests import NoRequests, Requested, RequestFiles
 
 
-def test_files_ask_and_are_removed_when_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_request_files_are_removed_when_fulfilled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "stop").touch()
     files = RequestFiles(tmp_path, None)
     assert "stop was a request to an earlier part of this run: removed" in capsys.readouterr().out

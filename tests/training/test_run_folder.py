@@ -1,4 +1,4 @@
-"""The lock on the folder of a run. What is found in it is tested with train.py."""
+"""The lock on a run folder. Its content is tested with train.py."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ fork = multiprocessing.get_context("fork")
 
 
 def hold(config: TrainConfig, ready: "multiprocessing.Queue[int]") -> None:
-    """Hold the lock, beside a child as a loader is one, until killed."""
+    """Hold the lock until killed, with a child process like a loader."""
     with lock_run_folder(config):
         loader = fork.Process(target=time.sleep, args=(30,))
         loader.start()

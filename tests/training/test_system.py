@@ -5,7 +5,7 @@ from stdit.training.config import TrainerConfig
 from stdit.training.system import prepare_process
 
 
-def test_rounded_weights_are_not_kept_until_a_pass_ends() -> None:
+def test_autocast_does_not_cache_weights() -> None:
     AcceleratorState._reset_state(True)
     config = TrainerConfig(precision="bf16", device="cpu", keep_freed_memory=False)
     with prepare_process(config, timeout=60.0).autocast():

@@ -28,7 +28,7 @@ def test_metrics_of_steps_that_are_done_again_are_cut_off(tmp_path: Path) -> Non
     assert [(line["step"], line["loss"]) for line in lines(path)] == [(0, 0.0), (1, 0.1), (2, 7.0)]
 
 
-def test_a_full_disk_is_said() -> None:
+def test_a_full_disk_is_reported() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     metrics = MetricsFile.__new__(MetricsFile)
@@ -37,7 +37,7 @@ def test_a_full_disk_is_said() -> None:
         metrics.write({"step": 0})
 
 
-def test_a_file_that_was_removed_is_said(tmp_path: Path) -> None:
+def test_a_removed_file_is_reported(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     metrics.write({"step": 0})
     (tmp_path / "metrics.jsonl").unlink()
@@ -45,7 +45,7 @@ def test_a_file_that_was_removed_is_said(tmp_path: Path) -> None:
         metrics.write({"step": 1})
 
 
-def test_a_tracker_that_fails_stops_nothing_and_is_said_once(
+def test_a_failing_tracker_stops_nothing_and_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As when a network goes down in the middle."""
@@ -84,7 +84,7 @@ def track(name: str, run: Path, config: TrackerConfig) -> None:
     tracker.finish()
 
 
-def test_no_tracker_writes_nothing(tmp_path: Path) -> None:
+def test_tracker_none_writes_nothing(tmp_path: Path) -> None:
     track("none", tmp_path, TrackerConfig())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "sheet.png"]
 

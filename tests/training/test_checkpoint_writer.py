@@ -50,7 +50,7 @@ def weight(folder: Path) -> Tensor:
     return read["weight"]
 
 
-def test_save_keeps_the_last_and_every_so_many(tmp_path: Path) -> None:
+def test_keep_last_and_keep_every(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, keep_last=2, keep_every=4)
     for step in range(1, 8):
         folder = save(checkpoints, step)
@@ -58,7 +58,7 @@ def test_save_keeps_the_last_and_every_so_many(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000004", "step-00000006", "step-00000007"]
 
 
-def test_the_best_stay_by_their_validation_loss(tmp_path: Path) -> None:
+def test_keep_best_follows_the_validation_loss(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, keep_last=1, keep_best=2)
     losses = {1: 0.5, 2: 0.3, 3: 0.4, 4: float("nan"), 5: 0.6}
     for step, loss in losses.items():
@@ -73,14 +73,14 @@ def test_the_best_stay_by_their_validation_loss(tmp_path: Path) -> None:
         folder_of(tmp_path)
 
 
-def test_which_stay() -> None:
+def test_steps_to_keep() -> None:
     config = CheckpointConfig(keep_last=2, keep_every=4, keep_best=1)
     assert steps_to_keep(range(1, 11), config, {}) == {4, 8, 9, 10}
     assert steps_to_keep(range(1, 11), config, {3: 1.0, 7: 1.0, 99: 0.0}) == {3, 4, 8, 9, 10}
     assert steps_to_keep([], config, {}) == set()
 
 
-def test_the_newest_whole_one_stays_whatever_the_rules(tmp_path: Path) -> None:
+def test_the_newest_whole_checkpoint_always_stays(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, keep_last=9)
     folders = [save(checkpoints, step) for step in (1, 2, 3, 4)]
     for folder in folders[2:]:
@@ -115,7 +115,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_writer, "write_chunks", refuse)
 
 
-def test_a_refusing_disk_leaves_older_checkpoints_as_they_were(tmp_path: Path, refused: None) -> None:
+def test_a_full_disk_leaves_older_checkpoints_unchanged(tmp_path: Path, refused: None) -> None:
     checkpoints = folder_of(tmp_path, keep_last=1)
     save(checkpoints, 1)
     with pytest.raises(UserError, match=r"step-00000002 could not be written .*No space.*unchanged"):
@@ -137,7 +137,7 @@ def test_a_broken_checkpoint_of_the_same_step_is_moved_aside(tmp_path: Path) -> 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Writing stands still until this is called."""
+    """Block writing until the returned function is called."""
     go, original = Event(), checkpoint_writer.write_chunks
 
     def slow(*args: Any) -> list[Path]:
@@ -148,7 +148,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return go.set
 
 
-def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, held: Callable[[], None]) -> None:
+def test_training_continues_while_a_copy_is_written(tmp_path: Path, held: Callable[[], None]) -> None:
     checkpoints, live = folder_of(tmp_path), state()
     folder = checkpoints.save(1, live, {})
     live["model"]["weight"].mul_(-1)  # a step
@@ -180,7 +180,7 @@ def test_a_second_save_waits_for_the_first(
     assert torch.equal(weight(second), 2 * weight(first))
 
 
-def test_the_error_of_a_thread_comes_out_where_it_is_waited_for(
+def test_the_error_of_a_thread_is_raised_when_waiting_for_it(
     tmp_path: Path, refused: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = folder_of(tmp_path)
@@ -197,7 +197,7 @@ def test_the_error_of_a_thread_comes_out_where_it_is_waited_for(
 
 
 def test_a_state_without_tensors_is_read_as_one(tmp_path: Path) -> None:
-    """Of the optimizer, when all steps were skipped."""
+    """The optimizer has none if all steps were skipped."""
     folder = save(folder_of(tmp_path), 1)
     assert StoredTensors(folder / "optimizer").shapes() == {}
 
