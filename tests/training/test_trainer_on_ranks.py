@@ -249,17 +249,17 @@ def fail_alike(sp: int, folder: Path) -> None:
     one = trainer(mesh_of(sp), True)
     checkpoints, original = (
         CheckpointWriter(folder, CheckpointConfig(), one.mesh, 60),
-        checkpoint_writer.write_pieces,
+        checkpoint_writer.write_chunks,
     )
     if one.mesh.rank == 1:
-        checkpoint_writer.write_pieces = Mock(side_effect=OSError(28, "No space left on device"))
+        checkpoint_writer.write_chunks = Mock(side_effect=OSError(28, "No space left on device"))
     checkpoints.save(1, one.state(), {})
     message = (
         "step-00000001 could not be written .*No space" if one.mesh.rank == 1 else "rank 1 failed: .*No space"
     )
     with pytest.raises(UserError if one.mesh.rank == 1 else OtherRankError, match=message):
         checkpoints.wait()
-    checkpoint_writer.write_pieces = original
+    checkpoint_writer.write_chunks = original
     dist.barrier()
     assert not list(folder.iterdir())
     verify(checkpoints.save(1, one.state(), {}, at_once=True))
@@ -296,7 +296,7 @@ def write(one: Trainer, folder: Path, step: int) -> Path:
     """Save as a run does, while nothing else happens."""
     checkpoints = CheckpointWriter(folder, CheckpointConfig(), one.mesh, 60)
     where = checkpoints.save(
-        step, one.state(), {}, describe=lambda folder: one.model.save_config(folder / "model")
+        step, one.state(), {}, write_more=lambda folder: one.model.save_config(folder / "model")
     )
     checkpoints.wait()
     verify(where)
