@@ -152,9 +152,8 @@ def golden(side: Side, args: argparse.Namespace) -> dict[str, Any]:
 def parity(side: Side, args: argparse.Namespace) -> dict[str, Any]:
     """The differences that scripts/parity.py prints for two ranks that share each video."""
     shapes(side, args)
-    output = side.run(
-        "scripts/parity.py", "--config", "configs/train/quickstart.yaml", "--parallel.sp", "2", ranks=2
-    )
+    settings = ["--config", "configs/train/quickstart.yaml", "--trainer.matmul_precision", "highest"]
+    output = side.run("scripts/parity.py", *settings, "--parallel.sp", "2", ranks=2)
     return {"differences": re.findall(r"\b\d\.\de[-+]\d\d\b", output)}
 
 
