@@ -63,8 +63,8 @@ def loop(session: "Session") -> int:
             phase(f"step {step}, computing")
             values = session.trainer.step(batch)
             seconds = time.perf_counter() - began
-            values = {**values, **session.validation_loss(done)}
-            bar.show(session.recorder.record(batch, {**values, **saver.take_seconds()}, seconds))
+            values |= session.validation_loss(done)
+            bar.show(session.recorder.record(batch, values | saver.take_seconds(), seconds))
             if session.rollback.after_spike(values, step):
                 bar.n = session.rollback.step or 0
                 continue
@@ -79,10 +79,8 @@ def loop(session: "Session") -> int:
                 session.sampler.validate(done)
     phase(f"step {steps}, export")
     pipeline = session.sampler.export(max(saver.start_step, steps))
-    print(
-        f"trained for {steps} steps: {pipeline} is written. Sample: python sample.py --checkpoint "
-        f'{pipeline.parent} --prompt "..."'
-    )
+    print(f"trained for {steps} steps: {pipeline} is written")
+    print(f'Sample: python sample.py --checkpoint {pipeline.parent} --prompt "..."')
     return signals.exit_code
 
 
