@@ -5,10 +5,10 @@
     python train.py --config configs/train/quickstart.yaml --dry_run true  # print clips, batches and memory
     python train.py --help                                                 # every setting
 
-The run is kept in outputs/<name>. Run the same command again to resume from the newest whole checkpoint. Ctrl-C (exit
-code 130), SIGTERM and SIGUSR1 (0), to any process of the run, finish the step and save; before the first step, and at
-a second signal a second later, the run stops at once. Exit code 2 is an error that you can correct, 1 any other: try
-again. More in stdit/training/README.md.
+The run is kept in outputs/<name>. Run the same command again to resume from the newest complete checkpoint. Ctrl-C
+(exit code 130), SIGTERM and SIGUSR1 (0), to any process of the run, finish the step and save; before the first step,
+and at a second signal a second later, the run stops at once. Exit code 2 is an error that you can correct, 1 any
+other: try again. More in stdit/training/README.md.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Read settings from YAML files and dotted flags into a checked dataclass, with errors of one line."""
+"""Read settings from YAML files and dotted flags into a checked dataclass, with one-line errors."""
 
 import dataclasses
 import difflib
@@ -88,8 +88,7 @@ def parse(
 
     If the dataclass has a field ``imports``, ``--import MODULE`` (repeatable) imports modules before any setting is
     checked, so that what they register can be named; see `import_modules`. A file's own ``imports`` are never
-    imported:
-    they must be given on the command line, too.
+    imported: they must be given on the command line, too.
 
     Args:
         config_class: a dataclass whose fields may be dataclasses in turn.
@@ -172,7 +171,7 @@ def import_modules(modules: Sequence[str]) -> None:
                     "its name, or run the command in the folder of the module."
                 ) from None
             raise UserError(
-                f"--import {module}: importing it raises {type(error).__name__}: {error}. Mend the module."
+                f"--import {module}: importing it raises {type(error).__name__}: {error}. Fix the module."
             ) from error
         finally:
             IMPORTING.reset(token)

@@ -72,10 +72,10 @@ def draw_batch(
 
 def _draw_condition_mask(config: FlowConfig, frames: int, generator: Generator) -> Tensor:
     """Choose a mask strategy by its share and apply it -> ``[T]``."""
-    chance = float(torch.rand((), generator=generator))
+    remaining = float(torch.rand((), generator=generator))
     for name, share in config.conditioning.items():
-        chance -= share
-        if chance < 0:
+        remaining -= share
+        if remaining < 0:
             mask = MASK_STRATEGIES.get(name)(frames, generator)
             if mask.shape != (frames,) or mask.dtype != torch.bool or mask.all():
                 raise UserError(

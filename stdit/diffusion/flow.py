@@ -33,8 +33,7 @@ def shift_t(t: Tensor, r: float) -> Tensor:
 
 
 def frame_weights(condition_mask: Tensor) -> Tensor:
-    """Return the weights of frames in the loss: equal for all that are not in ``condition_mask [B T]``, with sum
-    1."""
+    """Return the weights of frames in the loss: equal for all outside ``condition_mask [B T]``, with sum 1."""
     generated = (~condition_mask).float()
     return generated / generated.sum(1, keepdim=True)
 

@@ -56,7 +56,7 @@ class _ModelInputs:
     """Inputs of the model and of guidance that are the same in all steps."""
 
     arguments: dict[str, Tensor]
-    """Text states, mask, fps, height, width: rows of the prompts, then, if guided, those guidance moves away from."""
+    """Text states, mask, fps, height, width: rows of prompts; with guidance, rows of negative prompts follow."""
     sharding: TokenSharding
     guidance_scales: list[float]
     """Per step."""

@@ -17,7 +17,7 @@ from stdit.pipelines.config import (
     SampleConfig,
     VideoSettings,
 )
-from stdit.pipelines.mask_strategy import MaskEntry, parse_mask_strategy
+from stdit.pipelines.opensora_masks import MaskEntry, parse_mask_strategy
 from stdit.pipelines.prompts import PromptLine, read_prompts
 from stdit.pipelines.segments import Segments
 

@@ -12,7 +12,7 @@ import torch
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.conditions import FrameCondition
-from stdit.pipelines.mask_strategy import mask_entries_to_conditions
+from stdit.pipelines.opensora_masks import mask_entries_to_conditions
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.requests import Request
 from stdit.pipelines.segments import generate_segments
@@ -44,7 +44,7 @@ def sample_rounds(
 ) -> Iterator[Videos]:
     """Generate videos in rounds, in each of which every data-parallel rank makes a batch.
 
-    The first rank gets the videos of each round, in order; the others get as many empty lists. The pipeline must
+    Each round yields its videos, in order, on the first rank, and an empty list on the others. The pipeline must
     already be shared with the mesh (`STDiTPipeline.share`).
     """
     batches = list(_batches(requests, min(batch_size, math.ceil(len(requests) / mesh.dp))))
@@ -114,7 +114,7 @@ def _explain_out_of_memory(videos: int) -> Iterator[None]:
     """Raise a UserError that says what to lower when the memory is too small."""
     try:
         yield
-    except RuntimeError as error:  # torch has an own class for it on GPUs only
+    except RuntimeError as error:  # torch has a class of its own for it on GPUs only
         if "memory" not in str(error):
             raise
         raise UserError(

@@ -192,7 +192,7 @@ def _begin(aside: Path, write_more: Callable[[Path], object]) -> None:
 
 
 def _exists_whole(folder: Path) -> bool:
-    """Return whether a whole checkpoint exists; move a broken one out of the way."""
+    """Return whether a complete checkpoint exists; move a broken one out of the way."""
     if folder.exists() and not is_whole(folder):
         folder.rename(_free(folder.with_name(f"{folder.name}.broken")))
     return folder.exists()

@@ -273,7 +273,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random: initial weights, order of clips, noise."""
     resume: str = "auto"
-    """auto: resume from the newest whole checkpoint of the run; never: refuse to; or the path of a checkpoint."""
+    """auto: resume from the newest complete checkpoint of the run; never: refuse to; or the path of a checkpoint."""
     init_from: str | None = None
     """Start from the weights of another run, checkpoint, pipeline or model folder, with a new optimizer."""
     imports: list[str] = field(default_factory=list)

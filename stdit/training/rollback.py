@@ -45,7 +45,7 @@ class Rollback:
 
 
 def _newest_before(checkpoints: Path, batch: int) -> Path | None:
-    """Return the newest whole checkpoint before a batch; remove later ones, trained on excluded batches."""
+    """Return the newest complete checkpoint before a batch; remove later ones, trained on excluded batches."""
     folders = {path: at for path in checkpoints.glob("step-*") if (at := step_of(path)) is not None}
     early = [path for path, at in folders.items() if at <= batch]
     for path in sorted(early, reverse=True):

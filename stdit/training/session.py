@@ -91,7 +91,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
         # Mesh: the place of this rank. With parallel.sp = auto a second one replaces it below.
         mesh = build_mesh(config.parallel, device)
 
-        # Watchdog: inside of the stack, so that it reports an error before the stack closes what the error is about.
+        # Watchdog: inside the stack, so that it reports an error before the stack closes anything.
         with watching(build_watchdog(mesh, config.parallel)) as watchdog:
             # Checks that need no data: before anything is written or loaded.
             mesh.check_same("the configuration", str(config))

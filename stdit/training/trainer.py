@@ -120,7 +120,7 @@ class Trainer:
         """Compute the gradients of the loss of the global batch, averaged over all ranks, in the parameters.
 
         Returns:
-            this rank's part of the loss, float32 scalar, of which the mean over all ranks is the loss; and noise
+            this rank's part of the loss, a float32 scalar (the loss is its mean over all ranks); and noise
             levels, float32 [global batch] on the CPU, in which those of other ranks are 0.
         """
         micro_batches = self.mesh.micro_batches(batch.batch_size, self.micro_batch_size(batch.batch_size))

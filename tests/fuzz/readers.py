@@ -28,7 +28,7 @@ from stdit.models.stdit import STDiT
 from stdit.pipelines.conditions import parse_frame_condition
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.loading import find_checkpoint_source, load_transformer, pipeline_settings
-from stdit.pipelines.mask_strategy import mask_entries_to_conditions, parse_mask_strategy
+from stdit.pipelines.opensora_masks import mask_entries_to_conditions, parse_mask_strategy
 from stdit.pipelines.prompts import read_prompts
 from stdit.pipelines.segments import Segments
 from stdit.training.checkpoint import check_same_experiment, find_checkpoint

@@ -10,7 +10,7 @@ from stdit.codecs import CodecConfig, build_codec
 from stdit.errors import UserError
 from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import SampleConfig, VideoSettings
-from stdit.pipelines.mask_strategy import MaskEntry, mask_entries_to_conditions, parse_mask_strategy
+from stdit.pipelines.opensora_masks import MaskEntry, mask_entries_to_conditions, parse_mask_strategy
 from stdit.pipelines.requests import Request, plan_requests
 from stdit.pipelines.runner import sample_videos
 from stdit.pipelines.sampling import sample_to_files
