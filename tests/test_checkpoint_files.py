@@ -59,7 +59,7 @@ def test_a_whole_folder_verifies(tmp_path):
         ),
     ],
 )
-def test_damage_is_named_and_passed_over(tmp_path, damage, message):
+def test_damaged_checkpoints_are_named_and_skipped(tmp_path, damage, message):
     older, newer = checkpoint(tmp_path / "step-00000009"), checkpoint(tmp_path / "step-00000010")
     damage(newer)
     with pytest.raises(UserError, match=message):

@@ -70,7 +70,7 @@ class Planted:
         return Path.touch, (self.mark,)
 
 
-def test_a_run_keeps_keys_out_of_its_files_and_words_and_its_files_within_the_umask(
+def test_a_run_keeps_keys_out_of_files_and_output_and_respects_the_umask(
     settings: Settings,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -107,7 +107,7 @@ SIGNALS = pytest.mark.parametrize(
 )
 
 
-def test_a_run_leaves_what_it_promises(
+def test_a_run_writes_the_promised_files(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = settings(
@@ -192,7 +192,7 @@ def test_a_signal_before_the_first_step_stops_at_once(
     assert len(metrics(run)) == 6
 
 
-def test_files_in_the_run_folder_ask_for_a_checkpoint_and_an_end(
+def test_request_files_save_and_stop_the_run(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "outputs" / "tiny"
@@ -261,7 +261,7 @@ def test_a_signal_during_the_export_lets_it_finish(
     assert load_pipeline(tmp_path / "outputs" / "tiny" / "pipeline")[0].config["step"] == 2
 
 
-def test_what_was_missing_after_the_last_step_is_done_on_resume(
+def test_resuming_after_the_last_step_writes_missing_outputs(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = {
@@ -302,7 +302,7 @@ def test_a_killed_run_resumes_bit_for_bit(settings: Settings, tmp_path: Path) ->
     assert same_state(*(run / "checkpoints" / "step-00000150" for run in (killed, straight)))
 
 
-def test_a_full_disk_says_so_and_leaves_the_older_checkpoint(settings: Settings, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_that_keeps_the_older_checkpoint(settings: Settings, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     assert do(settings(trainer__steps=2)) == 0
     run = tmp_path / "outputs" / "tiny"
@@ -367,7 +367,7 @@ def test_a_fitted_codec_and_the_cache_survive_a_resume(
     assert load_pipeline(resumed / "checkpoints" / "step-00000006")[0].codec.fitted
 
 
-def test_a_new_run_does_not_take_what_one_without_a_checkpoint_left(
+def test_a_new_run_replaces_the_files_of_one_without_a_checkpoint(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pca = {"codec__name": "pca", "codec__stride": "[2, 4, 4]", "model__patch_size": "[1, 1, 1]"}

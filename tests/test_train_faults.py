@@ -83,7 +83,7 @@ def check_one_error(said: str, run: Path, words: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["removed", "moved"])
-def test_a_folder_that_vanishes_ends_the_run_which_says_so(
+def test_a_run_folder_that_vanishes_ends_the_run_with_an_error(
     settings: Settings,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -135,7 +135,7 @@ def test_a_folder_that_vanishes_after_the_last_step_is_not_recreated(
         assert not run.exists()
 
 
-def test_a_folder_that_becomes_read_only_ends_the_run_which_says_so(
+def test_a_run_folder_that_becomes_read_only_ends_the_run_with_an_error(
     settings: Settings,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -229,7 +229,7 @@ def test_a_clock_that_jumps_changes_nothing(
 
 
 @pytest.mark.parametrize("listens", [False, True], ids=["refuses", "never answers"])
-def test_a_run_whose_wandb_cannot_be_reached_trains_to_its_end_and_says_so_once(
+def test_unreachable_wandb_is_reported_once_and_training_completes(
     settings: Settings,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -186,7 +186,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(alone: Any) -> None:
     assert (run.with_name("stopped") / "checkpoints" / f"step-{steps:08d}" / "meta.json").is_file()
 
 
-def test_when_a_rank_dies_all_end_and_one_says_so(alone: Any) -> None:
+def test_when_a_rank_dies_all_end_with_one_message(alone: Any) -> None:
     settings, _, run = alone
     settings = [*settings, "--name", "dead", "--trainer.steps", "100000", "--data.workers", "1"]
     process = start("train.py", 2, settings)

@@ -33,7 +33,7 @@ class LastOfFour(VideoCodec):
         (True, 16, 1, 4, [0]),
     ],
 )
-def test_frames_inside_a_video_lie_where_they_are_put(
+def test_encode_span_returns_the_latent_frames_inside_the_video(
     causal: bool, start: int, count: int, first: int, kept: list[int]
 ) -> None:
     video = torch.arange(count).float().view(1, 1, count, 1, 1).expand(1, 3, count, 2, 2) / 10

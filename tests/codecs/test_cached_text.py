@@ -24,7 +24,7 @@ def build(path: Path) -> TextEncoder:
     return build_text_encoder(TextEncoderConfig(name="auto", path=str(path), max_length=8))
 
 
-def test_it_knows_its_texts_without_the_encoder(encoder: TextEncoder, tmp_path: Path) -> None:
+def test_cached_texts_need_no_encoder(encoder: TextEncoder, tmp_path: Path) -> None:
     read: list[int] = []
     held = CachedTextEncoder(encoder, [*TEXTS, TEXTS[0]], lambda: read.append(1) or encoder)  # type: ignore[func-returns-value]
     assert tensor_bytes(held) == 0 and held.fingerprint() == encoder.fingerprint()
@@ -40,14 +40,14 @@ def test_it_knows_its_texts_without_the_encoder(encoder: TextEncoder, tmp_path: 
     assert len(read) == 2
 
 
-def test_it_may_hold_nothing(encoder: TextEncoder) -> None:
+def test_an_empty_cache_encodes_every_text(encoder: TextEncoder) -> None:
     held = CachedTextEncoder(encoder, [], lambda: encoder)
     assert torch.equal(held.encode(TEXTS)[0], encoder.encode(TEXTS)[0])
     with pytest.raises(ValueError, match="at least one"):
         held.encode([])
 
 
-def test_another_encoder_in_its_place_is_an_error(encoder: TextEncoder, tmp_path: Path) -> None:
+def test_reloading_a_different_encoder_is_an_error(encoder: TextEncoder, tmp_path: Path) -> None:
     other = save_tiny_bert(tmp_path / "other", seed=1)
     held = CachedTextEncoder(encoder, TEXTS, lambda: build(other))
     with pytest.raises(UserError, match="text_encoder.path holds other weights than when the run began"):

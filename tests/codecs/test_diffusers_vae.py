@@ -154,7 +154,7 @@ def test_whole_pipeline_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./neither", "a/b/c"])
-def test_path_that_is_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_path_is_an_error(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
     with pytest.raises(UserError, match="no such local folder") as caught:
         build_codec(CodecConfig(name="AutoencoderKLWan", path=path))
@@ -173,7 +173,7 @@ def test_hub_id_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         build_codec(CodecConfig(name="AutoencoderKLWan", path="nobody/nothing"))
 
 
-def test_another_class(folders: dict[str, Path]) -> None:
+def test_a_vae_of_another_class_is_an_error(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"holds AutoencoderKL: use codec\.name AutoencoderKL"):
         build("AutoencoderKLWan", folders["AutoencoderKL"])
 
@@ -211,7 +211,7 @@ def test_folders_with_bad_weights(tmp_path: Path) -> None:
 
 
 @every_vae
-def test_the_encoder_goes_and_comes_back_when_it_is_needed(
+def test_a_released_encoder_is_reloaded_when_it_is_needed(
     folders: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
     codec, whole, read = build(name, folders[name]), build(name, folders[name]), []
@@ -227,7 +227,7 @@ def test_the_encoder_goes_and_comes_back_when_it_is_needed(
     assert tensor_bytes(codec) == tensor_bytes(whole) and len(read) == 2
 
 
-def test_an_encoder_does_not_come_back_as_another(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_reloading_different_weights_is_an_error(folders: dict[str, Path], tmp_path: Path) -> None:
     other = save_tiny_vae("AutoencoderKL", tmp_path, seed=1)
     codec = build("AutoencoderKL", folders["AutoencoderKL"])
     codec.release_encoder(lambda: build("AutoencoderKL", other))

@@ -47,7 +47,7 @@ def test_pca_with_all_components_is_exact(size: tuple[int, int, int]) -> None:
     torch.testing.assert_close(codec.decode(latents, *size), video, atol=2e-5, rtol=0)
 
 
-def test_pca_latents_have_the_variance_that_is_told() -> None:
+def test_pca_latents_have_the_stated_variance() -> None:
     codec = fitted()
     data = torch.stack(videos())
     latents = rearrange(codec.encode(data), "b c t h w -> (b t h w) c")

@@ -139,7 +139,7 @@ def test_convolutions_see_no_later_frame(stride: int) -> None:
 
 
 @pytest.mark.parametrize("frames", LENGTHS)
-def test_a_video_is_its_chunks(codec: OpenSoraCodec, frames: int) -> None:
+def test_chunks_are_encoded_independently(codec: OpenSoraCodec, frames: int) -> None:
     x = video(frames, batch=2)
     latents = codec.encode(x)
     assert latents.shape == (2, 4, *codec.latent_shape(frames, 8, 8)) and latents.dtype == torch.float32
@@ -154,7 +154,7 @@ def test_a_video_is_its_chunks(codec: OpenSoraCodec, frames: int) -> None:
     torch.testing.assert_close(decoded, torch.cat(pieces, dim=2))
 
 
-def test_encoding_is_the_definition(codec: OpenSoraCodec) -> None:
+def test_encoding_equals_the_definition(codec: OpenSoraCodec) -> None:
     """Step by step, for a chunk of 6 frames: 2 of zeros before it make 8."""
     x = video(6)
     vae: Any = codec.spatial_vae["module"]
@@ -176,7 +176,7 @@ def test_encoding_is_the_definition(codec: OpenSoraCodec) -> None:
     torch.testing.assert_close(codec.decode(z, 6), expected.clamp(-1, 1), atol=1e-5, rtol=1e-4)
 
 
-def test_fewer_frames_come_off_the_end(codec: OpenSoraCodec) -> None:
+def test_frames_are_dropped_at_the_end_of_their_chunk(codec: OpenSoraCodec) -> None:
     latents = codec.encode(video(39))  # 17 + 17 + 5
     whole = codec.decode(latents)
     assert whole.shape[2] == 17 + 17 + 8 == codec.pixel_shape(12, 4, 4)[0]
@@ -187,7 +187,7 @@ def test_fewer_frames_come_off_the_end(codec: OpenSoraCodec) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 11), (1, 1)])
-def test_any_size_comes_back(codec: OpenSoraCodec, height: int, width: int) -> None:
+def test_any_size_is_restored(codec: OpenSoraCodec, height: int, width: int) -> None:
     x = video(3, height, width)
     latents = codec.encode(x)
     assert latents.shape[2:] == codec.latent_shape(3, height, width)

@@ -29,7 +29,7 @@ def stored(
     return StoredTextEncoder(folder)
 
 
-def test_gives_what_the_encoder_gives(encoder: TextEncoder, tmp_path: Path) -> None:
+def test_stored_states_equal_those_of_the_encoder(encoder: TextEncoder, tmp_path: Path) -> None:
     found = stored(encoder, tmp_path)
     for texts in (CAPTIONS, CAPTIONS[::-1], ["blue", "blue"]):
         for one, other in zip(found.encode(texts), encoder.encode(texts), strict=True):
@@ -38,7 +38,7 @@ def test_gives_what_the_encoder_gives(encoder: TextEncoder, tmp_path: Path) -> N
     assert found.fingerprint() == encoder.fingerprint()
 
 
-def test_adds_what_is_new(encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_new_captions_are_added(encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_text, "CAPTIONS_PER_FILE", 2)
     assert list(store_text(encoder, CAPTIONS[:3], tmp_path)) == [2, 1]
     assert list(store_text(encoder, CAPTIONS, tmp_path)) == [2]
@@ -52,7 +52,7 @@ def test_adds_what_is_new(encoder: TextEncoder, tmp_path: Path, monkeypatch: pyt
     torch.testing.assert_close(states, encoder.encode(CAPTIONS)[0], atol=0.02, rtol=0.01)  # bf16 on disk
 
 
-def test_saved_it_knows_where_the_states_lie(encoder: TextEncoder, tmp_path: Path) -> None:
+def test_saving_records_the_folder_of_the_states(encoder: TextEncoder, tmp_path: Path) -> None:
     found = stored(encoder, tmp_path / "text")
     found.save_pretrained(tmp_path / "pipeline")
     loaded = TextEncoder.from_pretrained(tmp_path / "pipeline")
@@ -62,7 +62,7 @@ def test_saved_it_knows_where_the_states_lie(encoder: TextEncoder, tmp_path: Pat
     assert again.fingerprint() == encoder.fingerprint()
 
 
-def test_what_is_missing_or_wrong_is_named(encoder: TextEncoder, tmp_path: Path) -> None:
+def test_missing_and_damaged_states_are_named(encoder: TextEncoder, tmp_path: Path) -> None:
     found = stored(encoder, tmp_path / "text")
     with pytest.raises(UserError, match="no states of 1 captions, such as 'green'"):
         found.encode(["blue", "green"])
@@ -80,7 +80,7 @@ def test_what_is_missing_or_wrong_is_named(encoder: TextEncoder, tmp_path: Path)
         StoredTextEncoder(tmp_path / "text")
 
 
-def test_a_disk_that_refuses(encoder: TextEncoder, tmp_path: Path) -> None:
+def test_a_full_disk_is_a_user_error(encoder: TextEncoder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         list(store_text(encoder, CAPTIONS, tmp_path / "file"))

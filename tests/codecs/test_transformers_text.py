@@ -109,7 +109,7 @@ def test_states_of_several_layers(kind: str, request: pytest.FixtureRequest, tmp
     assert torch.equal(TextEncoder.from_pretrained(tmp_path).encode(texts)[0], joined)
 
 
-def test_layers_that_are_not_there(bert: Path) -> None:
+def test_missing_layers_are_an_error(bert: Path) -> None:
     with pytest.raises(UserError, match=r"layers is \[0, 9\], but this model has the layers 0 .* to 2"):
         build("auto", bert, layers=[0, 9])
     for layers in ([], [1, 1]):

@@ -104,7 +104,7 @@ def breaking(tmp_path, write_video):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_clip_that_fails_gives_way_to_the_next(breaking, workers, caplog):
+def test_an_unreadable_clip_is_replaced_by_the_next(breaking, workers, caplog):
     plan, folder = breaking
     loader = video_loader(plan, workers=workers)
     for raw in loader(0, 4):
@@ -139,7 +139,7 @@ def test_too_many_failures_stop_the_run(breaking, workers):
         list(video_loader(plan, workers=workers)(0, 2))
 
 
-def test_each_rank_reads_its_part_and_hears_of_all_failures(breaking):
+def test_each_rank_reads_its_part_and_counts_the_failures_of_all(breaking):
     plan, folder = breaking
     run_on_ranks(2, read_parts, plan, list(video_loader(plan, crop="random")(0, 4)))
     (folder / "7.mp4").unlink()
@@ -167,7 +167,7 @@ def fail_together(group, plan):
     assert seen == [step for step in (0,) if {4, 7} - set(plan.batch(0).indices)]
 
 
-def test_ranks_that_share_a_video_must_read_it_alike(breaking, tmp_path_factory):
+def test_ranks_that_share_a_video_must_read_the_same_clip(breaking, tmp_path_factory):
     plan, folder = breaking
     whole = tmp_path_factory.mktemp("whole") / "clips"
     shutil.copytree(folder, whole)
@@ -200,7 +200,7 @@ def read_otherwise(group, plans):
         list(video_loader(plans[group.rank], mesh=Mesh(group.rank, group.size, group))(0, 4))
 
 
-def test_a_bucket_without_a_readable_clip_is_left_out_before_there_is_a_plan(folder, tmp_path):
+def test_a_bucket_without_a_readable_clip_is_excluded_from_the_plan(folder, tmp_path):
     for name in ("0.mp4", "1.mp4"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     for name in ("2.mp4", "3.mp4", "4.mp4"):
@@ -273,7 +273,7 @@ def test_a_process_ends_with_workers_still_reading(folder):
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
-def test_light_to_import():
+def test_importing_the_dataset_is_light():
     modules = "stdit.data.cache.batches, stdit.data.cache.maintenance, stdit.data.cache.codec_fitting"
     code = f"import sys, {modules}; print({{'diffusers', 'transformers'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

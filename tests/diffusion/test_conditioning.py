@@ -12,7 +12,7 @@ def draw(name: str, frames: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MASK_STRATEGIES.names())
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 8, 17])
-def test_one_frame_is_free_and_draws_repeat(name: str, frames: int) -> None:
+def test_one_frame_is_generated_and_draws_repeat(name: str, frames: int) -> None:
     for seed in range(20):
         condition_mask = draw(name, frames, seed)
         assert condition_mask.shape == (frames,) and condition_mask.dtype == torch.bool
@@ -34,7 +34,7 @@ def test_one_frame_is_free_and_draws_repeat(name: str, frames: int) -> None:
         ("head_tail", {"07", "017", "067", "0167"}),
     ],
 )
-def test_which_frames_are_given(name: str, allowed: set[str]) -> None:
+def test_which_frames_are_conditioning_frames(name: str, allowed: set[str]) -> None:
     found = {"".join(str(int(i)) for i in draw(name, 8, seed).nonzero()) for seed in range(60)}
     assert found == allowed
 

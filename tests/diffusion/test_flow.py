@@ -58,7 +58,7 @@ def test_euler_steps_with_the_true_velocity_reach_the_data(prediction: str) -> N
     torch.testing.assert_close(x_t, x, atol=1e-5, rtol=1e-5)
 
 
-def test_given_frames_do_not_count() -> None:
+def test_conditioning_frames_have_no_loss() -> None:
     flow, (x, noise, t) = make("velocity"), sample()
     condition_mask = torch.tensor([[True, False, False, False], [False, False, True, True]])
     x_t = flow.add_noise(x, noise, t * ~condition_mask)

@@ -83,7 +83,7 @@ def limit() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_every_input_is_read_or_refused_in_words(
+def test_every_input_is_read_or_refused_with_a_message(
     name: str,
     watch: Watch,
     limit: None,

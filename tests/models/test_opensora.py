@@ -42,7 +42,7 @@ def same(found: State, expected: State) -> bool:
 
 
 @pytest.mark.parametrize("case", GOLDEN)
-def test_shapes_tell_the_settings(case: str) -> None:
+def test_settings_are_inferred_from_shapes(case: str) -> None:
     expected = settings(case)
     model = STDiT.from_opensora(weights(golden(case)))
     for name in expected.keys() - {"class_dropout_prob"}:
@@ -78,7 +78,7 @@ def test_every_form_of_a_checkpoint(state: State, kind: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("case", GOLDEN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back_is_the_same(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_converting_to_opensora_and_back_is_exact(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     state = {name: tensor.to(dtype) for name, tensor in weights(golden(case)).items()}
     model = STDiT.from_opensora(state)
     assert model.dtype == dtype
@@ -90,7 +90,7 @@ def test_there_and_back_is_the_same(case: str, dtype: torch.dtype, tmp_path: Pat
     assert dict(STDiT.from_opensora(tmp_path).config) == dict(model.config)
 
 
-def test_a_model_of_our_own_does_not_go_back(state: State) -> None:
+def test_a_model_with_options_that_opensora_lacks_is_refused(state: State) -> None:
     model = STDiT.from_opensora(state, block_order="paired", gate_init=0.5)
     with pytest.raises(UserError, match="this model has block_order = paired, which Open-Sora"):
         to_opensora(model.state_dict(), model.config)
@@ -180,12 +180,12 @@ def broken(kind: str, state: State, folder: Path) -> Path:
         ("torn config", "config.json' is not JSON"),
     ],
 )
-def test_what_will_not_do(state: State, kind: str, message: str, tmp_path: Path, capsys: Any) -> None:
+def test_unusable_checkpoints_are_refused(state: State, kind: str, message: str, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(UserError, match=message):
         STDiT.from_opensora(broken(kind, state, tmp_path))
     assert "never" not in capsys.readouterr().out
 
 
-def test_another_model() -> None:
+def test_a_checkpoint_of_another_architecture_is_refused() -> None:
     with pytest.raises(UserError, match="lacks .* has 1 tensors such as blocks.0.attn.qkv.weight"):
         STDiT.from_opensora({"blocks.0.attn.qkv.weight": torch.zeros(3, 3)})

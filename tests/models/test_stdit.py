@@ -140,7 +140,7 @@ def test_convolution_sees_neighbours_along_the_attended_axis_only(axis: str) -> 
 
 
 @pytest.mark.parametrize("frame_positions", [False, True])
-def test_frame_positions_tell_frames_of_like_content_apart(frame_positions: bool) -> None:
+def test_frame_positions_distinguish_equal_frames(frame_positions: bool) -> None:
     batch = inputs()
     batch["hidden_states"] = batch["hidden_states"][:, :, :1].expand(-1, -1, 4, -1, -1)
     out = small(frame_positions=frame_positions)(**batch)

@@ -53,7 +53,7 @@ def test_rates(tmp_path, fps):
     assert rate == pytest.approx(fps, rel=1e-4)
 
 
-def test_odd_sizes_are_padded_and_it_is_said(tmp_path):
+def test_odd_sizes_are_padded_and_recorded(tmp_path):
     write_mp4(tmp_path / "a.mp4", clip(1, 33, 47), 8, METADATA)
     _, _, frames = decode(tmp_path / "a.mp4")
     assert frames[0].shape == (34, 48, 3)

@@ -29,7 +29,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back(
+def test_converting_there_and_back_is_exact(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     state = {name: tensor.to(dtype) for name, tensor in weights(golden("odd_ragged")).items()}

@@ -88,7 +88,7 @@ def is_encoder(kind):
     return issubclass(kind, PreTrainedModel) or kind.__name__ == "Encoder"  # of text, of a VAE
 
 
-def test_from_memory_and_from_disk_encoded_before_or_not_a_run_is_the_same(views, tmp_path, monkeypatch):
+def test_a_run_is_the_same_with_every_cache(views, tmp_path, monkeypatch):
     outputs, other = tmp_path / "outputs", {"data__cache_dir": tmp_path / "other"}
     with monkeypatch.context() as patch:
         watch = Watch(patch)
@@ -168,7 +168,7 @@ def test_clips_that_fail_are_listed_once_with_the_step_across_parts_of_a_run(
         assert entry["data_share"] == pytest.approx(entry["data_seconds"] / total, abs=0.01)
 
 
-def test_the_cache_lies_with_the_data_unless_told_otherwise(tmp_path):
+def test_the_cache_is_beside_the_data_by_default(tmp_path):
     assert DataConfig(manifest="data/shapes/manifest.csv").cache_folder() == Path("data/shapes/stdit-cache")
     assert DataConfig(manifest=str(tmp_path)).cache_folder() == tmp_path / "stdit-cache"
     assert DataConfig(manifest=str(tmp_path), cache_dir="fast/cache").cache_folder() == Path("fast/cache")

@@ -69,7 +69,7 @@ def test_another_experiment_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["step", "experiment", "nonfinite_in_a_row", "batch_splits"])
-def test_a_manifest_that_lacks_something_is_named(tmp_path: Path, key: str) -> None:
+def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path, key: str) -> None:
     folder = save(folder_of(tmp_path), 1, {"experiment": {}, "nonfinite_in_a_row": 0, "batch_splits": 1})
     meta = json.loads((folder / "meta.json").read_text())
     del meta[key]

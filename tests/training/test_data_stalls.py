@@ -65,7 +65,7 @@ def run(monkeypatch, steps, wait, train, warns=True):
     return seen
 
 
-def test_it_warns_once_in_a_while_and_not_of_a_short_wait(monkeypatch, caplog):
+def test_warnings_are_rare_and_only_about_long_waits(monkeypatch, caplog):
     seen = run(monkeypatch, 1000, wait=1.0, train=1.0)
     assert [batch.step for batch in seen] == list(range(1000))
     assert {batch.timings.waiting for batch in seen} == {1.0}

@@ -105,7 +105,7 @@ def test_the_report_compares_values_of_sp(settings: list[str]) -> None:
         (["--model.hidden_size", "10000000", "--model.num_heads", "4"], 1, "; more than the available 1,024"),
     ],
 )
-def test_the_report_says(settings: list[str], flags: list[str], processes: int, message: str) -> None:
+def test_lines_of_the_report(settings: list[str], flags: list[str], processes: int, message: str) -> None:
     assert message in report(estimate_of([*settings, *flags]).inputs, processes, GIB)
 
 

@@ -26,7 +26,7 @@ def hold(config: TrainConfig, ready: "multiprocessing.Queue[int]") -> None:
         time.sleep(30)
 
 
-def test_a_folder_has_one_run_and_says_which(tmp_path: Path) -> None:
+def test_a_run_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     config = TrainConfig(output_dir=str(tmp_path))
     ready: multiprocessing.Queue[int] = fork.Queue()

@@ -27,7 +27,7 @@ def fill(one: SpikeGuard, losses: list[float]) -> None:
         assert not one.is_spike(0.1 * (place + 1), loss)
 
 
-def test_a_loss_is_compared_with_those_at_like_levels() -> None:
+def test_a_loss_is_compared_with_those_at_similar_levels() -> None:
     one = guard()
     fill(one, [1, 1, 1, 1, 5, 5, 5, 5])
     assert one.is_spike(0.1, 2.1) and not one.is_spike(0.8, 9.9)
@@ -35,7 +35,7 @@ def test_a_loss_is_compared_with_those_at_like_levels() -> None:
     assert not guard(factor=None).is_spike(0.5, 1e9)
 
 
-def test_nothing_is_a_spike_before_there_is_enough_to_compare_with() -> None:
+def test_no_loss_is_a_spike_before_the_window_is_full() -> None:
     one = guard()
     fill(one, [1, 1, 1, 1, 1, 1, 1])
     assert not one.is_spike(0.5, 100.0)
@@ -102,7 +102,7 @@ def loud(step: int) -> EncodedBatch:
     return replace(batch, latents=100 * batch.latents)
 
 
-def test_a_spike_moves_nothing_and_its_batch_is_never_trained_on() -> None:
+def test_a_spike_is_not_applied_and_its_batch_is_never_trained_on() -> None:
     one, other = (trainer(spike=SpikeConfig(factor=3.0, window=8)) for _ in range(2))
     for step in range(8):
         one.step(tiny_batch(step))

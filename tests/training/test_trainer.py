@@ -61,7 +61,7 @@ def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_on_fewer_ranks_than_before_passes_are_as_small_as_then(tmp_path: Path) -> None:
+def test_micro_batches_do_not_grow_on_fewer_ranks(tmp_path: Path) -> None:
     before, expected = trainer(micro_batch_size=2), trainer()
     meta = {"nonfinite_in_a_row": 0, "batch_splits": 2}
     folder = CheckpointWriter(tmp_path, CheckpointConfig(), Mesh()).save(

@@ -8,7 +8,7 @@ from stdit.training.config import ValidationConfig
 from stdit.training.validation import pipeline_settings_of
 
 
-def test_videos_are_as_the_bucket_with_the_most_clips() -> None:
+def test_default_sizes_are_those_of_the_bucket_with_the_most_clips() -> None:
     buckets = [Bucket(1, 64, 64, 8.0), Bucket(16, 32, 48, 8.0)]
     assignment = Assignment([], buckets, [np.arange(2), np.arange(5)], [])
     config = ValidationConfig(num_inference_steps=7, guidance_scale=2.0, fps=4.0)

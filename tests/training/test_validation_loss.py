@@ -61,7 +61,7 @@ def test_levels_are_quantiles_of_those_that_are_trained(sampling: Any) -> None:
         )
 
 
-def test_noise_belongs_to_the_clip() -> None:
+def test_noise_depends_on_the_clip_alone() -> None:
     flow = RectifiedFlow(FlowConfig())
     rows = [ValidationRow(0, 0), ValidationRow(0, 2), ValidationRow(1, 2)]
     draws = fixed_draws(flow, 5, rows, LEVELS, (2, 3, 4, 4), 8, 8)
@@ -71,7 +71,7 @@ def test_noise_belongs_to_the_clip() -> None:
     assert not draws.condition_mask.any() and not draws.drop_caption.any()
 
 
-def test_it_is_of_the_averages_and_leaves_everything_as_it_was() -> None:
+def test_it_uses_averaged_weights_and_changes_no_state() -> None:
     one, other = trainer(), trainer()
     for step in range(2):
         one.step(tiny_batch(step))

@@ -67,7 +67,7 @@ VIEWS = {"augmented_views": 3, "crop": "random", "flip": True}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_from_disk_and_from_memory_cached_or_not_are_the_same(work, config, workers):
+def test_batches_from_disk_and_memory_are_equal(work, config, workers):
     expected = list(from_memory(work(**VIEWS))(0, 12))
     fresh = work(**VIEWS, cache_dir=str(config.cache_folder()) + "-fresh", workers=workers)
     cached = work(**VIEWS, workers=workers)
@@ -78,7 +78,7 @@ def test_from_disk_and_from_memory_cached_or_not_are_the_same(work, config, work
     assert len(views) > len({clip for clip, _ in views})  # a clip is not always seen alike
 
 
-def test_what_is_made_in_training_is_added_and_mixed_with_what_was_there(work, config):
+def test_entries_encoded_during_training_are_added_to_the_cache(work, config):
     expected = list(from_memory(work(cache_dir=str(config.cache_folder()) + "-memory"))(0, 8))
     half = work()
     half.encode(part=(0, 2))
@@ -114,7 +114,7 @@ def test_each_rank_gets_its_part_of_a_batch(work):
         assert [part.batch_size for part in parts] == [whole.batch_size] * 2 == [2, 2]
 
 
-def test_a_clip_that_fails_gives_way(work, tmp_path):
+def test_an_unreadable_clip_is_replaced(work, tmp_path):
     ready = work()
     (tmp_path / "2.mp4").write_bytes(b"damaged")
     (tmp_path / "4.mp4").unlink()
@@ -143,7 +143,7 @@ def replace_store(work):
     return work
 
 
-def test_a_clip_that_was_read_from_the_cache_may_go_while_training_goes_on(work, tmp_path):
+def test_cached_clips_may_be_deleted_during_training(work, tmp_path):
     work().encode()
     batches = from_disk(work())(0, 16)
     seen = [next(batches) for _ in range(8)]
@@ -153,7 +153,7 @@ def test_a_clip_that_was_read_from_the_cache_may_go_while_training_goes_on(work,
     assert sum(batch.replaced for batch in batches) == 0
 
 
-def test_a_shard_that_breaks_while_training_reads_is_made_anew(work, config, caplog):
+def test_a_shard_damaged_during_training_is_encoded_again(work, config, caplog):
     work().encode()
     running = work()
     batches = from_disk(running)(0, 8)
@@ -167,7 +167,7 @@ def test_a_shard_that_breaks_while_training_reads_is_made_anew(work, config, cap
     assert all(alike(*pair) for pair in zip(from_disk(again)(0, 8), expected, strict=True))
 
 
-def test_a_full_disk_lets_training_go_on(work, monkeypatch, caplog):
+def test_training_continues_when_the_cache_disk_is_full(work, monkeypatch, caplog):
     running = work()
     batches = from_disk(running)
     expected = list(from_memory(work(cache_dir=str(running.config.cache_folder()) + "-memory"))(0, 8))

@@ -34,7 +34,7 @@ def test_each_loader_is_measured_and_compared_with_training(tmp_path, capsys):
     assert ratios[1] == pytest.approx(rates[1] / rates[0], rel=0.1)
 
 
-def test_its_own_flags_are_told_from_those_of_training():
+def test_its_own_flags_are_separated_from_those_of_training():
     own, rest = parse_args(["--config", "a.yaml", "--seconds=3", "--loaders", "0", "--data.crop", "random"])
     assert (own.seconds, own.loaders, own.threads) == (3, 0, 2)
     assert rest == ["--config", "a.yaml", "--data.crop", "random"]
