@@ -34,7 +34,9 @@ def make_codec(name: str, directory: Path) -> VideoCodec:
 
 
 @pytest.mark.parametrize("name", ["pixel", "pca", "AutoencoderKLWan"])
-def test_pipelines_save_and_load_components(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_pipelines_save_and_load_components(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     codec = make_codec(name, tmp_path / "vae")
     encoder = build_text_encoder(TextEncoderConfig(name="auto", path=str(save_tiny_bert(tmp_path / "bert"))))
     Pair(codec, encoder).save_pretrained(tmp_path / "pipeline")

@@ -38,7 +38,9 @@ def test_stored_states_equal_those_of_the_encoder(encoder: TextEncoder, tmp_path
     assert found.fingerprint() == encoder.fingerprint()
 
 
-def test_only_new_captions_are_added(encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_new_captions_are_added(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stored_text, "CAPTIONS_PER_FILE", 2)
     assert list(store_text(encoder, CAPTIONS[:3], tmp_path)) == [2, 1]
     assert list(store_text(encoder, CAPTIONS, tmp_path)) == [2]

@@ -180,7 +180,9 @@ def broken(kind: str, state: State, folder: Path) -> Path:
         ("torn config", "config.json' is not JSON"),
     ],
 )
-def test_unusable_checkpoints_are_refused(state: State, kind: str, message: str, tmp_path: Path, capsys: Any) -> None:
+def test_unusable_checkpoints_are_refused(
+    state: State, kind: str, message: str, tmp_path: Path, capsys: Any
+) -> None:
     with pytest.raises(UserError, match=message):
         STDiT.from_opensora(broken(kind, state, tmp_path))
     assert "never" not in capsys.readouterr().out

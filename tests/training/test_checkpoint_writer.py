@@ -245,9 +245,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_never_run(tmp_path: Path) -> No
         ('{"other": {"saved_offsets": [0, 0]}}', "cannot be read"),
     ],
 )
-def test_a_header_with_an_invalid_placement_is_refused(
-    tmp_path: Path, placement: str, message: str
-) -> None:
+def test_a_header_with_an_invalid_placement_is_refused(tmp_path: Path, placement: str, message: str) -> None:
     save_file({"weight": torch.zeros(2, 3)}, tmp_path / "a.safetensors", metadata={PLACEMENT: placement})
     with pytest.raises(UserError, match=message):
         StoredTensors(tmp_path)
