@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from tests import warm
 from tests.warm import ROOT
 
-PATIENCE = 15.0
-"""Seconds in which the ranks of a run end when one has failed, before they are killed."""
+GRACE_SECONDS = 15.0
+"""Seconds for the other ranks to end after one has failed, before they are killed."""
 
 
 def start(script: str, ranks: int, argv: list[str], launcher: str = "torchrun") -> subprocess.Popen[str]:
@@ -35,11 +35,11 @@ def start(script: str, ranks: int, argv: list[str], launcher: str = "torchrun") 
 
 
 def launch(script: str, ranks: int, argv: list[str], launcher: str = "warm") -> tuple[int, str, str]:
-    """Run a script on some ranks to its end; return exit code, output and errors.
+    """Run a script on several ranks until it ends; return exit code, output and errors.
 
     Args:
-        launcher: torchrun, accelerate, or warm: processes that start at once, with the environment that torchrun
-            gives them, and with its exit code, 1, if any of them fails.
+        launcher: torchrun, accelerate, or warm: forked processes that start without importing torch again, in the
+            environment that torchrun sets; as with torchrun, the exit code is 1 if any of them fails.
     """
     if launcher == "warm":
         return _launch_warm(script, ranks, argv)
@@ -61,8 +61,8 @@ def _launch_warm(
     deadline = time.monotonic() + timeout
     try:
         while None in (codes := [process.poll() for process in processes]):
-            if any(codes) and deadline > time.monotonic() + PATIENCE:
-                deadline = time.monotonic() + PATIENCE
+            if any(codes) and deadline > time.monotonic() + GRACE_SECONDS:
+                deadline = time.monotonic() + GRACE_SECONDS
                 for process in processes:
                     process.send_signal(signal.SIGTERM)
             if time.monotonic() > deadline:

@@ -147,7 +147,7 @@ def parse_words(words: list[str]) -> None:
 
 
 def check_command(command: str) -> Iterator[str]:
-    """What is wrong with a shell command."""
+    """Return the errors of a shell command."""
     try:
         parse_command(command)
     except SystemExit as error:
@@ -158,7 +158,7 @@ def check_command(command: str) -> Iterator[str]:
 
 
 def commands_in(lines: str) -> Iterator[str]:
-    """Commands among the lines of a code block, which may go on after a backslash."""
+    """Commands among the lines of a code block, which a backslash continues."""
     for line in re.sub(r"\\\n\s*", " ", lines).splitlines():
         command = re.sub(r"^(\$ |sudo |[A-Z_]+=\S+ )*", "", line.strip())
         if command.split(" ")[0] in LAUNCHERS:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAND_IN = """#!/usr/bin/env bash
 run=outputs/quickstart
-sleep 0.02  # file systems tell times apart by some milliseconds
+sleep 0.02  # times of files are exact to some milliseconds
 [ "$1" != "$(cat stop 2>/dev/null)" ] || exit "$(cat code)"
 case "$1" in
     train.py) mkdir -p $run/pipeline; [ -e $run/pipeline/model_index.json ] || touch $run/pipeline/model_index.json ;;
@@ -46,7 +46,7 @@ def test_the_commands_are_those_of_the_readme_and_their_results_are_reused(folde
     assert quickstart(folder) == (0, [shapes, train])
     (folder / "outputs" / "quickstart" / "scores.json").unlink()
     assert quickstart(folder) == (0, [shapes, train, score])
-    (folder / "outputs" / "quickstart" / "pipeline" / "model_index.json").touch()  # trained anew
+    (folder / "outputs" / "quickstart" / "pipeline" / "model_index.json").touch()  # trained again
     assert quickstart(folder) == (0, commands)
 
 

@@ -1,4 +1,4 @@
-"""The command itself, in processes of its own."""
+"""sample.py, in processes of its own."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What no file and no setting may do: run code, leave its root, show a key, or be readable against the umask.
+"""Security: no file runs code or leaves its root, no key is written, and file modes respect the umask.
 
 Pickles that are planted in checkpoints, weights and codecs are in tests/training/test_checkpoint_writer.py,
 tests/models/test_opensora.py, tests/codecs/test_text.py and tests/codecs/test_diffusers_vae.py.
@@ -28,7 +28,7 @@ FORBIDDEN = {
 
 
 def calls(path: Path) -> list[tuple[str, dict[str, Any], int]]:
-    """Every call in a file: its dotted name, its keyword arguments that are constants, and its line."""
+    """Return every call in a file: dotted name, constant keyword arguments, and line."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):

@@ -151,7 +151,7 @@ def test_a_run_folder_that_becomes_read_only_ends_the_run_with_an_error(
         before_step(patch, {3: goes})
         assert ended(settings()) == 2
         check_one_error(capfd.readouterr().err, run, "step-00000004 could not be written")
-        assert ended(settings()) == 2, "nor can it go on"
+        assert ended(settings()) == 2, "nor can it resume"
         said = capfd.readouterr().err
         assert said.count("error: ") == 1 and f"{run} cannot be written" in said and "Traceback" not in said
     found, passed_over = newest_whole(run / "checkpoints")
@@ -249,7 +249,7 @@ def test_unreachable_wandb_is_reported_once_and_training_completes(
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
         wandb.teardown()  # of earlier tests, which had another address
         assert do(settings(tracker__name="wandb", tracker__timeout=1, tracker__every=1)) == 0
-        wandb.teardown()  # as at the end of a process, which waits for what it has to send
+        wandb.teardown()  # waits until everything is sent, as at the end of a process
     said = "".join(capfd.readouterr())
     assert said.count("wandb cannot be reached") == 1 and "Traceback" not in said
     assert said.count("warning: ") == 0 and "0123456789" * 4 not in said

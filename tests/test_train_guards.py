@@ -42,12 +42,12 @@ def test_a_run_rolls_back_before_a_spike_and_excludes_its_batches(
     with monkeypatch.context() as patch:
         seen = jump_at(patch, 10)
         assert do(settings(name="spike", trainer__steps=12, **FLAGS)) == 0
-    assert seen == [*range(11), 11], "8, 9 and 10 are computed once, and left out when they come again"
+    assert seen == [*range(11), 11], "8, 9 and 10 are computed once, and excluded afterwards"
     assert "step 10: the loss jumped to" in capsys.readouterr().out
     run, never = (tmp_path / "outputs" / name for name in ("spike", "never"))
     assert [line["step"] for line in metrics(run) if line.get("excluded")] == [8, 9, 10]
     assert read_meta(run / "checkpoints" / "step-00000012")["spikes"]["excluded_steps"] == [8, 9, 10]
-    assert do(settings(name="spike", trainer__steps=14, **FLAGS)) == 0  # it goes on
+    assert do(settings(name="spike", trainer__steps=14, **FLAGS)) == 0  # resumes
     with monkeypatch.context() as patch:
         patch.setattr(SpikeGuard, "excluded_steps", {8, 9, 10}, raising=False)
         patch.setattr(SpikeGuard, "__setattr__", keep_excluded_steps)

@@ -1,7 +1,7 @@
-"""Processes that start in milliseconds: forked from a server that has imported what takes seconds.
+"""Processes that start in milliseconds: forked from a server that has already imported torch.
 
-The server starts with the first process that is asked for. It has run none of our code, and has no threads. Code that
-reads an environment variable while it is imported sees the server's: its tests have to start Python themselves.
+The server starts with the first process, and has no threads. Code that reads environment variables when it is imported
+sees those of the server: tests of such code must start Python themselves.
 """
 
 import atexit
@@ -26,7 +26,7 @@ IMPORTED = [
     "stdit.pipelines.pipeline",
     "stdit.training.trainer",
 ]
-"""What most processes of the tests need."""
+"""Modules that most processes of the tests need."""
 
 
 def context() -> ForkServerContext:
@@ -82,7 +82,7 @@ class Python:
         return self.output()
 
     def output(self) -> tuple[str, str]:
-        """Return what it has written so far: output and errors."""
+        """Return the output and errors so far."""
         texts = [file.read_text(errors="replace") if file.exists() else "" for file in self._files]
         return texts[0], texts[1]
 
@@ -92,7 +92,7 @@ class Python:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -113,5 +113,5 @@ def _run(argv: list[str], environment: Mapping[str, str], cwd: Path, files: Sequ
     try:
         runpy.run_path(argv[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # which multiprocessing leaves out
+        atexit._run_exitfuncs()  # multiprocessing does not run them
         sys.stdout.flush()

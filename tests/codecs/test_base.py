@@ -1,4 +1,4 @@
-"""Frames encoded at their place in a longer video, by a codec that keeps one frame of each latent frame."""
+"""`encode_span`: frames at their place in a longer video, with a codec that keeps one frame per latent frame."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from stdit.codecs.base import VideoCodec
 
 
 class LastOfFour(VideoCodec):
-    """The last of the frames that a latent frame holds."""
+    """A codec that keeps the last of the frames of each latent frame."""
 
     name, stride, channels = "last", (4, 1, 1), 3
 

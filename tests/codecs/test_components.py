@@ -15,7 +15,7 @@ from tests.codecs.tiny import save_tiny_bert, save_tiny_vae
 
 
 class Pair(DiffusionPipeline):
-    """The smallest pipeline with both."""
+    """A minimal diffusers pipeline of a codec and a text encoder."""
 
     def __init__(self, codec: VideoCodec, text_encoder: TextEncoder) -> None:
         super().__init__()

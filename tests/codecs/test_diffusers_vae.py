@@ -1,4 +1,4 @@
-"""The adapter for diffusers' VAEs, on tiny random ones that are saved and loaded as real ones are."""
+"""The adapter for diffusers' VAEs, with tiny random VAEs in diffusers' format."""
 
 import json
 from pathlib import Path

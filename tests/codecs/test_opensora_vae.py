@@ -1,4 +1,4 @@
-"""Open-Sora's video VAE with random weights: its definition, its names, every length, saved and loaded."""
+"""Open-Sora's video VAE with random weights: definition, weight names, lengths, saving and loading."""
 
 import json
 from pathlib import Path
@@ -155,7 +155,7 @@ def test_chunks_are_encoded_independently(codec: OpenSoraCodec, frames: int) -> 
 
 
 def test_encoding_equals_the_definition(codec: OpenSoraCodec) -> None:
-    """Step by step, for a chunk of 6 frames: 2 of zeros before it make 8."""
+    """Encode a chunk of 6 frames step by step; 2 frames of zeros in front make 8."""
     x = video(6)
     vae: Any = codec.spatial_vae["module"]
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_bad_weights(codec: OpenSoraCodec, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_in_a_pipeline(codec: OpenSoraCodec, tmp_path: Path) -> None:
-    """The video ends in a chunk that was filled up in front: the pipeline says how long it was."""
+    """The last chunk is padded in front, so the pipeline must pass the number of frames to the decoder."""
     pipe = tiny_pipeline(tmp_path, codec)
     call = dict(prompt="a red circle", num_frames=18, height=8, width=8, num_inference_steps=2)
     made = [

@@ -1,4 +1,4 @@
-"""Text states computed before, against the encoder that computed them."""
+"""Stored text states against the encoder that computed them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Text encoders, on tiny random models and on the packaged MiniLM."""
+"""Text encoders: tiny random models, and the packaged MiniLM."""
 
 import importlib.util
 import logging

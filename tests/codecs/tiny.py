@@ -1,4 +1,4 @@
-"""Tiny random-weight VAEs and text encoders, saved as real ones are. Other tests import these helpers too."""
+"""Tiny VAEs and text encoders with random weights, in the format of real ones; used by other tests, too."""
 
 from pathlib import Path
 from typing import Any

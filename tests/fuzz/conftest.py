@@ -13,7 +13,7 @@ settings.load_profile("short")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say how many inputs each reader had."""
+    """Print how many inputs each reader was given."""
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, value in report.user_properties:
             if name == "inputs":

@@ -1,4 +1,4 @@
-"""What is fed to the readers: valid inputs, changed a little, since noise is refused at the first character."""
+"""Strategies for fuzzed inputs: valid inputs with a few changes, since pure noise is refused at its first byte."""
 
 import json
 import struct
@@ -80,7 +80,7 @@ ODD_VALUES: tuple[Any, ...] = (
 
 @st.composite
 def changed_text(draw: st.DrawFn, valid: Sequence[str]) -> str:
-    """One of some valid texts with up to six edits: parts left out, doubled, moved, replaced, or of another text."""
+    """Draw a valid text with up to six edits: parts removed, doubled, replaced, or taken from another text."""
     text = draw(st.sampled_from(valid))
     for _ in range(draw(st.integers(0, 6))):
         begin = draw(st.integers(0, len(text)))
@@ -100,7 +100,7 @@ def changed_text(draw: st.DrawFn, valid: Sequence[str]) -> str:
 
 
 def as_bytes(texts: st.SearchStrategy[str]) -> st.SearchStrategy[bytes]:
-    """Texts as files hold them: now and then in another encoding, or cut inside a character."""
+    """Encode texts as UTF-8; a few have a byte order mark, invalid bytes, or a truncated character."""
     encoded = texts.map(lambda text: text.encode("utf-8", "surrogatepass"))
     others = (
         lambda data: data[:-1],
@@ -114,7 +114,7 @@ def as_bytes(texts: st.SearchStrategy[str]) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def changed_tree(draw: st.DrawFn, valid: Sequence[Any]) -> Any:
-    """One of some valid JSON values with up to four entries left out, renamed, added or replaced."""
+    """Draw a valid JSON value with up to four entries removed, renamed, added or replaced."""
     tree = deepcopy(draw(st.sampled_from(valid)))
     for _ in range(draw(st.integers(0, 4))):
         place = draw(st.sampled_from(list(_containers(tree)) or [None]))
@@ -134,7 +134,7 @@ def changed_tree(draw: st.DrawFn, valid: Sequence[Any]) -> Any:
 
 
 def _change_mapping(draw: st.DrawFn, mapping: dict[str, Any], key: str, value: Any) -> None:
-    how = draw(st.sampled_from(("set", "set", "set", "leave out", "rename")))
+    how = draw(st.sampled_from(("set", "set", "set", "remove", "rename")))
     if how == "set":
         mapping[key] = value
     elif key in mapping:
@@ -144,7 +144,7 @@ def _change_mapping(draw: st.DrawFn, mapping: dict[str, Any], key: str, value: A
 
 
 def _containers(tree: Any) -> Any:
-    """Every mapping and list in a tree."""
+    """Yield every mapping and list of a tree."""
     if isinstance(tree, dict | list):
         yield tree
         for value in tree.values() if isinstance(tree, dict) else tree:
@@ -152,7 +152,7 @@ def _containers(tree: Any) -> Any:
 
 
 def as_json(trees: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
-    """Trees as JSON, most of them whole; integers may be too long for Python to write."""
+    """Encode trees as JSON; some are truncated or deeply nested."""
     texts = trees.map(lambda tree: json.dumps(tree, ensure_ascii=False))
     cut = st.tuples(texts, st.integers(0, 40)).map(lambda pair: pair[0][: -pair[1] or None])
     deep = texts.map(lambda text: text[:-1] + ', "deep": ' + "[" * 5000)
@@ -161,18 +161,18 @@ def as_json(trees: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def changed_safetensors(draw: st.DrawFn, valid: bytes) -> bytes:
-    """A file of safetensors with another header, another length of it, or other bytes behind it."""
+    """Draw a safetensors file with a changed header, a wrong header length, or a changed body."""
     length = struct.unpack("<Q", valid[:8])[0]
     header = draw(as_json(changed_tree([json.loads(valid[8 : 8 + length])])))
-    says = draw(st.sampled_from((len(header), len(header), len(header), 0, 1, length, 2**40, 2**64 - 1)))
+    stated = draw(st.sampled_from((len(header), len(header), len(header), 0, 1, length, 2**40, 2**64 - 1)))
     body = valid[8 + length :]
     body = body[: draw(st.sampled_from((len(body), len(body), 0, 1, len(body) // 2)))]
-    return struct.pack("<Q", says) + header + body
+    return struct.pack("<Q", stated) + header + body
 
 
 @st.composite
 def changed_bytes(draw: st.DrawFn, valid: Sequence[bytes]) -> bytes:
-    """One of some valid files with up to four edits: bytes replaced, left out or doubled, or its end cut off."""
+    """Draw a valid file with up to four edits: bytes replaced, removed or doubled, or its end cut off."""
     data = draw(st.sampled_from(valid))
     for _ in range(draw(st.integers(0, 4))):
         begin = draw(st.integers(0, len(data)))

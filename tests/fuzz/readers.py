@@ -1,4 +1,4 @@
-"""The readers that are fuzzed: each takes an input from a person or a disk, and is called as the program calls it."""
+"""The readers of user input and files that are fuzzed, each called as the program calls it."""
 
 import csv
 import io
@@ -90,7 +90,7 @@ MANIFEST_ROWS = [
 
 @dataclass(frozen=True)
 class Reader:
-    """Something that reads, and what it is given."""
+    """A function that reads, and the strategy of its inputs."""
 
     inputs: st.SearchStrategy[Any]
     read: Callable[[Any, Path], object]
@@ -116,7 +116,7 @@ def _config_texts(kind: str) -> list[str]:
 
 
 def _config_bytes(kind: str) -> st.SearchStrategy[bytes]:
-    """Config files: the text changed, or the settings."""
+    """Config files with changed text or changed settings."""
     trees = changed_tree(_configs(kind)).map(lambda tree: yaml.safe_dump(tree, allow_unicode=True))
     return as_bytes(st.one_of(changed_text(_config_texts(kind)), trees))
 
@@ -187,7 +187,7 @@ def _tar(members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> byt
 
 
 def _tars() -> st.SearchStrategy[bytes]:
-    """TokenSharding: with members of odd names and captions, or with odd bytes."""
+    """Tar shards with odd member names and captions, or with odd bytes."""
     names = changed_text(["a.mp4", "a.txt", "b/c.json", "a.json", "../a.mp4"]).map(lambda name: name[:200])
     captions = st.one_of(as_bytes(changed_text(["a ball"])), as_json(changed_tree([MANIFEST_ROWS[0]])))
     odd = st.lists(st.tuples(names, captions), max_size=4).map(_tar)
@@ -197,7 +197,7 @@ def _tars() -> st.SearchStrategy[bytes]:
 
 
 def _parquets() -> st.SearchStrategy[bytes]:
-    """Tables: with odd values in columns, or odd bytes."""
+    """Parquet files with odd values in columns, or with odd bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -243,7 +243,7 @@ def _masks(text: str, folder: Path) -> object:
 
 
 def _condition(inputs: tuple[str, list[Any]], folder: Path) -> None:
-    """A condition of scripts/prepare_data.py, on rows whose columns may be of any kind."""
+    """Parse a filter condition of scripts/prepare_data.py, and apply it to rows with columns of any type."""
     text, rows = inputs
     values = [
         {key: str(value) for key, value in row.items()}
@@ -256,7 +256,7 @@ def _condition(inputs: tuple[str, list[Any]], folder: Path) -> None:
 
 
 def _checkpoint_meta() -> Reader:
-    """``meta.json``, beside files that are as it says, or not."""
+    """``meta.json`` of a checkpoint, with files that match it or not."""
     experiment = experiment_key(TrainConfig(data=DataConfig(manifest="clips")))
     files = {"model/config.json": b"{}", "ema/ema.safetensors": b"abcd"}
     listed = {name: {"bytes": len(data), "hash": _hash(data)} for name, data in files.items()}
@@ -330,7 +330,7 @@ def _text_states() -> Reader:
 
 
 def readers() -> dict[str, Reader]:
-    """All of them, by name."""
+    """Return all readers by name."""
     prompts = ["\n".join(row["prompt"] for row in PROMPT_ROWS), "# c\n\na red ball\n"]
     names = st.lists(
         st.tuples(changed_text(["a.mp4", "b/c.png", "a.txt"]), changed_text(["text"])), max_size=4

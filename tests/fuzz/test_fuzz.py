@@ -1,4 +1,4 @@
-"""Whatever is written into a file or a flag is read, or refused in words for people; nothing hangs, nothing is run.
+"""Any content of a file or flag is read or refused with a clear message; nothing hangs, no code is run.
 
     pytest tests/fuzz --hypothesis-profile long
 
@@ -45,8 +45,8 @@ RUNS = (
 )
 
 
-class Watch:
-    """Notes what this process writes outside of a folder, starts, or unpickles, while it is on."""
+class AuditLog:
+    """Record, while a folder is set, what this process writes outside of it, starts, or unpickles."""
 
     folder: Path | None = None
 
@@ -67,14 +67,14 @@ class Watch:
 
 
 @pytest.fixture(scope="session")
-def watch() -> Watch:
-    return Watch()  # one for all tests: an audit hook stays for good
+def audit() -> AuditLog:
+    return AuditLog()  # one for all tests: an audit hook cannot be removed
 
 
 @pytest.fixture
 def limit() -> Iterator[None]:
     def hangs(*_: object) -> None:
-        raise TimeoutError(f"nothing came of this input for {PATIENCE} s")
+        raise TimeoutError(f"reading this input took more than {PATIENCE} s")
 
     before = signal.signal(signal.SIGALRM, hangs)
     yield
@@ -85,7 +85,7 @@ def limit() -> Iterator[None]:
 @pytest.mark.parametrize("name", READERS)
 def test_every_input_is_read_or_refused_with_a_message(
     name: str,
-    watch: Watch,
+    audit: AuditLog,
     limit: None,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -100,24 +100,24 @@ def test_every_input_is_read_or_refused_with_a_message(
     def check(value: Any) -> None:
         folder.mkdir()
         try:
-            refused = outcome(reader, value, folder, watch)
+            refused = outcome(reader, value, folder, audit)
         finally:
-            watch.folder = None
+            audit.folder = None
             signal.alarm(0)
             shutil.rmtree(folder)
             capsys.readouterr()
-        assert not watch.seen, watch.seen
-        assert refused is None or refused.strip(), "refused without a word"
+        assert not audit.seen, audit.seen
+        assert refused is None or refused.strip(), "refused without a message"
         outcomes[refused is None] += 1
 
     check()
     record_property("inputs", f"{outcomes.total()} inputs, of which {outcomes[True]} were read")
 
 
-def outcome(reader: Reader, value: Any, folder: Path, watch: Watch) -> str | None:
-    """Why an input was refused; None if it was read. Any other exception is a finding."""
+def outcome(reader: Reader, value: Any, folder: Path, audit: AuditLog) -> str | None:
+    """Return why an input was refused; None if it was read. Any other exception fails the test."""
     signal.alarm(PATIENCE)
-    watch.folder, watch.seen = folder, []
+    audit.folder, audit.seen = folder, []
     try:
         reader.read(value, folder)
     except UserError as error:

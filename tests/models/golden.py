@@ -12,15 +12,15 @@ GOLDEN = ("plain", "odd_ragged", "pad_xmask")
 
 
 def golden(case: str) -> dict[str, Tensor]:
-    """Inputs (``in.*``), weights (``w.*``), output (``out``) and gradients (``grad.*``) of a case."""
+    """Return the inputs (``in.*``), weights (``w.*``), output (``out``) and gradients (``grad.*``) of a case."""
     return load_file(FOLDER / f"{case}.safetensors")
 
 
 def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a case, with Open-Sora's own names."""
+    """Return the state dict of a case, with Open-Sora's own names."""
     return {name[2:]: tensor for name, tensor in tensors.items() if name.startswith("w.")}
 
 
 def settings(case: str) -> dict[str, Any]:
-    """The settings that the original was built with, as Open-Sora's config.json has them."""
+    """Return the settings of the original model, as in Open-Sora's config.json."""
     return json.loads((FOLDER / f"{case}.json").read_text())["model"]

@@ -1,4 +1,4 @@
-"""STDiT3 written out plainly, for one sample at a time: what the model is held to where no reference tensors exist.
+"""STDiT3 in plain code, one sample at a time: the reference where there are no tensors of the original.
 
 Letters: T frames, S patches of a frame, D width, L text tokens, h heads, d channels of a head.
 """
@@ -73,7 +73,7 @@ def block(w: State, name: str, x: Tensor, y: Tensor, modulation: Tensor, tempora
 
 
 def self_attention(w: State, name: str, x: Tensor, rotary: bool) -> Tensor:
-    """Among the N tokens of each row of ``x [R N D]``."""
+    """Self-attention among the N tokens of each row of ``x [R N D]``."""
     qkv = linear(x, w[name + "qkv.weight"], w[name + "qkv.bias"])
     d = len(w[name + "q_norm.weight"])
     q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2) for part in qkv.chunk(3, -1))  # [R h N d]
@@ -84,7 +84,7 @@ def self_attention(w: State, name: str, x: Tensor, rotary: bool) -> Tensor:
 
 
 def cross_attention(w: State, name: str, x: Tensor, y: Tensor) -> Tensor:
-    """Every token of ``x [T S D]`` reads the text ``y [L D]``."""
+    """Cross-attention of every token of ``x [T S D]`` to the text ``y [L D]``."""
     d = len(w[name.replace("cross_attn", "attn") + "q_norm.weight"])
     q = linear(x, w[name + "q_linear.weight"], w[name + "q_linear.bias"])
     k, v = linear(y, w[name + "kv_linear.weight"], w[name + "kv_linear.bias"]).chunk(2, -1)

@@ -32,7 +32,7 @@ def condition(tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
 def check(
     model: STDiT, tensors: dict[str, Tensor], out: Tensor, grad_x: Tensor, atol: float, share: float
 ) -> None:
-    """Output within ``atol``, and each gradient within a share of its largest element."""
+    """Check the output within ``atol``, and each gradient within a share of its largest element."""
     free = generated_frames(tensors)[:, None, :, None, None]
     torch.testing.assert_close(out * free, tensors["out"] * free, atol=atol, rtol=0)
     found = {"x": grad_x, **{name: p.grad for name, p in model.named_parameters()}}
@@ -43,7 +43,7 @@ def check(
 
 
 def run(model: STDiT, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The output, and the gradient of the input of the mean square of what is made."""
+    """Return the output, and the gradient of the mean square of its generated frames with respect to the input."""
     x = tensors["in.x"].requires_grad_()
     out = model(hidden_states=x, **condition(tensors))
     (out.float() * generated_frames(tensors)[:, None, :, None, None]).square().mean().backward()
@@ -76,7 +76,7 @@ def test_the_reference_written_out_equals_open_sora(case: str) -> None:
 @pytest.mark.parametrize("conditioning", [False, True])
 @pytest.mark.parametrize("T, H, W", [(1, 6, 10), (1, 7, 9), (2, 2, 2), (3, 1, 5)])
 def test_images_and_other_sizes_equal_the_reference(T: int, H: int, W: int, conditioning: bool) -> None:
-    """Output and all gradients within 1e-5, of sizes that no reference tensors exist for; T = 1: an image."""
+    """Compare output and gradients within 1e-5, at sizes without reference tensors; T = 1 is an image."""
     tensors = golden("odd_ragged")
     torch.manual_seed(T)
     x = torch.randn(2, 4, T, H, W)
@@ -101,7 +101,7 @@ def test_images_and_other_sizes_equal_the_reference(T: int, H: int, W: int, cond
 
 
 def doubled(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
-    """In float64, what has a floating point."""
+    """Return the tensors, floating-point ones in float64."""
     return {
         name: tensor.detach().double() if tensor is not None and tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
@@ -109,7 +109,7 @@ def doubled(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
 
 
 def spread(inputs: dict[str, Tensor | None], frames: Tensor) -> dict[str, Tensor | None]:
-    """Inputs by the names of the reference, with one timestep a frame."""
+    """Return inputs by the names of the reference, with one timestep per frame."""
     timestep = inputs["timestep"]
     assert timestep is not None
     return {
@@ -122,7 +122,7 @@ def spread(inputs: dict[str, Tensor | None], frames: Tensor) -> dict[str, Tensor
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_in_bf16(case: str) -> None:
-    """The error of the output is at most 2% of it, root mean squares both."""
+    """Check that the root mean square error of the output is at most 2% of its root mean square."""
     tensors = golden(case)
     model = STDiT.from_opensora(weights(tensors))
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Open-Sora's checkpoints: every form that they come in, and what is said of those that will not do."""
+"""Open-Sora's checkpoints: every format, and the errors for unusable ones."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def state() -> State:
 
 
 def save_in_shards(state: State, folder: Path, kind: str) -> None:
-    """Three files and their index, as transformers and Open-Sora's trainer write them."""
+    """Write three files and their index, as transformers and Open-Sora's trainer do."""
     names = sorted(state)
     weight_map = {}
     for part in range(3):
@@ -117,14 +117,14 @@ def test_other_rotary_frequencies(state: State) -> None:
 
 
 class Code:
-    """Would run something when it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("never",)
 
 
 def broken(kind: str, state: State, folder: Path) -> Path:
-    """A source with one fault."""
+    """Return a source with one fault."""
     file = folder / ("w.safetensors" if kind in ("cut short", "pointer", "two") else "w.pth")
     if kind == "code":
         torch.save({"x": Code()}, file)

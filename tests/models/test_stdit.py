@@ -1,4 +1,4 @@
-"""The promises of STDiT and of its options; test_golden.py holds it against Open-Sora."""
+"""STDiT and its options; test_golden.py compares it with Open-Sora."""
 
 from pathlib import Path
 

@@ -28,7 +28,7 @@ from tests.training.tiny import save_clips, tiny_settings
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """With several, sums are rounded in another order each time."""
+    """Use one thread: with several, sums are rounded in varying order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -103,7 +103,7 @@ def test_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is full as soon as the files are written."""
+    """Make the disk full as soon as the files are written."""
     original = checkpoint_writer.write_chunks
 
     def refuse(folder: Path, *args: Any) -> list[Path]:

@@ -49,7 +49,7 @@ def test_the_cause_and_the_way_out_are_named(window, settings, words):
 
 
 def run(monkeypatch, steps, wait, train, warns=True):
-    """Steps of so many seconds each, of a clock that stands still otherwise; returns what the batches became."""
+    """Take steps that last the given seconds by a fake clock; return the timed batches."""
     now = [100.0]
     monkeypatch.setattr(data_stalls.time, "perf_counter", lambda: now[0])
 

@@ -39,7 +39,7 @@ def test_a_run_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path: 
             lock_run_folder(config).__enter__()
         holder.kill()
         holder.join()
-        with lock_run_folder(config) as (folder, checkpoint):  # though what it started lives on
+        with lock_run_folder(config) as (folder, checkpoint):  # although its child process still runs
             os.kill(loader, 0)
             assert folder == tmp_path / "run" and checkpoint is None
     finally:

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "accumulation": {"micro_batch_size": 1},
     "activation checkpointing": {"checkpointing": True},
     "compiled": {"compiled": True, "depth": 1},
-    "pieces, checkpointing, no clipping": {"chunks": 2, "checkpointing": True, "max_grad_norm": float("inf")},
+    "chunks, checkpointing, no clipping": {"chunks": 2, "checkpointing": True, "max_grad_norm": float("inf")},
 }
 
 
@@ -60,7 +60,7 @@ def trainer(
     max_grad_norm: float = 0.1,
     **settings: Any,
 ) -> Trainer:
-    """A trainer of a model without zeros."""
+    """Return a trainer of a model in which no weight is zero."""
     model = tiny_model(in_channels=3, depth=depth, patch_size=(1, 2, 2))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -83,7 +83,7 @@ def train(one: Trainer, steps: range = range(STEPS)) -> list[dict[str, Any]]:
 
 
 def tensors(one: Trainer) -> dict[str, Tensor]:
-    """Weights, averages and optimizer state, whole."""
+    """Return weights, averages and optimizer state as full tensors."""
     parts = {"weight": one.model, "average": one.ema, "state": one.optimizer}
     return {
         f"{what} {name}": full_tensor(tensor).clone()
@@ -97,7 +97,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def check(found: Trainer, expected: Trainer, what: str, tolerance: float, rate: float) -> None:
-    """Train both, and compare losses and norms of each step, and what is left at the end."""
+    """Train both, and compare losses and norms of each step, and the final state."""
     for one, other in zip(train(found), train(expected), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=tolerance), what
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * tolerance), what
@@ -120,19 +120,19 @@ def compare(group: Group, sp: int, names: list[str]) -> None:
             assert (counters["frames"]["ok"] >= 2) == ("compiled" in options)
 
 
-def everything_on_two(group: Group, sp: int, folder: Path) -> None:
+def check_two_ranks(group: Group, sp: int, folder: Path) -> None:
     compare(group, sp, [name for name in OPTIONS if name != "compiled" or sp == 2])  # compiling takes long
     compare_bf16(sp)
-    skip_alike(sp)
-    measure_alike(sp)
-    keep_a_share(sp)
-    resume(sp, folder)
-    fail_alike(sp, folder / "refused")
-    agree()
+    check_nonfinite_steps(sp)
+    check_measurements(sp)
+    check_memory(sp)
+    check_resuming(sp, folder)
+    check_failing_save(sp, folder / "refused")
+    check_stop_signals()
 
 
 def compare_bf16(sp: int) -> None:
-    """Sharded and replicated round alike; one process rounds sums of other terms."""
+    """Sharded and replicated weights give equal rounding; one process sums other terms."""
     mesh = mesh_of(sp)
     check(
         trainer(mesh, True, precision="bf16"),
@@ -144,8 +144,8 @@ def compare_bf16(sp: int) -> None:
     check(trainer(mesh, True, precision="bf16"), trainer(Mesh(), precision="bf16"), "bf16", 2e-2, 0.2)
 
 
-def skip_alike(sp: int) -> None:
-    """One sample that is not finite, on one rank's part of the batch, stops the step on all."""
+def check_nonfinite_steps(sp: int) -> None:
+    """A sample that is not finite on one rank makes all ranks skip the step."""
     for sharded in (False, True):
         one = trainer(mesh_of(sp), sharded)
         train(one)
@@ -159,8 +159,8 @@ def skip_alike(sp: int) -> None:
         assert not one.step(batch(one.mesh, STEPS))["skipped"]
 
 
-def measure_alike(sp: int) -> None:
-    """The validation loss and the norms of blocks are those of one process."""
+def check_measurements(sp: int) -> None:
+    """Validation loss and block norms equal those of one process."""
     alone = tiny_trainer(tiny_model(in_channels=3), ADAMW, block_norms_every=1)
     line = alone.step(tiny_batch(0))
     for sharded in (False, True):
@@ -176,8 +176,8 @@ def measure_alike(sp: int) -> None:
         assert equal(tensors(one), before)
 
 
-def keep_a_share(sp: int) -> None:
-    """What the ranks keep is, in all, what one process keeps."""
+def check_memory(sp: int) -> None:
+    """The bytes of all ranks add up to those of one process, and are divided evenly."""
     one = trainer(mesh_of(sp), True)
     train(one)
     one.accumulate(batch(one.mesh, 0))
@@ -198,8 +198,8 @@ def keep_a_share(sp: int) -> None:
     )
 
 
-def resume(sp: int, folder: Path) -> None:
-    """A state of sharded weights is that of whole ones: a run goes on with it either way, on two ranks or on one."""
+def check_resuming(sp: int, folder: Path) -> None:
+    """A checkpoint resumes with sharded or replicated weights, on two ranks or on one, whichever wrote it."""
     mesh = mesh_of(sp)
     for optimizer in (ADAMW, MUON):
         saved, again, copies, alone = (
@@ -214,13 +214,13 @@ def resume(sp: int, folder: Path) -> None:
         model, used = load_transformer(where, read_meta(where), ema=True)
         average = {name: full_tensor(tensor) for name, tensor in saved.ema.state_dict().items()}
         assert used == "ema" and equal(dict(model.state_dict()), average)
-        losses = goes_on(saved, where, again, [copies, alone], range(2, 4))
+        losses = check_resumed(saved, where, again, [copies, alone], range(2, 4))
         (folder / optimizer.name / "losses.json").write_text(json.dumps(losses))
 
         where = write(copies, folder / optimizer.name / "copies", 4)
         sizes = [sum(path.stat().st_size for path in where.glob(f"*/*-0000{n}-of-00002.*")) for n in (1, 2)]
-        assert max(sizes) < 1.2 * min(sizes)  # each rank writes its part of what all have
-        goes_on(copies, where, trainer(mesh, False, optimizer), [saved], range(4, 6))
+        assert max(sizes) < 1.2 * min(sizes)  # each rank writes its part of the replicated state
+        check_resumed(copies, where, trainer(mesh, False, optimizer), [saved], range(4, 6))
 
         if mesh.is_main:
             write(alone, folder / optimizer.name / "alone", 4)
@@ -231,21 +231,23 @@ def resume(sp: int, folder: Path) -> None:
         check(again, alone, "resumed", 1e-5, 1e-4)
 
 
-def goes_on(saved: Trainer, where: Path, alike: Trainer, others: list[Trainer], steps: range) -> list[float]:
-    """What was saved goes on bit for bit on the same split, and within 1e-5 on others."""
-    for one in (alike, *others):
+def check_resumed(
+    saved: Trainer, where: Path, same: Trainer, others: list[Trainer], steps: range
+) -> list[float]:
+    """Resume a checkpoint: bit for bit on the same split, within 1e-5 on others. Return the losses."""
+    for one in (same, *others):
         one.read(where, {"nonfinite_in_a_row": 0, "batch_splits": saved.batch_splits})
         assert equal(tensors(one), tensors(saved))
     expected = train(saved, steps)
-    assert train(alike, steps) == expected and equal(tensors(alike), tensors(saved))
+    assert train(same, steps) == expected and equal(tensors(same), tensors(saved))
     for one in others:
         for values, other in zip(train(one, steps), expected, strict=True):
             assert values["loss"] == pytest.approx(other["loss"], rel=1e-5)
     return [values["loss"] for values in expected]
 
 
-def fail_alike(sp: int, folder: Path) -> None:
-    """A disk that refuses one rank ends the save on all, which hear of it where they wait, and leaves no trace."""
+def check_failing_save(sp: int, folder: Path) -> None:
+    """A disk error of one rank fails the save on all ranks, when they wait for it, and leaves no files."""
     one = trainer(mesh_of(sp), True)
     checkpoints, original = (
         CheckpointWriter(folder, CheckpointConfig(), one.mesh, 60),
@@ -265,8 +267,8 @@ def fail_alike(sp: int, folder: Path) -> None:
     verify(checkpoints.save(1, one.state(), {}, at_once=True))
 
 
-def agree() -> None:
-    """What one rank is asked, all do after the same step."""
+def check_stop_signals() -> None:
+    """A request to one rank stops all ranks after the same step."""
     mesh, signals, asked = mesh_of(1), StopSignals(), [False]
     exchange = StepExchange(mesh)
     exchange.register("flags", lambda: [*signals.flags(asked[0]), mesh.rank, 1 - mesh.rank, 0])
@@ -279,8 +281,8 @@ def agree() -> None:
     assert signals.stop_signal == signal.SIGTERM and signals.exit_code == 0
 
 
-def on_more(group: Group, sp: int, names: list[str], saved: Path) -> None:
-    """The options; and a run that two ranks saved, sharded, goes on, replicated and sharded."""
+def check_more_ranks(group: Group, sp: int, names: list[str], saved: Path) -> None:
+    """Compare the options, and resume a sharded checkpoint of two ranks, sharded and replicated."""
     compare(group, sp, names)
     for optimizer in (ADAMW, MUON):
         expected = json.loads((saved / optimizer.name / "losses.json").read_text())
@@ -293,7 +295,7 @@ def on_more(group: Group, sp: int, names: list[str], saved: Path) -> None:
 
 
 def write(one: Trainer, folder: Path, step: int) -> Path:
-    """Save as a run does, while nothing else happens."""
+    """Save a checkpoint as a run does, and wait for it."""
     checkpoints = CheckpointWriter(folder, CheckpointConfig(), one.mesh, 60)
     where = checkpoints.save(
         step, one.state(), {}, write_more=lambda folder: one.model.save_config(folder / "model")
@@ -305,9 +307,9 @@ def write(one: Trainer, folder: Path, step: int) -> Path:
 
 @pytest.fixture(scope="module")
 def from_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of two ranks, after all that is tested on two that split the batch."""
+    """Run all checks on two ranks that split the batch; return the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp("two")
-    run_on_ranks(2, everything_on_two, 1, folder)
+    run_on_ranks(2, check_two_ranks, 1, folder)
     return folder
 
 
@@ -316,9 +318,9 @@ def test_every_option_on_two_ranks(from_two: Path) -> None:
 
 
 def test_every_option_on_two_ranks_that_share_videos(tmp_path: Path) -> None:
-    run_on_ranks(2, everything_on_two, 2, tmp_path)
+    run_on_ranks(2, check_two_ranks, 2, tmp_path)
 
 
 @pytest.mark.parametrize("ranks, sp", [(4, 2), (3, 3)])
 def test_equals_one_process(ranks: int, sp: int, from_two: Path) -> None:
-    run_on_ranks(ranks, on_more, sp, ["AdamW", "Muon", "accumulation"], from_two)
+    run_on_ranks(ranks, check_more_ranks, sp, ["AdamW", "Muon", "accumulation"], from_two)

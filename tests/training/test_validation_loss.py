@@ -1,4 +1,4 @@
-"""The validation loss; that any split gives the same is tested in test_trainer_on_ranks.py, a whole run below."""
+"""The validation loss on one process; test_trainer_on_ranks.py compares it across splits."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ LEVELS = 3
 
 
 def batches(mesh: Mesh = ALONE, size: int = 4) -> list[tuple[tuple[ValidationRow, ...], EncodedBatch]]:
-    """Of three clips."""
+    """Return the validation loss of three clips."""
     clips = tiny_batch(0, 3)
     found = []
     for rows in validation_rows(3, LEVELS, size):

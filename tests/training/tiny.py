@@ -1,4 +1,4 @@
-"""A run that takes seconds: a few small clips on disk, and settings for a tiny model."""
+"""Tiny runs of a few seconds: small clips on disk, and settings of a tiny model."""
 
 import csv
 from pathlib import Path
@@ -23,7 +23,7 @@ ALONE = Mesh()
 
 
 def tiny_model(**settings: object) -> STDiT:
-    """A model whose every branch works from the start."""
+    """Return a tiny model in which every branch contributes from the start."""
     torch.manual_seed(0)
     defaults = dict(
         depth=1, hidden_size=32, num_heads=2, caption_channels=16, model_max_length=8, gate_init=0.5
@@ -38,7 +38,7 @@ def tiny_trainer(
     shard_parameters: bool = False,
     **settings: Any,
 ) -> Trainer:
-    """A trainer of a model of `tiny_batch`; ``settings`` are those of `TrainerConfig`."""
+    """Return a trainer for `tiny_batch`; ``settings`` are those of `TrainerConfig`."""
     AcceleratorState._reset_state(True)  # accelerate allows one precision a process
     config = TrainerConfig(**settings)
     return Trainer(
@@ -57,7 +57,7 @@ def tiny_trainer(
 def tiny_batch(
     step: int, size: int = 4, frames: int = 2, columns: int = 4, mesh: Mesh = ALONE
 ) -> EncodedBatch:
-    """A rank's part of the batch of a step."""
+    """Return a rank's part of the batch of a step."""
     generator = torch.Generator().manual_seed(step)
     mask = torch.arange(5)[None] < torch.randint(1, 6, (size, 1), generator=generator)
     batch = EncodedBatch(
@@ -95,7 +95,7 @@ def save_clips(folder: Path, count: int = 5, frames: int = 4, size: int = 8) -> 
 
 
 def tiny_settings(folder: Path) -> list[str]:
-    """Arguments of ``train.py`` for a run under ``folder``; clips and text encoder are made if need be."""
+    """Arguments of ``train.py`` for a run under ``folder``; clips and text encoder are made if they do not exist."""
     if not (folder / "clips").exists():
         save_clips(folder / "clips")
         save_tiny_bert(folder / "bert")
