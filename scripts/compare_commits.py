@@ -230,7 +230,7 @@ def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("old", help="a commit")
     parser.add_argument(
-        "new", nargs="?", default="HEAD", help="a commit; HEAD if left out (uncommitted changes do not count)"
+        "new", nargs="?", default="HEAD", help="a commit; default HEAD (uncommitted changes do not count)"
     )
     parser.add_argument("--only", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="checks to run")
     parser.add_argument("--steps", type=int, default=50, help="steps of the quickstart")

@@ -115,8 +115,10 @@ def main() -> None:
     parser.add_argument("--reverse", action="store_true", help="from a model folder to Open-Sora")
     parser.add_argument("--codec", type=Path, help="folder of Open-Sora's VAE, for a pipeline")
     parser.add_argument("--text_encoder", type=Path, help="folder of its T5, for a pipeline")
-    parser.add_argument("--num_heads", type=int, help="of a model without qk_norm whose SRC does not tell")
-    parser.add_argument("--input_sq_size", type=int, help="where config.json does not tell (512)")
+    parser.add_argument(
+        "--num_heads", type=int, help="of a model without qk_norm, if SRC does not contain it"
+    )
+    parser.add_argument("--input_sq_size", type=int, help="if config.json does not contain it (512)")
     args = parser.parse_args()
     settings = {n: v for n in ("num_heads", "input_sq_size") if (v := getattr(args, n)) is not None}
     if args.folder.exists():
@@ -124,7 +126,7 @@ def main() -> None:
     if bool(args.codec) != bool(args.text_encoder):
         raise UserError("a pipeline needs both --codec and --text_encoder: give the other, too, or neither.")
     if args.reverse and (settings or args.codec):
-        raise UserError("--reverse takes nothing but SRC and DST: SRC tells its settings itself.")
+        raise UserError("--reverse takes only SRC and DST: the settings are those of SRC.")
     if args.reverse:
         print(convert_back(args.source, args.folder))
     else:

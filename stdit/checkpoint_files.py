@@ -90,9 +90,9 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(file)!r} is not JSON ({error}): it is damaged, save it anew") from error
+        raise UserError(f"{str(file)!r} is not JSON ({error}): it is damaged, save it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{str(file)!r} holds no JSON object: it is damaged, save it anew")
+        raise UserError(f"{str(file)!r} holds no JSON object: it is damaged, save it again")
     return content
 
 

@@ -221,7 +221,7 @@ def test_request_files_save_and_stop_the_run(
     assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["2", "4", "5", "6"]
     said = capsys.readouterr().out
     assert (
-        "was split into 2 parts, and now into 1: to stay the same, it takes up to 2 micro-batches a step"
+        "was split into 2 parts, and now into 1: to compute the same, a step has up to 2 micro-batches"
         in said
     )
 

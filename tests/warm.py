@@ -1,7 +1,7 @@
 """Processes that start in milliseconds: forked from a server that has already imported torch.
 
-The server starts with the first process, and has no threads. Code that reads environment variables when it is imported
-sees those of the server: tests of such code must start Python themselves.
+The server starts with the first process, and has no threads. Code that reads environment variables while it is
+imported sees those of the server: tests of such code must start Python themselves.
 """
 
 import atexit

@@ -78,7 +78,7 @@ class State:
         self.step()
 
     def step(self) -> float:
-        """Do an optimizer step; return its seconds."""
+        """Run an optimizer step; return its seconds."""
         begin = time.perf_counter()
         for parameter in self.model.parameters():
             if parameter.grad is None:

@@ -47,7 +47,7 @@ Read = Callable[[Path, "Window", int], Any]
 
 
 class Window(NamedTuple):
-    """Frames first, first + step, ... of a file of a constant rate, scaled."""
+    """Decode frames first, first + step, ... of a file of constant rate, scaled."""
 
     first: int
     step: int
@@ -130,7 +130,7 @@ def compare(folder: Path, threads: int, repetitions: int, windows: int) -> list[
 
 
 def available_sides() -> dict[str, Read]:
-    """The sides that load here; says which do not."""
+    """Return the libraries that can be imported; print which cannot."""
     sides: dict[str, Read] = {"ours": read_ours, "PyAV": read_pyav}
     try:
         from torchcodec.decoders import VideoDecoder  # noqa: F401
@@ -150,7 +150,7 @@ def available_sides() -> dict[str, Read]:
 def time_file(
     path: Path, windows: list[Window], sides: dict[str, Read], threads: int, repetitions: int
 ) -> dict[str, Any]:
-    """Median milliseconds of a window for each side, wall and processor, and the ratio of the fastest other to ours.
+    """Return median wall and processor milliseconds of a window per library, and how the fastest compares to ours.
 
     A side fails that raises, or returns other frames than ours.
     """
@@ -278,7 +278,7 @@ def generate(
 
 @contextmanager
 def scheduled_as_before() -> Iterator[None]:
-    """Restore the scheduling policy: SVT-AV1, run by root, makes this process a real-time one, so others starve."""
+    """Restore the scheduling policy: SVT-AV1, run by root, makes this process real-time, so that others starve."""
     if not hasattr(os, "sched_getscheduler"):  # only Linux has it
         yield
         return

@@ -3,7 +3,7 @@
     python scripts/bench/sequence_rank.py '{"methods": ["dsp"], ...}'
 
 A step is forward, loss and backward of one batch on a rank's frames; averaging gradients and the optimizer step are
-the same for all methods, and left out. Takes RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment.
+the same for all methods, and excluded. Takes RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment.
 """
 
 import ctypes
@@ -212,7 +212,7 @@ def overhead(step: Step, settings: dict[str, Any]) -> float:
 
 
 def peak_memory(step: Step, device: torch.device) -> int | None:
-    """Return the bytes that a step needs above what is held before; on a CPU resident memory, if Linux tells it."""
+    """Return the bytes that a step needs above those held before; on CPUs, resident memory as Linux reports it."""
     step.model.zero_grad()
     gc.collect()
     if device.type == "cuda":

@@ -13,8 +13,8 @@ be left behind, checkpoints with their final names must be complete, and only th
 
 All other settings are passed to train.py; without --config, it trains a tiny model on generated clips. Every start
 of every run is a line of OUTPUT/chaos.jsonl; the same command resumes after the trials that are recorded there. Exits
-with 1 if a promise was broken. Needs Linux; drop_link needs root and the commands ip and tc. README.md beside this
-file tells more.
+with 1 if a promise was broken. Needs Linux; drop_link needs root and the commands ip and tc. See README.md
+beside this file.
 """
 
 import argparse

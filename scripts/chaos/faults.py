@@ -1,4 +1,4 @@
-"""Faults of scripts/chaos/chaos.py: each waits for a moment of a running job, strikes, and says what it did."""
+"""Faults of scripts/chaos/chaos.py: each waits for a moment of a running job, strikes, and returns a description."""
 
 import random
 import resource

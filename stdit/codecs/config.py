@@ -1,4 +1,4 @@
-"""Settings of the video codec and of the text encoder, and what their names stand for. Imports no torch."""
+"""Settings and registries of video codecs and text encoders. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -89,7 +89,7 @@ class CausalConv3d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two normalised convolutions beside the input, which conv3 brings to another width if need be."""
+    """Residual block of two normalised convolutions; conv3 changes the width of the input if necessary."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()

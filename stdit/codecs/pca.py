@@ -1,6 +1,6 @@
-"""A linear space-time codec: principal components of patches, fitted to a data set in seconds.
+"""Linear space-time codec: principal components of patches, fitted to a data set in seconds.
 
-Letters: B batch, C components kept, T H W frames and pixels, P = 3 st sh sw values of one patch, N patches.
+Letters: B batch, C components, T H W frames and pixels, T' H' W' and N patches, P = 3 st sh sw values of a patch.
 """
 
 import math
@@ -21,7 +21,7 @@ from stdit.codecs.config import CodecConfig
 from stdit.errors import UserError
 
 PATCHES_PER_CLIP = 256
-"""Patches that are drawn from a large clip: a quarter of a million patches determine 768 directions well enough."""
+"""Largest number of patches drawn from a clip: those of 1,024 clips determine 768 components well enough."""
 
 ROWS_PER_PRODUCT = 4096
 MIN_VARIANCE = 1e-6
@@ -44,10 +44,15 @@ class PCACodec(VideoCodec):
     def __init__(
         self, stride: tuple[int, int, int] = (4, 8, 8), channels: int = 160, fit_clips: int = 1024
     ) -> None:
-        """Make a codec that is not fitted yet: see `fit`.
+        """Make a codec; `fit` must be called before it can encode.
+
+        Args:
+            stride: pixels of a patch along time, height and width.
+            channels: number of components.
+            fit_clips: largest number of clips that `fit` reads.
 
         Raises:
-            UserError: a stride below 1, or more components than a patch has values.
+            UserError: if the stride is below 1, or a patch has fewer values than ``channels``.
         """
         super().__init__()
         if len(stride) != 3 or min(stride) < 1:
@@ -93,7 +98,7 @@ class PCACodec(VideoCodec):
             The share of the patches' variance that the kept components explain, in [0, 1].
 
         Raises:
-            UserError: no video, videos without any change, or values that are not finite.
+            UserError: if there is no video, all pixels have one colour, or a value is not finite.
         """
         values = self.mean.numel()
         count = 0
@@ -104,13 +109,13 @@ class PCACodec(VideoCodec):
             total += rows.sum(0)
             products += rows.T @ rows
         if count == 0:
-            raise UserError("the pca codec got no video to be fitted to: check the data set")
+            raise UserError("the pca codec got no video to fit to: check the data set")
         mean = total / count
         covariance = products / count - torch.outer(mean, mean)
         if not covariance.isfinite().all():
-            raise UserError("the pca codec found pixels that are not finite numbers: check the data set")
+            raise UserError("the pca codec got pixels that are not finite: check the data set")
         if covariance.trace() < 1e-9 * values:
-            raise UserError("the pca codec cannot be fitted to videos of one single colour: check the data")
+            raise UserError("the pca codec cannot be fitted to videos of a single colour: check the data set")
 
         variances, vectors = torch.linalg.eigh(covariance)  # ascending; columns are the components
         kept = variances.flip(0)[: self.channels].clamp(min=0)
@@ -134,7 +139,7 @@ class PCACodec(VideoCodec):
             yield rows.double()
 
     def _patches(self, video: Tensor) -> Tensor:
-        """[B 3 T H W] to [B T' H' W' P]."""
+        """Split a video [B 3 T H W] into patches [B T' H' W' P]."""
         st, sh, sw = self.stride
         return rearrange(video, "b c (t st) (h sh) (w sw) -> b t h w (c st sh sw)", st=st, sh=sh, sw=sw)
 
@@ -163,7 +168,7 @@ class PCACodec(VideoCodec):
 
     @classmethod
     def load(cls, directory: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> "PCACodec":
-        """Read what `save` wrote; it stays in float32 whatever the dtype."""
+        """Load what `save` wrote; the weights stay in float32, ``dtype`` is ignored."""
         try:
             codec = cls(tuple(settings["stride"]), settings["channels"])
             codec.explained_variance = settings["explained_variance"]
@@ -172,13 +177,13 @@ class PCACodec(VideoCodec):
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"the pca codec in {str(directory)!r} is damaged ({str(error).splitlines()[0]}): fit it "
-                f"anew, or give another codec.path"
+                "again, or set another codec.path"
             ) from error
         return codec
 
 
 def _join_blocks(blocks: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Join blocks of rows into larger ones, whose products are faster."""
+    """Join blocks of rows into blocks of at least ROWS_PER_PRODUCT rows, since large products are faster."""
     waiting: list[Tensor] = []
     for block in blocks:
         waiting.append(block)

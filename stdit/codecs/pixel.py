@@ -1,4 +1,4 @@
-"""The lossless codec: latents are the pixels."""
+"""Lossless codec: the latents are the pixels."""
 
 from typing import Self
 

@@ -1,4 +1,4 @@
-"""Text states that were computed before, so that neither training nor sampling loads the encoder.
+"""Precomputed text states: training and sampling need not load the text encoder.
 
 A folder has `text_states.json`, which describes the encoder that computed the states, and files of many captions
 each.

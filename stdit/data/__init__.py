@@ -1,6 +1,6 @@
 """Video data: manifests, decoding, buckets, batches, cache, preparation, and the embedded shapes data set.
 
-README.md tells how to use them. `build_plan(DataConfig(...))` reads the manifest and plans all batches, and
+See README.md for how to use them. `build_plan(DataConfig(...))` reads the manifest and plans all batches, and
 `video_loader(plan)` decodes them.
 """
 

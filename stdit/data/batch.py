@@ -15,7 +15,7 @@ from stdit.data.manifest.reading import Skipped
 
 
 class Pinnable(Protocol):
-    """What can be copied into page-locked memory, from which a GPU copies while the CPU goes on."""
+    """A value that can be copied into page-locked memory, from which copies to a GPU are asynchronous."""
 
     def pin_memory(self) -> Self: ...
 

@@ -297,7 +297,7 @@ class Loader(Generic[Content]):
         if exhausted:
             raise self.tally.error(
                 f"and none of bucket {exhausted[0]} is left: repair the files and run the same command "
-                "again; a new run (--name, --init_from) leaves the bucket out"
+                "again; a new run (--name, --init_from) excludes the bucket"
             )
 
 
@@ -325,9 +325,7 @@ def to_video(frames: Tensor) -> Tensor:
     if frames.device.type != "cpu":
         return frames.transpose(1, 2).float().div_(127.5).sub_(1)
     video = torch.empty(frames.shape, dtype=torch.float32, pin_memory=frames.is_pinned())
-    values = (
-        video.numpy()
-    )  # NumPy computes in this thread; torch's threads would wait for those of the workers
+    values = video.numpy()  # in this thread: torch's threads would wait for those of the workers
     values[...] = frames.numpy()
     values /= 127.5
     values -= 1
@@ -349,9 +347,9 @@ def batch_info(plan: BatchPlan, planned: PlannedBatch, used: Sequence[int]) -> B
 
 
 def start_worker(_: int) -> None:
-    """Let workers share the cores, and leave Ctrl-C and signals to a group to the main process, which stops them."""
+    """Set up a worker: one thread, and Ctrl-C and signals are left to the main process, which stops the workers."""
     torch.set_num_threads(1)
-    signal.set_wakeup_fd(-1)  # through which the main process hears of its own signals
+    signal.set_wakeup_fd(-1)  # the main process is notified of its own signals through it
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

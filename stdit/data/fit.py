@@ -144,7 +144,7 @@ REASONS: dict[str, Callable[[Clip, Sequence[Bucket]], str]] = {
     "too small": _pixels,
     "frame rate too low": _rate,
     "no bucket is short, small and slow enough at once": _all_three,
-    "left out by keep_probability": lambda clip, buckets: "",
+    "excluded by keep_probability": lambda clip, buckets: "",
     "its weight is 0": lambda clip, buckets: "",
 }
 """Reasons for which no bucket takes a clip, in the order in which they are tested, and functions for the detail."""

@@ -1,7 +1,7 @@
 """Several processes: ``dp`` ranks split the batch, ``sp`` ranks share each video (dynamic sequence parallelism).
 
 `stdit.parallel.config` has the settings, `stdit.parallel.sequence` shards the tokens of a video over ranks, and
-`stdit.parallel.processes` starts, checks and coordinates the processes. README.md tells how to use them.
+`stdit.parallel.processes` starts, checks and coordinates the processes. See README.md for how to use them.
 """
 
 from typing import TYPE_CHECKING

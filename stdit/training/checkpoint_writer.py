@@ -26,7 +26,7 @@ EXIT_WAIT_SECONDS = 60.0
 
 
 class CheckpointWriter:
-    """The ``checkpoints`` folder of a run. Every rank has one and calls it alike.
+    """The ``checkpoints`` folder of a run. Every rank has one and must make the same calls.
 
     Each rank writes its files of a checkpoint to a folder aside, flushed and hashed; one rename makes it visible.
     With ``checkpoint.asynchronous`` a rank first copies what it writes, and a thread writes the copy while the next

@@ -77,7 +77,7 @@ def advice(window: StallWindow, config: DataConfig, cores: int) -> str:
         cause = f"encoding takes {encoding:.2g} s a step"
         if config.cache == "disk":
             return (
-                f"{head}: {cause}, since the cache lacks clips or captions. It passes once each was seen; or encode "
+                f"{head}: {cause}, since the cache lacks clips or captions. It ends once each was seen; or encode "
                 "them all beforehand: scripts/prepare_data.py encode"
             )
         return f"{head}: {cause}. Encode once: data.cache disk, or scripts/prepare_data.py encode before"

@@ -1,4 +1,4 @@
-"""Write files of a run such that a full disk ends it with a clear error and leaves nothing half written."""
+"""Write files of a run so that a full disk ends it with a clear error and leaves nothing half written."""
 
 import errno
 import shutil

@@ -13,7 +13,7 @@ class Requested(NamedTuple):
 
 
 class NoRequests:
-    """No requests: for all ranks but the main one, which tells them."""
+    """No requests: for all ranks but the main one, which exchanges its requests with them."""
 
     def poll(self) -> Requested:
         """Return what is requested now."""

@@ -10,7 +10,7 @@ from stdit.training.saver import Saver
 
 
 class Rollback:
-    """What happens after a spike with ``trainer.spike.exclude_batches`` above 1; every rank calls it alike."""
+    """Roll a run back after a spike with ``trainer.spike.exclude_batches`` above 1, on all ranks."""
 
     step: int | None = None
     """The step to train from after a rollback; None if there was none since this was last reset."""

@@ -1,4 +1,4 @@
-"""The folder of a run: lock it, find the checkpoint to resume from, and write what the run is."""
+"""The folder of a run: lock it, find the checkpoint to resume from, and write config, scheduler and codec."""
 
 import os
 import shutil
@@ -74,7 +74,7 @@ def lock_run_folder(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
 def write_run_files(
     folder: Path, config: TrainConfig, scheduler: "RectifiedFlow", codec: "VideoCodec", new: bool
 ) -> None:
-    """Write what the run is: ``config.yaml``, ``scheduler/`` and, if it was fitted, ``codec/``.
+    """Write the files that describe a run: ``config.yaml``, ``scheduler/`` and, if it was fitted, ``codec/``.
 
     Args:
         new: replace what an earlier run without a checkpoint left; otherwise only write what is missing.
@@ -112,7 +112,7 @@ def find_initial_weights(init_from: str) -> Path:
 
 
 def _names(folder: Path) -> list[str]:
-    """Return the names in a folder; none if it has vanished, which the error that ends the run tells."""
+    """Return the names in a folder; none if it has vanished, which another error reports."""
     try:
         return [path.name for path in folder.iterdir()]
     except FileNotFoundError:

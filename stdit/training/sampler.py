@@ -15,7 +15,7 @@ from stdit.training.validation import make_samples, write_samples
 
 
 class Sampler:
-    """Validation videos and the exported pipeline; every rank has one and calls it alike.
+    """Validation videos and the exported pipeline; every rank has one and must make the same calls.
 
     Args:
         folder: of the run.

@@ -23,7 +23,7 @@ LONG_WAIT = 1.0
 
 
 class Saver:
-    """Checkpoints of a run; every rank has one and calls it alike.
+    """Checkpoints of a run; every rank has one and must make the same calls.
 
     Args:
         folder: of the run.
@@ -52,8 +52,8 @@ class Saver:
         self.start_step = 0 if checkpoint is None else self.load(checkpoint)
         if checkpoint is not None and self._needs_more_micro_batches():
             print(
-                f"each batch was split into {trainer.batch_splits} parts, and now into {self.mesh.dp}: to stay the "
-                f"same, it takes up to {-(-trainer.batch_splits // self.mesh.dp)} micro-batches a step"
+                f"each batch was split into {trainer.batch_splits} parts, and now into {self.mesh.dp}: to compute "
+                f"the same, a step has up to {-(-trainer.batch_splits // self.mesh.dp)} micro-batches"
             )
         self.requests = NoRequests()
         if self.mesh.is_main:
@@ -69,7 +69,7 @@ class Saver:
         return self.trainer.batch_splits > self.mesh.dp and self.config.trainer.micro_batch_size is None
 
     def exchange_flags(self, signals: StopSignals) -> None:
-        """Let ranks exchange with each step what `is_due` depends on: signals, requests, and failures to save."""
+        """Register what `is_due` depends on with the exchange of steps: signals, requests, and failures to save."""
 
         def poll() -> list[int]:
             requested = self.requests.poll()
@@ -137,6 +137,6 @@ class Saver:
         return seconds
 
     def close(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        """After an error, but not after a signal, wait some time for the checkpoint that is being written."""
+        """Wait some time for the checkpoint that is being written, unless a signal ended the run."""
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.checkpoints.wait_at_exit()

@@ -34,7 +34,7 @@ from stdit.training.validation_loss import ValidationLoss, validation_loss_of
 
 @dataclass
 class Session:
-    """A training run that is ready for its first step. Every rank has one and uses it alike."""
+    """A training run that is ready for its first step. Every rank has one and must make the same calls."""
 
     config: TrainConfig
     mesh: Mesh
@@ -142,7 +142,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             saver = mesh.main_first(lambda: Saver(folder, components, trainer, pipeline_settings, checkpoint))
             saver.exchange_flags(signals)
 
-            # Recorder: cuts off the metrics of steps after that checkpoint. The files that say what the run is come
+            # Recorder: cuts off the metrics of steps after that checkpoint. The files that describe the run come
             # first: a run that was refused above has changed none of them.
             mesh.on_main(
                 lambda: write_run_files(

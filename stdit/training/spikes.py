@@ -12,7 +12,7 @@ from stdit.training.config import NEIGHBOUR_FRACTION, SpikeConfig
 
 
 class SpikeGuard:
-    """Compares each loss with earlier ones at similar noise levels; its state is the same on all ranks."""
+    """Compare each loss with earlier ones at similar noise levels; the state is the same on all ranks."""
 
     def __init__(self, config: SpikeConfig) -> None:
         self.config = config

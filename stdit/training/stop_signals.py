@@ -31,7 +31,7 @@ class Stop(KeyboardInterrupt):
 
 
 class StopSignals:
-    """The signals that this process received, and the one for which all ranks stop."""
+    """The signals that this process received, and the one that stops all ranks."""
 
     received: signal.Signals | None = None
     """The latest signal to this process."""

@@ -87,7 +87,7 @@ def test_keep_probability_is_drawn_from_seed_and_passes_clips_on():
     assert found == places(clips, buckets, seed=3) != places(clips, buckets, seed=4)
     assert 60 < found.count(0) < 140 and 110 < found.count(1) < 190
     reasons = {reason for _, reason in assign_clips(clips, buckets, seed=3).dropped}
-    assert reasons == {"left out by keep_probability"}
+    assert reasons == {"excluded by keep_probability"}
 
 
 def test_table_says_what_is_kept_and_what_is_not():

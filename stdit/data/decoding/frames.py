@@ -2,8 +2,8 @@
 
 Two ways give the same answer. `select_by_packets` knows the times of frames before it decodes them, from their
 packets: it decodes nothing after the last frame needed, and skips frames that are neither needed nor referred to by
-others. `select_by_frames` decodes one by one and reads the times of decoded frames; it is used where packets do not
-tell. Both take the latest frame that is not later than the time, and seek to the key frame before the first.
+others. `select_by_frames` decodes one by one and reads the times of decoded frames; it is used where packets have
+no times. Both take the latest frame that is not later than the time, and seek to the key frame before the first.
 """
 
 import itertools

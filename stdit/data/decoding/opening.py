@@ -26,7 +26,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 MAX_PIXELS = 8192 * 8192
 HEAD_BYTES = 12
-"""Bytes at the start of a file that tell its type."""
+"""Number of bytes at the start of a file that determine its type."""
 
 # For containers that state sizes and times: av.open would decode one to twenty frames to find them. Without a decoder
 # it only reads packets, up to the probe size, here the smallest allowed.

@@ -52,7 +52,7 @@ def scan_rows(chunks: Iterator[Rows], root: str, caption_scores: Sequence[str], 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection: rows have no reference cycles, but scanning so many objects takes long."""
+    """Pause garbage collection: rows have no reference cycles, but scanning many objects takes long."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -31,7 +31,7 @@ def init_method() -> str:
 
 
 def _rendezvous_handler(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Store, int, int]]:
-    """Do as "env://" does, with the same environment variables, in a part of the store of this rendezvous' own."""
+    """Rendezvous as "env://" does, with the same environment variables, under a new prefix of the store each time."""
     for store, rank, size in rendezvous("env://", timeout=timeout, **options):
         name = agree_on_rendezvous(store, rank, size, timeout.total_seconds())
         yield PrefixStore(f"stdit/rendezvous/{name}", store), rank, size

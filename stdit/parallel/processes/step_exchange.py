@@ -1,8 +1,7 @@
-"""One collective per training step, for the loss and for all that the ranks must decide alike.
+"""One collective per training step, for the loss and for everything that the ranks must decide together.
 
-Besides the loss, ranks have to agree after each step on signals, on requests to save, on failures of a checkpoint
-that is being written, and on clips that could not be read. Each of these is a small number; they travel in the same
-all-reduce as the loss.
+After each step, all ranks must know of signals, requests to save, failures of a checkpoint that is being written, and
+clips that could not be read, on any rank. Each of these is a small number, summed in the all-reduce of the loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ Poll = Callable[[], Sequence[int]]
 
 
 class StepExchange:
-    """Sums the loss and the numbers of registered sources over all ranks, in one all-reduce.
+    """Sum the loss and the numbers of registered sources over all ranks, in one all-reduce.
 
     Numbers are polled when the loss is known: after the backward pass, before the update. What happens later counts
     in the next step. On one process nothing is exchanged, and numbers are polled when they are taken.

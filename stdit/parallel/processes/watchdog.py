@@ -114,7 +114,7 @@ class RankWatchdog(Watchdog):
         self._stopped.set()
         self._thread.join(self.grace)
         if code is not None:
-            self._record_failure(f"rank {self.rank} was told to stop at once", code)
+            self._record_failure(f"rank {self.rank} received a signal to stop at once", code)
         self.heartbeat = -1
         self._send_heartbeat()
 
@@ -210,7 +210,7 @@ class RankWatchdog(Watchdog):
         return None
 
     def _slowest_ranks(self) -> str:
-        """Say where the ranks are that have begun the fewest phases."""
+        """Return, as text, where the ranks are that have begun the fewest phases."""
         statuses = self._statuses(range(self.size))
         fewest = min(status.phases for status in statuses.values())
         slowest = [rank for rank, status in statuses.items() if status.phases == fewest]
@@ -266,7 +266,7 @@ class RankWatchdog(Watchdog):
         return text, code
 
     def _record_failure(self, text: str, code: int) -> bool:
-        """Tell all ranks why the run has failed; return False if another rank was first."""
+        """Record for all ranks why the run has failed; return False if another rank was first."""
         own = json.dumps([text, code, self.rank])
         return bool(self.store.compare_set(_FAILURE_KEY, "", own).decode() == own)
 

@@ -173,7 +173,7 @@ def test_an_entry_whose_bytes_have_changed_is_ignored(tmp_path, caplog):
     store = CacheStore(tmp_path)
     assert store.get("latents", entry(1).key) is None and "has changed since" in caplog.text
     assert torch.equal(store.get("latents", entry(2).key), entry(2).value)
-    write(tmp_path, [entry(1)])  # made anew, beside the old one
+    write(tmp_path, [entry(1)])  # written again, beside the old one
     assert torch.equal(CacheStore(tmp_path).get("latents", entry(1).key), entry(1).value)
 
 
