@@ -1,7 +1,7 @@
 """Security: no file runs code or leaves its root, no key is written, and file modes respect the umask.
 
 Pickles that are planted in checkpoints, weights and codecs are in tests/training/test_checkpoint_writer.py,
-tests/models/test_opensora.py, tests/codecs/test_text.py and tests/codecs/test_diffusers_vae.py.
+tests/models/test_opensora.py, tests/codecs/test_transformers_text.py and tests/codecs/test_diffusers_vae.py.
 """
 
 import ast

@@ -117,7 +117,7 @@ def test_pca_unfitted() -> None:
     ("bad", "message"),
     [
         ([], "no video"),
-        ([torch.ones(3, 2, 4, 4)], "one single colour"),
+        ([torch.ones(3, 2, 4, 4)], "a single colour"),
         ([torch.full((3, 2, 4, 4), torch.nan)], "finite"),
     ],
 )
