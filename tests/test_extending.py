@@ -1,4 +1,4 @@
-"""CONTRIBUTING's recipes: a module of one's own adds a codec, an optimizer and so on, then trains and samples."""
+"""CONTRIBUTING's recipes: a user's module adds a codec, an optimizer and so on, then trains and samples."""
 
 import sys
 from collections.abc import Iterator
@@ -114,11 +114,11 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "prediction": (PREDICTION, ["--flow.prediction", "noise"]),
 }
 IN_CHECKPOINT = ("codec", "vae", "text_encoder", "prediction")
-"""What sampling needs, too."""
+"""Recipes that sampling needs, too."""
 
 
 def forget_modules() -> None:
-    """Bring the registries back to the built-in names, as in a new process."""
+    """Remove registered names, as in a new process."""
     for name in [name for name in sys.modules if name.startswith("my_")]:
         del sys.modules[name]
     for registry in (CODECS, TEXT_ENCODERS, OPTIMIZERS, MASK_STRATEGIES, PREDICTIONS):
@@ -132,7 +132,7 @@ OURS = {"unshuffle", "AutoencoderKLQwenImage", "letters", "sgd", "ends", "noise"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current folder, where the modules of the recipes lie."""
+    """Return the current folder, which holds the modules of the recipes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -146,7 +146,7 @@ def call(main, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_module_of_ones_own_trains_and_samples(
+def test_a_users_module_trains_and_samples(
     recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, flags = RECIPES[recipe]

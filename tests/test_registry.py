@@ -39,7 +39,7 @@ def test_an_unknown_name_gives_the_nearest_one_and_the_way_out() -> None:
         registry.check("sing", imports=["my_songs"])
 
 
-def test_it_knows_which_module_registered_a_name() -> None:
+def test_the_module_that_registered_a_name_is_recorded() -> None:
     registry = Registry("speech.name", {"shout": shout})
     registry.register("again", shout)
     IMPORTING.set("my_speech")

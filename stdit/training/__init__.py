@@ -1,6 +1,6 @@
 """Training: start-up, the step, optimizers, averaged weights, checkpoints, and the folder of a run.
 
-`train.py` is the loop. `start` makes a `Session`, which is all that it needs; README.md tells how to use it.
+`start` makes a `Session`, with which `train.py` runs the loop. See README.md for how to use a run.
 """
 
 from typing import TYPE_CHECKING

@@ -71,7 +71,7 @@ def test_first_frame_stands_alone_in_causal_vaes(folders: dict[str, Path], name:
     assert codec.latent_shape(17, 32, 32)[0] == {1: 17, 4: 5, 8: 3}[codec.stride[0]]
 
 
-def test_latents_are_normalised_as_the_vae_says(folders: dict[str, Path]) -> None:
+def test_latents_are_normalised_with_the_constants_of_the_vae(folders: dict[str, Path]) -> None:
     video = torch.rand(1, 3, 9, 32, 32) * 2 - 1
 
     def raw(name: str, pixels: torch.Tensor) -> torch.Tensor:

@@ -190,7 +190,7 @@ def test_bad_weights(tmp_path: Path) -> None:
 
 
 @needs_minilm
-def test_minilm_knows_what_captions_mean() -> None:
+def test_minilm_states_reflect_the_meaning_of_captions() -> None:
     encoder = build_text_encoder(TextEncoderConfig())
     assert (encoder.channels, encoder.max_length) == (384, 64)
     states, mask = encoder.encode(

@@ -80,7 +80,7 @@ def test_nearest_aspect_ratio_of_a_resolution():
     assert places(clips, buckets) == [1, 2, 0, 0]
 
 
-def test_keep_probability_is_drawn_from_seed_and_passes_clips_on():
+def test_keep_probability_depends_on_the_seed_and_leaves_clips_to_smaller_buckets():
     clips = [clip(name=f"{i}.mp4") for i in range(400)]
     buckets = [Bucket(16, 64, 64, 8, keep_probability=0.25), Bucket(16, 32, 32, 8, keep_probability=0.5)]
     found = places(clips, buckets, seed=3)
@@ -90,7 +90,7 @@ def test_keep_probability_is_drawn_from_seed_and_passes_clips_on():
     assert reasons == {"excluded by keep_probability"}
 
 
-def test_table_says_what_is_kept_and_what_is_not():
+def test_the_table_lists_kept_and_dropped_clips():
     clips = [clip(name=f"{i}.mp4") for i in range(5)] + [clip(num_frames=12, name="short.mp4")]
     buckets = [Bucket(16, 64, 64, 8, batch_size=2), Bucket(32, 64, 64, 8)]
     table = assign_clips(clips, buckets, skipped=[Skipped("gone.mp4", "file missing")]).table().splitlines()

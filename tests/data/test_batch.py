@@ -26,7 +26,7 @@ def test_rows_are_some_of_the_samples(rows: Any) -> None:
     assert all(torch.equal(getattr(part, name), getattr(batch, name)[1:3]) for name in MODEL_INPUTS)
 
 
-def test_copies_do_not_wait_if_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_blocking_copies_cover_every_model_input(monkeypatch: pytest.MonkeyPatch) -> None:
     waits, original = [], Tensor.to
 
     def copy(tensor: Tensor, device: Any, non_blocking: bool = False) -> Tensor:
@@ -61,7 +61,7 @@ def test_everything_that_is_copied_to_a_gpu_is_pinned(monkeypatch: pytest.Monkey
     )
 
 
-def test_an_encoded_batch_keeps_what_the_raw_one_knows() -> None:
+def test_an_encoded_batch_keeps_the_info_of_the_raw_batch() -> None:
     batch = tiny_batch(5)
     info = BatchInfo(**{field.name: getattr(batch, field.name) for field in fields(BatchInfo)})
     raw = RawBatch(info, torch.zeros(1), replaced=2, timings=Timings(reading=1.0))

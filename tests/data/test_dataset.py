@@ -77,7 +77,7 @@ def test_the_same_for_any_number_of_workers(folder, workers):
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
 
 
-def test_starting_at_a_step_equals_walking_there(folder):
+def test_starting_at_a_step_equals_iterating_to_it(folder):
     walked = list(video_loader(build_plan(config(folder)), crop="random")(0, 9))
     resumed = video_loader(build_plan(config(folder)), crop="random")(7)
     assert same(next(resumed), walked[7]) and same(next(resumed), walked[8])

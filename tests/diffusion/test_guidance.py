@@ -14,13 +14,13 @@ def test_constant() -> None:
     assert set(scales("constant")) == {5.0}
 
 
-def test_linear_rises_from_none_and_is_as_much_on_average() -> None:
+def test_linear_rises_from_no_guidance_and_averages_to_the_scale() -> None:
     found = scales("linear")
     assert found[0] == 1 and found == sorted(found)
     assert sum(found) / len(found) == pytest.approx(5, abs=0.05)
 
 
-def test_interval_guides_inside_alone() -> None:
+def test_interval_guides_only_inside_the_interval() -> None:
     for sigma, scale in zip(SIGMAS, scales("interval", (0.25, 0.75)), strict=True):
         assert scale == (5.0 if 0.25 <= sigma <= 0.75 else 1.0)
 

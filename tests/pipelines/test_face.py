@@ -1,4 +1,4 @@
-"""The front of the package: names import lazily, and settings need no torch."""
+"""The names that stdit.pipelines exports, and that its settings import no torch."""
 
 import subprocess
 import sys

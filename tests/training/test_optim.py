@@ -24,7 +24,7 @@ def give_gradients(model: nn.Module, seed: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 8, 24), (2, 24, 8), (1, 8, 12)])
-def test_orthogonalise_iterates_as_the_formula_says(shape: tuple[int, ...]) -> None:
+def test_orthogonalise_follows_the_formula(shape: tuple[int, ...]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     a, b, c = NEWTON_SCHULZ
     X = matrices / matrices.norm(dim=(1, 2), keepdim=True)

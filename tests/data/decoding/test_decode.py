@@ -71,7 +71,7 @@ def test_iterates_over_a_part_frame_by_frame(tmp_path, write_video, name):
         next(iter_frames(path))
 
 
-def test_short_clip_says_how_long_it_is(tmp_path, write_video):
+def test_a_clip_that_is_too_short_is_an_error_with_its_length(tmp_path, write_video):
     path = write_video(tmp_path / "a.mp4", num_frames=12)
     with pytest.raises(DecodeError, match=r"a\.mp4: lasts 1\.500 s, but a frame is needed at 1\.875 s"):
         decode_clip(path, 16, 8, 32, 32)

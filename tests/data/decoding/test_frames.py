@@ -219,7 +219,7 @@ def test_threads_change_nothing(tmp_path, write_video):
     assert torch.equal(one, decode_clip(path, 16, 10, 32, 32, start=0.2, threads=3))
 
 
-def test_damaged_file_is_read_as_far_as_it_goes(tmp_path, write_video):
+def test_a_damaged_file_is_read_up_to_the_damage(tmp_path, write_video):
     """Ten frames are whole; a window inside of them is read, one that reaches further is an error."""
     path = write_video(tmp_path / "a.mp4", frames=textured(44), fps=24, gop=12, options={"bf": "0"})
     with av.open(path) as container:

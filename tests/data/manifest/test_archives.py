@@ -36,7 +36,7 @@ def read(*shards, root=None):
     return used, refused
 
 
-def test_a_clip_is_a_range_with_what_its_text_and_json_say(tmp_path):
+def test_a_clip_is_a_range_with_the_fields_of_its_text_and_json(tmp_path):
     facts = {"caption": "from json", "fps": 8.0, "num_frames": "16", "offset": 3, "motion": None}
     shard = write_tar(
         tmp_path / "deep" / "0.tar",

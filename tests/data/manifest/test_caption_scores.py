@@ -14,5 +14,5 @@ from stdit.data.manifest.caption_scores import score_suffix
         ({"aesthetic": "good"}, " aesthetic score: good."),
     ],
 )
-def test_scores_follow_a_caption_in_open_soras_words(values, suffix):
+def test_scores_are_appended_in_open_soras_format(values, suffix):
     assert score_suffix(values) == suffix

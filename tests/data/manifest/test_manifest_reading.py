@@ -98,7 +98,7 @@ def test_the_content_of_a_file_decides_and_not_its_name(tmp_path, video):
     assert all(skip.reason.startswith("cannot be read: not a ") for skip in skipped)
 
 
-def test_long_and_odd_captions_come_as_they_are(tmp_path, video):
+def test_long_and_odd_captions_are_unchanged(tmp_path, video):
     long = "words, " * 1428 + "end."
     rows = [f'a.mp4,"{long}"', 'a.mp4,"two\r\nlines, ""quoted"""']
     clips, skipped = read_manifest(write_csv(tmp_path, *rows, newline="\r\n"))

@@ -107,7 +107,7 @@ def test_manifests_that_cannot_be_read_say_why(tmp_path):
     assert len(message("m.csv", b"x," * 10_000)) < 500
 
 
-def test_parquet_needs_its_package_and_says_so(tmp_path, monkeypatch):
+def test_a_missing_parquet_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "m.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"pip install 'stdit\[parquet\]'"):

@@ -218,7 +218,7 @@ def test_warnings_about_duplicates_and_misspelt_columns(tmp_path, video):
     assert all(line in report for line in clip_warnings(clips))
 
 
-def test_the_cache_lies_with_the_first_source(tmp_path):
+def test_the_cache_is_beside_the_first_source(tmp_path):
     def folder(**values):
         return DataConfig(**values).cache_folder().as_posix()
 
@@ -285,7 +285,7 @@ def test_shards_are_not_hashed_for_the_index(tmp_path, video, monkeypatch):
     assert len(clips) == 1
 
 
-def test_a_folder_of_shards_says_how_to_name_them(tmp_path):
+def test_a_folder_of_shards_is_an_error_with_the_right_pattern(tmp_path):
     make_shard(tmp_path / "0.tar")
     with pytest.raises(UserError, match=r"to train on its tar shards, name them: .*/\*\.tar"):
         read_manifest(tmp_path)
