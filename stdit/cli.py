@@ -318,7 +318,8 @@ def _check_key(key: str, known: dict[str, Any], dashes: str = "", where: str = "
         if typing.get_origin(known.get(group)) is dict:
             return
         group = group.rpartition(".")[0]
-    nearest = _nearest(key, [*known, *(OWN_FLAGS if dashes else ())])
+    flags = [flag for flag in OWN_FLAGS if dashes and difflib.get_close_matches(key, [flag], 1, 0.75)]
+    nearest = _nearest(key, [*known, *flags])
     hint = f"did you mean {dashes}{nearest}?" if nearest else "see --help for all settings."
     raise UserError(f"{where}{dashes}{key} is not a setting: {hint}")
 
@@ -338,7 +339,9 @@ def _nearest(key: str, keys: list[str]) -> str | None:
 def _check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
     """Raise UserError if a YAML file cannot be read, or has an unknown key, an invalid null, or other imports."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        repeated = _repeated_key(yaml.compose(text, yaml.SafeLoader))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"--config {path}: cannot be read ({reason}).") from None
@@ -346,6 +349,8 @@ def _check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must hold settings, such as 'name: first'.")
+    if repeated:
+        raise UserError(f"--config {path}: {repeated}: only the last one would count, so remove one of them.")
     recorded = content.get(IMPORTS) or []
     missing = [name for name in recorded if name not in imports] if isinstance(recorded, list) else [recorded]
     if missing and any(field.name == IMPORTS for field in dataclasses.fields(config_class)):
@@ -355,6 +360,26 @@ def _check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
             "the command if you trust it."
         )
     _check_content(content, config_class, "", f"--config {path}: ")
+
+
+def _repeated_key(root: yaml.Node | None) -> str | None:
+    """Name a key that a mapping of a YAML document has twice, with its line; None if there is none."""
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    return f"line {key.start_mark.line + 1} sets {key.value} again"
+                keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+                nodes.append(value)
+    return None
 
 
 def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, where: str) -> None:
@@ -400,6 +425,8 @@ def _describe(hint: Any) -> str:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in names:
         return names[hint]
+    if origin is typing.Literal and len(inner) == 1:
+        return str(inner[0])
     if origin is typing.Literal:
         return "one of " + ", ".join(str(value) for value in inner)
     if origin in (typing.Union, types.UnionType):
@@ -410,4 +437,6 @@ def _describe(hint: Any) -> str:
         return f"a list, each entry {_describe(inner[0])}"
     if origin is dict:
         return f"a mapping of names, each to {_describe(inner[1])}"
+    if dataclasses.is_dataclass(hint):
+        return "a group of settings: {" + ", ".join(field.name for field in dataclasses.fields(hint)) + "}"
     return getattr(hint, "__name__", str(hint))

@@ -47,7 +47,7 @@ def resize_and_crop(video: Tensor, height: int, width: int) -> Tensor:
 def warn_if_resized(what: str, rows: int, columns: int, height: int, width: int) -> None:
     """Log a warning if a picture or video has another size than the generated video."""
     if (rows, columns) != (height, width):
-        logger.warning("%s is %dx%d pixels: scaled and cropped to %dx%d", what, columns, rows, width, height)
+        logger.warning("%s: %dx%d pixels, scaled and cropped to %dx%d", what, columns, rows, width, height)
 
 
 def _to_tensor(image: Image) -> Tensor:

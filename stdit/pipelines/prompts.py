@@ -40,6 +40,14 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "extra": (dict,),
 }
 """Types of the values in a .jsonl file; what is not listed is text."""
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+}
 _KEYS = tuple(f.name for f in fields(PromptLine))
 
 
@@ -187,8 +195,8 @@ def _line(values: dict[str, Any], where: str) -> PromptLine:
         if not _is_instance(value, kinds) or (
             name in _LISTS and not all(_is_instance(one, _LISTS[name]) for one in value)
         ):
-            words = " or ".join(kind.__name__ for kind in kinds)
-            inner = " of " + " or ".join(kind.__name__ for kind in _LISTS[name]) if name in _LISTS else ""
+            words = _WORDS[kinds[-1]]
+            inner = f" of {'texts' if str in _LISTS[name] else 'numbers'}" if name in _LISTS else ""
             raise UserError(f"{where}{name} = {value!r}: must be {words}{inner}.")
     if not str(values.get("prompt", "")).strip():
         raise UserError(f"{where}the prompt is empty: write one, or delete the line.")
