@@ -56,9 +56,7 @@ def build_parser() -> ArgumentParser:
         step = steps.add_parser(name, help=text, description=text, allow_abbrev=False)
         step.add_argument("source", help="a folder of videos, a manifest, or tar shards")
         step.add_argument("output", type=Path, help=output)
-        step.add_argument(
-            "--root", type=Path, help="folder that paths are relative to; default: the source's folder"
-        )
+        step.add_argument("--root", help="folder that paths are relative to; default: the source's folder")
         step.add_argument(
             "--workers", type=int, default=None, help="processes (one per core); 0: only this one"
         )

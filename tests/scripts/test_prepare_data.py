@@ -44,6 +44,23 @@ def test_all_steps_in_order(clips: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert re.search(r"16x32x32 at 8 fps +1 +1 +1\n", (clips / "report.html").read_text())
 
 
+def test_root_is_the_folder_that_paths_are_relative_to(
+    clips: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, output = tmp_path / "elsewhere" / "manifest.csv", tmp_path / "elsewhere" / "probed.csv"
+    source.parent.mkdir()
+    source.write_text("path,text\na.mp4,a red ball\n")
+    with pytest.raises(
+        UserError, match=r"no clip is left\n(?s:.*)if the files lie elsewhere, add --root FOLDER"
+    ):
+        main(["probe", str(source), str(output), *HERE])
+    main(["probe", str(source), str(output), "--root", str(clips), *HERE])
+    assert f"add --root {os.path.realpath(clips)}" in capsys.readouterr().out
+    assert [row["path"] for row in read_csv(output)] == ["a.mp4"]
+
+
 def test_bad_arguments_are_errors(clips: Path) -> None:  # noqa: F811
     with pytest.raises(UserError, match="no column 'motion'"):
         main(["filter", str(clips), str(clips / "good.csv"), "--where", "motion > 2"])

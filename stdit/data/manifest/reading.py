@@ -125,7 +125,12 @@ def read_manifest(
         order = np.concatenate([places, np.array(list(read))]).argsort()
         clips = Clips.concatenate([clips, Clips.of(read.values())]).take(order)
     if not len(clips):
-        raise UserError("\n".join([f"manifest {manifest}: no clip can be used", *summarise(skipped)]))
+        lines = [f"manifest {manifest}: no clip can be used", *summarise(skipped)]
+        if any(reason.startswith(("file missing", "outside the data root")) for _, reason in skipped):
+            lines.append(
+                f"paths are relative to {data_root}: if the files lie elsewhere, set --data.root FOLDER"
+            )
+        raise UserError("\n".join(lines))
     return clips, skipped
 
 

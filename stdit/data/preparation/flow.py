@@ -180,6 +180,8 @@ def write_results(
     elif task.excluded.exists():
         task.excluded.unlink()
     if not kept:
+        if excluded and all(reason == "file missing" for _, reason in excluded):
+            summary.append(f"paths are relative to {root}: if the files lie elsewhere, add --root FOLDER")
         raise UserError("\n".join([f"{task.source}: no clip is left", *summary]))
     write_table(task.output, table.with_columns([_rebased(row, root, base) for row in kept], new_columns))
     task.journal.remove()
