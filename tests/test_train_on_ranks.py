@@ -90,7 +90,7 @@ def test_dry_run_prints_once(alone: Any) -> None:
     code, output, errors = launch("train.py", 2, [*settings, "--name", "dry", "--dry_run", "true"])
     assert code == 0, errors
     assert output.count("parameters (1 x 2 blocks") == 1
-    assert "auto, of 2 processes: 1" in output and "of 4 processes" not in output
+    assert "auto, 2 processes: 1" in output and "auto, 4 processes" not in output
     assert not run.with_name("dry").exists()
 
 
