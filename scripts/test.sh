@@ -13,5 +13,5 @@ mypy
 if [ $# -eq 0 ]; then
     set -- -m "not slow and not gpu"
 fi
-# One test file per core at a time: most of the work is starting processes, which uses one core.
-OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
+# One test file per core at a time, in the order of tests/conftest.py.
+OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,0 +1,28 @@
+"""Order of the test files: those that take longest first, so that all cores are busy until the end."""
+
+import pytest
+
+LONGEST = [
+    "tests/training/test_trainer_on_ranks.py",
+    "tests/parallel/sequence/test_sharding.py",
+    "tests/test_train_on_ranks.py",
+    "tests/pipelines/test_pipeline_on_ranks.py",
+    "tests/data/test_shapes.py",
+    "tests/test_train.py",
+    "tests/scripts/chaos/test_chaos.py",
+    "tests/scripts/bench/test_bench_step.py",
+    "tests/models/test_golden.py",
+    "tests/models/test_stdit.py",
+    "tests/parallel/processes/test_watchdog.py",
+    "tests/scripts/bench/test_bench_sequence.py",
+    "tests/scripts/bench/test_baselines.py",
+    "tests/parallel/sequence/test_planner.py",
+    "tests/scripts/test_prepare_data.py",
+    "tests/test_pages.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the tests of the slowest files to the front."""
+    rank = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(LONGEST)))
