@@ -327,7 +327,7 @@ class TrainConfig:
         if self.flow.conditioning and self.model.patch_size[0] > 1:
             raise UserError(
                 f"flow.conditioning and model.patch_size = {list(self.model.patch_size)}: conditioning frames need "
-                "patches that are one frame long: leave flow.conditioning out, or use a patch_size of [1, ...]"
+                "patches that are one frame long: remove flow.conditioning, or use a patch_size of [1, ...]"
             )
 
 

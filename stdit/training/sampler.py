@@ -72,12 +72,9 @@ class Sampler:
         An older one is replaced only when the new one is whole. Return the folder.
         """
         if self.mesh.on_main(self._exported_step) != step:
-            self._export(step)
+            average = gather_full_tensors(self.ema.state_dict(), self.mesh)
+            self.mesh.on_main(lambda: self._write_pipeline(self._pipeline(step, average)))
         return self.folder / "pipeline"
-
-    def _export(self, step: int) -> None:
-        average = gather_full_tensors(self.ema.state_dict(), self.mesh)
-        self.mesh.on_main(lambda: self._write_pipeline(self._pipeline(step, average)))
 
     def _write_pipeline(self, pipe: Any) -> None:
         target = self.folder / "pipeline"

@@ -1,8 +1,8 @@
-"""The processes of a run: how they find each other, what they agree on, and where weights and checkpoints lie.
+"""The processes of a run: rendezvous, mesh, watchdog, and sharding of weights and checkpoints.
 
 `rendezvous` and `device` join the processes, `mesh` arranges them as dp x cfg x sp and exchanges errors,
 `step_exchange` is the one collective of a training step, `watchdog` ends all when one dies or hangs, `parameters`
-replicates or shards the model, `storage` divides checkpoints among the ranks, `memory` says how many bytes a process
+replicates or shards the model, `storage` divides checkpoints among the ranks, `memory` returns how many bytes a process
 may use.
 """
 

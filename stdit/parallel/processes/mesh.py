@@ -1,4 +1,4 @@
-"""All processes of a run as a grid, dp x cfg x sp, and what they agree on.
+"""The device mesh: all processes of a run as a grid, dp x cfg x sp, and control messages between them.
 
 The dp ranks split the batch (or the prompts); the cfg ranks split the two halves of classifier-free guidance (in
 sampling); the sp ranks share each video. sp varies fastest: the ranks of a video are neighbours, on one machine if it

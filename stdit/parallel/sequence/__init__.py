@@ -1,9 +1,9 @@
 """Dynamic sequence parallelism: the tokens of one video sharded over a group of ranks (arXiv:2403.10266).
 
-`group` holds the ranks and counts their traffic, `collectives` has the differentiable exchanges, `sharding` says
-which rank has which tokens and switches the sharded axis, `planner` estimates traffic and memory and chooses sp.
+`group` holds the ranks and counts their traffic, `collectives` has the differentiable exchanges, `sharding` maps
+tokens to ranks and switches the sharded axis, `planner` estimates traffic and memory and chooses sp.
 
-Room for more: a T x S grid goes into `sharding`; other ways to cover an axis that stays sharded (Ulysses, ring, LASP)
+To extend: a T x S grid belongs in `sharding`; other ways to cover an axis that stays sharded (Ulysses, ring, LASP)
 become one module each here, built on `collectives`, with an entry in `planner`.
 """
 
