@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from stdit.cli import parse, plain
-from stdit.codecs.config import CodecConfig, TextEncoderConfig
+from stdit.codecs.config import CODECS, CodecConfig, TextEncoderConfig
 from stdit.data.config import DataConfig
 from stdit.diffusion.config import FlowConfig
 from stdit.errors import UserError
@@ -319,7 +319,8 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed = {self.seed}: must be from 0 to 2^63 - 1")
         self.data.validate()
-        if self.flow.prediction == "residual" and self.codec.name != "pca":
+        built_in = CODECS.module(self.codec.name) is None  # a user's codec may know the variance, too
+        if self.flow.prediction == "residual" and built_in and self.codec.name != "pca":
             raise UserError(
                 f"flow.prediction = residual and codec.name = {self.codec.name}: residual needs a codec that "
                 "knows the variance of its latents: use codec.name = pca, or flow.prediction = velocity"

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from stdit.cli import parse, to_yaml
+from stdit.codecs.config import CODECS
 from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, SourceConfig, resolve_size
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
@@ -138,6 +139,13 @@ def test_several_sources_from_a_file_or_the_command_line(tmp_path: Path) -> None
     file.write_text("data: {sources: [{manifest: a.csv, wieght: 2}]}\n")
     with pytest.raises(UserError, match="weight"):
         parse_train(["--config", str(file)])
+
+
+def test_a_registered_codec_may_use_the_residual_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*GIVEN, "--codec.name", "mine", "--flow.prediction", "residual"]
+    for names, value in ((CODECS._entries, "my_module:Codec"), (CODECS._modules, "my_module")):
+        monkeypatch.setitem(names, "mine", value)
+    assert parse_train(flags).flow.prediction == "residual"
 
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "wandb", "av", "PIL", "numpy"}

@@ -2,8 +2,8 @@
 
 `rendezvous` and `device` join the processes, `mesh` arranges them as dp x cfg x sp and exchanges errors,
 `step_exchange` is the one collective of a training step, `watchdog` ends all when one dies or hangs, `parameters`
-replicates or shards the model, `storage` divides checkpoints among the ranks, `memory` returns how many bytes a process
-may use.
+replicates or shards the model, `storage` divides checkpoints among the ranks, `memory` returns the bytes that a
+process may use.
 """
 
 from typing import TYPE_CHECKING
