@@ -56,7 +56,7 @@ def test_root_is_the_folder_that_paths_are_relative_to(
         UserError, match=r"no clip is left\n(?s:.*)if the files lie elsewhere, add --root FOLDER"
     ):
         main(["probe", str(source), str(output), *HERE])
-    main(["probe", str(source), str(output), "--root", str(clips), *HERE])
+    main(["probe", str(source), str(output), "--root", str(clips), "--overwrite", *HERE])
     assert f"add --root {os.path.realpath(clips)}" in capsys.readouterr().out
     assert [row["path"] for row in read_csv(output)] == ["a.mp4"]
 

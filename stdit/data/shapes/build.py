@@ -64,8 +64,9 @@ class ShapesConfig:
     """Quality of h264: 0 is lossless, 51 the worst."""
 
     def __post_init__(self) -> None:
-        if self.num_clips < 1 or self.num_frames < 1 or self.fps < 1 or self.seed < 0:
-            raise UserError(f"{self}: num_clips, num_frames and fps must be at least 1, the seed at least 0")
+        for name, least in (("num_clips", 1), ("num_frames", 1), ("fps", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least {least}")
         if self.size < 32 or self.size % 2:
             raise UserError(
                 f"size {self.size} must be even and at least 32 pixels: smaller shapes look alike"
