@@ -26,6 +26,8 @@ from stdit.errors import UserError
 class EncodeConfig:
     """The captions to encode, and the encoder."""
 
+    imports: list[str] = field(default_factory=list)
+    """Module of your own to import, which registers the text encoder; may be repeated."""
     output: str = ""
     """Folder of the states; new ones are added to those that it has."""
     captions: list[str] = field(default_factory=list)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from stdit.cli import run, script_parser
+from stdit.cli import import_modules, run, script_parser
 from stdit.data.shapes.checker import ATTRIBUTES, Verdict, check, compare
 from stdit.data.shapes.render import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, render, sample_scene
 from stdit.errors import UserError
@@ -208,7 +208,16 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts per batch (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto: a GPU if there is one (%(default)s)")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of yours that the checkpoint needs; repeatable",
+    )
     args = parser.parse_args()
+    import_modules(args.imports)
     if args.batch_size < 1:
         raise UserError(f"batch_size = {args.batch_size}: must be at least 1")
     conditioned = args.conditioning_frames * len(args.conditioning)

@@ -10,7 +10,9 @@ from accelerate.state import AcceleratorState
 
 import sample
 import train
+from scripts import encode_text
 from stdit.codecs import CODECS, TEXT_ENCODERS
+from stdit.codecs.stored_text import StoredTextEncoder
 from stdit.codecs.vaes import VAES
 from stdit.diffusion.conditioning import MASK_STRATEGIES
 from stdit.diffusion.config import PREDICTIONS
@@ -177,6 +179,18 @@ def test_a_users_module_trains_and_samples(
     else:
         call(sample.main, monkeypatch, *wanted, folder / "out")
     assert len(list((folder / "out").glob("*.mp4"))) == 1
+
+
+def test_states_of_a_users_text_encoder_are_stored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "my_letters.py").write_text(TEXT_ENCODER)
+    (folder / "prompts.txt").write_text("a red ball\n")
+    flags = ["--output", "text", "--captions", "prompts.txt", "--encoder.name", "letters"]
+    flags += ["--encoder.path", "null"]
+    with pytest.raises(UserError, match=r"must be one of .*--import MODULE"):
+        call(encode_text.main, monkeypatch, *flags)
+    call(encode_text.main, monkeypatch, *flags, "--import", "my_letters")
+    states, mask = StoredTextEncoder("text").encode(["a red ball"])
+    assert states.shape == (1, len("a red ball"), 32) and mask.all()
 
 
 def test_a_file_that_names_modules_imports_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
