@@ -227,14 +227,14 @@ def test_requests_runner_and_writer_without_the_command(pipe, tmp_path):
     request = Request(
         "a wave rises", 0, VideoSettings(fps=4), segment_prompts=("it breaks",), segments=Segments(2, 1)
     )
-    told = []
+    reported = []
     writer = VideoWriter(
-        tmp_path / "videos", ["mp4", "png"], pipe.config, {"checkpoint_hash": "x"}, told.append
+        tmp_path / "videos", ["mp4", "png"], pipe.config, {"checkpoint_hash": "x"}, reported.append
     )
     writer.write(sample_videos(pipe, [request]))
     files = writer.finish()
     names = ["000-a-wave-rises-seed0.mp4", "000-a-wave-rises-seed0.json", "sheet.png"]
-    assert files == told == [tmp_path / "videos" / name for name in names]
+    assert files == reported == [tmp_path / "videos" / name for name in names]
     metadata = read_metadata(files[0])
     assert (metadata["checkpoint_hash"], metadata["fps"], metadata["segments"]) == ("x", 4, 2)
     assert metadata["num_frames"] == pipe.config.num_frames

@@ -85,41 +85,41 @@ def test_the_cache_of_a_training_is_filled_verified_and_pruned(
     settings = tiny_settings(tmp_path)
     folder = tmp_path / "clips" / "stdit-cache"
 
-    def told(*arguments: str) -> str:
+    def output_of(*arguments: str) -> str:
         main([*arguments])
         return capsys.readouterr().out
 
-    assert "3 views encoded, 0 were in the cache" in told("encode", *settings, "--part", "1/2")
-    out = told("encode", *settings)
+    assert "3 views encoded, 0 were in the cache" in output_of("encode", *settings, "--part", "1/2")
+    out = output_of("encode", *settings)
     assert "5 clips, 2 views encoded, 3 were in the cache" in out and "train with --data.cache disk" in out
-    assert "0 views encoded, 5 were in the cache" in told("encode", *settings, "--data.cache", "disk")
-    assert "entries" in told("cache", "verify", str(folder))
-    assert "0 entries and" in told("cache", "prune", str(folder), *settings)
+    assert "0 views encoded, 5 were in the cache" in output_of("encode", *settings, "--data.cache", "disk")
+    assert "entries" in output_of("cache", "verify", str(folder))
+    assert "0 entries and" in output_of("cache", "prune", str(folder), *settings)
 
     video = ["--data.buckets", "[{num_frames: 2, height: 8, width: 8, fps: 8}]"]
-    assert "5 views encoded" in told("encode", *settings, *video)
-    assert "5 entries and" in told("cache", "prune", str(folder), *settings, "--dry_run")
-    assert "5 entries and" in told("cache", "prune", str(folder), *settings)
+    assert "5 views encoded" in output_of("encode", *settings, *video)
+    assert "5 entries and" in output_of("cache", "prune", str(folder), *settings, "--dry_run")
+    assert "5 entries and" in output_of("cache", "prune", str(folder), *settings)
 
     for channels in (2, 3):
         codec = f"codec: {{name: pca, stride: [1, 2, 2], channels: {channels}, fit_clips: 2}}"
         (tmp_path / f"pca-{channels}.yaml").write_text(
             (tmp_path / "tiny.yaml").read_text().replace("codec: {name: pixel}", codec)
         )
-        told("encode", "--config", str(tmp_path / f"pca-{channels}.yaml"))
+        output_of("encode", "--config", str(tmp_path / f"pca-{channels}.yaml"))
     assert len(list((folder / "codecs").iterdir())) == 2
     pruned = ["cache", "prune", str(folder), *settings, "--config", str(tmp_path / "pca-3.yaml")]
-    assert "5 entries and 1 fitted codecs" in told(*pruned, "--dry_run")
-    assert "5 entries and 1 fitted codecs" in told(*pruned)
+    assert "5 entries and 1 fitted codecs" in output_of(*pruned, "--dry_run")
+    assert "5 entries and 1 fitted codecs" in output_of(*pruned)
     assert len(list((folder / "codecs").iterdir())) == 1
-    assert "0 entries and 0 fitted codecs" in told(*pruned)
+    assert "0 entries and 0 fitted codecs" in output_of(*pruned)
 
     shard = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-50])
     with pytest.raises(UserError, match=f"broken: {shard.name}: .*\nprune removes what is broken"):
         main(["cache", "verify", str(folder)])
-    assert "broken" in told("cache", "prune", str(folder)) and not shard.exists()
-    assert "entries" in told("cache", "verify", str(folder))
+    assert "broken" in output_of("cache", "prune", str(folder)) and not shard.exists()
+    assert "entries" in output_of("cache", "verify", str(folder))
     with pytest.raises(UserError, match="data.bukets is not a setting"):
         main(["encode", *settings, "--data.bukets", "[]"])
     for part in ("0/2", "3/2", "1", "a/b", "-1/2"):
@@ -185,9 +185,9 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(
         assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
-    assert "of 60 are done and kept: the same command resumes" in told and not output.exists()
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in printed and "Traceback" not in printed
+    assert "of 60 are done and kept: the same command resumes" in printed and not output.exists()
     with pytest.raises(
         ProcessLookupError
     ):  # soon: the server of processes ends when it sees that this one has

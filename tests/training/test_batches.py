@@ -61,7 +61,7 @@ def views(settings, tmp_path):
     return lambda **more: settings(**(flags | more))
 
 
-class Watch:
+class UsageCounter:
     """Counts videos that are opened to be read, and networks that are alive while a step is done."""
 
     def __init__(self, monkeypatch):
@@ -91,20 +91,20 @@ def is_encoder(kind):
 def test_a_run_is_the_same_with_every_cache(views, tmp_path, monkeypatch):
     outputs, other = tmp_path / "outputs", {"data__cache_dir": tmp_path / "other"}
     with monkeypatch.context() as patch:
-        watch = Watch(patch)
+        counter = UsageCounter(patch)
         assert do(views(name="memory", data__cache="memory", **other)) == 0
-        assert watch.opened and not watch.encoders
+        assert counter.opened and not counter.encoders
     with monkeypatch.context() as patch:
-        watch = Watch(patch)
+        counter = UsageCounter(patch)
         assert do(views(name="disk", data__cache="disk")) == 0
-        assert watch.opened and len(watch.encoders) == 2
+        assert counter.opened and len(counter.encoders) == 2
     summary = fill_cache(parse_train(views(data__cache="memory")))
     assert (summary.clips, summary.captions) == (5, 2) and summary.encoded + summary.stored == 3 * 4 + 2 * 2
     assert summary.stored > 0 and summary.captions_encoded == 0
     with monkeypatch.context() as patch:
-        watch = Watch(patch)
+        counter = UsageCounter(patch)
         assert do(views(name="encoded", data__cache="disk")) == 0
-        assert not watch.opened and not watch.encoders
+        assert not counter.opened and not counter.encoders
     memory, disk, encoded = (outputs / name for name in ("memory", "disk", "encoded"))
     assert numbers(memory) == numbers(disk) == numbers(encoded)
     assert len({line["loss"] for line in metrics(memory)}) == 3
