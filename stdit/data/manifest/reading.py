@@ -184,7 +184,9 @@ def open_rows(manifest: str, root: str | None) -> tuple[Iterator[Rows], str]:
     """Return the rows of a manifest of any kind, and its data root. Raises UserError."""
     if root is not None and not is_url(root):
         if not os.path.isdir(root):
-            raise UserError(f"data root {root} is not a folder: check data.root")
+            raise UserError(
+                f"data root {root} is not a folder: correct the path (--root, or data.root in training)"
+            )
         root = os.path.realpath(root)
     if is_archive(manifest):
         root = root or shard_root(manifest)
@@ -196,7 +198,7 @@ def open_rows(manifest: str, root: str | None) -> tuple[Iterator[Rows], str]:
         )
     path = Path(manifest)
     if not path.exists():
-        raise UserError(f"manifest {manifest} does not exist: check data.manifest")
+        raise UserError(f"manifest {manifest} does not exist: correct the path (data.manifest in training)")
     root = root or os.path.realpath(path if path.is_dir() else path.parent)
     return read_rows(path, Path(root)), root
 
