@@ -112,7 +112,7 @@ def test_nothing_is_replaced_and_nothing_left_half_written(
     assert convert(monkeypatch, source, source / "inside") == 2
     assert "inside could not be written" in capsys.readouterr().err
     assert convert(monkeypatch, source, tmp_path / "new", "--reverse", "--num_heads", 2) == 2
-    assert "--reverse takes nothing but SRC and DST" in capsys.readouterr().err
+    assert "--reverse takes only SRC and DST" in capsys.readouterr().err
 
     def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
