@@ -112,8 +112,13 @@ def parse_command(command: str) -> None:
     """Parse a shell command as the program that it starts does. Raises ValueError, UserError or SystemExit."""
     words = shlex.split(command, comments=True)
     own = {module: ModuleType(module) for flag, module in pairwise(words) if flag == "--import"}
-    with patch.dict(sys.modules, own):
+    # Not by patch.dict, which would also drop what is imported meanwhile, such as NumPy.
+    sys.modules.update(own)
+    try:
         parse_words(words)
+    finally:
+        for module in own:
+            sys.modules.pop(module, None)
 
 
 def parse_words(words: list[str]) -> None:
