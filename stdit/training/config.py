@@ -83,9 +83,10 @@ class TrainerConfig:
     """Clips of a micro-batch of a process, over which gradients accumulate. None: its whole share of the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model; weights, optimizer and loss stay in float32."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    matmul_precision: Literal["highest", "fastest_exact", "high", "medium"] = "highest"
     """Precision of float32 matrix products in a step, as in torch.set_float32_matmul_precision: high and medium
-    use TF32 on GPUs; medium uses bfloat16 on CPUs with matrix units, and on others may be a faster exact way."""
+    use TF32 on GPUs; medium uses bfloat16 on CPUs with AMX, and on others a way that may be faster and is exact.
+    fastest_exact: medium on CPUs where that is exact, else highest."""
     max_grad_norm: float = 1.0
     """Scale gradients with a larger norm down to this; .inf for no clipping."""
     max_nonfinite_steps: int = 10

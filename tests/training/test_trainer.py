@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.training.checkpoint_writer import CheckpointWriter
 from stdit.training.config import CheckpointConfig, OptimizerConfig, TrainerConfig
-from stdit.training.trainer import Trainer
+from stdit.training.trainer import Trainer, fastest_exact_precision, matmul_precision
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
 
@@ -118,6 +119,27 @@ def test_products_are_as_exact_as_the_settings_say_within_a_step() -> None:
     assert not one.step(tiny_batch(0))["skipped"]
     assert seen == ["medium", "medium"]
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_fastest_exact_precision_rounds_to_float32() -> None:
+    a, b = torch.rand(2, 300, 500)
+    exact = a.double() @ b.double().T
+    with matmul_precision(trainer(matmul_precision="fastest_exact").matmul_precision):
+        assert (a @ b.T - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize(("rounding", "precision"), [(torch.bfloat16, "highest"), (torch.float32, "medium")])
+def test_the_fastest_exact_precision_is_medium_only_if_its_products_are_exact(
+    rounding: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        if a.dtype == torch.float64:
+            return torch.mm(a, b)
+        assert torch.get_float32_matmul_precision() == "medium"
+        return torch.mm(a.to(rounding).double(), b.to(rounding).double()).float()
+
+    monkeypatch.setattr(Tensor, "__matmul__", product)
+    assert fastest_exact_precision(torch.device("cpu")) == precision
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
