@@ -7,6 +7,7 @@ imported sees those of the server: tests of such code must start Python themselv
 import atexit
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -37,10 +38,18 @@ def context() -> ForkServerContext:
 
 
 def run(
-    argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 300.0
+    argv: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    timeout: float = 300.0,
+    largest_file: int | None = None,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run ``python ARGV`` to its end, as `subprocess.run` does with captured text."""
-    process = Python(argv, env, cwd)
+    """Run ``python ARGV`` to its end, as `subprocess.run` does with captured text.
+
+    Args:
+        largest_file: bytes beyond which writing to a file fails (Python ignores SIGXFSZ).
+    """
+    process = Python(argv, env, cwd, largest_file)
     try:
         output, errors = process.communicate(timeout)
     finally:
@@ -51,14 +60,21 @@ def run(
 class Python:
     """A process that runs a script of the repository, with the interface of `subprocess.Popen`."""
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+        largest_file: int | None = None,
+    ) -> None:
         """Start ``python ARGV``, whose output is kept in files."""
         self.args = list(argv)
         self.returncode: int | None = None
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
         environment = dict(os.environ if env is None else env)
-        self._process = context().Process(target=_run, args=(self.args, environment, cwd, self._files))
+        given = (self.args, environment, cwd, self._files, largest_file)
+        self._process = context().Process(target=_run, args=given)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -96,7 +112,15 @@ class Python:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(argv: list[str], environment: Mapping[str, str], cwd: Path, files: Sequence[Path]) -> None:
+def _run(
+    argv: list[str],
+    environment: Mapping[str, str],
+    cwd: Path,
+    files: Sequence[Path],
+    largest_file: int | None,
+) -> None:
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

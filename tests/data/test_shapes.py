@@ -172,7 +172,7 @@ def test_checker_is_right_on_rendered_clips() -> None:
     assert accuracy([render(scene) for scene in shown], shown) >= 0.99
 
 
-@pytest.mark.parametrize("crf", [12, 24])
+@pytest.mark.parametrize("crf", [pytest.param(12, marks=pytest.mark.slow), 24])
 def test_checker_is_right_after_h264(tmp_path: Path, crf: int) -> None:
     shown = scenes(300, seed=2)
     videos = [encoded(render(scene), tmp_path / "clip.mp4", crf) for scene in shown]

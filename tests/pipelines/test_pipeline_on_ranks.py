@@ -85,7 +85,14 @@ def videos(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "ranks, sp, cfg, launcher", [(2, 1, 1, "torchrun"), (4, 2, 2, "warm"), (4, 1, 2, "accelerate")]
+    "ranks, sp, cfg, launcher",
+    [
+        (2, 1, 1, "warm"),
+        (4, 2, 2, "warm"),
+        (4, 1, 2, "warm"),
+        pytest.param(2, 1, 1, "torchrun", marks=pytest.mark.slow),
+        pytest.param(4, 1, 2, "accelerate", marks=pytest.mark.slow),
+    ],
 )
 def test_command_writes_the_files_of_one_process(
     run: Path, tmp_path: Path, ranks: int, sp: int, cfg: int, launcher: str

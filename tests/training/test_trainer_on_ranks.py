@@ -321,6 +321,6 @@ def test_every_option_on_two_ranks_that_share_videos(tmp_path: Path) -> None:
     run_on_ranks(2, check_two_ranks, 2, tmp_path)
 
 
-@pytest.mark.parametrize("ranks, sp", [(4, 2), (3, 3)])
+@pytest.mark.parametrize("ranks, sp", [(4, 2), pytest.param(3, 3, marks=pytest.mark.slow)])
 def test_equals_one_process(ranks: int, sp: int, from_two: Path) -> None:
     run_on_ranks(ranks, check_more_ranks, sp, ["AdamW", "Muon", "accumulation"], from_two)

@@ -160,7 +160,7 @@ def compare_all(group: Group) -> None:
             compare(replace(group, chunks=chunks), name, torch.float64, 1e-12)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_equals_one_process(ranks: int) -> None:
     run_on_ranks(ranks, compare_all)
 

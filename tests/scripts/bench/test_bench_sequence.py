@@ -2,10 +2,9 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.launch import ROOT
+from tests import warm
 
 TINY = [
     "--hidden_size",
@@ -24,8 +23,7 @@ TINY = [
 
 
 def bench(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/bench/sequence.py", *TINY, "--steps", "1", "--warmup", "1", *argv]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return warm.run(["scripts/bench/sequence.py", *TINY, "--steps", "1", "--warmup", "1", *argv], timeout=120)
 
 
 def test_bytes_are_those_of_the_formulas(tmp_path: Path) -> None:

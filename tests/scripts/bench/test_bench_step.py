@@ -9,6 +9,7 @@ import pytest
 from scripts.bench import step as bench_step
 from scripts.bench.step import CASES, Size, measure
 from stdit.errors import UserError
+from tests import warm
 
 TINY = Size(hidden_size=16, depth=1, num_heads=2, frames=2, side=4, tokens=3, text_width=8)
 
@@ -30,6 +31,7 @@ def test_the_command(
     output = tmp_path / "step.json"
     monkeypatch.setitem(bench_step.SIZES, "small", TINY)
     monkeypatch.setattr(bench_step, "CASES", {"forward": {"backward": False}})
+    monkeypatch.setattr(bench_step, "get_context", lambda method: warm.context())
     monkeypatch.setattr(
         sys, "argv", ["bench_step.py", "--sizes", "small", "--steps", "1", "--output", str(output)]
     )
