@@ -3,14 +3,15 @@
 import dataclasses
 import difflib
 import importlib
+import math
 import os
 import re
 import sys
 import time
 import types
 import typing
-from argparse import ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentError, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,6 +20,7 @@ import yaml
 
 from stdit.errors import OtherRankError, UserError
 from stdit.registry import IMPORTING, Registry
+from stdit.suggestions import nearest_name, same_meaning, similar_name
 
 Config = TypeVar("Config")
 OWN_FLAGS = ("help", "config", "print_config", "import")
@@ -66,10 +68,33 @@ def _prints_errors() -> bool:
     return connected or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def script_parser(doc: str | None) -> ArgumentParser:
+class ScriptParser(ArgumentParser):
+    """A parser of plain flags whose error for an unknown flag names the nearest one."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.refuse(found, unknown)
+        return found
+
+    def refuse(self, found: Namespace, unknown: Sequence[str]) -> NoReturn:
+        """Exit with code 2 and an error about the arguments that the chosen step does not have."""
+        step: ArgumentParser = self
+        while chosen := [a for a in step._actions if isinstance(a.choices, dict) and hasattr(found, a.dest)]:
+            steps: Any = chosen[0].choices
+            step = steps[getattr(found, chosen[0].dest)]
+        flags = [flag[2:] for flag in step._option_string_actions if flag.startswith("--")]
+        name = unknown[0].lstrip("-").partition("=")[0]
+        nearest = nearest_name(name, flags) if unknown[0].startswith("-") else None
+        if nearest is None:
+            step.error(f"unrecognized arguments: {' '.join(unknown)}")
+        step.error(f"unrecognized argument {unknown[0]}: did you mean --{nearest}?")
+
+
+def script_parser(doc: str | None) -> ScriptParser:
     """Return a parser of plain flags for a script, with its docstring ``doc`` as help."""
     summary, _, details = (doc or "").partition("\n\n")
-    return ArgumentParser(
+    return ScriptParser(
         description=summary,
         epilog=details,
         formatter_class=RawDescriptionHelpFormatter,
@@ -83,8 +108,9 @@ def parse(
     """Read a config dataclass from the command line.
 
     ``--config FILE`` may be repeated: later files win over earlier ones, flags (``--group.key value``) over
-    files. A later list replaces an earlier one; a list of texts can also be given as one flag per entry. ``--help``
-    shows the docstring below each field; ``--print_config`` prints the result as YAML.
+    files. A later list replaces an earlier one; a list of texts can also be given as one flag per entry, which is the
+    only way if its field has ``metadata={"verbatim": True}``: its texts may look like lists. ``--help`` shows the
+    docstring below each field; ``--print_config`` prints the result as YAML.
 
     If the dataclass has a field ``imports``, ``--import MODULE`` (repeatable) imports modules before any setting is
     checked, so that what they register can be named; see `import_modules`. A file's own ``imports`` are never
@@ -116,6 +142,8 @@ def parse(
     for argument in arguments:
         if argument.startswith("--"):
             _check_key(argument[2:].partition("=")[0].removesuffix("+"), known, "--")
+    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    arguments = _verbatim(arguments, [field.name for field in fields if "verbatim" in field.metadata])
     arguments = _one_by_one(arguments, {name for name, hint in known.items() if hint == list[str]})
     for flag, value in pairwise(arguments):
         if flag == "--config":
@@ -145,7 +173,7 @@ def parse(
         settings = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise UserError(_explain(str(error), known)) from None
-    return config_class(**{f.name: settings[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+    return config_class(**{field.name: settings[field.name] for field in fields})
 
 
 def import_modules(modules: Sequence[str]) -> None:
@@ -251,6 +279,28 @@ def _files_first(arguments: list[str]) -> list[str]:
     return files + rest
 
 
+def _verbatim(arguments: list[str], names: Sequence[str]) -> list[str]:
+    """Join the values of ``--name a --name b`` to one flag, quoted, so that nothing in them has a meaning."""
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    open_name = None
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if open_name and (not argument.startswith("-") or " " in argument):  # as argparse decides
+            values.setdefault(open_name, []).append(argument)
+            rest.pop()
+            open_name = None
+        elif argument.startswith("--") and name in names and equals:
+            values.setdefault(name, []).append(value)
+        else:
+            rest.append(argument)
+            open_name = name if argument.startswith("--") and name in names else None
+    quoted = {
+        name: yaml.safe_dump(texts, default_flow_style=True, width=math.inf) for name, texts in values.items()
+    }
+    return [*rest, *(f"--{name}={text.strip()}" for name, text in quoted.items())]
+
+
 def _one_by_one(arguments: list[str], lists: set[str]) -> list[str]:
     """Make ``--name a --name b`` append to a list of texts; ``--name '[a, b]'`` sets it."""
     result = list(arguments)
@@ -319,25 +369,16 @@ def _check_key(key: str, known: dict[str, Any], dashes: str = "", where: str = "
             return
         group = group.rpartition(".")[0]
     flags = [flag for flag in OWN_FLAGS if dashes and difflib.get_close_matches(key, [flag], 1, 0.75)]
-    nearest = _nearest(key, [*known, *flags])
+    own = OWN_FLAGS if dashes else ()
+    nearest = same_meaning(key, [*known, *own]) or similar_name(key, [*known, *flags])
     hint = f"did you mean {dashes}{nearest}?" if nearest else "see --help for all settings."
     raise UserError(f"{where}{dashes}{key} is not a setting: {hint}")
 
 
-def _nearest(key: str, keys: list[str]) -> str | None:
-    """Return the key that was probably meant: one with the same last part, or a similar spelling."""
-    last = key.rpartition(".")[2]
-    lasts = {other.rpartition(".")[2]: other for other in reversed(keys)}
-    close = difflib.get_close_matches(key, keys, 1, 0.75)
-    close_lasts = difflib.get_close_matches(last, list(lasts), 1, 0.6)
-    for candidate in (*close, lasts.get(last), *(lasts[name] for name in close_lasts)):
-        if candidate:
-            return candidate
-    return next(iter(difflib.get_close_matches(key, keys, 1, 0.5)), None)
-
-
 def _check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
     """Raise UserError if a YAML file cannot be read, or has an unknown key, an invalid null, or other imports."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be empty when it is read again
+        raise UserError(f"--config {path}: is a folder, pipe or device: name a file.")
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -403,6 +444,8 @@ def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, wher
 
 def _explain(message: str, known: dict[str, Any]) -> str:
     """Turn a message of jsonargparse into one line."""
+    if stray := re.match(r"[Uu]nrecognized arguments: (.*)", message, re.DOTALL):
+        return _explain_stray(stray[1], known)
     if flag := re.search(r"argument (--[\w.]+)(?:/--[\w.]+\+)?: expected one argument", message):
         return f"{flag[1]} needs a value; one that begins with a dash is joined to it: {flag[1]}=-x"
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
@@ -411,12 +454,23 @@ def _explain(message: str, known: dict[str, Any]) -> str:
     item = _group_in(hint)
     option = re.search(r"Option '(\w+)' is not accepted", message)
     if key and item is not None and option:
-        nearest = _nearest(option[1], [field.name for field in dataclasses.fields(item)])
+        nearest = nearest_name(option[1], [field.name for field in dataclasses.fields(item)])
         hint_text = f"did you mean {nearest}?" if nearest else "see --help for all settings."
         return f"{key[1]} has {option[1]!r}, which is not a setting: {hint_text}"
     if key and value and hint is not None and not dataclasses.is_dataclass(hint):
         return f"{key[1]} = {value[1].strip()}: must be {_describe(hint)}."
     return " ".join(message.split())
+
+
+def _explain_stray(arguments: str, known: Iterable[str]) -> str:
+    """Say which flag was probably meant by ``-c`` or ``name=value``, which are none."""
+    first = arguments.split()[0]
+    name, equals, value = first.lstrip("-+").partition("=")
+    names = [*known, *OWN_FLAGS]
+    nearest = same_meaning(name, names) or (similar_name(name, names) if equals else None)
+    if nearest is None or not (equals or first.startswith("-")):
+        return f"unrecognized arguments: {arguments}"
+    return f"{first} is not a flag: did you mean --{nearest}{' ' * bool(equals)}{value}?"
 
 
 def _describe(hint: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    "errors registry lazy checkpoint_files cli",
+    "errors registry lazy checkpoint_files suggestions cli",
     "parallel",
     "models",
     "diffusion",

@@ -3,11 +3,13 @@
 Letters: T frames, H height, W width in pixels.
 """
 
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from stdit.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _SYNTAX = re.compile(
     r"(?P<source>.+)@(?P<index>-?\d{1,9})(:(?P<length>\d{0,9}))?(:(?P<strength>[\d.]+))?", re.DOTALL
@@ -114,11 +118,47 @@ def parse_frame_condition(text: str) -> FrameCondition:
 
 def check_frame_source(path: str) -> None:
     """Raise UserError if no picture or video can be read from a file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(
+            f"conditioning frames {path}: a folder, pipe or device: name a picture or video file."
+        )
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise UserError(
             f"conditioning frames {path}: there is no such file: correct the path, or remove the condition."
         )
     _count_frames(Path(path), fps=1)
+
+
+def warn_if_video(image: str | Path) -> None:
+    """Log a warning, once, if the file of a first frame has more than one frame."""
+    from stdit.data.decoding.decode import probe
+
+    with _explain_decode_errors():
+        frames = probe(Path(image)).num_frames
+    if frames > 1:
+        _warn_once(
+            f"image {image}: a video of {frames} frames, of which the first is used: to continue it, use --condition "
+            f"{image}@0"
+        )
+
+
+def warn_of_overlaps(conditions: Sequence[FrameCondition], num_frames: int) -> None:
+    """Log a warning, once, for each resolved condition of which a later one overwrites frames."""
+    for place, earlier in enumerate(conditions):
+        begin, length = earlier.span(num_frames)
+        for later in conditions[place + 1 :]:
+            start, count = later.span(num_frames)
+            first, last = max(begin, start), min(begin + length, start + count) - 1
+            if first <= last:
+                frames = f"frame {first}" if first == last else f"frames {first} to {last}"
+                _warn_once(
+                    f"condition {later} overwrites {frames} of condition {earlier}: the later one wins"
+                )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def load_frames(condition: FrameCondition, fps: float, height: int, width: int) -> "Tensor":

@@ -1,6 +1,5 @@
 """Settings of ``sample.py`` and of a pipeline call, and the rules that they follow. Imports no torch."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -10,6 +9,7 @@ from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.data.manifest.caption_scores import CAPTION_SCORES, score_suffix
 from stdit.errors import UserError
 from stdit.parallel.config import SamplingParallelConfig
+from stdit.suggestions import nearest_name
 
 Format = Literal["mp4", "gif", "png"]
 GuidanceSchedule = Literal["constant", "linear", "interval", "oscillating"]
@@ -81,6 +81,32 @@ class VideoSettings:
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise UserError(f"{where}shift = {self.shift}: must be above 0; 1 is no shift.")
 
+    def check_used(
+        self, resolved: Mapping[str, Any], negative_prompt: str | None = None, where: str = ""
+    ) -> None:
+        """Raise UserError for a setting that has no effect beside the others.
+
+        Args:
+            resolved: all settings of the call, see `resolved`.
+        """
+        schedule, scale = resolved["guidance_schedule"], resolved["guidance_scale"]
+        needs_guidance = {
+            "negative_prompt": negative_prompt,
+            "guidance_schedule": None if self.guidance_schedule == "constant" else self.guidance_schedule,
+            "guidance_rescale": self.guidance_rescale or None,
+        }
+        unused = [f"{name} = {value!r}" for name, value in needs_guidance.items() if value is not None]
+        if scale == 1 and unused:
+            raise UserError(
+                f"{where}{' and '.join(unused)} would have no effect: guidance_scale = 1 is no guidance: use another "
+                "scale, such as 4, or leave the others out."
+            )
+        if self.guidance_interval is not None and schedule != "interval":
+            raise UserError(
+                f"{where}guidance_interval is for guidance_schedule = interval, not {schedule}: add that, or "
+                "leave the interval out."
+            )
+
     def resolved(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Return all settings by name; those that are None here are taken from ``defaults``."""
         own = {name: getattr(self, name) for name in VIDEO_SETTINGS}
@@ -104,8 +130,8 @@ def video_settings(function: Callable[..., Any], keywords: Mapping[str, Any]) ->
             arguments = [
                 argument for argument in inspect.signature(function).parameters if argument != "self"
             ]
-            nearest = difflib.get_close_matches(name, arguments, 1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"use {', '.join(arguments)}."
+            nearest = nearest_name(name, arguments)
+            hint = f"did you mean {nearest!r}?" if nearest else f"use {', '.join(arguments)}."
             raise TypeError(f"{function.__qualname__}() has no argument {name!r}: {hint}")
     return VideoSettings(**keywords)
 
@@ -175,8 +201,8 @@ class SampleConfig(PromptSettings):
     """A run folder (outputs/NAME), one of its checkpoints, or an exported pipeline."""
     imports: list[str] = field(default_factory=list)
     """Module of your own to import, which registers what the checkpoint was made with; may be repeated."""
-    prompt: str = ""
-    """What the video shows, used verbatim; for several prompts use --prompts."""
+    prompt: list[str] = field(default_factory=list, metadata={"verbatim": True})
+    """What the video shows, used verbatim; repeatable, for a video each. Or use --prompts."""
     prompts: str | None = None
     """File of prompts: .txt (one per line), or .csv or .jsonl (prompts with settings of their own)."""
     aesthetic: float | None = None
@@ -215,12 +241,18 @@ class SampleConfig(PromptSettings):
     """Print the named sizes and lengths for this checkpoint, and exit."""
 
     def __post_init__(self) -> None:
+        self.prompt = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         self.check()
         for name in ("batch_size", "num_samples"):
             if not 1 <= getattr(self, name) <= MAX_DIMENSION:
                 raise UserError(f"{name} = {getattr(self, name)}: must be from 1 to {MAX_DIMENSION}.")
         if self.seeds is not None and not self.seeds:
             raise UserError("seeds = []: give at least one, or leave it out.")
+        for name, default in (("seed", 0), ("num_samples", 1)):
+            if self.seeds is not None and getattr(self, name) != default:
+                raise UserError(
+                    f"both seeds and {name} are set: remove one of them; seeds lists all of them."
+                )
         if self.resolution is not None and self.height is not None:
             raise UserError("both resolution and height/width are set: remove one of them.")
         if self.aspect_ratio is not None and self.resolution is None:
@@ -232,6 +264,13 @@ class SampleConfig(PromptSettings):
                 f"resolution = {self.resolution} without an aspect_ratio: add --aspect_ratio (width:height), such "
                 "as 16:9 or 1:1."
             )
+        for name, need, has_it in (
+            ("overlap_chunks", "parallel.sp above 1", self.parallel.sp != 1),
+            ("memory_gib", "parallel.sp = auto", self.parallel.sp == "auto"),
+        ):
+            value = getattr(self.parallel, name)
+            if value != getattr(SamplingParallelConfig, name) and not has_it:
+                raise UserError(f"parallel.{name} = {value} is for {need}: add that, or leave it out.")
         if not self.formats():
             raise UserError("format = []: name at least one of mp4, gif and png.")
         for seed in self.all_seeds(None):

@@ -28,7 +28,8 @@ class CheckpointSource:
 def find_checkpoint_source(checkpoint: str | Path, ema: bool = True) -> CheckpointSource:
     """Find out what ``checkpoint`` names, and verify that it is complete. Loads no weights and imports no torch.
 
-    A run folder stands for its newest complete checkpoint, or its pipeline if that is at least as new.
+    A run folder stands for its newest complete checkpoint, or its pipeline if that is at least as new and ``ema`` is
+    true: a pipeline has averaged weights alone.
 
     Raises:
         UserError: if there is nothing to sample from, or it is damaged.
@@ -44,7 +45,8 @@ def find_checkpoint_source(checkpoint: str | Path, ema: bool = True) -> Checkpoi
             "pipeline folder."
         )
     if (path / MODEL_INDEX).is_file():
-        return CheckpointSource(path, path.parent if (path.parent / "config.yaml").is_file() else None, True)
+        run = path.parent if (path.parent / "config.yaml").is_file() else None
+        return _exported_source(path, run, ema)
     if step_of(path) is not None or (path / "meta.json").is_file():
         verify(path, needed=_weights(ema))
         return CheckpointSource(path, path.parent.parent, False)
@@ -53,14 +55,26 @@ def find_checkpoint_source(checkpoint: str | Path, ema: bool = True) -> Checkpoi
         logger.warning("skipped checkpoint: %s", reason)
     exported = path / "pipeline"
     has_pipeline = (exported / MODEL_INDEX).is_file()
-    if has_pipeline and (newest is None or (pipeline_step(exported) or 0) >= (step_of(newest) or 0)):
-        return CheckpointSource(exported, path, True)
+    if has_pipeline and (
+        newest is None or (ema and (pipeline_step(exported) or 0) >= (step_of(newest) or 0))
+    ):
+        return _exported_source(exported, path, ema)
     if newest is None:
         raise UserError(
             f"checkpoint {path} holds neither a complete checkpoint (checkpoints/step-...) nor a pipeline: "
             + (f"{passed_over[0]}" if passed_over else "train first, or give another folder.")
         )
     return CheckpointSource(newest, path, False)
+
+
+def _exported_source(folder: Path, run: Path | None, ema: bool) -> CheckpointSource:
+    """Return the source of a pipeline folder. Raises UserError if other weights than its only ones are asked for."""
+    if not ema:
+        raise UserError(
+            f"checkpoint {folder} is an exported pipeline, whose only weights are the averaged ones, but ema = false "
+            "asks for others: give a checkpoint of the run, or leave ema out."
+        )
+    return CheckpointSource(folder, run, True)
 
 
 def load_pipeline(

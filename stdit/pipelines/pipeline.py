@@ -26,7 +26,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.sharding import TokenSharding
-from stdit.pipelines.conditions import FrameCondition, load_frames
+from stdit.pipelines.conditions import FrameCondition, load_frames, warn_if_video
 from stdit.pipelines.config import (
     PIPELINE_DEFAULTS,
     VIDEO_SETTINGS,
@@ -113,8 +113,21 @@ class STDiTPipeline(DiffusionPipeline):
 
     # ---- saving, loading, placing: the codec and the text encoder are not diffusers classes ----
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the components (safetensors and JSON only) and ``model_index.json``, which comes last."""
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """Write the components (safetensors and JSON only) and ``model_index.json``, which comes last.
+
+        Raises:
+            UserError: for other arguments of diffusers (variant, max_shard_size, push_to_hub), which have no effect.
+        """
+        others = {name: value for name, value in kwargs.items() if value not in (None, False)}
+        others |= {} if safe_serialization else {"safe_serialization": False}
+        if others:
+            raise UserError(
+                f"save_pretrained: {', '.join(f'{name} = {value!r}' for name, value in others.items())}: not "
+                "possible: a pipeline is saved to a folder, one safetensors file per component: leave it out."
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for name, component in self.components.items():
@@ -151,10 +164,14 @@ class STDiTPipeline(DiffusionPipeline):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move everything to a device; a dtype is the transformer's alone (the codec has its own)."""
+        if unknown := kwargs.keys() - {"device", "dtype", "silence_dtype_warnings"}:
+            raise TypeError(
+                f"STDiTPipeline.to() has no argument {sorted(unknown)[0]!r}: use device or dtype."
+            )
         for value in (*args, kwargs.get("device"), kwargs.get("dtype")):
             if isinstance(value, torch.dtype):
                 torch.nn.Module.to(self.transformer, value)  # diffusers' own warns needlessly
-            elif value is not None:
+            elif value is not None and not isinstance(value, bool):
                 for component in (self.transformer, self.codec, self.text_encoder):
                     component.to(value)
         return self
@@ -211,10 +228,12 @@ class STDiTPipeline(DiffusionPipeline):
             UserError: if an argument breaks its rule.
             TypeError: for a setting that does not exist.
         """
-        video = video_settings(STDiTPipeline.__call__, settings).resolved(self.config)
+        own = video_settings(STDiTPipeline.__call__, settings)
+        video = own.resolved(self.config)
         self.check_inputs(prompt, video, output_type, callback_on_step_end_tensor_inputs)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = _for_each(negative_prompt, len(prompts), "negative_prompt")
+        own.check_used(video, next((text for text in negatives if text is not None), None))
         frame_conditions = _conditions_of_each(image, conditions, len(prompts))
         generators = _for_each(generator, len(prompts), "generator")
         num_frames, height, width = (int(video[name]) for name in ("num_frames", "height", "width"))
@@ -463,6 +482,12 @@ def read_transformer(folder: Path, dtype: torch.dtype | None = None) -> STDiT:
 def _pop_dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
     """Remove ``torch_dtype`` and ``dtype``, two names of one argument, and return it; UserError if they differ."""
     named = {name: kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs}
+    for name, value in named.items():
+        if not isinstance(value, torch.dtype | None):
+            raise UserError(
+                f"{name} = {value!r}: must be a torch.dtype, such as torch.bfloat16, for the transformer (codec "
+                "and text encoder keep the precision that they were saved with)."
+            )
     distinct = {value for value in named.values() if value is not None}
     if len(distinct) > 1:
         raise UserError(
@@ -485,6 +510,14 @@ def _conditions_of_each(image: Any, conditions: Any, count: int) -> list[list[Fr
     """Return the conditions of each of ``count`` prompts; an image is one on frame 0."""
     for_all = not conditions or isinstance(conditions[0], FrameCondition)
     images = _for_each(image, count, "image")
+    for one in images:
+        if isinstance(one, Tensor) and one.ndim == 4:
+            raise UserError(
+                f"image is {tuple(one.shape)}: a video, but only the first frame is an image: use conditions = "
+                "[FrameCondition(video)]."
+            )
+        if isinstance(one, str | Path):
+            warn_if_video(one)
     lists = _for_each([list(conditions)] * count if for_all else conditions, count, "conditions")
     return [
         [*([] if one is None else [FrameCondition(one, 0, 1)]), *others]

@@ -4,6 +4,7 @@ import csv
 import difflib
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from stdit.errors import UserError
 from stdit.pipelines.config import PromptSettings, check_seed
+from stdit.suggestions import nearest_name
 
 
 @dataclass
@@ -66,8 +68,13 @@ def read_prompts(file: str | Path) -> list[PromptLine]:
     readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix.lower() not in readers:
         raise UserError(f"prompts file {path}: its name must end in {', '.join(readers)}.")
-    if not path.is_file():
-        raise UserError(f"prompts file {path}: there is no such file.")
+    if not os.path.isfile(path):
+        what = (
+            "it is a folder, pipe or device: name a file."
+            if os.path.exists(path)
+            else "there is no such file."
+        )
+        raise UserError(f"prompts file {path}: {what}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -154,8 +161,8 @@ def _read_jsonl(path: Path, text: str) -> list[PromptLine]:
         if not isinstance(values, dict):
             raise UserError(f'{where}must be an object, such as {{"prompt": "a red ball"}}.')
         for key in set(values) - set(_KEYS):
-            nearest = difflib.get_close_matches(key, _KEYS, 1, 0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"use {', '.join(_KEYS)}."
+            nearest = nearest_name(key, _KEYS)
+            hint = f"did you mean {nearest!r}?" if nearest else f"use {', '.join(_KEYS)}."
             raise UserError(f"{where}unknown key {key!r}: {hint}")
         result.append(_line({name: value for name, value in values.items() if value is not None}, where))
     return result

@@ -5,12 +5,20 @@ Imports no torch at module level.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stdit.data.config import resolve_size
 from stdit.errors import UserError
-from stdit.pipelines.conditions import FrameCondition, check_frame_source, parse_frame_condition
+from stdit.pipelines.conditions import (
+    FrameCondition,
+    check_frame_source,
+    parse_frame_condition,
+    warn_if_video,
+    warn_of_overlaps,
+)
 from stdit.pipelines.config import (
+    PIPELINE_DEFAULTS,
     PROMPT_SETTINGS,
     VIDEO_SETTINGS,
     PromptSettings,
@@ -78,6 +86,10 @@ def _plan_line(
     prompt = PromptSettings(**{**common, **own})
     settings = VideoSettings(**{name: getattr(prompt, name) for name in VIDEO_SETTINGS})
     settings.check(where)
+    if config.seeds is not None and line.seed is not None:
+        raise UserError(
+            f"{where}its own seed = {line.seed} beside seeds = {config.seeds}: remove one of them."
+        )
     if not all(text.strip() for text in prompt.segment_prompts):
         raise UserError(f"{where}segment_prompts has an empty prompt: write it, or remove it.")
     prompts = 1 + len(prompt.segment_prompts)
@@ -126,18 +138,16 @@ def check_requests(requests: Iterable[Request], recorded: Mapping[str, Any]) -> 
     for request in {r.index: r for r in requests}.values():
         where = f"prompt {request.index}: "
         settings = dict(recorded) | {name: v for name, v in asdict(request.settings).items() if v is not None}
-        schedule = settings.get("guidance_schedule", "constant")
-        if request.settings.guidance_interval is not None and schedule != "interval":
-            raise UserError(
-                f"{where}guidance_interval is for guidance_schedule = interval, not {schedule}: add that, or "
-                "leave the interval out."
-            )
+        request.settings.check_used(PIPELINE_DEFAULTS | settings, request.negative_prompt, where)
+        if isinstance(request.image, str | Path):
+            warn_if_video(request.image)
         num_frames, fps = settings.get("num_frames"), settings.get("fps")
         if num_frames is None or fps is None or not request.segments.has_known_length:
             continue
         total = request.segments.total_frames(num_frames)
         conditions = [condition.resolved(total, fps) for condition in request.all_conditions()]
         request.segments.check_frames_left(conditions, num_frames, where)
+        warn_of_overlaps(conditions, total)
 
 
 def _read_prompt_lines(config: SampleConfig) -> list[PromptLine]:
@@ -145,8 +155,8 @@ def _read_prompt_lines(config: SampleConfig) -> list[PromptLine]:
         raise UserError("both prompt and prompts are set: remove one of them.")
     if config.prompts is not None:
         return read_prompts(config.prompts)
-    if not config.prompt.strip():
+    if not config.prompt or not all(text.strip() for text in config.prompt):
         raise UserError(
             'no prompt, or an empty one: add --prompt "..." or --prompts FILE (.txt, .csv or .jsonl).'
         )
-    return [PromptLine(prompt=config.prompt)]
+    return [PromptLine(prompt=text) for text in config.prompt]

@@ -11,7 +11,7 @@ import torch
 
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
-from stdit.pipelines.conditions import FrameCondition
+from stdit.pipelines.conditions import FrameCondition, warn_of_overlaps
 from stdit.pipelines.opensora_masks import mask_entries_to_conditions
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.requests import Request
@@ -84,6 +84,7 @@ def _sample_batch(pipe: STDiTPipeline, batch: Sequence[Request], label: str) -> 
         of_masks = mask_entries_to_conditions(request.mask_entries, pipe.codec, segments, num_frames)
         resolved = [one.resolved(total, fps) for one in (*request.all_conditions(), *of_masks)]
         segments.check_frames_left(resolved, num_frames)
+        warn_of_overlaps(resolved, total)
         conditions.append(resolved)
     generators = [torch.Generator().manual_seed(r.seed) for r in batch]  # continued from segment to segment
 

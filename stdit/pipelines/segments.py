@@ -39,6 +39,10 @@ class Segments:
             raise UserError(f"{where}segments = {self.count}: must be at most {MAX_DIMENSION}.")
         if self.overlap is not None and self.overlap < 1:
             raise UserError(f"{where}overlap = {self.overlap}: must be at least 1 frame.")
+        if self.overlap is not None and self.count < 2:
+            raise UserError(
+                f"{where}overlap = {self.overlap} is shared by two segments: add segments = 2, or segment_prompts."
+            )
         if self.loop and self.count < 2:
             raise UserError(f"{where}loop needs a second segment that leads back: add segments = 2.")
 

@@ -1,6 +1,7 @@
 """Build the components of a run from its settings: batch plan, codec, text encoder, objective, model."""
 
 import hashlib
+import logging
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -21,7 +22,7 @@ from stdit.data.dataset import build_plan
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
-from stdit.models.config import token_grid
+from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.size import count_on_meta
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
@@ -29,6 +30,9 @@ from stdit.parallel.sequence.planner import format_gib
 from stdit.training.config import TrainConfig, experiment_key
 from stdit.training.optim import count_matrices
 from stdit.training.run_folder import find_initial_weights
+from stdit.training.unused import unused_settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -89,6 +93,8 @@ def build_components(
 
 def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> RunInputs:
     """Build all components but the model; ``dry_run`` does not fit the codec. Raises as `build_components` does."""
+    for line in unused_settings(config):
+        logger.warning(line)
     index = None if dry_run else config.run_folder / "clips"
     plan = build_plan(config.data, config.seed, index, remembered(config.data))
     if checkpoint is not None and (saved := checkpoint.parent.parent / "codec").is_dir():
@@ -157,6 +163,10 @@ def resolved_config(config: TrainConfig, codec: VideoCodec, text_encoder: TextEn
         caption_channels=text_encoder.channels,
         model_max_length=text_encoder.max_length,
     )
+    for name in ("in_channels", "caption_channels", "model_max_length"):
+        asked, used = getattr(config.model, name), getattr(model, name)
+        if asked not in (used, getattr(STDiTConfig, name)):
+            logger.warning(f"model.{name} = {asked} has no effect: codec and text encoder make it {used}")
     return replace(config, model=model)
 
 

@@ -330,3 +330,17 @@ def test_to_casts_the_transformer_alone(tmp_path):
     assert pipe.dtype == torch.bfloat16 and pipe.device.type == "cpu"
     assert pipe.text_encoder.dtype == torch.float32
     assert latents(pipe).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(guidance_scale=1, negative_prompt="blur"), "negative_prompt = 'blur' would have no effect"),
+        (dict(guidance_scale=1, guidance_rescale=0.5), "guidance_rescale = 0.5 would have no effect"),
+        (dict(guidance_interval=(0.1, 0.5)), "guidance_interval is for guidance_schedule = interval"),
+        (dict(image=torch.zeros(3, 2, 8, 8)), "a video, but only the first frame is an image"),
+    ],
+)
+def test_an_argument_without_effect_is_an_error(pipe, settings, message):
+    with pytest.raises(UserError, match=message):
+        pipe("a", **settings)

@@ -3,6 +3,7 @@ import torch
 
 from stdit.errors import UserError
 from stdit.pipelines.loading import find_checkpoint_source, load_pipeline
+from stdit.pipelines.pipeline import STDiTPipeline
 from tests.pipelines.tiny import tiny_model, write_run
 
 
@@ -130,3 +131,20 @@ def test_a_checkpoint_away_from_its_run(run, tmp_path):
     (run / "checkpoints" / "step-00000010").rename(moved)
     with pytest.raises(UserError, match="no config.yaml"):
         load_pipeline(moved)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(variant="fp16"), dict(max_shard_size="1MB"), dict(push_to_hub=True)]
+)
+def test_arguments_of_diffusers_without_effect_are_refused(pipe, tmp_path, settings):
+    with pytest.raises(UserError, match=f"save_pretrained: {next(iter(settings))} = "):
+        pipe.save_pretrained(tmp_path / "pipeline", **settings)
+    with pytest.raises(UserError, match="safe_serialization = False"):
+        pipe.save_pretrained(tmp_path / "pipeline", safe_serialization=False)
+    assert not (tmp_path / "pipeline").exists()
+    pipe.save_pretrained(tmp_path / "pipeline", variant=None, push_to_hub=False)
+    for dtype in ({"transformer": torch.bfloat16}, "auto"):
+        with pytest.raises(UserError, match="torch_dtype = .*: must be a torch.dtype"):
+            STDiTPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=dtype)
+    with pytest.raises(TypeError, match="no argument 'torch_device'"):
+        pipe.to(torch_device="cpu")

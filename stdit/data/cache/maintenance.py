@@ -75,9 +75,15 @@ class PruneSummary:
 
 
 def verify_cache(folder: Path) -> VerifySummary:
-    """Read and check every byte of every shard, and the fitted codecs. Raises UserError if the folder is missing."""
+    """Read and check every byte of every shard, and the fitted codecs. Raises UserError if there are none."""
     summary = VerifySummary(folder)
-    for file in _list_shards(folder):
+    shards, codecs = _list_shards(folder), _list_codecs(folder)
+    if not (shards or codecs):
+        raise UserError(
+            f"{folder} holds no cache, neither encoded clips nor a fitted codec: name the folder of a cache "
+            "(data.cache_dir; without it, stdit-cache beside the manifest)"
+        )
+    for file in shards:
         summary.shards += 1
         summary.bytes += file.stat().st_size
         try:
@@ -88,7 +94,7 @@ def verify_cache(folder: Path) -> VerifySummary:
         summary.entries += len(shard.keys)
         if broken := len(shard.keys) - len(_intact_rows(shard)):
             summary.broken[file.name] = f"{broken} of its {len(shard.keys)} entries have changed since"
-    for codec in _list_codecs(folder):
+    for codec in codecs:
         summary.codecs += 1
         if reason := _codec_damage(codec):
             summary.broken[f"{CODECS_FOLDER}/{codec.name}"] = reason

@@ -94,15 +94,17 @@ class Media:
             path = os.path.realpath(self.location)
             if self.root is not None and not inside(path, self.root):
                 raise MediaError(f"outside the data root {self.root}, where no file is opened")
-            is_file = stat.S_ISREG(os.stat(path).st_mode)
+            mode = os.stat(path).st_mode
         except FileNotFoundError:
             raise MediaError("file missing") from None
         except MediaError:
             raise
         except (OSError, ValueError) as error:  # a null byte, a name too long, a loop of links
             raise MediaError(f"path cannot be used: {error}") from error
-        if not is_file:
+        if stat.S_ISDIR(mode):
             raise MediaError("file missing")
+        if not stat.S_ISREG(mode):
+            raise MediaError("not a regular file, but a pipe, socket or device")
         return path
 
     @contextlib.contextmanager

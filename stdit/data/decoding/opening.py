@@ -164,5 +164,9 @@ def _states_sizes_and_times(head: bytes) -> bool:
 
 
 def _instead(container: av.container.InputContainer) -> str:
-    kinds = sorted({stream.type for stream in container.streams if stream.type})
+    covers = {s.index for s in container.streams.video if s.disposition & Disposition.attached_pic}
+    kinds = sorted(
+        {"a cover picture" if s.index in covers else s.type for s in container.streams if s.type},
+        reverse=True,
+    )
     return f", only {' and '.join(kinds)}" if kinds else ""

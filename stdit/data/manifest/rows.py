@@ -8,6 +8,7 @@ import csv
 import difflib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -56,10 +57,19 @@ def read_rows(manifest: Path, root: Path) -> Iterator[Rows]:
     if manifest.is_dir():
         yield from _folder_rows(manifest, root)
         return
+    if os.path.exists(manifest) and not os.path.isfile(manifest):
+        raise UserError(f"manifest {manifest} is a pipe or a device: write it to a file, and name that")
+    if manifest.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+        raise UserError(
+            f"manifest {manifest} is a single video or picture: name its folder, or a manifest that lists it "
+            "(a .csv with the columns path,text)"
+        )
     try:
         yield from _reader(manifest)(manifest)
     except UnicodeDecodeError as error:
-        raise UserError(f"manifest {manifest} is not UTF-8 ({error}): save it as UTF-8") from error
+        raise UserError(
+            f"manifest {manifest} is not UTF-8 ({error}): save it as UTF-8, or name a folder of videos instead"
+        ) from error
     except OSError as error:
         raise UserError(f"manifest {manifest} cannot be read: {error.strerror or error}") from error
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from stdit.data.decoding.decode import VideoInfo, probe
 from stdit.data.decoding.media import Media, MediaError, inside, is_url
+from stdit.data.manifest.archives import is_archive
 from stdit.data.manifest.fields import clip_span
 from stdit.data.manifest.reading import RowError, Skipped, read_fields, row_name, summarise
 from stdit.data.preparation.jobs import ExcludedError, Journal, Outcome, outcome_key, run_all
@@ -43,6 +44,8 @@ class Task:
 
     def open(self, suffixes: Sequence[str] | None = None) -> Table:
         """Read the source. Raises UserError, before any work, if the output could not be written."""
+        if not (is_url(self.source) or is_archive(self.source) or os.path.exists(self.source)):
+            raise UserError(f"source {self.source}: there is no such folder or manifest: correct the path")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: must be 0 (this process) or more")
         if not 0 <= self.timeout < math.inf:
