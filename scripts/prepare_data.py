@@ -19,10 +19,11 @@ the flags of a step.
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stdit.cli import run, script_parser
+from stdit.cli import ScriptParser, run, script_parser
 from stdit.errors import UserError
 
 ENCODE_USAGE = "%(prog)s [--part K/N] [--config FILE ...] [--key value ...]"
@@ -37,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, settings = parser.parse_known_args(argv)
     args.settings = settings
     if settings and args.command != "encode":  # its other arguments are settings of a training
-        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+        parser.refuse(args, settings)
     for line in COMMANDS[args.command](args):
         print(line)
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> ScriptParser:
     """Return the parser of all steps; imports neither torch nor PyAV."""
     parser = script_parser(__doc__)
     steps = parser.add_subparsers(dest="command", required=True, metavar="STEP")
@@ -51,22 +52,24 @@ def build_parser() -> ArgumentParser:
         name: str,
         text: str,
         output: str = "a manifest: .csv, .jsonl or .parquet",
-        timeout: float = TIMEOUT,
+        timeout: float | None = TIMEOUT,
     ) -> ArgumentParser:
+        """Add a step; one with no ``timeout`` opens no clip, and has no flags of processes."""
         step = steps.add_parser(name, help=text, description=text, allow_abbrev=False)
         step.add_argument("source", help="a folder of videos, a manifest, or tar shards")
         step.add_argument("output", type=Path, help=output)
         step.add_argument("--root", help="folder that paths are relative to; default: the source's folder")
-        step.add_argument(
-            "--workers", type=int, default=None, help="processes (one per core); 0: only this one"
-        )
-        step.add_argument(
-            "--timeout",
-            type=float,
-            default=timeout,
-            metavar="SECONDS",
-            help="per clip, after which it is excluded (%(default)g); 0: no limit. Needs --workers 1 or more",
-        )
+        if timeout is not None:
+            step.set_defaults(usual_timeout=timeout)
+            step.add_argument(
+                "--workers", type=int, default=None, help="processes (one per core); 0: only this one"
+            )
+            step.add_argument(
+                "--timeout",
+                type=float,
+                metavar="SECONDS",
+                help=f"per clip, after which it is excluded ({timeout:g}); 0: no limit. Needs --workers 1 or more",
+            )
         step.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
         return step
 
@@ -109,7 +112,7 @@ def build_parser() -> ArgumentParser:
         "--side", type=int, default=256, help="pixels of their longer side, at most (%(default)s)"
     )
 
-    keep = add_step("filter", "Keep the rows that fulfil a condition.")
+    keep = add_step("filter", "Keep the rows that fulfil a condition.", timeout=None)
     keep.add_argument("--where", required=True, help="such as \"motion > 2 and camera in ('pan', 'tilt')\"")
 
     dedupe = add_step("dedupe", "Of clips that look alike, keep the one with most frames x pixels.")
@@ -166,9 +169,18 @@ def build_task(args: Namespace) -> Any:
     """Return the Task of a step."""
     from stdit.data.preparation.flow import Task
 
+    task = Task(args.source, args.output, args.root, overwrite=args.overwrite)
+    if not hasattr(args, "workers"):
+        return task
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if args.workers is None else args.workers
-    return Task(args.source, args.output, args.root, workers, args.overwrite, args.timeout)
+    if args.timeout and not workers:
+        raise UserError(
+            f"--timeout {args.timeout:g} and --workers 0: only a process of its own can be ended: "
+            "use --workers 1, or leave --timeout out"
+        )
+    timeout = args.usual_timeout if args.timeout is None else args.timeout
+    return replace(task, workers=workers, timeout=timeout)
 
 
 def probe(args: Namespace) -> list[str]:

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import jsonargparse
 import pytest
 
 from stdit.cli import OWN_FLAGS, parse
@@ -74,7 +75,7 @@ def run_script(name: str, arguments: list[str] | None) -> ParsedError:
 
     def stopping(parse_arguments: Callable[..., Any]) -> Callable[..., Any]:
         def parse_and_stop(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-            if outermost or type(parser) is not argparse.ArgumentParser:
+            if outermost or isinstance(parser, jsonargparse.ArgumentParser):
                 return parse_arguments(parser, *args, **kwargs)
             outermost.append(parser)
             if arguments is None:

@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+from av.stream import Disposition
 
 from scripts.prepare_data import COMMANDS, build_parser, main
 from stdit.errors import UserError
@@ -23,7 +26,8 @@ HERE = ["--workers", "0"]
 
 def test_all_steps_in_order(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     def step(name: str, source: str, output: str, *flags: str) -> str:
-        main([name, str(clips / source), str(clips / output), *HERE, *flags])
+        here = [] if name == "filter" else HERE
+        main([name, str(clips / source), str(clips / output), *here, *flags])
         return capsys.readouterr().out
 
     assert "3 of 6 clips" in step("probe", "", "probed.csv")
@@ -77,6 +81,46 @@ def test_bad_arguments_are_errors(clips: Path) -> None:  # noqa: F811
         with pytest.raises(SystemExit) as caught:
             main(flags)
         assert caught.value.code == 2
+
+
+def write_song(path: Path) -> Path:
+    """Write a file with sound and a cover picture, but no video."""
+    with av.open(path, "w") as container:
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        cover = container.add_stream("mjpeg", width=16, height=16, pix_fmt="yuvj420p")
+        cover.disposition = Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))))
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 16000
+        for stream, frames in ((cover, []), (sound, [samples]), (sound, [])):
+            container.mux(stream.encode(*frames))
+    return path
+
+
+def test_messages_name_what_was_given(clips: Path) -> None:  # noqa: F811
+    def refusal(source: Path | str) -> str:
+        with pytest.raises(UserError) as error:
+            main(["probe", str(source), str(clips / "probed.csv"), "--overwrite", *HERE])
+        return str(error.value)
+
+    assert f"manifest {clips / 'a.mp4'} is a single video or picture: name its folder" in refusal(
+        clips / "a.mp4"
+    )
+    assert refusal("nofolder") == "source nofolder: there is no such folder or manifest: correct the path"
+    os.mkfifo(clips / "rows.csv")
+    assert "rows.csv is a pipe or a device" in refusal(clips / "rows.csv")
+    other = clips / "other"
+    other.mkdir()
+    os.mkfifo(other / "fifo.mp4")
+    assert "1 x not a regular file, but a pipe, socket or device: fifo.mp4" in refusal(other)
+    (other / "fifo.mp4").unlink()
+    write_song(other / "song.mp4")
+    assert "song.mp4" in refusal(other) and "only audio and a cover picture" in refusal(other)
+    (other / "clips.list").write_bytes(b"\xff\xfe\x00")
+    assert "or name a folder of videos" in refusal(other / "clips.list")
+    for action in (["cache", "verify"],):
+        with pytest.raises(UserError, match=r"clips holds no cache, .*: name the folder of a cache"):
+            main([*action, str(clips)])
 
 
 def test_the_cache_of_a_training_is_filled_verified_and_pruned(
