@@ -1,24 +1,36 @@
-"""Checkpoint folders with a ``meta.json`` that has the size and hash of every other file.
+"""Folders with a manifest, ``meta.json``, that has the size and hash of every other file, and a hash of itself.
 
 A checkpoint is written under a temporary name, sealed with `write_manifest`, and renamed with `publish`; a reader
-calls `verify` or `newest_whole`. Everything here reads JSON and bytes only: nothing in a checkpoint is unpickled.
+calls `verify` or `newest_whole`. Pipelines and their components are sealed with `seal_folder`; their readers call
+`verify_if_sealed`. A JSON file that stands alone proves itself as the manifest does (`sealed_json`, `read_sealed`).
+Everything here reads JSON and bytes only: nothing in a checkpoint is unpickled.
 """
 
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from stdit.errors import UserError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
 META = "meta.json"
-FORMAT = 2
+FORMAT = 3
 """Version of the layout of folders that are written, and the only one that is read."""
+_SEAL = "hash"
+"""Key of the hash that a JSON file has of itself. It stays in every later format: see `read_meta`."""
+_SEALED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""Of the files that pipelines and their components consist of."""
+_CHECKPOINT_WAY_OUT = "use another checkpoint, or delete this folder to resume from the one before it"
+_SEALED_WAY_OUT = f"restore it from a copy; if you changed it yourself, delete {META} beside it"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -40,6 +52,53 @@ def hash_file(path: Path) -> str:
     return f"xxh3:{digest.hexdigest()}"
 
 
+def hash_tensor(value: "Tensor") -> int:
+    """Return XXH3-64 of a tensor's bytes, as a signed integer."""
+    import torch
+
+    unsigned = xxhash.xxh3_64_intdigest(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return unsigned - (1 << 64) if unsigned >> 63 else unsigned
+
+
+def hash_arrays(facts: Mapping[str, Any], arrays: "Mapping[str, np.ndarray]") -> str:
+    """Return a hash of facts, as JSON has them, and of names, types, shapes and bytes of arrays."""
+    digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return f"xxh3:{digest.hexdigest()}"
+
+
+def sealed_json(content: Mapping[Any, Any]) -> str:
+    """Return an object as JSON, with a hash of its own text, so that `read_sealed` detects any changed byte."""
+    content = json.loads(json.dumps(content))  # keys as text, so that they sort as they do when they are read
+    return _canonical({**content, _SEAL: hash_bytes(_canonical(content).encode())})
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def read_sealed(file: Path) -> dict[str, Any]:
+    """Return the object of a file with `sealed_json`.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON object, or any of its bytes has changed.
+    """
+    return _unsealed(file.read_bytes())
+
+
+def _unsealed(text: bytes) -> dict[str, Any]:
+    content = json.loads(text.decode("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    content.pop(_SEAL, None)
+    if sealed_json(content).encode() != text:
+        raise ValueError("it has changed since it was written")
+    return content
+
+
 def seal_files(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
     """Flush files of ``folder`` to disk; return size and hash of each, as read back, by relative name."""
     files = {}
@@ -58,17 +117,32 @@ def write_manifest(folder: Path, meta: dict[str, Any], files: dict[str, Any] | N
     Raises:
         OSError: if the disk fails, so call it before `publish`.
     """
-    if own := {"files", "format"} & meta.keys():
+    if own := {"files", "format", _SEAL} & meta.keys():
         raise ValueError(f"meta has the keys {own}, which write_manifest fills in: give them other names.")
     if files is None:
         files = seal_files(
             folder, (path for path in folder.rglob("*") if path.is_file() and path != folder / META)
         )
-    text = json.dumps({**meta, "format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
-    (folder / META).write_text(text, encoding="utf-8")
+    (folder / META).write_text(sealed_json({**meta, "format": FORMAT, "files": files}), encoding="utf-8")
     _fsync(folder / META)
     for directory in {(folder / name).parent for name in files} | {folder}:
         _fsync(directory)
+
+
+def seal_folder(folder: Path, parts: Iterable[str] = ()) -> None:
+    """Write the manifest of a folder that may also hold what others wrote, such as a README.
+
+    Args:
+        parts: subfolders whose files are listed, too.
+
+    Raises:
+        OSError: if the disk fails.
+    """
+    places = [folder, *(folder / part for part in parts)]
+    files = (path for place in places for path in place.iterdir() if path.is_file() and path != folder / META)
+    write_manifest(
+        folder, {}, seal_files(folder, (path for path in files if path.suffix in _SEALED_SUFFIXES))
+    )
 
 
 def publish(aside: Path, folder: Path) -> None:
@@ -96,23 +170,38 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a sealed folder; its files are not read. Raises UserError if it is missing or
-    damaged."""
+def read_meta(
+    folder: Path, kind: str = "checkpoint", way_out: str = "use another checkpoint"
+) -> dict[str, Any]:
+    """Return the manifest of a sealed folder; its files are not read.
+
+    The format is only believed if the manifest proves itself: a changed digit must not pass for a newer format.
+
+    Args:
+        kind: of the folder, for messages.
+        way_out: what to do about a damaged one, for messages.
+
+    Raises:
+        UserError: if it is missing, or damaged: any changed byte is detected.
+    """
     path = folder / META
     if not folder.is_dir():
-        raise UserError(f"checkpoint {folder} is not a folder: give one like .../checkpoints/step-00001000.")
+        raise UserError(f"{kind} {folder} is not a folder: give one like .../checkpoints/step-00001000.")
     if not path.is_file():
-        raise UserError(
-            f"checkpoint {folder} has no {META}: it is empty or was never finished. Use another one."
-        )
+        raise UserError(f"{kind} {folder} has no {META}: it is empty or was never finished. Use another one.")
+    text = path.read_bytes()
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        message = f"checkpoint {folder}: {META} is not valid JSON ({error}): use another checkpoint."
-        raise UserError(message) from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
-        raise UserError(f"checkpoint {folder}: {META} lists no files: use another checkpoint.")
+        raise UserError(f"{kind} {folder}: {META} is not valid JSON ({error}): {way_out}.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
+        raise UserError(f"{kind} {folder}: {META} lists no files: {way_out}.")
+    if _SEAL not in found and found.get("format", 1) in (1, 2):  # of the time before manifests had a hash
+        raise _other_format(folder, found)
+    try:
+        meta = _unsealed(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{kind} {folder}: {META} has changed since it was written: {way_out}.") from None
     if meta.get("format") != FORMAT:
         raise _other_format(folder, meta)
     return meta
@@ -132,36 +221,56 @@ def _other_format(folder: Path, meta: dict[str, Any]) -> UserError:
     )
 
 
-def verify(folder: Path, needed: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+def verify(
+    folder: Path,
+    needed: Callable[[str], bool] = lambda name: True,
+    kind: str = "checkpoint",
+    way_out: str = _CHECKPOINT_WAY_OUT,
+) -> dict[str, Any]:
     """Check those files of ``folder`` that are ``needed`` (by relative name) against the manifest; return it.
+
+    Args:
+        kind: of the folder, for messages.
+        way_out: what to do about a damaged one, for messages.
 
     Raises:
         UserError: naming the first file that is missing, has another size or content, or is not listed.
     """
-    meta = read_meta(folder)
-    way_out = "use another checkpoint, or delete this folder to resume from the one before it"
+    meta = read_meta(folder, kind, way_out)
     for name, entry in meta["files"].items():
         path = folder / name
         if "\0" in name or not isinstance(entry, dict):
-            raise UserError(f"checkpoint {folder}: {META} has no size and hash of {name!r}: {way_out}.")
+            raise UserError(f"{kind} {folder}: {META} has no size and hash of {name!r}: {way_out}.")
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"checkpoint {folder}: {META} names {name!r}, outside the folder: {way_out}.")
+            raise UserError(f"{kind} {folder}: {META} names {name!r}, outside the folder: {way_out}.")
         if not needed(name):
             continue
         if not path.is_file():
-            raise UserError(f"checkpoint {folder}: {name} is missing: {way_out}.")
+            raise UserError(f"{kind} {folder}: {name} is missing: {way_out}.")
         size = path.stat().st_size
         written = entry.get("bytes")
         if size != written:
             raise UserError(
-                f"checkpoint {folder}: {name} has {size} bytes, but {written} were written: {way_out}."
+                f"{kind} {folder}: {name} has {size} bytes, but {written} were written: {way_out}."
             )
         if hash_file(path) != entry.get("hash"):
-            raise UserError(f"checkpoint {folder}: {name} has changed since it was written: {way_out}.")
+            raise UserError(f"{kind} {folder}: {name} has changed since it was written: {way_out}.")
     for path in folder.rglob("*.safetensors"):
         if (name := path.relative_to(folder).as_posix()) not in meta["files"] and needed(name):
-            raise UserError(f"checkpoint {folder}: {META} does not list {name}: {way_out}.")
+            raise UserError(f"{kind} {folder}: {META} does not list {name}: {way_out}.")
     return meta
+
+
+def verify_if_sealed(folder: Path, needed: Callable[[str], bool] = lambda name: True) -> bool:
+    """Check a folder that may have been written without a manifest; return whether it has one.
+
+    Raises:
+        UserError: as `verify`.
+    """
+    if not (folder / META).is_file():
+        return False
+    verify(folder, needed, "folder", _SEALED_WAY_OUT)
+    return True
 
 
 def apply_umask(path: Path) -> None:

@@ -1,4 +1,3 @@
-import json
 import os
 import stat
 import threading
@@ -12,6 +11,7 @@ from stdit.checkpoint_files import (
     apply_umask,
     newest_whole,
     publish,
+    sealed_json,
     step_of,
     verify,
     write_manifest,
@@ -27,6 +27,13 @@ def checkpoint(folder, content=b"weights"):
     write_manifest(aside, {"step": step_of(folder)})
     publish(aside, folder)
     return folder
+
+
+def change(file, old, new):
+    """Replace a text in a file, which must have it."""
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
 
 
 def test_a_whole_folder_verifies(tmp_path):
@@ -45,12 +52,18 @@ def test_a_whole_folder_verifies(tmp_path):
         (lambda folder: (folder / META).unlink(), "has no meta.json"),
         (lambda folder: (folder / META).write_text("{"), "not valid JSON"),
         (lambda folder: (folder / META).write_text("[]"), "lists no files"),
+        (lambda folder: change(folder / META, '"step": 10', '"step": 11'), "meta.json has changed"),
+        (lambda folder: change(folder / META, ":", ": "), "meta.json has changed"),
+        (  # and not: written by a newer version
+            lambda folder: change(folder / META, f'"format": {FORMAT}', f'"format": {FORMAT + 4}'),
+            "meta.json has changed",
+        ),
         (
-            lambda folder: (folder / META).write_text(json.dumps({"format": FORMAT, "files": {"../x": {}}})),
+            lambda folder: (folder / META).write_text(sealed_json({"format": FORMAT, "files": {"../x": {}}})),
             "outside the folder",
         ),
         (
-            lambda folder: (folder / META).write_text(json.dumps({"format": FORMAT, "files": {"b.bin": 3}})),
+            lambda folder: (folder / META).write_text(sealed_json({"format": FORMAT, "files": {"b.bin": 3}})),
             "no size and hash of 'b.bin'",
         ),
         (

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
-from stdit.checkpoint_files import verify
+from stdit.checkpoint_files import read_meta, sealed_json, verify
 from stdit.cli import run as run_main
 from stdit.data.batch import EncodedBatch
 from stdit.data.cache import encode as encode_module
@@ -210,10 +210,8 @@ def test_request_files_save_and_stop_the_run(
     meta = verify(saved[0])
     assert meta["config"]["name"] == "tiny" and meta["versions"].keys() == {"stdit", "torch", "python"}
     monkeypatch.setattr(Trainer, "step", original)
-    meta = json.loads((saved[1] / "meta.json").read_text())
-    (saved[1] / "meta.json").write_text(
-        json.dumps({**meta, "batch_splits": 2})
-    )  # as if two ranks had saved it
+    meta = read_meta(saved[1]) | {"batch_splits": 2}  # as if two ranks had saved it
+    (saved[1] / "meta.json").write_text(sealed_json(meta))
     assert do(settings(checkpoint__minutes=1e-6, checkpoint__keep_last=9)) == 0
     assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["2", "4", "5", "6"]
     said = capsys.readouterr().out

@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stdit.checkpoint_files import seal_folder, verify_if_sealed
 from stdit.codecs.config import CODECS, CodecConfig
 from stdit.codecs.loading import (
     check_options,
@@ -254,13 +255,14 @@ class VideoCodec(ModelMixin):
         return self._decode(latents)[:, :, :num_frames]
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
-        """Write `codec.json` and the weights (safetensors) into a folder, which is made if it does not exist."""
+        """Write `codec.json`, weights (safetensors) and a manifest into a folder, made if it does not exist."""
         directory = Path(save_directory)
         if self._released:
             return self._reloaded().save_pretrained(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory)
         write_component(directory / CODEC_FILE, self.name, self.saved_settings(), CODECS)
+        seal_folder(directory)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -283,6 +285,7 @@ class VideoCodec(ModelMixin):
         """
         check_options(diffusers_options)
         directory = Path(pretrained_model_name_or_path)
+        verify_if_sealed(directory)
         settings = read_component(directory / CODEC_FILE, "the folder of a saved codec", CODECS)
         found: type[VideoCodec] = CODECS.get(settings["name"])
         if not issubclass(found, cls):

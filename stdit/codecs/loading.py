@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from stdit.checkpoint_files import read_json
+from stdit.checkpoint_files import read_json, verify_if_sealed
 from stdit.errors import UserError
 from stdit.registry import Registry
 
@@ -109,6 +109,7 @@ def _check_folder(setting: str, folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise UserError(_no_config(setting, folder))
+    verify_if_sealed(folder)
     read_json(folder / "config.json", "a model")
     if any(folder.glob("*.safetensors")):
         return

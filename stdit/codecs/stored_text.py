@@ -8,10 +8,10 @@ Captions can be added at any time. Letters: B batch, L text tokens, E width of t
 import json
 import os
 from collections.abc import Iterable, Iterator
-from itertools import count
+from itertools import count, pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (diffusers looks for it here)
@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.checkpoint_files import apply_umask
+from stdit.checkpoint_files import apply_umask, hash_arrays, hash_tensor, read_sealed, sealed_json
 from stdit.codecs.config import TextEncoderConfig
-from stdit.codecs.loading import dtype_name, read_json, write_json
+from stdit.codecs.loading import dtype_name
 from stdit.codecs.text import TextEncoder
 from stdit.errors import UserError
 
@@ -44,14 +44,12 @@ class StoredTextEncoder(TextEncoder):
         """
         super().__init__()
         self.folder = Path(folder)
-        facts = read_json(
-            self.folder / STATES_FILE, "a folder of text states (scripts/encode_text.py makes one)"
-        )
+        facts = _read_facts(self.folder)
         for fact, kind in _FACTS.items():
             if type(facts.get(fact)) is not kind:
                 raise UserError(f"{self.folder / STATES_FILE} has no valid {fact}: encode again.")
         self.channels, self.max_length, self._fingerprint = (facts[fact] for fact in _FACTS)
-        self._places: dict[str, tuple[Any, int, int]] = {}
+        self._places: dict[str, _Place] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             self._places |= _captions(file, self.channels)
 
@@ -70,11 +68,11 @@ class StoredTextEncoder(TextEncoder):
             raise ValueError("encode() wants at least one text")
         self.check(texts)
         places = [self._places[text] for text in texts]
-        lengths = torch.tensor([end - begin for _, begin, end in places], device=self.device)
+        lengths = torch.tensor([place.end - place.begin for place in places], device=self.device)
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
         states = torch.zeros(*mask.shape, self.channels, device=self.device)
-        for row, (file, begin, end) in enumerate(places):
-            states[row, : end - begin] = file.get_slice("states")[begin:end].float()
+        for row, place in enumerate(places):
+            states[row, : lengths[row]] = place.read().float()
         return states, mask
 
     def fingerprint(self) -> str:
@@ -89,17 +87,63 @@ class StoredTextEncoder(TextEncoder):
         return {"folder": str(self.folder.resolve())}
 
 
-def _captions(file: Path, channels: int) -> dict[str, tuple[Any, int, int]]:
-    """Map each caption of a file to the open file, and the indices where its tokens begin and end."""
+class _Place(NamedTuple):
+    """Where the states of a caption are: the tokens [begin, end) of an open file."""
+
+    file: Path
+    opened: Any
+    begin: int
+    end: int
+    hash: int
+
+    def read(self) -> Tensor:
+        """Return the states. Raises UserError if their bytes have changed since they were written."""
+        states: Tensor = self.opened.get_slice("states")[self.begin : self.end]
+        if hash_tensor(states) != self.hash:
+            raise UserError(
+                f"text states {self.file} have changed since they were written: delete the file, and encode again."
+            )
+        return states
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    file = folder / STATES_FILE
+    if not file.is_file():
+        raise UserError(
+            f"{str(folder)!r} is not a folder of text states (scripts/encode_text.py makes one): it has no "
+            f"{STATES_FILE}"
+        )
+    try:
+        return read_sealed(file)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(file)!r} is damaged ({error}): delete the folder, and encode again.") from None
+
+
+def _header_hash(captions: list[str], states: Any, arrays: dict[str, Tensor]) -> str:
+    """Return the hash of what a file says about its states.
+
+    Args:
+        states: the tensor, or a slice of an open file.
+    """
+    shape = states.get_shape() if hasattr(states, "get_shape") else list(states.shape)
+    facts = {"captions": captions, "states": [str(states[:0].dtype), shape]}
+    return hash_arrays(facts, {name: tensor.numpy() for name, tensor in arrays.items()})
+
+
+def _captions(file: Path, channels: int) -> dict[str, _Place]:
+    """Map each caption of a file to the place of its states."""
     try:
         opened = safe_open(file, framework="pt")
         captions = json.loads(opened.metadata()["captions"])
-        offsets = opened.get_tensor("offsets").tolist()
+        arrays = {name: opened.get_tensor(name) for name in ("offsets", "hashes")}
+        if opened.metadata().get("hash") != _header_hash(captions, opened.get_slice("states"), arrays):
+            raise ValueError("it has changed since it was written")
+        offsets, hashes = (tensor.tolist() for tensor in arrays.values())
         if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
             raise ValueError("its captions are no texts")
         if (
             opened.get_slice("states").get_shape() != [offsets[-1], channels]
-            or len(offsets) != len(captions) + 1
+            or not len(offsets) == len(captions) + 1 == len(hashes) + 1
         ):
             raise ValueError("its states are not those of its captions")
         if any(type(offset) is not int for offset in offsets) or [0, *sorted(offsets)] != [
@@ -111,10 +155,8 @@ def _captions(file: Path, channels: int) -> dict[str, tuple[Any, int, int]]:
         raise UserError(
             f"text states {file} cannot be read ({error}): delete it, and encode again."
         ) from error
-    return {
-        caption: (opened, begin, end)
-        for caption, begin, end in zip(captions, offsets[:-1], offsets[1:], strict=True)
-    }
+    places = zip(captions, offsets[:-1], offsets[1:], hashes, strict=True)
+    return {caption: _Place(file, opened, begin, end, seal) for caption, begin, end, seal in places}
 
 
 def store_text(
@@ -139,8 +181,8 @@ def store_text(
     try:
         if not (folder / STATES_FILE).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / STATES_FILE, facts)
-        elif (found := read_json(folder / STATES_FILE, "a folder of text states")) != facts:
+            (folder / STATES_FILE).write_text(sealed_json(facts), encoding="utf-8")
+        elif (found := _read_facts(folder)) != facts:
             odd = [name for name, value in facts.items() if found.get(name) != value]
             raise UserError(
                 f"{folder} holds states of another encoder (another {', '.join(odd)}): use another folder."
@@ -163,9 +205,12 @@ def _write(encoder: TextEncoder, texts: list[str], file: Path, dtype: torch.dtyp
     states, mask = encoder.encode(texts)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cpu().cumsum(0)])
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    tensors = {"states": states[mask].to("cpu", dtype), "offsets": offsets}
+    stored = states[mask].to("cpu", dtype)
+    hashes = [hash_tensor(stored[begin:end]) for begin, end in pairwise(offsets.tolist())]
+    arrays = {"offsets": offsets, "hashes": torch.tensor(hashes)}
+    about = {"captions": json.dumps(texts), "hash": _header_hash(texts, stored, arrays)}
     try:
-        save_file(tensors, aside, {"captions": json.dumps(texts)})
+        save_file({"states": stored, **arrays}, aside, about)
         apply_umask(aside)
         aside.replace(file)
     finally:

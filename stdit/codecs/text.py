@@ -12,6 +12,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from stdit.checkpoint_files import seal_folder, verify_if_sealed
 from stdit.codecs.config import TEXT_ENCODERS, TextEncoderConfig
 from stdit.codecs.loading import check_options, fingerprint, read_component, write_component
 from stdit.errors import UserError
@@ -86,11 +87,12 @@ class TextEncoder(ModelMixin):
         return cls(**{key: value for key, value in settings.items() if key != "name"})
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
-        """Write `text_encoder.json` and the weights into a folder, which is made if it does not exist."""
+        """Write `text_encoder.json`, the weights and a manifest into a folder, which is made if it does not exist."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory)
         write_component(directory / TEXT_ENCODER_FILE, self.name, self.saved_settings(), TEXT_ENCODERS)
+        seal_folder(directory)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -113,6 +115,7 @@ class TextEncoder(ModelMixin):
         check_options(diffusers_options)
         directory = Path(pretrained_model_name_or_path)
         file = directory / TEXT_ENCODER_FILE
+        verify_if_sealed(directory)
         settings = read_component(file, "the folder of a saved text encoder", TEXT_ENCODERS)
         found: type[TextEncoder] = TEXT_ENCODERS.get(settings["name"])
         if not issubclass(found, cls):

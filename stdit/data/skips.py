@@ -43,14 +43,26 @@ class SkipFile(SkipList):
         self._listed.add(skipped.path)
 
     def _read(self) -> set[str]:
-        """Return the paths that the file lists; remove an incomplete last line, which a killed process leaves."""
+        """Return the paths that the file lists; remove an incomplete last line, which a killed process leaves.
+
+        A line that cannot be read lists nothing: its clip is listed again if it fails again.
+        """
         if not self.path.exists():
             return set()
         text = self.path.read_text(encoding="utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             self.path.write_text(whole, encoding="utf-8")
-        return {json.loads(line)["path"] for line in whole.splitlines()}
+        return {path for line in whole.split("\n") if (path := _path(line)) is not None}
+
+
+def _path(line: str) -> str | None:
+    """Return the path in a line; None if it cannot be read."""
+    try:
+        path = json.loads(line)["path"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return path if isinstance(path, str) else None
 
 
 class SkipTally:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
+from stdit.checkpoint_files import seal_folder, verify_if_sealed
 from stdit.diffusion.config import PREDICTIONS, FlowConfig
 from stdit.errors import UserError
 
@@ -137,17 +138,23 @@ class RectifiedFlow:
         return sigmas
 
     def save_pretrained(self, folder: str | Path, **_: object) -> None:
-        """Write ``scheduler_config.json``. The options that diffusers passes to components are ignored."""
+        """Write ``scheduler_config.json`` and a manifest. Options that diffusers passes to components are ignored."""
         variance = None if self.latent_variance is None else self.latent_variance.tolist()
         Path(folder).mkdir(parents=True, exist_ok=True)
         module = PREDICTIONS.module(self.config.prediction)
         settings = {"_class_name": "RectifiedFlow"} | ({"import": module} if module else {})
         text = json.dumps(settings | {**asdict(self.config), "latent_variance": variance})
         (Path(folder) / "scheduler_config.json").write_text(text + "\n", encoding="utf-8")
+        seal_folder(Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **_: object) -> "RectifiedFlow":
-        """Read what :meth:`save_pretrained` wrote. Raises UserError if its prediction is not registered."""
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            UserError: its prediction is not registered, or the file is not as it was written.
+        """
+        verify_if_sealed(Path(folder))
         settings = json.loads((Path(folder) / "scheduler_config.json").read_text(encoding="utf-8"))
         settings.pop("_class_name")
         variance, module = settings.pop("latent_variance"), settings.pop("import", None)

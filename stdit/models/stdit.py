@@ -14,7 +14,7 @@ from functools import partial
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
 
+from stdit.checkpoint_files import seal_folder, verify_if_sealed
 from stdit.models import opensora
 from stdit.models.attention import CrossAttention, SelfAttention
 from stdit.models.config import SettingValue, STDiTConfig, token_grid
@@ -199,6 +200,21 @@ class STDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no 
         model.load_state_dict(weights, assign=True)
         model.eval()
         return model
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> None:
+        """Write config, weights and a manifest into a folder; ``options`` are those of diffusers."""
+        super().save_pretrained(save_directory, **options)
+        seal_folder(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **options: Any) -> Any:
+        """Load what `save_pretrained` wrote, or a model on the hub; ``options`` are those of diffusers.
+
+        Raises:
+            UserError: a file of the folder is not as its manifest says.
+        """
+        verify_if_sealed(Path(pretrained_model_name_or_path) / (options.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     def initialize_weights(self) -> None:
         """Initialise all weights: Xavier-uniform maps, zero biases, small normal modulation, zero output.

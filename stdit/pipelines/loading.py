@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import hash_bytes, hash_file, newest_whole, read_meta, step_of, verify
+from stdit.checkpoint_files import (
+    META,
+    hash_bytes,
+    hash_file,
+    newest_whole,
+    read_meta,
+    step_of,
+    verify,
+    verify_if_sealed,
+)
 from stdit.errors import UserError
 
 MODEL_INDEX = "model_index.json"
@@ -29,7 +38,8 @@ def find_checkpoint_source(checkpoint: str | Path, ema: bool = True) -> Checkpoi
     """Find out what ``checkpoint`` names, and verify that it is complete. Loads no weights and imports no torch.
 
     A run folder stands for its newest complete checkpoint, or its pipeline if that is at least as new and ``ema`` is
-    true: a pipeline has averaged weights alone.
+    true: a pipeline has averaged weights alone. Of a pipeline only the small files are verified here, if it has a
+    manifest: components verify themselves when they are loaded.
 
     Raises:
         UserError: if there is nothing to sample from, or it is damaged.
@@ -45,16 +55,18 @@ def find_checkpoint_source(checkpoint: str | Path, ema: bool = True) -> Checkpoi
             "pipeline folder."
         )
     if (path / MODEL_INDEX).is_file():
+        verify_if_sealed(path, _is_small)
         run = path.parent if (path.parent / "config.yaml").is_file() else None
         return _exported_source(path, run, ema)
-    if step_of(path) is not None or (path / "meta.json").is_file():
+    if step_of(path) is not None or is_checkpoint(path):
         verify(path, needed=_weights(ema))
         return CheckpointSource(path, path.parent.parent, False)
     newest, passed_over = newest_whole(path / "checkpoints", needed=_weights(ema))
     for reason in passed_over:
         logger.warning("skipped checkpoint: %s", reason)
     exported = path / "pipeline"
-    has_pipeline = (exported / MODEL_INDEX).is_file()
+    if has_pipeline := (exported / MODEL_INDEX).is_file():
+        verify_if_sealed(exported, _is_small)
     if has_pipeline and (
         newest is None or (ema and (pipeline_step(exported) or 0) >= (step_of(newest) or 0))
     ):
@@ -110,8 +122,7 @@ def load_codec(source: CheckpointSource) -> Any:
 
     if source.is_pipeline:
         return VideoCodec.from_pretrained(source.path / "codec")
-    assert source.run is not None
-    return _load_codec(source.run, _read_config(source.run))
+    return _load_codec(_run_of(source), read_meta(source.path))
 
 
 def model_settings(source: CheckpointSource) -> dict[str, Any]:
@@ -155,28 +166,35 @@ def _weights(ema: bool) -> Any:
     return lambda name: name.startswith("model/") or (ema and name.startswith("ema/"))
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint of a run: the components of pipelines have manifests, too."""
+    return (folder / META).is_file() and (folder / "model").is_dir()
+
+
+def _is_small(name: str) -> bool:
+    return not name.endswith(WEIGHTS)
+
+
 def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | None) -> tuple[Any, str]:
     from stdit.codecs.loading import explain_load_errors, local_weights
     from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
 
-    assert source.run is not None
-    meta = read_meta(source.path)
+    run, meta = _run_of(source), read_meta(source.path)
     transformer, used = load_transformer(source.path, meta, ema)
-    config = _read_config(source.run)
-    text_encoder = _load_text_encoder(source.run, config) if text_states is None else _stored(text_states)
+    text_encoder = _load_text_encoder(run, meta) if text_states is None else _stored(text_states)
     trained_with = meta.get("experiment", {}).get("text encoder's weights")
     if text_states is not None and trained_with not in (None, text_encoder.fingerprint()):
         raise UserError(
-            f"text_states = {text_states}: these states are not of the encoder that {source.run} was trained with: "
+            f"text_states = {text_states}: these states are not of the encoder that {run} was trained with: "
             "encode the prompts with that one."
         )
-    schedule = source.run / "scheduler"
+    schedule = run / "scheduler"
     with explain_load_errors("the run's schedule", local_weights(schedule)):
         flow = RectifiedFlow.from_pretrained(schedule)
     pipe = STDiTPipeline(
         transformer=transformer,
-        codec=_load_codec(source.run, config),
+        codec=_load_codec(run, meta),
         text_encoder=text_encoder,
         scheduler=flow,
         step=meta.get("step"),
@@ -210,43 +228,42 @@ def weights_hash(meta: dict[str, Any], part: str) -> str:
     return hashes[0] if len(hashes) == 1 else hash_bytes("".join(hashes).encode())
 
 
-def _read_config(run: Path) -> dict[str, Any]:
-    import yaml
+def _run_of(source: CheckpointSource) -> Path:
+    """Return the run of a checkpoint, which has the scheduler and perhaps the codec.
 
-    path = run / "config.yaml"
-    if not path.is_file():
+    Its config.yaml is for people, who may edit it: the settings are read from the checkpoint's manifest, which proves
+    itself.
+    """
+    assert source.run is not None
+    if not (source.run / "config.yaml").is_file():
         raise UserError(
-            f"{run} is not a run: it has no config.yaml: keep checkpoints inside their run folder."
+            f"{source.run} is not a run: it has no config.yaml: keep checkpoints inside their run folder."
         )
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it holds no settings")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): repair it.") from None
-    return config
+    return source.run
 
 
-def _load_codec(run: Path, config: dict[str, Any]) -> Any:
-    """Load the codec saved with the run, or build the one that its config names."""
+def _load_codec(run: Path, meta: dict[str, Any]) -> Any:
+    """Load the codec saved with the run, or build the one that the checkpoint's settings name."""
     from stdit.codecs import build_codec
     from stdit.codecs.base import VideoCodec
     from stdit.codecs.config import CODECS, CodecConfig
 
     if (run / "codec").is_dir():
         return VideoCodec.from_pretrained(run / "codec")
+    config = meta.get("config", {})
     settings = _tuples(config.get("codec", {}))
     CODECS.check(settings.get("name", CodecConfig.name), config.get("imports") or ())
     return build_codec(CodecConfig(**settings))
 
 
-def _load_text_encoder(run: Path, config: dict[str, Any]) -> Any:
+def _load_text_encoder(run: Path, meta: dict[str, Any]) -> Any:
     from stdit.codecs import build_text_encoder
     from stdit.codecs.config import TEXT_ENCODERS, TextEncoderConfig
     from stdit.codecs.text import TextEncoder
 
     if (run / "text_encoder").is_dir():
         return TextEncoder.from_pretrained(run / "text_encoder")
+    config = meta.get("config", {})
     settings = _tuples(config.get("text_encoder", {}))
     TEXT_ENCODERS.check(settings.get("name", TextEncoderConfig.name), config.get("imports") or ())
     return build_text_encoder(TextEncoderConfig(**settings))

@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
+from stdit.checkpoint_files import META, seal_folder, verify_if_sealed
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.loading import check_complete, explain_load_errors, local_weights, read_json
 from stdit.codecs.text import TextEncoder
@@ -116,7 +117,7 @@ class STDiTPipeline(DiffusionPipeline):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """Write the components (safetensors and JSON only) and ``model_index.json``, which comes last.
+        """Write the components (safetensors and JSON only), ``model_index.json`` and, last, a manifest of all.
 
         Raises:
             UserError: for other arguments of diffusers (variant, max_shard_size, push_to_hub), which have no effect.
@@ -133,10 +134,11 @@ class STDiTPipeline(DiffusionPipeline):
         for name, component in self.components.items():
             component.save_pretrained(folder / name)
         self.save_config(folder)
+        seal_folder(folder, self.components)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load what `save_pretrained` wrote.
+        """Load what `save_pretrained` wrote; a folder without a manifest, as diffusers writes it, with a warning.
 
         Args:
             kwargs: components and settings to use instead of the saved ones; ``torch_dtype`` or ``dtype`` is that of
@@ -147,6 +149,12 @@ class STDiTPipeline(DiffusionPipeline):
             TypeError: for an unknown keyword.
         """
         folder = Path(pretrained_model_name_or_path)
+        # Each component checks its own folder: here the files beside those, once.
+        if (
+            not verify_if_sealed(folder, lambda name: "/" not in name)
+            and (folder / cls.config_name).is_file()
+        ):
+            logger.warning("pipeline %s has no %s: a damaged file would not be noticed", folder, META)
         recorded = read_json(folder / cls.config_name, "a pipeline")
         dtype = _pop_dtype(kwargs)
         loaders: dict[str, Callable[[Path], Any]] = {

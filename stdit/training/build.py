@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stdit.checkpoint_files import META, read_meta
+from stdit.checkpoint_files import read_meta
 from stdit.codecs import build_codec, build_text_encoder
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder
@@ -186,11 +186,11 @@ def build_model(config: TrainConfig) -> STDiT:
 
 def _load_initial_weights(model: STDiT, source: str) -> None:
     """Copy weights from a run, checkpoint, pipeline or model folder. Raises UserError if they do not match."""
-    from stdit.pipelines.loading import load_transformer
+    from stdit.pipelines.loading import is_checkpoint, load_transformer
     from stdit.pipelines.pipeline import read_transformer
 
     folder = find_initial_weights(source)
-    if (folder / META).is_file():
+    if is_checkpoint(folder):
         other, _ = load_transformer(folder, read_meta(folder), ema=True)
     else:
         other = read_transformer(folder)

@@ -1,6 +1,5 @@
 """Write checkpoints, in the background if asked, and remove old ones."""
 
-import json
 import math
 import shutil
 import sys
@@ -13,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.checkpoint_files import is_whole, publish, seal_files, step_of, write_manifest
+from stdit.checkpoint_files import (
+    is_whole,
+    publish,
+    read_sealed,
+    seal_files,
+    sealed_json,
+    step_of,
+    write_manifest,
+)
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.storage import SavePlan, StateChunks, StateDicts, TensorChunk, write_chunks
@@ -147,7 +154,7 @@ class CheckpointWriter:
             file = self.folder / _LOSSES_FILE
             aside = file.with_name(f"{file.name}.tmp")
             with disk_errors(f"{file}", aside):
-                aside.write_text(json.dumps(self.losses, indent=1) + "\n", encoding="utf-8")
+                aside.write_text(sealed_json(self.losses), encoding="utf-8")
                 aside.replace(file)
 
     def prune(self) -> None:
@@ -179,8 +186,8 @@ def _read_losses(file: Path) -> dict[int, float]:
     if not file.exists():
         return {}
     try:
-        return {int(step): float(loss) for step, loss in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        return {int(step): float(loss) for step, loss in read_sealed(file).items()}
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{file} holds no losses by step ({error}): delete it, and checkpoint.keep_best starts again."
         ) from None

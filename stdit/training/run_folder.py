@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.checkpoint_files import apply_umask
+from stdit.checkpoint_files import META, apply_umask
 from stdit.cli import to_yaml
 from stdit.errors import UserError
 from stdit.pipelines.loading import find_checkpoint_source
@@ -41,7 +41,9 @@ def lock_run_folder(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
     if checkpoint is not None:
         check_same_experiment(checkpoint, experiment_key(config))
     elif config.init_from is not None:
-        find_initial_weights(config.init_from)
+        weights = find_initial_weights(config.init_from)
+        if not (weights / META).is_file():
+            print(f"init_from: {weights} has no {META}: a damaged file would not be noticed", flush=True)
     if (folder / "pipeline").exists() and not any((folder / "checkpoints").glob("step-*")):
         raise UserError(
             f"{folder} has a trained pipeline, but no checkpoint to resume from: choose another --name (and "

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from stdit.checkpoint_files import verify_if_sealed
+from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import full_tensor, gather_full_tensors
 from stdit.training.build import RunComponents
@@ -86,7 +88,12 @@ class Sampler:
         from stdit.pipelines.loading import MODEL_INDEX, pipeline_step
 
         folder = self.folder / "pipeline"
-        return pipeline_step(folder) if (folder / MODEL_INDEX).is_file() else None
+        try:
+            verify_if_sealed(folder)
+            return pipeline_step(folder) if (folder / MODEL_INDEX).is_file() else None
+        except UserError as error:
+            print(f"{error} It is exported again.")
+            return None
 
     def _pipeline(self, step: int, weights: dict[str, Tensor]) -> Any:
         from stdit.pipelines.pipeline import STDiTPipeline

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stdit.checkpoint_files import read_sealed, sealed_json
 from stdit.errors import UserError
 from stdit.training.config import TrackerConfig
 from stdit.training.disk import disk_advice
@@ -28,13 +29,23 @@ class MetricsFile(Metrics):
     """A file with one JSON object per line and step, flushed after each."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Open the file for appending; cut off lines of steps from ``first_step`` on, which will be done again."""
+        """Open the file for appending; cut off lines of steps from ``first_step`` on, which will be done again.
+
+        Nothing else is made of what the lines say. Those that cannot be read are cut off, too, with a warning unless
+        it is the last, which a killed process leaves incomplete.
+        """
         if path.exists():
+            lines = path.read_bytes().splitlines()
+            steps = [_step(line) for line in lines]
+            if damaged := sum(step is None for step in steps[:-1]):
+                print(f"warning: {path}: {damaged} lines are damaged and were removed")
             earlier = [
-                line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step
+                line + b"\n"
+                for line, step in zip(lines, steps, strict=True)
+                if step is not None and step < first_step
             ]
             aside = path.with_name(f"{path.name}.tmp")
-            aside.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
+            aside.write_bytes(b"".join(earlier))
             os.replace(aside, path)
         self.file = open(path, "a", encoding="utf-8")
 
@@ -63,12 +74,13 @@ class MetricsFile(Metrics):
             self.file.close()
 
 
-def _step(line: str) -> float:
-    """Return the step of a line; infinity for an incomplete line of a killed process."""
+def _step(line: bytes) -> float | None:
+    """Return the step of a line; None for a damaged one, or the incomplete one of a killed process."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line.decode("utf-8"))["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int | float) else None
 
 
 class Tracker:
@@ -151,12 +163,10 @@ class WandB(Tracker):
         if mode == "online" and not wandb.api.api_key:
             print("wandb has no key (WANDB_API_KEY or `wandb login`): writing offline, for `wandb sync`.")
             mode = "offline"
-        identity = run / "wandb_id.txt"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        identity = _wandb_id(run / "wandb_id.json")
         options = dict(
             name=run.name,
-            id=identity.read_text(encoding="utf-8").strip(),
+            id=identity,
             resume="allow",
             dir=run,
             config=settings,
@@ -189,6 +199,18 @@ class WandB(Tracker):
 
     def finish(self) -> None:
         self.tracker.finish()
+
+
+def _wandb_id(file: Path) -> str:
+    """Return the id under which wandb knows this run; choose it when the run begins."""
+    if not file.exists():
+        file.write_text(sealed_json({"id": secrets.token_hex(4)}), encoding="utf-8")
+    try:
+        return str(read_sealed(file)["id"])
+    except (ValueError, RecursionError, KeyError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}): delete it, and the run goes on as another run of wandb."
+        ) from None
 
 
 def build_tracker(config: TrackerConfig, run: Path, settings: dict[str, Any]) -> Tracker:

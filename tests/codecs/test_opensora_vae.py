@@ -199,6 +199,7 @@ def test_saved_and_loaded(codec: OpenSoraCodec, tmp_path: Path) -> None:
     assert {f.name for f in (tmp_path / "codec").iterdir()} == {
         "codec.json",
         "config.json",
+        "meta.json",
         "model.safetensors",
     }
     saved = load((tmp_path / "codec" / "model.safetensors").read_bytes())
@@ -212,6 +213,13 @@ def test_saved_and_loaded(codec: OpenSoraCodec, tmp_path: Path) -> None:
         assert not any(parameter.requires_grad for parameter in again.parameters())
     assert tiny_opensora_vae(seed=1).fingerprint() != codec.fingerprint()
     save_file(saved | {"scale": 2 * saved["scale"]}, tmp_path / "codec" / "model.safetensors")
+    for load_saved in (
+        VideoCodec.from_pretrained,
+        lambda path: build_codec(CodecConfig(name="opensora", path=str(path))),
+    ):
+        with pytest.raises(UserError, match="model.safetensors has changed since it was written"):
+            load_saved(tmp_path / "codec")
+    (tmp_path / "codec" / "meta.json").unlink()
     other = VideoCodec.from_pretrained(tmp_path / "codec")
     assert other.fingerprint() != codec.fingerprint()
     torch.testing.assert_close(2 * other.encode(video(5)), codec.encode(video(5)))
@@ -231,6 +239,7 @@ def test_bad_weights(codec: OpenSoraCodec, tmp_path: Path, monkeypatch: pytest.M
         return build_codec(CodecConfig(name="opensora", path=str(tmp_path)))
 
     codec.save_pretrained(tmp_path)
+    (tmp_path / "meta.json").unlink()  # as a downloaded folder, which has none
     weights = tmp_path / "model.safetensors"
     content = weights.read_bytes()
     saved = load(content)

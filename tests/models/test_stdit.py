@@ -192,6 +192,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "config.json",
         "diffusion_pytorch_model.safetensors",
+        "meta.json",
     ]
     again = STDiT.from_pretrained(tmp_path)
     assert again.config.block_order == "paired"

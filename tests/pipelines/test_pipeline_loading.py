@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from stdit.checkpoint_files import write_manifest
 from stdit.errors import UserError
 from stdit.pipelines.loading import find_checkpoint_source, load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
@@ -45,6 +46,7 @@ def test_the_newer_of_checkpoint_and_pipeline_is_used(pipe, run, step, chosen):
     pipe.save_pretrained(run / "pipeline")
     index = run / "pipeline" / "model_index.json"
     index.write_text(index.read_text().replace('"step": null', f'"step": {step}'))
+    write_manifest(run / "pipeline", {})  # as if it had been written so
     source = find_checkpoint_source(run)
     assert source.path.name == chosen and source.run == run
     load_pipeline(source)
@@ -74,18 +76,43 @@ def test_a_damaged_pipeline_is_named(pipe, tmp_path, name, damage, message):
     pipe.save_pretrained(tmp_path)
     file = tmp_path / name
     file.write_text(damage(file.read_text(errors="replace")))
+    with pytest.raises(
+        UserError, match=r"has \d+ bytes, but \d+ were written|has changed since it was written"
+    ):
+        load_pipeline(tmp_path)
+    for manifest in tmp_path.rglob("meta.json"):  # as diffusers writes it
+        manifest.unlink()
     with pytest.raises(UserError, match=message):
         load_pipeline(tmp_path)
 
 
 def test_a_damaged_run_is_named(run):
-    (run / "config.yaml").write_text("name: [")
-    with pytest.raises(UserError, match="config.yaml is damaged"):
-        load_pipeline(run)
-    (run / "config.yaml").write_text("name: tiny")
     (run / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(UserError, match="scheduler_config.json is missing"):
+        load_pipeline(run)
+    (run / "scheduler" / "meta.json").unlink()
     with pytest.raises(UserError, match="schedule could not be read"):
         load_pipeline(run)
+
+
+def test_settings_come_from_the_checkpoint_and_not_from_the_config_that_people_may_edit(run):
+    expected, _ = load_pipeline(run)
+    (run / "config.yaml").write_text("codec: {name: [")
+    loaded, _ = load_pipeline(run)
+    assert loaded.config == expected.config and torch.equal(weight(loaded), weight(expected))
+
+
+def test_a_pipeline_without_a_manifest_is_read_with_a_warning(pipe, tmp_path, caplog):
+    pipe.save_pretrained(tmp_path)
+    loaded, _ = load_pipeline(tmp_path)
+    assert not caplog.records
+    for manifest in tmp_path.rglob("meta.json"):
+        manifest.unlink()
+    again, _ = load_pipeline(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"pipeline {tmp_path} has no meta.json: a damaged file would not be noticed"
+    ]
+    assert torch.equal(weight(again), weight(loaded))
 
 
 def test_a_pipeline_away_from_its_run(pipe, tmp_path):

@@ -37,7 +37,11 @@ def test_converting_there_and_back_is_exact(
     model, again = tmp_path / "deeper" / "model", tmp_path / "again"
     assert convert(monkeypatch, tmp_path / "ema.pt", model, "--input_sq_size", 256) == 0
     assert "3 + 3 blocks; skipped rope.freqs, a constant" in capsys.readouterr().out
-    assert {file.name for file in model.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {file.name for file in model.iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "meta.json",
+    }
     assert STDiT.from_pretrained(model).config.input_sq_size == 256
 
     assert convert(monkeypatch, model, again, "--reverse") == 0

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from stdit.checkpoint_files import newest_whole
+from stdit.checkpoint_files import newest_whole, read_meta, sealed_json
 from stdit.errors import UserError
 from stdit.training.checkpoint import check_same_experiment, find_checkpoint
 from stdit.training.config import CheckpointConfig
@@ -46,12 +46,12 @@ def test_a_checkpoint_of_a_newer_version_is_an_error_and_not_skipped(tmp_path: P
     checkpoints = folder_of(tmp_path, keep_last=5)
     save(checkpoints, 1)
     newer = save(checkpoints, 2, {"versions": {"stdit": "9.0"}})
-    meta = json.loads((newer / "meta.json").read_text())
-    (newer / "meta.json").write_text(json.dumps({**meta, "format": meta["format"] + 1}))
-    with pytest.raises(UserError, match=r"step-00000002 was written by a newer stdit, 9.0: its format is 3"):
+    meta = read_meta(newer)
+    (newer / "meta.json").write_text(sealed_json({**meta, "format": meta["format"] + 1}))
+    with pytest.raises(UserError, match=r"step-00000002 was written by a newer stdit, 9.0: its format is 4"):
         find_checkpoint("auto", tmp_path)
     del meta["format"]
-    (newer / "meta.json").write_text(json.dumps(meta))
+    (newer / "meta.json").write_text(json.dumps(meta))  # an older one has no hash of itself
     found, reasons = find_checkpoint("auto", tmp_path)
     assert found == tmp_path / "step-00000001" and "has the format 1, of an older stdit" in reasons[0]
 
@@ -71,9 +71,9 @@ def test_another_experiment_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["step", "experiment", "nonfinite_in_a_row", "batch_splits"])
 def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path, key: str) -> None:
     folder = save(folder_of(tmp_path), 1, {"experiment": {}, "nonfinite_in_a_row": 0, "batch_splits": 1})
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_meta(folder)
     del meta[key]
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(sealed_json(meta))
     with pytest.raises(UserError, match=f"meta.json has no valid {key}: use another"):
         check_same_experiment(folder, {})
 

@@ -113,6 +113,6 @@ def test_wandb_without_a_key_writes_offline(
     content = written.read_bytes()
     assert b"train/loss" in content and b"samples" in content
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/**/*.mp4"))
-    identity = (tmp_path / "wandb_id.txt").read_text().strip()
+    identity = json.loads((tmp_path / "wandb_id.json").read_text())["id"]
     assert identity in written.name
     assert wandb.run is None

@@ -51,7 +51,7 @@ def fit_codec(codec: Any, plan: BatchPlan, config: DataConfig) -> "VideoCodec":
         try:
             return VideoCodec.from_pretrained(saved)
         except UserError as error:
-            logger.warning("%s Fitting it again.", error)
+            logger.warning("a fitted codec is damaged: %s Fitting it again.", error)
             shutil.rmtree(saved, ignore_errors=True)
     unreadable: list[str] = []
     codec.fit(_videos(plan, unreadable))

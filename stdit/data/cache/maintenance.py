@@ -1,14 +1,14 @@
 """Verify a cache folder, and prune what is broken or no longer used."""
 
-import json
 import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from stdit.checkpoint_files import verify
 from stdit.data.cache.codec_fitting import CODECS_FOLDER
 from stdit.data.cache.shards import (
     CacheEntry,
@@ -202,15 +202,10 @@ def _list_codecs(folder: Path, hidden: bool = False) -> list[Path]:
 
 
 def _codec_damage(folder: Path) -> str | None:
-    """Return why a fitted codec cannot be loaded; None if its files are complete."""
-    from stdit.codecs.base import CODEC_FILE
-
+    """Return why a fitted codec must not be loaded; None if its files are as they were written."""
     try:
-        json.loads((folder / CODEC_FILE).read_text(encoding="utf-8"))
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError) as error:
+        verify(folder, kind="codec", way_out="it will be fitted again")
+    except (OSError, UserError) as error:
         return str(error)
     return None
 

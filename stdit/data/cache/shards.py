@@ -7,6 +7,8 @@ A shard has entries of one kind, made by one maker (the fingerprint of a codec o
     keys uint8 [N 16]
     hashes int64 [N]         XXH3-64 of each entry's bytes, to detect corruption on disk
 
+The header has a hash of all the rest: format, kind, maker, type and shape of the values, and the other tensors.
+
 Letters: N entries, n length of an entry.
 """
 
@@ -14,7 +16,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +25,14 @@ from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from stdit.checkpoint_files import hash_arrays, hash_tensor
 from stdit.errors import UserError
 
-SHARD_FORMAT = "stdit-cache-2"
+SHARD_FORMAT = "stdit-cache-3"
 SUFFIX = ".safetensors"
 KEY_BYTES = 16
 SHARD_BYTES = 1 << 26
@@ -96,7 +98,10 @@ def read_shard(file: Path) -> Shard:
             keys, offsets, hashes = (
                 stored.get_tensor(name).numpy() for name in ("keys", "offsets", "hashes")
             )
-            count, size = len(keys), stored.get_slice("values").get_shape()
+            values = stored.get_slice("values")
+            count, size, dtype = len(keys), values.get_shape(), values[:0].dtype
+        if metadata.get("hash") != header_hash(metadata, dtype, size, [keys, offsets, hashes]):
+            raise DamagedShardError("its header has changed since it was written")
         steps = np.diff(offsets)
         if keys.shape != (count, KEY_BYTES) or len(hashes) != count or len(offsets) != count + 1:
             raise DamagedShardError("its tensors do not fit together")
@@ -111,10 +116,27 @@ def read_shard(file: Path) -> Shard:
         raise DamagedShardError(str(error)) from error
 
 
+def header_hash(
+    metadata: Mapping[str, str], dtype: torch.dtype, shape: Sequence[int], arrays: Sequence[np.ndarray]
+) -> str:
+    """Return the hash of all of a shard but its values, whose entries have hashes of their own.
+
+    Args:
+        metadata: with format, kind and maker.
+        dtype, shape: of the values.
+        arrays: keys, offsets and hashes.
+    """
+    facts = {name: metadata[name] for name in ("format", "kind", "maker")}
+    return hash_arrays(
+        {**facts, "values": [str(dtype), list(shape)]},
+        dict(zip(("keys", "offsets", "hashes"), arrays, strict=True)),
+    )
+
+
 def write_shard(file: Path, entries: Sequence[CacheEntry]) -> None:
     """Write entries of the same kind, maker and shape (except the first axis). Raises OSError or SafetensorError."""
     lengths = [0, *(len(entry.value) for entry in entries)]
-    tensors = {
+    tensors: dict[str, Tensor] = {
         "values": torch.cat([entry.value for entry in entries]).contiguous(),
         "offsets": torch.tensor(lengths).cumsum(0),
         "keys": torch.frombuffer(bytearray().join(entry.key for entry in entries), dtype=torch.uint8).view(
@@ -123,6 +145,8 @@ def write_shard(file: Path, entries: Sequence[CacheEntry]) -> None:
         "hashes": torch.tensor([hash_tensor(entry.value) for entry in entries]),
     }
     metadata = {"format": SHARD_FORMAT, "kind": entries[0].kind, "maker": entries[0].maker}
+    values, *others = (tensors[name] for name in ("values", "keys", "offsets", "hashes"))
+    metadata["hash"] = header_hash(metadata, values.dtype, values.shape, [part.numpy() for part in others])
     staging = file.with_name(f".{file.name}.tmp")
     content = save(tensors, metadata)
     try:
@@ -166,12 +190,6 @@ def is_locked(file: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-def hash_tensor(value: Tensor) -> int:
-    """Return XXH3-64 of a tensor's bytes, as a signed integer."""
-    unsigned = xxhash.xxh3_64_intdigest(value.contiguous().flatten().view(torch.uint8).numpy().data)
-    return unsigned - (1 << 64) if unsigned >> 63 else unsigned
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,11 +16,11 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from stdit.checkpoint_files import apply_umask
+from stdit.checkpoint_files import apply_umask, hash_arrays
 from stdit.data.manifest.clips import NUMBER_COLUMNS, Clips, Strings
 from stdit.data.manifest.scan import Scan
 
-_FORMAT = "stdit-clips-1"
+_FORMAT = "stdit-clips-2"
 MIN_ROWS = 50_000
 """Smaller manifests are read fast enough."""
 MAX_UNREAD = 10_000
@@ -48,21 +48,22 @@ def load_scan(file: Path, key: str) -> Scan | None:
             about = stored.metadata() or {}
             if about.get("key") != key:
                 return None
-            facts = json.loads(about["facts"])
-            strings: dict[str, Any] = {
-                name: Strings.of(
-                    stored.get_tensor(f"{name}.utf8").tobytes(), stored.get_tensor(f"{name}.offsets")
-                )
-                for name in (*_STRINGS, *(f"extra.{name}" for name in facts["extra"]))
-            }
-            clips = Clips(
-                **{name: strings[name] for name in _STRINGS},
-                **{name: _single(stored.get_tensor(name)) for name in NUMBER_COLUMNS},
-                roots=tuple(facts["roots"]),
-                extra={name: strings[f"extra.{name}"] for name in facts["extra"]},
-            )
-            unread = {int(place): (fields, refused) for place, (fields, refused) in facts["unread"].items()}
-            return Scan(clips, stored.get_tensor("places"), unread)
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        if about.get("hash") != hash_arrays({"key": key, "facts": about["facts"]}, tensors):
+            return None
+        facts = json.loads(about["facts"])
+        strings: dict[str, Any] = {
+            name: Strings.of(tensors[f"{name}.utf8"].tobytes(), tensors[f"{name}.offsets"])
+            for name in (*_STRINGS, *(f"extra.{name}" for name in facts["extra"]))
+        }
+        clips = Clips(
+            **{name: strings[name] for name in _STRINGS},
+            **{name: _single(tensors[name]) for name in NUMBER_COLUMNS},
+            roots=tuple(facts["roots"]),
+            extra={name: strings[f"extra.{name}"] for name in facts["extra"]},
+        )
+        unread = {int(place): (fields, refused) for place, (fields, refused) in facts["unread"].items()}
+        return Scan(clips, tensors["places"], unread)
     except (OSError, SafetensorError, KeyError, ValueError):
         return None  # the manifest is read again
 
@@ -82,11 +83,12 @@ def save_scan(file: Path, key: str, scan: Scan) -> None:
     for name in NUMBER_COLUMNS:
         column = getattr(clips, name)
         tensors[name] = np.ascontiguousarray(column[:1] if column.strides == (0,) else column)
-    facts = {"roots": clips.roots, "extra": list(clips.extra), "unread": scan.unread}
+    facts = json.dumps({"roots": clips.roots, "extra": list(clips.extra), "unread": scan.unread})
+    about = {"key": key, "facts": facts, "hash": hash_arrays({"key": key, "facts": facts}, tensors)}
     aside = file.with_name(f".{file.name}.{secrets.token_hex(6)}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, {"key": key, "facts": json.dumps(facts)})
+        save_file(tensors, aside, about)
         apply_umask(aside)
         aside.replace(file)
     except (OSError, SafetensorError) as error:

@@ -10,8 +10,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from stdit.checkpoint_files import hash_tensor
 from stdit.data.cache.maintenance import prune_cache, verify_cache
-from stdit.data.cache.shards import CacheEntry, DamagedShardError, ShardWriter, hash_tensor, read_shard
+from stdit.data.cache.shards import (
+    SHARD_FORMAT,
+    CacheEntry,
+    DamagedShardError,
+    ShardWriter,
+    header_hash,
+    read_shard,
+)
 from stdit.data.cache.store import CacheStore
 from stdit.errors import UserError
 
@@ -136,13 +144,19 @@ def test_a_pickle_named_like_a_shard_is_never_run(tmp_path, caplog):
 
 def test_shards_whose_tensors_do_not_fit_are_damaged(tmp_path):
     file = tmp_path / "latents-x.safetensors"
-    facts = {"format": "stdit-cache-2", "kind": "latents", "maker": ""}
+    facts = {"format": SHARD_FORMAT, "kind": "latents", "maker": ""}
     right = {
         "values": torch.zeros(4, 2),
         "offsets": torch.tensor([0, 1, 4]),
         "keys": torch.zeros(2, 16, dtype=torch.uint8),
         "hashes": torch.zeros(2, dtype=torch.int64),
     }
+
+    def sealed(tensors):
+        parts = [tensors[name].numpy() for name in ("keys", "offsets", "hashes")]
+        values = tensors["values"]
+        return facts | {"hash": header_hash(facts, values.dtype, values.shape, parts)}
+
     for change in (
         {"offsets": torch.tensor([0, 1, 5])},
         {"offsets": torch.tensor([0, 6, 4])},
@@ -150,7 +164,7 @@ def test_shards_whose_tensors_do_not_fit_are_damaged(tmp_path):
         {"keys": torch.zeros(2, 8, dtype=torch.uint8)},
         {"hashes": torch.zeros(3, dtype=torch.int64)},
     ):
-        save_file(right | change, file, facts)
+        save_file(right | change, file, sealed(right | change))
         with pytest.raises(DamagedShardError):
             read_shard(file)
     save_file({"values": torch.zeros(4, 2)}, file, facts)
@@ -159,8 +173,11 @@ def test_shards_whose_tensors_do_not_fit_are_damaged(tmp_path):
     save_file(right, file, facts | {"format": "stdit-cache-9"})
     with pytest.raises(DamagedShardError, match="format is stdit-cache-9"):
         read_shard(file)
-    save_file(right, file, facts)
+    save_file(right, file, sealed(right))
     assert len(read_shard(file).keys) == 2
+    save_file(right, file, sealed(right) | {"kind": "texts"})
+    with pytest.raises(DamagedShardError, match="header has changed"):
+        read_shard(file)
 
 
 def test_an_entry_whose_bytes_have_changed_is_ignored(tmp_path, caplog):

@@ -94,16 +94,14 @@ def test_bad_splits_and_launchers_are_errors(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_fails_verification(
     tmp_path: Path, damage: Callable[[Path, random.Random], str]
 ) -> None:
-    for seed in range(8):
+    for seed in range(64):
         folder = tmp_path / str(seed)
         folder.mkdir()
         (folder / "weights").write_bytes(bytes(range(100)))
         write_manifest(folder, {})
-        seal = (folder / "meta.json").read_bytes()
         assert damage(folder, random.Random(seed))
-        if (folder / "meta.json").exists() and (folder / "meta.json").read_bytes() == seal:
-            with pytest.raises(UserError):
-                verify(folder)
+        with pytest.raises(UserError):
+            verify(folder)
 
 
 def test_runs_are_compared() -> None:
