@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 
 import train
@@ -273,4 +272,17 @@ def test_the_files_that_a_run_opens_are_those_of_the_lists(tmp_path: Path) -> No
     assert {"outputs/tiny/metrics.jsonl", "text/text_states.json"} <= ours
     assert not {name for name in ours if not readers(name) and not harmless(name)}
     assert "outputs/tiny/config.yaml" not in ours
-    assert torch.is_tensor(load_pipeline(it.run)[0].transformer.state_dict()["y_embedder.y_embedding"])
+
+
+def test_a_damaged_pipeline_is_exported_again_by_a_run_that_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    it = Folder(tmp_path)
+    index = it.run / "pipeline" / "model_index.json"
+    expected = index.read_bytes()
+    index.write_bytes(expected.replace(b'"step": 2', b'"step": 3'))
+    with pytest.raises(UserError, match="model_index.json has changed since it was written"):
+        load_pipeline(it.run)
+    it.train(STEPS)
+    assert "model_index.json has changed" in capsys.readouterr().out
+    assert index.read_bytes() == expected and load_pipeline(it.run)[0].config["step"] == STEPS

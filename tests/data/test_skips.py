@@ -29,6 +29,15 @@ def test_each_clip_is_listed_once_with_reason_and_step_across_resumes(tmp_path):
     assert lines(file) == [*expected, {**C._asdict(), "step": 9}]
 
 
+def test_a_damaged_line_lists_nothing(tmp_path):
+    file = tmp_path / "skipped.jsonl"
+    SkipTally(10, 1.0, SkipFile(file)).add([A, B], 1)
+    file.write_bytes(file.read_bytes().replace(b'"path": "a', b'"path": #a'))
+    SkipTally(10, 1.0, SkipFile(file)).add([A, B], 2)
+    last = file.read_text(encoding="utf-8").splitlines()[-1]
+    assert json.loads(last) == {**A._asdict(), "step": 2}
+
+
 def test_the_clip_that_exceeds_the_limit_is_listed(tmp_path):
     file = tmp_path / "skipped.jsonl"
     tally = SkipTally(10, 0.1, SkipFile(file))

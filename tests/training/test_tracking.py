@@ -28,6 +28,14 @@ def test_metrics_of_steps_that_are_done_again_are_cut_off(tmp_path: Path) -> Non
     assert [(line["step"], line["loss"]) for line in lines(path)] == [(0, 0.0), (1, 0.1), (2, 7.0)]
 
 
+def test_damaged_lines_are_removed_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": \xb1}\n{"step": "2"}\n{"stop": 3}\n{"step": 4}\n{"st')
+    MetricsFile(path, 5).close()
+    assert [line["step"] for line in lines(path)] == [0, 4]
+    assert f"{path}: 3 lines are damaged and were removed" in capsys.readouterr().out
+
+
 def test_a_full_disk_is_reported() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
