@@ -161,6 +161,9 @@ def test_folders_that_hold_no_codec(tmp_path) -> None:
     fitted().save_pretrained(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="safetensors has .* bytes, but .* were written"):
+        VideoCodec.from_pretrained(tmp_path)
+    (tmp_path / "meta.json").unlink()
     with pytest.raises(UserError, match="is damaged"):
         VideoCodec.from_pretrained(tmp_path)
     build_codec(CodecConfig(name="pixel")).save_pretrained(tmp_path)
