@@ -1,20 +1,24 @@
 """Assign clips to buckets. Letters: N clips, K buckets."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from stdit.data.buckets import Bucket
 from stdit.data.decoding.media import without_secrets
-from stdit.data.fit import Dropped, choose_buckets, split_into_windows, window_counts
+from stdit.data.fit import BucketRules, Dropped, Fit, cropped_share, split_into_windows, window_counts
 from stdit.data.manifest.clips import Clip, Clips
 from stdit.data.manifest.reading import Skipped, summarise
 from stdit.errors import UserError
 
 CLIPS_PER_CHUNK = 65536
 """Clips that are assigned together, to bound memory."""
+
+SHOWN_CROP = 0.01
+"""The report is silent about less: sizes of buckets are rounded."""
 
 KEEP_STREAM = 0x6B656570
 """Separates the draws of keep_probability from those of the plan, which uses the same seed."""
@@ -36,6 +40,8 @@ class Assignment:
     """For each of `clips` its number among the windows of its clip, int64 [N]; None: no clip is split."""
     warnings: list[str] = field(default_factory=list)
     """Oddities of the manifest, for people."""
+    seed: int = 0
+    """Of the draws for keep_probability."""
 
     @property
     def used_buckets(self) -> list[Bucket]:
@@ -77,7 +83,8 @@ class Assignment:
     def table(self) -> str:
         """Return a report for people: what each bucket holds, the sources, and what is dropped or skipped and why.
 
-        The columns for windows, draws and tokens appear only if they differ from the others.
+        The columns for windows, draws and tokens appear only if they differ from the others, the lines about cropping
+        only if something is cut.
         """
         draws, windows = (
             [self.draws_per_epoch(k) for k in range(len(self.buckets))],
@@ -97,7 +104,25 @@ class Assignment:
         lines = [_line("bucket (frames x height x width)", columns, widths)]
         for bucket, *numbers in zip(self.buckets, *columns.values(), strict=True):
             lines.append(_line(str(bucket), numbers, widths))
-        return "\n".join([*lines, *self.source_lines(), *self.exclusions()])
+        return "\n".join([*lines, *self.crop_lines(), *self.source_lines(), *self.exclusions()])
+
+    def cropped_shares(self, bucket: int) -> np.ndarray:
+        """Return the share of the picture that a bucket cuts away from each of its clips, float64."""
+        members = self.members[bucket]
+        return cropped_share(self.clips.width[members], self.clips.height[members], self.buckets[bucket])
+
+    def crop_lines(self) -> list[str]:
+        """Return a line per bucket that cuts its clips: the share of the picture, and the clip that loses most."""
+        lines = []
+        for k, bucket in enumerate(self.buckets):
+            shares = self.cropped_shares(k)
+            if (shares > SHOWN_CROP).any():
+                clip = self.clips[int(self.members[k][shares.argmax()])]
+                lines.append(
+                    f"  {bucket}: {shares.mean():.0%} of the picture on average, at most {shares.max():.0%} "
+                    f"({clip.media}, {clip.width}x{clip.height} pixels)"
+                )
+        return lines and ["cut away for the bucket's aspect ratio (data.max_crop is the limit):", *lines]
 
     def source_lines(self) -> list[str]:
         """Return a line per data root with its number of clips and draws; empty for one root without weights."""
@@ -135,12 +160,20 @@ def assign_clips(
     seed: int = 0,
     allow_upscale: bool = False,
     skipped: Sequence[Skipped] = (),
+    bucket_choice: Literal["aspect", "size"] = "size",
+    max_crop: float = 1.0,
 ) -> Assignment:
-    """Assign each clip to the largest bucket (frames x area) that it can fill, of the nearest aspect ratio.
+    """Assign each clip to the bucket that suits it best among those that it can fill.
 
     A clip fills a bucket if it has enough frames after resampling and, unless `allow_upscale`, is neither enlarged
-    nor has frames repeated. A bucket takes it with probability `keep_probability`, drawn from (seed, place in
-    `clips`); otherwise the next smaller bucket is tried.
+    nor has frames repeated, and if at most `max_crop` of its picture is cut for the bucket's aspect ratio.
+
+    Of these, "size" takes the largest (frames x area), in the nearest aspect ratio of its resolution: Open-Sora's
+    rule. "aspect" takes the largest of those that cut least, to within a twentieth of the picture. For videos, all
+    buckets of videos come before those of images.
+
+    A bucket takes a clip with probability `keep_probability`, drawn from (seed, place in `clips`) once for all aspect
+    ratios of a resolution; otherwise the next best bucket is tried.
 
     A bucket with `max_windows` above 1 splits a clip that is n times as long into min(n, max_windows) equal parts.
     Each part is a clip of its own from then on, with the weight of its clip, so windows of one epoch do not overlap.
@@ -149,20 +182,29 @@ def assign_clips(
     """
     assert buckets, "at least one bucket"
     clips = clips if isinstance(clips, Clips) else Clips.of(clips)
-    rng = np.random.default_rng(np.random.SeedSequence([seed, KEEP_STREAM]))
+    rules = BucketRules(allow_upscale, bucket_choice, max_crop)
     choice = np.empty(len(clips), np.int16)  # [N]; below 0: none, -1 - place in REASONS
-    for begin in range(0, len(clips), CLIPS_PER_CHUNK):
-        part = slice(begin, begin + CLIPS_PER_CHUNK)
-        choice[part] = choose_buckets(clips, part, buckets, allow_upscale, rng)
+    for part, fit in fits_of(clips, buckets, rules, seed):
+        choice[part] = fit.choose()
     places = np.flatnonzero(choice < 0)
-    dropped = Dropped(clips, buckets, places, -1 - choice[places])
+    dropped = Dropped(clips, buckets, rules, places, -1 - choice[places])
     number, counts = None, window_counts(clips, choice, buckets)
     if counts.max(initial=1) > 1:
         clips, number = split_into_windows(clips, counts)
         choice = np.repeat(choice, counts)
     members = [np.flatnonzero(choice == k) for k in range(len(buckets))]
-    assignment = Assignment(clips, list(buckets), members, dropped, list(skipped), number)
+    assignment = Assignment(clips, list(buckets), members, dropped, list(skipped), number, seed=seed)
     if not assignment.kept:
         rule = "no clip is left to train on: change data.buckets (fewer frames, fewer pixels, lower fps)"
         raise UserError("\n".join([rule, *assignment.exclusions()]))
     return assignment
+
+
+def fits_of(
+    clips: Clips, buckets: Sequence[Bucket], rules: BucketRules, seed: int
+) -> Iterator[tuple[slice, Fit]]:
+    """Yield parts of a table of clips, each with what the buckets can take of it."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, KEEP_STREAM]))
+    for begin in range(0, len(clips), CLIPS_PER_CHUNK):
+        part = slice(begin, begin + CLIPS_PER_CHUNK)
+        yield part, Fit.of(clips, part, buckets, rules, rng)

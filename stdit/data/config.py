@@ -117,15 +117,22 @@ class DataConfig:
     caption_scores: list[Literal["aesthetic", "motion", "camera"]] = field(default_factory=list)
     """Columns to append to the captions of clips that have them, in Open-Sora's words: "aesthetic score: 6.5."."""
     buckets: list[BucketConfig] = field(default_factory=lambda: [BucketConfig()])
-    """Sizes to train on; a clip goes to the largest that it can fill."""
+    """Sizes to train on; a clip goes to one that it can fill: see bucket_choice."""
     batch_multiplier: int = 1
     """Multiplies batch_size or max_tokens of every bucket, to use a recipe for one GPU on several."""
     allow_upscale: bool = False
     """Let clips with fewer pixels, or a lower frame rate, than the bucket's fill it."""
+    bucket_choice: Literal["aspect", "size"] = "aspect"
+    """aspect: a clip goes to the largest bucket of those that cut least of its picture; size: to the largest that it
+    can fill, in the nearest aspect ratio of its resolution, as in Open-Sora."""
+    max_crop: float = 1.0
+    """Largest share of a clip's picture that may be cut for a bucket's aspect ratio; a clip that would lose more goes
+    to another bucket, or is dropped. 1: any."""
     crop: Literal["center", "random"] = "center"
     """Where to crop clips that have another aspect ratio than the bucket."""
-    workers: int = 0
-    """Loader processes; 0 reads in the training process."""
+    workers: int | Literal["auto"] = 0
+    """Loader processes; 0 reads in the training process; auto: as many as decode the batches in time, but no more
+    than there are cores that training does not use. Batches are the same for any number."""
     max_skipped_share: float = 1.0
     """Share of the files that may fail to decode before the run stops; 1: it stops when none of a bucket is left
     (a bucket of which no clip can be read at the start is dropped)."""
@@ -197,8 +204,12 @@ class DataConfig:
                         f"data.batch_multiplier = {self.batch_multiplier}: batches of {bucket.batch_size} clips; at "
                         f"most {MAX_DIMENSION}: use a smaller multiplier"
                     )
-        if self.workers < 0:
-            raise UserError(f"data.workers is {self.workers}; it must be 0 (in process) or more")
+        if not 0 <= self.max_crop <= 1:
+            raise UserError(
+                f"data.max_crop is {self.max_crop}; it must be between 0 (nothing may be cut) and 1 (no limit)"
+            )
+        if self.workers != "auto" and self.workers < 0:
+            raise UserError(f"data.workers is {self.workers}; it must be auto, 0 (in process) or more")
         if not 1 <= self.augmented_views <= 1000:
             raise UserError(f"data.augmented_views is {self.augmented_views}; it must be from 1 to 1000")
         if self.cache == "none" and self.augmented_views > 1:

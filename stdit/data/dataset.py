@@ -42,7 +42,9 @@ def build_assignment(config: DataConfig, seed: int = 0, index: Path | None = Non
     config.validate()
     clips, skipped = read_sources(config.all_sources(), config.caption_scores, index)
     buckets = [Bucket.from_config(bucket) for bucket in config.multiplied_buckets()]
-    assignment = assign_clips(clips, buckets, seed, config.allow_upscale, skipped)
+    assignment = assign_clips(
+        clips, buckets, seed, config.allow_upscale, skipped, config.bucket_choice, config.max_crop
+    )
     return replace(assignment, warnings=clip_warnings(clips))
 
 

@@ -5,8 +5,8 @@ Letters: N clips, K buckets, R reasons.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import overload
+from dataclasses import dataclass, replace
+from typing import Literal, overload
 
 import numpy as np
 
@@ -21,6 +21,18 @@ RATE_SLACK = 1.1
 # Buckets of equal length with at least this ratio of areas are one resolution in several aspect ratios.
 SAME_RESOLUTION = 0.9
 
+# Buckets that cut at most this much more of a clip than the best one count as having its aspect ratio.
+SAME_ASPECT = 0.05
+
+
+@dataclass(frozen=True)
+class BucketRules:
+    """How a clip's bucket is chosen: see `DataConfig`."""
+
+    allow_upscale: bool = False
+    bucket_choice: Literal["aspect", "size"] = "size"
+    max_crop: float = 1.0
+
 
 def resampled_frames(num_frames: int | np.ndarray, fps: float | np.ndarray, target_fps: float) -> np.ndarray:
     """Return the number of frames after resampling to another rate, rounded, at least 1."""
@@ -29,45 +41,107 @@ def resampled_frames(num_frames: int | np.ndarray, fps: float | np.ndarray, targ
     )
 
 
-def choose_buckets(
-    clips: Clips, part: slice, buckets: Sequence[Bucket], allow_upscale: bool, rng: np.random.Generator
-) -> np.ndarray:
-    """Return each clip's bucket, for a part of the table, int64 [N]; -1 - r if none takes it because of REASONS[r].
+def cropped_share(width: np.ndarray | int, height: np.ndarray | int, bucket: Bucket) -> np.ndarray:
+    """Return the share of a clip's picture that is cut away for the bucket's aspect ratio, from 0 to 1."""
+    ratio = np.asarray(width) / np.asarray(height) * (bucket.height / bucket.width)
+    return 1 - np.minimum(ratio, 1 / ratio)
 
-    The draws for keep_probability are the next N x K of `rng`.
-    """
-    num_frames, fps, height, width = (
-        getattr(clips, name)[part] for name in ("num_frames", "fps", "height", "width")
-    )
-    long_enough, fast_enough, large_enough = (np.ones((len(fps), len(buckets)), bool) for _ in range(3))
-    for k, bucket in enumerate(buckets):
-        long_enough[:, k] = resampled_frames(num_frames, fps, bucket.fps) >= bucket.num_frames
-        if not allow_upscale:
-            fast_enough[:, k] = (bucket.num_frames == 1) | (fps * RATE_SLACK >= bucket.fps)
-            scale = np.maximum(bucket.height / height, bucket.width / width)
-            large_enough[:, k] = scale <= SIZE_SLACK
-    fits = long_enough & fast_enough & large_enough
-    draws = rng.random(fits.shape)
-    kept = fits & (draws < np.array([bucket.keep_probability for bucket in buckets]))
-    taken = kept & (clips.weight[part, None] > 0)
 
-    clip_ratio = np.array(list(map(math.log, (width / height).tolist())))
-    bucket_ratio = np.array([math.log(bucket.width / bucket.height) for bucket in buckets])
-    mismatch = np.abs(clip_ratio[:, None] - bucket_ratio[None])  # [N K]
-    preference = _resolution_rank(buckets) + mismatch / (1 + mismatch)
-    choice = np.where(taken, preference, np.inf).argmin(axis=1)  # [N]
+@dataclass(frozen=True)
+class Fit:
+    """Which of the buckets can take each of some clips; all arrays are [N K]."""
 
-    reasons = np.stack(  # [R N], in the order of REASONS
-        [~passed.any(axis=1) for passed in (long_enough, large_enough, fast_enough, fits, kept, taken)]
-    )
-    return np.where(reasons[-1], -1 - reasons.argmax(axis=0), choice)
+    long_enough: np.ndarray
+    large_enough: np.ndarray
+    fast_enough: np.ndarray
+    mismatch: np.ndarray
+    """Distance of the logarithms of the aspect ratios."""
+    uncut: np.ndarray
+    """Whether at most max_crop of the picture is cut."""
+    drawn: np.ndarray
+    """Whether keep_probability lets the bucket take the clip."""
+    weighted: np.ndarray
+    """Whether the weight of the clip is above 0, [N 1]."""
+    buckets: Sequence[Bucket]
+    bucket_choice: Literal["aspect", "size"]
+
+    @classmethod
+    def of(
+        cls,
+        clips: Clips,
+        part: slice,
+        buckets: Sequence[Bucket],
+        rules: BucketRules,
+        rng: np.random.Generator,
+    ) -> "Fit":
+        """Compare a part of the table with the buckets; draws for keep_probability are the next N x K of `rng`."""
+        num_frames, fps, height, width = (
+            getattr(clips, name)[part] for name in ("num_frames", "fps", "height", "width")
+        )
+        shape = (len(fps), len(buckets))
+        long_enough, fast_enough, large_enough = (np.ones(shape, bool) for _ in range(3))
+        for k, bucket in enumerate(buckets):
+            long_enough[:, k] = resampled_frames(num_frames, fps, bucket.fps) >= bucket.num_frames
+            if not rules.allow_upscale:
+                fast_enough[:, k] = (bucket.num_frames == 1) | (fps * RATE_SLACK >= bucket.fps)
+                scale = np.maximum(bucket.height / height, bucket.width / width)
+                large_enough[:, k] = scale <= SIZE_SLACK
+        clip_ratio = np.array(list(map(math.log, (width / height).tolist())))
+        bucket_ratio = np.array([math.log(bucket.width / bucket.height) for bucket in buckets])
+        mismatch = np.abs(clip_ratio[:, None] - bucket_ratio[None])
+        uncut = 1 - np.exp(-mismatch) <= rules.max_crop + 1e-9  # rounding
+        # The aspect ratios of one resolution share a draw: otherwise a clip that one of them leaves would go to the
+        # next, instead of to a smaller bucket.
+        draws = rng.random(shape)[:, _leaders(buckets)]
+        drawn = draws < np.array([bucket.keep_probability for bucket in buckets])
+        return cls(
+            long_enough,
+            large_enough,
+            fast_enough,
+            mismatch,
+            uncut,
+            drawn,
+            clips.weight[part, None] > 0,
+            buckets,
+            rules.bucket_choice,
+        )
+
+    @property
+    def fills(self) -> np.ndarray:
+        """Whether a clip can fill a bucket, however much of it is cut."""
+        return self.long_enough & self.large_enough & self.fast_enough
+
+    @property
+    def off_aspect(self) -> np.ndarray:
+        """Whether a bucket cuts clearly more of a clip than another that it fills, of those for videos or images."""
+        crop, fits = 1 - np.exp(-self.mismatch), self.fills & self.uncut
+        images = np.array([bucket.num_frames == 1 for bucket in self.buckets])
+        off = np.empty(fits.shape, bool)
+        for kind in (images, ~images):
+            least = np.where(fits[:, kind], crop[:, kind], np.inf).min(axis=1, initial=np.inf, keepdims=True)
+            off[:, kind] = crop[:, kind] > least + SAME_ASPECT
+        return off
+
+    def choose(self) -> np.ndarray:
+        """Return each clip's bucket, int64 [N]; -1 - r if none takes it because of REASONS[r]."""
+        fits = self.fills & self.uncut
+        kept = fits & self.drawn
+        taken = kept & self.weighted
+        preference = np.array(resolution_ranks(self.buckets)) + self.mismatch / (1 + self.mismatch)
+        if self.bucket_choice == "aspect":  # counts more than the rank, which is below K
+            images = np.array([bucket.num_frames == 1 for bucket in self.buckets])
+            preference += len(self.buckets) * (2 * images + self.off_aspect)
+        choice = np.where(taken, preference, np.inf).argmin(axis=1)  # [N]
+        tests = (self.long_enough, self.large_enough, self.fast_enough, self.fills, fits, kept, taken)
+        reasons = np.stack([~passed.any(axis=1) for passed in tests])  # [R N], in the order of REASONS
+        return np.where(reasons[-1], -1 - reasons.argmax(axis=0), choice)
 
 
 def window_counts(clips: Clips, choice: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
     """Return how many windows each clip gives, int64 [N]: how often it fills its bucket, from 1 to max_windows.
 
     Args:
-        choice: result of `choose_buckets`.
+        choice: result of `Fit.choose`.
     """
     counts = np.ones(len(clips), np.int64)
     for k, bucket in enumerate(buckets):
@@ -98,12 +172,11 @@ def split_into_windows(clips: Clips, counts: np.ndarray) -> tuple[Clips, np.ndar
     return table, part
 
 
-def _resolution_rank(buckets: Sequence[Bucket]) -> np.ndarray:
+def resolution_ranks(buckets: Sequence[Bucket]) -> list[int]:
     """Return the rank of each bucket by volume, largest first; aspect ratios of one resolution share a rank."""
-    ranks = np.zeros(len(buckets))
-    order = sorted(range(len(buckets)), key=lambda k: (-buckets[k].volume, -buckets[k].num_frames))
+    ranks = [0] * len(buckets)
     rank, leader = -1, None
-    for k in order:
+    for k in _by_volume(buckets):
         bucket = buckets[k]
         same = (
             leader is not None
@@ -116,13 +189,26 @@ def _resolution_rank(buckets: Sequence[Bucket]) -> np.ndarray:
     return ranks
 
 
-def _frames(clip: Clip, buckets: Sequence[Bucket]) -> str:
+def _leaders(buckets: Sequence[Bucket]) -> list[int]:
+    """Return for each bucket the place of the largest bucket of its resolution."""
+    ranks, first = resolution_ranks(buckets), dict[int, int]()
+    for k in _by_volume(buckets):
+        first.setdefault(ranks[k], k)
+    return [first[rank] for rank in ranks]
+
+
+def _by_volume(buckets: Sequence[Bucket]) -> list[int]:
+    """Return the places of the buckets, the largest first."""
+    return sorted(range(len(buckets)), key=lambda k: (-buckets[k].volume, -buckets[k].num_frames))
+
+
+def _frames(clip: Clip, buckets: Sequence[Bucket], rules: BucketRules) -> str:
     shortest = min(buckets, key=lambda bucket: (bucket.seconds, bucket.num_frames))
     frames = int(resampled_frames(clip.num_frames, clip.fps, shortest.fps))
     return f"{frames} frames at {shortest.fps:g} fps, the shortest bucket needs {shortest.num_frames}"
 
 
-def _pixels(clip: Clip, buckets: Sequence[Bucket]) -> str:
+def _pixels(clip: Clip, buckets: Sequence[Bucket], rules: BucketRules) -> str:
     smallest = min(buckets, key=lambda bucket: bucket.height * bucket.width)
     return (
         f"{clip.width}x{clip.height} pixels (width x height), the smallest bucket needs "
@@ -130,22 +216,40 @@ def _pixels(clip: Clip, buckets: Sequence[Bucket]) -> str:
     )
 
 
-def _rate(clip: Clip, buckets: Sequence[Bucket]) -> str:
+def _rate(clip: Clip, buckets: Sequence[Bucket], rules: BucketRules) -> str:
     slowest = min(bucket.fps for bucket in buckets)
     return f"{clip.fps:g} fps, the slowest bucket needs {slowest:g}; data.allow_upscale repeats frames"
 
 
-def _all_three(clip: Clip, buckets: Sequence[Bucket]) -> str:
+def _all_three(clip: Clip, buckets: Sequence[Bucket], rules: BucketRules) -> str:
     return f"{clip.num_frames} frames of {clip.width}x{clip.height} at {clip.fps:g} fps"
 
 
-REASONS: dict[str, Callable[[Clip, Sequence[Bucket]], str]] = {
+def _crop(clip: Clip, buckets: Sequence[Bucket], rules: BucketRules) -> str:
+    (fills,) = Fit.of(Clips.of([clip]), slice(1), buckets, rules, np.random.default_rng(0)).fills
+    best = min(
+        (bucket for bucket, filled in zip(buckets, fills, strict=True) if filled),
+        key=lambda bucket: float(cropped_share(clip.width, clip.height, bucket)),
+    )
+    share = float(cropped_share(clip.width, clip.height, best))
+    return (
+        f"{share:.0%} of {clip.width}x{clip.height} pixels (width x height) to fill {best}, and data.max_crop is "
+        f"{rules.max_crop:g}; add a bucket of its aspect_ratio"
+    )
+
+
+def _none(clip: Clip, buckets: Sequence[Bucket], rules: BucketRules) -> str:
+    return ""
+
+
+REASONS: dict[str, Callable[[Clip, Sequence[Bucket], BucketRules], str]] = {
     "too short": _frames,
     "too small": _pixels,
     "frame rate too low": _rate,
     "no bucket is short, small and slow enough at once": _all_three,
-    "excluded by keep_probability": lambda clip, buckets: "",
-    "its weight is 0": lambda clip, buckets: "",
+    "too much would be cut": _crop,
+    "excluded by keep_probability": _none,
+    "its weight is 0": _none,
 }
 """Reasons for which no bucket takes a clip, in the order in which they are tested, and functions for the detail."""
 
@@ -154,14 +258,21 @@ class Dropped(Sequence[tuple[Clip, str]]):
     """Clips that fit no bucket, each with the reason, whose text is made on access."""
 
     def __init__(
-        self, clips: Clips, buckets: Sequence[Bucket], places: np.ndarray, reasons: np.ndarray
+        self,
+        clips: Clips,
+        buckets: Sequence[Bucket],
+        rules: BucketRules,
+        places: np.ndarray,
+        reasons: np.ndarray,
     ) -> None:
         """
         Args:
+            clips: all clips, as the manifest has them.
             places: indices of the dropped clips in `clips`, ascending.
             reasons: for each an index into REASONS.
         """
-        self.clips, self.buckets, self.places, self.reasons = clips, buckets, places, reasons
+        self.clips, self.buckets, self.rules = clips, buckets, rules
+        self.places, self.reasons = places, reasons
 
     def __len__(self) -> int:
         return len(self.places)
@@ -172,10 +283,10 @@ class Dropped(Sequence[tuple[Clip, str]]):
     def __getitem__(self, index: slice) -> "Dropped": ...
     def __getitem__(self, index: int | slice) -> "tuple[Clip, str] | Dropped":
         if isinstance(index, slice):
-            return Dropped(self.clips, self.buckets, self.places[index], self.reasons[index])
+            return Dropped(self.clips, self.buckets, self.rules, self.places[index], self.reasons[index])
         clip = self.clips[int(self.places[index])]
         kind = list(REASONS)[self.reasons[index]]
-        detail = REASONS[kind](clip, self.buckets)
+        detail = REASONS[kind](clip, self.buckets, self.rules)
         return clip, f"{kind}: {detail}" if detail else kind
 
     def summary(self) -> list[str]:

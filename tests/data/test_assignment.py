@@ -74,6 +74,87 @@ def test_standard_sizes_just_below_fit():
     assert places([clip(fps=29.97, num_frames=120)], [Bucket(120, 64, 64, 30)]) == [0]
 
 
+LANDSCAPE, SQUARE, PORTRAIT = Bucket(16, 144, 256, 8), Bucket(16, 96, 96, 8), Bucket(16, 128, 72, 8)
+SHAPES = [LANDSCAPE, SQUARE, PORTRAIT]
+
+
+def test_aspect_wins_over_size():
+    clips = [
+        clip(height=h, width=w) for h, w in [(640, 360), (720, 720), (720, 1280), (480, 640), (150, 600)]
+    ]
+    assert places(clips, SHAPES, bucket_choice="aspect") == [2, 1, 0, 0, 0], (
+        "4:3 loses as much in both: the larger"
+    )
+    assert places(clips, SHAPES, bucket_choice="size") == [0, 0, 0, 0, 0], "Open-Sora's rule"
+
+
+def test_a_video_goes_to_a_bucket_of_images_only_if_no_other_takes_it():
+    buckets = [Bucket(16, 144, 256, 8), Bucket(1, 256, 256, 8)]
+    clips = [
+        clip(height=720, width=720),
+        clip(height=720, width=720, num_frames=1),
+        clip(num_frames=9, height=720),
+    ]
+    assert places(clips, buckets[:1] + [Bucket(1, 64, 64, 8)], bucket_choice="aspect") == [0, 1, 1]
+    assert places(clips[:2], buckets, bucket_choice="aspect") == [0, 1]
+
+
+def test_a_clip_that_would_lose_too_much_goes_elsewhere_or_is_dropped_with_the_reason():
+    clips = [clip(height=720, width=720, name="square.mp4"), clip(height=640, width=360, name="tall.mp4")]
+    assert places(clips, [LANDSCAPE, PORTRAIT]) == [0, 0]
+    for choice in ("aspect", "size"):
+        assert places(clips, [LANDSCAPE, PORTRAIT], max_crop=0.5, bucket_choice=choice) == [0, 1]
+    assignment = assign_clips(clips, [LANDSCAPE, PORTRAIT], max_crop=0.3)
+    assert list(assignment.dropped)[0][1] == (
+        "too much would be cut: 44% of 720x720 pixels (width x height) to fill 16x144x256 at 8 fps, and "
+        "data.max_crop is 0.3; add a bucket of its aspect_ratio"
+    )
+    assert "1 x too much would be cut: /data/square.mp4 (44% of 720x720" in assignment.table()
+    assert places([clip(height=720, width=960)], [LANDSCAPE], max_crop=0.25) == [0], "just as much"
+
+
+def test_the_table_shows_what_is_cut():
+    clips = [clip(height=720, width=1280), clip(height=640, width=360, name="tall.mp4")]
+    table = assign_clips(clips, [LANDSCAPE, SQUARE]).table()
+    assert table.splitlines()[3:] == [
+        "cut away for the bucket's aspect ratio (data.max_crop is the limit):",
+        "  16x144x256 at 8 fps: 34% of the picture on average, at most 68% (/data/tall.mp4, 360x640 pixels)",
+    ]
+    assert "cut" not in assign_clips(clips[:1], [LANDSCAPE]).table()
+
+
+def test_aspect_ratios_of_a_resolution_share_the_draw_of_keep_probability():
+    """Otherwise a clip that 16:9 leaves would go to 3:2, cut, and not to a smaller bucket."""
+    ratios = [
+        Bucket(16, *resolve_size("240p", ratio), 8, keep_probability=0.25) for ratio in ("16:9", "3:2", "4:3")
+    ]
+    found = places([clip(height=720, width=1280, name=f"{i}.mp4") for i in range(400)], [*ratios, LANDSCAPE])
+    assert 60 < found.count(0) < 140 and set(found) == {0, 3}
+
+
+def test_finetune_has_buckets_for_portrait_square_and_landscape():
+    """A portrait of 360x640 lost 68% of its picture to 16:9."""
+    data = parse_train(
+        [f"--config={ROOT / 'configs' / 'train' / 'finetune.yaml'}", "--data.manifest=a.csv"]
+    ).data
+    buckets = [Bucket.from_config(bucket) for bucket in data.buckets]
+    sizes = [(640, 360), (720, 1280), (720, 720), (144, 176), (128, 72), (480, 640), (100, 900)]
+    clips = [clip(height=h, width=w, name=f"{w}x{h}.mp4") for h, w in sizes]
+    rules = dict(bucket_choice=data.bucket_choice, max_crop=data.max_crop)
+    found = places(clips, buckets, **rules)
+    assert [None if k is None else (buckets[k].height, buckets[k].width) for k in found] == [
+        *((256, 144), (144, 256), (192, 192), (96, 96), (128, 72), (192, 192)),
+        None,
+    ]
+    cut = assign_clips(clips, buckets, **rules)
+    assert max(float(cut.cropped_shares(k).max(initial=0)) for k in range(len(buckets))) <= 0.25
+    assert [reason.partition(":")[0] for _, reason in cut.dropped] == ["too much would be cut"]
+
+
+def test_open_soras_stages_keep_their_rule():
+    assert stage_1(1).bucket_choice == "size" and stage_1(1).max_crop == 1
+
+
 def test_nearest_aspect_ratio_of_a_resolution():
     buckets = [Bucket(16, *resolve_size("240p", ratio), 8) for ratio in ("1:1", "16:9", "9:16")]
     clips = [clip(height=h, width=w) for h, w in [(720, 1280), (1280, 720), (700, 720), (500, 600)]]

@@ -85,7 +85,9 @@ def test_impossible_buckets(values, message):
     [
         ({"manifest": ""}, "data.manifest is empty"),
         ({"buckets": []}, "data.buckets is empty"),
-        ({"workers": -1}, "data.workers is -1"),
+        ({"workers": -1}, "data.workers is -1; it must be auto, 0"),
+        ({"max_crop": 1.5}, "data.max_crop is 1.5; it must be between 0"),
+        ({"max_crop": float("nan")}, "data.max_crop is nan"),
         ({"batch_multiplier": 0}, "data.batch_multiplier is 0; it must be from 1"),
         (
             {"batch_multiplier": 16384, "buckets": [BucketConfig(batch_size=2)]},

@@ -1,5 +1,6 @@
 """The commands of prepare_data.py, as a user runs them."""
 
+import html
 import os
 import re
 import signal
@@ -46,6 +47,19 @@ def test_all_steps_in_order(clips: Path, capsys: pytest.CaptureFixture[str]) -> 
     config.write_text(f"data: {{buckets: {buckets}, sources: [{{manifest: others.csv}}]}}\n")
     step("report", "manifest.csv", "report.html", "--config", str(config), "--thumbnails", "2")
     assert re.search(r"16x32x32 at 8 fps +1 +1 +1\n", (clips / "report.html").read_text())
+
+
+def test_the_report_shows_what_is_cut_and_what_max_crop_drops(clips: Path) -> None:  # noqa: F811
+    config, page = clips / "train.yaml", clips / "report.html"
+    buckets = "[{num_frames: 8, fps: 8, height: 36, width: 64}]"
+    for limit, line in (
+        ("1", r"8x36x64 at 8 fps: 25% of the picture on average, at most 25% \(\S*\.mp4, 64x48 pixels\)"),
+        ("0.2", r"too much would be cut: .* \(25% of 64x48 pixels \(width x height\) to fill 8x36x64"),
+    ):
+        config.write_text(f"data: {{buckets: {buckets}, max_crop: {limit}}}\n")
+        flags = ["--config", str(config), "--thumbnails", "0", "--overwrite"]
+        main(["report", str(clips), str(page), *HERE, *flags])
+        assert re.search(line, html.unescape(page.read_text())), limit
 
 
 def test_root_is_the_folder_that_paths_are_relative_to(
