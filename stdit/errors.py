@@ -1,4 +1,9 @@
-"""Exceptions whose messages are written for people."""
+"""Exceptions whose messages are written for people, and what messages have in common."""
+
+import importlib.metadata
+import re
+import shlex
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -23,3 +28,15 @@ class OtherRankError(UserError):
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(message)
         self.code = code
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs the packages of an extra of pyproject.toml, from any folder."""
+    clone = Path(__file__).parents[1]
+    if (clone / "pyproject.toml").is_file():
+        place = "." if clone == Path.cwd() else str(clone)
+        return f"pip install -e {shlex.quote(f'{place}[{extra}]')}"
+    # Not in a clone, and stdit is on no index: name the packages.
+    wanted = re.compile(rf"(.*?)\s*;.*extra\s*==\s*[\"']{extra}[\"']")
+    found = [wanted.match(line) for line in importlib.metadata.requires("stdit") or []]
+    return shlex.join(["pip", "install", *(match[1] for match in found if match)])

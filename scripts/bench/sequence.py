@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # where scripts.* is found
 from scripts.arguments import positive_int
 from scripts.network import LOOPBACK, Network, NoLinkError, limited_link, megabits
 from stdit.cli import run, script_parser
-from stdit.errors import UserError
+from stdit.errors import UserError, install_command
 from stdit.models.config import STDiTConfig
 
 ROOT = Path(__file__).parents[2]
@@ -231,7 +231,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("--plot: skipped: matplotlib is not installed: pip install 'stdit[plot]'")
+        print(f"--plot: skipped: matplotlib is not installed: {install_command('plot')}")
         return
     figure = Figure(figsize=(10, 8), layout="constrained")
     panels = figure.subplots(2, 2)

@@ -15,7 +15,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from stdit.data.decoding.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from stdit.errors import UserError
+from stdit.errors import UserError, install_command
 
 REQUIRED = ("path", "text")
 METADATA = ("num_frames", "fps", "height", "width")
@@ -216,7 +216,7 @@ def _parquet_rows(manifest: Path) -> Iterator[Rows]:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(
-            f"manifest {manifest} is in Parquet, which needs pyarrow: pip install 'stdit[parquet]'"
+            f"manifest {manifest} is in Parquet, which needs pyarrow: {install_command('parquet')}"
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(manifest) as file:

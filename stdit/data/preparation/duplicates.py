@@ -11,7 +11,7 @@ import numpy as np
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.reading import row_name
 from stdit.data.preparation.flow import ClipRecord, RowResult, Task, process_clips, write_results
-from stdit.errors import UserError
+from stdit.errors import UserError, install_command
 
 HASHED_FRAMES = 4
 HASH_BITS = 64
@@ -37,7 +37,7 @@ def dedupe_clips(task: Task, distance: float = 4.0) -> list[str]:
     try:
         import imagehash  # noqa: F401
     except ImportError as error:
-        raise UserError(f"dedupe needs imagehash ({error}): pip install 'stdit[prepare]'") from None
+        raise UserError(f"dedupe needs imagehash ({error}): {install_command('prepare')}") from None
     table = task.open()
     outcomes = process_clips(task, table, _signature, (HASHED_FRAMES, HASH_SIDE), "dedupe")
     readable = [place for place, outcome in enumerate(outcomes) if outcome.reason is None]

@@ -21,7 +21,7 @@ from stdit.data.preparation.flow import (
 )
 from stdit.data.preparation.jobs import ExcludedError
 from stdit.data.preparation.table import Table, TableRow
-from stdit.errors import UserError
+from stdit.errors import UserError, install_command
 
 ARCHIVE_COLUMNS = ("member", "offset", "size")
 """Columns that say where in an archive a file is."""
@@ -180,7 +180,7 @@ def _build_detector(config: SceneConfig) -> Any:
     try:
         from scenedetect import AdaptiveDetector, ContentDetector
     except ImportError as error:
-        raise UserError(f"PySceneDetect cannot be loaded ({error}): pip install 'stdit[prepare]'") from None
+        raise UserError(f"PySceneDetect cannot be loaded ({error}): {install_command('prepare')}") from None
     build, name = (
         (ContentDetector, "threshold")
         if config.detector == "content"

@@ -19,7 +19,7 @@ from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
 from stdit.data.preparation.flow import ClipRecord, Task, add_columns, process_clips, write_results
 from stdit.data.preparation.jobs import ExcludedError
-from stdit.errors import UserError
+from stdit.errors import UserError, install_command
 from stdit.registry import Registry
 
 Scorer = Callable[[np.ndarray, float], float | Mapping[str, float]]
@@ -213,7 +213,7 @@ def opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise UserError(f"OpenCV cannot be loaded ({error}): pip install 'stdit[prepare]'") from None
+        raise UserError(f"OpenCV cannot be loaded ({error}): {install_command('prepare')}") from None
     cv2.setNumThreads(1)
     return cv2
 
@@ -225,7 +225,7 @@ def _text_detector() -> Callable[..., Any]:
         import onnxruntime  # noqa: F401 (it runs the detector)
         from rapidocr import RapidOCR
     except ImportError as error:
-        raise UserError(f"text_area needs rapidocr ({error}): pip install 'stdit[ocr]'") from None
+        raise UserError(f"text_area needs rapidocr ({error}): {install_command('ocr')}") from None
     engine = RapidOCR(
         params={
             "Global.log_level": "error",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.data.manifest.reading import open_rows
-from stdit.errors import UserError
+from stdit.errors import UserError, install_command
 
 TableRow = dict[str, Any]
 REFUSED = ""
@@ -134,7 +134,7 @@ def _import_pyarrow(path: Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"output {path} needs pyarrow ({error}): pip install 'stdit[parquet]'") from None
+        raise UserError(f"output {path} needs pyarrow ({error}): {install_command('parquet')}") from None
     return pyarrow
 
 

@@ -110,7 +110,7 @@ def test_manifests_that_cannot_be_read_say_why(tmp_path):
 def test_a_missing_parquet_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "m.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"pip install 'stdit\[parquet\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[parquet\]'"):
         read(tmp_path / "m.parquet")
 
 
