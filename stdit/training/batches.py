@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from stdit.codecs.padding import unpad_states
 from stdit.data.batch import EncodedBatch
 from stdit.data.cache.batches import DiskBatches, MemoryBatches, MemoryCache
 from stdit.data.cache.encode import EncodeSummary, encode_plan, encode_view
+from stdit.data.cache.keys import remembered
 from stdit.data.cache.reader import CachedReader, Makers
 from stdit.data.cache.store import CacheStore
 from stdit.data.dataset import to_video, video_loader
 from stdit.data.skips import SkipFile, SkipList, SkipTally
+from stdit.data.workers import cores_of_process, count_workers
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.step_exchange import StepExchange
 from stdit.training.build import RunComponents, RunInputs
@@ -41,20 +44,35 @@ def build_batches(
     Raises:
         UserError: while encoding, or iterating, if too many clips cannot be read.
     """
-    data = parts.config.data
+    workers = workers_of(parts, mesh.device, mesh.dp)
+    data = replace(parts.config.data, workers=workers)
+    if parts.config.data.workers == "auto":
+        print(f"data.workers = auto: {workers}", flush=True)
     listed = SkipFile(folder / "skipped.jsonl") if mesh.is_main else SkipList()
     tally = SkipTally(parts.plan.assignment.files, data.max_skipped_share, listed)
-    batches = BATCHES[data.cache](parts, tally, exchange or StepExchange(mesh))
+    batches = BATCHES[data.cache](parts, workers, tally, exchange or StepExchange(mesh))
     return lambda start, stop: timed_batches(batches(start, stop), data, warns=mesh.is_main)
 
 
-def _uncached(parts: RunComponents, tally: SkipTally, exchange: StepExchange) -> Batches:
+def workers_of(inputs: RunInputs, device: torch.device | str, parts: int = 1) -> int:
+    """Return the number of loader processes of this process.
+
+    Args:
+        device: of the training; on a CPU, PyTorch's threads keep as many cores busy.
+        parts: into which each batch is divided among ranks.
+    """
+    data = inputs.config.data
+    busy = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
+    return count_workers(data, inputs.plan, cores_of_process() - busy, parts, remembered(data))
+
+
+def _uncached(parts: RunComponents, workers: int, tally: SkipTally, exchange: StepExchange) -> Batches:
     """Decode and encode each batch when it is needed."""
     data, mesh = parts.config.data, exchange.mesh
     pin_memory = mesh.device.type == "cuda"
     loader = video_loader(
         parts.plan,
-        data.workers,
+        workers,
         data.crop,
         pin_memory=pin_memory,
         mesh=mesh,
@@ -79,9 +97,9 @@ def _uncached(parts: RunComponents, tally: SkipTally, exchange: StepExchange) ->
     return encode
 
 
-def _from_memory(parts: RunComponents, tally: SkipTally, exchange: StepExchange) -> Batches:
+def _from_memory(parts: RunComponents, workers: int, tally: SkipTally, exchange: StepExchange) -> Batches:
     """Encode everything before the first step, each rank its share, and hold it in memory."""
-    reader, mesh = reader_of(parts), exchange.mesh
+    reader, mesh = reader_of(parts, workers), exchange.mesh
 
     def encode() -> EncodeSummary:
         return encode_plan(
@@ -102,7 +120,7 @@ def _from_memory(parts: RunComponents, tally: SkipTally, exchange: StepExchange)
     return MemoryBatches(reader, cache, mesh, pin_memory=mesh.device.type == "cuda")
 
 
-def _from_disk(parts: RunComponents, tally: SkipTally, exchange: StepExchange) -> Batches:
+def _from_disk(parts: RunComponents, workers: int, tally: SkipTally, exchange: StepExchange) -> Batches:
     """Read each batch from the cache when it is needed; encode and store what it lacks."""
     _release(parts)
 
@@ -112,20 +130,20 @@ def _from_disk(parts: RunComponents, tally: SkipTally, exchange: StepExchange) -
     mesh = exchange.mesh
     pin_memory = mesh.device.type == "cuda"
     encode = partial(encode_view, parts.codec, device=mesh.device)
-    return DiskBatches(reader_of(parts), encode, encode_text, tally, pin_memory, mesh, exchange)
+    return DiskBatches(reader_of(parts, workers), encode, encode_text, tally, pin_memory, mesh, exchange)
 
 
-BATCHES: dict[str, Callable[[RunComponents, SkipTally, StepExchange], Batches]] = {
+BATCHES: dict[str, Callable[[RunComponents, int, SkipTally, StepExchange], Batches]] = {
     "none": _uncached,
     "memory": _from_memory,
     "disk": _from_disk,
 }
 
 
-def reader_of(inputs: RunInputs) -> CachedReader:
-    """Return a reader of the run's cache."""
+def reader_of(inputs: RunInputs, workers: int = 0) -> CachedReader:
+    """Return a reader of the run's cache, for a number of loader processes."""
     makers = Makers(inputs.codec.fingerprint(), inputs.text_encoder.fingerprint())
-    data = inputs.config.data
+    data = replace(inputs.config.data, workers=workers)
     return CachedReader(inputs.plan, data, CacheStore(data.cache_folder()), makers)
 
 

@@ -11,7 +11,7 @@ from stdit.data.cache.codec_fitting import fitted_name
 from stdit.data.cache.encode import EncodeSummary, encode_plan, wanted_keys
 from stdit.data.cache.maintenance import PruneSummary, prune_cache
 from stdit.data.skips import SkipTally
-from stdit.training.batches import reader_of
+from stdit.training.batches import reader_of, workers_of
 from stdit.training.build import build_inputs
 from stdit.training.config import TrainConfig
 
@@ -34,8 +34,9 @@ def fill_cache(
     inputs.text_encoder.to(device)
     tally = SkipTally(inputs.plan.assignment.files, config.data.max_skipped_share)
     prompts = config.validation.prompts
+    reader = reader_of(inputs, workers_of(inputs, device))
     return encode_plan(
-        reader_of(inputs), inputs.codec, inputs.text_encoder, prompts, device=device, part=part, tally=tally
+        reader, inputs.codec, inputs.text_encoder, prompts, device=device, part=part, tally=tally
     )
 
 

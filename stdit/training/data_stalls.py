@@ -69,6 +69,8 @@ def timed_batches(batches: Iterator[EncodedBatch], config: DataConfig, warns: bo
 
 def advice(window: StallWindow, config: DataConfig, cores: int) -> str:
     """Return why training waits, and what to do about it. Seconds in the message are per step."""
+    workers = config.workers
+    assert workers != "auto", "resolved by stdit.data.workers.count_workers"
     head, data = f"training waits for data {window.share:.0%} of the time", window.data
     reading, encoding, training = (
         seconds / max(1, window.steps) for seconds in (data.reading, data.encoding, window.training)
@@ -85,18 +87,18 @@ def advice(window: StallWindow, config: DataConfig, cores: int) -> str:
         return (
             f"{head}: of the {reading:.2g} s that reading a batch takes, {1 - data.computing / data.reading:.0%} "
             "is waiting for a slow disk or a busy CPU. Copy the data (or data.cache_dir) to a faster disk, or raise "
-            f"data.workers from {config.workers}"
+            f"data.workers from {workers}"
         )
     needed = math.ceil(reading / training) if training else cores
-    if needed > config.workers:
+    if needed > workers:
         work = f"decoding a batch takes {reading:.2g} s, and a step {training:.2g} s"
         if needed <= cores:
-            return f"{head}: {work}, so data.workers = {config.workers} is too few: set it to {needed}"
+            return f"{head}: {work}, so data.workers = {workers} is too few: set it to {needed}"
         return (
             f"{head}: {work}, so {needed} workers would be needed, and this machine has {cores} cores. Decode and "
             f"encode once: data.cache disk; or set data.workers to {cores}"
         )
     return (
-        f"{head}, though its {config.workers} loader processes are fast enough by themselves: something else keeps "
+        f"{head}, though its {workers} loader processes are fast enough by themselves: something else keeps "
         "the CPU busy, or batches are large to hand over"
     )

@@ -139,7 +139,7 @@ class DiskBatches:
         exchange: StepExchange | None = None,
     ) -> None:
         self.reader, self.encode_view, self.encode_text = reader, encode_view, encode_text
-        self.loader = Loader(reader.plan, reader, tally, reader.config.workers, pin_memory, mesh, exchange)
+        self.loader = Loader(reader.plan, reader, tally, reader.workers, pin_memory, mesh, exchange)
         self.writer = ShardWriter(reader.store.folder)
         self._adds = mesh.sp.rank == 0  # ranks that share a video need not all write it
 

@@ -151,7 +151,7 @@ def _encode_clips(
     loader = DataLoader(
         missing,
         batch_size=None,
-        num_workers=missing.reader.config.workers,
+        num_workers=missing.reader.workers,
         worker_init_fn=start_worker,
         generator=torch.Generator(),
     )

@@ -97,6 +97,12 @@ class CachedReader:
     def __post_init__(self) -> None:
         self.contents = FileHashes(self.store)
 
+    @property
+    def workers(self) -> int:
+        """Number of loader processes."""
+        assert self.config.workers != "auto", "resolved by stdit.data.workers.count_workers"
+        return self.config.workers
+
     def wanted(self, clip: Clip, bucket: Bucket) -> tuple[list[Wanted], list[CacheEntry]]:
         """Return all views of a clip, each once, and entries to be added for its file. Raises DecodeError."""
         try:
