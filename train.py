@@ -3,6 +3,7 @@
     python train.py --config configs/train/quickstart.yaml                 # runs on a CPU
     python train.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv --name clips
     python train.py --config configs/train/quickstart.yaml --dry_run true  # print clips, batches and memory
+    python train.py --config configs/train/quickstart.yaml --dry_run steps # the same, and the time that it takes
     python train.py --help                                                 # every setting
 
 The run is kept in outputs/<name>. Run the same command again to resume from the newest complete checkpoint. Ctrl-C
@@ -28,14 +29,23 @@ def main() -> int:
 
 
 def dry_run(config: TrainConfig) -> int:
-    """Print, on the main process, what the run would train on and the memory it needs."""
+    """Print, on the main process, what the run would train on, its memory and, if asked, the time of its steps."""
     from stdit.training.report import report_of
     from stdit.training.system import launched_processes
 
     rank, processes = launched_processes()
     if rank == 0:
-        print(report_of(config, processes))
-    return 0
+        print(report_of(config, processes), flush=True)
+    if config.dry_run != "steps":
+        return 0
+    with stop_signals() as signals:
+        from stdit.training.step_times import measured_times
+
+        lines = measured_times(config, signals)
+        if rank == 0:
+            print(*lines, sep="\n")
+        return 0
+    return signals.exit_code
 
 
 def train(config: TrainConfig) -> int:

@@ -345,8 +345,13 @@ def _switches_on(arguments: list[str], known: dict[str, Any]) -> Iterator[str]:
     """Add ``true`` after a true-or-false setting that has no value."""
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         yield argument
-        if argument[:2] == "--" == following[:2] and known.get(argument[2:]) in (bool, bool | None):
+        if argument[:2] == "--" == following[:2] and _is_switch(known.get(argument[2:])):
             yield "true"
+
+
+def _is_switch(hint: Any) -> bool:
+    """Return whether a setting may be true or false."""
+    return hint is bool or bool in typing.get_args(hint)
 
 
 def _settings(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,8 @@
+import csv
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -445,7 +447,7 @@ def test_a_bucket_that_cannot_be_read_is_skipped(
     assert len(metrics(tmp_path / "outputs" / "tiny")) == 3
 
 
-def test_dry_run_reports_and_writes_nothing(settings: Settings, tmp_path: Path) -> None:
+def test_dry_run_reports_and_writes_only_the_table_of_clips(settings: Settings, tmp_path: Path) -> None:
     save_clips(tmp_path / "clips", count=1, frames=2)
     (tmp_path / "clips" / "manifest.csv").write_text(
         "path,text\nclip-0.mp4,too short\nclip-1.mp4,fits\nnowhere.mp4,missing\nclip-2.mp4,\n"
@@ -455,7 +457,41 @@ def test_dry_run_reports_and_writes_nothing(settings: Settings, tmp_path: Path) 
     for text in ("65,536 parameters", "4x8x8 at 8 fps", "too short", "file missing", "caption missing",
                  "16 tokens a clip, 32 a step", "(an estimate)", "every batch repeats clips"):  # fmt: skip
         assert text in result.stdout, text
-    assert not (tmp_path / "outputs").exists()
+    (table,) = (tmp_path / "outputs").iterdir()
+    assert table.name == "tiny.clips.csv" and f"bucket of each clip, and why: {table}" in result.stdout
+    with table.open(newline="") as file:
+        rows = [(row["path"], row["bucket"], row["cut"], row["reason"]) for row in csv.DictReader(file)]
+    assert rows == [
+        ("clip-0.mp4", "", "", "too short: 2 frames at 8 fps, the shortest bucket needs 4"),
+        ("clip-1.mp4", "4x8x8 at 8 fps", "0.000", "the largest bucket"),
+        ("nowhere.mp4", "", "", "file missing"),
+        ("clip-2.mp4", "", "", "caption missing"),
+    ]
+
+
+def test_dry_run_compares_sp_only_if_asked(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = ("sharing of 4x8x8", "parallel.sp = auto, 8 processes")
+    for asked in ("true", "sp"):
+        assert train.dry_run(parse_train(settings(dry_run=asked))) == 0
+        shown = capsys.readouterr().out
+        assert [text in shown for text in tables] == [asked == "sp"] * 2, asked
+        assert "memory: about" in shown
+
+
+@pytest.mark.parametrize("cache", ["none", "disk"])
+def test_dry_run_measures_steps(settings: Settings, tmp_path: Path, cache: str) -> None:
+    buckets = [dict(num_frames=frames, fps=8, batch_size=2, height=8, width=8) for frames in (2, 4)]
+    save_clips(tmp_path / "clips", count=1, frames=2)
+    flags = {"data__cache": cache, "data__workers": "auto", "data__buckets": json.dumps(buckets)}
+    result = command(settings(dry_run="steps", trainer__steps=3600, **flags))
+    assert result.returncode == 0, result.stderr
+    for frames in (2, 4):
+        assert re.search(rf"step of {frames}x8x8 at 8 fps: [\d.]+ s.* \(mean of \d+ steps\)", result.stdout)
+    found = re.search(r"time: ([\d.]+) s a step, so 3,600 steps take about ([\d.]+) hours", result.stdout)
+    assert found and 0 < float(found[1]) < 60 and float(found[2]) == pytest.approx(float(found[1]), abs=0.006)
+    assert ("encoding for data.cache = disk, once: about" in result.stdout) == (cache == "disk")
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["tiny.clips.csv"]
+    assert not (tmp_path / "clips" / "stdit-cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ _EXAMPLES = """examples:
   python train.py --config configs/train/quickstart.yaml
   python train.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv --name clips
   python train.py --config configs/train/quickstart.yaml --dry_run true
+  python train.py --config configs/train/quickstart.yaml --dry_run steps
 """
 OPTIMIZERS: Registry[Any] = Registry(
     "optimizer.name", {"adamw": "stdit.training.optim:build_adamw", "muon": "stdit.training.optim:build_muon"}
@@ -280,8 +281,10 @@ class TrainConfig:
     imports: list[str] = field(default_factory=list)
     """Module of your own to import, with its register_... calls (stdit.codecs.register_codec and others); may be
     repeated."""
-    dry_run: bool = False
-    """Build everything, print what the run would train on and the memory it needs, and write nothing."""
+    dry_run: bool | Literal["steps", "sp"] = False
+    """true: print what the run would train on and the memory it needs, write NAME.clips.csv (which clip goes to which
+    bucket, and why) beside the run folder, and stop. steps: also do a few steps, and tell the time of all. sp: also
+    compare values of parallel.sp."""
     model: STDiTConfig = field(default_factory=STDiTConfig)
     """The transformer."""
     codec: CodecConfig = field(default_factory=CodecConfig)

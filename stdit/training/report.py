@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from stdit.data.placement import write_placements
 from stdit.parallel.processes.memory import memory_of_process
 from stdit.parallel.processes.mesh import check_divides, runs_on_cpu
 from stdit.parallel.sequence.planner import (
@@ -26,24 +27,30 @@ _COLUMNS = ("processes", "sp", "dp", "frames", "patches", "balance", "sent MB", 
 
 
 def report_of(config: TrainConfig, processes: int) -> str:
-    """Return the report of a run on a number of processes, without starting it."""
+    """Return the report of a run on a number of processes, without starting it; write the table of its clips."""
     accelerator = None if runs_on_cpu(config.trainer.device) else torch.accelerator.current_accelerator()
     memory = memory_of_process(accelerator or torch.device("cpu"), config.parallel.memory_gib)
-    return report(build_inputs(config, dry_run=True), processes, memory)
+    inputs = build_inputs(config, dry_run=True)
+    table = config.run_folder.with_name(f"{config.run_folder.name}.clips.csv")
+    write_placements(inputs.plan.assignment, table)
+    shown = report(inputs, processes, memory, compare_sp=config.dry_run == "sp" or processes > 1)
+    return f"{shown}\nbucket of each clip, and why: {table}"
 
 
-def report(inputs: RunInputs, processes: int, memory: int) -> str:
+def report(inputs: RunInputs, processes: int, memory: int, compare_sp: bool = True) -> str:
     """Return the report: model, batches, clips, values of ``parallel.sp``, and memory.
 
     Args:
         processes: number of processes that were started.
         memory: bytes that each may use.
+        compare_sp: show tables of values of ``parallel.sp``; for a single process as if 1, 2, 4 or 8 were started.
 
     Raises:
         UserError: if ``parallel.sp`` does not divide the processes.
     """
     config, estimate = inputs.config, MemoryEstimate(inputs)
     split = _asked_split(estimate, processes, memory)
+    worlds = _WORLD_SIZES if processes == 1 else (processes,)
     lines = [
         f"model: {estimate.size.parameters:,} parameters ({config.model.depth} x 2 blocks, width "
         f"{config.model.hidden_size})",
@@ -54,9 +61,9 @@ def report(inputs: RunInputs, processes: int, memory: int) -> str:
         f"steps: {config.trainer.steps}, {config.trainer.steps / inputs.plan.steps_per_epoch:.1f} epochs of "
         f"{inputs.plan.steps_per_epoch}",
         "",
-        *_sharing_lines(estimate, _WORLD_SIZES if processes == 1 else (processes,), memory),
+        *(_sharing_lines(estimate, worlds, memory) if compare_sp else ()),
         *estimate.warnings(split),
-        "",
+        *([""] if compare_sp else []),
         _memory_line(estimate.memory(split), split, memory),
         f"run folder: {config.run_folder}",
     ]
