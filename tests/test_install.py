@@ -15,7 +15,9 @@ from stdit import errors
 from stdit.errors import install_command
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "optional-dependencies"
+]
 TEXTS = [
     path
     for pattern in ("*.md", ".github/**/*.md", "configs/**/*", "scripts/**/*", "stdit/**/*")
@@ -49,7 +51,9 @@ def test_the_command_names_the_clone_from_any_folder(monkeypatch: pytest.MonkeyP
     assert target == f"{ROOT}[prepare]" and (Path(target.partition("[")[0]) / "pyproject.toml").is_file()
 
 
-def test_without_a_clone_the_command_names_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_clone_the_command_names_the_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "stdit" / "errors.py"))
     metadata = ["torch>=2.11", 'pyarrow>=16; extra == "parquet"', 'imagehash>=4.3; extra == "prepare"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: metadata)

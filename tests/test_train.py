@@ -469,6 +469,26 @@ def test_dry_run_reports_and_writes_only_the_table_of_clips(settings: Settings, 
     ]
 
 
+def test_dry_run_shows_what_is_cut(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    buckets = json.dumps([dict(num_frames=4, fps=8, batch_size=2, height=4, width=8)])
+    assert train.dry_run(parse_train(settings(dry_run="true", data__buckets=buckets))) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"4x4x8 at 8 fps: 50% of the picture on average, at most 50% \(\S*, 8x8 pixels\)", shown)
+    with pytest.raises(UserError, match=r"5 x too much would be cut: .* \(50% of 8x8 pixels"):
+        train.dry_run(parse_train(settings(dry_run="true", data__buckets=buckets, data__max_crop=0.4)))
+
+
+def test_workers_auto_trains_on_the_same_batches(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert do(settings(name="alone", trainer__steps=3)) == 0
+    monkeypatch.setattr("stdit.training.batches.cores_of_process", lambda: 1 + torch.get_num_threads())
+    assert do(settings(name="auto", trainer__steps=3, data__workers="auto")) == 0
+    assert "data.workers = auto: 1\n" in capsys.readouterr().out
+    assert numbers(tmp_path / "outputs" / "auto") == numbers(tmp_path / "outputs" / "alone")
+    assert "workers: auto" in (tmp_path / "outputs" / "auto" / "config.yaml").read_text()
+
+
 def test_dry_run_compares_sp_only_if_asked(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     tables = ("sharing of 4x8x8", "parallel.sp = auto, 8 processes")
     for asked in ("true", "sp"):

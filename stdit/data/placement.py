@@ -50,7 +50,8 @@ def _rows(assignment: Assignment) -> Iterator[list[object]]:
     dropped, buckets = assignment.dropped, assignment.buckets
     clips = dropped.clips  # before they are split into windows
     unreadable = dict(assignment.skipped)
-    name = (lambda media: media.name) if len(clips.roots) == 1 else str  # a name alone may be in two roots
+    one_root = len(np.unique(clips.root)) == 1
+    name = (lambda media: media.name) if one_root else str  # the same name may be in two roots
     why_dropped = {int(place): index for index, place in enumerate(dropped.places)}
     for part, fit in fits_of(clips, buckets, dropped.rules, assignment.seed):
         choice = fit.choose()

@@ -1,6 +1,7 @@
 """Measure a few steps of a run, and tell the time of all: ``--dry_run steps``."""
 
 import contextlib
+import getpass
 import io
 import os
 import shutil
@@ -143,9 +144,11 @@ def _hours(seconds: float) -> str:
 @contextlib.contextmanager
 def _temporary_run(config: TrainConfig) -> Iterator[TrainConfig]:
     """Provide the settings of a run that is timed, in a folder that is deleted at the end of the block."""
-    # All ranks need the same settings, so the same name, before they can talk to each other.
     port = os.environ.get("MASTER_PORT")
-    folder = Path(tempfile.gettempdir(), f"stdit-steps-{f'port-{port}' if port else os.getpid()}")
+    if port is None:
+        folder = Path(tempfile.mkdtemp(prefix="stdit-steps-"))
+    else:  # all ranks need the same settings, so the same name, before they can talk to each other
+        folder = Path(tempfile.gettempdir(), f"stdit-steps-{getpass.getuser()}-{port}")
     try:
         yield replace(
             config,
