@@ -501,7 +501,9 @@ def test_dry_run_compares_sp_only_if_asked(settings: Settings, capsys: pytest.Ca
 @pytest.mark.parametrize("cache", ["none", "disk"])
 def test_dry_run_measures_steps(settings: Settings, tmp_path: Path, cache: str) -> None:
     buckets = [dict(num_frames=frames, fps=8, batch_size=2, height=8, width=8) for frames in (2, 4)]
-    save_clips(tmp_path / "clips", count=1, frames=2)
+    manifest = (tmp_path / "clips" / "manifest.csv").read_text()
+    save_clips(tmp_path / "clips", count=1, frames=2)  # the others have four frames
+    (tmp_path / "clips" / "manifest.csv").write_text(manifest)
     flags = {"data__cache": cache, "data__workers": "auto", "data__buckets": json.dumps(buckets)}
     result = command(settings(dry_run="steps", trainer__steps=3600, **flags))
     assert result.returncode == 0, result.stderr
