@@ -94,14 +94,6 @@ def test_dry_run_prints_once(alone: Any) -> None:
     assert not run.with_name("dry").exists()
 
 
-def test_dry_run_measures_steps_of_all_processes(alone: Any) -> None:
-    settings, _, run = alone
-    code, output, errors = launch("train.py", 2, [*settings, "--name", "timed", "--dry_run", "steps"])
-    assert code == 0, errors
-    assert output.count("time on 2 processes: ") == 1 and output.count(" s a step, so ") == 1
-    assert not run.with_name("timed").exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", ["false", "true"])
 def test_compiled_blocks_give_the_same_losses(alone: Any, sharded: str) -> None:

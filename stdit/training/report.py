@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from stdit.data.placement import write_placements
+from stdit.data.preparation.placement import write_placements
 from stdit.parallel.processes.memory import memory_of_process
 from stdit.parallel.processes.mesh import check_divides, runs_on_cpu
 from stdit.parallel.sequence.planner import (
