@@ -5,6 +5,7 @@
     python scripts/prepare_data.py score clips/scenes.csv clips/scored.csv
     python scripts/prepare_data.py filter clips/scored.csv clips/good.csv --where "motion > 2 and height >= 240"
     python scripts/prepare_data.py dedupe clips/good.csv clips/manifest.csv
+    python scripts/prepare_data.py caption clips/manifest.csv clips/captioned.csv --model CAPTION_MODEL_FOLDER
     python scripts/prepare_data.py report clips/manifest.csv clips/report.html --config configs/train/finetune.yaml
     python scripts/prepare_data.py encode --config configs/train/finetune.yaml --data.manifest clips/manifest.csv
     python scripts/prepare_data.py cache verify clips/stdit-cache
@@ -99,8 +100,9 @@ def build_parser() -> ScriptParser:
         nargs="*",
         default=DEFAULT_SCORES,
         metavar="NAME",
-        help=f"default: {' '.join(DEFAULT_SCORES)}; also: text_area, and your own",
+        help=f"default: {' '.join(DEFAULT_SCORES)}; also: text_area, text (needs --model), and your own",
     )
+    add_model(score, "of --scores text: a CLIP-like model of transformers, as a local folder or hub id")
     add_import(
         score, "a module of yours that calls stdit.data.preparation.scoring.register_scorer; repeatable"
     )
@@ -115,10 +117,26 @@ def build_parser() -> ScriptParser:
     keep = add_step("filter", "Keep the rows that fulfil a condition.", timeout=None)
     keep.add_argument("--where", required=True, help="such as \"motion > 2 and camera in ('pan', 'tilt')\"")
 
-    dedupe = add_step("dedupe", "Of clips that look alike, keep the one with most frames x pixels.")
+    dedupe = add_step(
+        "dedupe", "Of clips that look alike, keep the best: with a caption, then of most frames x pixels."
+    )
     dedupe.add_argument(
         "--distance", type=float, default=4.0, help="bits of 64 by which duplicates may differ (%(default)g)"
     )
+
+    caption = add_step("caption", "Write captions for clips without one, with a model of transformers.")
+    add_model(caption, "an image- or video-to-text model: a local folder or hub id", required=True)
+    caption.add_argument(
+        "--template", help="prompt of the model; {name} stands for a column of the row, such as {camera}"
+    )
+    caption.add_argument("--frames", type=int, default=8, help="of a clip, at most (%(default)s)")
+    caption.add_argument(
+        "--side", type=int, default=448, help="pixels of their longer side, at most (%(default)s)"
+    )
+    caption.add_argument(
+        "--max_new_tokens", type=int, default=128, help="of a caption, at most (%(default)s)"
+    )
+    caption.add_argument("--replace", action="store_true", help="also replace the captions that clips have")
 
     report = add_step("report", "Write a page of distributions and thumbnails.", output="a page: .html")
     report.add_argument(
@@ -165,6 +183,31 @@ def add_import(parser: ArgumentParser, text: str) -> None:
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=text)
 
 
+def add_model(parser: ArgumentParser, text: str, required: bool = False) -> None:
+    """Add the flags of a model: --model, and how it computes."""
+    parser.add_argument("--model", metavar="PATH", required=required, help=text)
+    parser.add_argument("--batch_size", type=int, help="clips per call of the model (8)")
+    parser.add_argument(
+        "--device", help="of the model: cpu, cuda, cuda:1, ...; default: a GPU if there is one"
+    )
+    parser.add_argument("--dtype", help="of the model: fp32, bf16, fp16; default: as it is stored; CPU: fp32")
+
+
+def build_model(args: Namespace) -> Any:
+    """Return the ModelConfig of the flags of `add_model`; None if there is no --model."""
+    from stdit.data.preparation.models import ModelConfig
+
+    given = {name: getattr(args, name) for name in ("batch_size", "device", "dtype")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.model is None:
+        if given:
+            raise UserError(
+                f"--{next(iter(given))} is of the model of --scores text: add --model, or leave it out"
+            )
+        return None
+    return ModelConfig(args.model, **given)
+
+
 def build_task(args: Namespace) -> Any:
     """Return the Task of a step."""
     from stdit.data.preparation.flow import Task
@@ -201,7 +244,8 @@ def score(args: Namespace) -> list[str]:
     from stdit.data.preparation.scoring import ScoringWindow, score_clips
 
     import_modules(args.imports)
-    return score_clips(build_task(args), args.scores, ScoringWindow(args.frames, args.fps, args.side))
+    window = ScoringWindow(args.frames, args.fps, args.side)
+    return score_clips(build_task(args), args.scores, window, build_model(args))
 
 
 def filter_rows(args: Namespace) -> list[str]:
@@ -214,6 +258,14 @@ def dedupe(args: Namespace) -> list[str]:
     from stdit.data.preparation.duplicates import dedupe_clips
 
     return dedupe_clips(build_task(args), args.distance)
+
+
+def caption(args: Namespace) -> list[str]:
+    from stdit.data.preparation.captioning import CaptionConfig, caption_clips
+
+    limits = args.frames, args.side, args.max_new_tokens
+    config = CaptionConfig(build_model(args), args.template, *limits, args.replace)
+    return caption_clips(build_task(args), config)
 
 
 def report(args: Namespace) -> list[str]:
@@ -281,6 +333,7 @@ COMMANDS: dict[str, Callable[[Namespace], list[str]]] = {
     "score": score,
     "filter": filter_rows,
     "dedupe": dedupe,
+    "caption": caption,
     "report": report,
     "encode": encode,
     "cache": cache,

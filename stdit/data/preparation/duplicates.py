@@ -5,12 +5,14 @@ D bits of distance.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.reading import row_name
-from stdit.data.preparation.flow import ClipRecord, RowResult, Task, process_clips, write_results
+from stdit.data.preparation.flow import ClipRecord, RowResult, Task, is_link, process_clips, write_results
+from stdit.data.preparation.table import Table, TableRow
 from stdit.errors import UserError, install_command
 
 HASHED_FRAMES = 4
@@ -24,8 +26,9 @@ PAIRS_AT_ONCE = 1 << 17
 def dedupe_clips(task: Task, distance: float = 4.0) -> list[str]:
     """Exclude clips that look like a better one. Returns a summary; raises UserError.
 
-    The better clip is the one with more frames x pixels, then the first in the manifest. Clips are compared at the
-    same fractions of their length, so that a part of another clip, a mirrored or a cropped clip is not found.
+    The better clip is the one that has a caption, then the one with more frames x pixels, with more columns filled
+    in, that is a file and not a link, and at last the first in the manifest. Clips are compared at the same fractions
+    of their length, so that a part of another clip, a mirrored or a cropped clip is not found.
 
     Args:
         distance: mean number of bits, of the 64 of a frame's hash, by which duplicates may differ.
@@ -42,9 +45,9 @@ def dedupe_clips(task: Task, distance: float = 4.0) -> list[str]:
     outcomes = process_clips(task, table, _signature, (HASHED_FRAMES, HASH_SIDE), "dedupe")
     readable = [place for place, outcome in enumerate(outcomes) if outcome.reason is None]
     hashes = np.array([list(bytes.fromhex(outcomes[place].value["hash"])) for place in readable], np.uint8)
-    volumes = [outcomes[place].value["volume"] for place in readable]
+    worths = [_worth(table, table.rows[place], outcomes[place].value["volume"]) for place in readable]
     reasons = [outcome.reason for outcome in outcomes]
-    for place, (better, bits) in find_duplicates(hashes, volumes, int(distance * HASHED_FRAMES)).items():
+    for place, (better, bits) in find_duplicates(hashes, worths, int(distance * HASHED_FRAMES)).items():
         better_path = row_name(table.rows[readable[better]])
         reasons[readable[place]] = f"duplicate: of {better_path}, {bits / HASHED_FRAMES:g} bits apart"
     results = [
@@ -52,6 +55,15 @@ def dedupe_clips(task: Task, distance: float = 4.0) -> list[str]:
         for row, reason in zip(table.rows, reasons, strict=True)
     ]
     return write_results(task, table, results)
+
+
+def _worth(table: Table, row: TableRow, volume: int) -> tuple[bool, int, int, bool]:
+    """Return what decides between copies, the larger the better.
+
+    A caption comes first, since training skips clips without one.
+    """
+    filled = sum(row.get(column) not in (None, "") for column in table.columns)
+    return bool(row["text"]), volume, filled, not is_link(row, table.root)
 
 
 def _signature(record: ClipRecord) -> dict[str, str | int]:
@@ -72,7 +84,7 @@ def _signature(record: ClipRecord) -> dict[str, str | int]:
     }
 
 
-def find_duplicates(hashes: np.ndarray, volumes: Sequence[int], bits: int) -> dict[int, tuple[int, int]]:
+def find_duplicates(hashes: np.ndarray, worths: Sequence[Any], bits: int) -> dict[int, tuple[int, int]]:
     """Return for each clip to exclude the better one that is kept, and their distance in bits.
 
     Kept clips differ from each other by more than `bits`, and an excluded clip from the kept one by at most `bits`
@@ -80,9 +92,9 @@ def find_duplicates(hashes: np.ndarray, volumes: Sequence[int], bits: int) -> di
 
     Args:
         hashes: uint8 [N, bytes].
-        volumes: of each clip; the larger the better, of equals the first.
+        worths: of each clip; the larger the better, of equals the first.
     """
-    best_first = sorted(range(len(hashes)), key=lambda place: (-volumes[place], place))
+    best_first = sorted(range(len(hashes)), key=worths.__getitem__, reverse=True)
     leaders: dict[bytes, int] = {}  # the best clip of each hash, so that equal ones are not compared
     for place in best_first:
         leaders.setdefault(hashes[place].tobytes(), place)

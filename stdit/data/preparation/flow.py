@@ -1,9 +1,11 @@
 """What all steps of prepare_data.py share: read a manifest, process each clip, write kept and excluded rows."""
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from stdit.data.decoding.media import Media, MediaError, inside, is_url
 from stdit.data.manifest.archives import is_archive
 from stdit.data.manifest.fields import clip_span
 from stdit.data.manifest.reading import RowError, Skipped, read_fields, row_name, summarise
-from stdit.data.preparation.jobs import ExcludedError, Journal, Outcome, outcome_key, run_all
+from stdit.data.preparation.jobs import ExcludedError, Journal, Outcome, Outcomes, outcome_key, run_all
 from stdit.data.preparation.table import REFUSED, Table, TableRow, check_output, read_table, write_table
 from stdit.errors import UserError
 
@@ -51,10 +53,19 @@ class Task:
         if not 0 <= self.timeout < math.inf:
             raise UserError(f"--timeout {self.timeout:g}: must be seconds per clip, or 0 for no limit")
         for file in (self.output, self.excluded):
-            check_output(file, self.overwrite, suffixes)
+            check_output(file, self.overwrite or self._is_of_failed_step(file), suffixes)
             if file.exists() and os.path.exists(self.source) and os.path.samefile(self.source, file):
                 raise UserError(f"output {file} is the source, which is never changed: choose another name")
         return read_table(self.source, self.root)
+
+    def _is_of_failed_step(self, file: Path) -> bool:
+        """Whether a file is a table of excluded rows without an output: the one of a step that ended in an error."""
+        if file != self.excluded or not file.is_file() or self.output.exists():
+            return False
+        try:
+            return "reason" in read_table(str(file), None).columns
+        except UserError:
+            return False
 
 
 class ClipSpan(NamedTuple):
@@ -120,10 +131,46 @@ class RowResult(NamedTuple):
     reason: str | None = None
 
 
+class BatchStage(NamedTuple):
+    """A second stage of a step: a model that takes what was computed from clips in batches, in this process."""
+
+    run: Callable[[Sequence[TableRow], Sequence[Any]], list[Outcome]]
+    """From rows and what the first stage gives for their clips to their outcomes."""
+    size: int
+    """Rows per call."""
+    key: Callable[[TableRow], Hashable]
+    """What its outcome depends on besides the clip and the settings, such as the caption."""
+
+    def batches(self, rows: Sequence[TableRow], outcomes: Outcomes, places: Sequence[int]) -> Outcomes:
+        """Yield the outcomes of both stages; rows that the first one excludes do not reach the second."""
+        waiting: list[tuple[int, Any]] = []
+
+        def flush() -> Outcomes:
+            batch, waiting[:] = list(waiting), []
+            made = self.run([rows[places[place]] for place, _ in batch], [value for _, value in batch])
+            yield from zip([place for place, _ in batch], made, strict=True)
+
+        with contextlib.closing(outcomes):
+            for place, outcome in outcomes:
+                if outcome.reason is not None:
+                    yield place, outcome
+                    continue
+                waiting.append((place, outcome.value))
+                if len(waiting) == self.size:
+                    yield from flush()
+            if waiting:
+                yield from flush()
+
+
 def process_clips(
-    task: Task, table: Table, work: Callable[[ClipRecord], Any], settings: Sequence[Hashable], label: str
+    task: Task,
+    table: Table,
+    work: Callable[[ClipRecord], Any],
+    settings: Sequence[Hashable],
+    label: str,
+    stage: BatchStage | None = None,
 ) -> list[Outcome]:
-    """Return what `work` gives for the clip of each row, in order; see `jobs.run_all`."""
+    """Return what `work`, and then `stage`, gives for the clip of each row, in order; see `jobs.run_all`."""
     records: dict[int, ClipRecord] = {}
     outcomes: list[Outcome] = []
     for place, row in enumerate(table.rows):
@@ -132,8 +179,15 @@ def process_clips(
             outcomes.append(Outcome())
         except ExcludedError as error:
             outcomes.append(Outcome(reason=str(error)))
-    keys = [outcome_key(record.media, label, *record[1:], *settings) for record in records.values()]
-    done = run_all(work, list(records.values()), keys, task.journal, task.workers, task.timeout, label)
+    rows = [table.rows[place] for place in records]
+    own = [() if stage is None else (stage.key(row),) for row in rows]
+    keys = [
+        outcome_key(record.media, label, *record[1:], *settings, *key)
+        for record, key in zip(records.values(), own, strict=True)
+    ]
+    then = None if stage is None else partial(stage.batches, rows)
+    items = list(records.values())
+    done = run_all(work, items, keys, task.journal, task.workers, task.timeout, label, then)
     for place, outcome in zip(records, done, strict=True):
         outcomes[place] = outcome
     return outcomes
@@ -167,7 +221,8 @@ def write_results(
 ) -> list[str]:
     """Write the output and the table of excluded rows; return lines that summarise both.
 
-    Raises UserError if no row is left; then only the excluded rows are written.
+    Raises UserError if no row is left; then only the excluded rows are written, unless they would replace those of
+    an existing output. The next call may replace them.
     """
     kept = [row for result in results for row in result.rows]
     excluded = [(result.source, result.reason) for result in results if result.reason is not None]
@@ -176,13 +231,16 @@ def write_results(
     together = not is_url(root) and all(inside(_location(row, root), folder) for row in kept)
     base = folder if together else root
     summary = summarise(Skipped(row_name(row), reason or "") for row, reason in excluded)
-    if excluded:
+    if excluded and not kept and task.output.exists():
+        summary = [f"{len(excluded)} excluded; {task.output} stays as it was:", *summary]
+    elif excluded:
         summary = [f"{len(excluded)} excluded, listed in {task.excluded}:", *summary]
         rows = [{**_rebased(row, root, base), "reason": reason} for row, reason in excluded]
         write_table(task.excluded, table.with_columns(rows, [*new_columns, "reason"]))
     elif task.excluded.exists():
         task.excluded.unlink()
     if not kept:
+        task.journal.remove()
         if excluded and all(reason == "file missing" for _, reason in excluded):
             summary.append(f"paths are relative to {root}: if the files lie elsewhere, add --root FOLDER")
         raise UserError("\n".join([f"{task.source}: no clip is left", *summary]))
@@ -191,8 +249,15 @@ def write_results(
     clips = f"{len(kept)} clips"
     if len(kept) == len(results) - len(excluded):
         clips = f"{len(kept)} of {len(results)} clips"
+    clips += captionless(kept)
     note = f"; its paths are relative to {root}: add --root {root} (--data.root in training)"
     return [f"{task.output}: {clips}{'' if base == folder else note}", *summary]
+
+
+def captionless(rows: Sequence[TableRow]) -> str:
+    """Return the part of a summary that counts the rows without a caption; empty if there are none."""
+    count = sum(not row.get("text") for row in rows)
+    return f", {count} without a caption (training skips them; the step caption writes one)" if count else ""
 
 
 def _rebased(row: TableRow, root: str, base: str) -> TableRow:
@@ -205,3 +270,9 @@ def _rebased(row: TableRow, root: str, base: str) -> TableRow:
 
 def _location(row: TableRow, root: str) -> str:
     return os.path.normpath(os.path.join(root, row["path"]))
+
+
+def is_link(row: TableRow, root: str) -> bool:
+    """Whether the path of a row leads through a link, below the data root."""
+    location = _location(row, root)
+    return not is_url(location) and os.path.realpath(location) != location

@@ -27,6 +27,8 @@ KILL_SECONDS = 5.0
 """How long to wait for a process that was killed; one that the kernel cannot end (a dead network disk) is left."""
 TIMED_OUT = "took longer than"
 """How the reason of an item that hit the time limit begins."""
+FIRST_FAILURES = 10
+"""Failures of one kind, before any success, that stop a step: the fault is hardly that of the clips."""
 _READY = "ready"
 
 
@@ -34,11 +36,18 @@ class ExcludedError(Exception):
     """An item that cannot be used. The message is "kind" or "kind: detail"."""
 
 
-class Outcome(NamedTuple):
+class FailedError(ExcludedError):
+    """An item for which code failed that may be mended, such as a user's score; the next call tries it again."""
+
+
+@dataclass(frozen=True)
+class Outcome:
     """The result for one item: a value that JSON can hold, or the reason why there is none."""
 
     value: Any = None
     reason: str | None = None
+    is_final: bool = field(default=True, compare=False)
+    """False: the item itself need not be the cause (a time limit, a crash, a failed score), so try it again."""
 
 
 Outcomes = Generator[tuple[int, Outcome], None, None]
@@ -55,8 +64,8 @@ class _Failure(NamedTuple):
 class Journal:
     """A file of the outcomes so far, one line each, which is removed when the result is complete.
 
-    Lines that were cut off by an interrupt are ignored. Items that hit the time limit are not written, so that the
-    same command with a higher limit tries them again.
+    Lines that were cut off by an interrupt are ignored. Outcomes that are not final are not written, so that the
+    next call, with a higher limit or a mended score, tries these items again.
     """
 
     path: Path
@@ -81,11 +90,15 @@ class Journal:
 
                 def record(key: str, outcome: Outcome) -> None:
                     self.known[key] = outcome
-                    if not (outcome.reason or "").startswith(TIMED_OUT):
-                        file.write(json.dumps([key, *outcome]) + "\n")
+                    if outcome.is_final:
+                        file.write(json.dumps([key, outcome.value, outcome.reason]) + "\n")
                         file.flush()
 
-                yield record
+                try:
+                    yield record
+                finally:
+                    if not any(outcome.is_final for outcome in self.known.values()):
+                        self.remove()  # there is nothing to resume from
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
@@ -102,6 +115,7 @@ def run_all(
     workers: int = 0,
     timeout: float = 0.0,
     label: str = "",
+    then: "Callable[[Outcomes, Sequence[int]], Outcomes] | None" = None,
 ) -> list[Outcome]:
     """Return the outcome of each item, in order; items whose key is in the journal are not processed again.
 
@@ -111,19 +125,25 @@ def run_all(
         keys: for each item, everything that its outcome depends on; items with equal keys are processed once.
         workers: processes; 0 runs in this one, where a decoder that crashes or hangs stops everything.
         timeout: seconds per item, after which its worker is killed; 0: no limit. Needs workers.
+        then: a second stage in this process, from the outcomes of `work`, whose values may be anything that can be
+            pickled, and the places in `items` that theirs stand for, to the final outcomes.
 
     Raises:
+        UserError: if the first items that fail, before any success, all fail in the same way: see FIRST_FAILURES.
         Any other error that `work` raises; from a worker as a UserError, or a RuntimeError with its traceback.
     """
-    todo = {key: item for key, item in zip(keys, items, strict=True) if key not in journal.known}
+    todo = {key: place for place, key in enumerate(keys) if key not in journal.known}
     if todo:
-        names, rest = list(todo), list(todo.values())
+        names, rest = list(todo), [items[place] for place in todo.values()]
         done = len(set(keys)) - len(todo)
         outcomes = (
             run_in_workers(work, rest, workers, timeout)
             if workers
             else ((place, _outcome(work, item)) for place, item in enumerate(rest))
         )
+        if then is not None:
+            outcomes = then(outcomes, list(todo.values()))
+        check = _FirstFailures(any(journal.known[key].reason is None for key in {*keys} & {*journal.known}))
         with (
             journal.recording() as record,
             contextlib.closing(tqdm(initial=done, total=done + len(todo), desc=label, disable=None)) as bar,
@@ -133,10 +153,35 @@ def run_all(
                 for place, outcome in results:
                     record(names[place], outcome)
                     bar.update()
+                    check.add(outcome)
             except KeyboardInterrupt:
                 bar.write(f"{bar.n} of {bar.total} are done and kept: the same command resumes", sys.stderr)
                 raise
     return [journal.known[key] for key in keys]
+
+
+@dataclass
+class _FirstFailures:
+    """Stops a step whose first outcomes are all failures of one kind."""
+
+    succeeded: bool
+    """Whether an item has succeeded; from then on a failure is that of its item."""
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Failures so far by kind."""
+
+    def add(self, outcome: Outcome) -> None:
+        """Count an outcome. Raises UserError."""
+        self.succeeded |= outcome.reason is None
+        if self.succeeded or outcome.is_final:
+            return
+        assert outcome.reason is not None
+        kind = outcome.reason.partition(": ")[0]
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        if self.kinds[kind] == FIRST_FAILURES:
+            raise UserError(
+                f"{outcome.reason}\nstopped, since the first {FIRST_FAILURES} clips all failed in this way, and "
+                "nothing is written: mend the cause, and the same command begins again"
+            )
 
 
 @dataclass
@@ -196,7 +241,8 @@ def run_in_workers(
                     worker.process.join()
                     pipe.close()
                     cause = _exit_cause(worker.process.exitcode)
-                    yield worker.place, Outcome(reason=f"the process that read it died ({cause})")
+                    reason = f"the process that read it died ({cause})"
+                    yield worker.place, Outcome(reason=reason, is_final=False)
                     start_worker(next(places, None))
                     continue
                 if result == _READY:
@@ -223,7 +269,8 @@ def run_in_workers(
                     del crew[pipe]
                     worker.stop()
                     pipe.close()
-                    yield worker.place, Outcome(reason=f"{TIMED_OUT} {timeout:g} s (--timeout)")
+                    reason = f"{TIMED_OUT} {timeout:g} s (--timeout)"
+                    yield worker.place, Outcome(reason=reason, is_final=False)
                     start_worker(next(places, None))
     finally:
         for pipe, worker in crew.items():
@@ -259,7 +306,7 @@ def _outcome(work: Callable[[Any], Any], item: Any) -> Outcome:
     except DecodeError as error:
         return Outcome(reason=f"cannot be read: {error.reason}")
     except ExcludedError as error:
-        return Outcome(reason=str(error))
+        return Outcome(reason=str(error), is_final=not isinstance(error, FailedError))
 
 
 def outcome_key(media: Media, *settings: Hashable) -> str:

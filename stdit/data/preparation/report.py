@@ -14,7 +14,7 @@ from stdit.data.manifest.reading import row_name
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
 from stdit.data.preparation import page
 from stdit.data.preparation.expressions import as_number, column_types
-from stdit.data.preparation.flow import ClipRecord, Task, process_clips
+from stdit.data.preparation.flow import ClipRecord, Task, captionless, process_clips
 from stdit.data.preparation.scoring import ScoringWindow, middle_frames
 from stdit.data.preparation.table import Table, TableRow, staged_output
 from stdit.errors import UserError
@@ -51,8 +51,8 @@ def report_clips(
     shown = dict(zip(chosen, pictures, strict=True))
 
     def figure(place: int) -> str:
-        row, (jpeg, reason) = source.rows[place], shown[place]
-        return page.figure(jpeg, [*_caption_lines(row, scores), *([reason] if reason else [])])
+        lines = _caption_lines(source.rows[place], scores)
+        return page.figure(shown[place].value, [*lines, *filter(None, [shown[place].reason])])
 
     sections = [
         _overview(source),
@@ -69,7 +69,7 @@ def report_clips(
     task.journal.remove()
     failed = sum(outcome.reason is not None for outcome in pictures)
     note = f", {failed} of {len(pictures)} pictures could not be made" if failed else ""
-    return [f"{task.output}: {len(source.rows)} clips{note}"]
+    return [f"{task.output}: {len(source.rows)} clips{note}{captionless(source.rows)}"]
 
 
 def _overview(source: Table) -> str:

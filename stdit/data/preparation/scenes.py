@@ -25,6 +25,8 @@ from stdit.errors import UserError, install_command
 
 ARCHIVE_COLUMNS = ("member", "offset", "size")
 """Columns that say where in an archive a file is."""
+UNFINISHED = ".unfinished"
+"""Empty file in the folder of --cut until its step is complete: the next call may write to a folder that has it."""
 DETECTOR_SIDE = 256
 """Pixels of the longer side of the frames that the detector sees, as PySceneDetect downscales by default."""
 
@@ -88,6 +90,7 @@ def split_clips(task: Task, config: SceneConfig, cut_into: Path | None = None) -
             results.append(RowResult({**row, "start": start, "end": end}, [], reason))
     lines = write_results(task, table, results, [*METADATA, *(() if folder else SPAN_COLUMNS)])
     if folder is not None:
+        (Path(folder) / UNFINISHED).unlink(missing_ok=True)
         how = [way for outcome in outcomes if outcome.value for way in outcome.value["how"]]
         copied, encoded = how.count("copied"), how.count("encoded")
         lines.append(
@@ -97,7 +100,10 @@ def split_clips(task: Task, config: SceneConfig, cut_into: Path | None = None) -
 
 
 def _check_folder(folder: Path, task: Task, table: Table) -> str:
-    """Return the resolved path of --cut. Raises UserError if training could not read from it, or it is not empty."""
+    """Return the resolved path of --cut, and mark the folder as unfinished.
+
+    Raises UserError if training could not read from it, or it has files that no unfinished step has written.
+    """
     resolved = os.path.realpath(folder)
     manifest = os.path.realpath(task.output.parent)
     if not inside(resolved, manifest) and (is_url(table.root) or not inside(resolved, table.root)):
@@ -106,10 +112,16 @@ def _check_folder(folder: Path, task: Task, table: Table) -> str:
         )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--cut {folder} is not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (task.overwrite or task.journal.known):
+    unfinished = folder / UNFINISHED
+    if folder.is_dir() and any(folder.iterdir()) and not (task.overwrite or unfinished.exists()):
         raise UserError(
             f"--cut {folder} is not empty: choose another, or add --overwrite to replace its scenes"
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+    except OSError as error:
+        raise UserError(f"--cut {folder} cannot be written: {error.strerror or error}") from error
     return resolved
 
 

@@ -6,19 +6,31 @@ Letters: T frames, H height, W width.
 """
 
 import contextlib
+import inspect
 import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
-from stdit.data.preparation.flow import ClipRecord, Task, add_columns, process_clips, write_results
-from stdit.data.preparation.jobs import ExcludedError
+from stdit.data.preparation.flow import (
+    BatchStage,
+    ClipRecord,
+    Task,
+    add_columns,
+    process_clips,
+    write_results,
+)
+from stdit.data.preparation.jobs import FailedError
+from stdit.data.preparation.models import ModelConfig
+from stdit.data.preparation.text_score import TEXT, TEXT_COLUMN, TextScorer, choose_frames
 from stdit.errors import UserError, install_command
 from stdit.registry import Registry
 
@@ -26,7 +38,19 @@ Scorer = Callable[[np.ndarray, float], float | Mapping[str, float]]
 """From frames uint8 [T H W 3] and frames per second to a score, or to several by name."""
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
-RESERVED_COLUMNS = ("path", "text", "member", "reason", *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS)
+RESERVED_COLUMNS = (
+    "path",
+    "text",
+    "member",
+    "reason",
+    TEXT_COLUMN,
+    *METADATA,
+    *SPAN_COLUMNS,
+    *BYTE_RANGE_COLUMNS,
+)
+FLOW_SIDE = 32
+"""Pixels to which frames are padded for the optical flow: OpenCV chooses the levels of its pyramid by the width
+alone, and on wide frames that are lower than this (a clip of 1280x100) reads outside of them."""
 TEXT_FRAMES = 3
 """Frames that are searched for text, which is slow."""
 
@@ -48,16 +72,28 @@ class ScoringWindow:
                 raise UserError(f"--{name} {value}: must be from 1 to 4096")
 
 
-def score_clips(task: Task, scores: Sequence[str], window: ScoringWindow = ScoringWindow()) -> list[str]:  # noqa: B008 (it is frozen)
+def score_clips(
+    task: Task,
+    scores: Sequence[str],
+    window: ScoringWindow = ScoringWindow(),  # noqa: B008 (it is frozen)
+    text_model: ModelConfig | None = None,
+) -> list[str]:
     """Add a column for each score. Returns a summary; raises UserError.
 
     Args:
         scores: names of the registry: the built-in ones, and those of `register_scorer`.
+        text_model: the model of the score `text`, if that is one of them.
     """
     window.validate()
     if not scores:
         raise UserError(f"--scores is empty: name some of {', '.join(SCORERS.names())}")
-    scorers = {name: SCORERS.get(name) for name in scores}
+    scorers = {name: SCORERS.get(name) for name in scores if SCORERS.get(name) is not _text}
+    if TEXT in scores and text_model is None:
+        raise UserError(
+            "--scores text needs --model: the folder or hub id of a CLIP-like model of transformers"
+        )
+    if TEXT not in scores and text_model is not None:
+        raise UserError(f"--model {text_model.path} is used by the score text alone: add it to --scores")
     if task.workers:
         for name, scorer in scorers.items():
             try:
@@ -69,8 +105,14 @@ def score_clips(task: Task, scores: Sequence[str], window: ScoringWindow = Scori
                 ) from error
     table = task.open()
     _check_packages(scores)
-    work = partial(_score_clip, scorers=scorers, window=window)
-    outcomes = process_clips(task, table, work, (tuple(scores), window), "score")
+    stage = None
+    if text_model is not None:
+        text_scorer = TextScorer(text_model)
+        stage = BatchStage(text_scorer.score, text_model.batch_size, lambda row: row["text"])
+    work = partial(_score_clip, scorers=scorers, window=window, for_text=stage is not None)
+    code = tuple(_code_hash(scorer) for scorer in scorers.values())
+    model = None if text_model is None else (text_model.path, text_model.dtype)
+    outcomes = process_clips(task, table, work, (tuple(scores), code, window, model), "score", stage)
     columns = dict.fromkeys(name for outcome in outcomes for name in outcome.value or {})
     return write_results(task, table, add_columns(table, outcomes), list(columns))
 
@@ -91,26 +133,41 @@ def register_scorer(name: str, scorer: Scorer) -> None:
     SCORERS.register(name, scorer)
 
 
-def _score_clip(record: ClipRecord, scorers: Mapping[str, Scorer], window: ScoringWindow) -> dict[str, float]:
-    """Return all scores of a clip, rounded to 6 digits. Raises DecodeError, ExcludedError and UserError."""
+def _score_clip(
+    record: ClipRecord, scorers: Mapping[str, Scorer], window: ScoringWindow, for_text: bool = False
+) -> dict[str, Any]:
+    """Return all scores of a clip, rounded to 6 digits. Raises DecodeError, ExcludedError and UserError.
+
+    Args:
+        for_text: also return the frames that the score `text` needs, under `TEXT`.
+    """
     frames = middle_frames(record, window)
-    scores = {}
+    scores: dict[str, Any] = {TEXT: choose_frames(frames)} if for_text else {}
     for name, scorer in scorers.items():
         try:
             answer = scorer(frames, window.fps)
         except UserError:
             raise
-        except Exception as error:
-            raise ExcludedError(f"score {name} failed: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise FailedError(f"score {name} failed: {type(error).__name__}: {error}") from error
         for column, value in (answer if isinstance(answer, Mapping) else {name: answer}).items():
             _check_column(name, column)
             number = math.nan
             with contextlib.suppress(TypeError, ValueError):
                 number = float(value)
             if not math.isfinite(number):
-                raise ExcludedError(f"score {name} failed: {column} = {value!r} is not a number")
+                raise FailedError(f"score {name} failed: {column} = {value!r} is not a number")
             scores[column] = float(f"{number:.6g}")
     return scores
+
+
+def _code_hash(scorer: Scorer) -> str:
+    """Return a hash of the file that defines a scorer, whose earlier results a change of it makes void."""
+    defined = scorer if inspect.isroutine(scorer) else type(scorer)
+    try:
+        return xxhash.xxh3_128_hexdigest(Path(inspect.getfile(defined)).read_bytes())
+    except (TypeError, OSError):  # it is built in, or was typed into an interpreter
+        return ""
 
 
 def _check_column(scorer: str, column: object) -> None:
@@ -135,12 +192,14 @@ def _motion(frames: np.ndarray, fps: float) -> float:
     """Return the mean length of the optical flow, in percent of the longer side per second; 0 for a single frame."""
     cv2 = opencv()
     height, width = frames.shape[1:3]
-    if len(frames) < 2 or min(height, width) < 16:
+    if len(frames) < 2:
         return 0.0
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    below, right = max(0, FLOW_SIDE - height), max(0, FLOW_SIDE - width)
     greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+    greys = [cv2.copyMakeBorder(grey, 0, below, 0, right, cv2.BORDER_REFLECT) for grey in greys]
     lengths = [
-        np.linalg.norm(flow.calc(before, after, None), axis=2).mean()
+        np.linalg.norm(flow.calc(before, after, None)[:height, :width], axis=2).mean()
         for before, after in zip(greys, greys[1:], strict=False)
     ]
     return 100 * fps * float(np.mean(lengths)) / max(height, width)
@@ -181,6 +240,11 @@ def _text_area(frames: np.ndarray, fps: float) -> float:
     return 100 * float(np.mean(areas))
 
 
+def _text(frames: np.ndarray, fps: float) -> float:
+    """Stand for the score of caption and clip in the registry: `TextScorer` computes it, in batches."""
+    raise AssertionError("it needs the caption")
+
+
 SCORERS: Registry[Scorer] = Registry(
     "--scores",
     {
@@ -190,6 +254,7 @@ SCORERS: Registry[Scorer] = Registry(
         "brightness": _brightness,
         "contrast": _contrast,
         "text_area": _text_area,
+        TEXT: _text,
     },
 )
 
