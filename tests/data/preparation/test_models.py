@@ -14,6 +14,7 @@ from stdit.data.decoding.media import Media
 from stdit.data.preparation import captioning
 from stdit.data.preparation.captioning import Captioner, spread_frames
 from stdit.data.preparation.flow import ClipRecord
+from stdit.data.preparation.scoring import ScoringWindow, middle_frames
 from stdit.errors import UserError
 from tests.data.preparation import tiny_models
 from tests.data.preparation.conftest import pattern, read_csv
@@ -137,8 +138,19 @@ def test_the_score_text_is_the_cosine_of_caption_and_frames(source: Path, folder
 
     output = source.parent / "scored.csv"
     source.write_text("path,text\n0.mp4,a red ball\n1.mp4,\n2.mp4,a large blue cat\n")
-    command = ["score", str(source), str(output), "--workers", "0", "--scores", "text", "--side", "32"]
-    main([*command, "brightness", "--model", folders["clip"], "--frames", "1", "--batch_size", "2"])
+    command = [
+        "score",
+        str(source),
+        str(output),
+        "--workers",
+        "0",
+        "--side",
+        "32",
+        "--scores",
+        "text",
+        "brightness",
+    ]
+    main([*command, "--model", folders["clip"], "--frames", "1", "--batch_size", "2"])
     rows = read_csv(output)
     assert [row["path"] for row in rows] == ["0.mp4", "1.mp4", "2.mp4"]
     assert rows[1]["clip_score"] == "" and all(float(row["brightness"]) > 0 for row in rows)
@@ -147,7 +159,7 @@ def test_the_score_text_is_the_cosine_of_caption_and_frames(source: Path, folder
     processor = CLIPProcessor.from_pretrained(folders["clip"])
     for row in (rows[0], rows[2]):
         record = ClipRecord(Media.of(source.parent / row["path"]))
-        frame = captioning.spread_frames(record, 1, 32)[0]
+        frame = middle_frames(record, ScoringWindow(frames=1, side=32))[0]
         inputs = processor(
             text=[row["text"]], images=[Image.fromarray(frame)], return_tensors="pt", padding=True
         )
@@ -162,7 +174,7 @@ def test_bad_flags_of_the_score_text_are_errors(source: Path, folders: dict[str,
         (["--scores", "text"], "--scores text needs --model"),
         (["--scores", "brightness", "--model", folders["clip"]], "used by the score text alone"),
         (["--scores", "brightness", "--dtype", "fp32"], "--dtype is of the model of --scores text"),
-        (["--scores", "text", "--model", folders["blip"]], "type blip does not compare"),
+        (["--scores", "text", "--model", folders["llava"]], "type llava does not compare"),
     ):
         with pytest.raises(UserError, match=message):
             main(["score", str(source), str(source.parent / "out.csv"), "--workers", "0", *flags])
