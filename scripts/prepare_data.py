@@ -74,7 +74,10 @@ def build_parser() -> ScriptParser:
         step.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
         return step
 
-    add_step("probe", "Fill in num_frames, fps, height and width from the files.")
+    probing = add_step("probe", "Fill in size, length, colour, field order and damage from the files.")
+    probing.add_argument(
+        "--quick", action="store_true", help="decode a few frames of a file, not all: damage is not found"
+    )
 
     split = add_step(
         "split", "Write a row per scene: columns start and end, in seconds.", timeout=SPLIT_TIMEOUT
@@ -229,7 +232,7 @@ def build_task(args: Namespace) -> Any:
 def probe(args: Namespace) -> list[str]:
     from stdit.data.preparation.probing import probe_clips
 
-    return probe_clips(build_task(args))
+    return probe_clips(build_task(args), args.quick)
 
 
 def split(args: Namespace) -> list[str]:

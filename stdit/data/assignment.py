@@ -11,7 +11,9 @@ from stdit.data.buckets import Bucket
 from stdit.data.decoding.media import without_secrets
 from stdit.data.fit import BucketRules, Dropped, Fit, cropped_share, split_into_windows, window_counts
 from stdit.data.manifest.clips import Clip, Clips
+from stdit.data.manifest.media_kinds import media_lines
 from stdit.data.manifest.reading import Skipped, summarise
+from stdit.data.manifest.rows import MEDIA_COLUMNS
 from stdit.errors import UserError
 
 CLIPS_PER_CHUNK = 65536
@@ -104,7 +106,9 @@ class Assignment:
         lines = [_line("bucket (frames x height x width)", columns, widths)]
         for bucket, *numbers in zip(self.buckets, *columns.values(), strict=True):
             lines.append(_line(str(bucket), numbers, widths))
-        return "\n".join([*lines, *self.crop_lines(), *self.source_lines(), *self.exclusions()])
+        return "\n".join(
+            [*lines, *self.crop_lines(), *self.source_lines(), *self.media_lines(), *self.exclusions()]
+        )
 
     def cropped_shares(self, bucket: int) -> np.ndarray:
         """Return the share of the picture that a bucket cuts away from each of its clips, float64."""
@@ -123,6 +127,14 @@ class Assignment:
                     f"({clip.media}, {clip.width}x{clip.height} pixels)"
                 )
         return lines and ["cut away for the bucket's aspect ratio (data.max_crop is the limit):", *lines]
+
+    def media_lines(self) -> list[str]:
+        """Return lines about clips that are HDR, interlaced or damaged, as far as the manifest says."""
+        members = np.concatenate(self.members)
+        if self.window_index is not None:
+            members = members[self.window_index[members] == 0]
+        given = {name: self.clips.extra[name] for name in MEDIA_COLUMNS if name in self.clips.extra}
+        return media_lines({name: column.take(members) for name, column in given.items()})
 
     def source_lines(self) -> list[str]:
         """Return a line per data root with its number of clips and draws; empty for one root without weights."""

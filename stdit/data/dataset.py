@@ -124,6 +124,7 @@ def read_view(clip: Clip, bucket: Bucket, view: AugmentedView) -> Tensor:
         bucket.width,
         start=view.start,
         crop=(view.down, view.across),
+        field_order=clip.field_order,
     )
     return frames.flip(-1) if view.mirrored else frames
 

@@ -18,7 +18,7 @@ from stdit.data.decoding.media import Media
 from stdit.data.manifest.clips import Clip
 from stdit.data.views import AugmentedView
 
-DECODING_VERSION = 1
+DECODING_VERSION = 2
 """Raise it when decoding or resizing gives other pixels than before."""
 
 
@@ -27,11 +27,18 @@ def digest(*values: object) -> bytes:
     return xxhash.xxh3_128_digest(json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 
-def latents_key(content: bytes, view: AugmentedView, bucket: Bucket, codec: str) -> bytes:
-    """Return the key of the latents of a view of a file, encoded by the codec with this fingerprint."""
+def latents_key(
+    content: bytes, view: AugmentedView, bucket: Bucket, codec: str, field_order: str = ""
+) -> bytes:
+    """Return the key of the latents of a view of a file, encoded by the codec with this fingerprint.
+
+    Args:
+        field_order: as the manifest states it; empty if it does not.
+    """
     size = (bucket.num_frames, float(bucket.fps), bucket.height, bucket.width)
     where = (round(view.start, 6), round(view.down, 6), round(view.across, 6), view.mirrored)
-    return digest("latents", DECODING_VERSION, content.hex(), where, size, codec)
+    stated = (field_order,) if field_order else ()
+    return digest("latents", DECODING_VERSION, content.hex(), where, size, codec, *stated)
 
 
 def text_key(caption: str, encoder: str) -> bytes:

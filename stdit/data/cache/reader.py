@@ -111,7 +111,10 @@ class CachedReader:
             raise DecodeError(clip.media, error.strerror or str(error)) from error
         count = count_augmented_views(self.config, clip.text)
         views = dict.fromkeys(augmented_view(self.config, number, clip, bucket) for number in range(count))
-        wanted = [Wanted(view, latents_key(content, view, bucket, self.makers.codec)) for view in views]
+        wanted = [
+            Wanted(view, latents_key(content, view, bucket, self.makers.codec, clip.field_order))
+            for view in views
+        ]
         return wanted, [] if new is None else [new]
 
     def number(self, step: int, index: int, count: int) -> int:

@@ -15,16 +15,23 @@ import numpy as np
 import torch
 from PIL import Image
 
+from stdit.data.decoding.colors import SDR, check_colors, color_of
 from stdit.data.decoding.frames import (
     ShownFrame,
     TimeOrderCheck,
-    check_intact,
     decodable_packets,
     frames_in_order,
-    is_hidden,
     pixel_aspect,
     select_by_frames,
     select_by_packets,
+)
+from stdit.data.decoding.intact import is_hidden
+from stdit.data.decoding.interlacing import (
+    PROGRESSIVE,
+    LooksInterlaced,
+    deinterlaced,
+    find_field_order,
+    looks_interlaced,
 )
 from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import (
@@ -54,6 +61,9 @@ __all__ = [
 # containers round times to milliseconds, and clips of 29.97 fps may fill a bucket of 30 fps.
 TOLERANCE = 0.1
 
+CHECK_EVERY = 4
+"""Of how many frames of a window one is checked for combing, if the field order of its file is not known."""
+
 INSTANT = 1e-4
 """Seconds by which the time of a frame may differ after rounding in a manifest."""
 
@@ -75,11 +85,18 @@ def probe(file: Media | Path) -> VideoInfo:
 
     Counts packets, since the header of a truncated file states too many frames. Raises DecodeError.
     """
+    return probe_kind(file)[0]
+
+
+def probe_kind(file: Media | Path) -> tuple[VideoInfo, str, bool]:
+    """Return `probe`; and of the first frame its color (see `colors`), and whether it looks interlaced."""
     media = Media.of(file)
     for quick in (True, False):
         try:
             with open_clip(media, quick=quick) as opened:
-                return _probe_video(opened) if isinstance(opened, Video) else _probe_picture(opened)
+                if isinstance(opened, Video):
+                    return _probe_video(opened)
+                return _probe_picture(opened), SDR, False
         except NeedsSlowerRead:
             continue
     raise AssertionError("the slow way raises no NeedsSlowerRead")
@@ -95,17 +112,20 @@ def decode_clip(
     crop: Literal["center", "random"] | tuple[float, float] = "center",
     generator: torch.Generator | None = None,
     threads: int = 1,
+    field_order: str = "",
 ) -> torch.Tensor:
     """Decode frames at start, start + 1/fps, ..., resized and cropped to height x width without distortion.
 
     Frame k is the one on screen at ``start + k / fps`` seconds after the first frame: the latest whose presentation
-    time is not later. A still image is a video of one frame.
+    time is not later. A still image is a video of one frame. HDR is tone-mapped, and interlaced video deinterlaced.
 
     Args:
         start: seconds; the decoder seeks to the key frame before it.
         crop: (vertical, horizontal) place of the crop, from 0 to 1; "center" is (0.5, 0.5), and "random" draws one
             place for all frames from `generator` (CPU).
         threads: decoder threads; use 1 inside loader workers.
+        field_order: of the file, one of `interlacing.FIELD_ORDERS`; an empty string: find it if a frame looks
+            interlaced.
 
     Returns: uint8 [T 3 H W].
     Raises DecodeError if the file is damaged, too large, or ends before the last frame.
@@ -115,67 +135,111 @@ def decode_clip(
     place = drawn if isinstance(crop, str) else list(crop)
     times, tolerance = [start + k / fps for k in range(num_frames)], TOLERANCE / fps
     clip = np.empty((num_frames, 3, height, width), np.uint8)  # copying small frames is faster with NumPy
+    try:
+        _decode_into(clip, media, times, tolerance, place, threads, field_order)
+    except LooksInterlaced:
+        _decode_into(clip, media, times, tolerance, place, threads, find_field_order(media))
+    return torch.from_numpy(clip)
+
+
+def _decode_into(
+    clip: np.ndarray,
+    media: Media,
+    times: list[float],
+    tolerance: float,
+    place: list[float],
+    threads: int,
+    field_order: str,
+) -> None:
+    """Write the frames at `times` to `clip` [T 3 H W].
+
+    Raises DecodeError; and LooksInterlaced, if no field order is given.
+    """
     ways: tuple[_Select, ...] = (select_by_packets, select_by_frames, partial(select_by_frames, seek=False))
+    if field_order not in ("", PROGRESSIVE):  # a deinterlaced frame needs its neighbours
+        through = partial(deinterlaced, order=field_order)
+        ways = tuple(partial(select_by_frames, seek=seek, through=through) for seek in (True, False))
+    height, width = clip.shape[2:]
     for read in ways:
         try:
             with open_clip(media, threads, quick=read is select_by_packets) as opened:
                 if isinstance(opened, Video):
                     opaque = opened.stream.codec_context.name == "gif"
                     fitter = FrameFitter(height, width, place, threads, opaque)
-                    for frame, places in read(opened, times, tolerance):
+                    for number, (frame, places) in enumerate(read(opened, times, tolerance)):
+                        if not field_order and number % CHECK_EVERY == 0 and looks_interlaced(frame):
+                            raise LooksInterlaced
                         fitter.fit(frame, _shown_aspect(opened, frame), clip[places.start])
                         clip[places.start + 1 : places.stop] = clip[places.start]
                 else:
                     for picture, places in pictures_at(media, opened, times, tolerance):
                         clip[places.start : places.stop] = fill(picture, 1.0, height, width, place).numpy()
-            return torch.from_numpy(clip)
+            return
         except NeedsSlowerRead:
             continue
     raise AssertionError("reading from the start raises no NeedsSlowerRead")
 
 
 def iter_frames(
-    file: Media | Path, start: float = 0.0, end: float = math.inf, side: int | None = None
+    file: Media | Path,
+    start: float = 0.0,
+    end: float = math.inf,
+    side: int | None = None,
+    field_order: str = "",
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield all frames of a video from `start` to before `end` (seconds after the first frame).
 
+    Args:
+        field_order: as in `decode_clip`; it is found if it is not given.
+
     Yields: (seconds, RGB uint8 [H W 3]), upright, but pixels that are not square stay so; the longer side is at most
-    `side` pixels. Raises DecodeError.
+    `side` pixels. Raises DecodeError at the first damaged frame before `end`, after all frames before it.
     """
     media = Media.of(file)
+    field_order = field_order or find_field_order(media)
     for seek in (True, False):
+        passed = 0.0
         try:
             with open_clip(media, quick=False) as opened:
-                for time, picture in _timed(opened, start if seek else 0.0, side):
+                for time, length, picture in _timed(opened, start if seek else 0.0, side, field_order):
                     if time >= end - INSTANT:
                         return
                     if time >= start - INSTANT:
                         yield time, picture()
+                    passed = time + length
             return
         except NeedsSlowerRead:
             continue
+        except DecodeError:
+            if passed < end - INSTANT:
+                raise
+            return  # what is damaged comes after the end
 
 
 def _timed(
-    opened: Video | Image.Image, start: float, side: int | None
-) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
-    """Yield (seconds, function that makes the picture) of all frames from `start`, or from before it."""
+    opened: Video | Image.Image, start: float, side: int | None, field_order: str
+) -> Iterator[tuple[float, float, Callable[[], np.ndarray]]]:
+    """Yield (seconds, duration, function that makes the picture) of all frames from `start`, or from before it."""
     if isinstance(opened, Video):
-        for time, _, frame in frames_in_order(opened, start):
-            yield time, partial(rgb, check_intact(opened, frame), side=side)
+        frames = frames_in_order(opened, start)
+        if field_order != PROGRESSIVE:
+            earlier = 2 / float(opened.stream.average_rate or 1)
+            frames = deinterlaced(frames_in_order(opened, max(0.0, start - earlier)), field_order)
+        for time, length, frame in frames:
+            yield time, length, partial(rgb, frame, side=side)
     else:
-        for time, _, pixels in timed_pictures(opened):
-            yield time, partial(shrink, pixels, side)
+        for time, length, pixels in timed_pictures(opened):
+            yield time, length, partial(shrink, pixels, side)
 
 
-def _probe_video(video: Video) -> VideoInfo:
+def _probe_video(video: Video) -> tuple[VideoInfo, str, bool]:
     tick, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0) or 1.0
     count, untimed, first, frame = 0, 0, None, None
     last, length, forward = None, 0, TimeOrderCheck(video.media)
     for packet in decodable_packets(video.container.demux(video.stream)):
         if frame is None:
             frame = next(iter(packet.decode()), None)
-        if is_hidden(packet):
+        if is_hidden(packet) or packet.is_corrupt:  # cut off by the end of the file
             continue
         count += 1
         pts = packet.dts if packet.pts is None else packet.pts
@@ -190,6 +254,7 @@ def _probe_video(video: Video) -> VideoInfo:
     if frame is None:
         raise DecodeError(video.media, "holds no frame that can be decoded")
     check_frame_size(video.media, frame.width, frame.height)
+    check_colors(video.media, frame)
     if 0 < untimed < count:
         raise DecodeError(video.media, f"{untimed} of its {count} frames have no time")
     seconds = (last - first) * tick if first is not None and last is not None else 0.0
@@ -200,7 +265,8 @@ def _probe_video(video: Video) -> VideoInfo:
     height, width = frame.height, max(1, round(frame.width * pixel_aspect(video)))
     if frame.rotation % 180:
         height, width = width, height
-    return VideoInfo(count, count / seconds if seconds > 0 else rate, height, width)
+    info = VideoInfo(count, count / seconds if seconds > 0 else rate, height, width)
+    return info, color_of(frame), looks_interlaced(frame)
 
 
 def _probe_picture(image: Image.Image) -> VideoInfo:

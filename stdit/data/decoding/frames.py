@@ -10,14 +10,23 @@ import itertools
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import av
 from av.packet import Packet
 
+from stdit.data.decoding.intact import (
+    DAMAGED,
+    ONE_FOR_ONE,
+    ShownFrame,
+    check_intact,
+    damaged_so_far,
+    decoded_frames,
+    is_hidden,
+)
 from stdit.data.decoding.media import Media
-from stdit.data.decoding.opening import DecodeError, NeedsSlowerRead, Video, check_frame_size
+from stdit.data.decoding.opening import DecodeError, NeedsSlowerRead, Video
 
 REORDER_DEPTH = 16
 """Most places by which decoding order and presentation order of packets differ."""
@@ -28,9 +37,6 @@ FIRST_KEY = 512
 SKIPPING = frozenset({"h264", "mpeg1video", "mpeg2video", "mpeg4"})
 """Decoders that can skip single frames that no other frame refers to."""
 
-ONE_FOR_ONE = frozenset({"libdav1d", "av1"})
-"""Decoders that give no error for a damaged packet, but exactly one frame for each intact packet."""
-
 UNSEEKABLE = frozenset({"gif"})
 """Formats in which each frame builds on the last, so that seeking would read the whole file from its start."""
 
@@ -38,8 +44,8 @@ SEEK_BACK_SECONDS = (0.0, 0.5, 2.0, 10.0, 60.0)
 """How many seconds earlier to seek again if a seek does not end at a key frame."""
 
 PictureT = TypeVar("PictureT")
-ShownFrame = tuple[av.VideoFrame, range]
-"""A frame, and the range of indices in a list of times at which it is on screen."""
+TimedFrame = tuple[float, float, av.VideoFrame]
+"""Seconds after the first frame, duration in seconds, frame."""
 
 
 class Clock(NamedTuple):
@@ -83,6 +89,8 @@ def select_by_packets(video: Video, times: list[float], tolerance: float) -> Ite
     context = video.stream.codec_context
     context.open(strict=False)  # before skip_frame is set, which some decoders read once
     wanted: dict[int, range] = {}
+    first: int | None = None
+    damaged = False
     missing: set[int] = set()
     left = len(times)
     try:
@@ -95,39 +103,53 @@ def select_by_packets(video: Video, times: list[float], tolerance: float) -> Ite
                 context.skip_frame = "DEFAULT" if places else "NONREF"
             if context.name in ONE_FOR_ONE and packet.pts is not None and not is_hidden(packet):
                 missing.add(packet.pts)
+            first = packet.pts if first is None else first
             decoded = packet.decode()
             missing -= {frame.pts for frame in decoded}
+            damaged = damaged_so_far(video, decoded, wanted, first, damaged)
             yield from _pick(video, decoded, wanted)
             if not left:
                 break
         decoded = context.decode(None)
         missing -= {frame.pts for frame in decoded}
+        damaged = damaged_so_far(video, decoded, wanted, first, damaged)
         yield from _pick(video, decoded, wanted)
     except av.FFmpegError as error:
         raise NeedsSlowerRead from error
     if missing:
-        raise DecodeError(video.media, "not a readable video, or damaged (a frame is missing)")
+        raise DecodeError(video.media, f"{DAMAGED} (a frame is missing)")
     if left or wanted:
         raise NeedsSlowerRead
 
 
 def select_by_frames(
-    video: Video, times: list[float], tolerance: float, seek: bool = True
+    video: Video,
+    times: list[float],
+    tolerance: float,
+    seek: bool = True,
+    through: Callable[[Iterator[TimedFrame]], Iterator[TimedFrame]] | None = None,
 ) -> Iterator[ShownFrame]:
     """Do the same as `select_by_packets`, but decode every frame from the key frame, or from the start, on.
 
+    Args:
+        through: changes the frames on their way, such as a deinterlacer, which needs the one before as well.
+
     Raises NeedsSlowerRead if seeking ended too late; DecodeError.
     """
-    timed = frames_in_order(video, times[0] + tolerance if seek and times[0] > 0 else 0.0)
-    for frame, places in latest_shown(video.media, timed, times, tolerance):
-        yield check_intact(video, frame), places
+    start = times[0] + tolerance if seek and times[0] > 0 else 0.0
+    if through is None:
+        timed = frames_in_order(video, start)
+    else:
+        earlier = 2 / float(video.stream.average_rate or 1)
+        timed = through(frames_in_order(video, max(0.0, start - earlier)))
+    yield from latest_shown(video.media, timed, times, tolerance)
 
 
-def frames_in_order(video: Video, start: float = 0.0) -> Iterator[tuple[float, float, av.VideoFrame]]:
+def frames_in_order(video: Video, start: float = 0.0) -> Iterator[TimedFrame]:
     """Yield (seconds after the first frame, duration in seconds, frame) in presentation order.
 
-    Begins at a frame that is shown no later than `start`. Raises NeedsSlowerRead if seeking ended too late;
-    DecodeError.
+    Begins at a frame that is shown no later than `start`. Raises NeedsSlowerRead if seeking ended too late; and
+    DecodeError at the first damaged frame, after all frames before it.
     """
     clock, packets = _packets(video)
     counted = _is_counted(video) or not clock.tick
@@ -135,7 +157,7 @@ def frames_in_order(video: Video, start: float = 0.0) -> Iterator[tuple[float, f
     if seek:
         packets = _from_key_frame(video, clock, start)
     time, index = 0.0, -1
-    for index, frame in enumerate(_decoded(video, packets)):
+    for index, frame in enumerate(decoded_frames(video, packets)):
         if counted:
             time = index / clock.rate
         else:
@@ -158,14 +180,18 @@ def latest_shown(
     Raises DecodeError if the last picture ends before the last time.
     """
     shown, place, at, length = None, 0, 0.0, 0.0
-    for time, next_length, picture in timed:
-        end = bisect_left(times, time - tolerance, place)
-        if shown is not None and end > place:
-            yield shown, range(place, end)
-            place = end
-        if place == len(times):
-            return
-        shown, at, length = picture, time, next_length
+    try:
+        for time, next_length, picture in timed:
+            end = bisect_left(times, time - tolerance, place)
+            if shown is not None and end > place:
+                yield shown, range(place, end)
+                place = end
+            if place == len(times):
+                return
+            shown, at, length = picture, time, next_length
+    except DecodeError:
+        if shown is None or times[-1] > at + length - tolerance:
+            raise  # otherwise what is damaged comes after the last time
     if times[-1] > at + max(tolerance, length - tolerance):
         raise _too_short(media, at + length, times[-1])
     if shown is not None:
@@ -223,13 +249,6 @@ def _too_short(media: Media, seconds: float, needed: float) -> DecodeError:
     return DecodeError(media, f"lasts {seconds:.3f} s, but a frame is needed at {needed:.3f} s")
 
 
-def is_hidden(packet: Packet) -> bool:
-    """Whether a packet gives no frame to show: outside the edit list, or a hidden VP8 reference frame."""
-    if packet.is_discard:
-        return True
-    return packet.stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
-
-
 def pixel_aspect(video: Video) -> float:
     """Return width / height of a pixel, as stated by the container, or by the decoder after its first frame.
 
@@ -238,14 +257,6 @@ def pixel_aspect(video: Video) -> float:
     stated = video.stream.sample_aspect_ratio or video.stream.codec_context.sample_aspect_ratio
     aspect = float(stated or 0)
     return aspect if 0.1 < aspect < 10 else 1.0
-
-
-def check_intact(video: Video, frame: av.VideoFrame) -> av.VideoFrame:
-    """Return the frame. Raises DecodeError if it is damaged or too large."""
-    check_frame_size(video.media, frame.width, frame.height)
-    if frame.is_corrupt:
-        raise DecodeError(video.media, "not a readable video, or damaged (a frame is incomplete)")
-    return frame
 
 
 def decodable_packets(packets: Iterable[Packet]) -> Iterator[Packet]:
@@ -301,12 +312,6 @@ def _presented(packet: Packet | None, clock: Clock) -> float | None:
     if packet.pts is None:
         raise NeedsSlowerRead
     return clock.seconds(packet.pts)
-
-
-def _decoded(video: Video, packets: Iterable[Packet]) -> Iterator[av.VideoFrame]:
-    for packet in packets:
-        yield from packet.decode()
-    yield from video.stream.codec_context.decode(None)
 
 
 def _pick(video: Video, frames: list[av.VideoFrame], wanted: dict[int, range]) -> Iterator[ShownFrame]:

@@ -16,6 +16,8 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
+from stdit.data.decoding.colors import BT2020, SDR, color_of, to_sdr, white_of
+
 WHITE = 255
 """Grey level behind transparent pixels, as on most web pages."""
 
@@ -88,7 +90,8 @@ class FrameFitter:
 
     def scale(self, frame: av.VideoFrame, aspect: float, turns: int, mirrored: bool, out: np.ndarray) -> bool:
         """Scale in one pass for this `orientation`; return False, and write nothing, if `fill` is better."""
-        kind = (frame.format.name, frame.height, frame.width, aspect, turns, mirrored)
+        color, primaries = color_of(frame), frame.color_primaries
+        kind = (frame.format.name, frame.height, frame.width, aspect, turns, mirrored, color == SDR)
         if kind != self._kind:
             self._kind, self._graph = kind, self._set_up(frame, aspect, turns, mirrored)
         if self._graph is None:
@@ -100,8 +103,12 @@ class FrameFitter:
             _GRAPHS.graphs.clear()  # a graph may still hold a frame
             raise
         planes = scaled.planes  # a new tuple at each access
-        for pixels, plane in zip(out, PLANES, strict=True):
-            rows = _rows(planes[plane])[:, : scaled.width]
+        if color == SDR:
+            picture = [_rows(planes[plane])[:, : scaled.width] for plane in PLANES]
+        else:
+            codes = [_rows(planes[plane]).view(np.uint16)[:, : scaled.width] for plane in PLANES]
+            picture = list(to_sdr(np.stack(codes), color, primaries, white_of(frame)))
+        for pixels, rows in zip(out, picture, strict=True):
             pixels[:] = np.rot90(rows[:, ::-1] if mirrored else rows, turns) if turns or mirrored else rows
         return True
 
@@ -115,10 +122,11 @@ class FrameFitter:
         region = largest_region(frame.height, frame.width, width / height / pixel_aspect, (down, across))
         if max(region.height / height, region.width / width) > MAX_REDUCTION:
             return None
-        kind = (frame.format.name, frame.height, frame.width, region, height, width, self.threads)
-        return _GRAPHS.of(kind, lambda: self._new_graph(frame, region, height, width))
+        form = "gbrp" if color_of(frame) == SDR else "gbrp16le"
+        kind = (frame.format.name, frame.height, frame.width, region, height, width, form, self.threads)
+        return _GRAPHS.of(kind, lambda: self._new_graph(frame, region, height, width, form))
 
-    def _new_graph(self, frame: av.VideoFrame, region: Region, height: int, width: int) -> Graph:
+    def _new_graph(self, frame: av.VideoFrame, region: Region, height: int, width: int, form: str) -> Graph:
         graph = Graph()
         if hasattr(graph, "threads"):  # a newer PyAV
             graph.threads = self.threads
@@ -133,7 +141,7 @@ class FrameFitter:
             top, left = region.top // grid_y * grid_y, region.left // grid_x * grid_x
             nodes.append(graph.add("crop", f"{region.width}:{region.height}:{left}:{top}:exact=1"))
         nodes.append(graph.add("scale", f"{width}:{height}:{SCALE_FLAGS}"))
-        nodes += [graph.add("format", "gbrp"), graph.add("buffersink")]
+        nodes += [graph.add("format", form), graph.add("buffersink")]
         graph.link_nodes(*nodes).configure()
         return graph
 
@@ -146,15 +154,21 @@ def has_alpha(pixel_format: str) -> bool:
 
 def rgb(frame: av.VideoFrame, threads: int = 1, side: int | None = None) -> np.ndarray:
     """Convert a frame to upright RGB uint8 [H W 3], the longer side at most `side`; rows may be strided."""
-    alpha = has_alpha(frame.format.name)
+    alpha, color, primaries = has_alpha(frame.format.name), color_of(frame), frame.color_primaries
     layout, channels = ("rgba", 4) if alpha else ("rgb24", 3)
+    kind: np.dtype[Any] = np.dtype(np.uint8)
+    if color != SDR:
+        layout, kind = ("rgba64le", np.dtype("<u2")) if alpha else ("rgb48le", np.dtype("<u2"))
     height, width = _at_most(frame.height, frame.width, side)
     # Unless told otherwise, PyAV starts threads for each frame: most of the time of a small clip.
     converted = VideoReformatter().reformat(
         with_known_colours(frame), format=layout, height=height, width=width, threads=threads
     )
-    rows = _rows(converted.planes[0])[:, : converted.width * channels]
+    rows = _rows(converted.planes[0]).view(kind)[:, : converted.width * channels]
     pixels = rows.reshape(converted.height, converted.width, channels)
+    if color != SDR:
+        sdr = to_sdr(pixels[..., :3].transpose(2, 0, 1), color, primaries, white_of(frame)).transpose(1, 2, 0)
+        pixels = np.concatenate([sdr, (pixels[..., 3:] >> 8).astype(np.uint8)], axis=2)
     turns, mirrored = orientation(frame)
     opaque = _over_white(pixels) if alpha else pixels
     return np.rot90(opaque[:, ::-1] if mirrored else opaque, turns)
@@ -172,8 +186,9 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
 
 
 def with_known_colours(frame: av.VideoFrame) -> av.VideoFrame:
-    """Replace colour properties that the scaler refuses, in place; transfer curves are ignored."""
-    frame.colorspace = MATRICES.get(frame.colorspace, UNSPECIFIED)
+    """Replace colour properties that the scaler refuses, in place; it ignores transfer curves (see `colors`)."""
+    unstated = BT2020 if color_of(frame) != SDR else UNSPECIFIED
+    frame.colorspace = MATRICES.get(frame.colorspace, unstated)
     frame.color_trc = frame.color_primaries = UNSPECIFIED
     return frame
 

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from stdit.data.decoding.media import Media
+from stdit.data.manifest.fields import FIELD_ORDERS
 
 _STRINGS_PER_PIECE = 65536
 WHOLE_FILE = -1
@@ -46,6 +47,11 @@ class Clip:
     @property
     def seconds(self) -> float:
         return self.num_frames / self.fps
+
+    @property
+    def field_order(self) -> str:
+        """Of the file, as the manifest states it, see `decode_clip`; empty if it does not."""
+        return FIELD_ORDERS[self.extra.get("field_order", "")]
 
 
 class Strings(Sequence[str]):

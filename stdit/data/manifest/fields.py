@@ -18,6 +18,12 @@ LIMITS = {
 }
 """Columns of numbers: (least value, greatest value, whether it must be an integer)."""
 
+FIELD_ORDERS = {
+    **{"": "", "unknown": "", "progressive": "progressive", "tff": "tff", "bff": "bff"},
+    **{"tt": "tff", "bt": "tff", "bb": "bff", "tb": "bff"},
+}
+"""What the column `field_order` may say, ffprobe's words among them; empty: it is found when frames are decoded."""
+
 FRAME_SLACK = 1e-3
 """Fraction of a frame: a part that ends earlier by at most this still includes its last frame."""
 

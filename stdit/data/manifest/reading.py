@@ -14,14 +14,16 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from stdit.data.decoding.decode import DecodeError, probe
+from stdit.data.decoding.colors import SDR
+from stdit.data.decoding.decode import DecodeError, probe_kind
+from stdit.data.decoding.interlacing import find_field_order
 from stdit.data.decoding.media import Media, MediaError, is_url, locate
 from stdit.data.manifest.archives import archive_rows, find_shards, is_archive, shard_root
 from stdit.data.manifest.clips import Clip, Clips
 from stdit.data.manifest.config import SourceConfig
-from stdit.data.manifest.fields import LIMITS, clip_span, is_allowed, read_number
+from stdit.data.manifest.fields import FIELD_ORDERS, LIMITS, clip_span, is_allowed, read_number
 from stdit.data.manifest.index import load_scan, manifest_key, save_scan
-from stdit.data.manifest.rows import METADATA, SPAN_COLUMNS, Rows, near_misses, read_rows
+from stdit.data.manifest.rows import COLOR, FIELD_ORDER, METADATA, SPAN_COLUMNS, Rows, near_misses, read_rows
 from stdit.data.manifest.scan import KNOWN_COLUMNS, add_scores, scan_rows
 from stdit.errors import UserError
 
@@ -227,6 +229,8 @@ def read_fields(fields: Mapping[str, str], root: str) -> tuple[Media, dict[str, 
                 above = "of 0 or more" if least == 0 else "above 0"
                 raise RowError(f"{column} is not a {'whole ' if whole else ''}number {above}: {text!r}")
             given[column] = number
+    if (order := fields.get(FIELD_ORDER) or "") not in FIELD_ORDERS:
+        raise RowError(f"field_order is not progressive, tff or bff: {order!r}")
     if bool(member) != ("offset" in given) or bool(member) != ("size" in given):
         raise RowError("member, offset and size: give all of them or none")
     size = int(given["size"]) if member else None
@@ -235,7 +239,7 @@ def read_fields(fields: Mapping[str, str], root: str) -> tuple[Media, dict[str, 
 
 def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) -> Clip | Skipped:
     """Return the clip of a row, or the reason why it is skipped."""
-    name = row_name(fields)
+    name, kinds = row_name(fields), dict[str, str]()
     if refused:
         return Skipped(name, refused)
     if not fields["path"]:
@@ -247,7 +251,11 @@ def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) ->
         if not all(column in given for column in METADATA):
             if not media.is_remote:
                 media.local_path()
-            given = probe(media)._asdict() | given
+            info, color, suspicious = probe_kind(media)
+            given = info._asdict() | given
+            kinds = {COLOR: color} if color != SDR else {}
+            if suspicious and not fields.get(FIELD_ORDER):
+                kinds[FIELD_ORDER] = find_field_order(media)
     except (RowError, MediaError) as error:
         return Skipped(name, str(error))
     except DecodeError as error:
@@ -269,5 +277,5 @@ def _read_row(fields: dict[str, str], refused: str, root: str, weight: float) ->
         start=start,
         end=None if math.isnan(end) else end,
         weight=weight,
-        extra={column: value for column, value in fields.items() if column not in KNOWN_COLUMNS},
+        extra={column: value for column, value in fields.items() if column not in KNOWN_COLUMNS} | kinds,
     )

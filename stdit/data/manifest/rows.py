@@ -20,6 +20,9 @@ from stdit.errors import UserError, install_command
 REQUIRED = ("path", "text")
 METADATA = ("num_frames", "fps", "height", "width")
 SPAN_COLUMNS = ("start", "end")
+COLOR, FIELD_ORDER = "color", "field_order"
+MEDIA_COLUMNS = (COLOR, FIELD_ORDER, "readable_seconds", "damage")
+"""Columns that `prepare_data.py probe` adds to METADATA: see `stdit.data.decoding.examine`."""
 BYTE_RANGE_COLUMNS = ("offset", "size")
 ROWS_PER_CHUNK = 4096
 """Few enough for the cache of a processor: a third faster than 65536 on CSV."""
@@ -96,7 +99,7 @@ def _check_columns(manifest: Path | str, names: Sequence[str]) -> None:
 def near_misses(names: Iterable[str]) -> list[tuple[str, str]]:
     """Return misspelt columns: pairs of a name and the known column that is missing and similar to it."""
     known, names = (
-        (*METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS, "aesthetic", "motion", "camera"),
+        (*METADATA, *MEDIA_COLUMNS, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS, "aesthetic", "motion", "camera"),
         list(names),
     )
     near = (

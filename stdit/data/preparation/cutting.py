@@ -30,12 +30,13 @@ X264_OPTIONS = {"crf": "14", "preset": "fast"}
 
 
 def cut_clip(
-    media: Media, start: float, end: float, output: Path, size: tuple[int, int]
+    media: Media, start: float, end: float, output: Path, size: tuple[int, int], field_order: str = ""
 ) -> tuple[Literal["copied", "encoded"], VideoInfo]:
     """Write the frames from `start` to before `end` (seconds after the first frame) as an mp4 without sound.
 
     Args:
         size: height and width in square pixels, as shown, if it has to be re-encoded.
+        field_order: as in `decode_clip`; what is re-encoded is progressive, and SDR.
 
     Returns how it was written, and its frames, rate and size. Raises DecodeError, and UserError if writing fails.
     """
@@ -43,7 +44,7 @@ def cut_clip(
         copied = copy_packets(media, start, end, staging)
         if copied is not None:
             return "copied", copied
-        _reencode(media, start, end, staging, size)
+        _reencode(media, start, end, staging, size, field_order)
         return "encoded", probe(staging)
 
 
@@ -129,18 +130,22 @@ def _count_complete(times: list[int], limit: int) -> int:
     return 0
 
 
-def _reencode(media: Media, start: float, end: float, output: Path, size: tuple[int, int]) -> None:
+def _reencode(
+    media: Media, start: float, end: float, output: Path, size: tuple[int, int], field_order: str
+) -> None:
     """Decode a span and encode it, upright and with square pixels.
 
     Raises DecodeError, and UserError if it cannot be written.
     """
     try:
-        _encode_frames(media, start, end, output, size)
+        _encode_frames(media, start, end, output, size, field_order)
     except av.FFmpegError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from error
 
 
-def _encode_frames(media: Media, start: float, end: float, output: Path, size: tuple[int, int]) -> None:
+def _encode_frames(
+    media: Media, start: float, end: float, output: Path, size: tuple[int, int], field_order: str
+) -> None:
     height, width = size
     chroma = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"
     with av.open(output, "w", format="mp4") as target:
@@ -148,7 +153,7 @@ def _encode_frames(media: Media, start: float, end: float, output: Path, size: t
         stream.height, stream.width, stream.pix_fmt = height, width, chroma
         stream.codec_context.time_base, stream.codec_context.thread_count = TIME_BASE, 1
         begin, ticks, length = None, 0, 0
-        for time, pixels in iter_frames(media, start, end):
+        for time, pixels in iter_frames(media, start, end, field_order=field_order):
             begin = time if begin is None else begin
             before, ticks = ticks, round((time - begin) / TIME_BASE)
             length = ticks - before

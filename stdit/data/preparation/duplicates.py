@@ -76,7 +76,9 @@ def _signature(record: ClipRecord) -> dict[str, str | int]:
     bits = []
     for k in range(HASHED_FRAMES):
         start = 0.0 if span.is_still else span.start + span.seconds * (k + 0.5) / HASHED_FRAMES
-        frame = decode_clip(record.media, 1, span.fps, height, width, start=start)[0]
+        frame = decode_clip(
+            record.media, 1, span.fps, height, width, start=start, field_order=record.field_order
+        )[0]
         bits.append(imagehash.phash(Image.fromarray(frame.permute(1, 2, 0).numpy())).hash.ravel())
     return {
         "hash": np.packbits(np.concatenate(bits)).tobytes().hex(),

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from stdit.data.decoding.decode import VideoInfo, probe
 from stdit.data.decoding.media import Media, MediaError, inside, is_url
 from stdit.data.manifest.archives import is_archive
-from stdit.data.manifest.fields import clip_span
+from stdit.data.manifest.fields import FIELD_ORDERS, clip_span
 from stdit.data.manifest.reading import RowError, Skipped, read_fields, row_name, summarise
+from stdit.data.manifest.rows import FIELD_ORDER
 from stdit.data.preparation.jobs import ExcludedError, Journal, Outcome, Outcomes, outcome_key, run_all
 from stdit.data.preparation.table import REFUSED, Table, TableRow, check_output, read_table, write_table
 from stdit.errors import UserError
@@ -104,6 +105,8 @@ class ClipRecord(NamedTuple):
     start: float = math.nan
     """Seconds, as end: the span of the file that is the clip."""
     end: float = math.nan
+    field_order: str = ""
+    """Of the file, see `decode_clip`."""
 
     def file_info(self) -> VideoInfo:
         """Return frames, rate and size of the file; probes it if the manifest lacks some. Raises DecodeError."""
@@ -205,7 +208,8 @@ def _read_record(row: TableRow, root: str) -> ClipRecord:
             media.local_path()
     except (RowError, MediaError) as error:
         raise ExcludedError(str(error)) from None
-    return ClipRecord(media, *(given.get(name, math.nan) for name in ClipRecord._fields[1:]))
+    numbers = {name: given.get(name, math.nan) for name in ClipRecord._fields[1:-1]}
+    return ClipRecord(media, **numbers, field_order=FIELD_ORDERS[row.get(FIELD_ORDER) or ""])
 
 
 def add_columns(table: Table, outcomes: Sequence[Outcome]) -> list[RowResult]:

@@ -1,19 +1,49 @@
-"""`probe`: frames, rate and size of every file."""
+"""`probe`: frames, rate and size of every file, what is damaged, HDR or interlaced."""
 
-from stdit.data.decoding.decode import probe
-from stdit.data.manifest.rows import METADATA
-from stdit.data.preparation.flow import ClipRecord, Task, add_columns, process_clips, write_results
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from stdit.data.decoding.examine import examine
+from stdit.data.manifest.media_kinds import media_lines
+from stdit.data.manifest.reading import row_name
+from stdit.data.manifest.rows import MEDIA_COLUMNS, METADATA
+from stdit.data.preparation.flow import ClipRecord, RowResult, Task, add_columns, process_clips, write_results
+
+MOST_DAMAGED = 5
+"""Damaged files that the summary names."""
 
 
-def probe_clips(task: Task) -> list[str]:
-    """Fill in num_frames, fps, height and width, whatever the manifest says. Returns a summary; raises UserError."""
+def probe_clips(task: Task, quick: bool = False) -> list[str]:
+    """Fill in METADATA and MEDIA_COLUMNS, whatever the manifest says. Returns a summary; raises UserError.
+
+    Args:
+        quick: decode a few frames of each file instead of all, so that damage is not found.
+    """
     table = task.open()
-    outcomes = process_clips(task, table, _probe, (), "probe")
-    return write_results(task, table, add_columns(table, outcomes), METADATA)
+    work = partial(_probe, quick=True) if quick else _probe
+    outcomes = process_clips(task, table, work, ("examined", quick), "probe")
+    results = add_columns(table, outcomes)
+    lines = write_results(task, table, results, (*METADATA, *MEDIA_COLUMNS))
+    kept = [row for result in results for row in result.rows]
+    kinds = {name: [row.get(name, "") for row in kept] for name in MEDIA_COLUMNS[:2]}
+    return [*lines, *media_lines(kinds), *_damage(results)]
 
 
-def _probe(record: ClipRecord) -> dict[str, float]:
+def _probe(record: ClipRecord, quick: bool = False) -> dict[str, Any]:
     """Read the columns of a file. Raises DecodeError, and ExcludedError if the clip is an empty span of it."""
-    info = probe(record.media)
-    record.span(info)
-    return info._asdict()
+    found = examine(record.media, quick)
+    record.span(found.info)
+    values = (found.color, found.field_order, found.readable_seconds, found.damage)
+    return {**found.info._asdict(), **dict(zip(MEDIA_COLUMNS, values, strict=True))}
+
+
+def _damage(results: Sequence[RowResult]) -> list[str]:
+    """Return lines that name the damaged files."""
+    rows = [row for result in results for row in result.rows]
+    damaged = {row_name(row): row["damage"] for row in rows if row.get("damage")}
+    if not damaged:
+        return []
+    shown = [f"  {name}: damaged {where}" for name, where in list(damaged.items())[:MOST_DAMAGED]]
+    more = [f"  and {len(damaged) - MOST_DAMAGED} more: column damage"] if len(damaged) > MOST_DAMAGED else []
+    return [f"{len(damaged)} files are damaged; what is readable before the damage is kept:", *shown, *more]

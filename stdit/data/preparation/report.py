@@ -10,8 +10,9 @@ from PIL import Image
 
 from stdit.data.config import DataConfig
 from stdit.data.dataset import build_assignment
+from stdit.data.manifest.media_kinds import media_lines
 from stdit.data.manifest.reading import row_name
-from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
+from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, MEDIA_COLUMNS, METADATA, SPAN_COLUMNS
 from stdit.data.preparation import page
 from stdit.data.preparation.expressions import as_number, column_types
 from stdit.data.preparation.flow import ClipRecord, Task, captionless, process_clips
@@ -24,7 +25,10 @@ THUMBNAIL_SIDE = 200
 EXTREMES = 4
 """Clips shown of the lowest and of the highest values of a score."""
 LONGEST_CAPTION = 300
-STANDARD_COLUMNS = {"path", "text", "member", "reason", *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS}
+STANDARD_COLUMNS = {
+    *("path", "text", "member", "reason", "readable_seconds", "damage"),
+    *(*METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS),
+}
 
 
 def report_clips(
@@ -84,7 +88,9 @@ def _overview(source: Table) -> str:
     ]
     if len(seconds) < len(source.rows):
         rows.append(("without num_frames or fps (probe fills them in)", len(source.rows) - len(seconds)))
-    return page.table(("what", "how much"), rows)
+    kinds = {name: [str(row.get(name) or "") for row in source.rows] for name in MEDIA_COLUMNS}
+    lines = "".join(f"<p>{page.escaped(line)}</p>" for line in media_lines(kinds))
+    return page.table(("what", "how much"), rows) + lines
 
 
 def _charts(source: Table, types: Mapping[str, str]) -> list[str]:

@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from stdit.data.decoding.decode import iter_frames
+from stdit.data.decoding.colors import SDR
+from stdit.data.decoding.decode import DecodeError, iter_frames
+from stdit.data.decoding.interlacing import PROGRESSIVE
 from stdit.data.decoding.media import inside, is_url
-from stdit.data.manifest.rows import METADATA, SPAN_COLUMNS
+from stdit.data.manifest.rows import FIELD_ORDER, METADATA, SPAN_COLUMNS
 from stdit.data.preparation.cutting import cut_clip
 from stdit.data.preparation.flow import (
     ClipRecord,
@@ -88,6 +90,9 @@ def split_clips(task: Task, config: SceneConfig, cut_into: Path | None = None) -
         for start, end in outcome.value["short"]:
             reason = f"scene too short: {end - start:.2f} s, --min_seconds {config.min_seconds:g}"
             results.append(RowResult({**row, "start": start, "end": end}, [], reason))
+        if lost := outcome.value["lost"]:
+            start, end, reason = lost
+            results.append(RowResult({**row, "start": start, "end": end}, [], f"damaged: {reason}"))
     lines = write_results(task, table, results, [*METADATA, *(() if folder else SPAN_COLUMNS)])
     if folder is not None:
         (Path(folder) / UNFINISHED).unlink(missing_ok=True)
@@ -126,51 +131,66 @@ def _check_folder(folder: Path, task: Task, table: Table) -> str:
 
 
 def split_clip(record: ClipRecord, config: SceneConfig, folder: str | None) -> dict[str, Any]:
-    """Return columns of each scene, the scenes that are too short, and how files were written.
+    """Return columns of each scene, scenes that are too short, what is lost by damage, and how files were written.
 
     Raises DecodeError, and ExcludedError if no scene is long enough.
     """
     info = record.file_info()
     span = record.span(info)
     if span.is_still:
-        return {"scenes": [info._asdict()], "short": [], "how": []}
-    scenes, short = _find_scenes(record, span, config)
+        return {"scenes": [info._asdict()], "short": [], "lost": None, "how": []}
+    scenes, short, lost = _find_scenes(record, span, config)
+    if not scenes and lost:
+        raise ExcludedError(f"cannot be read: {lost[2]}, and no scene before {lost[0]:.2f} s is long enough")
     if not scenes:
         longest = max(scene.end - scene.start for scene in short)
         raise ExcludedError(f"no scene is long enough: the longest of {len(short)} lasts {longest:.2f} s")
     if folder is None:
         rows: list[TableRow] = [{**info._asdict(), **scene._asdict()} for scene in scenes]
-        return {"scenes": rows, "short": short, "how": []}
+        return {"scenes": rows, "short": short, "lost": lost, "how": []}
     rows, how = [], []
     for scene in scenes:
         file = Path(folder) / record.media.name / f"{round(scene.start * 1000):09d}.mp4"
-        way, written = cut_clip(record.media, *scene, file, (span.height, span.width))
-        empty = dict.fromkeys((*SPAN_COLUMNS, *ARCHIVE_COLUMNS))
-        rows.append({"path": str(file), **written._asdict(), **empty})
+        size = (span.height, span.width)
+        way, written = cut_clip(record.media, *scene, file, size, record.field_order)
+        values = {**dict.fromkeys((*SPAN_COLUMNS, *ARCHIVE_COLUMNS)), "damage": ""}
+        values["readable_seconds"] = round(written.num_frames / written.fps, 3)
+        if way == "encoded":
+            values |= {"color": SDR, FIELD_ORDER: PROGRESSIVE}
+        rows.append({"path": str(file), **written._asdict(), **values})
         how.append(way)
-    return {"scenes": rows, "short": short, "how": how}
+    return {"scenes": rows, "short": short, "lost": lost, "how": how}
 
 
 def _find_scenes(
     record: ClipRecord, span: ClipSpan, config: SceneConfig
-) -> tuple[list[SceneSpan], list[SceneSpan]]:
+) -> tuple[list[SceneSpan], list[SceneSpan], tuple[float, float, str] | None]:
     """Return the scenes that are long enough, divided at the maximum length, and those that are too short.
 
-    Raises DecodeError and ExcludedError.
+    Also what follows the first damage: start and end in seconds, and the reason; None for an intact file. Raises
+    DecodeError if nothing comes before the damage, and ExcludedError.
     """
     from scenedetect import FrameTimecode
 
     detector, times, cuts = _build_detector(config), [], []
     stop = math.inf if math.isnan(record.end) else record.end
-    for time, frame in iter_frames(record.media, span.start, stop, DETECTOR_SIDE):
-        times.append(time)
-        bgr = frame[..., ::-1]
-        cuts += detector.process_frame(FrameTimecode(len(times) - 1, fps=span.fps), bgr)
+    damage = ""
+    try:
+        frames = iter_frames(record.media, span.start, stop, DETECTOR_SIDE, record.field_order)
+        for time, frame in frames:
+            times.append(time)
+            bgr = frame[..., ::-1]
+            cuts += detector.process_frame(FrameTimecode(len(times) - 1, fps=span.fps), bgr)
+    except DecodeError as error:
+        if not times:
+            raise
+        damage = error.reason
     if not times:
         raise ExcludedError("no frame from start to end")
     cuts += detector.post_process(FrameTimecode(len(times) - 1, fps=span.fps))
     edges = sorted({0, len(times), *(cut.frame_num for cut in cuts)})
-    times.append(max(times[-1] + 1 / span.fps, min(span.start + span.seconds, times[-1] + 2 / span.fps)))
+    most = 1 if damage else 2  # frames that the last one may last
+    times.append(max(times[-1] + 1 / span.fps, min(span.start + span.seconds, times[-1] + most / span.fps)))
 
     def scene(first: int, last: int) -> SceneSpan:
         return SceneSpan(round(times[first], 5), round(times[last], 5))
@@ -184,7 +204,8 @@ def _find_scenes(
         parts = 1 if config.max_seconds is None else math.ceil(seconds / config.max_seconds - 1e-6)
         inner = [first + round((last - first) * k / parts) for k in range(parts + 1)]
         long += [scene(a, b) for a, b in zip(inner, inner[1:], strict=False) if b > a]
-    return long, short
+    ends = round(times[-1], 5)
+    return long, short, (ends, round(max(ends, span.start + span.seconds), 5), damage) if damage else None
 
 
 def _build_detector(config: SceneConfig) -> Any:

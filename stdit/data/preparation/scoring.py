@@ -184,7 +184,9 @@ def middle_frames(record: ClipRecord, window: ScoringWindow) -> np.ndarray:
     span = record.span()
     count = 1 if span.is_still else max(1, min(window.frames, math.floor(span.seconds * window.fps + 1e-6)))
     start = 0.0 if span.is_still else span.start + max(0.0, span.seconds - count / window.fps) / 2
-    video = decode_clip(record.media, count, window.fps, *span.size(window.side), start=start)
+    video = decode_clip(
+        record.media, count, window.fps, *span.size(window.side), start=start, field_order=record.field_order
+    )
     return video.permute(0, 2, 3, 1).numpy()
 
 
