@@ -99,7 +99,7 @@ def test_the_dry_run_counts_them(probed: Path, folder: Path, settings: list[str]
     source = probed if kind == "probed" else folder
     done = warm.run(["train.py", *settings, "--data.manifest", str(source), "--dry_run", "true"])
     assert done.returncode == 0, done.stderr
-    assert "3 clips are tone-mapped to SDR of BT.709: 1 PQ, 1 HLG, 1 BT.2020" in done.stdout
+    assert "3 clips are tone-mapped to SDR of BT.709: 1 BT.2020, 1 HLG, 1 PQ" in done.stdout
     assert "3 clips are interlaced, and deinterlaced by bwdif: 2 tff, 1 bff" in done.stdout
     if kind == "probed":
         assert "2 clips are damaged: what comes before the damage is used" in done.stdout

@@ -48,7 +48,8 @@ def examine(file: Media | Path, quick: bool = False) -> Examination:
         except DecodeError as error:
             if not count:
                 raise
-            stated = info.num_frames / info.fps
-            damage = f"from {seconds:.3f} s of {max(stated, seconds):.3f} s on: {error.reason}"
+            header = float((opened.stream.duration or 0) * (opened.stream.time_base or 0))
+            stated = max(header, info.num_frames / info.fps, seconds)
+            damage = f"from {seconds:.3f} s of {stated:.3f} s on: {error.reason}"
             info = VideoInfo(count, count / seconds, info.height, info.width)
     return Examination(info, color, find_field_order(media), round(info.num_frames / info.fps, 3), damage)

@@ -36,4 +36,6 @@ def _unusual(values: Sequence[str], usual: str) -> Counter[str]:
 
 
 def _counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {value}" for value, count in counts.most_common())
+    return ", ".join(
+        f"{count} {value}" for value, count in sorted(counts.items(), key=lambda x: (-x[1], x[0]))
+    )

@@ -153,7 +153,7 @@ def test_any_format_of_hdr(pix_fmt: str) -> None:
     fitted = np.empty((3, 16, 16), np.uint8)
     FrameFitter(16, 16, (0.5, 0.5)).fit(frame(), 1.0, fitted)
     for pixels in (fitted, rgb(frame())):
-        assert abs(pixels.mean() - level) <= 2  # 8 bits of PQ are coarse
+        assert abs(pixels.mean() - level) <= 3  # 8 bits of PQ are coarse
 
 
 def test_sdr_is_left_alone(real_clips: list[Path]) -> None:
