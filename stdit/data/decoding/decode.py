@@ -61,7 +61,7 @@ __all__ = [
 # containers round times to milliseconds, and clips of 29.97 fps may fill a bucket of 30 fps.
 TOLERANCE = 0.1
 
-CHECK_EVERY = 4
+CHECK_EVERY = 8
 """Of how many frames of a window one is checked for combing, if the field order of its file is not known."""
 
 INSTANT = 1e-4

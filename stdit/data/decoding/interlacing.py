@@ -34,7 +34,7 @@ LEAST_SHARE = 0.1
 
 TILE = 16
 """Lines and looked-at columns of a tile."""
-COLUMNS = 192
+COLUMNS = 96
 """About how many columns of a frame are looked at, for speed."""
 COMBED = 1.5
 """How much more neighbouring lines differ in a combed tile than lines of the same field."""
