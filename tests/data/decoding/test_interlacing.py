@@ -19,9 +19,10 @@ PLAIN = {"qp": "4", "g": "8"}
 
 
 def error(video: torch.Tensor, speed: float = 6) -> float:
-    """Return the mean difference in grey levels to the progressive frames of the same moments."""
+    """Return the mean difference in luma to the progressive frames of the same moments."""
     whole = moving(len(video), *video.shape[2:], speed=speed)
-    return float(np.abs(video.permute(0, 2, 3, 1).numpy().astype(int) - whole).mean())
+    weights = np.array([0.299, 0.587, 0.114])
+    return float(np.abs(video.permute(0, 2, 3, 1).numpy() @ weights - whole @ weights).mean())
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
@@ -34,7 +35,7 @@ def test_a_combed_video_is_found_and_deinterlaced(tmp_path: Path, name: str, bot
     assert probe_kind(path)[2]
     video = decode_clip(path, 24, 8, 48, 64)
     left = decode_clip(path, 24, 8, 48, 64, field_order="progressive")
-    assert error(video) < 0.45 * error(left)
+    assert error(video) < 0.6 * error(left)
     assert torch.equal(video, decode_clip(path, 24, 8, 48, 64, field_order="bff" if bottom else "tff"))
     # A window that is sought has the same frames, and so has the walk through all of them.
     assert torch.equal(decode_clip(path, 5, 8, 48, 64, start=1.25), video[10:15])
