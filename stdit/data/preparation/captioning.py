@@ -133,7 +133,9 @@ def spread_frames(record: ClipRecord, count: int, side: int) -> np.ndarray:
     count = min(count, span.num_frames)
     interval = span.seconds / count
     start = 0.0 if span.is_still else span.start + interval / 2
-    video = decode_clip(record.media, count, 1 / interval, *span.size(side), start=start)
+    video = decode_clip(
+        record.media, count, 1 / interval, *span.size(side), start=start, field_order=record.field_order
+    )
     return video.permute(0, 2, 3, 1).numpy()
 
 

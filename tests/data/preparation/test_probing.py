@@ -87,7 +87,7 @@ def test_invalid_rows_are_excluded(clips: Path) -> None:
 
 def test_a_source_without_usable_clips_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "clips"
-    with pytest.raises(UserError, match="clips does not exist"):
+    with pytest.raises(UserError, match="clips: there is no such folder or manifest"):
         probe_clips(task(folder, tmp_path / "manifest.csv"))
     folder.mkdir()
     with pytest.raises(UserError, match="clips lists no clips"):
