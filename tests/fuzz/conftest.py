@@ -7,7 +7,7 @@ settings.register_profile(
     "short", max_examples=40, derandomize=True, database=None, deadline=None, suppress_health_check=checks
 )
 settings.register_profile(
-    "long", max_examples=15_000, database=None, deadline=None, suppress_health_check=checks
+    "long", max_examples=21_000, database=None, deadline=None, suppress_health_check=checks
 )
 settings.load_profile("short")
 

@@ -5,44 +5,40 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
 import yaml
 from hypothesis import strategies as st
-from safetensors.torch import save
 
-from stdit.checkpoint_files import FORMAT, newest_whole, sealed_json, verify
-from stdit.cli import parse
+from scripts import prepare_data
+from stdit.cli import _settings, parse
 from stdit.codecs.pixel import PixelCodec
-from stdit.codecs.stored_text import StoredTextEncoder
-from stdit.data.config import DataConfig, resolve_size
+from stdit.data.config import resolve_size
 from stdit.data.manifest.reading import read_manifest, read_texts
 from stdit.data.preparation.expressions import column_types, parse_filter
 from stdit.errors import UserError
-from stdit.models.stdit import STDiT
 from stdit.pipelines.conditions import parse_frame_condition
 from stdit.pipelines.config import SampleConfig
-from stdit.pipelines.loading import find_checkpoint_source, load_transformer, pipeline_settings
 from stdit.pipelines.opensora_masks import mask_entries_to_conditions, parse_mask_strategy
 from stdit.pipelines.prompts import read_prompts
+from stdit.pipelines.requests import check_requests, plan_requests
 from stdit.pipelines.segments import Segments
-from stdit.training.checkpoint import check_same_experiment, find_checkpoint
-from stdit.training.config import TrainConfig, experiment_key, parse_train
+from stdit.suggestions import ALIASES, nearest_name
+from stdit.training.config import TrainConfig, parse_train
+from tests.fuzz import files
+from tests.fuzz.files import Reader
 from tests.fuzz.inputs import (
     as_bytes,
     as_json,
     changed_bytes,
-    changed_safetensors,
     changed_text,
     changed_tree,
 )
 
 ROOT = Path(__file__).parents[2]
+ALIAS_FLAGS = [f"--{alias}" for line in ALIASES.split("\n") for alias in line.partition(": ")[2].split()]
+SETTINGS = list(dict(_settings(TrainConfig)))
 CONDITIONS = ("first.png@0", "end.png@-1", "clip.mp4@0:8:0.5", "a@b@-16:16", "clip.mp4@0::0.6")
 MASKS = ("0", "0,0,0,0,1,0", "1,0,0,-1,1", "0,0,0,0,1,0;0,1,0,-1,1,0.5", "0,0,2,1,2,1")
 PROMPT_ROWS = [
@@ -50,10 +46,10 @@ PROMPT_ROWS = [
     {
         "prompt": "b",
         "condition": ["a.png@0", "b.mp4@-4:4:0.5"],
-        "then": ["c"],
-        "parts": 3,
+        "segment_prompts": ["c"],
+        "segments": 3,
         "overlap": 2,
-        "close": True,
+        "loop": True,
     },
     {
         "prompt": "d",
@@ -86,17 +82,6 @@ MANIFEST_ROWS = [
     {"path": "b.mp4", "text": "two", "start": 0.5, "end": 1.5, "tags": ["x"]},
     {"path": "c.tar", "text": "three", "member": "d.mp4", "offset": 512, "size": 100},
 ]
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A function that reads, and the strategy of its inputs."""
-
-    inputs: st.SearchStrategy[Any]
-    read: Callable[[Any, Path], object]
-    """Takes an input, and an empty folder that it may write to."""
-    cost: int = 1
-    """How many times longer an input takes than one of the quick readers, about."""
 
 
 def _in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes, Path], object]:
@@ -255,82 +240,62 @@ def _condition(inputs: tuple[str, list[Any]], folder: Path) -> None:
         condition.objection(row)
 
 
-def _checkpoint_meta() -> Reader:
-    """``meta.json`` of a checkpoint, with files that match it or not."""
-    experiment = experiment_key(TrainConfig(data=DataConfig(manifest="clips")))
-    files = {"model/config.json": b"{}", "ema/ema.safetensors": b"abcd"}
-    listed = {name: {"bytes": len(data), "hash": _hash(data)} for name, data in files.items()}
-    meta = {
-        "step": 8,
-        "experiment": experiment,
-        "nonfinite_in_a_row": 0,
-        "batch_splits": 1,
-        "format": FORMAT,
-        "pipeline": {"fps": 8},
-        "files": listed,
-    }
-    outside = {**meta, "files": {"../../../x": {"bytes": 1, "hash": "xxh3:2"}, **listed}}
-
-    def read(data: bytes, folder: Path) -> None:
-        checkpoints = folder / "checkpoints"
-        step = checkpoints / "step-00000008"
-        for name, content in files.items():
-            (step / name).parent.mkdir(parents=True, exist_ok=True)
-            (step / name).write_bytes(content)
-        try:  # with a hash of its own, so that what follows the check of it has its turn
-            data = sealed_json(json.loads(data)).encode()
-        except (ValueError, TypeError, RecursionError):
-            pass
-        (step / "meta.json").write_bytes(data)
-        newest_whole(checkpoints)
-        uses: tuple[Callable[[], object], ...] = (
-            lambda: verify(step),
-            lambda: check_same_experiment(step, experiment),
-            lambda: find_checkpoint("auto", checkpoints),
-            lambda: find_checkpoint_source(folder),
-            lambda: pipeline_settings(find_checkpoint_source(step)),
-        )
-        for use in uses:
-            with suppress(UserError):  # so that the next has its turn
-                use()
-
-    return Reader(as_json(changed_tree([meta, outside])), read)
+def _sample_flags() -> st.SearchStrategy[list[str]]:
+    flags = [f"--{name}" for name, _ in _settings(SampleConfig)]
+    names = st.one_of(st.sampled_from(flags), changed_text([*ALIAS_FLAGS, "-c", "-p", "fps=8", "--prompt="]))
+    values = changed_text(
+        ["a red ball", "1", "0.5", "[1, 2]", "true", "16:9", "240p", "a.png@0", "0,0,0,0,1"]
+    )
+    return st.lists(st.one_of(names, names, values), max_size=6).map(lambda words: ["--prompt", "a", *words])
 
 
-def _hash(data: bytes) -> str:
-    return f"xxh3:{xxhash.xxh3_128(data).hexdigest()}"
+def _plan(flags: list[str], folder: Path) -> object:
+    """Parse flags of sample.py, plan its requests, and check them against what a pipeline records."""
+    config = parse(SampleConfig, flags)
+    if config.num_samples > 100 or len(config.seeds or ()) > 100:
+        return None  # as many requests, each of which takes its time
+    requests = plan_requests(config)
+    return check_requests(requests, {"num_frames": 16, "fps": 8.0, "guidance_scale": 2.0})
 
 
-def _weights() -> Reader:
-    """Averaged weights of a checkpoint."""
-    model = STDiT(depth=1, hidden_size=8, num_heads=1, in_channels=1, caption_channels=4, model_max_length=2)
-    settings, weights = json.dumps(dict(model.config)), save(model.state_dict())
+def _prepare_flags() -> st.SearchStrategy[list[str]]:
+    steps = ["probe", "split", "score", "filter", "dedupe", "report", "encode", "cache verify", "cache prune"]
+    words = [
+        "--workers",
+        "--timeout",
+        "--root",
+        "--overwrite",
+        "--where",
+        "--part",
+        "--config",
+        "--min_seconds",
+    ]
+    words += [
+        "--distance",
+        "--frames",
+        "--scores",
+        "--thumbnails",
+        "--dry_run",
+        "--worker",
+        "-c",
+        "1/2",
+        "-1",
+        "x > 2",
+    ]
+    more = st.lists(st.one_of(st.sampled_from(words), changed_text(words)), max_size=4)
+    return st.tuples(changed_text(steps), more).map(
+        lambda pair: [*pair[0].split(), "absent", "out.csv", *pair[1]]
+    )
 
-    def read(data: bytes, folder: Path) -> object:
-        (folder / "model").mkdir()
-        (folder / "model" / "config.json").write_text(settings)
-        (folder / "ema").mkdir()
-        (folder / "ema" / "ema.safetensors").write_bytes(data)
-        return load_transformer(
-            folder, {"files": {"ema/ema.safetensors": {}, "model/config.json": {}}}, ema=True
-        )
 
-    return Reader(changed_safetensors(weights), read, cost=20)
-
-
-def _text_states() -> Reader:
-    """A folder of stored text states."""
-    facts = {"channels": 4, "max_length": 8, "fingerprint": "x", "dtype": "fp32"}
-    states = {"states": torch.zeros(3, 4), "offsets": torch.tensor([0, 1, 3])}
-    file = save(states, {"captions": json.dumps(["a", "b"])})
-
-    def read(inputs: tuple[bytes, bytes], folder: Path) -> object:
-        (folder / "text_states.json").write_bytes(inputs[0])
-        (folder / "states-00000.safetensors").write_bytes(inputs[1])
-        return StoredTextEncoder(folder).encode(["a", "b"])
-
-    headers = st.one_of(st.just(json.dumps(facts).encode()), as_json(changed_tree([facts])))
-    return Reader(st.tuples(headers, st.one_of(changed_safetensors(file), st.just(file))), read)
+def _prepare(flags: list[str], folder: Path) -> object:
+    """Run prepare_data.py on a source that does not exist; an error of argparse counts as one for users."""
+    try:
+        return prepare_data.main(flags)
+    except SystemExit as end:
+        if end.code == 2:
+            raise UserError("as argparse prints it") from None
+        raise
 
 
 def readers() -> dict[str, Reader]:
@@ -351,6 +316,16 @@ def readers() -> dict[str, Reader]:
             cost=10,
         ),
         "train flags": Reader(_train_flags(), lambda flags, _: parse_train(flags), cost=10),
+        "sample flags": Reader(_sample_flags(), _plan, cost=10),
+        "prepare flags": Reader(_prepare_flags(), _prepare, cost=4),
+        "wrong names": Reader(
+            changed_text([*ALIAS_FLAGS, *dict(_settings(TrainConfig))]),
+            lambda name, _: nearest_name(name, SETTINGS),
+            cost=2,
+        ),
+        "media": files.media_reader(),
+        "pipeline folder": files.pipeline_folder_reader(),
+        "cache": files.cache_reader(),
         "prompts txt": Reader(as_bytes(changed_text(prompts)), _in_file("p.txt", read_prompts)),
         "prompts csv": Reader(_prompts_csv(), _in_file("p.csv", read_prompts)),
         "prompts jsonl": Reader(_jsonl(PROMPT_ROWS), _in_file("p.jsonl", read_prompts)),
@@ -366,7 +341,7 @@ def readers() -> dict[str, Reader]:
             st.tuples(changed_text(WHERE), changed_tree([MANIFEST_ROWS, [*MANIFEST_ROWS, {}]])), _condition
         ),
         "resolution": Reader(_size_by_name(), lambda names, _: resolve_size(*names)),
-        "checkpoint meta": _checkpoint_meta(),
-        "weights": _weights(),
-        "text states": _text_states(),
+        "checkpoint meta": files.checkpoint_meta_reader(),
+        "weights": files.weights_reader(),
+        "text states": files.text_states_reader(),
     }

@@ -15,8 +15,8 @@ import pytest
 
 from stdit.errors import UserError
 
-Outcome = dict[str, str]
-"""What can be observed, by name: numbers, files, messages, calls."""
+Outcome = dict[str, str | list[float]]
+"""What can be observed, by name: files, messages and calls as text, and numbers, which may differ by rounding."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,17 @@ def change_of(key: str, hint: Any, default: Any, table: Mapping[str, Change]) ->
 def check_observed(key: str, change: Change, outcome_of: Callable[[Sequence[str]], Outcome]) -> None:
     """Fail unless the change of a setting changes the outcome."""
     before, after = outcome_of(tuple(change.beside)), outcome_of((*change.beside, *change.flags))
-    assert before != after, f"{key} is ignored: {' '.join(change.flags)} changes nothing"
+    assert not same(before, after), f"{key} is ignored: {' '.join(change.flags)} changes nothing"
+
+
+def same(one: Outcome, other: Outcome) -> bool:
+    """Return whether two outcomes are equal, but for the rounding of numbers."""
+    return one.keys() == other.keys() and all(
+        value == pytest.approx(other[key], rel=1e-4, abs=1e-7, nan_ok=True)
+        if isinstance(value, list) and isinstance(other[key], list)
+        else value == other[key]
+        for key, value in one.items()
+    )
 
 
 def outcome_of_call(call: Callable[[], Outcome]) -> Outcome:
