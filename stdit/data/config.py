@@ -84,6 +84,11 @@ class BucketConfig:
             height, width = resolve_size(self.resolution, self.aspect_ratio)
         elif height is None and width is None:
             height = width = 256
+        if self.resolution is None and self.aspect_ratio != BucketConfig.aspect_ratio:
+            raise UserError(
+                f"data.buckets: aspect_ratio {self.aspect_ratio!r} belongs to a resolution, not to height and width: "
+                "leave it out, or give a resolution"
+            )
         if height is None or width is None:
             raise UserError(
                 f"data.buckets: height is {height} and width is {width}; give both, or a resolution such as "

@@ -60,17 +60,21 @@ def change_of(key: str, hint: Any, default: Any, table: Mapping[str, Change]) ->
 def check_observed(key: str, change: Change, outcome_of: Callable[[Sequence[str]], Outcome]) -> None:
     """Fail unless the change of a setting changes the outcome."""
     before, after = outcome_of(tuple(change.beside)), outcome_of((*change.beside, *change.flags))
-    assert not same(before, after), f"{key} is ignored: {' '.join(change.flags)} changes nothing"
+    assert differences(before, after), f"{key} is ignored: {' '.join(change.flags)} changes nothing"
 
 
-def same(one: Outcome, other: Outcome) -> bool:
-    """Return whether two outcomes are equal, but for the rounding of numbers."""
-    return one.keys() == other.keys() and all(
-        value == pytest.approx(other[key], rel=1e-4, abs=1e-7, nan_ok=True)
-        if isinstance(value, list) and isinstance(other[key], list)
-        else value == other[key]
-        for key, value in one.items()
-    )
+def differences(one: Outcome, other: Outcome) -> list[str]:
+    """Return the names of what differs between two outcomes, by more than the rounding of numbers."""
+
+    def equal(a: str | list[float], b: str | list[float]) -> bool:
+        numbers = isinstance(a, list) and isinstance(b, list)
+        return a == (pytest.approx(b, rel=1e-4, abs=1e-7, nan_ok=True) if numbers else b)
+
+    return [
+        key
+        for key in {**one, **other}
+        if key not in one or key not in other or not equal(one[key], other[key])
+    ]
 
 
 def outcome_of_call(call: Callable[[], Outcome]) -> Outcome:

@@ -1,0 +1,328 @@
+"""Every setting of train.py changes what comes out of a tiny run, is recorded by a call, or is refused."""
+
+import ast
+import io
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import train
+from stdit.checkpoint_files import hash_file
+from stdit.data.config import BucketConfig
+from stdit.data.manifest.config import SourceConfig
+from stdit.training.config import TrainConfig
+from tests.settings.observe import (
+    Change,
+    Outcome,
+    change_of,
+    check_observed,
+    differences,
+    leaves,
+    outcome_of_call,
+    recorded,
+)
+from tests.training.tiny import tiny_settings
+
+ROOT = Path(__file__).parents[2]
+BUCKET = "num_frames: 4, height: 8, width: 8, fps: 8"
+PCA = ("--codec.name", "pca", "--codec.stride", "[1, 2, 2]", "--codec.channels", "4")
+DISK = ("--data.cache", "disk")
+LINEAR = ("--optimizer.schedule", "linear")
+LOSS = ("--validation.loss_every", "1")
+VIDEO = ("--validation.prompts", "[a]", "--validation.num_inference_steps", "1")
+WANDB = ("--tracker.name", "wandb", "--tracker.mode", "offline")
+SPIKES = ("--trainer.steps", "16", "--trainer.spike.factor", "1.0001", "--trainer.spike.window", "8")
+SPIKES = (*SPIKES, "--optimizer.muon_lr", "1")
+
+
+def bucket(text: str) -> list[str]:
+    return ["--data.buckets", f"[{{{text}}}]"]
+
+
+CHANGES = {
+    "name": Change(["--name", "other"]),
+    "output_dir": Change(["--output_dir", "other"]),
+    "resume": Change(["--resume", "absent"]),
+    "init_from": Change(["--init_from", "absent"]),
+    "imports": Change(["--import", "no_such_module"]),
+    "model.hidden_size": Change(["--model.hidden_size", "64"]),
+    "model.num_heads": Change(["--model.num_heads", "4"]),
+    "model.gate_init": Change(["--model.gate_init", "0.25"]),
+    "model.patch_size": Change(["--model.patch_size", "[1, 2, 2]"]),
+    "model.in_channels": Change(["--model.in_channels", "7"]),
+    "codec.name": Change(["--codec.name", "pca", "--codec.stride", "[1, 2, 2]", "--codec.channels", "3"]),
+    "codec.path": Change(["--codec.path", "absent"]),
+    "codec.subfolder": Change(["--codec.subfolder", "absent"]),
+    "codec.stride": Change(["--codec.stride", "[1, 4, 4]"], PCA),
+    "codec.channels": Change(["--codec.channels", "3"], PCA),
+    "codec.fit_clips": Change(["--codec.fit_clips", "1"], PCA),
+    "text_encoder.name": Change(["--text_encoder.name", "stored"]),
+    "text_encoder.path": Change(["--text_encoder.path", "absent"]),
+    "text_encoder.subfolder": Change(["--text_encoder.subfolder", "absent"]),
+    "text_encoder.max_length": Change(["--text_encoder.max_length", "6"]),
+    "text_encoder.layers": Change(["--text_encoder.layers", "[0, 1]"]),
+    "flow.prediction": Change(["--flow.prediction", "sample"]),
+    "flow.caption_dropout": Change(["--flow.caption_dropout", "1"]),
+    "flow.conditioning": Change(["--flow.conditioning", "{head: 1.0}"]),
+    "data.manifest": Change(["--data.manifest", "absent"]),
+    "data.root": Change(["--data.root", "absent"]),
+    "data.sources": Change(["--data.sources", "[{manifest: absent}]"]),
+    "data.caption_scores": Change(["--data.caption_scores", "[motion]"], ["--text_encoder.max_length", "40"]),
+    "data.buckets": Change(bucket(f"{BUCKET}, batch_size: 3")),
+    "data.allow_upscale": Change(
+        ["--data.allow_upscale"], bucket("num_frames: 4, height: 16, width: 16, fps: 8")
+    ),
+    "data.crop": Change(["--data.crop", "random"], bucket("num_frames: 4, height: 8, width: 4, fps: 8")),
+    "data.bucket_choice": Change(
+        ["--data.bucket_choice", "size"],
+        ["--data.buckets", "[{num_frames: 4, height: 8, width: 4}, {num_frames: 4, height: 4, width: 4}]"],
+    ),
+    "data.max_crop": Change(["--data.max_crop", "0.1"], bucket("num_frames: 4, height: 8, width: 4, fps: 8")),
+    "data.max_skipped_share": Change(["--data.max_skipped_share", "0"], ["--data.manifest", "damaged.csv"]),
+    "data.cache_dir": Change(["--data.cache_dir", "other"], DISK),
+    "data.augmented_views": Change(
+        ["--data.augmented_views", "3"], [*DISK, *bucket("num_frames: 2, height: 8, width: 8")]
+    ),
+    "trainer.steps": Change(["--trainer.steps", "2"]),
+    "trainer.device": Change(["--trainer.device", "auto"]),
+    "trainer.matmul_precision": Change(["--trainer.matmul_precision", "high"]),
+    "trainer.max_grad_norm": Change(["--trainer.max_grad_norm", "1e-3"]),
+    "trainer.max_nonfinite_steps": Change(
+        ["--trainer.max_nonfinite_steps", "1"], ["--optimizer.muon_lr", "1e38"]
+    ),
+    "trainer.spike.factor": Change(
+        ["--trainer.spike.factor", "1.0001"],
+        ["--trainer.steps", "16", "--trainer.spike.window", "8", "--optimizer.muon_lr", "1"],
+    ),
+    "trainer.spike.window": Change(["--trainer.spike.window", "200"], SPIKES),
+    "trainer.spike.exclude_batches": Change(["--trainer.spike.exclude_batches", "2"], SPIKES),
+    "trainer.spike.max_spikes": Change(["--trainer.spike.max_spikes", "1"], SPIKES),
+    "optimizer.name": Change(["--optimizer.name", "adamw"]),
+    "optimizer.betas": Change(["--optimizer.betas", "[0.5, 0.5]"]),
+    "optimizer.eps": Change(["--optimizer.eps", "0.1"]),
+    "optimizer.muon_momentum": Change(["--optimizer.muon_momentum", "0.5"]),
+    "optimizer.decay_share": Change(["--optimizer.decay_share", "0.5"], LINEAR),
+    "optimizer.final_share": Change(["--optimizer.final_share", "0.5"], LINEAR),
+    "ema.decay": Change(["--ema.decay", "0"]),
+    "checkpoint.minutes": Change(
+        ["--checkpoint.minutes", "1e-9"], ["--checkpoint.every", "3", "--checkpoint.keep_last", "9"]
+    ),
+    "checkpoint.every": Change(["--checkpoint.every", "2"], ["--checkpoint.keep_last", "9"]),
+    "checkpoint.keep_last": Change(["--checkpoint.keep_last", "1"]),
+    "checkpoint.keep_every": Change(["--checkpoint.keep_every", "1"], ["--checkpoint.keep_last", "1"]),
+    "checkpoint.keep_best": Change(["--checkpoint.keep_best", "3"], ["--checkpoint.keep_last", "1", *LOSS]),
+    "validation.prompts": Change(VIDEO),
+    "validation.every": Change(["--validation.every", "1"], VIDEO),
+    "validation.seed": Change(["--validation.seed", "1"], VIDEO),
+    "validation.loss_manifest": Change(["--validation.loss_manifest", "absent"], LOSS),
+    "validation.loss_clips": Change(["--validation.loss_clips", "1"], LOSS),
+    "validation.loss_levels": Change(["--validation.loss_levels", "1"], LOSS),
+    "validation.num_frames": Change(["--validation.num_frames", "3"]),
+    "validation.height": Change(["--validation.height", "4", "--validation.width", "8"]),
+    "validation.width": Change(["--validation.height", "8", "--validation.width", "4"]),
+    "validation.num_inference_steps": Change(["--validation.num_inference_steps", "2"]),
+    "validation.guidance_schedule": Change(["--validation.guidance_schedule", "linear"]),
+    "validation.guidance_interval": Change(["--validation.guidance_interval", "[0.2, 0.4]"]),
+    "tracker.name": Change(["--tracker.name", "tensorboard"]),
+    "tracker.project": Change(["--tracker.project", "other"], WANDB),
+    "tracker.mode": Change(["--tracker.mode", "online"], WANDB),
+    "tracker.timeout": Change(["--tracker.timeout", "5"], WANDB),
+    "tracker.every": Change(["--tracker.every", "1"], WANDB),
+    "parallel.sp": Change(["--parallel.sp", "2"]),
+    "parallel.memory_gib": Change(["--parallel.memory_gib", "1e-6"]),
+}
+INSIDE = {
+    "num_frames": Change(bucket("num_frames: 2, height: 8, width: 8, fps: 8")),
+    "fps": Change(
+        bucket("num_frames: 2, height: 8, width: 8, fps: 4"), bucket("num_frames: 2, height: 8, width: 8")
+    ),
+    "height": Change(bucket("num_frames: 4, height: 4, width: 8")),
+    "width": Change(bucket("num_frames: 4, height: 8, width: 4")),
+    "resolution": Change(bucket("num_frames: 4, resolution: '8', aspect_ratio: '1:1'")),
+    "aspect_ratio": Change(bucket(f"{BUCKET}, aspect_ratio: '1:1'"), bucket(BUCKET)),
+    "batch_size": Change(bucket(f"{BUCKET}, batch_size: 3")),
+    "max_tokens": Change(bucket(f"{BUCKET}, max_tokens: 64")),
+    "max_windows": Change(
+        bucket("num_frames: 2, height: 8, width: 8, fps: 8, max_windows: 2"),
+        bucket("num_frames: 2, height: 8, width: 8"),
+    ),
+    "keep_probability": Change(bucket(f"{BUCKET}, keep_probability: 0.5"), bucket(BUCKET)),
+    "manifest": Change(["--data.sources", "[{manifest: absent}]", "--data.manifest="]),
+    "root": Change(["--data.sources", "[{manifest: clips/manifest.csv, root: absent}]", "--data.manifest="]),
+    "weight": Change(
+        ["--data.sources", "[{manifest: clips/manifest.csv, weight: 2}]"],
+        ["--data.manifest=", "--data.sources", "[{manifest: clips/manifest.csv}]"],
+    ),
+}
+"""Settings of the entries of lists: of a bucket, and of a source."""
+SEVERAL_PROCESSES = {"parallel.heartbeat_timeout", "parallel.timeout"}
+"""Limits of the exchange between processes, of which there is one here."""
+CALLS: dict[str, Callable[..., Any] | None] = {
+    "torch.set_num_threads": Mock(),
+    "torch.set_float32_matmul_precision": Mock(),
+    "stdit.training.system.keep_freed_memory": None,
+    "stdit.models.stdit.STDiT.compile_blocks": Mock(),
+    "stdit.models.stdit.STDiT.enable_gradient_checkpointing": None,
+    "stdit.training.system.runs_on_cpu": None,
+    "stdit.training.session.Trainer": None,
+    "stdit.training.checkpoint_writer.BackgroundWrite": None,
+    "stdit.data.dataset.DataLoader": None,
+}
+WANDB_CALLS: dict[str, Callable[..., Any] | None] = {
+    "accelerate.tracking.WandBTracker": Mock(),
+    "wandb.Settings": None,
+    "stdit.training.tracking.WandB.log": Mock(),
+}
+"""Only with wandb, which is slow to import."""
+INPUTS = ("clips", "bert", "clips.csv", "damaged.csv")
+VOLATILE = ("second", "share", "memory", "time", "bytes")
+"""Parts of names in metrics.jsonl that differ from run to run."""
+
+
+@pytest.fixture(scope="module")
+def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[str]], Outcome]:
+    folder = tmp_path_factory.mktemp("settings")
+    base = tiny_settings(folder)
+    rows = [f"clips/clip-{k}.mp4,a <b>Red</b> square {k},{k}" for k in range(5)]
+    (folder / "clips.csv").write_text("\n".join(["path,text,motion", *rows, ""]))
+    (folder / "clips" / "damaged.mp4").write_bytes(b"no video")
+    damaged = [f"clips/{name}.mp4,a,4,8,8,8" for name in ("damaged", "clip-1", "clip-2")]
+    (folder / "damaged.csv").write_text("\n".join(["path,text,num_frames,fps,height,width", *damaged, ""]))
+    base += ["--data.manifest", "clips.csv", "--output_dir", "outputs", "--trainer.steps", "3"]
+    base += ["--model.depth", "2", "--model.gate_init", "0.5", "--checkpoint.every", "1"]
+    base += ["--validation.num_inference_steps", "1"]
+
+    @cache
+    def run(flags: tuple[str, ...]) -> Outcome:
+        work = tmp_path_factory.mktemp("run")
+        for name in INPUTS:
+            copy = shutil.copytree if (folder / name).is_dir() else shutil.copy
+            copy(folder / name, work / name)
+        calls, printed = list[str](), io.StringIO()
+        targets = CALLS | (WANDB_CALLS if "wandb" in flags else {})
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            recorded(targets, calls),
+            Log() as log,
+            redirect_stdout(printed),
+        ):
+            patch.chdir(work)
+            patch.setattr(sys, "argv", ["train.py", *base, *flags])
+            AcceleratorState._reset_state(True)
+            found = outcome_of_call(lambda: {"code": str(train.main())})
+        said = {"calls": "\n".join(calls), "log": str(log), "printed": printed.getvalue()}
+        texts = {name: str(text).replace(str(work), "WORK") for name, text in {**found, **said}.items()}
+        return {**texts, **_files(work)}
+
+    return run
+
+
+class Log(logging.Handler):
+    """The warnings of stdit."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> "Log":
+        logging.getLogger("stdit").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("stdit").removeHandler(self)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def sizes(tensor: torch.Tensor) -> list[float]:
+    """Return numbers that change when the entries of a tensor do."""
+    values = tensor.double().flatten()
+    return [float(values.numel()), float(values.abs().sum()), float(values.square().cumsum(0).sum())]
+
+
+def _files(work: Path) -> Outcome:
+    """Return the files of a run: sizes of weights, numbers of metrics, and the settings of the exported pipeline.
+
+    Files that repeat the settings themselves (config.yaml, meta.json) count by name only.
+    """
+    found: Outcome = {}
+    for file in sorted(path for path in work.rglob("*") if path.is_file()):
+        name = str(file.relative_to(work))
+        if name.partition("/")[0] in INPUTS:
+            continue
+        if "events.out" in name or name.startswith("outputs/tiny/wandb"):
+            name = name.rpartition("/")[0]
+        content: str | list[float] = ""
+        if file.suffix == ".safetensors":
+            content = [value for tensor in load_file(file).values() for value in sizes(tensor)]
+        if file.suffix == ".mp4" or name.endswith("model_index.json"):
+            content = hash_file(file)
+        if file.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            values = [(k, v) for line in lines for k, v in line.items() if not any(w in k for w in VOLATILE)]
+            found[f"{name}: names"] = str([(k, v if isinstance(v, str | None) else "") for k, v in values])
+            content = [float(v) for _, v in values if isinstance(v, int | float)]
+        found[name] = content
+    return found
+
+
+@pytest.mark.slow
+def test_every_setting_of_train_changes_something(outcome_of: Callable[[Sequence[str]], Outcome]) -> None:
+    """One test, so that runs with equal settings are shared."""
+    first, again = outcome_of(()), outcome_of(("--trainer.steps", "3"))
+    ignored = (
+        [f"the same run differs from itself: {differences(first, again)}"]
+        if differences(first, again)
+        else []
+    )
+    for key, hint, default in leaves(TrainConfig):
+        if key in SEVERAL_PROCESSES:
+            continue
+        try:
+            check_observed(key, change_of(key, hint, default, CHANGES), outcome_of)
+        except AssertionError as error:
+            ignored.append(str(error).splitlines()[0])
+    inside = {field: kind for kind in (BucketConfig, SourceConfig) for field, _, _ in leaves(kind)}
+    assert inside.keys() == INSIDE.keys()
+    for key, change in INSIDE.items():
+        with suppress(AssertionError):
+            check_observed(key, change, outcome_of)
+            continue
+        ignored.append(f"{inside[key].__name__}.{key} is ignored")
+    assert not ignored, "\n".join(ignored)
+
+
+def test_every_setting_is_read_outside_of_its_declaration() -> None:
+    """A quick check for settings that nothing reads at all."""
+    read: set[str] = set()
+    for path in sorted((ROOT / "stdit").rglob("*.py")):
+        tree: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
+        parts = [tree]
+        if path.name == "config.py":
+            functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+            parts = [one for one in functions if one.name not in ("__post_init__", "validate", "check")]
+        for node in (node for part in parts for node in ast.walk(part)):
+            read |= {
+                getattr(node, name)
+                for name in ("attr", "id", "arg")
+                if isinstance(getattr(node, name, 0), str)
+            }
+            read |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+    unread = {key.rpartition(".")[2] for key, _, _ in leaves(TrainConfig)} - read
+    assert not unread, unread
