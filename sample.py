@@ -9,7 +9,8 @@
 
 --checkpoint takes a run (its newest complete checkpoint or exported pipeline), one checkpoint of a run, or a
 pipeline folder. Each video is an .mp4 with its settings inside and in a .json beside it; sheet.png shows all
-videos. No file is overwritten. A GPU is used if there is one. More: stdit/pipelines/README.md.
+videos. The same command again makes only what is missing; no video is overwritten. A GPU is used if there is
+one. scripts/contact_sheet.py shows the videos of a training run across its steps. More: stdit/pipelines/README.md.
 """
 
 from stdit.cli import parse, run

@@ -3,22 +3,27 @@
     python scripts/convert_opensora.py OpenSora-STDiT-v3 outputs/stdit
     python scripts/convert_opensora.py OpenSora-STDiT-v3 outputs/opensora --codec OpenSora-VAE --text_encoder t5-xxl
     python scripts/convert_opensora.py outputs/stdit OpenSora-again --reverse
+    python scripts/convert_opensora.py outputs/opensora-finetuned OpenSora-finetuned --reverse
 
 SRC is a folder or a file: .safetensors, or .pth, .pt or .bin, which is read as weights only; also in shards. DST is
 created: config.json and safetensors, which train.py --init_from and STDiT.from_pretrained take. With a codec and a
-text encoder it is a whole pipeline for sample.py --checkpoint. With --reverse, SRC is either of these, and DST gets
-the keys and the config.json of Open-Sora. Tensors stay bit for bit.
+text encoder it is a whole pipeline for sample.py --checkpoint. With --reverse, SRC is either of these, or a run or
+one of its checkpoints (of which the averaged weights are taken), and DST gets the keys and the config.json of Open-Sora.
+Tensors stay bit for bit.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.training.disk import replace_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stdit.models.stdit import STDiT
     from stdit.pipelines.pipeline import STDiTPipeline
 
@@ -30,6 +35,11 @@ def convert(
     from stdit.models.opensora import read_checkpoint
     from stdit.models.stdit import STDiT
 
+    if is_of_stdit(source):
+        raise UserError(
+            f"{source} is a run, a checkpoint or a pipeline of stdit, and no checkpoint of Open-Sora: add --reverse "
+            "to convert it to Open-Sora's keys, or give it to sample.py --checkpoint as it is."
+        )
     state, recorded = read_checkpoint(source)
     model = STDiT.from_opensora(state, **(recorded | settings))
     skipped = sorted(set(state) - set(model.state_dict()))
@@ -85,14 +95,42 @@ def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path
 
 def convert_back(source: Path, folder: Path) -> str:
     """Write an STDiT as an Open-Sora checkpoint into a new folder; return a summary."""
-    import torch
     from safetensors.torch import save_file
 
-    from stdit.codecs.loading import read_json
-    from stdit.models.opensora import check_keys, read_weights, to_opensora
-    from stdit.models.stdit import STDiT
+    from stdit.models.opensora import to_opensora
 
-    inside = source / "transformer" if (source / "transformer").is_dir() else source
+    weights, settings, prediction, inside = _read_stdit(source)
+    state, config = to_opensora(weights, settings, prediction)
+
+    with replace_folder(f"checkpoint {folder}", folder, parents=True) as aside:
+        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
+        (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return f"{folder}: {len(state)} tensors of Open-Sora's STDiT3, from {inside}"
+
+
+def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any], str, Path]:
+    """Read the STDiT of a run, checkpoint, pipeline or model folder.
+
+    Returns:
+        weights, settings, the meaning of its output (that of Open-Sora where none is recorded), and where it was.
+    """
+    import torch
+
+    from stdit.checkpoint_files import read_meta
+    from stdit.codecs.loading import read_json
+    from stdit.models.opensora import check_keys, read_weights
+    from stdit.models.stdit import STDiT
+    from stdit.pipelines.loading import find_checkpoint_source, load_transformer
+
+    inside, prediction = source, "velocity"
+    if is_of_stdit(source):
+        found = find_checkpoint_source(source)
+        schedule = (found.path if found.is_pipeline or found.run is None else found.run) / "scheduler"
+        prediction = read_json(schedule / "scheduler_config.json", "a schedule")["prediction"]
+        if not found.is_pipeline:
+            model, used = load_transformer(found.path, read_meta(found.path), ema=True)
+            return model.state_dict(), model.config, prediction, found.path / used
+        inside = found.path / "transformer"
     recorded = read_json(inside / "config.json", "a model folder")
     if recorded.get("_class_name") != "STDiT":
         raise UserError(f"{inside} holds no STDiT: give a folder that this script or training made.")
@@ -100,19 +138,23 @@ def convert_back(source: Path, folder: Path) -> str:
     with torch.device("meta"):
         model = STDiT.from_config(recorded)
     check_keys(weights, model.state_dict())
-    state, config = to_opensora(weights, model.config)
+    return weights, model.config, prediction, inside
 
-    with replace_folder(f"checkpoint {folder}", folder, parents=True) as aside:
-        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
-        (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    return f"{folder}: {len(state)} tensors of Open-Sora's STDiT3"
+
+def is_of_stdit(folder: Path) -> bool:
+    """Return whether a folder is a run, a checkpoint or a pipeline of stdit."""
+    return any(
+        (folder / name).exists() for name in ("checkpoints", "meta.json", "pipeline", "model_index.json")
+    )
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint to read")
     parser.add_argument("folder", metavar="DST", type=Path, help="folder to make")
-    parser.add_argument("--reverse", action="store_true", help="from a model folder to Open-Sora")
+    parser.add_argument(
+        "--reverse", action="store_true", help="from a run, pipeline or model folder to Open-Sora"
+    )
     parser.add_argument("--codec", type=Path, help="folder of Open-Sora's VAE, for a pipeline")
     parser.add_argument("--text_encoder", type=Path, help="folder of its T5, for a pipeline")
     parser.add_argument(

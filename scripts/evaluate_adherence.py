@@ -31,7 +31,7 @@ from stdit.data.shapes.render import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, rend
 from stdit.errors import UserError
 from stdit.parallel.processes.device import find_device
 from stdit.pipelines.video_io import write_json_atomic
-from stdit.pipelines.writer import make_writable_folder
+from stdit.pipelines.writer import check_writable, created_folder
 
 DATA = Path("data/shapes")
 SETS = ("heldout", "paraphrase", "paraphrase_strict", "seen")
@@ -227,7 +227,7 @@ def main() -> None:
             f"num_frames = {args.num_frames} must be larger, so that some are left to generate"
         )
     if args.output:
-        make_writable_folder(args.output.absolute().parent)
+        check_writable(args.output.absolute().parent)
 
     names = ("sample", *SETS) if args.videos else SETS
     expected = read_expected(args.prompts or [DATA / f"prompts_{name}.csv" for name in names])
@@ -236,7 +236,8 @@ def main() -> None:
     scores = summarise(results)
     print_table(scores)
     if args.output:
-        write_json_atomic(args.output, {"scores": scores, "videos": results})
+        with created_folder(args.output.absolute().parent):
+            write_json_atomic(args.output, {"scores": scores, "videos": results})
 
 
 if __name__ == "__main__":

@@ -127,22 +127,29 @@ def to_stdit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_opensora(
-    weights: Mapping[str, Tensor], settings: Mapping[str, SettingValue]
+    weights: Mapping[str, Tensor], settings: Mapping[str, SettingValue], prediction: str = "velocity"
 ) -> tuple[dict[str, Tensor], dict[str, SettingValue]]:
     """Convert weights and settings of an STDiT to the state dict and ``config.json`` of an STDiT3.
 
+    Args:
+        prediction: meaning of the model's output, ``flow.prediction`` of its training.
+
     Raises:
-        UserError: if the model uses an option that STDiT3 does not have.
+        UserError: if the model uses an option that STDiT3 does not have, or Open-Sora would misread its output.
     """
     own = {
-        f.name: settings[f.name]
+        f"model.{f.name}": (settings[f.name], f.default)
         for f in fields(STDiTConfig)
         if f.name not in (*_STDIT3_SETTINGS, "gate_init") and settings[f.name] != f.default
     }
+    if prediction != "velocity":
+        own["flow.prediction"] = (prediction, "velocity")
     if own:
-        used = ", ".join(f"{name} = {value}" for name, value in own.items())
+        used = ", ".join(f"{name.removeprefix('model.')} = {value}" for name, (value, _) in own.items())
+        flags = " ".join(f"--{name} {str(default).lower()}" for name, (_, default) in own.items())
         raise UserError(
-            f"this model has {used}, which Open-Sora's STDiT3 does not know: it cannot be converted."
+            f"this model has {used}, which Open-Sora's STDiT3 does not know: its code would compute something else "
+            f"from the same weights, so other keys would not help. Train a model with {flags} to convert it."
         )
     frequencies = rotary_frequencies(cast(int, settings["hidden_size"]) // cast(int, settings["num_heads"]))
     dtype = weights["x_embedder.proj.weight"].dtype

@@ -39,6 +39,8 @@ from stdit.pipelines.images import Image
 
 logger = logging.getLogger(__name__)
 
+_RECORDED = ("step", "trained_sizes")
+"""What a pipeline records beside its settings."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -84,12 +86,15 @@ class STDiTPipeline(DiffusionPipeline):
         scheduler: RectifiedFlow,
         *,
         step: int | None = None,
+        trained_sizes: Sequence[dict[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
         """Assemble a pipeline.
 
         Args:
             step: training step of the weights.
+            trained_sizes: the sizes that the model was trained on, each with num_frames, height, width, fps and the
+                number of clips.
             settings: the fields of `VideoSettings`: defaults of a call, such as the size that the model was trained
                 on, and sampling settings that suit it.
 
@@ -101,7 +106,8 @@ class STDiTPipeline(DiffusionPipeline):
             transformer=transformer, codec=codec, text_encoder=text_encoder, scheduler=scheduler
         )
         own = video_settings(STDiTPipeline.__init__, settings)
-        self.register_to_config(**own.resolved(PIPELINE_DEFAULTS), step=step)
+        sizes = None if trained_sizes is None else [dict(size) for size in trained_sizes]
+        self.register_to_config(**own.resolved(PIPELINE_DEFAULTS), step=step, trained_sizes=sizes)
         self.mesh = Mesh()
 
     def share(self, mesh: Mesh) -> None:
@@ -167,7 +173,7 @@ class STDiTPipeline(DiffusionPipeline):
             if name not in kwargs:
                 with explain_load_errors(f"the pipeline's {name}", local_weights(folder / name)):
                     kwargs[name] = load(folder / name)
-        settings = {name: recorded[name] for name in (*VIDEO_SETTINGS, "step") if name in recorded}
+        settings = {name: recorded[name] for name in (*VIDEO_SETTINGS, *_RECORDED) if name in recorded}
         return cls(**{**settings, **kwargs})
 
     def to(self, *args: Any, **kwargs: Any) -> Self:

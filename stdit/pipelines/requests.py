@@ -6,7 +6,7 @@ Imports no torch at module level.
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stdit.data.config import resolve_size
 from stdit.errors import UserError
@@ -28,6 +28,9 @@ from stdit.pipelines.config import (
 from stdit.pipelines.opensora_masks import MaskEntry, parse_mask_strategy
 from stdit.pipelines.prompts import PromptLine, read_prompts
 from stdit.pipelines.segments import Segments
+
+if TYPE_CHECKING:
+    from stdit.codecs.base import VideoCodec
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,13 @@ def _plan_line(
     ]
 
 
-def check_requests(requests: Iterable[Request], recorded: Mapping[str, Any]) -> None:
+def check_requests(
+    requests: Iterable[Request], recorded: Mapping[str, Any], codec: "VideoCodec | None" = None
+) -> None:
     """Check requests against the settings that a pipeline records, before it is loaded.
+
+    Args:
+        codec: of the pipeline; needed if a request has several segments.
 
     Raises:
         UserError: for conditioning frames outside the video or missing in their source, and for settings that this
@@ -142,6 +150,8 @@ def check_requests(requests: Iterable[Request], recorded: Mapping[str, Any]) -> 
         if isinstance(request.image, str | Path):
             warn_if_video(request.image)
         num_frames, fps = settings.get("num_frames"), settings.get("fps")
+        if codec is not None and num_frames is not None:
+            request.segments.check_latents_left(num_frames, codec, where)
         if num_frames is None or fps is None or not request.segments.has_known_length:
             continue
         total = request.segments.total_frames(num_frames)

@@ -4,23 +4,25 @@ The steps lie in `requests`, `loading`, `runner` and `writer`, each of which can
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import stdit
 from stdit.pipelines.config import SampleConfig
+from stdit.pipelines.finished import describe_finished, describe_others
 from stdit.pipelines.loading import (
     CheckpointSource,
     check_text_states,
     find_checkpoint_source,
+    load_codec,
     load_pipeline,
     pipeline_settings,
 )
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.sizes import size_multiple
-from stdit.pipelines.writer import VideoWriter, make_writable_folder
+from stdit.pipelines.writer import VideoWriter, check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def sample_to_files(config: SampleConfig) -> list[Path]:
-    """Generate all videos that a config asks for; return the files written.
+    """Generate the videos that a config asks for, but for those that are finished; return the files written.
 
     Input is checked before a model is loaded. With several processes, all of them must call this; the first one
     writes the files.
@@ -42,7 +44,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     """
     requests = plan_requests(config)
     source = find_checkpoint_source(config.checkpoint, config.ema)
-    check_requests(requests, pipeline_settings(source))
+    codec = load_codec(source) if any(request.segments.count > 1 for request in requests) else None
+    check_requests(requests, pipeline_settings(source), codec)
     texts = [text for r in requests for text in (r.prompt, *r.segment_prompts, r.negative_prompt or r.prompt)]
     if config.text_states is not None:
         check_text_states(config.text_states, texts, source)
@@ -55,7 +58,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     device = join_processes(config.device, config.parallel.timeout)
     mesh = build_mesh(config.parallel, device)
     mesh.check_same("the configuration or the prompts", f"{config} {requests}")
-    folder = mesh.on_main(lambda: make_writable_folder(_output_folder(config, source)))
+    folder = _output_folder(config, source)
+    mesh.on_main(lambda: check_writable(folder))
 
     pipe, weights = mesh.on_all_ranks(lambda: load_pipeline(source, config.ema, config.text_states))
     mesh.on_all_ranks(lambda: pipe.text_encoder.check(texts))
@@ -67,6 +71,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     if mesh.is_main:
         print(f"sampling from {source.path} (weights {weights})", flush=True)
         _warn_if_unconditioned(pipe, requests)
+        if "mp4" in config.formats():
+            _warn_if_padded(pipe, requests)
 
     provenance = {
         "dtype": config.dtype,
@@ -76,9 +82,21 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         "stdit": stdit.__version__,
     }
     writer = VideoWriter(folder, config.formats(), pipe.config, provenance)
-    for videos in sample_rounds(pipe, requests, config.batch_size, mesh):
+    pending, others = mesh.on_main(lambda: writer.skip_finished(requests))
+    if mesh.is_main:
+        _report_finished(folder, len(requests) - len(pending), len(requests), others)
+    pending_requests = [requests[position] for position in pending]
+    for videos in sample_rounds(pipe, pending_requests, config.batch_size, mesh):
         mesh.on_main(partial(writer.write, videos))
     return mesh.on_main(writer.finish)
+
+
+def _report_finished(folder: Path, finished: int, total: int, others: Mapping[str, str]) -> None:
+    """Print how many videos exist already, and which files of other settings have their names."""
+    if finished:
+        print(describe_finished(finished, total), flush=True)
+    if others:
+        print(describe_others(folder, others), flush=True)
 
 
 def _output_folder(config: SampleConfig, source: CheckpointSource) -> Path:
@@ -115,6 +133,18 @@ def _warn_if_unconditioned(pipe: "STDiTPipeline", requests: Iterable[Request]) -
         logger.warning(
             "the model was trained without conditioning frames (flow.conditioning): it may ignore them"
         )
+
+
+def _warn_if_padded(pipe: "STDiTPipeline", requests: Iterable[Request]) -> None:
+    """Log a warning for each odd size, which H.264 cannot store."""
+    settings = [request.settings.resolved(pipe.config) for request in requests]
+    for height, width in sorted({(int(one["height"]), int(one["width"])) for one in settings}):
+        if height % 2 or width % 2:
+            logger.warning(
+                "height = %d, width = %d: H.264 needs even sizes, so the mp4 has %d x %d (width x height), its last "
+                "row or column repeated; its metadata says so",
+                *(height, width, width + width % 2, height + height % 2),
+            )
 
 
 def _dtype(name: str) -> "torch.dtype":

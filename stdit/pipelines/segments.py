@@ -67,11 +67,39 @@ class Segments:
         shared = max(1, num_frames // 4) if self.overlap is None else self.overlap
         conditioning = shared * (2 if self.loop else 1)
         if self.count > 1 and conditioning >= num_frames:
+            quarter = max(1, num_frames // 4)
+            way_out = (
+                f"leave the overlap out (it is then about {quarter})" if quarter < shared else "lower it"
+            )
             raise UserError(
                 f"overlap = {shared}: a segment of num_frames = {num_frames} would have {conditioning} conditioning "
-                "frames, and none to generate: lower the overlap, or raise num_frames."
+                f"frames{' with loop' if self.loop else ''}, and none to generate: {way_out}, or raise num_frames."
             )
         return shared
+
+    def check_latents_left(self, num_frames: int, codec: "VideoCodec", where: str = "") -> None:
+        """Raise UserError if the frames that segments share leave no latent frame of one to generate."""
+        shared = self.resolved(num_frames, codec).overlap
+        assert shared is not None
+        if self.count == 1 or self._latents_left(shared, num_frames, codec):
+            return
+        fewer = range(min(shared, num_frames), 0, -1)
+        largest = next((one for one in fewer if self._latents_left(one, num_frames, codec)), None)
+        total = codec.latent_index(num_frames - 1, num_frames) + 1
+        latents = f"{total} latent {'frame' if total == 1 else 'frames'}"
+        loop = " with loop" if self.loop else ""
+        raise UserError(
+            f"{where}overlap = {shared}{loop}: a segment of num_frames = {num_frames} is {latents}, and conditioning "
+            "frames take part in all of them, which leaves none to generate: "
+            + ("" if largest is None else f"use overlap {largest} or less, or ")
+            + "raise num_frames."
+        )
+
+    def _latents_left(self, shared: int, num_frames: int, codec: "VideoCodec") -> bool:
+        """Return whether an overlap leaves a latent frame that is wholly generated."""
+        taken = [*range(shared), *(range(num_frames - shared, num_frames) if self.loop else ())]
+        latents = {codec.latent_index(frame, num_frames) for frame in range(num_frames)}
+        return bool(latents - {codec.latent_index(frame, num_frames) for frame in taken})
 
     def starts(self, num_frames: int) -> list[int]:
         """Return the first frame of each segment, counted in the whole video."""

@@ -1,4 +1,4 @@
-"""Video files: mp4 and gif with metadata inside, and contact sheets.
+"""Video files: mp4 and gif with metadata inside.
 
 Frames are uint8 ``[T H W 3]`` arrays throughout. Every file is written under a temporary name and renamed, so that a
 full disk or Ctrl-C leaves no partial file.
@@ -6,8 +6,7 @@ full disk or Ctrl-C leaves no partial file.
 
 import json
 import os
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Any
 import av
 import numpy as np
 import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
 from av.video.reformatter import ColorRange, Colorspace
 
 from stdit.errors import UserError
@@ -33,15 +30,16 @@ def write_mp4(
 ) -> dict[str, Any]:
     """Write frames as h264 (yuv420p, index first, so that browsers play it while it loads); return the metadata.
 
-    h264 halves the colour planes, so an odd height or width is padded by repeating its last row or column;
-    the metadata then says ``padded_to``. `read_metadata` reads them back.
+    h264 halves the colour planes, so an odd height or width is padded by repeating its last row or column. The
+    metadata's ``height`` and ``width`` are then those of the file, and ``padded_from`` has those of the frames.
+    `read_metadata` reads them back.
     """
-    _check_frames(frames)
+    check_frames(frames)
     T, H, W, _ = frames.shape
     metadata = dict(metadata or {})
     if H % 2 or W % 2:
         frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
-        metadata["padded_to"] = {"height": H + H % 2, "width": W + W % 2}
+        metadata |= {"height": H + H % 2, "width": W + W % 2, "padded_from": {"height": H, "width": W}}
     rate = Fraction(fps).limit_denominator(1001)
     with atomic_write(path) as temporary:
         with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -65,7 +63,7 @@ def write_mp4(
 
 def write_gif(path: Path, frames: np.ndarray, fps: float, metadata: dict[str, Any] | None = None) -> None:
     """Write frames as a looping gif; its frame duration is a multiple of 10 ms."""
-    _check_frames(frames)
+    check_frames(frames)
     first, *rest = [PIL.Image.fromarray(frame) for frame in frames]
     comment = json.dumps(metadata or {}).encode()
     milliseconds = max(20, round(100 / fps) * 10)
@@ -81,45 +79,38 @@ def write_gif(path: Path, frames: np.ndarray, fps: float, metadata: dict[str, An
         )
 
 
-def write_sheet(
-    path: Path, videos: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8, tile: int = 128
-) -> None:
-    """Write a contact sheet: one `sheet_row` per video."""
-    write_rows(path, [sheet_row(*pair, columns, tile) for pair in zip(videos, captions, strict=True)])
+def read_frames(path: Path, columns: int = 8) -> np.ndarray:
+    """Return at most ``columns`` frames spread evenly over an mp4 or gif made here, without its padding.
 
+    Returns:
+        uint8 ``[T H W 3]``.
 
-def write_rows(path: Path, rows: Sequence[PIL.Image.Image]) -> None:
-    """Write rows made by `sheet_row` below each other as one PNG."""
-    sheet = PIL.Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    with atomic_write(path) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
-def sheet_row(frames: np.ndarray, caption: str, columns: int = 8, tile: int = 128) -> PIL.Image.Image:
-    """Draw a caption above ``columns`` frames spread evenly over a video.
-
-    Frames are scaled to about ``tile`` pixels: small ones by whole factors.
+    Raises:
+        UserError: if it cannot be read to its end.
     """
-    _check_frames(frames)
-    T, H, W, _ = frames.shape
-    scale = max(1, tile // max(H, W)) if max(H, W) <= tile else tile / max(H, W)
-    size = (max(1, round(W * scale)), max(1, round(H * scale)))
-    resample = PIL.Image.Resampling.NEAREST if scale >= 1 else PIL.Image.Resampling.LANCZOS
-    shown = np.linspace(0, T - 1, min(columns, T)).round().astype(int)
-    pictures = [PIL.Image.fromarray(frames[index]).resize(size, resample) for index in shown]
+    try:
+        frames = _read_gif(path, columns) if path.suffix == ".gif" else _read_mp4(path, columns)
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, and it is made again.") from None
+    metadata = read_metadata(path)
+    generated = metadata.get("padded_from", {})
+    return frames[:, : generated.get("height"), : generated.get("width")]
 
-    gap, font = 2, _font(14)
-    width = columns * (size[0] + gap)
-    lines = textwrap.wrap(caption, max(20, width // 8)) or [""]
-    row = PIL.Image.new("RGB", (width, 20 * len(lines) + size[1] + 6), "white")
-    PIL.ImageDraw.Draw(row).multiline_text((2, 2), "\n".join(lines), fill="black", font=font, spacing=4)
-    for column, picture in enumerate(pictures):
-        row.paste(picture, (column * (size[0] + gap), 20 * len(lines)))
-    return row
+
+def is_whole(path: Path) -> bool:
+    """Return whether all frames that the index of a video names are in the file; they are not decoded."""
+    try:
+        if path.suffix == ".gif":
+            with PIL.Image.open(path) as image:
+                image.seek(getattr(image, "n_frames", 1) - 1)
+                image.load()
+            return True
+        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+            stream = container.streams.video[0]
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            return len(packets) == stream.frames and not any(packet.is_corrupt for packet in packets)
+    except (OSError, ValueError, IndexError, EOFError):
+        return False
 
 
 def write_json_atomic(path: Path, values: dict[str, Any]) -> None:
@@ -163,14 +154,35 @@ def _tag_bt709(codec: Any) -> None:
     codec.color_range = ColorRange.MPEG
 
 
-def _font(size: int) -> Any:
-    """Return a font with many alphabets if the system has it, else Pillow's own."""
-    try:
-        return PIL.ImageFont.truetype("DejaVuSans.ttf", size)
-    except OSError:
-        return PIL.ImageFont.load_default(size)
+def spread(count: int, columns: int) -> list[int]:
+    """Return at most ``columns`` indices spread evenly over ``count``, the first and the last among them."""
+    return np.linspace(0, count - 1, min(columns, count)).round().astype(int).tolist()
 
 
-def _check_frames(frames: np.ndarray) -> None:
+def _read_mp4(path: Path, columns: int) -> np.ndarray:
+    with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+        stream = container.streams.video[0]
+        shown = spread(stream.frames, columns)
+        frames = [
+            frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU709).to_ndarray()
+            for index, frame in enumerate(container.decode(stream))
+            if index in shown
+        ]
+    if len(frames) < len(shown):
+        raise ValueError(f"it ends before its frame {shown[len(frames)] + 1} of {shown[-1] + 1}")
+    return np.stack(frames)
+
+
+def _read_gif(path: Path, columns: int) -> np.ndarray:
+    frames = []
+    with PIL.Image.open(path) as image:
+        for index in spread(getattr(image, "n_frames", 1), columns):
+            image.seek(index)
+            frames.append(np.array(image.convert("RGB")))
+    return np.stack(frames)
+
+
+def check_frames(frames: np.ndarray) -> None:
+    """Raise ValueError unless frames are uint8 ``[T H W 3]``, and there are some."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or min(frames.shape) < 1:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}: must be uint8 [T H W 3], none of them 0")

@@ -16,12 +16,20 @@ if TYPE_CHECKING:
 
 
 def pipeline_settings_of(config: ValidationConfig, assignment: "Assignment") -> dict[str, Any]:
-    """Return the pipeline's settings: those of the config, the rest from the bucket with the most clips."""
-    sizes = [len(members) for members in assignment.members]
-    bucket = assignment.buckets[sizes.index(max(sizes))]
-    trained = {name: getattr(bucket, name) for name in ("num_frames", "height", "width", "fps")}
+    """Return the pipeline's settings: those of the config, the rest from the bucket with the most clips.
+
+    ``trained_sizes`` lists all buckets that have clips.
+    """
+    members = [len(of_bucket) for of_bucket in assignment.members]
+    sizes = [
+        {name: getattr(bucket, name) for name in ("num_frames", "height", "width", "fps")}
+        for bucket in assignment.buckets
+    ]
     given = {name: value for name in VIDEO_SETTINGS if (value := getattr(config, name)) is not None}
-    return {**trained, **given}
+    trained = [
+        size | {"clips": count} for size, count in zip(sizes, assignment.clip_counts, strict=True) if count
+    ]
+    return {**sizes[members.index(max(members))], **given, "trained_sizes": trained}
 
 
 def make_samples(
@@ -47,7 +55,8 @@ def write_samples(
     Returns:
         names of the mp4 files, in the order of the prompts, and of the sheet.
     """
-    from stdit.pipelines.video_io import write_mp4, write_sheet
+    from stdit.pipelines.contact_sheet import write_sheet
+    from stdit.pipelines.video_io import write_mp4
     from stdit.pipelines.writer import slug
 
     names = []

@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -22,8 +23,8 @@ from stdit.pipelines.writer import VideoWriter, free_stem, slug
 from tests.pipelines.tiny import write_run
 
 
-def picture(path):
-    PIL.Image.new("RGB", (8, 8), "red").save(path)
+def picture(path, colour="red"):
+    PIL.Image.new("RGB", (8, 8), colour).save(path)
     return str(path)
 
 
@@ -183,7 +184,7 @@ def test_equal_settings_share_a_batch_and_order_is_kept(pipe, monkeypatch):
     assert np.abs(alone.astype(int) - results[1][1]).max() <= 1  # rounding of a level at most
 
 
-def test_files_have_metadata_and_are_never_overwritten(pipe, tmp_path, capsys, caplog):
+def test_files_have_metadata_and_are_never_overwritten_nor_made_twice(pipe, tmp_path, capsys, caplog):
     run = write_run(tmp_path / "run", pipe)
     prompts = tmp_path / "p.csv"
     prompts.write_text("prompt,shape,image\nA red Ball: it moves!,ball,\n圆 star,star,first.png\n")
@@ -215,12 +216,21 @@ def test_files_have_metadata_and_are_never_overwritten(pipe, tmp_path, capsys, c
     assert inside["checkpoint_hash"] == hash_file(weights) and inside["checkpoint_step"] == 10
 
     assert caplog.text.count("was trained without conditioning frames") == 1
-    before = {path: path.read_bytes() for path in written}
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert sample_to_files(config) == []
+    assert "all 2 videos are finished already" in capsys.readouterr().out
+    picture(tmp_path / "first.png", "blue")  # the second prompt's
     again = sample_to_files(config)
-    assert not set(again) & set(written)
+    assert {path.name for path in again} == {
+        *(f"001-圆-star-seed3-2.{kind}" for kind in ("mp4", "gif", "json")),
+        "sheet-2.png",
+    }
+    said = capsys.readouterr().out
+    assert "1 of 2 videos is finished already: skipped" in said
+    assert "001-圆-star-seed3.mp4 stays as it is (conditioning_files = " in said
     assert all(path.read_bytes() == content for path, content in before.items())
-    first, second = (folder / f"000-a-red-ball-it-moves-seed3{number}.mp4" for number in ("", "-2"))
-    assert first.read_bytes() == second.read_bytes()  # same seed, same pixels, same file
+    elsewhere = sample_to_files(replace(config, output=str(tmp_path / "elsewhere")))
+    assert before[written[0]] == elsewhere[0].read_bytes()  # same seed, same pixels, same file
 
 
 def test_requests_runner_and_writer_without_the_command(pipe, tmp_path):

@@ -1,10 +1,12 @@
 """Videos of several segments, and Open-Sora's mask strategies."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from stdit.codecs import CodecConfig, build_codec
 from stdit.errors import UserError
@@ -15,9 +17,11 @@ from stdit.pipelines.requests import Request, plan_requests
 from stdit.pipelines.runner import sample_videos
 from stdit.pipelines.sampling import sample_to_files
 from stdit.pipelines.segments import Segments
-from stdit.pipelines.video_io import write_mp4
+from stdit.pipelines.video_io import read_frames, write_mp4
+from tests import warm
 from tests.codecs.tiny import save_tiny_vae, tiny_opensora_vae
 from tests.pipelines.tiny import tiny_pipeline, write_run
+from tests.warm import ROOT
 
 
 def make(pipe, **settings):
@@ -226,3 +230,62 @@ def test_metadata_name_conditions_and_segments(pipe, tmp_path):
     assert facts["mask_strategy"][0]["segment"] == 1
     assert (facts["segment_prompts"], facts["segments"], facts["num_frames"]) == (["b"], 2, 4)
     assert (facts["overlap"], facts["loop"]) == (1, False)
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """A run with the lengths and the codec of configs/train/finetune.yaml, in small frames."""
+    recipe = yaml.safe_load((ROOT / "configs" / "train" / "finetune.yaml").read_text())
+    codec = build_codec(CodecConfig(**{**recipe["codec"], "stride": tuple(recipe["codec"]["stride"])}))
+    folder = tmp_path_factory.mktemp("finetuned")
+    size = {"num_frames": recipe["data"]["buckets"][0]["num_frames"], "height": 32, "width": 32}
+    return write_run(folder / "outputs" / "clips", tiny_pipeline(folder, codec), **size)
+
+
+def commands_for_long_videos():
+    page = (ROOT / "stdit" / "pipelines" / "README.md").read_text()
+    _, _, section = page.partition("## Long videos")
+    return [line for line in section.partition("## ")[0].splitlines() if line.startswith("python sample.py")]
+
+
+def sample(run, tmp_path, *flags):
+    script = str(ROOT / "sample.py")
+    return warm.run(
+        [
+            script,
+            *flags,
+            "--checkpoint",
+            str(run),
+            "--num_inference_steps",
+            "2",
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("command", commands_for_long_videos())
+def test_commands_of_the_page_work_on_a_model_of_finetune_yaml(finetuned, tmp_path, command):
+    _, _, *flags = shlex.split(command)
+    result = sample(finetuned, tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    (video,) = (tmp_path / "out").glob("*.mp4")
+    expected = 40 if "--segment_prompts" in flags else 48  # 3 segments; 4 that loop: 16 + n 12 frames
+    assert len(read_frames(video, 1000)) == expected
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--overlap", "5", "--loop", "true"], "use overlap 4 or less"),
+        (["--overlap", "13"], "use overlap 12 or less"),
+        (["--overlap", "16"], "use overlap 12 or less"),
+        (["--num_frames", "4"], "num_frames = 4 is 1 latent frame, and"),
+    ],
+)
+def test_an_overlap_that_leaves_no_latent_frame_is_refused_before_loading(
+    finetuned, tmp_path, flags, message
+):
+    result = sample(finetuned, tmp_path, "--prompt", "a", "--segments", "4", *flags)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert "sampling from" not in result.stdout and not (tmp_path / "out").exists()

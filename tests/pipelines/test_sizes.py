@@ -7,6 +7,7 @@ from stdit.codecs.pixel import PixelCodec
 from stdit.data.config import ASPECT_RATIOS, RESOLUTIONS, resolve_size
 from stdit.models.stdit import STDiT
 from stdit.pipelines.config import SampleConfig
+from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.sampling import sample_to_files
 from stdit.pipelines.sizes import list_sizes, size_multiple
 from tests.codecs.tiny import tiny_opensora_vae
@@ -48,7 +49,9 @@ def test_table_of_sizes_without_loading_the_model(tmp_path, monkeypatch):
         assert "multiples of 4" in table[0]
         assert table[1].split() == list(ASPECT_RATIOS)
         assert table[3].split()[:4] == ["240p", "488x208", "428x240", "392x260"]
-        assert "2s   51 frames (51 in latents)" in table[-4]
+        assert table[8] == "lengths at 8 frames per second, by --num_frames:"
+        assert table[10].split() == ["51", "6.38", "s", "(51", "in", "latents)"]
+        assert table[-1] == "trained on: not recorded"
 
 
 def test_named_size_is_rounded_for_the_checkpoint(tmp_path, monkeypatch):
@@ -60,3 +63,25 @@ def test_named_size_is_rounded_for_the_checkpoint(tmp_path, monkeypatch):
     settings = dict(checkpoint=str(run), prompt="a", resolution="42", output=str(tmp_path / "out"))
     sample_to_files(SampleConfig(**settings, aspect_ratio="1:1", format=["mp4"]))
     assert (made[0].settings.height, made[0].settings.width) == (40, 40)
+
+
+def test_sizes_and_lengths_that_the_model_was_trained_on_are_marked(tmp_path):
+    sizes = [
+        {"num_frames": 51, "height": 240, "width": 428, "fps": 24.0, "clips": 3},
+        {"num_frames": 1, "height": 20, "width": 12, "fps": 24.0, "clips": 1},
+    ]
+    run = write_run(tmp_path / "run", tiny_pipeline(tmp_path), fps=24.0, trained_sizes=sizes)
+    load_pipeline(run)[0].save_pretrained(tmp_path / "pipeline")
+    for checkpoint in (run, tmp_path / "pipeline"):
+        table = list_sizes(SampleConfig(checkpoint=str(checkpoint)))
+        assert "488x208   428x240*    392x260" in table and table.count("x240*") == 1
+        assert "lengths at 24 frames per second, by --num_frames; *: trained on:" in table
+        assert (
+            "51*   2.12 s  (51 in latents)" in table and "1*    image" in table and "102    4.25 s" in table
+        )
+        assert table.splitlines()[-3:] == [
+            "trained on:",
+            "    428x240, 51 frames at 24 fps (2.12 s), 3 clips",
+            "      12x20, images, 1 clip",
+        ]
+    assert "51*   6.38 s" in list_sizes(SampleConfig(checkpoint=str(run), fps=8.0))

@@ -10,7 +10,8 @@ import PIL.Image
 import pytest
 
 from stdit.errors import UserError
-from stdit.pipelines.video_io import read_metadata, to_uint8, write_gif, write_mp4, write_sheet
+from stdit.pipelines.contact_sheet import write_sheet
+from stdit.pipelines.video_io import is_whole, read_frames, read_metadata, to_uint8, write_gif, write_mp4
 
 METADATA = {"prompt": 'ein "grüner" Ball; = # \\ 圆\nzweite Zeile', "seed": 7, "shift": None, "fps": 8.0}
 
@@ -54,10 +55,24 @@ def test_rates(tmp_path, fps):
 
 
 def test_odd_sizes_are_padded_and_recorded(tmp_path):
-    write_mp4(tmp_path / "a.mp4", clip(1, 33, 47), 8, METADATA)
-    _, _, frames = decode(tmp_path / "a.mp4")
-    assert frames[0].shape == (34, 48, 3)
-    assert read_metadata(tmp_path / "a.mp4") == {**METADATA, "padded_to": {"height": 34, "width": 48}}
+    written = write_mp4(tmp_path / "a.mp4", clip(1, 33, 47), 8, METADATA | {"height": 33, "width": 47})
+    facts, _, frames = decode(tmp_path / "a.mp4")
+    assert facts[2:] == (48, 34) and frames[0].shape == (34, 48, 3)
+    size = {"height": 34, "width": 48, "padded_from": {"height": 33, "width": 47}}
+    assert written == read_metadata(tmp_path / "a.mp4") == {**METADATA, **size}
+    assert read_frames(tmp_path / "a.mp4").shape == (1, 33, 47, 3)
+
+
+@pytest.mark.parametrize("kind, write", [("mp4", write_mp4), ("gif", write_gif)])
+def test_frames_are_read_back_and_a_file_that_is_cut_short_is_known(tmp_path, kind, write):
+    path = tmp_path / f"a.{kind}"
+    write(path, clip(5), 8, METADATA)
+    assert is_whole(path)
+    frames = read_frames(path, columns=3)
+    assert np.abs(frames[:, 6:14, 20:].astype(int) - clip()[[0, 2, 4], 6:14, 20:]).max() < 60
+    assert np.abs(frames[0, 8, 8] - np.array([220.0, 60, 30])).max() < 12
+    path.write_bytes(path.read_bytes()[:-20])
+    assert not is_whole(path)
 
 
 def test_gif(tmp_path):
@@ -100,7 +115,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from stdit.pipelines import video_io
+from stdit.pipelines import contact_sheet, video_io
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 noise = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
@@ -108,7 +123,7 @@ folder = Path(sys.argv[1])
 for write in (
     lambda: video_io.write_mp4(folder / "a.mp4", noise, 8),
     lambda: video_io.write_gif(folder / "a.gif", noise, 8),
-    lambda: video_io.write_sheet(folder / "a.png", [noise], ["noise"]),
+    lambda: contact_sheet.write_sheet(folder / "a.png", [noise], ["noise"]),
     lambda: video_io.write_json_atomic(folder / "a.json", {"a": "x" * 5000}),
 ):
     try:

@@ -56,8 +56,12 @@ def tiny_pipeline(folder: Path, codec: Any = None, flow: RectifiedFlow | None = 
     return pipe
 
 
-def write_run(run: Path, pipe: STDiTPipeline, steps: tuple[int, ...] = (10,)) -> Path:
-    """A run folder as training leaves it: the averaged weights of each checkpoint are the model's doubled."""
+def write_run(run: Path, pipe: STDiTPipeline, steps: tuple[int, ...] = (10,), **recorded: Any) -> Path:
+    """A run folder as training leaves it: the averaged weights of each checkpoint are the model's doubled.
+
+    Args:
+        recorded: settings that the checkpoints record for their pipeline.
+    """
     from safetensors.torch import save_file
 
     run.mkdir(parents=True)
@@ -71,6 +75,6 @@ def write_run(run: Path, pipe: STDiTPipeline, steps: tuple[int, ...] = (10,)) ->
         averaged = {name: 2 * value for name, value in pipe.transformer.state_dict().items()}
         (aside / "ema").mkdir()
         save_file(averaged, aside / "ema" / "ema.safetensors")
-        write_manifest(aside, {"step": step, "pipeline": {**SIZE, "num_inference_steps": 3}})
+        write_manifest(aside, {"step": step, "pipeline": {**SIZE, "num_inference_steps": 3, **recorded}})
         publish(aside, aside.with_suffix(""))
     return run

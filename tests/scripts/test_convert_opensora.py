@@ -1,10 +1,12 @@
 """The converter: a folder that training takes, the same tensors on the way back, nothing half-written."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from scripts.convert_opensora import main
@@ -16,7 +18,10 @@ from stdit.training.build import build_components
 from stdit.training.config import parse_train
 from tests.codecs.tiny import save_tiny_t5, tiny_opensora_vae
 from tests.models.golden import golden, weights
+from tests.pipelines.tiny import tiny_model as model_of_pipeline
+from tests.pipelines.tiny import tiny_pipeline, write_run
 from tests.training.tiny import tiny_model, tiny_settings
+from tests.warm import ROOT
 
 
 def convert(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -125,3 +130,46 @@ def test_nothing_is_replaced_and_nothing_left_half_written(
     assert convert(monkeypatch, source, tmp_path / "new") == 2
     assert "new could not be written ([Errno 28] No space left on device)" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"w.safetensors", "there"}
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_run_is_converted_from_its_averaged_weights(
+    exported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pipe = tiny_pipeline(tmp_path)
+    run_folder = write_run(tmp_path / "run", pipe)
+    factor, inside = 2, run_folder / "checkpoints" / "step-00000010" / "ema"
+    if exported:
+        pipe.register_to_config(step=10)
+        pipe.save_pretrained(run_folder / "pipeline")
+        factor, inside = 1, run_folder / "pipeline" / "transformer"
+    assert convert(monkeypatch, run_folder, tmp_path / "back", "--reverse") == 0
+    assert f"of Open-Sora's STDiT3, from {inside}" in capsys.readouterr().out
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    for name, weight in pipe.transformer.state_dict().items():
+        assert torch.equal(found[name], factor * weight), name
+
+    for source in (run_folder, inside.parent):
+        assert convert(monkeypatch, source, tmp_path / "new") == 2
+        assert "no checkpoint of Open-Sora: add --reverse" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_why_a_model_of_finetune_yaml_is_not_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / "train" / "finetune.yaml").read_text())
+    pipe = tiny_pipeline(tmp_path)
+    options = {name: recipe["model"][name] for name in ("cross_attention", "pooled_text", "gate_init")}
+    pipe.register_modules(transformer=model_of_pipeline(**options))
+    run_folder = write_run(tmp_path / "run", pipe)
+    schedule = run_folder / "scheduler" / "scheduler_config.json"
+    schedule.write_text(
+        json.dumps(json.loads(schedule.read_text()) | {"prediction": recipe["flow"]["prediction"]})
+    )
+    assert convert(monkeypatch, run_folder, tmp_path / "back", "--reverse") == 2
+    error = capsys.readouterr().err
+    assert "this model has cross_attention = spatial, pooled_text = True, flow.prediction = residual" in error
+    flags = "--model.cross_attention all --model.pooled_text false --flow.prediction velocity"
+    assert f"Train a model with {flags} to convert it" in error
+    assert not (tmp_path / "back").exists()

@@ -6,7 +6,8 @@ import pytest
 from accelerate import PartialState
 
 from stdit.errors import UserError
-from stdit.pipelines.video_io import write_mp4, write_sheet
+from stdit.pipelines.contact_sheet import write_sheet
+from stdit.pipelines.video_io import write_mp4
 from stdit.training.config import TrackerConfig
 from stdit.training.tracking import TRACKERS, MetricsFile, Tracker, build_tracker
 

@@ -35,7 +35,8 @@ def _probe(record: ClipRecord, quick: bool = False) -> dict[str, Any]:
     found = examine(record.media, quick)
     record.span(found.info)
     values = (found.color, found.field_order, found.readable_seconds, found.damage)
-    return {**found.info._asdict(), **dict(zip(MEDIA_COLUMNS, values, strict=True))}
+    info = found.info._replace(fps=round(found.info.fps, 9))  # 24.0, not 24.000000000000004
+    return {**info._asdict(), **dict(zip(MEDIA_COLUMNS, values, strict=True))}
 
 
 def _damage(results: Sequence[RowResult]) -> list[str]:
