@@ -92,15 +92,16 @@ def _characters(text: str) -> list[str]:
 
 
 def _displayable(text: str) -> str:
-    """Return a text with every character that cannot be drawn in Latin letters."""
-    drawn = ""
+    """Return a text with every character that cannot be drawn in Latin letters; a Chinese one is a word of its own."""
+    drawn, after_word = "", False
     for one in _characters(text):
-        if one.isspace() or _font_of(one) is not None:
-            drawn += one
-        elif unicodedata.category(one[0])[0] == "P":
-            drawn = f"{drawn.rstrip(' ')}{anyascii(one)} "
-        else:  # a Chinese character is a word of its own
-            drawn += anyascii(one) + (" " if "CJK" in unicodedata.name(one[0], "") else "")
+        own = one.isspace() or _font_of(one) is not None
+        letters = one if own else anyascii(one)
+        is_word = not own and "CJK UNIFIED" in unicodedata.name(one[0], "")
+        between = (is_word or after_word) and drawn[-1:].isalnum() and letters[:1].isalnum()
+        is_mark = not own and unicodedata.category(one[0])[0] == "P"  # as wide as a letter and a space
+        drawn += (" " if between else "") + letters + (" " if is_mark else "")
+        after_word = is_word
     return drawn
 
 

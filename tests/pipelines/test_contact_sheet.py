@@ -26,13 +26,24 @@ BDF_OF_CIRCLE = """STARTFONT 2.1
 FONT -a-circle-medium-r-normal--14-140-75-75-c-140-iso10646-1
 SIZE 14 75 75
 FONTBOUNDINGBOX 14 14 0 0
-STARTPROPERTIES 4
+STARTPROPERTIES 5
+DEFAULT_CHAR 0
 CHARSET_REGISTRY "ISO10646"
 CHARSET_ENCODING "1"
 FONT_ASCENT 14
 FONT_DESCENT 0
 ENDPROPERTIES
-CHARS 1
+CHARS 2
+STARTCHAR box
+ENCODING 0
+SWIDTH 1000 0
+DWIDTH 14 0
+BBX 8 3 0 0
+BITMAP
+FF
+81
+FF
+ENDCHAR
 STARTCHAR circle
 ENCODING 22278
 SWIDTH 1000 0
@@ -75,11 +86,12 @@ def drawn(text: str) -> PIL.Image.Image:
     [
         (f"a {CIRCLE}{CIRCLE}, b", "a Yuan Yuan, b"),
         ("\u7ea2\u8272\u7684\u7403\uff0c\u4e0a\u5347\u3002", "Hong Se De Qiu, Shang Sheng."),
+        (f"b {CIRCLE}b {CIRCLE}! {CIRCLE}\u3046", "b Yuan b Yuan! Yuan u"),
         ("\u043c\u044f\u0447", "myach"),
-        ("\u0632\u0631\u0642\u0627\u0621", "zrqa'"),
+        ("\u0632\u0631\u0642\u0627\u0621", "zrq'"),
         ("\u0939\u093f\u0928\u094d\u0926\u0940", "hindi"),
         ("ball \U0001f534", "ball :red_circle:"),
-        ("t\u00eate \u201cx\u201d", "t\u00eate \u201cx\u201d"),
+        ("t\u00eate \u201cx\u201d", "tete \u201cx\u201d"),
     ],
 )
 def test_a_script_without_a_font_is_written_in_latin_letters(fonts, text, letters):

@@ -237,6 +237,7 @@ def finetuned(tmp_path_factory):
     """A run with the lengths and the codec of configs/train/finetune.yaml, in small frames."""
     recipe = yaml.safe_load((ROOT / "configs" / "train" / "finetune.yaml").read_text())
     codec = build_codec(CodecConfig(**{**recipe["codec"], "stride": tuple(recipe["codec"]["stride"])}))
+    codec.fit([torch.rand(3, 8, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1])
     folder = tmp_path_factory.mktemp("finetuned")
     size = {"num_frames": recipe["data"]["buckets"][0]["num_frames"], "height": 32, "width": 32}
     return write_run(folder / "outputs" / "clips", tiny_pipeline(folder, codec), **size)
