@@ -8,8 +8,8 @@
 SRC is a folder or a file: .safetensors, or .pth, .pt or .bin, which is read as weights only; also in shards. DST is
 created: config.json and safetensors, which train.py --init_from and STDiT.from_pretrained take. With a codec and a
 text encoder it is a whole pipeline for sample.py --checkpoint. With --reverse, SRC is either of these, or a run or
-one of its checkpoints (of which the averaged weights are taken), and DST gets the keys and the config.json of Open-Sora.
-Tensors stay bit for bit.
+one of its checkpoints (of which the averaged weights are taken), and DST gets the keys and the config.json of
+Open-Sora. Tensors stay bit for bit.
 """
 
 import json

@@ -92,7 +92,7 @@ def _characters(text: str) -> list[str]:
 
 
 def _displayable(text: str) -> str:
-    """Return a text with every character that cannot be drawn in Latin letters; a Chinese one is a word of its own."""
+    """Return a text, in Latin letters where it cannot be drawn; a Chinese character is then a word of its own."""
     drawn, after_word = "", False
     for one in _characters(text):
         own = one.isspace() or _font_of(one) is not None

@@ -23,10 +23,11 @@ SETTINGS = {"num_frames": 4, "height": 16, "width": 16, "fps": 8.0, "num_inferen
 CIRCLE = "\u5706"
 """A Chinese character, which neither DejaVu Sans nor the font of Pillow has."""
 BDF_OF_CIRCLE = """STARTFONT 2.1
-FONT -a-circle-medium-r-normal--14-140-75-75-c-140-iso10646-1
-SIZE 14 75 75
+FONT -a-circle-medium-r-normal--14-140-72-72-c-140-iso10646-1
+SIZE 14 72 72
 FONTBOUNDINGBOX 14 14 0 0
-STARTPROPERTIES 5
+STARTPROPERTIES 6
+PIXEL_SIZE 14
 DEFAULT_CHAR 0
 CHARSET_REGISTRY "ISO10646"
 CHARSET_ENCODING "1"
@@ -103,7 +104,8 @@ def test_a_font_of_the_system_is_used_for_what_it_has(fonts):
     (fonts / "circles.otf").write_text(BDF_OF_CIRCLE)
     (fonts / "damaged.ttf").write_text("no font")
     assert lettering.wrap_text(f"a {CIRCLE}", 1000) == [f"a {CIRCLE}"]
-    glyph = np.array(PIL.ImageFont.truetype(str(fonts / "circles.otf"), 14).getmask(CIRCLE)).reshape(8, 8) > 0
+    mask = PIL.ImageFont.truetype(str(fonts / "circles.otf"), 14).getmask(CIRCLE)
+    glyph = np.array(list(mask)).reshape(8, 14)[:, :8] > 0
     page = np.array(drawn(f"a {CIRCLE}")) < 128
     places = np.lib.stride_tricks.sliding_window_view(page[:22], (8, 8))
     assert (places == glyph).all((2, 3)).any(), "the glyph of the font"
