@@ -4,14 +4,17 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from stdit.data.decoding.decode import probe
 from stdit.data.manifest.reading import read_manifest
 from stdit.data.preparation import probing
 from stdit.data.preparation.flow import ClipRecord
 from stdit.data.preparation.probing import probe_clips
 from stdit.data.preparation.scoring import ScoringWindow, middle_frames
 from stdit.errors import UserError
+from stdit.pipelines.video_io import write_mp4
 from tests.data.preparation.conftest import read_csv, task
 
 
@@ -38,6 +41,15 @@ def test_a_folder_becomes_a_manifest_and_broken_files_are_listed(clips: Path) ->
     assert "3 of 6 clips" in lines[0] and "3 excluded, listed in" in lines[1]
     assert "2 x cannot be read: broken.mp4 (" in lines[2]
     assert contents(clips) == before and len(list(clips.iterdir())) == 10  # nothing else was left behind
+
+
+@pytest.mark.parametrize("fps, num_frames", [(24, 5), (25, 7), (30, 6)])
+def test_a_whole_rate_is_written_as_one(tmp_path: Path, fps: int, num_frames: int) -> None:
+    write_mp4(tmp_path / "a.mp4", np.zeros((num_frames, 16, 16, 3), np.uint8), fps)
+    (tmp_path / "a.txt").write_text("a black square")
+    assert probe(tmp_path / "a.mp4").fps != fps, "frames over seconds, each rounded"
+    probe_clips(task(tmp_path, tmp_path / "manifest.csv"))
+    assert read_csv(tmp_path / "manifest.csv")[0]["fps"] == f"{fps}.0"
 
 
 def test_paths_are_right_for_the_output(clips: Path, tmp_path: Path) -> None:
