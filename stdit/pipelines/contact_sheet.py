@@ -52,7 +52,7 @@ def picture_row(
     cell = (max(picture.width for picture in there), max(picture.height for picture in there))
     width = columns * (cell[0] + _GAP)
     lines = wrap_text(caption, width - 4)
-    top = LINE_HEIGHT * len(lines)
+    top = LINE_HEIGHT * len(lines) + 4
     row = PIL.Image.new("RGB", (width, top + cell[1] + 6 + (LINE_HEIGHT if below else 0)), "white")
     draw = PIL.ImageDraw.Draw(row)
     draw_lines(draw, 2, 2, lines)

@@ -83,7 +83,7 @@ def test_an_interrupted_command_goes_on_where_it_stopped(run: Path, prompts: Pat
     assert contents(out) == after
 
 
-@pytest.mark.parametrize("ranks, sp, cfg", [(2, 1, 1), (4, 2, 2)])
+@pytest.mark.parametrize("ranks, sp, cfg", [pytest.param(2, 1, 1, marks=pytest.mark.slow), (4, 2, 2)])
 def test_several_ranks_make_only_what_is_missing(
     run: Path, config: SampleConfig, tmp_path: Path, ranks: int, sp: int, cfg: int
 ) -> None:
