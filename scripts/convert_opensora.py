@@ -116,7 +116,7 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
     """
     import torch
 
-    from stdit.checkpoint_files import read_meta
+    from stdit.checkpoint_files import read_meta, verify_if_sealed
     from stdit.codecs.loading import read_json
     from stdit.models.opensora import check_keys, read_weights
     from stdit.models.stdit import STDiT
@@ -126,11 +126,13 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
     if is_of_stdit(source):
         found = find_checkpoint_source(source)
         schedule = (found.path if found.is_pipeline or found.run is None else found.run) / "scheduler"
+        verify_if_sealed(schedule)
         prediction = read_json(schedule / "scheduler_config.json", "a schedule")["prediction"]
         if not found.is_pipeline:
             model, used = load_transformer(found.path, read_meta(found.path), ema=True)
             return model.state_dict(), model.config, prediction, found.path / used
         inside = found.path / "transformer"
+    verify_if_sealed(inside)
     recorded = read_json(inside / "config.json", "a model folder")
     if recorded.get("_class_name") != "STDiT":
         raise UserError(f"{inside} holds no STDiT: give a folder that this script or training made.")
@@ -143,9 +145,10 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
 
 def is_of_stdit(folder: Path) -> bool:
     """Return whether a folder is a run, a checkpoint or a pipeline of stdit."""
-    return any(
-        (folder / name).exists() for name in ("checkpoints", "meta.json", "pipeline", "model_index.json")
-    )
+    from stdit.pipelines.loading import MODEL_INDEX, is_checkpoint
+
+    run = any((folder / name).is_dir() for name in ("checkpoints", "pipeline"))
+    return run or (folder / MODEL_INDEX).is_file() or is_checkpoint(folder)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The converter: a folder that training takes, the same tensors on the way back, nothing half-written."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from scripts.convert_opensora import main
 from stdit.cli import run
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.flow import RectifiedFlow
 from stdit.models.opensora import to_opensora
 from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
@@ -159,14 +160,11 @@ def test_why_a_model_of_finetune_yaml_is_not_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     recipe = yaml.safe_load((ROOT / "configs" / "train" / "finetune.yaml").read_text())
-    pipe = tiny_pipeline(tmp_path)
+    flow = RectifiedFlow(FlowConfig(prediction=recipe["flow"]["prediction"]), torch.ones(3))
+    pipe = tiny_pipeline(tmp_path, flow=flow)
     options = {name: recipe["model"][name] for name in ("cross_attention", "pooled_text", "gate_init")}
     pipe.register_modules(transformer=model_of_pipeline(**options))
     run_folder = write_run(tmp_path / "run", pipe)
-    schedule = run_folder / "scheduler" / "scheduler_config.json"
-    schedule.write_text(
-        json.dumps(json.loads(schedule.read_text()) | {"prediction": recipe["flow"]["prediction"]})
-    )
     assert convert(monkeypatch, run_folder, tmp_path / "back", "--reverse") == 2
     error = capsys.readouterr().err
     assert "this model has cross_attention = spatial, pooled_text = True, flow.prediction = residual" in error
