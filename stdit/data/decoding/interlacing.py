@@ -63,12 +63,12 @@ def is_combed(frame: av.VideoFrame) -> bool:
     luma = _luma(frame)
     if luma is None:
         return False
-    height, width = len(luma) // TILE * TILE, luma.shape[1] // TILE * TILE
-    if not height or not width:
+    height, width = (len(luma) - 2) // TILE * TILE, luma.shape[1] // TILE * TILE
+    if height < TILE or not width:
         return False
-    lines = luma[:, :width].astype(np.int16)
-    near = _tiles(np.abs(lines[1:] - lines[:-1]), height)
-    same_field = _tiles(np.abs(lines[2:] - lines[:-2]), height)
+    lines = luma[: height + 2, :width].astype(np.int16)
+    near = _tiles(np.abs(lines[1:-1] - lines[:-2]))
+    same_field = _tiles(np.abs(lines[2:] - lines[:-2]))
     return bool(np.mean((near > NOISE) & (near > COMBED * same_field)) >= LEAST_TILES)
 
 
@@ -206,7 +206,7 @@ def _luma(frame: av.VideoFrame) -> np.ndarray | None:
     return rows if depth == 8 else rows >> (depth - 8)
 
 
-def _tiles(values: np.ndarray, height: int) -> np.ndarray:
-    """Return the mean of each tile of [H W]; lines that fill no tile are left out."""
-    rows = len(values) // TILE * TILE
-    return values[:rows].reshape(rows // TILE, TILE, -1, TILE).mean(axis=(1, 3), dtype=np.float32)
+def _tiles(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each tile of [H W], multiples of its size."""
+    tiles = values.reshape(len(values) // TILE, TILE, -1, TILE)
+    return tiles.mean(axis=(1, 3), dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from stdit.data.config import BucketConfig, DataConfig
 from stdit.data.dataset import build_assignment, middle_window
 from stdit.data.decoding import decode
 from stdit.data.decoding.decode import decode_clip, iter_frames, probe_kind
-from stdit.data.decoding.interlacing import find_field_order
+from stdit.data.decoding.interlacing import find_field_order, is_combed
 from stdit.data.decoding.media import Media
 from tests.data.awkward import combed, moving, write
 
@@ -105,3 +106,12 @@ def test_a_wrong_field_order_is_skipped_with_the_reason(tmp_path: Path) -> None:
     assert [reason for _, reason in assignment.skipped] == [
         "field_order is not progressive, tff or bff: 'sideways'"
     ]
+
+
+@pytest.mark.parametrize("height", [2, 15, 16, 17, 18, 33, 49, 50, 65])
+def test_frames_of_any_height_are_looked_at(height: int) -> None:
+    for level, found in ((0, False), (90, height >= 18)):  # a frame without content; lines of two fields
+        picture = np.full((height, 32, 3), 100, np.uint8)
+        picture[::2] += level
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv444p")
+        assert is_combed(frame) == found
