@@ -14,10 +14,11 @@ one. scripts/contact_sheet.py shows the videos of a training run across its step
 """
 
 from stdit.cli import parse, run
-from stdit.pipelines.config import SampleConfig
 
 
 def main() -> None:
+    from stdit.pipelines.config import SampleConfig  # here, so that Ctrl-C meanwhile prints no traceback
+
     assert __doc__ is not None
     description, _, examples = __doc__.partition("\n\n")
     config = parse(SampleConfig, description=description, examples=examples)

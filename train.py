@@ -16,19 +16,22 @@ import time
 from typing import TYPE_CHECKING
 
 from stdit.cli import run
-from stdit.training.config import TrainConfig, parse_train
-from stdit.training.stop_signals import stop_signals
 
 if TYPE_CHECKING:
+    from stdit.training.config import TrainConfig
     from stdit.training.session import Session
+
+# Imports are in the functions, so that --help is quick, and Ctrl-C in the first second prints no traceback.
 
 
 def main() -> int:
+    from stdit.training.config import parse_train
+
     config = parse_train()
     return dry_run(config) if config.dry_run else train(config)
 
 
-def dry_run(config: TrainConfig) -> int:
+def dry_run(config: "TrainConfig") -> int:
     """Print, on the main process, what the run would train on, its memory and, if asked, the time of its steps."""
     from stdit.training.report import report_of
     from stdit.training.system import launched_processes
@@ -38,6 +41,8 @@ def dry_run(config: TrainConfig) -> int:
         print(report_of(config, processes), flush=True)
     if config.dry_run != "steps":
         return 0
+    from stdit.training.stop_signals import stop_signals
+
     with stop_signals() as signals:
         from stdit.training.step_times import measured_times
 
@@ -48,8 +53,10 @@ def dry_run(config: TrainConfig) -> int:
     return signals.exit_code
 
 
-def train(config: TrainConfig) -> int:
+def train(config: "TrainConfig") -> int:
     """Train until the last step, or until a signal; return the exit code."""
+    from stdit.training.stop_signals import stop_signals
+
     with stop_signals() as signals:
         from stdit.training.session import start  # imports torch, while signals are handled already
 
@@ -89,7 +96,13 @@ def loop(session: "Session") -> int:
                 session.sampler.validate(done)
     phase(f"step {steps}, export")
     pipeline = session.sampler.export(max(saver.start_step, steps))
-    print(f"trained for {steps} steps: {pipeline} is written")
+    if saver.start_step > steps:
+        print(
+            f"{pipeline.parent} has {saver.start_step} steps already, and trainer.steps = {steps}: nothing to train. "
+            f"For a run of {steps} steps choose another --name"
+        )
+    else:
+        print(f"trained for {steps} steps: {pipeline} is written")
     print(f'Sample: python sample.py --checkpoint {pipeline.parent} --prompt "..."')
     return signals.exit_code
 

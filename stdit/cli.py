@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -18,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from stdit.errors import OtherRankError, UserError
+from stdit.errors import OtherRankError, UserError, interrupt_behind
 from stdit.registry import IMPORTING, Registry
 from stdit.suggestions import nearest_name, same_meaning, similar_name
 
@@ -26,6 +27,8 @@ Config = TypeVar("Config")
 OWN_FLAGS = ("help", "config", "print_config", "import")
 IMPORTS = "imports"
 """Field of a config that records the modules of --import."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect."""
 _LAUNCHER_TIMEOUT = 10.0
 """Seconds that a launcher has to end the other processes after one has failed."""
 
@@ -48,9 +51,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             whose = f"rank {os.environ.get('RANK', os.environ['LOCAL_RANK'])}: "
         print(f"error: {whose}{error}", file=sys.stderr)
         code = error.code
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        interrupt = interrupt_behind(error)
+        if interrupt is None:
+            raise
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = getattr(interrupt, "code", INTERRUPTED)
+    if code == INTERRUPTED:  # launchers forward the signal: a second one ends the process without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 

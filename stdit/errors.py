@@ -22,6 +22,23 @@ class LostRankError(UserError):
     code = 1
 
 
+def interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the interrupt that an error is, or was raised because of; None if there is none.
+
+    A signal raises wherever Python is: libraries turn that into errors of their own, and cleaning up may fail,
+    because the other ranks end, too.
+    """
+    errors, seen = [error], set()
+    while errors:
+        one = errors.pop()
+        if isinstance(one, KeyboardInterrupt):
+            return one
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            errors += [one.__cause__, one.__context__]
+    return None
+
+
 class OtherRankError(UserError):
     """Another process failed and prints why; this one exits with the other's code and prints nothing."""
 

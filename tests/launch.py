@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from tests import warm
 from tests.warm import ROOT
@@ -15,8 +16,14 @@ GRACE_SECONDS = 15.0
 """Seconds for the other ranks to end after one has failed, before they are killed."""
 
 
-def start(script: str, ranks: int, argv: list[str], launcher: str = "torchrun") -> subprocess.Popen[str]:
-    """Start ``train.py`` or ``sample.py`` through a launcher: torchrun or accelerate."""
+def start(
+    script: str, ranks: int, argv: list[str], launcher: str = "torchrun", **options: Any
+) -> subprocess.Popen[str]:
+    """Start ``train.py`` or ``sample.py`` through a launcher: torchrun or accelerate.
+
+    Args:
+        options: of `subprocess.Popen`.
+    """
     port = str(free_port())
     commands = {
         "torchrun": ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port],
@@ -31,6 +38,7 @@ def start(script: str, ranks: int, argv: list[str], launcher: str = "torchrun") 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 

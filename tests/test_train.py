@@ -191,6 +191,35 @@ def test_a_signal_before_the_first_step_stops_at_once(
     assert len(metrics(run)) == 6
 
 
+def test_a_signal_that_a_library_turns_into_an_error_still_stops_the_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As Python does for one in ``__set_name__``, and as cleaning up does when another rank has ended before."""
+
+    def failing(*_: Any, **options: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+
+    monkeypatch.setattr(STDiT, "__init__", failing)
+    assert do(settings()) == 130
+    said = "".join(capfd.readouterr())
+    assert "interrupted: stopped at once" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_while_settings_are_imported_prints_no_traceback(script: str) -> None:
+    argv = [sys.executable, "-X", "importtime", script, "--help"]
+    process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    next(line for line in process.stderr if line.rstrip().endswith(" stdit.parallel.config"))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors and errors.splitlines()[-1] == "interrupted"
+    assert process.returncode == 130
+
+
 def test_request_files_save_and_stop_the_run(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,15 +351,15 @@ def test_a_full_disk_is_an_error_that_keeps_the_older_checkpoint(settings: Setti
 def test_another_experiment_is_refused(settings: Settings, tmp_path: Path) -> None:
     assert do(settings(trainer__steps=2)) == 0
     for flags, message in (
-        ({"model__depth": 2}, "model.depth was 1, is 2"),
-        ({"seed": 3}, "seed was 0, is 3"),
+        ({"model__depth": 2}, r"model.depth 1 -> 2 \(its weights are of another architecture\)"),
+        ({"seed": 3}, "is of another experiment: seed 0 -> 3. Add --resume_changed to continue from step 2"),
         ({"resume": "never"}, "resume = never"),
     ):
         with pytest.raises(UserError, match=message):
             do(settings(**flags))
     with open(tmp_path / "clips" / "manifest.csv", "a") as file:
         file.write("clip-0.mp4,another caption\n")
-    with pytest.raises(UserError, match="clips was"):
+    with pytest.raises(UserError, match=r"5 -> 6 clips \(new: row 6 \(clip-0.mp4\)\)\. Add --resume_changed"):
         do(settings())
 
 

@@ -1,6 +1,7 @@
 """Training under torchrun and accelerate launch, against one process."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from stdit.data.decoding.decode import decode_clip
 from stdit.parallel.processes.watchdog import HEARTBEAT_SECONDS
 from tests import warm
-from tests.launch import launch, start
+from tests.launch import ROOT, launch, start
 from tests.test_train import metrics
 from tests.training.tiny import tiny_settings
 
@@ -186,6 +187,33 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(alone: Any) -> None:
     assert (run.with_name("stopped") / "checkpoints" / f"step-{steps:08d}" / "meta.json").is_file()
 
 
+@pytest.mark.parametrize("moment", ["step", pytest.param("import", marks=pytest.mark.slow)])
+def test_ctrl_c_under_torchrun_prints_no_traceback_of_ours(alone: Any, moment: str) -> None:
+    """Ctrl-C reaches torchrun and all ranks. torchrun prints its own traceback and exits with 1, as the page says."""
+    settings, _, run = alone
+    run = run.with_name(f"ctrl-c-{moment}")
+    settings = [*settings, "--name", run.name, "--trainer.steps", "100000", "--data.workers", "1"]
+    process = start("train.py", 2, settings, start_new_session=True)  # a process group, as in a terminal
+    try:
+        if moment == "step":
+            wait_for_workers(process, run)
+        else:
+            while not workers_of(process):
+                time.sleep(0.01)
+            time.sleep(0.5)  # in which Python starts
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert errors.count("Traceback") == 1 and "SignalException" in errors, errors
+    assert str(ROOT / "stdit") not in errors and str(ROOT / "train.py") not in errors, errors
+    if moment == "step":
+        steps = len(metrics(run))
+        assert (run / "checkpoints" / f"step-{steps:08d}" / "meta.json").is_file()
+        assert f"interrupted: {run}/checkpoints/step-{steps:08d} is saved" in output + errors
+
+
 def test_when_a_rank_dies_all_end_with_one_message(alone: Any) -> None:
     settings, _, run = alone
     settings = [*settings, "--name", "dead", "--trainer.steps", "100000", "--data.workers", "1"]
@@ -213,7 +241,12 @@ def wait_for_workers(process: subprocess.Popen[str], run: Path) -> list[psutil.P
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and len(metrics(run)) > 2:
-            workers = [p for p in psutil.Process(process.pid).children() if "train.py" in p.cmdline()]
-            return sorted(workers, key=lambda worker: int(worker.environ()["RANK"]))
+            return workers_of(process)
         time.sleep(0.2)
     raise AssertionError(process.communicate()[1])
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the processes of the ranks, in order."""
+    workers = [p for p in psutil.Process(process.pid).children() if "train.py" in p.cmdline()]
+    return sorted(workers, key=lambda worker: int(worker.environ()["RANK"]))

@@ -198,6 +198,7 @@ def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | Non
         text_encoder=text_encoder,
         scheduler=flow,
         step=meta.get("step"),
+        lineage=meta.get("lineage", []),
         **meta.get("pipeline", {}),
     )
     return pipe, weights_hash(meta, used)

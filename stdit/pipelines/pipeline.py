@@ -39,7 +39,7 @@ from stdit.pipelines.images import Image
 
 logger = logging.getLogger(__name__)
 
-_RECORDED = ("step", "trained_sizes")
+_RECORDED = ("step", "trained_sizes", "lineage")
 """What a pipeline records beside its settings."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -87,6 +87,7 @@ class STDiTPipeline(DiffusionPipeline):
         *,
         step: int | None = None,
         trained_sizes: Sequence[dict[str, Any]] | None = None,
+        lineage: Sequence[dict[str, Any]] = (),
         **settings: Any,
     ) -> None:
         """Assemble a pipeline.
@@ -95,6 +96,8 @@ class STDiTPipeline(DiffusionPipeline):
             step: training step of the weights.
             trained_sizes: the sizes that the model was trained on, each with num_frames, height, width, fps and the
                 number of clips.
+            lineage: changes of data and settings in their training, each with step, changes, and hashes of the
+                experiment before and after.
             settings: the fields of `VideoSettings`: defaults of a call, such as the size that the model was trained
                 on, and sampling settings that suit it.
 
@@ -107,7 +110,8 @@ class STDiTPipeline(DiffusionPipeline):
         )
         own = video_settings(STDiTPipeline.__init__, settings)
         sizes = None if trained_sizes is None else [dict(size) for size in trained_sizes]
-        self.register_to_config(**own.resolved(PIPELINE_DEFAULTS), step=step, trained_sizes=sizes)
+        recorded = {"step": step, "trained_sizes": sizes, "lineage": [dict(change) for change in lineage]}
+        self.register_to_config(**own.resolved(PIPELINE_DEFAULTS), **recorded)
         self.mesh = Mesh()
 
     def share(self, mesh: Mesh) -> None:

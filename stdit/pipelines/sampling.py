@@ -79,6 +79,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         "checkpoint": str(source.path),
         "checkpoint_hash": weights,
         "checkpoint_step": pipe.config["step"],
+        "lineage": pipe.config["lineage"],
         "stdit": stdit.__version__,
     }
     writer = VideoWriter(folder, config.formats(), pipe.config, provenance)

@@ -18,6 +18,7 @@ from stdit.codecs.text import TextEncoder
 from stdit.data.buckets import Bucket
 from stdit.data.cache.codec_fitting import fit_codec
 from stdit.data.cache.keys import remembered
+from stdit.data.clip_list import ClipList
 from stdit.data.dataset import build_plan
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
@@ -28,6 +29,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
 from stdit.parallel.sequence.planner import format_gib
 from stdit.training.config import TrainConfig, experiment_key
+from stdit.training.lineage import CLIPS, Resumed, lineage, resume
 from stdit.training.optim import count_matrices
 from stdit.training.run_folder import find_initial_weights
 from stdit.training.unused import unused_settings
@@ -45,6 +47,8 @@ class RunInputs:
     codec: VideoCodec
     text_encoder: TextEncoder
     flow: RectifiedFlow
+    resumed: Resumed | None
+    """The checkpoint that the run resumes from, and what has changed since; None: the run starts at step 0."""
 
 
 @dataclass
@@ -63,10 +67,20 @@ class RunComponents(RunInputs):
         """Settings, and hashes of the clips and of the frozen networks: what makes two runs the same experiment."""
         return {
             **experiment_key(self.config),
-            "clips": clips_hash(self.plan),
+            CLIPS: clips_hash(self.plan),
             "codec's weights": self.codec.fingerprint(),
             "text encoder's weights": self.text_encoder.fingerprint(),
         }
+
+    @cached_property
+    def lineage(self) -> list[dict[str, Any]]:
+        """The changes of the run, at this start and before: see `stdit.training.lineage.lineage`."""
+        return lineage(self.resumed, self.experiment)
+
+    @cached_property
+    def clip_list(self) -> bytes:
+        """Content of the list of clips that checkpoints keep."""
+        return ClipList.of(self.plan.assignment).to_bytes()
 
 
 def build_components(
@@ -97,6 +111,10 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
         logger.warning(line)
     index = None if dry_run else config.run_folder / "clips"
     plan = build_plan(config.data, config.seed, index, remembered(config.data))
+    resumed = None
+    if checkpoint is not None:  # before the codec and the text encoder load, which may take long
+        experiment = {**experiment_key(config), CLIPS: clips_hash(plan)}
+        resumed = resume(checkpoint, experiment, ClipList.of(plan.assignment), config.resume_changed)
     if checkpoint is not None and (saved := checkpoint.parent.parent / "codec").is_dir():
         codec = VideoCodec.from_pretrained(saved)
     else:
@@ -114,7 +132,8 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     text_encoder.check(chain(captions, config.validation.prompts))
     plan = plan.sized(lambda bucket: _tokens_per_clip(config, codec, bucket))
     flow = RectifiedFlow(config.flow, variance)
-    return RunInputs(resolved_config(config, codec, text_encoder), plan, codec, text_encoder, flow)
+    resolved = resolved_config(config, codec, text_encoder)
+    return RunInputs(resolved, plan, codec, text_encoder, flow, resumed)
 
 
 def _tokens_per_clip(config: TrainConfig, codec: VideoCodec, bucket: Bucket) -> int:
@@ -156,7 +175,10 @@ def _check_model_fits(config: TrainConfig, processes: int, memory: int) -> None:
 
 
 def resolved_config(config: TrainConfig, codec: VideoCodec, text_encoder: TextEncoder) -> TrainConfig:
-    """Return the settings with the sizes that the model takes from codec and text encoder."""
+    """Return the settings with the sizes that the model takes from codec and text encoder.
+
+    Without ``resume_changed``: to allow changes counts for one start, also if its config.yaml is used again.
+    """
     model = replace(
         config.model,
         in_channels=codec.channels,
@@ -167,7 +189,7 @@ def resolved_config(config: TrainConfig, codec: VideoCodec, text_encoder: TextEn
         asked, used = getattr(config.model, name), getattr(model, name)
         if asked not in (used, getattr(STDiTConfig, name)):
             logger.warning(f"model.{name} = {asked} has no effect: codec and text encoder make it {used}")
-    return replace(config, model=model)
+    return replace(config, model=model, resume_changed=False)
 
 
 def build_model(config: TrainConfig) -> STDiT:

@@ -1,13 +1,9 @@
-"""Find the checkpoint to resume from, and check that it belongs to the same experiment."""
+"""Find the checkpoint to resume from."""
 
 from pathlib import Path
-from typing import Any
 
-from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify
+from stdit.checkpoint_files import newest_whole, step_of, verify
 from stdit.errors import UserError
-
-_REQUIRED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "batch_splits": int}
-"""Keys of the manifest that resuming reads, with their types."""
 
 
 def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -53,32 +49,3 @@ def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[s
             "choose another name."
         )
     return chosen, []
-
-
-def check_same_experiment(checkpoint: Path, experiment: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, if it is of this experiment.
-
-    Keys that only one of the experiments has are not compared: some are known only when the components are built.
-
-    Raises:
-        UserError: naming the settings that differ, or the keys that the manifest lacks.
-    """
-    meta = read_meta(checkpoint)
-    for key, kind in _REQUIRED.items():
-        if not isinstance(meta.get(key), kind):
-            raise UserError(
-                f"checkpoint {checkpoint}: {META} has no valid {key}: use another checkpoint, or delete this folder "
-                "to resume from the one before it."
-            )
-    saved = meta["experiment"]
-    differing = [
-        f"{key} was {saved[key]}, is {experiment[key]}"
-        for key in experiment
-        if key in saved and saved[key] != experiment[key]
-    ]
-    if differing:
-        raise UserError(
-            f"checkpoint {checkpoint} is of another experiment: {'; '.join(differing)}. Go back to its "
-            f"settings, or choose another name (and start from its weights by --init_from {checkpoint})."
-        )
-    return meta

@@ -139,10 +139,11 @@ class CheckpointWriter:
         return seal_files(aside, write_chunks(aside, chunks, self.mesh.rank, self.mesh.world_size))
 
     def _publish(self, aside: Path, folder: Path, meta: dict[str, Any], files: list[dict[str, Any]]) -> None:
-        others = (path for path in aside.rglob("*.json") if path.is_file())
-        entries = seal_files(aside, others)
-        for of_rank in files:
-            entries |= of_rank
+        entries = {name: entry for of_rank in files for name, entry in of_rank.items()}
+        others = (path for path in aside.rglob("*") if path.is_file())
+        entries |= seal_files(
+            aside, (path for path in others if path.relative_to(aside).as_posix() not in entries)
+        )
         write_manifest(aside, meta, entries)
         publish(aside, folder)
         self.prune()

@@ -276,6 +276,9 @@ class TrainConfig:
     """Seed of everything random: initial weights, order of clips, noise."""
     resume: str = "auto"
     """auto: resume from the newest complete checkpoint of the run; never: refuse to; or the path of a checkpoint."""
+    resume_changed: bool = False
+    """Resume although clips or settings have changed, with the weights, optimizer state and average of the
+    checkpoint; the changes are recorded. Another model, codec or text encoder still needs a new run (init_from)."""
     init_from: str | None = None
     """Start from the weights of another run, checkpoint, pipeline or model folder, with a new optimizer."""
     imports: list[str] = field(default_factory=list)

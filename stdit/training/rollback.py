@@ -21,7 +21,8 @@ class Rollback:
     def after_spike(self, values: dict[str, Any], step: int) -> bool:
         """Load the checkpoint before the excluded batches, if they were trained on, and set `step`.
 
-        If there is no checkpoint that early, only the batch of ``step`` is excluded, whose update was not applied.
+        If there is no checkpoint that early, or it is from before the last change of the run, only the batch of
+        ``step`` is excluded, whose update was not applied.
         Every rank must call this.
 
         Args:
@@ -35,7 +36,9 @@ class Rollback:
             return False
         checkpoints = self.saver.checkpoints
         checkpoints.wait()
-        checkpoint = self.mesh.on_main(lambda: _newest_before(checkpoints.folder, step - excluded + 1))
+        checkpoint = self.mesh.on_main(
+            lambda: _newest_before(checkpoints.folder, self.saver.changed_step, step - excluded + 1)
+        )
         if checkpoint is None:
             return False
         self.step = self.mesh.on_all_ranks(lambda: self.saver.load(checkpoint))
@@ -44,12 +47,13 @@ class Rollback:
         return True
 
 
-def _newest_before(checkpoints: Path, batch: int) -> Path | None:
-    """Return the newest complete checkpoint before a batch; remove later ones, trained on excluded batches."""
+def _newest_before(checkpoints: Path, first: int, batch: int) -> Path | None:
+    """Return the newest complete checkpoint before a batch, but from step ``first`` on; remove later ones, trained on
+    excluded batches."""
     folders = {path: at for path in checkpoints.glob("step-*") if (at := step_of(path)) is not None}
     early = [path for path, at in folders.items() if at <= batch]
     for path in sorted(early, reverse=True):
-        if is_whole(path):
+        if folders[path] >= first and is_whole(path):
             for late in folders.keys() - set(early):
                 shutil.rmtree(late.rename(late.with_name(f"{late.name}.tmp")))
             return path

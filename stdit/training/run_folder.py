@@ -1,5 +1,6 @@
 """The folder of a run: lock it, find the checkpoint to resume from, and write config, scheduler and codec."""
 
+import filecmp
 import os
 import shutil
 import socket
@@ -13,9 +14,10 @@ from stdit.checkpoint_files import META, apply_umask
 from stdit.cli import to_yaml
 from stdit.errors import UserError
 from stdit.pipelines.loading import find_checkpoint_source
-from stdit.training.checkpoint import check_same_experiment, find_checkpoint
+from stdit.training.checkpoint import find_checkpoint
 from stdit.training.config import TrainConfig, experiment_key
 from stdit.training.disk import disk_errors
+from stdit.training.lineage import check_can_resume
 
 if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec
@@ -32,14 +34,14 @@ def lock_run_folder(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
 
     Raises:
         UserError: if the folder cannot be written, another process trains there, its checkpoints are of another
-            experiment, or ``init_from`` has no weights.
+            model, or ``init_from`` has no weights.
     """
     folder = config.run_folder
     checkpoint, skipped = find_checkpoint(config.resume, folder / "checkpoints")
     for reason in skipped:
         print(f"checkpoint skipped: {reason}", flush=True)
     if checkpoint is not None:
-        check_same_experiment(checkpoint, experiment_key(config))
+        check_can_resume(checkpoint, experiment_key(config))
     elif config.init_from is not None:
         weights = find_initial_weights(config.init_from)
         if not (weights / META).is_file():
@@ -79,7 +81,8 @@ def write_run_files(
     """Write the files that describe a run: ``config.yaml``, ``scheduler/`` and, if it was fitted, ``codec/``.
 
     Args:
-        new: replace what an earlier run without a checkpoint left; otherwise only write what is missing.
+        new: replace what an earlier run without a checkpoint left; otherwise only write what is missing, or has
+            changed (of ``flow``).
     """
     from stdit.pipelines.video_io import atomic_write
 
@@ -90,10 +93,13 @@ def write_run_files(
             target = folder / name
             for old in (aside, target) if new else (aside,):
                 shutil.rmtree(old, ignore_errors=True)
-            if not target.is_dir() and (name == "scheduler" or hasattr(part, "fitted")):
+            if name == "scheduler" or (hasattr(part, "fitted") and not target.is_dir()):
                 part.save_pretrained(aside)
                 apply_umask(aside)
-                aside.rename(target)
+                if not _equal(aside, target):
+                    shutil.rmtree(target, ignore_errors=True)
+                    aside.rename(target)
+                shutil.rmtree(aside, ignore_errors=True)
         if config.validation.prompts:
             (folder / "samples").mkdir(exist_ok=True)
         with atomic_write(folder / "config.yaml") as file:
@@ -111,6 +117,12 @@ def find_initial_weights(init_from: str) -> Path:
     except UserError as error:
         raise UserError(f"init_from = {init_from}: {error}") from None
     return source.path / "transformer" if source.is_pipeline else source.path
+
+
+def _equal(folder: Path, other: Path) -> bool:
+    """Return whether a folder has the same files as another one."""
+    names = [path.name for path in folder.iterdir()]
+    return filecmp.cmpfiles(folder, other, names, shallow=False)[0] == names
 
 
 def _names(folder: Path) -> list[str]:

@@ -100,5 +100,11 @@ class Sampler:
 
         parts, model = self.components, self.components.model.with_weights(weights).to(self.mesh.device)
         return STDiTPipeline(
-            model, parts.codec, parts.text_encoder, parts.flow, **self.pipeline_settings, step=step
+            model,
+            parts.codec,
+            parts.text_encoder,
+            parts.flow,
+            **self.pipeline_settings,
+            step=step,
+            lineage=parts.lineage,
         )

@@ -9,8 +9,8 @@ import torch
 import stdit
 from stdit.cli import plain
 from stdit.training.build import RunComponents
-from stdit.training.checkpoint import check_same_experiment
 from stdit.training.checkpoint_writer import CheckpointWriter
+from stdit.training.lineage import CLIP_LIST, check_can_resume, same_batches
 from stdit.training.requests import NoRequests, RequestFiles
 from stdit.training.stop_signals import StopSignals
 from stdit.training.system import ProgressBar
@@ -33,7 +33,7 @@ class Saver:
         checkpoint: to resume from; none: start at step 0.
 
     Raises:
-        UserError: if the checkpoint is of another experiment, or cannot be read.
+        UserError: if the checkpoint is of another model, or cannot be read.
     """
 
     def __init__(
@@ -45,11 +45,14 @@ class Saver:
         checkpoint: Path | None,
     ) -> None:
         self.config, self.experiment = components.config, components.experiment
+        self.components, self.lineage = components, components.lineage
         self.trainer, self.mesh, self.pipeline_settings = trainer, trainer.mesh, pipeline_settings
         self.checkpoints = CheckpointWriter(
             folder / "checkpoints", self.config.checkpoint, self.mesh, self.config.parallel.timeout
         )
         self.start_step = 0 if checkpoint is None else self.load(checkpoint)
+        if components.resumed is not None:
+            print(components.resumed)
         if checkpoint is not None and self._needs_more_micro_batches():
             print(
                 f"each batch was split into {trainer.batch_splits} parts, and now into {self.mesh.dp}: to compute "
@@ -60,10 +63,22 @@ class Saver:
             self.requests = RequestFiles(folder, self.config.checkpoint.minutes)
 
     def load(self, checkpoint: Path) -> int:
-        """Load the trainer's state and return its step. Raises UserError if it is of another experiment."""
-        meta = check_same_experiment(checkpoint, self.experiment)
+        """Load the trainer's state and return its step. Raises UserError if it is of another model."""
+        meta = check_can_resume(checkpoint, self.experiment)
+        step: int = meta["step"]
+        if not same_batches(
+            meta["experiment"], self.experiment
+        ):  # later steps have other batches than the spikes had
+            spikes = meta.get("spikes", {})
+            excluded = [other for other in spikes.get("excluded_steps", []) if other < step]
+            meta["spikes"] = {**spikes, "excluded_steps": excluded}
         self.trainer.read(checkpoint, meta)
-        return meta["step"]
+        return step
+
+    @property
+    def changed_step(self) -> int:
+        """The step before which the run was another experiment; 0 if it never was."""
+        return self.lineage[-1]["step"] if self.lineage else 0
 
     def _needs_more_micro_batches(self) -> bool:
         return self.trainer.batch_splits > self.mesh.dp and self.config.trainer.micro_batch_size is None
@@ -104,6 +119,7 @@ class Saver:
         """
         meta = {
             "experiment": self.experiment,
+            "lineage": self.lineage,
             "config": plain(self.config),
             "pipeline": self.pipeline_settings,
             "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
@@ -120,7 +136,7 @@ class Saver:
             step,
             self.trainer.state(),
             meta,
-            write_more=lambda folder: self.trainer.model.save_config(folder / "model"),  # type: ignore[operator]
+            write_more=self._write_more,
             at_once=at_once,
         )
         self.requests.fulfilled()
@@ -130,6 +146,11 @@ class Saver:
                 "checkpoint.every if this happens again"
             )
         return folder
+
+    def _write_more(self, folder: Path) -> None:
+        """Write what a checkpoint has beside tensors of the trainer, on the main rank."""
+        self.trainer.model.save_config(folder / "model")  # type: ignore[operator]
+        (folder / CLIP_LIST).write_bytes(self.components.clip_list)
 
     def take_seconds(self) -> dict[str, float]:
         """Return how long the last save took, by name; empty if that was returned before."""

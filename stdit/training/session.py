@@ -18,6 +18,7 @@ from stdit.parallel.sequence.planner import ParallelDims
 from stdit.training.batches import Batches, build_batches
 from stdit.training.build import build_components
 from stdit.training.config import TrainConfig
+from stdit.training.lineage import unneeded
 from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.recorder import Recorder
 from stdit.training.report import start_line
@@ -122,6 +123,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             notes = [*components.plan.assignment.exclusions(), *components.plan.notes]
             notes += estimate.warnings(ParallelDims(mesh.world_size, mesh.sp.size))
             notes += [str(held_out)] if held_out else []
+            notes += unneeded(config.resume_changed, components.resumed)
             print(start_line(components), *notes, sep="\n", flush=True)
 
             # Trainer: moves the model to the device, and shards or replicates it over the mesh.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from stdit.errors import interrupt_behind
 from stdit.parallel.processes.exit import end_process
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -86,8 +87,9 @@ def stop_signals() -> Iterator[StopSignals]:
     try:
         with _end_process_after_second_signal():
             yield signals
-    except Stop:
-        pass
+    except (Exception, Stop) as error:
+        if not isinstance(interrupt_behind(error), Stop):
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

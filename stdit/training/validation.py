@@ -62,7 +62,8 @@ def write_samples(
     names = []
     for index, (frames, prompt) in enumerate(zip(videos, prompts, strict=True)):
         settings = {name: config[name] for name in VIDEO_SETTINGS}
-        metadata = {"prompt": prompt, "seed": seed, **settings, "checkpoint_step": config["step"]}
+        origin = {"checkpoint_step": config["step"], "lineage": config["lineage"]}
+        metadata = {"prompt": prompt, "seed": seed, **settings, **origin}
         names.append(f"{index:02d}-{slug(prompt)}.mp4")
         write_mp4(folder / names[-1], frames, config["fps"], metadata)
     write_sheet(folder / "sheet.png", videos, prompts)

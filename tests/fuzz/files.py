@@ -35,8 +35,9 @@ from stdit.pipelines.loading import (
 )
 from stdit.pipelines.requests import Request, check_requests
 from stdit.pipelines.video_io import write_gif, write_mp4
-from stdit.training.checkpoint import check_same_experiment, find_checkpoint
+from stdit.training.checkpoint import find_checkpoint
 from stdit.training.config import TrainConfig, experiment_key
+from stdit.training.lineage import check_can_resume
 from tests.fuzz.inputs import as_json, changed_bytes, changed_safetensors, changed_tree
 
 
@@ -80,7 +81,7 @@ def checkpoint_meta_reader() -> Reader:
         newest_whole(checkpoints)
         uses: tuple[Callable[[], object], ...] = (
             lambda: verify(step),
-            lambda: check_same_experiment(step, experiment),
+            lambda: check_can_resume(step, experiment),
             lambda: find_checkpoint("auto", checkpoints),
             lambda: find_checkpoint_source(folder),
             lambda: pipeline_settings(find_checkpoint_source(step)),

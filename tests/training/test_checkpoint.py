@@ -5,7 +5,7 @@ import pytest
 
 from stdit.checkpoint_files import newest_whole, read_meta, sealed_json
 from stdit.errors import UserError
-from stdit.training.checkpoint import check_same_experiment, find_checkpoint
+from stdit.training.checkpoint import find_checkpoint
 from stdit.training.config import CheckpointConfig
 from tests.training.test_checkpoint_writer import damage, folder_of, save
 
@@ -54,28 +54,6 @@ def test_a_checkpoint_of_a_newer_version_is_an_error_and_not_skipped(tmp_path: P
     (newer / "meta.json").write_text(json.dumps(meta))  # an older one has no hash of itself
     found, reasons = find_checkpoint("auto", tmp_path)
     assert found == tmp_path / "step-00000001" and "has the format 1, of an older stdit" in reasons[0]
-
-
-def test_another_experiment_is_named(tmp_path: Path) -> None:
-    meta = {
-        "experiment": {"model.depth": 2, "seed": 0, "gone": 1},
-        "nonfinite_in_a_row": 0,
-        "batch_splits": 1,
-    }
-    folder = save(folder_of(tmp_path), 1, meta)
-    assert check_same_experiment(folder, {"model.depth": 2, "new": 3})["step"] == 1
-    with pytest.raises(UserError, match=r"model.depth was 2, is 3; seed was 0, is 1"):
-        check_same_experiment(folder, {"model.depth": 3, "seed": 1})
-
-
-@pytest.mark.parametrize("key", ["step", "experiment", "nonfinite_in_a_row", "batch_splits"])
-def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path, key: str) -> None:
-    folder = save(folder_of(tmp_path), 1, {"experiment": {}, "nonfinite_in_a_row": 0, "batch_splits": 1})
-    meta = read_meta(folder)
-    del meta[key]
-    (folder / "meta.json").write_text(sealed_json(meta))
-    with pytest.raises(UserError, match=f"meta.json has no valid {key}: use another"):
-        check_same_experiment(folder, {})
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:

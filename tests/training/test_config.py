@@ -155,7 +155,8 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "wandb", "av", "PIL
 def test_reading_settings_imports_no_torch(argv: list[str]) -> None:
     code = (
         "import sys, train\n"
-        f"try: train.parse_train({argv})\n"
+        "from stdit.training.config import parse_train\n"
+        f"try: parse_train({argv})\n"
         "except SystemExit as end: assert not end.code\n"
         f"print('heavy:', sorted({HEAVY} & {{*sys.modules}}))"
     )

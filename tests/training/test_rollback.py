@@ -11,11 +11,20 @@ from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.group import Group
 from stdit.training import session as session_module
 from stdit.training.config import parse_train
+from stdit.training.rollback import _newest_before
 from stdit.training.spikes import SpikeGuard
 from stdit.training.stop_signals import stop_signals
 from tests.parallel.ranks import run_on_ranks
+from tests.training.test_checkpoint_writer import folder_of, save
 from tests.training.tiny import tiny_settings
 from train import loop
+
+
+def test_no_rollback_to_before_the_last_change_of_the_run(tmp_path: Path) -> None:
+    writer = folder_of(tmp_path, keep_last=9)
+    old, changed, late = (save(writer, step) for step in (2, 4, 6))
+    assert _newest_before(tmp_path, 4, 3) is None and late.is_dir()
+    assert _newest_before(tmp_path, 4, 5) == changed and old.is_dir() and not late.exists()
 
 
 @pytest.mark.slow

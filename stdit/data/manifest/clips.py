@@ -127,11 +127,22 @@ NUMBER_COLUMNS = {
     "root": np.int32,
     "offset": np.int64,
     "size": np.int64,
+    "row": np.int32,
 }
 """Numeric columns of `Clips`."""
 
-COLUMN_DEFAULTS = {"start": 0.0, "end": math.nan, "weight": 1.0, "root": 0, "offset": 0, "size": WHOLE_FILE}
+COLUMN_DEFAULTS = {
+    "start": 0.0,
+    "end": math.nan,
+    "weight": 1.0,
+    "root": 0,
+    "offset": 0,
+    "size": WHOLE_FILE,
+    "row": 0,
+}
 """Values of optional columns."""
+NOT_CONTENT = ("root", "row")
+"""Columns that say where a clip is listed, and not what it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +176,8 @@ class Clips(Sequence[Clip]):
     """int64, bytes from the start of the archive"""
     size: np.ndarray = field(default=COLUMN_DEFAULTS["size"])  # type: ignore[arg-type]
     """int64, bytes; WHOLE_FILE: to the end"""
+    row: np.ndarray = field(default=COLUMN_DEFAULTS["row"])  # type: ignore[arg-type]
+    """int32, place in its manifest, from 1; 0: unknown"""
     extra: dict[str, Strings] = field(default_factory=dict)
     """Further columns by name; an empty string where a clip has none."""
 
@@ -271,7 +284,7 @@ class Clips(Sequence[Clip]):
         )
 
     def content(self, places: np.ndarray) -> Iterator[bytes]:
-        """Yield the bytes that identify the clips at these places, independent of their roots, for hashing."""
+        """Yield the bytes that identify the clips at these places, wherever they are listed, for hashing."""
         for name in ("paths", "texts", "members"):
             strings = getattr(self, name)
             lengths = strings.offsets[places + 1] - strings.offsets[places]
@@ -283,7 +296,7 @@ class Clips(Sequence[Clip]):
             usual = name in COLUMN_DEFAULTS and np.array_equal(
                 values, np.full_like(values, COLUMN_DEFAULTS[name]), equal_nan=True
             )
-            if name != "root" and not usual:
+            if name not in NOT_CONTENT and not usual:
                 yield name.encode() + values.tobytes()
 
     @cached_property

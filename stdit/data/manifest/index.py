@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,7 @@ def load_scan(file: Path, key: str) -> Scan | None:
         if about.get("hash") != hash_arrays({"key": key, "facts": about["facts"]}, tensors):
             return None
         facts = json.loads(about["facts"])
-        strings: dict[str, Any] = {
-            name: Strings.of(tensors[f"{name}.utf8"].tobytes(), tensors[f"{name}.offsets"])
-            for name in (*_STRINGS, *(f"extra.{name}" for name in facts["extra"]))
-        }
-        clips = Clips(
-            **{name: strings[name] for name in _STRINGS},
-            **{name: _single(tensors[name]) for name in NUMBER_COLUMNS},
-            roots=tuple(facts["roots"]),
-            extra={name: strings[f"extra.{name}"] for name in facts["extra"]},
-        )
+        clips = clips_of_tensors(tensors, facts["roots"], facts["extra"])
         unread = {int(place): (fields, refused) for place, (fields, refused) in facts["unread"].items()}
         return Scan(clips, tensors["places"], unread)
     except (OSError, SafetensorError, KeyError, ValueError):
@@ -73,16 +65,7 @@ def save_scan(file: Path, key: str, scan: Scan) -> None:
     if scan.total < MIN_ROWS or len(scan.unread) > MAX_UNREAD:
         return
     clips = scan.clips
-    tensors: dict[str, np.ndarray] = {"places": scan.places}
-    named = {name: getattr(clips, name) for name in _STRINGS}
-    for name, strings in (
-        named | {f"extra.{name}": strings for name, strings in clips.extra.items()}
-    ).items():
-        tensors[f"{name}.utf8"] = np.frombuffer(strings.utf8, np.uint8)
-        tensors[f"{name}.offsets"] = strings.offsets
-    for name in NUMBER_COLUMNS:
-        column = getattr(clips, name)
-        tensors[name] = np.ascontiguousarray(column[:1] if column.strides == (0,) else column)
+    tensors = tensors_of_clips(clips) | {"places": scan.places}
     facts = json.dumps({"roots": clips.roots, "extra": list(clips.extra), "unread": scan.unread})
     about = {"key": key, "facts": facts, "hash": hash_arrays({"key": key, "facts": facts}, tensors)}
     aside = file.with_name(f".{file.name}.{secrets.token_hex(6)}.tmp")
@@ -96,6 +79,42 @@ def save_scan(file: Path, key: str, scan: Scan) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def tensors_of_clips(clips: Clips) -> dict[str, np.ndarray]:
+    """Return the columns of a table as arrays by name, for a file; a column of one value has one entry."""
+    tensors: dict[str, np.ndarray] = {}
+    named = {name: getattr(clips, name) for name in _STRINGS}
+    for name, strings in (
+        named | {f"extra.{name}": strings for name, strings in clips.extra.items()}
+    ).items():
+        tensors[f"{name}.utf8"] = np.frombuffer(strings.utf8, np.uint8)
+        tensors[f"{name}.offsets"] = strings.offsets
+    for name in NUMBER_COLUMNS:
+        column = getattr(clips, name)
+        alike = column.strides == (0,) or (column[:1] == column).all()
+        tensors[name] = np.ascontiguousarray(column[:1] if alike else column)
+    return tensors
+
+
+def clips_of_tensors(
+    tensors: Mapping[str, np.ndarray], roots: Sequence[str | None] = (None,), extra: Sequence[str] = ()
+) -> Clips:
+    """Return the table that `tensors_of_clips` was given.
+
+    Raises:
+        KeyError, ValueError: if an array is missing or malformed.
+    """
+    strings: dict[str, Any] = {
+        name: Strings.of(tensors[f"{name}.utf8"].tobytes(), tensors[f"{name}.offsets"])
+        for name in (*_STRINGS, *(f"extra.{name}" for name in extra))
+    }
+    return Clips(
+        **{name: strings[name] for name in _STRINGS},
+        **{name: _single(tensors[name]) for name in NUMBER_COLUMNS},
+        roots=tuple(roots),
+        extra={name: strings[f"extra.{name}"] for name in extra},
+    )
 
 
 def _single(column: np.ndarray) -> Any:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,8 +125,9 @@ def read_manifest(
     skipped = [outcome for outcome in outcomes.values() if isinstance(outcome, Skipped)]
     read = {place: outcome for place, outcome in outcomes.items() if isinstance(outcome, Clip)}
     if read:
-        order = np.concatenate([places, np.array(list(read))]).argsort()
-        clips = Clips.concatenate([clips, Clips.of(read.values())]).take(order)
+        places = np.concatenate([places, np.array(list(read))])
+        clips = Clips.concatenate([clips, Clips.of(read.values())]).take(places.argsort())
+    clips = replace(clips, row=np.sort(places) + 1)
     if not len(clips):
         lines = [f"manifest {manifest}: no clip can be used", *summarise(skipped)]
         if any(reason.startswith(("file missing", "outside the data root")) for _, reason in skipped):

@@ -22,7 +22,7 @@ from types import FrameType
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from stdit.errors import LostRankError, OtherRankError, UserError
+from stdit.errors import LostRankError, OtherRankError, UserError, interrupt_behind
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.processes.exit import end_process
 from stdit.parallel.processes.mesh import Mesh
@@ -325,6 +325,9 @@ def watching(watchdog: Watchdog) -> Iterator[Watchdog]:
         watchdog.stop(getattr(stop, "code", 130))
         raise
     except Exception as error:
+        if (interrupt := interrupt_behind(error)) is not None:
+            watchdog.stop(getattr(interrupt, "code", 130))
+            raise
         explained = watchdog.explain(error)
         watchdog.stop()
         if explained is error:
