@@ -63,7 +63,7 @@ def test_probe_says_what_is_expected(probed: Path, name: str) -> None:
         return
     assert name not in reasons
     row = rows[name]
-    assert (row["color"], row["field_order"], bool(row["damage"])) == expected[4:]
+    assert (row["color_space"], row["field_order"], bool(row["damage"])) == expected[4:]
     assert (int(row["height"]), int(row["width"])) == expected[2:4]
     assert float(row["fps"]) == pytest.approx(expected.fps, rel=0.01)
     if name != "truncated.mp4":  # how many frames remain depends on the encoder

@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 
+from stdit.data.manifest.rows import near_misses
 from stdit.data.shapes import build as build_module
 from stdit.data.shapes.build import ShapesConfig, build, draw_clip, draw_prompts, write_video
 from stdit.data.shapes.captions import SEEN, TEMPLATES, UNSEEN, UNSEEN_TEMPLATES, caption, paraphrase
@@ -329,6 +330,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_build_writes_clips_that_show_their_captions(built: Path) -> None:
     rows = read(built / "manifest.csv")
     assert len(rows) == 12 and {row["text"] for row in rows} == {draw_clip(i, SMALL)[1] for i in range(12)}
+    assert near_misses(rows[0]) == []
     train, _ = split_combinations(SMALL.seed)
     for row in rows:
         assert (row["shape"], row["colour"], row["motion"]) in train

@@ -20,7 +20,7 @@ from stdit.errors import UserError, install_command
 REQUIRED = ("path", "text")
 METADATA = ("num_frames", "fps", "height", "width")
 SPAN_COLUMNS = ("start", "end")
-COLOR, FIELD_ORDER = "color", "field_order"
+COLOR, FIELD_ORDER = "color_space", "field_order"
 MEDIA_COLUMNS = (COLOR, FIELD_ORDER, "readable_seconds", "damage")
 """Columns that `prepare_data.py probe` adds to METADATA: see `stdit.data.decoding.examine`."""
 BYTE_RANGE_COLUMNS = ("offset", "size")

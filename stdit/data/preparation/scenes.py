@@ -11,7 +11,7 @@ from stdit.data.decoding.colors import SDR
 from stdit.data.decoding.decode import DecodeError, iter_frames
 from stdit.data.decoding.interlacing import PROGRESSIVE
 from stdit.data.decoding.media import inside, is_url
-from stdit.data.manifest.rows import FIELD_ORDER, METADATA, SPAN_COLUMNS
+from stdit.data.manifest.rows import COLOR, FIELD_ORDER, METADATA, SPAN_COLUMNS
 from stdit.data.preparation.cutting import cut_clip
 from stdit.data.preparation.flow import (
     ClipRecord,
@@ -156,7 +156,7 @@ def split_clip(record: ClipRecord, config: SceneConfig, folder: str | None) -> d
         values = {**dict.fromkeys((*SPAN_COLUMNS, *ARCHIVE_COLUMNS)), "damage": ""}
         values["readable_seconds"] = round(written.num_frames / written.fps, 3)
         if way == "encoded":
-            values |= {"color": SDR, FIELD_ORDER: PROGRESSIVE}
+            values |= {COLOR: SDR, FIELD_ORDER: PROGRESSIVE}
         rows.append({"path": str(file), **written._asdict(), **values})
         how.append(way)
     return {"scenes": rows, "short": short, "lost": lost, "how": how}

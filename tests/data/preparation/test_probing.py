@@ -29,7 +29,7 @@ def test_a_folder_becomes_a_manifest_and_broken_files_are_listed(clips: Path) ->
     assert read_csv(clips / "manifest.csv")[0] == {
         **{"path": "a.mp4", "text": 'a red, "large" ball'},
         **{"num_frames": "16", "fps": "8.0", "height": "48", "width": "64"},
-        **{"color": "SDR", "field_order": "progressive", "readable_seconds": "2.0", "damage": ""},
+        **{"color_space": "SDR", "field_order": "progressive", "readable_seconds": "2.0", "damage": ""},
     }
     reasons = {row["path"]: row["reason"] for row in read_csv(clips / "manifest.excluded.csv")}
     assert set(reasons) == {"broken.mp4", "empty.mp4", "outside.mp4"}
