@@ -26,31 +26,10 @@ if TYPE_CHECKING:
 
 def main() -> int:
     from stdit.training.config import parse_train
+    from stdit.training.dry_run import dry_run
 
     config = parse_train()
     return dry_run(config) if config.dry_run else train(config)
-
-
-def dry_run(config: "TrainConfig") -> int:
-    """Print, on the main process, what the run would train on, its memory and, if asked, the time of its steps."""
-    from stdit.training.report import report_of
-    from stdit.training.system import launched_processes
-
-    rank, processes = launched_processes()
-    if rank == 0:
-        print(report_of(config, processes), flush=True)
-    if config.dry_run != "steps":
-        return 0
-    from stdit.training.stop_signals import stop_signals
-
-    with stop_signals() as signals:
-        from stdit.training.step_times import measured_times
-
-        lines = measured_times(config, signals)
-        if rank == 0:
-            print(*lines, sep="\n")
-        return 0
-    return signals.exit_code
 
 
 def train(config: "TrainConfig") -> int:
@@ -68,6 +47,7 @@ def train(config: "TrainConfig") -> int:
 
 def loop(session: "Session") -> int:
     """Do the remaining steps, with what is due between them, and export the pipeline; return the exit code."""
+    from stdit.training.report import end_lines
     from stdit.training.system import progress_bar
 
     steps, phase = session.config.trainer.steps, session.watchdog.phase
@@ -96,14 +76,7 @@ def loop(session: "Session") -> int:
                 session.sampler.validate(done)
     phase(f"step {steps}, export")
     pipeline = session.sampler.export(max(saver.start_step, steps))
-    if saver.start_step > steps:
-        print(
-            f"{pipeline.parent} has {saver.start_step} steps already, and trainer.steps = {steps}: nothing to train. "
-            f"For a run of {steps} steps choose another --name"
-        )
-    else:
-        print(f"trained for {steps} steps: {pipeline} is written")
-    print(f'Sample: python sample.py --checkpoint {pipeline.parent} --prompt "..."')
+    print(end_lines(pipeline, saver.start_step, steps))
     return signals.exit_code
 
 

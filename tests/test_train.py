@@ -31,6 +31,7 @@ from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.training import checkpoint_writer, stop_signals
 from stdit.training.config import parse_train
+from stdit.training.dry_run import dry_run
 from stdit.training.sampler import Sampler
 from stdit.training.trainer import Trainer
 from tests import warm
@@ -500,11 +501,11 @@ def test_dry_run_reports_and_writes_only_the_table_of_clips(settings: Settings, 
 
 def test_dry_run_shows_what_is_cut(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     buckets = json.dumps([dict(num_frames=4, fps=8, batch_size=2, height=4, width=8)])
-    assert train.dry_run(parse_train(settings(dry_run="true", data__buckets=buckets))) == 0
+    assert dry_run(parse_train(settings(dry_run="true", data__buckets=buckets))) == 0
     shown = capsys.readouterr().out
     assert re.search(r"4x4x8 at 8 fps: 50% of the picture on average, at most 50% \(\S*, 8x8 pixels\)", shown)
     with pytest.raises(UserError, match=r"5 x too much would be cut: .* \(50% of 8x8 pixels"):
-        train.dry_run(parse_train(settings(dry_run="true", data__buckets=buckets, data__max_crop=0.4)))
+        dry_run(parse_train(settings(dry_run="true", data__buckets=buckets, data__max_crop=0.4)))
 
 
 def test_workers_auto_trains_on_the_same_batches(
@@ -521,7 +522,7 @@ def test_workers_auto_trains_on_the_same_batches(
 def test_dry_run_compares_sp_only_if_asked(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     tables = ("sharing of 4x8x8", "parallel.sp = auto, 8 processes")
     for asked in ("true", "sp"):
-        assert train.dry_run(parse_train(settings(dry_run=asked))) == 0
+        assert dry_run(parse_train(settings(dry_run=asked))) == 0
         shown = capsys.readouterr().out
         assert [text in shown for text in tables] == [asked == "sp"] * 2, asked
         assert "memory: about" in shown

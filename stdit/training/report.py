@@ -1,7 +1,8 @@
-"""Report what a run will train on, and the memory it needs, before it starts."""
+"""Report what a run will train on, and the memory it needs, before it starts; and what it did, at its end."""
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -136,3 +137,15 @@ def start_line(components: RunComponents) -> str:
     """Return the first line of a run: its folder, parameters and clips."""
     count = sum(p.numel() for p in components.model.parameters())
     return f"{components.config.run_folder}: {count:,} parameters, {components.plan.assignment.kept} clips"
+
+
+def end_lines(pipeline: Path, start_step: int, steps: int) -> str:
+    """Return the last lines of a run that began at ``start_step``: what was trained, and how to sample from it."""
+    run = pipeline.parent
+    done = f"trained for {steps} steps: {pipeline} is written"
+    if start_step > steps:
+        done = (
+            f"{run} has {start_step} steps already, and trainer.steps = {steps}: nothing to train. For a run of "
+            f"{steps} steps choose another --name"
+        )
+    return f'{done}\nSample: python sample.py --checkpoint {run} --prompt "..."'
