@@ -1,6 +1,5 @@
 """train.py when its folder vanishes, the clock jumps, wandb cannot be reached, or a checkpoint is damaged."""
 
-import json
 import os
 import shutil
 import socket
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stdit.checkpoint_files import META, newest_whole
+from stdit.checkpoint_files import FORMAT, META, newest_whole, read_sealed, sealed_json
 from stdit.cli import run as run_main
 from stdit.data.batch import EncodedBatch
 from stdit.parallel.processes.storage import STEMS
@@ -279,10 +278,10 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     """Return a function that changes the manifest of a checkpoint."""
 
     def change(folder: Path) -> None:
-        meta = json.loads((folder / META).read_text())
+        meta = read_sealed(folder / META)
         for key, value in changes.items():
             meta[key] = {**meta[key], **value} if isinstance(value, dict) else value
-        (folder / META).write_text(json.dumps(meta))
+        (folder / META).write_text(sealed_json(meta))
 
     return change
 
@@ -330,8 +329,11 @@ def test_training_skips_a_damaged_checkpoint_with_the_same_result(
 @pytest.mark.parametrize(
     "change, words",
     [
-        (edit(experiment={"model.depth": 2}), "is of another experiment: model.depth was 2, is 1"),
-        (edit(format=3, versions={"stdit": "9.0"}), "was written by a newer stdit, 9.0"),
+        (
+            edit(experiment={"model.depth": 2}),
+            "cannot be resumed with model.depth 2 -> 1 (its weights are of another architecture)",
+        ),
+        (edit(format=FORMAT + 1, versions={"stdit": "9.0"}), "was written by a newer stdit, 9.0"),
     ],
     ids=["other", "newer"],
 )

@@ -14,7 +14,7 @@ from tests.training.tiny import tiny_settings
 
 ALL = "--root {root} --workers 1 --timeout 90 --overwrite"
 RUNS = {
-    "probe": ALL,
+    "probe": f"{ALL} --quick",
     "split": f"{ALL} --detector content --threshold 20 --min_seconds 0.5 --max_seconds 2 --cut {{work}}/cut",
     "score": f"{ALL} --scores text brightness redness --import my_scores --frames 4 --fps 4 --side 32 "
     "--model {clip} --batch_size 2 --device cpu --dtype fp32",

@@ -21,7 +21,7 @@ def test_the_command(
     monkeypatch.setattr(sys, "argv", argv)
     bench_plan.main()
     printed = capsys.readouterr().out
-    assert "start: 1,500 clips in 24 buckets" in printed and "resume: 1,500 clips" in printed
+    assert "start: 1,490 clips in 24 buckets" in printed and "resume: 1,490 clips" in printed
     figures = json.loads(output.read_text())
     assert figures["resume"]["mib"] >= 0
     for found in (figures["start"], figures["resume"]):
