@@ -47,6 +47,10 @@ SPIKES = ("--trainer.steps", "16", "--trainer.spike.factor", "1.0001", "--traine
 SPIKES = (*SPIKES, "--optimizer.muon_lr", "1")
 
 
+BEFORE = ("--output_dir", "before", "--name", "run")
+"""A run of the other settings, of 3 steps."""
+
+
 def bucket(text: str) -> list[str]:
     return ["--data.buckets", f"[{{{text}}}]"]
 
@@ -55,6 +59,9 @@ CHANGES = {
     "name": Change(["--name", "other"]),
     "output_dir": Change(["--output_dir", "other"]),
     "resume": Change(["--resume", "absent"]),
+    "resume_changed": Change(
+        ["--resume_changed"], [*BEFORE, "--optimizer.lr", "5e-4", "--trainer.steps", "4"]
+    ),
     "init_from": Change(["--init_from", "absent"]),
     "imports": Change(["--import", "no_such_module"]),
     "model.hidden_size": Change(["--model.hidden_size", "64"]),
@@ -186,7 +193,7 @@ WANDB_CALLS: dict[str, Callable[..., Any] | None] = {
     "stdit.training.tracking.WandB.log": Mock(),
 }
 """Only with wandb, which is slow to import."""
-INPUTS = ("clips", "bert", "clips.csv", "damaged.csv")
+INPUTS = ("clips", "bert", "before", "clips.csv", "damaged.csv")
 VOLATILE = ("second", "share", "memory", "time", "bytes")
 """Parts of names in metrics.jsonl that differ from run to run."""
 
@@ -203,6 +210,12 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[s
     base += ["--data.manifest", "clips.csv", "--output_dir", "outputs", "--trainer.steps", "3"]
     base += ["--model.depth", "2", "--model.gate_init", "0.5", "--checkpoint.every", "1"]
     base += ["--validation.num_inference_steps", "1"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *base, *BEFORE])
+        AcceleratorState._reset_state(True)
+        assert train.main() == 0
 
     @cache
     def run(flags: tuple[str, ...]) -> Outcome:
