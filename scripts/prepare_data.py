@@ -17,7 +17,6 @@ The same command resumes an interrupted step. Original files are never changed. 
 the flags of a step.
 """
 
-import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -214,12 +213,12 @@ def build_model(args: Namespace) -> Any:
 def build_task(args: Namespace) -> Any:
     """Return the Task of a step."""
     from stdit.data.preparation.flow import Task
+    from stdit.data.workers import usable_cores
 
     task = Task(args.source, args.output, args.root, overwrite=args.overwrite)
     if not hasattr(args, "workers"):
         return task
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = cores if args.workers is None else args.workers
+    workers = usable_cores() if args.workers is None else args.workers
     if args.timeout and not workers:
         raise UserError(
             f"--timeout {args.timeout:g} and --workers 0: only a process of its own can be ended: "

@@ -3,6 +3,7 @@
 import importlib.metadata
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -45,6 +46,12 @@ class OtherRankError(UserError):
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(message)
         self.code = code
+
+
+def listed(names: Sequence[str], count: int) -> str:
+    """Return the first names of ``count``, and how many more there are: "a, b and 3 more"."""
+    more = count - len(names)
+    return ", ".join(names) + (f" and {more} more" if more > 0 else "")
 
 
 def install_command(extra: str) -> str:

@@ -15,9 +15,9 @@ from safetensors.numpy import load, save
 from stdit.data.assignment import Assignment
 from stdit.data.manifest.clips import NOT_CONTENT, NUMBER_COLUMNS, Clips
 from stdit.data.manifest.index import clips_of_tensors, tensors_of_clips
-from stdit.errors import UserError
+from stdit.errors import UserError, listed
 
-MAX_EXAMPLES = 3
+MAX_NAMED_CLIPS = 3
 """Clips that are named for each kind of difference."""
 MAX_CAPTION = 60
 """Characters that are shown of a caption."""
@@ -91,18 +91,15 @@ class ClipList:
 
     def _change(self, what: str, old: "ClipList", places: np.ndarray, old_places: np.ndarray) -> str:
         """Return the words for clips, here and in an older list, that differ in one property."""
-        first = np.unique(self._listed(places), return_index=True)[1]  # windows of a clip count once
-        first.sort()
+        first = self._first_windows(places)
+        named = first[:MAX_NAMED_CLIPS]
         shown = []
-        for place, old_place in zip(
-            places[first[:MAX_EXAMPLES]], old_places[first[:MAX_EXAMPLES]], strict=True
-        ):
+        for place, old_place in zip(places[named], old_places[named], strict=True):
             before, after = old._value(what, old_place), self._value(what, place)
             if what == "caption":
                 before, after = _excerpts(before, after)
             shown.append(f"{self._name(place)}: {before} -> {after}")
-        more = len(first) - len(shown)
-        return f"{what} of {', '.join(shown)}" + (f" and {more} more" if more else "")
+        return f"{what} of {listed(shown, len(first))}"
 
     def _value(self, what: str, place: int) -> str:
         if what == "caption":
@@ -111,16 +108,14 @@ class ClipList:
             return self.buckets[self.bucket[place]]
         return f"{getattr(self.clips, what)[place]:g}"
 
-    def _listed(self, places: np.ndarray) -> np.ndarray:
-        """Return a number for the row and file of each clip."""
-        return self.clips.files[places] * np.uint64(31) + self.clips.row[places].astype(np.uint64)
+    def _first_windows(self, places: np.ndarray) -> np.ndarray:
+        """Return the indices in ``places``, ascending, of the first window of each row and file."""
+        clips = self.clips.files[places] * np.uint64(31) + self.clips.row[places].astype(np.uint64)
+        return np.sort(np.unique(clips, return_index=True)[1])
 
     def _names(self, places: np.ndarray) -> str:
-        first = np.unique(self._listed(places), return_index=True)[1]
-        first.sort()
-        more = len(first) - MAX_EXAMPLES
-        named = ", ".join(self._name(place) for place in places[first[:MAX_EXAMPLES]])
-        return named + (f" and {more} more" if more > 0 else "")
+        first = self._first_windows(places)
+        return listed([self._name(place) for place in places[first[:MAX_NAMED_CLIPS]]], len(first))
 
     def _name(self, place: int) -> str:
         """Return the row of a clip, if it is known, and its file."""

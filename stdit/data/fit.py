@@ -107,6 +107,11 @@ class Fit:
         )
 
     @property
+    def images(self) -> np.ndarray:
+        """Whether a bucket is one of images, [K]."""
+        return np.array([bucket.num_frames == 1 for bucket in self.buckets])
+
+    @property
     def fills(self) -> np.ndarray:
         """Whether a clip can fill a bucket, however much of it is cut."""
         return self.long_enough & self.large_enough & self.fast_enough
@@ -115,9 +120,8 @@ class Fit:
     def off_aspect(self) -> np.ndarray:
         """Whether a bucket cuts clearly more of a clip than another that it fills, of those for videos or images."""
         crop, fits = 1 - np.exp(-self.mismatch), self.fills & self.uncut
-        images = np.array([bucket.num_frames == 1 for bucket in self.buckets])
         off = np.empty(fits.shape, bool)
-        for kind in (images, ~images):
+        for kind in (self.images, ~self.images):
             least = np.where(fits[:, kind], crop[:, kind], np.inf).min(axis=1, initial=np.inf, keepdims=True)
             off[:, kind] = crop[:, kind] > least + SAME_ASPECT
         return off
@@ -129,8 +133,7 @@ class Fit:
         taken = kept & self.weighted
         preference = np.array(resolution_ranks(self.buckets)) + self.mismatch / (1 + self.mismatch)
         if self.bucket_choice == "aspect":  # counts more than the rank, which is below K
-            images = np.array([bucket.num_frames == 1 for bucket in self.buckets])
-            preference += len(self.buckets) * (2 * images + self.off_aspect)
+            preference += len(self.buckets) * (2 * self.images + self.off_aspect)
         choice = np.where(taken, preference, np.inf).argmin(axis=1)  # [N]
         tests = (self.long_enough, self.large_enough, self.fast_enough, self.fills, fits, kept, taken)
         reasons = np.stack([~passed.any(axis=1) for passed in tests])  # [R N], in the order of REASONS

@@ -43,10 +43,14 @@ def count_workers(
     return min(spare_cores, math.ceil(fmean(seconds or [0.0]) / parts / STEP_SECONDS))
 
 
+def usable_cores() -> int:
+    """Return how many cores the processes of this run may use on this machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores_of_process() -> int:
-    """Return how many cores this process may use, of which processes of one machine each have a share."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Return the share of this process in `usable_cores`."""
+    return usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _decoding_seconds(plan: BatchPlan, known: Callable[[Clip], bool]) -> Iterator[float]:

@@ -71,7 +71,7 @@ class FinishedVideos:
 def difference(path: Path, metadata: Mapping[str, Any]) -> str:
     """Return how the metadata in a file differs, or that the file is damaged; empty if it is this video."""
     from stdit.checkpoint_files import read_json
-    from stdit.pipelines.video_io import is_whole, read_metadata
+    from stdit.pipelines.video_io import is_whole_video, read_metadata
 
     is_video = path.suffix != ".json"
     try:
@@ -84,7 +84,7 @@ def difference(path: Path, metadata: Mapping[str, Any]) -> str:
         name = differing[0]
         more = f", and {len(set(differing)) - 1} more" if len(set(differing)) > 1 else ""
         return f"{name} = {found.get(name)}, not {wanted.get(name)}{more}"
-    return "it is cut short" if is_video and not is_whole(path) else ""
+    return "it is cut short" if is_video and not is_whole_video(path) else ""
 
 
 def compared(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def read_frames(path: Path, columns: int = 8) -> np.ndarray:
     return frames[:, : generated.get("height"), : generated.get("width")]
 
 
-def is_whole(path: Path) -> bool:
+def is_whole_video(path: Path) -> bool:
     """Return whether all frames that the index of a video names are in the file; they are not decoded."""
     try:
         if path.suffix == ".gif":

@@ -16,9 +16,8 @@ def dry_run(config: TrainConfig) -> int:
     from stdit.training.stop_signals import stop_signals
 
     with stop_signals() as signals:
-        from stdit.training.step_times import (
-            measured_times,
-        )  # imports torch, while signals are handled already
+        # It imports torch, while signals are handled already.
+        from stdit.training.step_times import measured_times
 
         lines = measured_times(config, signals)
         if rank == 0:

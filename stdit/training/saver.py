@@ -66,9 +66,8 @@ class Saver:
         """Load the trainer's state and return its step. Raises UserError if it is of another model."""
         meta = check_can_resume(checkpoint, self.experiment)
         step: int = meta["step"]
-        if not same_batches(
-            meta["experiment"], self.experiment
-        ):  # later steps have other batches than the spikes had
+        if not same_batches(meta["experiment"], self.experiment):
+            # Later steps have other batches than the spikes had.
             spikes = meta.get("spikes", {})
             excluded = [other for other in spikes.get("excluded_steps", []) if other < step]
             meta["spikes"] = {**spikes, "excluded_steps": excluded}

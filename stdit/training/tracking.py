@@ -209,7 +209,7 @@ def _wandb_id(file: Path) -> str:
         return str(read_sealed(file)["id"])
     except (ValueError, RecursionError, KeyError) as error:
         raise UserError(
-            f"{file} is damaged ({error}): delete it, and the run goes on as another run of wandb."
+            f"{file} is damaged ({error}): delete it, and the run continues as another run of wandb."
         ) from None
 
 

@@ -11,7 +11,14 @@ import pytest
 
 from stdit.errors import UserError
 from stdit.pipelines.contact_sheet import write_sheet
-from stdit.pipelines.video_io import is_whole, read_frames, read_metadata, to_uint8, write_gif, write_mp4
+from stdit.pipelines.video_io import (
+    is_whole_video,
+    read_frames,
+    read_metadata,
+    to_uint8,
+    write_gif,
+    write_mp4,
+)
 
 METADATA = {"prompt": 'ein "grüner" Ball; = # \\ 圆\nzweite Zeile', "seed": 7, "shift": None, "fps": 8.0}
 
@@ -67,12 +74,12 @@ def test_odd_sizes_are_padded_and_recorded(tmp_path):
 def test_frames_are_read_back_and_a_file_that_is_cut_short_is_known(tmp_path, kind, write):
     path = tmp_path / f"a.{kind}"
     write(path, clip(5), 8, METADATA)
-    assert is_whole(path)
+    assert is_whole_video(path)
     frames = read_frames(path, columns=3)
     assert np.abs(frames[:, 6:14, 20:].astype(int) - clip()[[0, 2, 4], 6:14, 20:]).max() < 60
     assert np.abs(frames[0, 8, 8] - np.array([220.0, 60, 30])).max() < 12
     path.write_bytes(path.read_bytes()[:-20])
-    assert not is_whole(path)
+    assert not is_whole_video(path)
 
 
 def test_gif(tmp_path):

@@ -24,7 +24,7 @@ from stdit.data.decoding.opening import DecodeError
 
 SDR, PQ, HLG, WIDE = "SDR", "PQ", "HLG", "BT.2020"
 COLORS = (SDR, PQ, HLG, WIDE)
-"""Values of the column `color`; WIDE is SDR with the primaries of BT.2020."""
+"""Values of the column `color_space`; WIDE is SDR with the primaries of BT.2020."""
 
 TRANSFERS = {16: PQ, 18: HLG}
 """FFmpeg's numbers of transfer curves (ITU-T H.273)."""
@@ -38,7 +38,7 @@ PEAK = 1000.0
 SDR_WHITE = 203.0
 """cd/m2."""
 GAMMA = 2.4
-LUMA = np.array([0.2627, 0.6780, 0.0593])
+LUMA_BT2020 = np.array([0.2627, 0.6780, 0.0593])
 """Shares of R, G, B of BT.2020 in luminance."""
 
 M1, M2 = 2610 / 16384, 2523 / 4096 * 128
@@ -131,7 +131,7 @@ def _table(color: str, white: int) -> np.ndarray:
 
 def _hlg_system_gain(scene: np.ndarray) -> np.ndarray:
     """Return cd/m2 per scene light [H W]: the OOTF of BT.2100, table 5, whose gamma is 1.2 for 1000 cd/m2."""
-    luminance = np.tensordot(LUMA.astype(np.float32), scene, 1)
+    luminance = np.tensordot(LUMA_BT2020.astype(np.float32), scene, 1)
     return np.float32(PEAK) * luminance ** np.float32(0.2)
 
 

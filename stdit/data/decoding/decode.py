@@ -20,7 +20,7 @@ from stdit.data.decoding.frames import (
     ShownFrame,
     TimeOrderCheck,
     decodable_packets,
-    frames_in_order,
+    frames_through,
     pixel_aspect,
     select_by_frames,
     select_by_packets,
@@ -221,11 +221,8 @@ def _timed(
 ) -> Iterator[tuple[float, float, Callable[[], np.ndarray]]]:
     """Yield (seconds, duration, function that makes the picture) of all frames from `start`, or from before it."""
     if isinstance(opened, Video):
-        frames = frames_in_order(opened, start)
-        if field_order != PROGRESSIVE:
-            earlier = 2 / float(opened.stream.average_rate or 1)
-            frames = deinterlaced(frames_in_order(opened, max(0.0, start - earlier)), field_order)
-        for time, length, frame in frames:
+        through = None if field_order == PROGRESSIVE else partial(deinterlaced, order=field_order)
+        for time, length, frame in frames_through(opened, start, through):
             yield time, length, partial(rgb, frame, side=side)
     else:
         for time, length, pixels in timed_pictures(opened):

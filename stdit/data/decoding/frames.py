@@ -46,6 +46,8 @@ SEEK_BACK_SECONDS = (0.0, 0.5, 2.0, 10.0, 60.0)
 PictureT = TypeVar("PictureT")
 TimedFrame = tuple[float, float, av.VideoFrame]
 """Seconds after the first frame, duration in seconds, frame."""
+FrameFilter = Callable[[Iterator[TimedFrame]], Iterator[TimedFrame]]
+"""Changes consecutive frames on their way, such as a deinterlacer."""
 
 
 class Clock(NamedTuple):
@@ -127,22 +129,25 @@ def select_by_frames(
     times: list[float],
     tolerance: float,
     seek: bool = True,
-    through: Callable[[Iterator[TimedFrame]], Iterator[TimedFrame]] | None = None,
+    through: FrameFilter | None = None,
 ) -> Iterator[ShownFrame]:
     """Do the same as `select_by_packets`, but decode every frame from the key frame, or from the start, on.
 
     Args:
-        through: changes the frames on their way, such as a deinterlacer, which needs the one before as well.
+        through: a filter of the frames.
 
     Raises NeedsSlowerRead if seeking ended too late; DecodeError.
     """
     start = times[0] + tolerance if seek and times[0] > 0 else 0.0
+    yield from latest_shown(video.media, frames_through(video, start, through), times, tolerance)
+
+
+def frames_through(video: Video, start: float, through: FrameFilter | None) -> Iterator[TimedFrame]:
+    """Yield what `frames_in_order` does, changed by a filter that may need the frame before."""
     if through is None:
-        timed = frames_in_order(video, start)
-    else:
-        earlier = 2 / float(video.stream.average_rate or 1)
-        timed = through(frames_in_order(video, max(0.0, start - earlier)))
-    yield from latest_shown(video.media, timed, times, tolerance)
+        return frames_in_order(video, start)
+    earlier = 2 / float(video.stream.average_rate or 1)
+    return through(frames_in_order(video, max(0.0, start - earlier)))
 
 
 def frames_in_order(video: Video, start: float = 0.0) -> Iterator[TimedFrame]:

@@ -34,7 +34,7 @@ LEAST_SHARE = 0.1
 
 TILE = 16
 """Lines and looked-at columns of a tile."""
-COLUMNS = 96
+CHECKED_COLUMNS = 96
 """About how many columns of a frame are looked at, for speed."""
 COMBED = 1.5
 """How much more neighbouring lines differ in a combed tile than lines of the same field."""
@@ -195,14 +195,14 @@ def _through(graph: Graph, frame: av.VideoFrame | None) -> Iterator[av.VideoFram
 
 
 def _luma(frame: av.VideoFrame) -> np.ndarray | None:
-    """View about COLUMNS columns of the luma plane, [H W]; None for other formats than YCbCr in planes."""
+    """View about CHECKED_COLUMNS columns of the luma plane, [H W]; None for other formats than YCbCr in planes."""
     form = frame.format
     if not form.name.startswith(PLANAR) or not form.is_planar:
         return None
     plane, depth = frame.planes[0], form.components[0].bits
     kind = np.dtype(np.uint8) if depth == 8 else np.dtype(">u2" if form.is_big_endian else "<u2")
     rows = np.ndarray((plane.height, plane.line_size // kind.itemsize), kind, plane)[:, : frame.width]
-    rows = rows[:, :: max(1, frame.width // COLUMNS)]
+    rows = rows[:, :: max(1, frame.width // CHECKED_COLUMNS)]
     return rows if depth == 8 else rows >> (depth - 8)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from stdit.data.decoding.media import Media
-from stdit.data.manifest.fields import FIELD_ORDERS
+from stdit.data.manifest.fields import FIELD_ORDER_WORDS
 
 _STRINGS_PER_PIECE = 65536
 WHOLE_FILE = -1
@@ -51,7 +51,7 @@ class Clip:
     @property
     def field_order(self) -> str:
         """Of the file, as the manifest states it, see `decode_clip`; empty if it does not."""
-        return FIELD_ORDERS[self.extra.get("field_order", "")]
+        return FIELD_ORDER_WORDS[self.extra.get("field_order", "")]
 
 
 class Strings(Sequence[str]):

@@ -18,7 +18,7 @@ LIMITS = {
 }
 """Columns of numbers: (least value, greatest value, whether it must be an integer)."""
 
-FIELD_ORDERS = {
+FIELD_ORDER_WORDS = {
     **{"": "", "unknown": "", "progressive": "progressive", "tff": "tff", "bff": "bff"},
     **{"tt": "tff", "bt": "tff", "bb": "bff", "tb": "bff"},
 }

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from stdit.data.decoding.colors import SDR
 from stdit.data.decoding.interlacing import PROGRESSIVE
-from stdit.data.manifest.fields import FIELD_ORDERS
+from stdit.data.manifest.fields import FIELD_ORDER_WORDS
 from stdit.data.manifest.rows import COLOR, FIELD_ORDER
 
 
@@ -16,7 +16,9 @@ def media_lines(columns: Mapping[str, Sequence[str]]) -> list[str]:
         columns: those of MEDIA_COLUMNS that the manifest has, a text per clip; "" counts as the usual.
     """
     colors = _unusual(columns.get(COLOR, ()), SDR)
-    orders = _unusual([FIELD_ORDERS.get(order, order) for order in columns.get(FIELD_ORDER, ())], PROGRESSIVE)
+    orders = _unusual(
+        [FIELD_ORDER_WORDS.get(order, order) for order in columns.get(FIELD_ORDER, ())], PROGRESSIVE
+    )
     damaged = _unusual(columns.get("damage", ()), "")
     lines = []
     if colors:

@@ -22,7 +22,7 @@ from stdit.data.decoding.media import Media, MediaError, is_url, locate
 from stdit.data.manifest.archives import archive_rows, find_shards, is_archive, shard_root
 from stdit.data.manifest.clips import Clip, Clips
 from stdit.data.manifest.config import SourceConfig
-from stdit.data.manifest.fields import FIELD_ORDERS, LIMITS, clip_span, is_allowed, read_number
+from stdit.data.manifest.fields import FIELD_ORDER_WORDS, LIMITS, clip_span, is_allowed, read_number
 from stdit.data.manifest.index import load_scan, manifest_key, save_scan
 from stdit.data.manifest.rows import COLOR, FIELD_ORDER, METADATA, SPAN_COLUMNS, Rows, near_misses, read_rows
 from stdit.data.manifest.scan import KNOWN_COLUMNS, add_scores, scan_rows
@@ -231,7 +231,7 @@ def read_fields(fields: Mapping[str, str], root: str) -> tuple[Media, dict[str, 
                 above = "of 0 or more" if least == 0 else "above 0"
                 raise RowError(f"{column} is not a {'whole ' if whole else ''}number {above}: {text!r}")
             given[column] = number
-    if (order := fields.get(FIELD_ORDER) or "") not in FIELD_ORDERS:
+    if (order := fields.get(FIELD_ORDER) or "") not in FIELD_ORDER_WORDS:
         raise RowError(f"field_order is not progressive, tff or bff: {order!r}")
     if bool(member) != ("offset" in given) or bool(member) != ("size" in given):
         raise RowError("member, offset and size: give all of them or none")

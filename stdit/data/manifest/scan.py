@@ -10,7 +10,7 @@ import numpy as np
 
 from stdit.data.manifest.caption_scores import score_suffix
 from stdit.data.manifest.clips import Clips, Strings
-from stdit.data.manifest.fields import FIELD_ORDERS, LIMITS, clip_span, is_allowed, read_numbers
+from stdit.data.manifest.fields import FIELD_ORDER_WORDS, LIMITS, clip_span, is_allowed, read_numbers
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, FIELD_ORDER, METADATA, REQUIRED, SPAN_COLUMNS, Rows
 
 KNOWN_COLUMNS = frozenset((*REQUIRED, *METADATA, *SPAN_COLUMNS, *BYTE_RANGE_COLUMNS, "member"))
@@ -88,8 +88,8 @@ def _complete_clips(rows: Rows, root: str, weight: float) -> tuple[Clips, np.nda
     in_archive = _given(members)
     complete &= (given["offset"] == in_archive) & (given["size"] == in_archive)
     complete[list(rows.refused)] = False
-    if not set(orders := rows.columns.get(FIELD_ORDER, ())) <= FIELD_ORDERS.keys():
-        complete &= np.array([order in FIELD_ORDERS for order in orders])
+    if not set(orders := rows.columns.get(FIELD_ORDER, ())) <= FIELD_ORDER_WORDS.keys():
+        complete &= np.array([order in FIELD_ORDER_WORDS for order in orders])
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         start, end, num_frames = clip_span(*(numbers[name] for name in ("num_frames", "fps", "start", "end")))
     complete &= num_frames > 0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from stdit.data.decoding.decode import VideoInfo, probe
 from stdit.data.decoding.media import Media, MediaError, inside, is_url
 from stdit.data.manifest.archives import is_archive
-from stdit.data.manifest.fields import FIELD_ORDERS, clip_span
+from stdit.data.manifest.fields import FIELD_ORDER_WORDS, clip_span
 from stdit.data.manifest.reading import RowError, Skipped, read_fields, row_name, summarise
 from stdit.data.manifest.rows import FIELD_ORDER
 from stdit.data.preparation.jobs import ExcludedError, Journal, Outcome, Outcomes, outcome_key, run_all
@@ -209,7 +209,7 @@ def _read_record(row: TableRow, root: str) -> ClipRecord:
     except (RowError, MediaError) as error:
         raise ExcludedError(str(error)) from None
     numbers = {name: given.get(name, math.nan) for name in ClipRecord._fields[1:-1]}
-    return ClipRecord(media, **numbers, field_order=FIELD_ORDERS[row.get(FIELD_ORDER) or ""])
+    return ClipRecord(media, **numbers, field_order=FIELD_ORDER_WORDS[row.get(FIELD_ORDER) or ""])
 
 
 def add_columns(table: Table, outcomes: Sequence[Outcome]) -> list[RowResult]:

@@ -12,6 +12,7 @@ from stdit.data.decoding.media import Media
 from stdit.data.fit import Fit, cropped_share, resolution_ranks, window_counts
 from stdit.data.manifest.clips import Clip
 from stdit.data.preparation.table import staged_output
+from stdit.errors import listed
 
 COLUMNS = (
     *("path", "start", "end", "num_frames", "fps", "width", "height"),
@@ -103,9 +104,6 @@ def _reason(k: int, why: Sequence[int], buckets: Sequence[Bucket], ranks: Sequen
             named.setdefault(_WHY_NOT[code], []).append(str(buckets[other]))
     if not named:
         return "the largest bucket" if ranks[k] == 0 else "videos go to buckets of videos"
-    return "not in a larger bucket: " + "; ".join(f"{name}: {_listed(them)}" for name, them in named.items())
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return "not in a larger bucket: " + "; ".join(
+        f"{name}: {listed(them[:MAX_NAMED], len(them))}" for name, them in named.items()
+    )

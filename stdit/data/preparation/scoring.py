@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
+from stdit.checkpoint_files import hash_file
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
 from stdit.data.preparation.flow import (
@@ -87,7 +87,7 @@ def score_clips(
     window.validate()
     if not scores:
         raise UserError(f"--scores is empty: name some of {', '.join(SCORERS.names())}")
-    scorers = {name: SCORERS.get(name) for name in scores if SCORERS.get(name) is not _text}
+    scorers = {name: SCORERS.get(name) for name in scores if name != TEXT}
     if TEXT in scores and text_model is None:
         raise UserError(
             "--scores text needs --model: the folder or hub id of a CLIP-like model of transformers"
@@ -165,7 +165,7 @@ def _code_hash(scorer: Scorer) -> str:
     """Return a hash of the file that defines a scorer, whose earlier results a change of it makes void."""
     defined = scorer if inspect.isroutine(scorer) else type(scorer)
     try:
-        return xxhash.xxh3_128_hexdigest(Path(inspect.getfile(defined)).read_bytes())
+        return hash_file(Path(inspect.getfile(defined)))
     except (TypeError, OSError):  # it is built in, or was typed into an interpreter
         return ""
 

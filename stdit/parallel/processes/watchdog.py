@@ -321,13 +321,11 @@ def watching(watchdog: Watchdog) -> Iterator[Watchdog]:
     """
     try:
         yield watchdog
-    except KeyboardInterrupt as stop:
-        watchdog.stop(getattr(stop, "code", 130))
-        raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if (interrupt := interrupt_behind(error)) is not None:
             watchdog.stop(getattr(interrupt, "code", 130))
             raise
+        assert isinstance(error, Exception)  # else it is an interrupt itself
         explained = watchdog.explain(error)
         watchdog.stop()
         if explained is error:
