@@ -117,6 +117,12 @@ def rotated(path: Path) -> None:
     patched(path, b"tkhd", 40, struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 0x40000000))
 
 
+def latin_title(path: Path) -> None:
+    """The name of the track is not UTF-8."""
+    write(path)
+    patched(path, b"Video", -2, "éo".encode("latin-1"))
+
+
 def edit_list(path: Path) -> None:
     """The first half second is hidden, in the middle of a group of pictures."""
     write(path, options={"qp": "8", "g": "16", "bf": "0"})
@@ -223,6 +229,7 @@ VARIABLE = [0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1.0, 1.4, 1.5, 1.6, 1.7, 1.75, 1.8,
 CASES: dict[str, Case] = {
     "plain.mp4": (write, Expected()),
     "rotated.mp4": (rotated, Expected(height=WIDTH, width=HEIGHT)),
+    "a title in Latin-1.mp4": (latin_title, Expected()),
     "edit list.mp4": (edit_list, Expected(num_frames=12)),
     "variable rate.mp4": (lambda path: write(path, times=VARIABLE), Expected(fps=7.5)),
     "10 bit.mp4": (

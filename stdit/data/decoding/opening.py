@@ -126,13 +126,18 @@ def _open_container(
     stack: contextlib.ExitStack, file: str | BinaryIO, options: dict[str, str], quick: bool
 ) -> av.container.InputContainer:
     if quick:
-        container = stack.enter_context(av.open(file, container_options=options | QUICK))
-        if all(stream.width and stream.codec_context for stream in container.streams.video):
+        container = stack.enter_context(_open(file, options | QUICK))
+        if all(stream.codec_context and stream.width for stream in container.streams.video):
             return container
         stack.close()
         if not isinstance(file, str):
             file.seek(0)
-    return stack.enter_context(av.open(file, container_options=options))
+    return stack.enter_context(_open(file, options))
+
+
+def _open(file: str | BinaryIO, options: dict[str, str]) -> av.container.InputContainer:
+    # titles and comments are in any encoding, and nothing here reads them
+    return av.open(file, container_options=options, metadata_errors="replace")
 
 
 def check_frame_size(media: Media, width: int, height: int) -> None:
