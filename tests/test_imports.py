@@ -1,7 +1,7 @@
-"""The layering of the code: no circle of imports, between files or between packages, and packages in layers."""
+"""The layering of the code: no circle of imports, packages in layers; and one public name has one meaning."""
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -20,6 +20,10 @@ LAYERS = [
 ]
 """From the ground up: a file imports only from its own layer and those below it."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+IN_EVERY_FILE = {"logger"}
+"""Public names that many modules define, each for itself."""
+SCOPES = ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+"""Expressions whose names are their own."""
 FILES = sorted((ROOT / "stdit").rglob("*.py"))
 
 
@@ -62,6 +66,27 @@ def is_face(module: str) -> bool:
     return MODULES[module].name == "__init__.py"
 
 
+def defined_names(node: ast.AST) -> Iterator[str]:
+    """Names that a module defines at its top level, also in branches; what it imports is defined elsewhere."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield child.name
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id
+        elif not isinstance(child, SCOPES):
+            yield from defined_names(child)
+
+
+def repeated_names(modules: Mapping[str, Path]) -> dict[str, list[str]]:
+    """Public names at the top level of more than one module, with these modules."""
+    found: dict[str, list[str]] = {}
+    for module, path in modules.items():
+        for name in set(defined_names(ast.parse(path.read_text(encoding="utf-8")))):
+            if not name.startswith("_") and name not in IN_EVERY_FILE:
+                found.setdefault(name, []).append(module)
+    return {name: places for name, places in found.items() if len(places) > 1}
+
+
 def test_no_circle_of_files() -> None:
     graph = {name: imports(path) for name, path in MODULES.items()}
     assert circle(graph) == []
@@ -96,3 +121,23 @@ def test_imports_in_functions_and_for_type_checkers_are_seen(tmp_path: Path) -> 
         "def load() -> None:\n    from stdit.data import plan\n"
     )
     assert imports(file) == {"stdit.codecs.base", "stdit.data.plan"}
+
+
+def test_public_names_have_one_meaning() -> None:
+    assert repeated_names(MODULES) == {}
+
+
+def test_a_name_with_two_meanings_is_seen(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"{name}.py" for name in ("first", "second", "third"))
+    first.write_text(
+        "import logging\nlogger = logging.getLogger()\nLIMIT: int = 3\n_own = 1\nall(one for one in ())\n"
+        "try:\n    import av\nexcept ImportError:\n    class Missing:\n        size = 2\n"
+        "def load():\n    local = 1\n"
+    )
+    second.write_text(
+        "logger = None\nLIMIT, _own = 4, 2\nload = print\nlocal = size = sum(one for one in ())\n"
+        "class Missing:\n    size = 1\n"
+    )
+    third.write_text("from second import LIMIT, load, local\n")
+    modules = {path.stem: path for path in (first, second, third)}
+    assert repeated_names(modules) == {name: ["first", "second"] for name in ("LIMIT", "Missing", "load")}
