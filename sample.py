@@ -13,7 +13,8 @@ videos. The same command again makes only what is missing; no video is overwritt
 one. scripts/contact_sheet.py shows the videos of a training run across its steps. More: stdit/pipelines/README.md.
 """
 
-from stdit.cli import parse, run
+from stdit.cli import run
+from stdit.settings import parse
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stdit.cli import parse, run
+from stdit.cli import run
 from stdit.codecs.config import TextEncoderConfig
 from stdit.errors import UserError
+from stdit.settings import parse
 
 
 @dataclass

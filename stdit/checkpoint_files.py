@@ -2,31 +2,22 @@
 
 A checkpoint is written under a temporary name, sealed with `write_manifest`, and renamed with `publish`; a reader
 calls `verify` or `newest_whole`. Pipelines and their components are sealed with `seal_folder`; their readers call
-`verify_if_sealed`. A JSON file that stands alone proves itself as the manifest does (`sealed_json`, `read_sealed`).
-Everything here reads JSON and bytes only: nothing in a checkpoint is unpickled.
+`verify_if_sealed`. Everything here reads JSON and bytes only: nothing in a checkpoint is unpickled.
 """
 
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import xxhash
+from typing import Any
 
 from stdit.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
+from stdit.hashing import SEAL, hash_file, sealed_json, unseal
 
 META = "meta.json"
 FORMAT = 3
 """Version of the layout of folders that are written, and the only one that is read."""
-_SEAL = "hash"
-"""Key of the hash that a JSON file has of itself. It stays in every later format: see `read_meta`."""
 _SEALED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """Of the files that pipelines and their components consist of."""
 _CHECKPOINT_WAY_OUT = "use another checkpoint, or delete this folder to resume from the one before it"
@@ -36,67 +27,6 @@ _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 class NewerFormatError(UserError):
     """A checkpoint of a newer version, which must not be skipped in favour of an older one."""
-
-
-def hash_bytes(content: bytes) -> str:
-    """Return the hash that `hash_file` returns, of bytes."""
-    return f"xxh3:{xxhash.xxh3_128(content).hexdigest()}"
-
-
-def hash_file(path: Path) -> str:
-    """Return ``xxh3:<32 hex digits>`` of a file (XXH3-128: detects flipped bits; it is no signature)."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return f"xxh3:{digest.hexdigest()}"
-
-
-def hash_tensor(value: "Tensor") -> int:
-    """Return XXH3-64 of a tensor's bytes, as a signed integer."""
-    import torch
-
-    unsigned = xxhash.xxh3_64_intdigest(value.contiguous().flatten().view(torch.uint8).numpy().data)
-    return unsigned - (1 << 64) if unsigned >> 63 else unsigned
-
-
-def hash_arrays(facts: Mapping[str, Any], arrays: "Mapping[str, np.ndarray]") -> str:
-    """Return a hash of facts, as JSON has them, and of names, types, shapes and bytes of arrays."""
-    digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return f"xxh3:{digest.hexdigest()}"
-
-
-def sealed_json(content: Mapping[Any, Any]) -> str:
-    """Return an object as JSON, with a hash of its own text, so that `read_sealed` detects any changed byte."""
-    content = json.loads(json.dumps(content))  # keys as text, so that they sort as they do when they are read
-    return _canonical({**content, _SEAL: hash_bytes(_canonical(content).encode())})
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=1, sort_keys=True) + "\n"
-
-
-def read_sealed(file: Path) -> dict[str, Any]:
-    """Return the object of a file with `sealed_json`.
-
-    Raises:
-        ValueError, RecursionError: it is no JSON object, or any of its bytes has changed.
-    """
-    return _unsealed(file.read_bytes())
-
-
-def _unsealed(text: bytes) -> dict[str, Any]:
-    content = json.loads(text.decode("utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
-    content.pop(_SEAL, None)
-    if sealed_json(content).encode() != text:
-        raise ValueError("it has changed since it was written")
-    return content
 
 
 def seal_files(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
@@ -117,7 +47,7 @@ def write_manifest(folder: Path, meta: dict[str, Any], files: dict[str, Any] | N
     Raises:
         OSError: if the disk fails, so call it before `publish`.
     """
-    if own := {"files", "format", _SEAL} & meta.keys():
+    if own := {"files", "format", SEAL} & meta.keys():
         raise ValueError(f"meta has the keys {own}, which write_manifest fills in: give them other names.")
     if files is None:
         files = seal_files(
@@ -196,10 +126,10 @@ def read_meta(
         raise UserError(f"{kind} {folder}: {META} is not valid JSON ({error}): {way_out}.") from None
     if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
         raise UserError(f"{kind} {folder}: {META} lists no files: {way_out}.")
-    if _SEAL not in found and found.get("format", 1) in (1, 2):  # of the time before manifests had a hash
+    if SEAL not in found and found.get("format", 1) in (1, 2):  # of the time before manifests had a hash
         raise _other_format(folder, found)
     try:
-        meta = _unsealed(text)
+        meta = unseal(text)
     except (ValueError, RecursionError):
         raise UserError(f"{kind} {folder}: {META} has changed since it was written: {way_out}.") from None
     if meta.get("format") != FORMAT:
@@ -271,28 +201,6 @@ def verify_if_sealed(folder: Path, needed: Callable[[str], bool] = lambda name: 
         return False
     verify(folder, needed, "folder", _SEALED_WAY_OUT)
     return True
-
-
-def apply_umask(path: Path) -> None:
-    """Give a file, or the safetensors in a folder, the mode of any new file: they are made readable by the owner
-    only."""
-    mode = 0o666 & ~_umask()
-    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
-        file.chmod(mode)
-
-
-def _umask() -> int:
-    """Return the umask of the process without changing it: ``os.umask`` would, for all threads and for a moment."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
-    except (OSError, StopIteration):  # not Linux
-        with tempfile.TemporaryDirectory() as folder:
-            descriptor = os.open(Path(folder) / "probe", os.O_CREAT | os.O_WRONLY, 0o666)
-            try:
-                return 0o666 & ~os.fstat(descriptor).st_mode
-            finally:
-                os.close(descriptor)
 
 
 def is_whole(folder: Path) -> bool:

@@ -34,6 +34,7 @@ LIGHT = [
     "stdit.training.stop_signals",
     "stdit.registry",
     "stdit.cli",
+    "stdit.settings",
 ]
 
 

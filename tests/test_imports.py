@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    "errors registry lazy checkpoint_files suggestions cli",
+    "errors registry lazy umask hashing checkpoint_files suggestions cli setting_checks settings",
     "parallel",
     "models",
     "diffusion",

@@ -23,9 +23,10 @@ from unittest.mock import patch
 import jsonargparse
 import pytest
 
-from stdit.cli import OWN_FLAGS, parse
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
+from stdit.setting_checks import OWN_FLAGS
+from stdit.settings import parse
 from stdit.training.config import TrainConfig, parse_train
 
 ROOT = Path(__file__).parents[1]

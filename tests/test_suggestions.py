@@ -7,9 +7,10 @@ import pytest
 
 from scripts.prepare_data import build_parser
 from scripts.prepare_data import main as prepare_data
-from stdit.cli import OWN_FLAGS, _settings, parse
 from stdit.errors import UserError
 from stdit.pipelines.config import PROMPT_SETTINGS, SampleConfig, VideoSettings, video_settings
+from stdit.setting_checks import OWN_FLAGS, setting_types
+from stdit.settings import parse
 from stdit.suggestions import ALIASES, nearest_name
 from stdit.training.config import TrainConfig, parse_train
 
@@ -111,7 +112,7 @@ def test_every_alias_stands_for_a_setting_that_exists() -> None:
         for step in build_parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
         for flag in step._option_string_actions
     ]
-    known = {*dict(_settings(TrainConfig)), *dict(_settings(SampleConfig)), *OWN_FLAGS, *steps}
+    known = {*dict(setting_types(TrainConfig)), *dict(setting_types(SampleConfig)), *OWN_FLAGS, *steps}
     for line in ALIASES.strip().splitlines():
         ours, _, theirs = line.partition(": ")
         assert ours in known and theirs.split(), line

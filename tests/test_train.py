@@ -20,11 +20,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
-from stdit.checkpoint_files import read_meta, sealed_json, verify
+from stdit.checkpoint_files import read_meta, verify
 from stdit.cli import run as run_main
 from stdit.data.batch import EncodedBatch
 from stdit.data.cache import encode as encode_module
 from stdit.errors import UserError
+from stdit.hashing import sealed_json
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.storage import STEMS
 from stdit.pipelines.loading import load_pipeline

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from stdit.checkpoint_files import FORMAT, META, newest_whole, read_sealed, sealed_json
+from stdit.checkpoint_files import FORMAT, META, newest_whole
 from stdit.cli import run as run_main
 from stdit.data.batch import EncodedBatch
+from stdit.hashing import read_sealed, sealed_json
 from stdit.parallel.processes.storage import STEMS
 from stdit.training.sampler import Sampler
 from stdit.training.trainer import Trainer

@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.checkpoint_files import apply_umask, hash_arrays, hash_tensor, read_sealed, sealed_json
 from stdit.codecs.config import TextEncoderConfig
 from stdit.codecs.loading import dtype_name
 from stdit.codecs.text import TextEncoder
 from stdit.errors import UserError
+from stdit.hashing import hash_arrays, hash_tensor, read_sealed, sealed_json
+from stdit.umask import apply_umask
 
 STATES_FILE = "text_states.json"
 CAPTIONS_PER_FILE = 1024

@@ -110,7 +110,7 @@ def describe_others(folder: Path, others: Mapping[str, str]) -> str:
 
 def hash_sources(sources: Iterable[Any], known: dict[str, str]) -> dict[str, str]:
     """Return the hashes of conditioning files by path; ``known`` keeps those computed so far."""
-    from stdit.checkpoint_files import hash_file
+    from stdit.hashing import hash_file
 
     paths: Sequence[str] = [str(source) for source in sources if isinstance(source, str | Path)]
     for path in paths:

@@ -6,17 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import (
-    META,
-    hash_bytes,
-    hash_file,
-    newest_whole,
-    read_meta,
-    step_of,
-    verify,
-    verify_if_sealed,
-)
+from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify, verify_if_sealed
 from stdit.errors import UserError
+from stdit.hashing import hash_bytes, hash_file
 
 MODEL_INDEX = "model_index.json"
 WEIGHTS = ".safetensors"

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.checkpoint_files import hash_bytes
 from stdit.errors import UserError
+from stdit.hashing import hash_bytes
 from stdit.pipelines.config import Format
 from stdit.pipelines.finished import KINDS, FinishedVideos, compared, hash_sources
 from stdit.pipelines.requests import Request

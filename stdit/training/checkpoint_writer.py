@@ -12,16 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.checkpoint_files import (
-    is_whole,
-    publish,
-    read_sealed,
-    seal_files,
-    sealed_json,
-    step_of,
-    write_manifest,
-)
+from stdit.checkpoint_files import is_whole, publish, seal_files, step_of, write_manifest
 from stdit.errors import UserError
+from stdit.hashing import read_sealed, sealed_json
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.storage import SavePlan, StateChunks, StateDicts, TensorChunk, write_chunks
 from stdit.training.config import CheckpointConfig

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from stdit.cli import parse, plain
 from stdit.codecs.config import CODECS, CodecConfig, TextEncoderConfig
 from stdit.data.config import DataConfig
 from stdit.diffusion.config import FlowConfig
@@ -15,6 +14,7 @@ from stdit.models.config import STDiTConfig
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.pipelines.config import VideoSettings, check_seed
 from stdit.registry import Registry
+from stdit.settings import parse, plain
 
 EXPERIMENT = ("imports", "seed", "model", "codec", "text_encoder", "flow", "data", "optimizer", "ema")
 """Groups of settings that a run must keep to be the same experiment."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stdit.checkpoint_files import apply_umask
 from stdit.errors import UserError
+from stdit.umask import apply_umask
 
 
 def disk_advice(error: Exception) -> str:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import META, hash_bytes, read_meta
+from stdit.checkpoint_files import META, read_meta
 from stdit.data.clip_list import ClipList
 from stdit.errors import UserError
+from stdit.hashing import hash_bytes
 
 CLIP_LIST = "clips.safetensors.gz"
 """File of a checkpoint: the clips that its run trained on."""

@@ -5,9 +5,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from stdit.cli import plain
 from stdit.data.batch import EncodedBatch
 from stdit.models.config import token_grid
+from stdit.settings import plain
 from stdit.training.config import TrainConfig
 from stdit.training.tracking import Metrics, MetricsFile, Tracker, build_tracker
 

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.checkpoint_files import META, apply_umask
-from stdit.cli import to_yaml
+from stdit.checkpoint_files import META
 from stdit.errors import UserError
 from stdit.pipelines.loading import find_checkpoint_source
+from stdit.settings import to_yaml
 from stdit.training.checkpoint import find_checkpoint
 from stdit.training.config import TrainConfig, experiment_key
 from stdit.training.disk import disk_errors
 from stdit.training.lineage import check_can_resume
+from stdit.umask import apply_umask
 
 if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import stdit
-from stdit.cli import plain
+from stdit.settings import plain
 from stdit.training.build import RunComponents
 from stdit.training.checkpoint_writer import CheckpointWriter
 from stdit.training.lineage import CLIP_LIST, check_can_resume, same_batches

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import read_sealed, sealed_json
 from stdit.errors import UserError
+from stdit.hashing import read_sealed, sealed_json
 from stdit.training.config import TrackerConfig
 from stdit.training.disk import disk_advice
 

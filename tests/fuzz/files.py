@@ -16,13 +16,14 @@ import xxhash
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from stdit.checkpoint_files import FORMAT, newest_whole, sealed_json, verify
+from stdit.checkpoint_files import FORMAT, newest_whole, verify
 from stdit.codecs.stored_text import StoredTextEncoder
 from stdit.data.cache.maintenance import prune_cache, verify_cache
 from stdit.data.cache.shards import CacheEntry, write_shard
 from stdit.data.config import DataConfig
 from stdit.data.decoding.decode import DecodeError, decode_clip, probe
 from stdit.errors import UserError
+from stdit.hashing import sealed_json
 from stdit.models.stdit import STDiT
 from stdit.pipelines.config import PIPELINE_DEFAULTS
 from stdit.pipelines.loading import (

@@ -12,7 +12,6 @@ import yaml
 from hypothesis import strategies as st
 
 from scripts import prepare_data
-from stdit.cli import _settings, parse
 from stdit.codecs.pixel import PixelCodec
 from stdit.data.config import resolve_size
 from stdit.data.manifest.reading import read_manifest, read_texts
@@ -24,6 +23,8 @@ from stdit.pipelines.opensora_masks import mask_entries_to_conditions, parse_mas
 from stdit.pipelines.prompts import read_prompts
 from stdit.pipelines.requests import check_requests, plan_requests
 from stdit.pipelines.segments import Segments
+from stdit.setting_checks import setting_types
+from stdit.settings import parse
 from stdit.suggestions import ALIASES, nearest_name
 from stdit.training.config import TrainConfig, parse_train
 from tests.fuzz import files
@@ -38,7 +39,7 @@ from tests.fuzz.inputs import (
 
 ROOT = Path(__file__).parents[2]
 ALIAS_FLAGS = [f"--{alias}" for line in ALIASES.split("\n") for alias in line.partition(": ")[2].split()]
-SETTINGS = list(dict(_settings(TrainConfig)))
+SETTINGS = list(dict(setting_types(TrainConfig)))
 CONDITIONS = ("first.png@0", "end.png@-1", "clip.mp4@0:8:0.5", "a@b@-16:16", "clip.mp4@0::0.6")
 MASKS = ("0", "0,0,0,0,1,0", "1,0,0,-1,1", "0,0,0,0,1,0;0,1,0,-1,1,0.5", "0,0,2,1,2,1")
 PROMPT_ROWS = [
@@ -241,7 +242,7 @@ def _condition(inputs: tuple[str, list[Any]], folder: Path) -> None:
 
 
 def _sample_flags() -> st.SearchStrategy[list[str]]:
-    flags = [f"--{name}" for name, _ in _settings(SampleConfig)]
+    flags = [f"--{name}" for name, _ in setting_types(SampleConfig)]
     names = st.one_of(st.sampled_from(flags), changed_text([*ALIAS_FLAGS, "-c", "-p", "fps=8", "--prompt="]))
     values = changed_text(
         ["a red ball", "1", "0.5", "[1, 2]", "true", "16:9", "240p", "a.png@0", "0,0,0,0,1"]
@@ -319,7 +320,7 @@ def readers() -> dict[str, Reader]:
         "sample flags": Reader(_sample_flags(), _plan, cost=10),
         "prepare flags": Reader(_prepare_flags(), _prepare, cost=4),
         "wrong names": Reader(
-            changed_text([*ALIAS_FLAGS, *dict(_settings(TrainConfig))]),
+            changed_text([*ALIAS_FLAGS, *dict(setting_types(TrainConfig))]),
             lambda name, _: nearest_name(name, SETTINGS),
             cost=2,
         ),

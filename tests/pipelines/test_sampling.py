@@ -9,10 +9,9 @@ import PIL.Image
 import pytest
 import torch
 
-from stdit.checkpoint_files import hash_file
-from stdit.cli import parse
 from stdit.codecs.stored_text import store_text
 from stdit.errors import UserError
+from stdit.hashing import hash_file
 from stdit.pipelines.config import SampleConfig, VideoSettings
 from stdit.pipelines.requests import Request, plan_requests
 from stdit.pipelines.runner import sample_videos
@@ -20,6 +19,7 @@ from stdit.pipelines.sampling import sample_to_files
 from stdit.pipelines.segments import Segments
 from stdit.pipelines.video_io import read_metadata
 from stdit.pipelines.writer import VideoWriter, free_stem, slug
+from stdit.settings import parse
 from tests.pipelines.tiny import write_run
 
 

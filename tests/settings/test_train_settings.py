@@ -19,9 +19,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
-from stdit.checkpoint_files import hash_file
 from stdit.data.config import BucketConfig
 from stdit.data.manifest.config import SourceConfig
+from stdit.hashing import hash_file
 from stdit.training.config import TrainConfig
 from tests.settings.observe import (
     Change,

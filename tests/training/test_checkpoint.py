@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from stdit.checkpoint_files import newest_whole, read_meta, sealed_json
+from stdit.checkpoint_files import newest_whole, read_meta
 from stdit.errors import UserError
+from stdit.hashing import sealed_json
 from stdit.training.checkpoint import find_checkpoint
 from stdit.training.config import CheckpointConfig
 from tests.training.test_checkpoint_writer import damage, folder_of, save

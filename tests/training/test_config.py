@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stdit.cli import parse, to_yaml
 from stdit.codecs.config import CODECS
 from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, SourceConfig, resolve_size
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
+from stdit.settings import parse, to_yaml
 from stdit.training.config import experiment_key, parse_train
 
 ROOT = Path(__file__).parents[2]

@@ -3,13 +3,14 @@ from typing import Any
 
 import pytest
 
-from stdit.checkpoint_files import read_meta, sealed_json
+from stdit.checkpoint_files import read_meta
 from stdit.data.assignment import assign_clips
 from stdit.data.buckets import Bucket
 from stdit.data.clip_list import ClipList
 from stdit.data.decoding.media import Media
 from stdit.data.manifest.clips import Clip
 from stdit.errors import UserError
+from stdit.hashing import sealed_json
 from stdit.training.lineage import CLIP_LIST, check_can_resume, lineage, resume, unneeded
 from tests.training.test_checkpoint_writer import folder_of, save
 

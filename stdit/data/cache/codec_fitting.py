@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stdit.checkpoint_files import apply_umask
 from stdit.data.cache.keys import DECODING_VERSION, FileHashes, digest
 from stdit.data.cache.shards import CacheEntry, ShardWriter
 from stdit.data.cache.store import CacheStore
@@ -17,6 +16,7 @@ from stdit.data.dataset import middle_window, to_video
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.plan import BatchPlan
 from stdit.errors import UserError
+from stdit.umask import apply_umask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

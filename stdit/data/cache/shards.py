@@ -29,8 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from stdit.checkpoint_files import hash_arrays, hash_tensor
 from stdit.errors import UserError
+from stdit.hashing import hash_arrays, hash_tensor
 
 SHARD_FORMAT = "stdit-cache-3"
 SUFFIX = ".safetensors"

@@ -17,9 +17,10 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from stdit.checkpoint_files import apply_umask, hash_arrays
 from stdit.data.manifest.clips import NUMBER_COLUMNS, Clips, Strings
 from stdit.data.manifest.scan import Scan
+from stdit.hashing import hash_arrays
+from stdit.umask import apply_umask
 
 _FORMAT = "stdit-clips-2"
 MIN_ROWS = 50_000

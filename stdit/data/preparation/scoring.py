@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from stdit.checkpoint_files import hash_file
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
 from stdit.data.preparation.flow import (
@@ -32,6 +31,7 @@ from stdit.data.preparation.jobs import FailedError
 from stdit.data.preparation.models import ModelConfig
 from stdit.data.preparation.text_score import TEXT, TEXT_COLUMN, TextScorer, choose_frames
 from stdit.errors import UserError, install_command
+from stdit.hashing import hash_file
 from stdit.registry import Registry
 
 Scorer = Callable[[np.ndarray, float], float | Mapping[str, float]]

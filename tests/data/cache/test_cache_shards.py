@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from stdit.checkpoint_files import hash_tensor
 from stdit.data.cache.maintenance import prune_cache, verify_cache
 from stdit.data.cache.shards import (
     SHARD_FORMAT,
@@ -22,6 +21,7 @@ from stdit.data.cache.shards import (
 )
 from stdit.data.cache.store import CacheStore
 from stdit.errors import UserError
+from stdit.hashing import hash_tensor
 
 
 def entry(number, *shape, kind="latents", maker="codec"):
