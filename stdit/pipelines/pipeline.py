@@ -6,7 +6,6 @@ Letters: B prompts, C channels, T latent frames, H height, W width, L text token
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,16 +17,17 @@ from torch import Tensor
 
 from stdit.checkpoint_files import META, seal_folder, verify_if_sealed
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.loading import check_complete, explain_load_errors, local_weights, read_json
+from stdit.codecs.loading import read_json
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.flow import RectifiedFlow, per_frame
-from stdit.diffusion.guidance import GUIDANCE_SCHEDULES, rescale_guidance, sample_moments, standard_deviation
+from stdit.diffusion.guidance import rescale_guidance, sample_moments, standard_deviation
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.sharding import TokenSharding
-from stdit.pipelines.conditions import FrameCondition, load_frames, warn_if_video
+from stdit.pipelines.components import pop_dtype, read_components
+from stdit.pipelines.conditions import FrameCondition, load_frames
 from stdit.pipelines.config import (
     PIPELINE_DEFAULTS,
     VIDEO_SETTINGS,
@@ -36,6 +36,14 @@ from stdit.pipelines.config import (
     video_settings,
 )
 from stdit.pipelines.images import Image
+from stdit.pipelines.inputs import (
+    check_noise_levels,
+    conditions_of_prompts,
+    draw_noise,
+    for_each_prompt,
+    guidance_scales,
+    onload,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -166,19 +174,10 @@ class STDiTPipeline(DiffusionPipeline):
         ):
             logger.warning("pipeline %s has no %s: a damaged file would not be noticed", folder, META)
         recorded = read_json(folder / cls.config_name, "a pipeline")
-        dtype = _pop_dtype(kwargs)
-        loaders: dict[str, Callable[[Path], Any]] = {
-            "transformer": partial(read_transformer, dtype=dtype),
-            "codec": VideoCodec.from_pretrained,
-            "text_encoder": TextEncoder.from_pretrained,
-            "scheduler": RectifiedFlow.from_pretrained,
-        }
-        for name, load in loaders.items():
-            if name not in kwargs:
-                with explain_load_errors(f"the pipeline's {name}", local_weights(folder / name)):
-                    kwargs[name] = load(folder / name)
+        dtype = pop_dtype(kwargs)
+        components = read_components(folder, kwargs, dtype)
         settings = {name: recorded[name] for name in (*VIDEO_SETTINGS, *_RECORDED) if name in recorded}
-        return cls(**{**settings, **kwargs})
+        return cls(**{**settings, **components, **kwargs})
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move everything to a device; a dtype is the transformer's alone (the codec has its own)."""
@@ -250,10 +249,10 @@ class STDiTPipeline(DiffusionPipeline):
         video = own.resolved(self.config)
         self.check_inputs(prompt, video, output_type, callback_on_step_end_tensor_inputs)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = _for_each(negative_prompt, len(prompts), "negative_prompt")
+        negatives = for_each_prompt(negative_prompt, len(prompts), "negative_prompt")
         own.check_used(video, next((text for text in negatives if text is not None), None))
-        frame_conditions = _conditions_of_each(image, conditions, len(prompts))
-        generators = _for_each(generator, len(prompts), "generator")
+        frame_conditions = conditions_of_prompts(image, conditions, len(prompts))
+        generators = for_each_prompt(generator, len(prompts), "generator")
         num_frames, height, width = (int(video[name]) for name in ("num_frames", "height", "width"))
 
         device = self._execution_device
@@ -261,7 +260,7 @@ class STDiTPipeline(DiffusionPipeline):
         sigmas = self.scheduler.sigmas(
             int(video["num_inference_steps"]), shape[1], height, width, shift=video["shift"]
         ).to(device)
-        scales = _guidance_scales(sigmas, video)
+        scales = guidance_scales(sigmas, video)
         arguments = self.encode_prompt(prompts, negatives, any(scale != 1 for scale in scales), device)
         for name in ("fps", "height", "width"):
             rows = len(arguments["encoder_hidden_states"])
@@ -318,7 +317,7 @@ class STDiTPipeline(DiffusionPipeline):
         if guided:
             texts += [p if n is None else n for p, n in zip(prompts, negatives, strict=True)]
         distinct = list(dict.fromkeys(texts))
-        _onload(self.text_encoder)
+        onload(self.text_encoder)
         states, mask = self.text_encoder.encode(distinct)
         row = [distinct.index(text) for text in texts]
         encoded = {
@@ -352,7 +351,7 @@ class STDiTPipeline(DiffusionPipeline):
         Raises:
             UserError: if a condition lies outside the video or cannot be read, or no frame is left to generate.
         """
-        noise = torch.stack([_noise(shape, one) for one in generators]).to(sigmas.device)
+        noise = torch.stack([draw_noise(shape, one) for one in generators]).to(sigmas.device)
         latents = torch.zeros_like(noise)
         max_noise_level = torch.ones(len(noise), shape[1], device=sigmas.device)
         num_frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
@@ -361,36 +360,13 @@ class STDiTPipeline(DiffusionPipeline):
             for condition in of_video:
                 condition = condition.resolved(num_frames, fps)
                 video = load_frames(condition, fps, height, width)[None]  # [1 3 T H W]
-                _onload(self.codec)
+                onload(self.codec)
                 start, _ = condition.span(num_frames)
                 first, encoded = self.codec.encode_span(video.to(latents.device), start, num_frames)
                 place = slice(first, first + encoded.shape[2])
                 latents[index, :, place], max_noise_level[index, place] = encoded[0], 1 - condition.strength
-        return latents, noise, self._check_conditioning(max_noise_level, sigmas, num_frames)
-
-    def _check_conditioning(self, max_noise_level: Tensor, sigmas: Tensor, num_frames: int) -> Tensor:
-        """Return the noise levels ``[B T]``, with 0 where the steps are too few; raise UserError if all are 0."""
-        if (max_noise_level < 1).any() and self.transformer.config.patch_size[0] > 1:
-            raise UserError(
-                "this model joins frames in its patches, so it cannot be conditioned on single frames: leave the "
-                "image and the conditions out."
-            )
-        unreached = (max_noise_level > 0) & (max_noise_level < sigmas[-2])
-        if unreached.any():
-            logger.warning(
-                "conditioning frames with a strength above %.3g are kept as they are: %d steps are too few to change "
-                "them",
-                *(1 - sigmas[-2].item(), len(sigmas) - 1),
-            )
-            max_noise_level = max_noise_level.masked_fill(unreached, 0)
-        if (max_noise_level == 0).all(1).any():
-            latent_frames = max_noise_level.shape[1]
-            raise UserError(
-                f"num_frames = {num_frames} is {latent_frames} latent {'frame' if latent_frames == 1 else 'frames'}, "
-                "and all are conditioning frames, which leaves nothing to generate: ask for more frames, or "
-                "condition on fewer."
-            )
-        return max_noise_level
+        patch_frames = self.transformer.config.patch_size[0]
+        return latents, noise, check_noise_levels(max_noise_level, sigmas, num_frames, patch_frames)
 
     def denoise(
         self,
@@ -472,7 +448,7 @@ class STDiTPipeline(DiffusionPipeline):
 
         Each rank decodes its own frames if the codec can decode them alone, else all of them.
         """
-        _onload(self.codec)
+        onload(self.codec)
         alone = self.codec.independent_frames
         if not alone:
             latents = sharding.gather(latents, 2, latent_frames)
@@ -484,79 +460,3 @@ class STDiTPipeline(DiffusionPipeline):
             ]
             pixels = all_gather(pixels, sharding.group, 2, per_rank)
         return pixels[:, :, :num_frames].float()
-
-
-def read_transformer(folder: Path, dtype: torch.dtype | None = None) -> STDiT:
-    """Load the STDiT of a folder. Raises UserError if it is damaged, or its weights do not fit its config."""
-    source = local_weights(folder)
-    with explain_load_errors("the transformer", source):
-        model, info = STDiT.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    check_complete("the transformer", source, [*info["missing_keys"], *info["unexpected_keys"]])
-    return model
-
-
-def _pop_dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
-    """Remove ``torch_dtype`` and ``dtype``, two names of one argument, and return it; UserError if they differ."""
-    named = {name: kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs}
-    for name, value in named.items():
-        if not isinstance(value, torch.dtype | None):
-            raise UserError(
-                f"{name} = {value!r}: must be a torch.dtype, such as torch.bfloat16, for the transformer (codec "
-                "and text encoder keep the precision that they were saved with)."
-            )
-    distinct = {value for value in named.values() if value is not None}
-    if len(distinct) > 1:
-        raise UserError(
-            f"torch_dtype = {named['torch_dtype']}, dtype = {named['dtype']}: these are two names of one argument: "
-            "pass one of them."
-        )
-    return next(iter(distinct), None)
-
-
-def _for_each(value: Any, count: int, name: str) -> list[Any]:
-    """Return a list of ``count`` values: ``value`` repeated, or ``value`` itself if it is a list of that length."""
-    if not isinstance(value, list | tuple):
-        return [value] * count
-    if len(value) != count:
-        raise UserError(f"{len(value)} values of {name} for {count} prompts: pass one, or one per prompt.")
-    return list(value)
-
-
-def _conditions_of_each(image: Any, conditions: Any, count: int) -> list[list[FrameCondition]]:
-    """Return the conditions of each of ``count`` prompts; an image is one on frame 0."""
-    for_all = not conditions or isinstance(conditions[0], FrameCondition)
-    images = _for_each(image, count, "image")
-    for one in images:
-        if isinstance(one, Tensor) and one.ndim == 4:
-            raise UserError(
-                f"image is {tuple(one.shape)}: a video, but only the first frame is an image: use conditions = "
-                "[FrameCondition(video)]."
-            )
-        if isinstance(one, str | Path):
-            warn_if_video(one)
-    lists = _for_each([list(conditions)] * count if for_all else conditions, count, "conditions")
-    return [
-        [*([] if one is None else [FrameCondition(one, 0, 1)]), *others]
-        for one, others in zip(images, lists, strict=True)
-    ]
-
-
-def _guidance_scales(sigmas: Tensor, settings: dict[str, Any]) -> list[float]:
-    """Return the guidance scale of each step."""
-    scale, (low, high) = float(settings["guidance_scale"]), settings["guidance_interval"]
-    schedule = GUIDANCE_SCHEDULES[settings["guidance_schedule"]]
-    return [schedule(scale, sigma, step, (low, high)) for step, sigma in enumerate(sigmas[:-1].tolist())]
-
-
-def _noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    """Draw the noise of one sample on its generator's device, independent of the batch and the model's device."""
-    device = generator.device if generator is not None else torch.device("cpu")
-    return torch.randn(shape, generator=generator, device=device).cpu()
-
-
-def _onload(module: Any) -> None:
-    """Move an offloaded component to the device; the hook of `enable_model_cpu_offload` only sees `forward`."""
-    if hasattr(module, "_hf_hook"):
-        module._hf_hook.pre_forward(module)

@@ -208,8 +208,8 @@ def build_model(config: TrainConfig) -> STDiT:
 
 def _load_initial_weights(model: STDiT, source: str) -> None:
     """Copy weights from a run, checkpoint, pipeline or model folder. Raises UserError if they do not match."""
+    from stdit.pipelines.components import read_transformer
     from stdit.pipelines.loading import is_checkpoint, load_transformer
-    from stdit.pipelines.pipeline import read_transformer
 
     folder = find_initial_weights(source)
     if is_checkpoint(folder):

@@ -1,0 +1,97 @@
+"""Inputs of a call of the pipeline: one value per prompt, noise, and conditioning frames as latents.
+
+Letters: B prompts, C channels, T latent frames, H height, W width.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stdit.diffusion.guidance import GUIDANCE_SCHEDULES
+from stdit.errors import UserError
+from stdit.pipelines.conditions import FrameCondition, warn_if_video
+
+logger = logging.getLogger(__name__)
+
+
+def for_each_prompt(value: Any, count: int, name: str) -> list[Any]:
+    """Return a list of ``count`` values: ``value`` repeated, or ``value`` itself if it is a list of that length."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise UserError(f"{len(value)} values of {name} for {count} prompts: pass one, or one per prompt.")
+    return list(value)
+
+
+def conditions_of_prompts(image: Any, conditions: Any, count: int) -> list[list[FrameCondition]]:
+    """Return the conditions of each of ``count`` prompts; an image is one on frame 0."""
+    for_all = not conditions or isinstance(conditions[0], FrameCondition)
+    images = for_each_prompt(image, count, "image")
+    for one in images:
+        if isinstance(one, Tensor) and one.ndim == 4:
+            raise UserError(
+                f"image is {tuple(one.shape)}: a video, but only the first frame is an image: use conditions = "
+                "[FrameCondition(video)]."
+            )
+        if isinstance(one, str | Path):
+            warn_if_video(one)
+    lists = for_each_prompt([list(conditions)] * count if for_all else conditions, count, "conditions")
+    return [
+        [*([] if one is None else [FrameCondition(one, 0, 1)]), *others]
+        for one, others in zip(images, lists, strict=True)
+    ]
+
+
+def check_noise_levels(max_noise_level: Tensor, sigmas: Tensor, num_frames: int, patch_frames: int) -> Tensor:
+    """Return the noise levels ``[B T]`` of conditioned latents, with 0 where the steps are too few to change them.
+
+    Args:
+        num_frames: frames of the video, for messages.
+        patch_frames: latent frames in a patch of the model.
+
+    Raises:
+        UserError: if all are 0 in a video, or the model cannot be conditioned.
+    """
+    if (max_noise_level < 1).any() and patch_frames > 1:
+        raise UserError(
+            "this model joins frames in its patches, so it cannot be conditioned on single frames: leave the "
+            "image and the conditions out."
+        )
+    unreached = (max_noise_level > 0) & (max_noise_level < sigmas[-2])
+    if unreached.any():
+        logger.warning(
+            "conditioning frames with a strength above %.3g are kept as they are: %d steps are too few to change "
+            "them",
+            *(1 - sigmas[-2].item(), len(sigmas) - 1),
+        )
+        max_noise_level = max_noise_level.masked_fill(unreached, 0)
+    if (max_noise_level == 0).all(1).any():
+        latent_frames = max_noise_level.shape[1]
+        raise UserError(
+            f"num_frames = {num_frames} is {latent_frames} latent {'frame' if latent_frames == 1 else 'frames'}, "
+            "and all are conditioning frames, which leaves nothing to generate: ask for more frames, or "
+            "condition on fewer."
+        )
+    return max_noise_level
+
+
+def guidance_scales(sigmas: Tensor, settings: dict[str, Any]) -> list[float]:
+    """Return the guidance scale of each step."""
+    scale, (low, high) = float(settings["guidance_scale"]), settings["guidance_interval"]
+    schedule = GUIDANCE_SCHEDULES[settings["guidance_schedule"]]
+    return [schedule(scale, sigma, step, (low, high)) for step, sigma in enumerate(sigmas[:-1].tolist())]
+
+
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Draw the noise of one sample on its generator's device, independent of the batch and the model's device."""
+    device = generator.device if generator is not None else torch.device("cpu")
+    return torch.randn(shape, generator=generator, device=device).cpu()
+
+
+def onload(module: Any) -> None:
+    """Move an offloaded component to the device; the hook of `enable_model_cpu_offload` only sees `forward`."""
+    if hasattr(module, "_hf_hook"):
+        module._hf_hook.pre_forward(module)
