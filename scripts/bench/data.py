@@ -311,8 +311,9 @@ def measure_memory(folder: Path, clips: int) -> dict[str, Any]:
     import psutil  # type: ignore[import-untyped]
     from PIL import Image
 
+    from stdit.data.build import build_plan
     from stdit.data.config import BucketConfig, DataConfig
-    from stdit.data.dataset import build_plan, video_loader
+    from stdit.data.dataset import video_loader
 
     data = folder / "clips"
     data.mkdir()

@@ -137,7 +137,8 @@ def training(trainer: "Trainer", batches: list["EncodedBatch"]) -> Iterator[int]
 
 def videos(parts: "RunComponents", workers: int, encode: bool = False) -> Iterator[int]:
     """Read videos as data.cache none does, as float32, and encode them if asked to."""
-    from stdit.data.dataset import to_video, video_loader
+    from stdit.data.clip_tensors import to_video
+    from stdit.data.dataset import video_loader
 
     for raw in video_loader(parts.plan, workers, parts.config.data.crop)(0):
         assert raw.content is not None

@@ -141,7 +141,8 @@ def peak_mib() -> float:
 
 def measure(folder: Path, step: int) -> dict[str, Any]:
     """Time what train.py does with the data up to and including the batch of `step`."""
-    from stdit.data.dataset import build_assignment, video_loader, without_dead_buckets
+    from stdit.data.build import build_assignment, without_dead_buckets
+    from stdit.data.dataset import video_loader
     from stdit.data.plan import BatchPlan
     from stdit.training.build import clips_hash
 

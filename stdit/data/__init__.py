@@ -11,7 +11,8 @@ from stdit.lazy import lazy_getattr
 
 if TYPE_CHECKING:
     from stdit.data.buckets import Bucket
-    from stdit.data.dataset import build_plan, video_loader
+    from stdit.data.build import build_plan
+    from stdit.data.dataset import video_loader
     from stdit.data.decoding.decode import DecodeError, decode_clip, probe
     from stdit.data.manifest.clips import Clip, Clips
     from stdit.data.manifest.reading import read_manifest
@@ -41,7 +42,7 @@ __getattr__ = lazy_getattr(
         "Clip": "stdit.data.manifest.clips",
         "Clips": "stdit.data.manifest.clips",
         "DecodeError": "stdit.data.decoding.decode",
-        "build_plan": "stdit.data.dataset",
+        "build_plan": "stdit.data.build",
         "decode_clip": "stdit.data.decoding.decode",
         "probe": "stdit.data.decoding.decode",
         "read_manifest": "stdit.data.manifest.reading",

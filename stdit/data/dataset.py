@@ -7,127 +7,28 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stdit.data.assignment import Assignment, assign_clips
 from stdit.data.batch import BatchInfo, Content, Pinnable, RawBatch, ReadFailures, Timings
-from stdit.data.buckets import Bucket
-from stdit.data.config import DataConfig
-from stdit.data.decoding.decode import DecodeError, decode_clip
+from stdit.data.clip_tensors import read_view
+from stdit.data.decoding.decode import DecodeError
 from stdit.data.decoding.media import Media
-from stdit.data.manifest.clips import Clip
-from stdit.data.manifest.reading import Skipped, clip_warnings, read_sources
+from stdit.data.manifest.reading import Skipped
 from stdit.data.plan import BatchPlan, PlannedBatch
 from stdit.data.skips import SkipTally
-from stdit.data.views import AugmentedView, augmented_view, may_mirror
+from stdit.data.views import AugmentedView, may_mirror
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.step_exchange import StepExchange
 
 READ_FAILURES = "read failures"
 """Name of the loader's flag in the exchange of a step."""
-PROBE_SIDE = 16
-"""Pixels of each side when a clip is decoded only to see whether it can be."""
-
-
-def build_assignment(config: DataConfig, seed: int = 0, index: Path | None = None) -> Assignment:
-    """Read the manifest and sort its clips into the buckets. Raises UserError."""
-    config.validate()
-    clips, skipped = read_sources(config.all_sources(), config.caption_scores, index)
-    buckets = [Bucket.from_config(bucket) for bucket in config.multiplied_buckets()]
-    assignment = assign_clips(
-        clips, buckets, seed, config.allow_upscale, skipped, config.bucket_choice, config.max_crop
-    )
-    return replace(assignment, warnings=clip_warnings(clips))
-
-
-def build_plan(
-    config: DataConfig,
-    seed: int = 0,
-    index: Path | None = None,
-    known: Callable[[Clip], bool] = lambda clip: False,
-) -> BatchPlan:
-    """Return the plan of all batches; ``plan.report()`` shows it. Raises UserError.
-
-    Args:
-        index: folder that keeps the parsed rows of large manifests for the next call.
-        known: whether a clip is known to be readable, so that it need not be opened; see `cache.keys.remembered`.
-    """
-    assignment = build_assignment(config, seed, index)
-    return BatchPlan(without_dead_buckets(assignment, config.max_skipped_share, known), seed)
-
-
-def without_dead_buckets(
-    assignment: Assignment,
-    max_skipped_share: float,
-    known: Callable[[Clip], bool] = lambda clip: False,
-) -> Assignment:
-    """Return the assignment without the clips of buckets in which no clip can be read.
-
-    A clip that fails in training is replaced by another of its bucket. A whole bucket cannot be replaced without
-    changing every later batch, so one clip of each bucket is decoded before there is a plan: at a low resolution,
-    since that delays the first step, and only if none of them is known to be readable.
-
-    Raises:
-        UserError: if no bucket is left, or more than max_skipped_share of all clips go with their buckets.
-    """
-    members, skipped = list(assignment.members), list(assignment.skipped)
-    tally = SkipTally(assignment.files, max_skipped_share)
-    for k, bucket in enumerate(assignment.buckets):
-        clips = (assignment.clips[int(index)] for index in members[k])
-        failed = _failures_if_all(clips, replace(bucket, height=PROBE_SIDE, width=PROBE_SIDE), known)
-        if failed:
-            tally.add(failed)
-            skipped += [
-                Skipped(path, f"no clip of bucket {bucket} can be read: {why}") for path, why in failed
-            ]
-            members[k] = members[k][:0]
-    if not any(map(len, members)):
-        raise tally.error("and none is left: repair or replace the files")
-    return replace(assignment, members=members, skipped=skipped)
-
-
-def _failures_if_all(clips: Iterable[Clip], bucket: Bucket, known: Callable[[Clip], bool]) -> list[Skipped]:
-    """Return why each clip of a bucket cannot be read; an empty list if one can."""
-    failed = []
-    for clip in clips:
-        if known(clip):
-            return []
-        try:
-            middle_window(clip, bucket)
-        except DecodeError as error:
-            failed.append(Skipped(error.path, error.reason))
-        else:
-            return []
-    return failed
-
-
-def middle_window(clip: Clip, bucket: Bucket) -> Tensor:
-    """Decode the bucket's window from the middle of a clip, uint8 [T 3 H W]. Raises DecodeError."""
-    return read_view(clip, bucket, augmented_view(DataConfig(), 0, clip, bucket))
-
-
-def read_view(clip: Clip, bucket: Bucket, view: AugmentedView) -> Tensor:
-    """Decode the frames of a view, uint8 [T 3 H W]. Raises DecodeError."""
-    frames = decode_clip(
-        clip.media,
-        bucket.num_frames,
-        bucket.fps,
-        bucket.height,
-        bucket.width,
-        start=view.start,
-        crop=(view.down, view.across),
-        field_order=clip.field_order,
-    )
-    return frames.flip(-1) if view.mirrored else frames
-
 
 Sample = TypeVar("Sample")
 Content_co = TypeVar("Content_co", bound=Pinnable, covariant=True)
@@ -318,21 +219,6 @@ def video_loader(
     """Return a loader of frames uint8 [B T 3 H W], decoded for each step; `to_video` makes floats of them."""
     tally = tally or SkipTally(plan.assignment.files, max_skipped_share)
     return Loader(plan, VideoReader(plan, crop, flip), tally, workers, pin_memory, mesh, exchange)
-
-
-def to_video(frames: Tensor) -> Tensor:
-    """Convert uint8 [B T 3 H W] to float32 [B 3 T H W] in [-1, 1], on the same device.
-
-    The result lies in page-locked memory if the frames do.
-    """
-    if frames.device.type != "cpu":
-        return frames.transpose(1, 2).float().div_(127.5).sub_(1)
-    video = torch.empty(frames.shape, dtype=torch.float32, pin_memory=frames.is_pinned())
-    values = video.numpy()  # in this thread: torch's threads would wait for those of the workers
-    values[...] = frames.numpy()
-    values /= 127.5
-    values -= 1
-    return video.transpose(1, 2)
 
 
 def batch_info(plan: BatchPlan, planned: PlannedBatch, used: Sequence[int]) -> BatchInfo:

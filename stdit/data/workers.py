@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from statistics import fmean
 
+from stdit.data.clip_tensors import middle_window
 from stdit.data.config import DataConfig
-from stdit.data.dataset import middle_window
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.manifest.clips import Clip
 from stdit.data.plan import BatchPlan

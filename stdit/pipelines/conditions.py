@@ -171,7 +171,7 @@ def load_frames(condition: FrameCondition, fps: float, height: int, width: int) 
     """
     from torch import Tensor
 
-    from stdit.data.dataset import to_video
+    from stdit.data.clip_tensors import to_video
     from stdit.data.decoding.decode import decode_clip, probe
     from stdit.pipelines.images import image_to_frame, resize_and_crop, warn_if_resized
 

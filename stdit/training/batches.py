@@ -17,7 +17,8 @@ from stdit.data.cache.encode import EncodeSummary, encode_plan, encode_view
 from stdit.data.cache.keys import remembered
 from stdit.data.cache.reader import CachedReader, Makers
 from stdit.data.cache.store import CacheStore
-from stdit.data.dataset import to_video, video_loader
+from stdit.data.clip_tensors import to_video
+from stdit.data.dataset import video_loader
 from stdit.data.skips import SkipFile, SkipList, SkipTally
 from stdit.data.workers import cores_of_process, count_workers
 from stdit.parallel.processes.mesh import Mesh

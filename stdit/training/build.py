@@ -16,10 +16,10 @@ from stdit.codecs import build_codec, build_text_encoder
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder
 from stdit.data.buckets import Bucket
+from stdit.data.build import build_plan
 from stdit.data.cache.codec_fitting import fit_codec
 from stdit.data.cache.keys import remembered
 from stdit.data.clip_list import ClipList
-from stdit.data.dataset import build_plan
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
@@ -28,7 +28,8 @@ from stdit.models.size import count_on_meta
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
 from stdit.parallel.sequence.planner import format_gib
-from stdit.training.config import TrainConfig, experiment_key
+from stdit.training.config import TrainConfig
+from stdit.training.experiment import experiment_key
 from stdit.training.lineage import CLIPS, Resumed, lineage, resume
 from stdit.training.optim import count_matrices
 from stdit.training.run_folder import find_initial_weights

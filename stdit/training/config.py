@@ -1,8 +1,8 @@
 """All settings of a training run, and the rules that connect them. Imports no torch."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -14,27 +14,7 @@ from stdit.models.config import STDiTConfig
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.pipelines.config import VideoSettings, check_seed
 from stdit.registry import Registry
-from stdit.settings import parse, plain
-
-EXPERIMENT = ("imports", "seed", "model", "codec", "text_encoder", "flow", "data", "optimizer", "ema")
-"""Groups of settings that a run must keep to be the same experiment."""
-FREE = {
-    "codec.path",
-    "codec.subfolder",
-    "text_encoder.path",
-    "text_encoder.subfolder",
-    "data.manifest",
-    "data.root",
-    "data.cache_dir",
-    "data.sources",
-    "data.workers",
-    "data.max_skipped_share",
-    "model.in_channels",
-    "model.caption_channels",
-    "model.model_max_length",
-}
-"""Settings of those groups that may change when a run resumes. Paths may move, because a hash identifies what they
-lead to. The sizes that the model takes from codec and text encoder follow from these two."""
+from stdit.settings import parse
 
 _DESCRIPTION = """Train a text-to-video ST-DiT on a CPU or a GPU.
 Run the same command again to resume an interrupted run."""
@@ -344,28 +324,3 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     config = parse(TrainConfig, argv, _DESCRIPTION, _EXAMPLES)
     config.validate()
     return config
-
-
-def experiment_key(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings, by dotted name, that a run must keep to be the same experiment.
-
-    Its length, checkpoints, validation and tracker may change.
-    """
-    found = {
-        key: value
-        for group in EXPERIMENT
-        for key, value in _leaves(getattr(config, group), group)
-        if key not in FREE
-    }
-    if found["data.cache"] == "disk":  # the same batches
-        found["data.cache"] = "memory"
-    return found
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield dotted name and value (as JSON has it) of each field of nested dataclasses."""
-    if is_dataclass(value):
-        for part in fields(value):
-            yield from _leaves(getattr(value, part.name), f"{key}.{part.name}")
-    else:
-        yield key, plain(value)

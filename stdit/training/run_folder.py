@@ -15,8 +15,9 @@ from stdit.errors import UserError
 from stdit.pipelines.loading import find_checkpoint_source
 from stdit.settings import to_yaml
 from stdit.training.checkpoint import find_checkpoint
-from stdit.training.config import TrainConfig, experiment_key
+from stdit.training.config import TrainConfig
 from stdit.training.disk import disk_errors
+from stdit.training.experiment import experiment_key
 from stdit.training.lineage import check_can_resume
 from stdit.umask import apply_umask
 

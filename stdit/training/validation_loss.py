@@ -16,8 +16,9 @@ from torch import Tensor
 from stdit.data.assignment import Assignment
 from stdit.data.batch import EncodedBatch
 from stdit.data.buckets import Bucket
+from stdit.data.build import build_plan
 from stdit.data.cache.keys import remembered
-from stdit.data.dataset import build_plan, middle_window, to_video
+from stdit.data.clip_tensors import middle_window, to_video
 from stdit.data.decoding.decode import DecodeError
 from stdit.diffusion.draws import TrainingDraws, sample_generator
 from stdit.diffusion.flow import RectifiedFlow

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from stdit.data.build import build_plan
+from stdit.data.clip_tensors import to_video
 from stdit.data.config import BucketConfig, DataConfig
-from stdit.data.dataset import build_plan, to_video, video_loader
+from stdit.data.dataset import video_loader
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.step_exchange import StepExchange
@@ -260,7 +262,8 @@ def test_real_clips_make_batches(tmp_path, real_clips, height, width):
 SCRIPT = """
 import sys
 from stdit.data.config import BucketConfig, DataConfig
-from stdit.data.dataset import build_plan, video_loader
+from stdit.data.dataset import video_loader
+from stdit.data.build import build_plan
 bucket = BucketConfig(num_frames=8, fps=8, height=24, width=32, batch_size=3)
 batches = video_loader(build_plan(DataConfig(manifest=sys.argv[1], buckets=[bucket])), workers=2)(0)
 print(next(batches).info.step)

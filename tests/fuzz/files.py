@@ -37,7 +37,8 @@ from stdit.pipelines.loading import (
 from stdit.pipelines.requests import Request, check_requests
 from stdit.pipelines.video_io import write_gif, write_mp4
 from stdit.training.checkpoint import find_checkpoint
-from stdit.training.config import TrainConfig, experiment_key
+from stdit.training.config import TrainConfig
+from stdit.training.experiment import experiment_key
 from stdit.training.lineage import check_can_resume
 from tests.fuzz.inputs import as_json, changed_bytes, changed_safetensors, changed_tree
 

@@ -12,7 +12,8 @@ from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, SourceConfig,
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 from stdit.settings import parse, to_yaml
-from stdit.training.config import experiment_key, parse_train
+from stdit.training.config import parse_train
+from stdit.training.experiment import experiment_key
 
 ROOT = Path(__file__).parents[2]
 GIVEN = ["--data.manifest", "clips.csv"]

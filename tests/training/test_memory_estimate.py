@@ -8,7 +8,8 @@ import pytest
 from stdit.errors import UserError
 from stdit.parallel.sequence.planner import GIB, ParallelDims
 from stdit.training.build import build_components, build_inputs
-from stdit.training.config import experiment_key, parse_train
+from stdit.training.config import parse_train
+from stdit.training.experiment import experiment_key
 from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.report import report
 from tests.training.tiny import tiny_settings

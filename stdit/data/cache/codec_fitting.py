@@ -11,8 +11,8 @@ import numpy as np
 from stdit.data.cache.keys import DECODING_VERSION, FileHashes, digest
 from stdit.data.cache.shards import CacheEntry, ShardWriter
 from stdit.data.cache.store import CacheStore
+from stdit.data.clip_tensors import middle_window, to_video
 from stdit.data.config import DataConfig
-from stdit.data.dataset import middle_window, to_video
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.plan import BatchPlan
 from stdit.errors import UserError

@@ -15,7 +15,8 @@ from stdit.codecs.padding import unpad_states
 from stdit.data.cache.keys import text_key
 from stdit.data.cache.reader import CachedReader
 from stdit.data.cache.shards import CacheEntry, ShardWriter
-from stdit.data.dataset import read_view, start_worker, to_video
+from stdit.data.clip_tensors import read_view, to_video
+from stdit.data.dataset import start_worker
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.manifest.reading import Skipped, summarise
 from stdit.data.plan import BatchPlan

@@ -15,8 +15,8 @@ from stdit.data.buckets import Bucket
 from stdit.data.cache.keys import FileHashes, latents_key, text_key
 from stdit.data.cache.shards import CacheEntry
 from stdit.data.cache.store import CacheStore
+from stdit.data.clip_tensors import read_view
 from stdit.data.config import DataConfig
-from stdit.data.dataset import read_view
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.manifest.clips import Clip
 from stdit.data.plan import BatchPlan, PlannedBatch

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from PIL import Image
 
+from stdit.data.build import build_assignment
 from stdit.data.config import DataConfig
-from stdit.data.dataset import build_assignment
 from stdit.data.manifest.media_kinds import media_lines
 from stdit.data.manifest.reading import row_name
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, MEDIA_COLUMNS, METADATA, SPAN_COLUMNS

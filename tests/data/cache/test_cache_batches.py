@@ -10,7 +10,8 @@ import stdit.data.cache.keys as keys_module
 from stdit.data.cache.batches import DiskBatches, MemoryBatches, MemoryCache
 from stdit.data.cache.encode import encode_view
 from stdit.data.cache.store import CacheStore
-from stdit.data.dataset import to_video, video_loader
+from stdit.data.clip_tensors import to_video
+from stdit.data.dataset import video_loader
 from stdit.data.skips import SkipTally
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh

@@ -11,7 +11,7 @@ import stdit.data.cache.keys as keys_module
 import stdit.data.cache.shards as shards_module
 from stdit.data.cache.encode import wanted_keys
 from stdit.data.cache.store import CacheStore
-from stdit.data.dataset import read_view, to_video
+from stdit.data.clip_tensors import read_view, to_video
 from stdit.data.skips import SkipTally
 from stdit.data.views import AugmentedView
 from stdit.errors import UserError

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from stdit.data.build import build_plan
 from stdit.data.cache.encode import encode_plan
 from stdit.data.cache.keys import remembered
 from stdit.data.cache.reader import CachedReader, Makers
 from stdit.data.cache.store import CacheStore
-from stdit.data.dataset import build_plan
 
 
 class TinyCodec:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from stdit.data.build import build_assignment
 from stdit.data.config import BucketConfig, DataConfig
-from stdit.data.dataset import build_assignment
 from stdit.data.decoding.decode import DecodeError, decode_clip, probe
 
 

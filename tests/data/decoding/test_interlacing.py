@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from stdit.data.build import build_assignment
+from stdit.data.clip_tensors import middle_window
 from stdit.data.config import BucketConfig, DataConfig
-from stdit.data.dataset import build_assignment, middle_window
 from stdit.data.decoding import decode
 from stdit.data.decoding.decode import decode_clip, iter_frames, probe_kind
 from stdit.data.decoding.interlacing import find_field_order, is_combed

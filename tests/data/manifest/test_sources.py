@@ -10,8 +10,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from stdit.data.build import build_plan
+from stdit.data.clip_tensors import to_video
 from stdit.data.config import BucketConfig, DataConfig, SourceConfig
-from stdit.data.dataset import build_plan, to_video, video_loader
+from stdit.data.dataset import video_loader
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.reading import clip_warnings, read_manifest, read_sources
 from stdit.errors import UserError

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from scripts.prepare_data import main
+from stdit.data.build import build_assignment
+from stdit.data.clip_tensors import middle_window
 from stdit.data.config import BucketConfig, DataConfig
-from stdit.data.dataset import build_assignment, middle_window
 from stdit.data.decoding.decode import DecodeError, decode_clip
 from tests.data.awkward import bit_rot, noisy, truncated, write
 from tests.data.preparation.conftest import read_csv

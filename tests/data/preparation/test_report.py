@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from stdit.data.build import build_assignment
 from stdit.data.config import BucketConfig, DataConfig
-from stdit.data.dataset import build_assignment
 from stdit.data.preparation.page import Bar, count_texts, histogram, round_step
 from stdit.data.preparation.report import report_clips
 from stdit.errors import UserError
