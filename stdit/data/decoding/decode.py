@@ -16,15 +16,7 @@ import torch
 from PIL import Image
 
 from stdit.data.decoding.colors import SDR, check_colors, color_of
-from stdit.data.decoding.frames import (
-    ShownFrame,
-    TimeOrderCheck,
-    decodable_packets,
-    frames_through,
-    pixel_aspect,
-    select_by_frames,
-    select_by_packets,
-)
+from stdit.data.decoding.frames import ShownFrame, frames_through, select_by_frames, select_by_packets
 from stdit.data.decoding.intact import is_hidden
 from stdit.data.decoding.interlacing import (
     PROGRESSIVE,
@@ -42,7 +34,9 @@ from stdit.data.decoding.opening import (
     Video,
     check_frame_size,
     open_clip,
+    pixel_aspect,
 )
+from stdit.data.decoding.packets import TimeOrderCheck, decodable_packets
 from stdit.data.decoding.pictures import is_still, pictures_at, timed_pictures
 from stdit.data.decoding.pixels import FrameFitter, fill, rgb, shrink, upright_rgb
 

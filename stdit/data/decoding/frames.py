@@ -7,11 +7,10 @@ no times. Both take the latest frame that is not later than the time, and seek t
 """
 
 import itertools
-import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import av
 from av.packet import Packet
@@ -27,21 +26,19 @@ from stdit.data.decoding.intact import (
 )
 from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import DecodeError, NeedsSlowerRead, Video
-
-REORDER_DEPTH = 16
-"""Most places by which decoding order and presentation order of packets differ."""
-
-FIRST_KEY = 512
-"""Number of packets at the start of a file among which a key frame is expected."""
+from stdit.data.decoding.packets import (
+    REORDER_DEPTH,
+    UNSEEKABLE,
+    Clock,
+    TimeOrderCheck,
+    is_counted,
+    packets_from_key_frame,
+    time_of_packet,
+    timed_packets,
+)
 
 SKIPPING = frozenset({"h264", "mpeg1video", "mpeg2video", "mpeg4"})
 """Decoders that can skip single frames that no other frame refers to."""
-
-UNSEEKABLE = frozenset({"gif"})
-"""Formats in which each frame builds on the last, so that seeking would read the whole file from its start."""
-
-SEEK_BACK_SECONDS = (0.0, 0.5, 2.0, 10.0, 60.0)
-"""How many seconds earlier to seek again if a seek does not end at a key frame."""
 
 PictureT = TypeVar("PictureT")
 TimedFrame = tuple[float, float, av.VideoFrame]
@@ -50,44 +47,16 @@ FrameFilter = Callable[[Iterator[TimedFrame]], Iterator[TimedFrame]]
 """Changes consecutive frames on their way, such as a deinterlacer."""
 
 
-class Clock(NamedTuple):
-    """Converts time stamps of a stream to seconds after its first frame."""
-
-    origin: int
-    tick: float
-    """Seconds per time stamp unit."""
-    rate: float
-    """Frames per second according to the container, or 1."""
-
-    def seconds(self, pts: int) -> float:
-        return (pts - self.origin) * self.tick
-
-
-class TimeOrderCheck:
-    """Detects times, in decoding order, that jump back by more than reordering explains."""
-
-    def __init__(self, media: Media) -> None:
-        self.media, self._recent, self._newest = media, deque[float](), -math.inf
-
-    def check(self, time: float) -> None:
-        """Raise DecodeError if `time` jumps back."""
-        if time < self._newest:
-            raise DecodeError(self.media, f"its times jump back from {self._newest:.3f} s to {time:.3f} s")
-        self._recent.append(time)
-        if len(self._recent) > REORDER_DEPTH:
-            self._newest = max(self._newest, self._recent.popleft())
-
-
 def select_by_packets(video: Video, times: list[float], tolerance: float) -> Iterator[ShownFrame]:
     """Yield the frames on screen at ascending `times` (seconds after the first frame), each once.
 
     Raises NeedsSlowerRead if the times of packets are not sufficient, or frames are missing; DecodeError.
     """
-    clock, packets = _packets(video)
-    if not clock.tick or _is_counted(video):
+    clock, packets = timed_packets(video)
+    if not clock.tick or is_counted(video):
         raise NeedsSlowerRead
     if times[0] > 0 and video.container.format.name not in UNSEEKABLE:
-        packets = _from_key_frame(video, clock, times[0] + tolerance)
+        packets = packets_from_key_frame(video, clock, times[0] + tolerance)
     context = video.stream.codec_context
     context.open(strict=False)  # before skip_frame is set, which some decoders read once
     wanted: dict[int, range] = {}
@@ -156,11 +125,11 @@ def frames_in_order(video: Video, start: float = 0.0) -> Iterator[TimedFrame]:
     Begins at a frame that is shown no later than `start`. Raises NeedsSlowerRead if seeking ended too late; and
     DecodeError at the first damaged frame, after all frames before it.
     """
-    clock, packets = _packets(video)
-    counted = _is_counted(video) or not clock.tick
+    clock, packets = timed_packets(video)
+    counted = is_counted(video) or not clock.tick
     seek = start > 0 and not counted and video.container.format.name not in UNSEEKABLE
     if seek:
-        packets = _from_key_frame(video, clock, start)
+        packets = packets_from_key_frame(video, clock, start)
     time, index = 0.0, -1
     for index, frame in enumerate(decoded_frames(video, packets)):
         if counted:
@@ -218,7 +187,7 @@ def _match_packets(
     forward = TimeOrderCheck(video.media)
     ends: list[None] = [None] * REORDER_DEPTH
     for packet in itertools.chain(packets, ends):
-        shown = _presented(packet, clock)
+        shown = time_of_packet(packet, clock)
         if shown is not None:
             forward.check(shown)
             insort(presented, shown)
@@ -254,77 +223,7 @@ def _too_short(media: Media, seconds: float, needed: float) -> DecodeError:
     return DecodeError(media, f"lasts {seconds:.3f} s, but a frame is needed at {needed:.3f} s")
 
 
-def pixel_aspect(video: Video) -> float:
-    """Return width / height of a pixel, as stated by the container, or by the decoder after its first frame.
-
-    1.0 if it is missing or implausible.
-    """
-    stated = video.stream.sample_aspect_ratio or video.stream.codec_context.sample_aspect_ratio
-    aspect = float(stated or 0)
-    return aspect if 0.1 < aspect < 10 else 1.0
-
-
-def decodable_packets(packets: Iterable[Packet]) -> Iterator[Packet]:
-    """Yield packets with data, from the first key frame on, since a stream may begin in the middle.
-
-    If the first FIRST_KEY packets have no key frame, yield all of them: some encoders mark none.
-    """
-    packets = (packet for packet in packets if packet.size)
-    before: list[Packet] = []
-    for packet in itertools.islice(packets, FIRST_KEY):
-        before.append(packet)
-        if packet.is_keyframe:
-            return itertools.chain([packet], packets)
-    return itertools.chain(before, packets)
-
-
-def _packets(video: Video) -> tuple[Clock, Iterator[Packet]]:
-    """Return the clock of a video that was just opened, and its packets."""
-    packets = decodable_packets(video.container.demux(video.stream))
-    head = list(itertools.islice(packets, REORDER_DEPTH + 1))
-    ticks = [p.pts for p in head if p.pts is not None and not is_hidden(p)]
-    origin = min(ticks) if ticks else video.stream.start_time or 0
-    if head and head[0].is_keyframe and head[0].pts is not None and not is_hidden(head[0]):
-        origin = head[0].pts  # earlier frames refer to frames that are missing
-    tick, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0)
-    return Clock(origin, tick, rate or 1.0), itertools.chain(head, packets)
-
-
-def _from_key_frame(video: Video, clock: Clock, time: float) -> Iterator[Packet]:
-    """Yield packets from a key frame that is shown no later than `time`; the last one if the file has an index.
-
-    Raises NeedsSlowerRead if none is found.
-    """
-    target = clock.origin + int(time / clock.tick)
-    at = target
-    for back in SEEK_BACK_SECONDS:
-        try:
-            video.container.seek(at, stream=video.stream)
-        except av.FFmpegError as error:
-            raise NeedsSlowerRead from error
-        packets = (packet for packet in video.container.demux(video.stream) if packet.size)
-        key = next((packet for packet in packets if packet.is_keyframe), None)
-        if key is not None and key.pts is not None and clock.seconds(key.pts) <= time:
-            return itertools.chain([key], packets)
-        times = [t for t in (key.pts, key.dts) if t is not None] if key is not None else []
-        at = min(at, target - int(back / clock.tick), *times) - 1
-    raise NeedsSlowerRead
-
-
-def _presented(packet: Packet | None, clock: Clock) -> float | None:
-    if packet is None or is_hidden(packet):
-        return None
-    if packet.pts is None:
-        raise NeedsSlowerRead
-    return clock.seconds(packet.pts)
-
-
 def _pick(video: Video, frames: list[av.VideoFrame], wanted: dict[int, range]) -> Iterator[ShownFrame]:
     for frame in frames:
         if frame.pts in wanted:
             yield check_intact(video, frame), wanted.pop(frame.pts)
-
-
-def _is_counted(video: Video) -> bool:
-    """Whether frames must be counted from the start: AVI has a constant rate, and wrong times for B-frames."""
-    return video.container.format.name == "avi" and video.stream.codec_context.has_b_frames

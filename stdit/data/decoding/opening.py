@@ -140,6 +140,16 @@ def _open(file: str | BinaryIO, options: dict[str, str]) -> av.container.InputCo
     return av.open(file, container_options=options, metadata_errors="replace")
 
 
+def pixel_aspect(video: Video) -> float:
+    """Return width / height of a pixel, as stated by the container, or by the decoder after its first frame.
+
+    1.0 if it is missing or implausible.
+    """
+    stated = video.stream.sample_aspect_ratio or video.stream.codec_context.sample_aspect_ratio
+    aspect = float(stated or 0)
+    return aspect if 0.1 < aspect < 10 else 1.0
+
+
 def check_frame_size(media: Media, width: int, height: int) -> None:
     """Raise DecodeError if frames of this size are too large."""
     if not (0 < width <= MAX_DIMENSION and 0 < height <= MAX_DIMENSION and width * height <= MAX_PIXELS):

@@ -13,9 +13,9 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from stdit.data.decoding.decode import INSTANT, DecodeError, VideoInfo, iter_frames, probe
-from stdit.data.decoding.frames import REORDER_DEPTH
 from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import Video, open_clip
+from stdit.data.decoding.packets import REORDER_DEPTH
 from stdit.data.preparation.table import staged_output
 from stdit.errors import UserError
 

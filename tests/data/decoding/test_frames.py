@@ -13,6 +13,7 @@ from stdit.data.decoding.decode import decode_clip, probe
 from stdit.data.decoding.frames import select_by_frames, select_by_packets
 from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import DecodeError, NeedsSlowerRead, Video, open_clip
+from stdit.data.decoding.packets import REORDER_DEPTH
 from stdit.data.decoding.pixels import rgb
 
 
@@ -210,7 +211,7 @@ def test_frames_of_a_long_gop_are_not_held(tmp_path, write_video, monkeypatch):
 
     monkeypatch.setattr(frames, "deque", Watched)
     decode_clip(path, 100, 24, 16, 16, start=4.0)
-    assert held and max(held) <= 2 * frames.REORDER_DEPTH + 2
+    assert held and max(held) <= 2 * REORDER_DEPTH + 2
 
 
 def test_threads_change_nothing(tmp_path, write_video):
