@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stdit.checkpoint_files import seal_folder, verify_if_sealed
+from stdit.checkpoint_files import seal_folder
 from stdit.codecs.config import CODECS, CodecConfig
 from stdit.codecs.loading import (
     check_options,
@@ -285,11 +285,5 @@ class VideoCodec(ModelMixin):
         """
         check_options(diffusers_options)
         directory = Path(pretrained_model_name_or_path)
-        verify_if_sealed(directory)
-        settings = read_component(directory / CODEC_FILE, "the folder of a saved codec", CODECS)
-        found: type[VideoCodec] = CODECS.get(settings["name"])
-        if not issubclass(found, cls):
-            raise UserError(
-                f"{str(directory)!r} holds the codec {settings['name']!r}, which is no {cls.__name__}"
-            )
+        found, settings = read_component(directory / CODEC_FILE, "codec", CODECS, cls)
         return found.load(directory, settings, dtype or torch_dtype)

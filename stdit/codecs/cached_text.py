@@ -34,7 +34,7 @@ class CachedTextEncoder(TextEncoder):
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         if not texts:
-            raise ValueError("encode() wants at least one text")
+            raise ValueError("encode() needs at least one text")
         if not all(text in self._states for text in texts):
             self._encoder = self._encoder or self._reloaded().to(self.device)  # type: ignore[assignment]
             return self._encoder.encode(texts)  # type: ignore[union-attr]

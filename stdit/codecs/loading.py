@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from stdit.checkpoint_files import read_json, verify_if_sealed
 from stdit.errors import UserError
 from stdit.registry import Registry
+
+Component = TypeVar("Component")
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of the setting ``dtype``."""
@@ -206,21 +208,33 @@ def write_component(file: Path, name: str, settings: Mapping[str, Any], registry
     write_json(file, {"name": name} | ({"import": module} if module else {}) | dict(settings))
 
 
-def read_component(file: Path, what: str, registry: Registry[Any]) -> dict[str, Any]:
-    """Return the JSON of a saved codec or text encoder: its registered ``name``, and its settings.
+def read_component(
+    file: Path, kind: str, registry: Registry[type[Any]], base: type[Component]
+) -> tuple[type[Component], dict[str, Any]]:
+    """Return the class of a saved codec or text encoder, and its settings with its registered ``name``.
 
     A module that the file names is not imported.
 
+    Args:
+        kind: of the component, for messages.
+        base: the class that it must be of.
+
     Raises:
-        UserError: missing or malformed, or the name is not registered.
+        UserError: missing, malformed or damaged, or the name is not registered, or is that of another class.
     """
-    settings = read_json(file, what)
+    verify_if_sealed(file.parent)
+    settings = read_json(file, f"the folder of a saved {kind}")
     name, module = settings.get("name"), settings.pop("import", None)
     try:
         registry.check(name if isinstance(name, str) else repr(name), [module] if module else [])
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return settings
+    found = registry.get(settings["name"])
+    if not issubclass(found, base):
+        raise UserError(
+            f"{str(file.parent)!r} holds the {kind} {settings['name']!r}, which is no {base.__name__}"
+        )
+    return found, settings
 
 
 def dtype_name(dtype: torch.dtype) -> str:

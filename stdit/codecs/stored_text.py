@@ -66,7 +66,7 @@ class StoredTextEncoder(TextEncoder):
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         if not texts:
-            raise ValueError("encode() wants at least one text")
+            raise ValueError("encode() needs at least one text")
         self.check(texts)
         places = [self._places[text] for text in texts]
         lengths = torch.tensor([place.end - place.begin for place in places], device=self.device)

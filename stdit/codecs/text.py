@@ -12,10 +12,9 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from stdit.checkpoint_files import seal_folder, verify_if_sealed
+from stdit.checkpoint_files import seal_folder
 from stdit.codecs.config import TEXT_ENCODERS, TextEncoderConfig
 from stdit.codecs.loading import check_options, fingerprint, read_component, write_component
-from stdit.errors import UserError
 
 TEXT_ENCODER_FILE = "text_encoder.json"
 
@@ -114,10 +113,5 @@ class TextEncoder(ModelMixin):
         """
         check_options(diffusers_options)
         directory = Path(pretrained_model_name_or_path)
-        file = directory / TEXT_ENCODER_FILE
-        verify_if_sealed(directory)
-        settings = read_component(file, "the folder of a saved text encoder", TEXT_ENCODERS)
-        found: type[TextEncoder] = TEXT_ENCODERS.get(settings["name"])
-        if not issubclass(found, cls):
-            raise UserError(f"{file} is of the text encoder {settings['name']!r}, which is no {cls.__name__}")
+        found, settings = read_component(directory / TEXT_ENCODER_FILE, "text encoder", TEXT_ENCODERS, cls)
         return found.load(directory, settings, dtype or torch_dtype)

@@ -84,7 +84,7 @@ class TransformersTextEncoder(TextEncoder):
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         if not texts:
-            raise ValueError("encode() wants at least one text")
+            raise ValueError("encode() needs at least one text")
         tokens = self._tokenize(texts)
         lengths = torch.tensor([len(ids) for ids in tokens], device=self.device)
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]

@@ -23,7 +23,7 @@ def count_workers(
     data: DataConfig,
     plan: BatchPlan,
     spare_cores: int,
-    parts: int = 1,
+    dp: int = 1,
     known: Callable[[Clip], bool] = lambda clip: False,
 ) -> int:
     """Return `data.workers`, or for auto as many as decode the batches in time, but no more than spare cores.
@@ -32,7 +32,7 @@ def count_workers(
 
     Args:
         spare_cores: of this process, beside those that training uses.
-        parts: into which each batch is divided among ranks.
+        dp: ranks among which each batch is divided.
         known: whether a clip need not be decoded since the cache has it.
     """
     if data.workers != "auto":
@@ -40,7 +40,7 @@ def count_workers(
     if spare_cores < 1:
         return 0
     seconds = list(itertools.islice(_decoding_seconds(plan, known), SAMPLE_CLIPS))
-    return min(spare_cores, math.ceil(fmean(seconds or [0.0]) / parts / STEP_SECONDS))
+    return min(spare_cores, math.ceil(fmean(seconds or [0.0]) / dp / STEP_SECONDS))
 
 
 def usable_cores() -> int:

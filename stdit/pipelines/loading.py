@@ -9,6 +9,7 @@ from typing import Any
 from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify, verify_if_sealed
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes, hash_file
+from stdit.registry import Registry
 
 MODEL_INDEX = "model_index.json"
 WEIGHTS = ".safetensors"
@@ -243,10 +244,7 @@ def _load_codec(run: Path, meta: dict[str, Any]) -> Any:
 
     if (run / "codec").is_dir():
         return VideoCodec.from_pretrained(run / "codec")
-    config = meta.get("config", {})
-    settings = _tuples(config.get("codec", {}))
-    CODECS.check(settings.get("name", CodecConfig.name), config.get("imports") or ())
-    return build_codec(CodecConfig(**settings))
+    return build_codec(_recorded(meta, "codec", CodecConfig, CODECS))
 
 
 def _load_text_encoder(run: Path, meta: dict[str, Any]) -> Any:
@@ -256,10 +254,18 @@ def _load_text_encoder(run: Path, meta: dict[str, Any]) -> Any:
 
     if (run / "text_encoder").is_dir():
         return TextEncoder.from_pretrained(run / "text_encoder")
+    return build_text_encoder(_recorded(meta, "text_encoder", TextEncoderConfig, TEXT_ENCODERS))
+
+
+def _recorded(meta: dict[str, Any], group: str, config_class: Any, registry: Registry[Any]) -> Any:
+    """Return the recorded settings of a codec or text encoder. Raises UserError if its name is not registered."""
     config = meta.get("config", {})
-    settings = _tuples(config.get("text_encoder", {}))
-    TEXT_ENCODERS.check(settings.get("name", TextEncoderConfig.name), config.get("imports") or ())
-    return build_text_encoder(TextEncoderConfig(**settings))
+    settings = {  # lists as tuples, which the config dataclasses have and JSON does not
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config.get(group, {}).items()
+    }
+    registry.check(settings.get("name", config_class.name), config.get("imports") or ())
+    return config_class(**settings)
 
 
 def _stored(folder: str) -> Any:
@@ -267,8 +273,3 @@ def _stored(folder: str) -> Any:
     from stdit.codecs.config import TextEncoderConfig
 
     return build_text_encoder(TextEncoderConfig(name="stored", path=folder))
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with lists as tuples, which the config dataclasses have and YAML does not."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -55,16 +55,16 @@ def build_batches(
     return lambda start, stop: timed_batches(batches(start, stop), data, warns=mesh.is_main)
 
 
-def workers_of(inputs: RunInputs, device: torch.device | str, parts: int = 1) -> int:
+def workers_of(inputs: RunInputs, device: torch.device | str, dp: int = 1) -> int:
     """Return the number of loader processes of this process.
 
     Args:
         device: of the training; on a CPU, PyTorch's threads keep as many cores busy.
-        parts: into which each batch is divided among ranks.
+        dp: ranks among which each batch is divided.
     """
     data = inputs.config.data
     busy = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
-    return count_workers(data, inputs.plan, cores_of_process() - busy, parts, remembered(data))
+    return count_workers(data, inputs.plan, cores_of_process() - busy, dp, remembered(data))
 
 
 def _uncached(parts: RunComponents, workers: int, tally: SkipTally, exchange: StepExchange) -> Batches:

@@ -147,7 +147,7 @@ def _temporary_run(config: TrainConfig) -> Iterator[TrainConfig]:
     port = os.environ.get("MASTER_PORT")
     if port is None:
         folder = Path(tempfile.mkdtemp(prefix="stdit-steps-"))
-    else:  # all ranks need the same settings, so the same name, before they can talk to each other
+    else:  # all ranks need the same settings, so the same name, before they are connected
         folder = Path(tempfile.gettempdir(), f"stdit-steps-{getpass.getuser()}-{port}")
     try:
         yield replace(

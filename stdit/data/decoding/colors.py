@@ -23,7 +23,6 @@ from stdit.data.decoding.media import Media
 from stdit.data.decoding.opening import DecodeError
 
 SDR, PQ, HLG, WIDE = "SDR", "PQ", "HLG", "BT.2020"
-COLORS = (SDR, PQ, HLG, WIDE)
 """Values of the column `color_space`; WIDE is SDR with the primaries of BT.2020."""
 
 TRANSFERS = {16: PQ, 18: HLG}
@@ -58,7 +57,7 @@ LIMITED_WHITE, FULL_WHITE = 255 << 8, 65535
 
 
 def color_of(frame: av.VideoFrame) -> str:
-    """Return one of COLORS, as the file or its stream states."""
+    """Return a value of the column `color_space`, as the file or its stream states."""
     return TRANSFERS.get(frame.color_trc) or (WIDE if frame.color_primaries == BT2020 else SDR)
 
 
@@ -74,7 +73,7 @@ def white_of(frame: av.VideoFrame) -> int:
 
 
 def to_sdr(codes: np.ndarray, color: str, primaries: int, white: int) -> np.ndarray:
-    """Convert RGB code values uint16 [3 H W] of one of COLORS but SDR to BT.709, uint8 [3 H W].
+    """Convert RGB code values uint16 [3 H W] of a `color_space` but SDR to BT.709, uint8 [3 H W].
 
     Args:
         primaries: FFmpeg's number; unknown ones count as BT.2020.

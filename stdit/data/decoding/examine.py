@@ -17,7 +17,7 @@ class Examination(NamedTuple):
     info: VideoInfo
     """Of the frames before the first damage."""
     color: str
-    """One of `colors.COLORS`."""
+    """The colour of `colors.color_of`."""
     field_order: str
     """One of `interlacing.FIELD_ORDERS`."""
     readable_seconds: float

@@ -139,8 +139,8 @@ def estimate_traffic(load: Workload, dims: ParallelDims, rank: int) -> TrafficEs
         backward += count * width * tokens[other[target]]
         chunks += count * min(dims.chunks, sharded[target])
     batch_sizes = dims.clips(load)
-    passes = micro_batches(batch_sizes, dp_rank, load.micro_batch_size)
-    clips = [len(range(batch_sizes[dp_rank])[samples]) for samples, _ in passes]
+    own = micro_batches(batch_sizes, dp_rank, load.micro_batch_size)
+    clips = [len(range(batch_sizes[dp_rank])[samples]) for samples, _ in own]
     size = sum(clips) * load.element_size
     return TrafficEstimate(size * forward, size * backward, 2 * len(clips) * chunks if dims.sp > 1 else 0)
 

@@ -12,9 +12,9 @@ def test_all_ranks_have_the_same_number_of_micro_batches(
     counted = []
     for rank in range(ranks):
         mesh = Mesh(rank, ranks)
-        passes = mesh.micro_batches(batch_size, max_size)
-        assert len(passes) == len(Mesh(0, ranks).micro_batches(batch_size, max_size))
-        for samples, counts in passes:
+        found = mesh.micro_batches(batch_size, max_size)
+        assert len(found) == len(Mesh(0, ranks).micro_batches(batch_size, max_size))
+        for samples, counts in found:
             rows = mesh.sample_range(batch_size)[samples]
             assert 0 < len(rows) <= (max_size or batch_size)
             counted += list(rows) if counts else []
