@@ -41,10 +41,18 @@ WORDS = (
 )
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with clips and a run of `CHANGED` steps, to be copied."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert do([*tiny_settings(folder), "--trainer.steps", str(CHANGED)]) == 0
+    return folder
+
+
 @pytest.fixture
-def changed(settings: Settings, tmp_path: Path) -> Callable[..., list[str]]:
-    """Train until `CHANGED`; return the settings of the run from then on."""
-    assert do(settings(trainer__steps=CHANGED)) == 0
+def changed(trained: Path, settings: Settings, tmp_path: Path) -> Callable[..., list[str]]:
+    """Copy a run that was trained until `CHANGED`; return its settings from then on."""
+    shutil.copytree(trained / "outputs", tmp_path / "outputs")
     manifest = mend(tmp_path / "clips")
     return lambda **flags: settings(
         **{"trainer__steps": LAST, "data__manifest": manifest, "optimizer__lr": 5e-4, **flags}
@@ -52,7 +60,7 @@ def changed(settings: Settings, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def copy(tmp_path: Path, name: str) -> Path:
-    """Copy the run, so that it goes on twice."""
+    """Copy the run, so that it is resumed twice."""
     return Path(shutil.copytree(tmp_path / "outputs" / "tiny", tmp_path / "outputs" / name))
 
 
@@ -129,7 +137,11 @@ def test_batches_after_a_change_are_those_of_a_run_with_the_new_clips(
 ) -> None:
     """Step, seed and clips give the batch, with the new states of the mended caption, whatever the cache holds."""
     shutil.rmtree(tmp_path / "outputs" / "tiny")
-    argv, after = changed(data__cache=cache, trainer__steps=10), range(CHANGED, 10)  # more than an epoch
+    last = 9  # steps 6 to 8 are a whole epoch of the new clips
+    argv, after = (
+        changed(data__cache=cache, trainer__steps=last, checkpoint__every=last),
+        range(CHANGED, last),
+    )
     old = [*argv, "--data.manifest", str(tmp_path / "clips" / "manifest.csv"), "--optimizer.lr", "0.001"]
     seen: dict[str, dict[int, Any]] = {}
     original = Trainer.step
@@ -153,7 +165,7 @@ def test_batches_after_a_change_are_those_of_a_run_with_the_new_clips(
 def test_two_ranks_are_the_same_after_a_kill(tmp_path: Path) -> None:
     base = [*tiny_settings(tmp_path), "--checkpoint.asynchronous", "false"]
     base += ["--data.buckets", json.dumps([dict(num_frames=4, height=8, width=8, fps=8, batch_size=4)])]
-    assert launch("train.py", 2, [*base, "--trainer.steps", str(CHANGED)])[0] == 0
+    assert do([*base, "--trainer.steps", str(CHANGED)]) == 0
     straight, killed = copy(tmp_path, "straight"), copy(tmp_path, "killed")
     argv = [*base, "--data.manifest", str(mend(tmp_path / "clips")), "--trainer.steps", str(LAST)]
     assert launch("train.py", 2, [*argv, "--name", "straight", "--resume_changed"])[0] == 0

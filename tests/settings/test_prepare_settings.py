@@ -3,6 +3,7 @@
 import shutil
 from argparse import Action, ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,7 +15,7 @@ from scripts import prepare_data
 from tests.data.conftest import _write_video
 from tests.data.preparation.conftest import pattern
 from tests.data.preparation.tiny_models import save_llava
-from tests.settings.observe import Change, Outcome, check_observed, outcome_of_call, recorded
+from tests.settings.observe import Change, Outcome, check_observed, differences, outcome_of_call, recorded
 from tests.training.tiny import tiny_settings
 
 CHANGES = {
@@ -118,18 +119,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("step", "flag"),
-    [pytest.param(*one, marks=[pytest.mark.slow] if one[0] == "caption" else []) for one in FLAGS],
-)
-def test_every_flag_changes_something(
-    step: str, flag: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    change = CHANGES.get(f"{step} {flag}") or CHANGES.get(flag)
-    assert change is not None, f"add a change for {step} {flag} to the table"
-    positional = not flag.startswith("-")
+@pytest.fixture
+def outcome_of(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str, Sequence[str]], Outcome]:
+    """Return a function of a step, the flag that is changed, and flags: what the step does with them."""
 
-    def outcome(flags: Sequence[str]) -> Outcome:
+    def outcome(step: str, flag: str, flags: Sequence[str]) -> Outcome:
         work = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(folder, work)
         monkeypatch.chdir(work)
@@ -140,19 +136,16 @@ def test_every_flag_changes_something(
         )
         given = {"source": "clips", "output": OUTPUTS.get(step, "out.csv"), "folder": "cache"}
         rest = list(flags)
-        if positional and flags:
+        if flag in given and flags:
             given[flag], rest = flags[0], []
         argv = [*step.split(), *(given[place] for place in places), *rest]
         argv += [] if any(one in flags for one in NEEDED.get(step, ())) else NEEDED.get(step, [])
         if flag == "--overwrite":
             (work / given["output"]).write_text("")
-        if "--workers" in [name for one, name in FLAGS if one == step] and flag not in (
-            "--workers",
-            "--timeout",
-        ):
+        in_workers = flag in ("--workers", "--timeout")
+        if (step, "--workers") in FLAGS and not in_workers:
             argv += ["--workers", "0"]
         calls: list[str] = []
-        in_workers = flag in ("--workers", "--timeout")
         targets = {name: Mock(side_effect=SystemExit(0)) if in_workers else None for name in CALLS}
         with recorded(targets, calls):
             found = outcome_of_call(lambda: {"code": str(prepare_data.main(argv))})
@@ -162,7 +155,30 @@ def test_every_flag_changes_something(
             for path in sorted(work.rglob("*"))
             if path.is_file() and path.suffix in (".csv", ".html", ".mp4", ".safetensors")
         }
-        error = found.get("error", "").replace(str(work), "WORK")
+        error = str(found.get("error", "")).replace(str(work), "WORK")
         return {**found, "error": error, "printed": printed, "calls": "\n".join(calls), **files}
 
-    check_observed(f"prepare_data.py {step} {flag}", change, outcome)
+    return outcome
+
+
+def marks(step: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if step == "caption" else []
+
+
+@pytest.mark.parametrize(("step", "flag"), [pytest.param(*one, marks=marks(one[0])) for one in FLAGS])
+def test_every_flag_changes_something(
+    step: str, flag: str, outcome_of: Callable[[str, str, Sequence[str]], Outcome]
+) -> None:
+    change = CHANGES.get(f"{step} {flag}") or CHANGES.get(flag)
+    assert change is not None, f"add a change for {step} {flag} to the table"
+    check_observed(f"prepare_data.py {step} {flag}", change, partial(outcome_of, step, flag))
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(one, marks=marks(one)) for one in dict.fromkeys(s for s, _ in FLAGS)]
+)
+def test_the_same_command_gives_the_same_outcome(
+    step: str, outcome_of: Callable[[str, str, Sequence[str]], Outcome]
+) -> None:
+    """Otherwise any flag would seem to change it."""
+    assert differences(outcome_of(step, "", ()), outcome_of(step, "", ())) == []
