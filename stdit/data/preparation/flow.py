@@ -178,7 +178,7 @@ def process_clips(
     outcomes: list[Outcome] = []
     for place, row in enumerate(table.rows):
         try:
-            records[place] = _read_record(row, table.root)
+            records[place] = read_record(row, table.root)
             outcomes.append(Outcome())
         except ExcludedError as error:
             outcomes.append(Outcome(reason=str(error)))
@@ -196,7 +196,7 @@ def process_clips(
     return outcomes
 
 
-def _read_record(row: TableRow, root: str) -> ClipRecord:
+def read_record(row: TableRow, root: str) -> ClipRecord:
     """Read the clip of a row. Raises ExcludedError if its fields are wrong or its file is missing."""
     if reason := row.get(REFUSED):
         raise ExcludedError(reason)

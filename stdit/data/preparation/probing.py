@@ -4,11 +4,22 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from stdit.data.decoding.decode import VideoInfo
 from stdit.data.decoding.examine import examine
 from stdit.data.manifest.media_kinds import media_lines
 from stdit.data.manifest.reading import row_name
-from stdit.data.manifest.rows import MEDIA_COLUMNS, METADATA
-from stdit.data.preparation.flow import ClipRecord, RowResult, Task, add_columns, process_clips, write_results
+from stdit.data.manifest.rows import FIELD_ORDER, MEDIA_COLUMNS, METADATA, SPAN_COLUMNS
+from stdit.data.preparation.flow import (
+    ClipRecord,
+    RowResult,
+    Task,
+    add_columns,
+    process_clips,
+    read_record,
+    write_results,
+)
+from stdit.data.preparation.jobs import ExcludedError, Outcome
+from stdit.data.preparation.table import TableRow
 
 MOST_DAMAGED = 5
 """Damaged files that the summary names."""
@@ -22,8 +33,10 @@ def probe_clips(task: Task, quick: bool = False) -> list[str]:
     """
     table = task.open()
     work = partial(_probe, quick=True) if quick else _probe
-    outcomes = process_clips(task, table, work, ("examined", quick), "probe")
-    results = add_columns(table, outcomes)
+    files = table.with_columns([_without(row, *SPAN_COLUMNS) for row in table.rows], ())  # each is read once
+    outcomes = process_clips(task, files, work, ("examined", quick), "probe")
+    pairs = zip(table.rows, outcomes, strict=True)
+    results = add_columns(table, [_checked_span(row, outcome, table.root) for row, outcome in pairs])
     lines = write_results(task, table, results, (*METADATA, *MEDIA_COLUMNS))
     kept = [row for result in results for row in result.rows]
     kinds = {name: [row.get(name, "") for row in kept] for name in MEDIA_COLUMNS[:2]}
@@ -31,12 +44,28 @@ def probe_clips(task: Task, quick: bool = False) -> list[str]:
 
 
 def _probe(record: ClipRecord, quick: bool = False) -> dict[str, Any]:
-    """Read the columns of a file. Raises DecodeError, and ExcludedError if the clip is an empty span of it."""
+    """Read the columns of a file. Raises DecodeError."""
     found = examine(record.media, quick)
-    record.span(found.info)
-    values = (found.color, found.field_order, found.readable_seconds, found.damage)
+    readable = None if quick else found.readable_seconds
+    values = (found.color, found.field_order, readable, found.damage)
     info = found.info._replace(fps=round(found.info.fps, 9))  # 24.0, not 24.000000000000004
     return {**info._asdict(), **dict(zip(MEDIA_COLUMNS, values, strict=True))}
+
+
+def _without(row: TableRow, *columns: str) -> TableRow:
+    """Empty columns of a row, and those that `probe` finds out itself."""
+    return {**row, **dict.fromkeys((*METADATA, FIELD_ORDER, *columns), "")}
+
+
+def _checked_span(row: TableRow, outcome: Outcome, root: str) -> Outcome:
+    """Return the outcome of a row's file, or why the part of it that is the row's clip cannot be used."""
+    if outcome.reason is not None or not any(row.get(name) for name in SPAN_COLUMNS):
+        return outcome
+    try:
+        read_record(_without(row), root).span(VideoInfo(*(outcome.value[name] for name in METADATA)))
+    except ExcludedError as error:
+        return Outcome(reason=str(error))
+    return outcome
 
 
 def _damage(results: Sequence[RowResult]) -> list[str]:

@@ -57,7 +57,9 @@ def test_quick_probe_decodes_no_whole_files(tmp_path: Path) -> None:
     folder = damaged_folder(tmp_path / "clips")
     prepare("probe", folder, folder / "probed.csv", "--quick")
     rows = {row["path"]: row for row in read_csv(folder / "probed.csv")}
-    assert rows["rot.mp4"]["num_frames"] == "16" and not rows["rot.mp4"]["damage"]
+    row = rows["rot.mp4"]
+    assert row["num_frames"] == "16" and not row["damage"]
+    assert not row["readable_seconds"], "not known: only a few frames were decoded"
 
 
 @pytest.mark.parametrize("probed", [True, False])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from stdit.data.decoding.decode import probe
+from stdit.data.decoding.examine import Examination, examine
+from stdit.data.decoding.media import Media
 from stdit.data.manifest.reading import read_manifest
 from stdit.data.preparation import probing
 from stdit.data.preparation.flow import ClipRecord
@@ -95,6 +97,35 @@ def test_invalid_rows_are_excluded(clips: Path) -> None:
         ("word", "start is not a number of 0 or more"),
         ("a", "malformed row"),
     ]
+
+
+def test_a_file_is_read_once_however_many_of_its_parts_are_listed(
+    clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def examined(media: Media, quick: bool) -> Examination:
+        seen.append(media.name)
+        return examine(media, quick)
+
+    monkeypatch.setattr(probing, "examine", examined)
+    source = clips / "rows.csv"
+    source.write_text(
+        "path,text,start,end\na.mp4,first,0,1\nb.mp4,ball,,\na.mp4,second,1,2\na.mp4,late,5,9\n"
+    )
+    probe_clips(task(source, clips / "probed.csv"))
+    assert seen == ["a.mp4", "b.mp4"]
+    assert [row["text"] for row in read_csv(clips / "probed.csv")] == ["first", "ball", "second"]
+    (late,) = read_csv(clips / "probed.excluded.csv")
+    assert late["reason"] == "no frame from start to end: 5 to 9 s of 2 s"
+
+
+def test_wrong_values_of_what_is_probed_are_replaced(clips: Path) -> None:
+    source = clips / "rows.csv"
+    source.write_text("path,text,num_frames,height,field_order\na.mp4,ball,many,-4,up\n")
+    probe_clips(task(source, clips / "probed.csv"))
+    (row,) = read_csv(clips / "probed.csv")
+    assert (row["num_frames"], row["height"], row["field_order"]) == ("16", "48", "progressive")
 
 
 def test_a_source_without_usable_clips_is_an_error(tmp_path: Path) -> None:
