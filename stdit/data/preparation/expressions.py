@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from stdit.errors import UserError
 
-ColumnType = Literal["number", "text", "boolean", "mixed"]
+ColumnType = Literal["number", "text", "boolean", "mixed", "empty"]
 MAX_EXPRESSION = 2000
 """Characters of an expression."""
 
@@ -30,6 +30,7 @@ COMPARISONS = {
 }
 ALLOWED = "comparisons, and, or, not, + - * /, in, columns, numbers and quoted texts"
 NOUNS = {"number": "a number", "text": "a text", "boolean": "a boolean", "mixed": "of mixed types"}
+NOUNS["empty"] = "empty in all rows"
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,9 @@ class _Parser:
         if type(op) not in COMPARISONS:
             raise UserError(f"--where: 'is' is not allowed; allowed are {ALLOWED}")
         terms = [self.term(left), self.term(right)]
+        name, wanted = _tested_for_a_value(left, right), isinstance(op, ast.Eq)
+        if name is not None and isinstance(op, ast.Eq | ast.NotEq):
+            return Term("boolean", lambda row: (row.get(name) in (None, "")) == wanted, (name,))
         self.alike(*terms)
         return Term("boolean", _lifted(COMPARISONS[type(op)], *terms), _names(terms))
 
@@ -216,6 +220,14 @@ class _Parser:
             )
 
 
+def _tested_for_a_value(left: ast.expr, right: ast.expr) -> str | None:
+    """Return the column of ``column == ''``, which is true for rows without a value; None if it is no such test."""
+    match left, right:
+        case (ast.Name(id=name), ast.Constant(value="")) | (ast.Constant(value=""), ast.Name(id=name)):
+            return name
+    return None
+
+
 def _names(terms: Sequence[Term]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for term in terms for name in term.names))
 
@@ -238,7 +250,7 @@ def _lifted(function: Callable[..., Any], *terms: Term) -> Callable[[Mapping[str
 def _column_type(values: Sequence[Any]) -> ColumnType:
     given = [value for value in values if value not in (None, "")]
     if all(isinstance(value, bool) for value in given):
-        return "boolean" if given else "text"
+        return "boolean" if given else "empty"
     if all(as_number(value) is not None for value in given):
         return "number"
     return "text" if all(isinstance(value, str) for value in given) else "mixed"

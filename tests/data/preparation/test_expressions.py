@@ -54,6 +54,9 @@ def kept(where: str) -> str:
         ("True or motion > 2", "abc"),
         ("240 / fps > 9", "a"),
         ("text < 'b'", "ab"),
+        ("camera == ''", "c"),
+        ("'' != motion", "ab"),
+        ("nothing == '' and height < 700", "ab"),
     ],
 )
 def test_rows_that_fulfil_a_condition(where: str, paths: str) -> None:
@@ -133,6 +136,9 @@ def test_hostile_and_broken_expressions_are_refused(where: str) -> None:
         ("text + 'a' == 'b'", "'text' is a text, but arithmetic takes a number"),
         ("motion and hd", "'motion' is a number, not a condition"),
         ("hd or motion", "'motion' is a number, but and, or takes a boolean"),
+        ("nothing > 2", "'nothing' is empty in all rows and '2' a number: they cannot be compared"),
+        ("nothing + 1 > 2", "'nothing' is empty in all rows, but arithmetic takes a number"),
+        ("nowhere == ''", "no column 'nowhere'"),
     ],
 )
 def test_errors_of_names_and_types_are_found_before_any_row(where: str, message: str) -> None:
