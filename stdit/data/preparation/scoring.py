@@ -19,6 +19,7 @@ import numpy as np
 
 from stdit.data.decoding.decode import decode_clip
 from stdit.data.manifest.rows import BYTE_RANGE_COLUMNS, METADATA, SPAN_COLUMNS
+from stdit.data.preparation.expressions import as_number
 from stdit.data.preparation.flow import (
     BatchStage,
     ClipRecord,
@@ -27,8 +28,9 @@ from stdit.data.preparation.flow import (
     process_clips,
     write_results,
 )
-from stdit.data.preparation.jobs import FailedError
+from stdit.data.preparation.jobs import FailedError, Outcome
 from stdit.data.preparation.models import ModelConfig
+from stdit.data.preparation.table import Table
 from stdit.data.preparation.text_score import TEXT, TEXT_COLUMN, TextScorer, choose_frames
 from stdit.errors import UserError, install_command
 from stdit.hashing import hash_file
@@ -114,7 +116,23 @@ def score_clips(
     model = None if text_model is None else (text_model.path, text_model.dtype)
     outcomes = process_clips(task, table, work, (tuple(scores), code, window, model), "score", stage)
     columns = dict.fromkeys(name for outcome in outcomes for name in outcome.value or {})
-    return write_results(task, table, add_columns(table, outcomes), list(columns))
+    lines = write_results(task, table, add_columns(table, outcomes), list(columns))
+    return [*lines, *_replaced(table, outcomes, [name for name in columns if name in table.columns])]
+
+
+def _replaced(table: Table, outcomes: Sequence[Outcome], columns: Sequence[str]) -> list[str]:
+    """Return a line for each column of the source whose values are now others."""
+    lines = []
+    for name in columns:
+        pairs = zip(table.rows, outcomes, strict=True)
+        values = [(row.get(name), out.value.get(name)) for row, out in pairs if out.reason is None]
+        changed = sum(before not in (None, "") and as_number(before) != now for before, now in values)
+        if changed:
+            lines.append(
+                f"column {name}: {changed} of {len(values)} values of the source are replaced by this score; "
+                "rename the column in the source to keep both"
+            )
+    return lines
 
 
 def register_scorer(name: str, scorer: Scorer) -> None:
@@ -157,6 +175,8 @@ def _score_clip(
                 number = float(value)
             if not math.isfinite(number):
                 raise FailedError(f"score {name} failed: {column} = {value!r} is not a number")
+            if column in scores:
+                raise UserError(f"score {name}: another score writes the column {column}, too: leave one out")
             scores[column] = float(f"{number:.6g}")
     return scores
 

@@ -85,6 +85,18 @@ def test_columns_are_added_and_others_kept(clips: Path) -> None:
     assert read_csv(clips / "scored.excluded.csv")[0]["reason"].startswith("cannot be read: ")
 
 
+def test_columns_of_the_source_are_not_replaced_in_silence(clips: Path) -> None:
+    source, output = clips / "source.csv", clips / "scored.csv"
+    source.write_text("path,text,contrast,brightness\na.mp4,ball,7,\nc.mp4,cat,low,\nb.mp4,,,\n")
+    lines = score_clips(task(source, output), ["brightness", "contrast"])
+    assert [line for line in lines if line.startswith("column")] == [
+        "column contrast: 2 of 3 values of the source are replaced by this score; rename the column in the source "
+        "to keep both"
+    ]
+    lines = score_clips(task(output, clips / "again.csv"), ["brightness", "contrast"])
+    assert not [line for line in lines if line.startswith("column")], "the same values"
+
+
 @pytest.fixture
 def own_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's module, whose import registers scorers."""
@@ -99,10 +111,11 @@ def own_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    return {'low': float(frames.min()), 'high': frames.max()}\n"
         "def infinite(frames, fps): return float('inf') if len(frames) == 8 else 1\n"
         "def caption(frames, fps): return {'text': 1.0}\n"
+        "def tone(frames, fps): return {'brightness': 1.0}\n"
         "def slow(frames, fps):\n"
         "    while len(frames) == 8: time.sleep(1)\n"
         "    return 1\n"
-        "for scorer in (length, fussy, infinite, caption, slow): register_scorer(scorer.__name__, scorer)\n"
+        "for scorer in (length, fussy, infinite, caption, tone, slow): register_scorer(scorer.__name__, scorer)\n"
         "register_scorer('unnamed', lambda frames, fps: 1)\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -143,6 +156,10 @@ def test_bad_scores_are_errors(clips: Path) -> None:
         ([], "--scores is empty"),
         (["movement"], "--scores = movement: must be one of motion, "),
         (["lenght"], "did you mean length"),
+        (
+            ["brightness", "tone"],
+            "score tone: another score writes the column brightness, too: leave one out",
+        ),
         (["caption"], "score caption: 'text' cannot be a column: choose an identifier, such as aesthetic"),
     ):
         with pytest.raises(UserError, match=message):
