@@ -123,6 +123,7 @@ def test_a_split_that_fails_or_is_interrupted_does_not_block_the_next(
 
     def interrupted(*arguments: object) -> object:
         cut(*arguments)  # type: ignore[arg-type]
+        (folder / "cut" / ".000000000.mp4.1.tmp").touch()  # as of a worker that is killed
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scenes, "cut_clip", interrupted)
@@ -131,6 +132,7 @@ def test_a_split_that_fails_or_is_interrupted_does_not_block_the_next(
     monkeypatch.setattr(scenes, "cut_clip", cut)
     main([*command, "0.1"])
     assert len(read_csv(folder / "scenes.csv")) == 12
+    assert not list((folder / "cut").rglob(".*"))
     with pytest.raises(UserError, match="cut is not empty"):
         main([*command[:2], str(folder / "more.csv"), *command[3:], "0.1"])
 

@@ -22,7 +22,7 @@ from stdit.data.preparation.flow import (
     write_results,
 )
 from stdit.data.preparation.jobs import ExcludedError
-from stdit.data.preparation.table import Table, TableRow
+from stdit.data.preparation.table import Table, TableRow, remove_staged
 from stdit.errors import UserError, install_command
 
 ARCHIVE_COLUMNS = ("member", "offset", "size")
@@ -95,6 +95,7 @@ def split_clips(task: Task, config: SceneConfig, cut_into: Path | None = None) -
             results.append(RowResult({**row, "start": start, "end": end}, [], f"damaged: {reason}"))
     lines = write_results(task, table, results, [*METADATA, *(() if folder else SPAN_COLUMNS)])
     if folder is not None:
+        remove_staged(Path(folder))
         (Path(folder) / UNFINISHED).unlink(missing_ok=True)
         how = [way for outcome in outcomes if outcome.value for way in outcome.value["how"]]
         copied, encoded = how.count("copied"), how.count("encoded")

@@ -94,6 +94,12 @@ def staged_output(path: Path) -> Iterator[Path]:
             staging.unlink(missing_ok=True)
 
 
+def remove_staged(folder: Path) -> None:
+    """Remove the temporary files of `staged_output`, at any depth, of processes that were killed."""
+    for file in folder.rglob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 def _write_csv(path: Path, table: Table) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
