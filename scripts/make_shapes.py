@@ -3,7 +3,8 @@
     python scripts/make_shapes.py --output data/shapes
     python scripts/make_shapes.py --output data/shapes --num_clips 500 --seed 1
 
-A second run with the same settings reuses the files.
+A second run with the same settings reuses the files; one with other settings replaces them, and says so. Nothing else
+in the folder is touched.
 """
 
 from pathlib import Path
@@ -26,8 +27,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
     args = parser.parse_args()
     config = ShapesConfig(args.num_clips, args.seed, args.num_frames, args.fps, args.size)
-    built = build(args.output, config, args.workers)
-    print(f"{args.output}: {config.num_clips} clips " + ("written" if built else "exist already"))
+    done = build(args.output, config, args.workers)
+    print(f"{args.output}: {config.num_clips} clips {done or 'exist already'}")
 
 
 if __name__ == "__main__":

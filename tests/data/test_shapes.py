@@ -405,10 +405,28 @@ def test_build_reuses_and_replaces(tmp_path: Path) -> None:
     before = (folder / "manifest.csv").stat().st_mtime_ns
     assert not build(folder, config, workers=1)
     assert (folder / "manifest.csv").stat().st_mtime_ns == before
-    assert build(folder, replace(config, num_clips=3), workers=1)
-    assert len(read(folder / "manifest.csv")) == 3 and [path.name for path in tmp_path.iterdir()] == [
-        "shapes"
-    ]
+    (folder / "stdit-cache").mkdir()
+    (folder / "stdit-cache" / "mine").write_text("hours of encoding")
+    said = build(folder, replace(config, num_clips=3), workers=1)
+    assert said == "written in place of those of num_clips 2; other files in the folder stay"
+    assert len(read(folder / "manifest.csv")) == 3 and len(list((folder / "videos").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+    assert (folder / "stdit-cache" / "mine").read_text() == "hours of encoding"
+    build(folder, config, workers=1)
+    assert len(list((folder / "videos").iterdir())) == 2
+
+
+def test_a_replacement_that_is_interrupted_is_not_taken_for_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config = tmp_path / "shapes", ShapesConfig(num_clips=2)
+    build(folder, config, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, replace(config, num_clips=3), workers=1)
+    assert build(folder, config, workers=1)
+    assert len(read(folder / "manifest.csv")) == 2 == len(list((folder / "videos").iterdir()))
 
 
 def test_build_starts_over_when_the_words_have_changed(

@@ -73,13 +73,14 @@ class ShapesConfig:
             )
 
 
-def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) -> bool:
+def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) -> str:
     """Build the data set in the folder `output`, unless it already exists with the same settings.
 
-    The files are written to a temporary folder, which replaces `output` when it is complete.
+    The files are written to a temporary folder, and moved when they are complete. Those of other settings are
+    replaced; whatever else lies in `output` stays.
 
     Returns:
-        Whether anything was built.
+        What was done, for people; an empty string if all files were there.
 
     Raises:
         UserError: if `output` holds anything else, or cannot be written.
@@ -87,29 +88,43 @@ def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) ->
     config = config or ShapesConfig()
     output = Path(output).absolute()
     meta = {"version": VERSION, "vocabulary": _fingerprint(), **asdict(config)}
+    found = None
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         found = _read_meta(output)
         if found is None:
             raise UserError(f"{output} exists and was not written by this command: choose another --output")
         if found == meta:
-            return False
+            return ""
     staging = output.with_name(output.name + ".tmp")
-    old = output.with_name(output.name + ".old")
     try:
         _remove(staging)
         (staging / "videos").mkdir(parents=True)
         _write_files(staging, config, workers)
         (staging / _META).write_text(json.dumps(meta, indent=2) + "\n")
-        _remove(old)
-        if output.exists():
-            os.rename(output, old)
-        os.rename(staging, output)
-        _remove(old)
+        if found is None:
+            os.rename(staging, output)
+        else:
+            _replace_files(output, staging)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error}") from error
     finally:
         _remove(staging)
-    return True
+    if found is None:
+        return "written"
+    others = ", ".join(
+        f"{name} {found.get(name)}" for name in asdict(config) if found.get(name) != meta[name]
+    )
+    return f"written in place of those of {others or 'another version'}; other files in the folder stay"
+
+
+def _replace_files(output: Path, made: Path) -> None:
+    """Move the files of a build into the folder of another one, the settings last."""
+    (output / _META).write_text('{"version": 0}\n')  # incomplete until the real one is there
+    for name in sorted(path.name for path in made.iterdir() if path.name != _META):
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+        os.replace(made / name, output / name)
+    os.replace(made / _META, output / _META)
 
 
 def draw_clip(index: int, config: ShapesConfig) -> tuple[Scene, str]:
