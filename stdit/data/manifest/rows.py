@@ -82,6 +82,8 @@ def _check_columns(manifest: Path | str, names: Sequence[str]) -> None:
     for column in names:
         if names.count(column) > 1:
             raise UserError(f"manifest {manifest} has two columns {column!r}: rename or remove one")
+    if len(names) == 1 and (found := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise UserError(f"manifest {manifest} separates its columns by {found!r}: save it with commas")
     for column in REQUIRED:
         if column in names:
             continue

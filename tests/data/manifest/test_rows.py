@@ -102,6 +102,8 @@ def test_manifests_that_cannot_be_read_say_why(tmp_path):
         "m.jsonl", b'{"path": "a", "caption": "b"}'
     )
     assert "no column 'path'; it has Path, text (rename 'Path'?)" in message("m.csv", b"Path,text\na,b\n")
+    assert "m.csv separates its columns by ';': save it with commas" in message("m.csv", b"path;text\na;b\n")
+    assert "m.csv separates its columns by '\\t': save it" in message("m.csv", b"path\ttext\na\tb\n")
     assert "no column 'path'; it has pth, text (rename 'pth'?)" in message("m.csv", b"pth,text\na,b\n")
     assert "two columns 'text'" in message("m.csv", b"path,text,text\na,b,c\n")
     assert len(message("m.csv", b"x," * 10_000)) < 500
