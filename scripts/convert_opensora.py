@@ -125,13 +125,14 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
     inside, prediction = source, "velocity"
     if is_of_stdit(source):
         found = find_checkpoint_source(source)
-        schedule = (found.path if found.is_pipeline or found.run is None else found.run) / "scheduler"
+        if not found.is_pipeline:
+            meta = read_meta(found.path)
+            model, used = load_transformer(found.path, meta, ema=True)
+            prediction = meta["config"]["flow"]["prediction"]
+            return model.state_dict(), model.config, prediction, found.path / used
+        schedule, inside = found.path / "scheduler", found.path / "transformer"
         verify_if_sealed(schedule)
         prediction = read_json(schedule / "scheduler_config.json", "a schedule")["prediction"]
-        if not found.is_pipeline:
-            model, used = load_transformer(found.path, read_meta(found.path), ema=True)
-            return model.state_dict(), model.config, prediction, found.path / used
-        inside = found.path / "transformer"
     verify_if_sealed(inside)
     recorded = read_json(inside / "config.json", "a model folder")
     if recorded.get("_class_name") != "STDiT":

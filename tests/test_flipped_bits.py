@@ -133,7 +133,6 @@ Reader = Callable[[Folder, Path], Any]
 TRUSTED: dict[str, Reader] = {
     "outputs/tiny/checkpoints/step-*": lambda it, file: verify(it.checkpoint),
     "outputs/tiny/checkpoints/validation_loss.json": losses,
-    "outputs/tiny/scheduler/*": lambda it, file: RectifiedFlow.from_pretrained(file.parent),
     "outputs/tiny/codec/*": lambda it, file: VideoCodec.from_pretrained(file.parent),
     "outputs/tiny/pipeline/*.json": small_pipeline_files,
     "outputs/tiny/pipeline/meta.json": pipeline,

@@ -187,7 +187,7 @@ def test_a_signal_before_the_first_step_stops_at_once(
         assert do(settings(data__cache="memory")) == code
     assert f"{word}: stopped at once" in "".join(capfd.readouterr())
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "checkpoints", "config.yaml", "metrics.jsonl", "scheduler"
+        ".lock", "checkpoints", "config.yaml", "metrics.jsonl"
     }  # fmt: skip
     assert do(settings(data__cache="memory")) == 0
     assert len(metrics(run)) == 6

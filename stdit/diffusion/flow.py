@@ -8,9 +8,10 @@ frames).
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -158,12 +159,27 @@ class RectifiedFlow:
         settings = json.loads((Path(folder) / "scheduler_config.json").read_text(encoding="utf-8"))
         settings.pop("_class_name")
         variance, module = settings.pop("latent_variance"), settings.pop("import", None)
-        PREDICTIONS.check(settings["prediction"], [module] if module else [])
+        variance = None if variance is None else torch.tensor(variance)
+        return cls.from_settings(settings, variance, [module] if module else [])
+
+    @classmethod
+    def from_settings(
+        cls, settings: Mapping[str, Any], latent_variance: Tensor | None, imports: Sequence[str]
+    ) -> "RectifiedFlow":
+        """Return the objective of recorded settings, for sampling.
+
+        Args:
+            settings: fields of `FlowConfig`.
+            imports: the modules that were imported when they were recorded.
+
+        Raises:
+            UserError: its prediction is not registered.
+        """
+        PREDICTIONS.check(settings.get("prediction", FlowConfig.prediction), imports)
         # Not checked: sampling draws no masks, so a strategy of the user's need not be registered.
-        conditioning = settings.pop("conditioning")
-        config = FlowConfig(**settings)
-        config.conditioning = conditioning
-        return cls(config, None if variance is None else torch.tensor(variance))
+        config = FlowConfig(**{**settings, "conditioning": {}})
+        config.conditioning = settings.get("conditioning", {})
+        return cls(config, latent_variance)
 
 
 def velocity_from_velocity(flow: RectifiedFlow, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -169,7 +169,6 @@ def _is_small(name: str) -> bool:
 
 
 def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | None) -> tuple[Any, str]:
-    from stdit.codecs.loading import explain_load_errors, local_weights
     from stdit.diffusion.flow import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
 
@@ -182,14 +181,14 @@ def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | Non
             f"text_states = {text_states}: these states are not of the encoder that {run} was trained with: "
             "encode the prompts with that one."
         )
-    schedule = run / "scheduler"
-    with explain_load_errors("the run's schedule", local_weights(schedule)):
-        flow = RectifiedFlow.from_pretrained(schedule)
+    codec, config = _load_codec(run, meta), meta.get("config", {})
     pipe = STDiTPipeline(
         transformer=transformer,
-        codec=_load_codec(run, meta),
+        codec=codec,
         text_encoder=text_encoder,
-        scheduler=flow,
+        scheduler=RectifiedFlow.from_settings(
+            config.get("flow", {}), codec.latent_variance, config.get("imports") or ()
+        ),
         step=meta.get("step"),
         lineage=meta.get("lineage", []),
         **meta.get("pipeline", {}),
@@ -223,7 +222,7 @@ def weights_hash(meta: dict[str, Any], part: str) -> str:
 
 
 def _run_of(source: CheckpointSource) -> Path:
-    """Return the run of a checkpoint, which has the scheduler and perhaps the codec.
+    """Return the run of a checkpoint, which has the codec if it was fitted.
 
     Its config.yaml is for people, who may edit it: the settings are read from the checkpoint's manifest, which proves
     itself.

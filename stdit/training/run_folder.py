@@ -1,6 +1,5 @@
-"""The folder of a run: lock it, find the checkpoint to resume from, and write config, scheduler and codec."""
+"""The folder of a run: lock it, find the checkpoint to resume from, and write config and codec."""
 
-import filecmp
 import os
 import shutil
 import socket
@@ -8,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stdit.checkpoint_files import META
 from stdit.errors import UserError
@@ -16,14 +15,12 @@ from stdit.pipelines.loading import find_checkpoint_source
 from stdit.settings import to_yaml
 from stdit.training.checkpoint import find_checkpoint
 from stdit.training.config import TrainConfig
-from stdit.training.disk import disk_errors
+from stdit.training.disk import disk_errors, replace_folder
 from stdit.training.experiment import experiment_key
 from stdit.training.lineage import check_can_resume
-from stdit.umask import apply_umask
 
 if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec
-    from stdit.diffusion.flow import RectifiedFlow
 
 _SINCE = "%Y-%m-%d %H:%M:%S UTC"
 
@@ -77,31 +74,21 @@ def lock_run_folder(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_run_files(
-    folder: Path, config: TrainConfig, scheduler: "RectifiedFlow", codec: "VideoCodec", new: bool
-) -> None:
-    """Write the files that describe a run: ``config.yaml``, ``scheduler/`` and, if it was fitted, ``codec/``.
+def write_run_files(folder: Path, config: TrainConfig, codec: "VideoCodec", new: bool) -> None:
+    """Write the files that describe a run: ``config.yaml`` and, if it was fitted, ``codec/``.
 
     Args:
-        new: replace what an earlier run without a checkpoint left; otherwise only write what is missing, or has
-            changed (of ``flow``).
+        new: replace the codec that an earlier run without a checkpoint left.
     """
     from stdit.pipelines.video_io import atomic_write
 
-    aside = folder / "part.tmp"
-    parts: dict[str, Any] = {"scheduler": scheduler, "codec": codec}
-    with disk_errors(f"run {folder}", aside):
-        for name, part in parts.items():
-            target = folder / name
-            for old in (aside, target) if new else (aside,):
-                shutil.rmtree(old, ignore_errors=True)
-            if name == "scheduler" or (hasattr(part, "fitted") and not target.is_dir()):
-                part.save_pretrained(aside)
-                apply_umask(aside)
-                if not _equal(aside, target):
-                    shutil.rmtree(target, ignore_errors=True)
-                    aside.rename(target)
-                shutil.rmtree(aside, ignore_errors=True)
+    target = folder / "codec"
+    if new:
+        shutil.rmtree(target, ignore_errors=True)
+    if hasattr(codec, "fitted") and not target.is_dir():
+        with replace_folder(f"codec {target}", target) as aside:
+            codec.save_pretrained(aside)
+    with disk_errors(f"run {folder}", folder / "config.yaml.tmp"):
         if config.validation.prompts:
             (folder / "samples").mkdir(exist_ok=True)
         with atomic_write(folder / "config.yaml") as file:
@@ -119,12 +106,6 @@ def find_initial_weights(init_from: str) -> Path:
     except UserError as error:
         raise UserError(f"init_from = {init_from}: {error}") from None
     return source.path / "transformer" if source.is_pipeline else source.path
-
-
-def _equal(folder: Path, other: Path) -> bool:
-    """Return whether a folder has the same files as another one."""
-    names = [path.name for path in folder.iterdir()]
-    return filecmp.cmpfiles(folder, other, names, shallow=False)[0] == names
 
 
 def _names(folder: Path) -> list[str]:

@@ -147,9 +147,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             # Recorder: cuts off the metrics of steps after that checkpoint. The files that describe the run come
             # first: a run that was refused above has changed none of them.
             mesh.on_main(
-                lambda: write_run_files(
-                    folder, components.config, components.flow, components.codec, new=checkpoint is None
-                )
+                lambda: write_run_files(folder, components.config, components.codec, new=checkpoint is None)
             )
             recorder = mesh.main_first(
                 lambda: Recorder(folder, components.config, saver.start_step, mesh.is_main)

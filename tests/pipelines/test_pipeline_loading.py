@@ -87,11 +87,11 @@ def test_a_damaged_pipeline_is_named(pipe, tmp_path, name, damage, message):
 
 
 def test_a_damaged_run_is_named(run):
-    (run / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(UserError, match="scheduler_config.json is missing"):
+    (run / "codec" / "codec.json").unlink()
+    with pytest.raises(UserError, match="codec.json is missing"):
         load_pipeline(run)
-    (run / "scheduler" / "meta.json").unlink()
-    with pytest.raises(UserError, match="schedule could not be read"):
+    (run / "codec" / "meta.json").unlink()
+    with pytest.raises(UserError, match="it has no codec.json"):
         load_pipeline(run)
 
 

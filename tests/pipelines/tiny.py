@@ -66,7 +66,6 @@ def write_run(run: Path, pipe: STDiTPipeline, steps: tuple[int, ...] = (10,), **
 
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("name: tiny\n")
-    pipe.scheduler.save_pretrained(run / "scheduler")
     pipe.codec.save_pretrained(run / "codec")
     pipe.text_encoder.save_pretrained(run / "text_encoder")
     for step in steps:
@@ -75,6 +74,8 @@ def write_run(run: Path, pipe: STDiTPipeline, steps: tuple[int, ...] = (10,), **
         averaged = {name: 2 * value for name, value in pipe.transformer.state_dict().items()}
         (aside / "ema").mkdir()
         save_file(averaged, aside / "ema" / "ema.safetensors")
-        write_manifest(aside, {"step": step, "pipeline": {**SIZE, "num_inference_steps": 3, **recorded}})
+        settings = {"config": {"flow": asdict(pipe.scheduler.config)}, "pipeline": {**SIZE, **recorded}}
+        settings["pipeline"] = {"num_inference_steps": 3, **settings["pipeline"]}
+        write_manifest(aside, {"step": step, **settings})
         publish(aside, aside.with_suffix(""))
     return run
