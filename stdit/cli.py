@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from stdit.errors import OtherRankError, UserError, interrupt_behind
+from stdit.errors import OtherRankError, UserError, interrupt_behind, raise_between_imports
 from stdit.registry import IMPORTING
 from stdit.suggestions import nearest_name
 
@@ -25,6 +25,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     If several processes fail with the same error, only the first on each machine prints it. The others wait for their
     launcher to end them; one that is not ended has failed alone, and prints its error, too.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda _, frame: raise_between_imports(KeyboardInterrupt(), frame))
     try:
         code = main() or 0
         _end_process_group()

@@ -3,8 +3,11 @@
 import importlib.metadata
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -38,6 +41,30 @@ def interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
             seen.add(id(one))
             errors += [one.__cause__, one.__context__]
     return None
+
+
+def raise_between_imports(interrupt: KeyboardInterrupt, frame: FrameType | None) -> None:
+    """Raise an interrupt in a signal handler; if a module is being imported, as soon as that is complete.
+
+    An import that is cut off leaves libraries half loaded: they swallow the interrupt, abort the process, or fail
+    with errors of their own.
+
+    Args:
+        frame: in which the signal came.
+    """
+    importer = None
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            importer = frame.f_back
+        frame = frame.f_back
+    if importer is None:
+        raise interrupt
+
+    def trace(at: FrameType, event: str, argument: Any) -> NoReturn:
+        raise interrupt
+
+    importer.f_trace, importer.f_trace_opcodes = trace, True  # called before its next operation
+    sys.settrace(lambda *_: None)
 
 
 class OtherRankError(UserError):

@@ -1,5 +1,9 @@
 """Exit codes of commands, and who prints their errors."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from stdit.cli import run
@@ -20,6 +24,26 @@ def test_run_exits_with_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.endswith("error: depth = 0: must be 1\n")
     with pytest.raises(ValueError, match="bug"):
         run(lambda: fail(ValueError("bug")))
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "import slow; print('done')",
+        "with stop_signals() as signals: import slow; print('done')\n    return signals.exit_code",
+    ],
+)
+def test_ctrl_c_in_an_import_takes_effect_when_that_is_complete(tmp_path: Path, main: str) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, sys\ntry: os.kill(os.getpid(), signal.SIGINT); sum(range(9))\n"
+        "except BaseException: print('cut off')\nprint('complete')\n"
+    )
+    code = "from stdit.cli import run\nfrom stdit.training.stop_signals import stop_signals\n"
+    code += f"def main():\n    {main}\nrun(main)\n"
+    (tmp_path / "script.py").write_text(code)
+    result = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (130, "complete\n"), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_process_that_fails_alone_prints_its_error(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from stdit.errors import interrupt_behind
+from stdit.errors import interrupt_behind, raise_between_imports
 from stdit.parallel.processes.exit import end_process
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -72,7 +72,7 @@ class StopSignals:
         if first or now - self._received_at > REPEAT_SECONDS:
             self.received, self._received_at = signal.Signals(number), now
             if not (first and self.finish_step):
-                raise Stop(self.exit_code)
+                raise_between_imports(Stop(self.exit_code), frame)
 
 
 @contextmanager
