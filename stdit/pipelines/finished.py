@@ -11,9 +11,9 @@ from stdit.errors import UserError
 
 KINDS = ("mp4", "gif")
 """Endings of video files."""
-_NOT_COMPARED = ("checkpoint", "checkpoint_step", "stdit", "files")
-"""Metadata that may differ between equal videos: where the weights, known by their hash, were found, and by which
-version they were sampled."""
+_NOT_COMPARED = ("checkpoint", "checkpoint_step", "lineage", "stdit", "files")
+"""Metadata that may differ between equal videos: where the weights, known by their hash, were found, what is recorded
+of their training, and by which version they were sampled."""
 _NAME = re.compile(r"(?P<stem>\d+-(?P<rest>.*-seed\d+)(-\d+)?)\.(mp4|gif|json)")
 
 
@@ -85,6 +85,17 @@ def difference(path: Path, metadata: Mapping[str, Any]) -> str:
         more = f", and {len(set(differing)) - 1} more" if len(set(differing)) > 1 else ""
         return f"{name} = {found.get(name)}, not {wanted.get(name)}{more}"
     return "it is cut short" if is_video and not is_whole_video(path) else ""
+
+
+def is_readable_json(path: Path) -> bool:
+    """Return whether the .json beside a video is there and whole."""
+    from stdit.checkpoint_files import read_json
+
+    try:
+        read_json(path, "metadata")
+    except UserError:
+        return False
+    return True
 
 
 def compared(metadata: Mapping[str, Any]) -> dict[str, Any]:

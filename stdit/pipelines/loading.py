@@ -1,7 +1,7 @@
 """Find and load a pipeline: from a run folder, one of its checkpoints, or an exported pipeline."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def load_pipeline(
         if not weights:
             raise UserError(f"pipeline {source.path}: transformer/ holds no .safetensors file.")
         replaced = {} if text_states is None else {"text_encoder": _stored(text_states)}
-        return STDiTPipeline.from_pretrained(source.path, **replaced), hash_file(weights[0])
+        return STDiTPipeline.from_pretrained(source.path, **replaced), _hash_of([*map(hash_file, weights)])
     return _from_checkpoint(source, ema, text_states)
 
 
@@ -213,11 +213,16 @@ def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any
 
 
 def weights_hash(meta: dict[str, Any], part: str) -> str:
-    """Return the hash of the weights in a folder of a checkpoint; of several files, the hash of their hashes."""
+    """Return the hash of the weights in a folder of a checkpoint."""
     files = sorted(meta["files"].items())
     hashes = [
         entry["hash"] for name, entry in files if name.startswith(f"{part}/") and name.endswith(WEIGHTS)
     ]
+    return _hash_of(hashes)
+
+
+def _hash_of(hashes: Sequence[str]) -> str:
+    """Return the hash of weights from those of their files: of several files, the hash of their hashes."""
     return hashes[0] if len(hashes) == 1 else hash_bytes("".join(hashes).encode())
 
 

@@ -132,8 +132,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
         else:
             with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
                 comment = container.metadata["comment"]
-        return json.loads(comment)
-    except (OSError, KeyError, ValueError) as error:
+        found = json.loads(comment)
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        return found
+    except (OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path} holds no metadata of stdit ({type(error).__name__}: {error}).") from None
 
 

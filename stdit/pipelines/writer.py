@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes
 from stdit.pipelines.config import Format
-from stdit.pipelines.finished import KINDS, FinishedVideos, compared, hash_sources
+from stdit.pipelines.finished import KINDS, FinishedVideos, compared, hash_sources, is_readable_json
 from stdit.pipelines.requests import Request
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class VideoWriter:
             pending = list(range(len(requests)))
         for position in sorted(set(range(len(requests))) - set(pending)):
             video = self._videos[position]
-            if video.stem and not (self.folder / f"{video.stem}.json").is_file():
+            if video.stem and not is_readable_json(self.folder / f"{video.stem}.json"):
                 self._write_json(video)
         self._pending = deque(self._videos[position] for position in pending)
         return pending, found.others

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from stdit.checkpoint_files import read_meta, write_manifest
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.contact_sheet import read_contents
+from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.sampling import sample_to_files
 from stdit.pipelines.video_io import read_metadata
@@ -167,6 +169,27 @@ def test_damaged_and_missing_files_are_made(
     assert f"{first.name} stays as it is (it is cut short)" in said
     assert "2 of 4 videos are finished already" in said
     assert json.loads(second.with_suffix(".json").read_text())["files"] == [second.name]
+
+
+def test_what_is_recorded_of_the_training_makes_no_other_video(
+    config: SampleConfig, run: Path, tmp_path: Path
+) -> None:
+    """An earlier version, which recorded less, has made the same videos from these weights."""
+    sample_to_files(config)
+    changed = Path(shutil.copytree(run, tmp_path / "changed"))
+    folder = changed / "checkpoints" / "step-00000010"
+    meta = {name: value for name, value in read_meta(folder).items() if name not in ("files", "format")}
+    write_manifest(folder, {**meta, "lineage": [{"step": 4}]})
+    assert load_pipeline(changed)[0].config["lineage"] == [{"step": 4}]
+    assert sample_to_files(replace(config, checkpoint=str(changed))) == []
+
+
+def test_a_damaged_json_is_written_again(config: SampleConfig, tmp_path: Path) -> None:
+    sample_to_files(config)
+    file = tmp_path / "out" / "001-a-blue-square-seed0.json"
+    expected = file.read_bytes()
+    file.write_bytes(expected[:-9])
+    assert sample_to_files(config) == [file] and file.read_bytes() == expected
 
 
 def test_a_video_is_found_when_its_prompt_has_moved_or_appears_twice(

@@ -1,5 +1,8 @@
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stdit.checkpoint_files import write_manifest
 from stdit.errors import UserError
@@ -113,6 +116,20 @@ def test_a_pipeline_without_a_manifest_is_read_with_a_warning(pipe, tmp_path, ca
         f"pipeline {tmp_path} has no meta.json: a damaged file would not be noticed"
     ]
     assert torch.equal(weight(again), weight(loaded))
+
+
+def test_the_hash_of_weights_in_several_files_is_that_of_all(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    one = load_pipeline(tmp_path)[1]
+    shutil.rmtree(tmp_path / "transformer")
+    pipe.transformer.save_pretrained(tmp_path / "transformer", max_shard_size="5KB")
+    (tmp_path / "meta.json").unlink()
+    files = sorted((tmp_path / "transformer").glob("*.safetensors"))
+    (tmp_path / "transformer" / "meta.json").unlink(missing_ok=True)
+    several = load_pipeline(tmp_path)[1]
+    tensors = load_file(files[-1])
+    save_file({name: value + 1 for name, value in tensors.items()}, files[-1], {"format": "pt"})
+    assert len(files) > 1 and len({one, several, load_pipeline(tmp_path)[1]}) == 3
 
 
 def test_a_pipeline_away_from_its_run(pipe, tmp_path):

@@ -109,7 +109,8 @@ def test_what_is_no_video_is_refused(tmp_path, frames):
 
 def test_files_without_settings_are_named(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"nothing")
-    for name in ("a.mp4", "absent.gif"):
+    write_gif(tmp_path / "a.gif", clip(), 8.0, ["the comment of another program"])
+    for name in ("a.mp4", "a.gif", "absent.gif"):
         with pytest.raises(UserError, match=name):
             read_metadata(tmp_path / name)
 
