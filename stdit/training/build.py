@@ -114,8 +114,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     plan = build_plan(config.data, config.seed, index, remembered(config.data))
     resumed = None
     if checkpoint is not None:  # before the codec and the text encoder load, which may take long
-        experiment = {**experiment_key(config), CLIPS: clips_hash(plan)}
-        resumed = resume(checkpoint, experiment, ClipList.of(plan.assignment), config.resume_changed)
+        resumed = compare_with_checkpoint(checkpoint, config, plan)
     if checkpoint is not None and (saved := checkpoint.parent.parent / "codec").is_dir():
         codec = VideoCodec.from_pretrained(saved)
     else:
@@ -135,6 +134,12 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     flow = RectifiedFlow(config.flow, variance)
     resolved = resolved_config(config, codec, text_encoder)
     return RunInputs(resolved, plan, codec, text_encoder, flow, resumed)
+
+
+def compare_with_checkpoint(checkpoint: Path, config: TrainConfig, plan: BatchPlan) -> Resumed:
+    """Compare settings and clips with those of the checkpoint to resume from. Raises as `lineage.resume` does."""
+    experiment = {**experiment_key(config), CLIPS: clips_hash(plan)}
+    return resume(checkpoint, experiment, ClipList.of(plan.assignment), config.resume_changed)
 
 
 def _tokens_per_clip(config: TrainConfig, codec: VideoCodec, bucket: Bucket) -> int:

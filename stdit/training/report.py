@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from stdit.data.plan import BatchPlan
 from stdit.data.preparation.placement import write_placements
+from stdit.errors import UserError
 from stdit.parallel.processes.memory import memory_of_process
 from stdit.parallel.processes.mesh import check_divides, runs_on_cpu
 from stdit.parallel.sequence.planner import (
@@ -17,9 +19,10 @@ from stdit.parallel.sequence.planner import (
     estimate_traffic,
     format_gib,
 )
-from stdit.training.build import RunComponents, RunInputs, build_inputs
+from stdit.training.build import RunComponents, RunInputs, build_inputs, compare_with_checkpoint
 from stdit.training.config import TrainConfig
 from stdit.training.memory_estimate import MemoryEstimate
+from stdit.training.run_folder import find_start
 
 MIB = 2**20
 _WORLD_SIZES = (1, 2, 4, 8)
@@ -35,7 +38,20 @@ def report_of(config: TrainConfig, processes: int) -> str:
     table = config.run_folder.with_name(f"{config.run_folder.name}.clips.csv")
     write_placements(inputs.plan.assignment, table)
     shown = report(inputs, processes, memory, compare_sp=config.dry_run == "sp" or processes > 1)
-    return f"{shown}\nbucket of each clip, and why: {table}"
+    return "\n".join([shown, *_resumed_lines(config, inputs.plan), f"bucket of each clip, and why: {table}"])
+
+
+def _resumed_lines(config: TrainConfig, plan: BatchPlan) -> list[str]:
+    """Return what the run would resume from and what has changed since, or why it would not start."""
+    try:
+        checkpoint = find_start(config)
+        return (
+            []
+            if checkpoint is None
+            else [f"the run would be {compare_with_checkpoint(checkpoint, config, plan)}"]
+        )
+    except UserError as error:
+        return [f"the run would not start: {error}"]
 
 
 def report(inputs: RunInputs, processes: int, memory: int, compare_sp: bool = True) -> str:

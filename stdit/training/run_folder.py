@@ -35,21 +35,7 @@ def lock_run_folder(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
         UserError: if the folder cannot be written, another process trains there, its checkpoints are of another
             model, or ``init_from`` has no weights.
     """
-    folder = config.run_folder
-    checkpoint, skipped = find_checkpoint(config.resume, folder / "checkpoints")
-    for reason in skipped:
-        print(f"checkpoint skipped: {reason}", flush=True)
-    if checkpoint is not None:
-        check_can_resume(checkpoint, experiment_key(config))
-    elif config.init_from is not None:
-        weights = find_initial_weights(config.init_from)
-        if not (weights / META).is_file():
-            print(f"init_from: {weights} has no {META}: a damaged file would not be noticed", flush=True)
-    if (folder / "pipeline").exists() and not any((folder / "checkpoints").glob("step-*")):
-        raise UserError(
-            f"{folder} has a trained pipeline, but no checkpoint to resume from: choose another --name (and "
-            f"start from its weights by --init_from {folder}), or move {folder} away."
-        )
+    folder, checkpoint = config.run_folder, find_start(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+", encoding="utf-8")
@@ -72,6 +58,30 @@ def lock_run_folder(config: TrainConfig) -> Iterator[tuple[Path, Path | None]]:
         finally:
             if _names(folder) == [".lock"]:  # the run ended before it wrote anything
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_start(config: TrainConfig) -> Path | None:
+    """Return the checkpoint from which a run resumes; None: it starts at step 0. Print what is to know about it.
+
+    Raises:
+        UserError: if its checkpoints are of another model, or ``init_from`` has no weights.
+    """
+    folder = config.run_folder
+    checkpoint, skipped = find_checkpoint(config.resume, folder / "checkpoints")
+    for reason in skipped:
+        print(f"checkpoint skipped: {reason}", flush=True)
+    if checkpoint is not None:
+        check_can_resume(checkpoint, experiment_key(config))
+    elif config.init_from is not None:
+        weights = find_initial_weights(config.init_from)
+        if not (weights / META).is_file():
+            print(f"init_from: {weights} has no {META}: a damaged file would not be noticed", flush=True)
+    if (folder / "pipeline").exists() and not any((folder / "checkpoints").glob("step-*")):
+        raise UserError(
+            f"{folder} has a trained pipeline, but no checkpoint to resume from: choose another --name (and "
+            f"start from its weights by --init_from {folder}), or move {folder} away."
+        )
+    return checkpoint
 
 
 def write_run_files(folder: Path, config: TrainConfig, codec: "VideoCodec", new: bool) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import io
+import logging
 import os
 import shutil
 import tempfile
@@ -58,8 +59,7 @@ def measured_times(config: TrainConfig, signals: StopSignals) -> list[str]:
     """
     began = time.perf_counter()
     with _temporary_run(config) as tried:
-        # The notes of a run, which the report has shown.
-        with contextlib.redirect_stdout(io.StringIO()), start(tried, signals) as session:
+        with _silent(), start(tried, signals) as session:
             started = time.perf_counter() - began
             plan, processes = session.sampler.components.plan, session.mesh.world_size
             workers = workers_of(session.sampler.components, session.mesh.device, session.mesh.dp)
@@ -139,6 +139,17 @@ def _encoding(config: TrainConfig, plan: BatchPlan, times: list[BucketTimes]) ->
 
 def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 36000 else f"{seconds / 3600:.2f} hours"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Print and log nothing in a block: the report has shown the notes, and other settings would be warned about."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextlib.contextmanager
