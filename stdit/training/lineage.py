@@ -106,12 +106,15 @@ def lineage(resumed: Resumed | None, experiment: Mapping[str, Any]) -> list[dict
     return [*past, {"step": resumed.meta["step"], "changes": resumed.changes, **hashes}]
 
 
-def unneeded(resume_changed: bool, resumed: Resumed | None) -> list[str]:
-    """Return a line that says so if changes were allowed and there are none; otherwise none."""
-    if not resume_changed or (resumed is not None and resumed.changes):
-        return []
-    why = "there is no checkpoint" if resumed is None else "nothing has changed"
-    return [f"resume_changed = true has no effect: {why}"]
+def unneeded(resume_changed: bool, init_from: str | None, resumed: Resumed | None) -> list[str]:
+    """Return a line for each of these settings that has no effect at this start of a run."""
+    lines = []
+    if resume_changed and (resumed is None or not resumed.changes):
+        why = "there is no checkpoint" if resumed is None else "nothing has changed"
+        lines.append(f"resume_changed = true has no effect: {why}")
+    if resumed is not None and init_from not in (None, resumed.meta.get("config", {}).get("init_from")):
+        lines.append(f"init_from = {init_from} has no effect: the run resumes from its own checkpoint")
+    return lines
 
 
 def same_batches(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -123,7 +123,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             notes = [*components.plan.assignment.exclusions(), *components.plan.notes]
             notes += estimate.warnings(ParallelDims(mesh.world_size, mesh.sp.size))
             notes += [str(held_out)] if held_out else []
-            notes += unneeded(config.resume_changed, components.resumed)
+            notes += unneeded(config.resume_changed, config.init_from, components.resumed)
             print(start_line(components), *notes, sep="\n", flush=True)
 
             # Trainer: moves the model to the device, and shards or replicates it over the mesh.

@@ -91,7 +91,14 @@ def test_the_lineage_grows_by_each_change(tmp_path: Path) -> None:
     assert twice[0] == once[0] and twice[1]["changes"] == ["seed 1 -> 0"]
     assert twice[0]["to"] == twice[1]["from"] != twice[0]["from"] == twice[1]["to"]
     assert lineage(None, {}) == []
-    assert unneeded(True, first) == unneeded(False, None) == []
-    assert unneeded(True, None) == ["resume_changed = true has no effect: there is no checkpoint"]
-    same = resume(folder, {"seed": 1, "clips": "x"}, CLIPS, True)
-    assert unneeded(True, same) == ["resume_changed = true has no effect: nothing has changed"]
+
+
+def test_what_has_no_effect_at_a_start_is_told(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, {"seed": 1, "clips": "x"}, config={"init_from": "other"})
+    other, same = (resume(folder, {"seed": seed, "clips": "x"}, CLIPS, True) for seed in (0, 1))
+    assert unneeded(True, None, other) == unneeded(False, "new", None) == unneeded(False, "other", same) == []
+    assert unneeded(True, None, None) == ["resume_changed = true has no effect: there is no checkpoint"]
+    assert unneeded(True, None, same) == ["resume_changed = true has no effect: nothing has changed"]
+    assert unneeded(False, "new", same) == [
+        "init_from = new has no effect: the run resumes from its own checkpoint"
+    ]
