@@ -141,12 +141,12 @@ def explain(message: str, known: dict[str, Any]) -> str:
 
 def _explain_stray(arguments: str, known: Iterable[str]) -> str:
     """Say which flag was probably meant by ``-c`` or ``name=value``, which are none."""
-    first = arguments.split()[0]
+    first = next(iter(arguments.split()), "")
     name, equals, value = first.lstrip("-+").partition("=")
     names = [*known, *OWN_FLAGS]
     nearest = same_meaning(name, names) or (similar_name(name, names) if equals else None)
     if nearest is None or not (equals or first.startswith("-")):
-        return f"unrecognized arguments: {arguments}"
+        return f"unrecognized arguments: {arguments.strip() or 'an empty one'}"
     return f"{first} is not a flag: did you mean --{nearest}{' ' * bool(equals)}{value}?"
 
 

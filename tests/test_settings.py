@@ -141,6 +141,7 @@ def test_yaml_is_read_back_the_same(tmp_path: Path) -> None:
         (["--words"], "--words needs a value"),
         (["--name", "-x"], "one that begins with a dash is joined to it: --name=-x"),
         (["stray"], "unrecognized arguments: stray"),
+        ([""], "unrecognized arguments: an empty one"),
         (["--config"], "--config needs a file"),
         (["--config", "missing.yaml"], "missing.yaml: cannot be read"),
     ],

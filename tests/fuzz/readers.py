@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import scenedetect  # noqa: F401 - its import looks for ffmpeg by starting it
 import yaml
 from hypothesis import strategies as st
 
