@@ -156,9 +156,9 @@ def clip_warnings(clips: Clips) -> list[str]:
     if len(first := np.unique(parts, return_index=True)[1]) < len(parts):
         again = np.setdiff1d(np.arange(len(parts)), first).tolist()
         shown = [str(clips[place].media) for place in again[:MAX_EXAMPLES]]
-        lines.append(
-            f"{len(again)} clips are listed again: {', '.join(shown)}{', ...' * (len(again) > MAX_EXAMPLES)}"
-        )
+        clips_are = "clip is" if len(again) == 1 else "clips are"
+        dots = ", ..." * (len(again) > MAX_EXAMPLES)
+        lines.append(f"{len(again)} {clips_are} listed again: {', '.join(shown)}{dots}")
     for name, meant in near_misses(clips.extra):
         lines.append(f"column {name!r} is not read: is it meant to be {meant!r}?")
     return lines
