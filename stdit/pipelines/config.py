@@ -119,6 +119,17 @@ PIPELINE_DEFAULTS: dict[str, Any] = {f.name: f.metadata["pipeline_default"] for 
 """Settings of a new pipeline for which none are passed."""
 
 
+def check_recorded(recorded: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a recorded setting of a pipeline that has a wrong type or breaks its rule."""
+    own = {name: recorded[name] for name in VIDEO_SETTINGS if recorded.get(name) is not None}
+    for name, value in own.items():
+        one = value if name == "guidance_interval" and isinstance(value, list | tuple) else [value]
+        kinds = str if name == "guidance_schedule" else int | float
+        if not all(isinstance(number, kinds) and not isinstance(number, bool) for number in one):
+            raise UserError(f"{where}{name} = {value!r:.200}: has a wrong type: correct it there.")
+    VideoSettings(**own).check(where)
+
+
 def video_settings(function: Callable[..., Any], keywords: Mapping[str, Any]) -> VideoSettings:
     """Return the settings among the ``**settings`` of a function.
 

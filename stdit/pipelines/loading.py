@@ -9,6 +9,7 @@ from typing import Any
 from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify, verify_if_sealed
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes, hash_file
+from stdit.pipelines.config import check_recorded
 from stdit.registry import Registry
 
 MODEL_INDEX = "model_index.json"
@@ -128,12 +129,19 @@ def model_settings(source: CheckpointSource) -> dict[str, Any]:
 
 
 def pipeline_settings(source: CheckpointSource) -> dict[str, Any]:
-    """Return the recorded default settings of a source's pipeline; nothing is loaded."""
+    """Return the recorded default settings of a source's pipeline; nothing is loaded.
+
+    Raises:
+        UserError: if one has a wrong type or breaks its rule.
+    """
     from stdit.codecs.loading import read_json
 
     if source.is_pipeline:
-        return read_json(source.path / MODEL_INDEX, "a pipeline")
-    return read_meta(source.path).get("pipeline", {})
+        recorded = read_json(source.path / MODEL_INDEX, "a pipeline")
+    else:
+        recorded = read_meta(source.path).get("pipeline", {})
+    check_recorded(recorded, f"{source.path}: ")
+    return recorded
 
 
 def check_text_states(folder: str, texts: Iterable[str], source: CheckpointSource) -> None:

@@ -32,6 +32,7 @@ from stdit.pipelines.config import (
     PIPELINE_DEFAULTS,
     VIDEO_SETTINGS,
     VideoSettings,
+    check_recorded,
     list_settings,
     video_settings,
 )
@@ -174,6 +175,7 @@ class STDiTPipeline(DiffusionPipeline):
         ):
             logger.warning("pipeline %s has no %s: a damaged file would not be noticed", folder, META)
         recorded = read_json(folder / cls.config_name, "a pipeline")
+        check_recorded(recorded, f"{folder / cls.config_name}: ")
         dtype = pop_dtype(kwargs)
         components = read_components(folder, kwargs, dtype)
         settings = {name: recorded[name] for name in (*VIDEO_SETTINGS, *_RECORDED) if name in recorded}

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from stdit.checkpoint_files import write_manifest
 from stdit.errors import UserError
-from stdit.pipelines.loading import find_checkpoint_source, load_pipeline
+from stdit.pipelines.loading import find_checkpoint_source, load_pipeline, pipeline_settings
 from stdit.pipelines.pipeline import STDiTPipeline
 from tests.pipelines.tiny import tiny_model, write_run
 
@@ -60,6 +60,12 @@ def test_the_newer_of_checkpoint_and_pipeline_is_used(pipe, run, step, chosen):
     [
         ("model_index.json", lambda text: "{", "is not JSON"),
         ("model_index.json", lambda text: "[]", "holds no JSON object"),
+        (
+            "model_index.json",
+            lambda text: text.replace('"fps": 8.0', '"fps": "8"'),
+            "fps = '8': has a wrong type",
+        ),
+        ("model_index.json", lambda text: text.replace('"fps": 8.0', '"fps": -8'), "fps = -8: must be from"),
         ("scheduler/scheduler_config.json", lambda text: "{}", "pipeline's scheduler could not be read"),
         ("transformer/config.json", lambda text: text.replace('"depth": 2', '"depth": 3'), "lacks"),
         (
@@ -87,6 +93,16 @@ def test_a_damaged_pipeline_is_named(pipe, tmp_path, name, damage, message):
         manifest.unlink()
     with pytest.raises(UserError, match=message):
         load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("value", ['""', "true", "[8]"])
+def test_wrong_settings_of_a_pipeline_are_refused_before_it_is_loaded(pipe, tmp_path, value):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "meta.json").unlink()
+    file = tmp_path / "model_index.json"
+    file.write_text(file.read_text().replace('"num_frames": 4', f'"num_frames": {value}'))
+    with pytest.raises(UserError, match="num_frames = .*: has a wrong type"):
+        pipeline_settings(find_checkpoint_source(tmp_path))
 
 
 def test_a_damaged_run_is_named(run):
