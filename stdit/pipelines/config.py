@@ -119,8 +119,10 @@ PIPELINE_DEFAULTS: dict[str, Any] = {f.name: f.metadata["pipeline_default"] for 
 """Settings of a new pipeline for which none are passed."""
 
 
-def check_recorded(recorded: Mapping[str, Any], where: str) -> None:
+def check_recorded(recorded: Any, where: str) -> None:
     """Raise UserError for a recorded setting of a pipeline that has a wrong type or breaks its rule."""
+    if not isinstance(recorded, Mapping):
+        raise UserError(f"{where}its settings of the pipeline are no JSON object: {recorded!r:.200}.")
     own = {name: recorded[name] for name in VIDEO_SETTINGS if recorded.get(name) is not None}
     for name, value in own.items():
         one = value if name == "guidance_interval" and isinstance(value, list | tuple) else [value]

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from stdit.checkpoint_files import write_manifest
 from stdit.errors import UserError
+from stdit.pipelines.config import check_recorded
 from stdit.pipelines.loading import find_checkpoint_source, load_pipeline, pipeline_settings
 from stdit.pipelines.pipeline import STDiTPipeline
 from tests.pipelines.tiny import tiny_model, write_run
@@ -103,6 +104,11 @@ def test_wrong_settings_of_a_pipeline_are_refused_before_it_is_loaded(pipe, tmp_
     file.write_text(file.read_text().replace('"num_frames": 4', f'"num_frames": {value}'))
     with pytest.raises(UserError, match="num_frames = .*: has a wrong type"):
         pipeline_settings(find_checkpoint_source(tmp_path))
+
+
+def test_recorded_settings_that_are_no_object_are_refused():
+    with pytest.raises(UserError, match="m.json: its settings of the pipeline are no JSON object: None"):
+        check_recorded(None, "m.json: ")
 
 
 def test_a_damaged_run_is_named(run):
