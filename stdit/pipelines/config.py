@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
 
 from stdit.data.decoding.limits import MAX_DIMENSION
@@ -52,10 +53,16 @@ class VideoSettings:
 
     def check(self, where: str = "") -> None:
         """Raise UserError for a setting that no model can follow; ``where`` begins the message."""
+        for name in VIDEO_SETTINGS:
+            value = getattr(self, name)
+            values = value if name == "guidance_interval" and isinstance(value, list | tuple) else [value]
+            kind, noun = (str, "a text") if name == "guidance_schedule" else (Real, "a number")
+            right = all(isinstance(one, kind) and not isinstance(one, bool) for one in values)
+            if value is not None and not right:
+                raise UserError(f"{where}{name} = {value!r:.200}: has a wrong type: must be {noun}.")
         for name in ("num_frames", "height", "width", "num_inference_steps"):
             value = getattr(self, name)
-            whole = value is None or (1 <= value <= MAX_DIMENSION and value == int(value))
-            if not whole or isinstance(value, bool):
+            if value is not None and not (1 <= value <= MAX_DIMENSION and value == int(value)):
                 raise UserError(f"{where}{name} = {value}: must be a whole number from 1 to {MAX_DIMENSION}.")
         if (self.height is None) != (self.width is None):
             missing = "height" if self.height is None else "width"
@@ -123,13 +130,7 @@ def check_recorded(recorded: Any, where: str) -> None:
     """Raise UserError for a recorded setting of a pipeline that has a wrong type or breaks its rule."""
     if not isinstance(recorded, Mapping):
         raise UserError(f"{where}its settings of the pipeline are no JSON object: {recorded!r:.200}.")
-    own = {name: recorded[name] for name in VIDEO_SETTINGS if recorded.get(name) is not None}
-    for name, value in own.items():
-        one = value if name == "guidance_interval" and isinstance(value, list | tuple) else [value]
-        kinds = str if name == "guidance_schedule" else int | float
-        if not all(isinstance(number, kinds) and not isinstance(number, bool) for number in one):
-            raise UserError(f"{where}{name} = {value!r:.200}: has a wrong type: correct it there.")
-    VideoSettings(**own).check(where)
+    VideoSettings(**{name: recorded[name] for name in VIDEO_SETTINGS if name in recorded}).check(where)
 
 
 def video_settings(function: Callable[..., Any], keywords: Mapping[str, Any]) -> VideoSettings:

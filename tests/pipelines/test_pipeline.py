@@ -214,6 +214,8 @@ def test_callback_gets_and_replaces_latents(pipe):
         (dict(guidance_schedule="cosine"), "guidance_schedule = cosine: must be one of constant, linear"),
         (dict(guidance_interval=(0.5, 0.2)), r"guidance_interval = \[0.5, 0.2\]"),
         (dict(guidance_rescale=1.5), "guidance_rescale = 1.5"),
+        (dict(num_frames="8"), "num_frames = '8': has a wrong type: must be a number"),
+        (dict(guidance_interval=(0, "1")), "has a wrong type: must be a number"),
         (dict(shift=0.0), "shift = 0"),
         (dict(prompt=[]), "prompt = "),
         (dict(prompt=[3]), "prompt = "),

@@ -29,8 +29,13 @@ COMPARISONS = {
     ast.GtE: operator.ge,
 }
 ALLOWED = "comparisons, and, or, not, + - * /, in, columns, numbers and quoted texts"
-NOUNS = {"number": "a number", "text": "a text", "boolean": "a boolean", "mixed": "of mixed types"}
-NOUNS["empty"] = "empty in all rows"
+NOUNS = {
+    "number": "a number",
+    "text": "a text",
+    "boolean": "a boolean",
+    "mixed": "of mixed types",
+    "empty": "empty in all rows",
+}
 
 
 @dataclass(frozen=True)
