@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import scenedetect  # noqa: F401 - its import looks for ffmpeg by starting it
 import yaml
 from hypothesis import strategies as st
@@ -211,6 +212,9 @@ def _parquets() -> st.SearchStrategy[bytes]:
 
 
 def _folder_manifest(names: list[tuple[str, str]], folder: Path) -> object:
+    """Read a folder of odd files beside one clip with a caption."""
+    PIL.Image.new("RGB", (8, 8)).save(folder / "good.png")
+    (folder / "good.txt").write_text("a caption")
     for name, text in names:
         try:
             path = folder / name
