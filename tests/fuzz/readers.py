@@ -204,11 +204,9 @@ def _parquets() -> st.SearchStrategy[bytes]:
     names = st.sampled_from(
         ["path", "text", "num_frames", "fps", "height", "width", "start", "member", "other"]
     )
-    texts = [row["text"] for row in MANIFEST_ROWS[:2]]
-    odd = st.dictionaries(names, column, max_size=5).map(
-        lambda some: table({"path": ["a", "b"], "text": texts} | some)
-    )
-    return st.one_of(odd, changed_bytes([table({"path": ["a.mp4"], "text": ["one"]})]))
+    whole = {name: [value, value] for name, value in MANIFEST_ROWS[0].items()}
+    odd = st.dictionaries(names, column, max_size=5).map(lambda some: table(whole | some))
+    return st.one_of(odd, changed_bytes([table(whole)]))
 
 
 def _folder_manifest(names: list[tuple[str, str]], folder: Path) -> object:
