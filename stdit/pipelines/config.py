@@ -79,9 +79,12 @@ class VideoSettings:
                 f"{where}guidance_schedule = {self.guidance_schedule}: must be one of {', '.join(schedules)}."
             )
         interval = self.guidance_interval
-        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1):
+        shown = list(interval) if isinstance(interval, tuple) else interval
+        if shown is not None and not (
+            isinstance(shown, list) and len(shown) == 2 and 0 <= shown[0] < shown[1] <= 1
+        ):
             raise UserError(
-                f"{where}guidance_interval = {list(interval)}: must be two rising noise levels from 0 to 1."
+                f"{where}guidance_interval = {shown}: must be two rising noise levels from 0 to 1."
             )
         if self.guidance_rescale is not None and not 0 <= self.guidance_rescale <= 1:
             raise UserError(f"{where}guidance_rescale = {self.guidance_rescale}: must be from 0 to 1.")
