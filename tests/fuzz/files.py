@@ -77,10 +77,7 @@ def checkpoint_meta_reader() -> Reader:
         for name, content in files.items():
             (step / name).parent.mkdir(parents=True, exist_ok=True)
             (step / name).write_bytes(content)
-        with suppress(ValueError, TypeError, RecursionError):
-            # with a hash of its own, so that what follows the check of it has its turn
-            data = sealed_json(json.loads(data)).encode()
-        (step / "meta.json").write_bytes(data)
+        (step / "meta.json").write_bytes(_resealed(data))
         newest_whole(checkpoints)
         uses: tuple[Callable[[], object], ...] = (
             lambda: verify(step),
@@ -94,6 +91,13 @@ def checkpoint_meta_reader() -> Reader:
                 use()
 
     return Reader(as_json(changed_tree([meta, outside])), read)
+
+
+def _resealed(data: bytes) -> bytes:
+    """Give changed JSON a right hash of itself, so that what follows the check of it has its turn."""
+    with suppress(ValueError, TypeError, RecursionError):
+        return sealed_json(json.loads(data)).encode()
+    return data
 
 
 def _hash(data: bytes) -> str:
@@ -134,11 +138,7 @@ def text_states_reader() -> Reader:
         facts = read_sealed(Path(name) / "text_states.json")
 
     def read(inputs: tuple[bytes, bytes], folder: Path) -> object:
-        data = inputs[0]
-        with suppress(ValueError, TypeError, RecursionError):
-            # with a hash of its own, so that what follows the check of it has its turn
-            data = sealed_json(json.loads(data)).encode()
-        (folder / "text_states.json").write_bytes(data)
+        (folder / "text_states.json").write_bytes(_resealed(inputs[0]))
         (folder / "states-00000.safetensors").write_bytes(inputs[1])
         return StoredTextEncoder(folder).encode(["a", "b"])
 

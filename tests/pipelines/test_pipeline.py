@@ -216,7 +216,7 @@ def test_callback_gets_and_replaces_latents(pipe):
         (dict(guidance_rescale=1.5), "guidance_rescale = 1.5"),
         (dict(num_frames="8"), "num_frames = '8': has a wrong type: must be a number"),
         (dict(guidance_interval=(0, "1")), "has a wrong type: must be a number"),
-        (dict(guidance_interval=0.5), "guidance_interval = "),
+        (dict(guidance_interval=0.5), "guidance_interval = 0.5: must be two rising noise levels"),
         (dict(shift=0.0), "shift = 0"),
         (dict(prompt=[]), "prompt = "),
         (dict(prompt=[3]), "prompt = "),
