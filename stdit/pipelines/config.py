@@ -50,6 +50,12 @@ class VideoSettings:
     """From 0 to 1: how much of the contrast that guidance adds is removed; use about 0.7 with scales above 7."""
     shift: float | None = _setting(None)
     """Shift of the steps towards noise (above 1) or detail (below 1); none: from size and length."""
+    refine_pairs: int | None = _setting(0)
+    """Pairs of opposite noise with which the finished video is refined, each two more model calls; 0: none."""
+    refine_level: float | None = _setting(0.4)
+    """Noise level of the refinement; higher: cleaner outlines and backgrounds, further from the video before it."""
+    refine_guidance_scale: float | None = _setting(1.0)
+    """Guidance in the refinement; 1: none."""
 
     def check(self, where: str = "") -> None:
         """Raise UserError for a setting that no model can follow; ``where`` begins the message."""
@@ -69,10 +75,10 @@ class VideoSettings:
             raise UserError(f"{where}{missing} is missing: give both height and width, or neither.")
         if self.fps is not None and not 0.01 <= self.fps <= 1000:
             raise UserError(f"{where}fps = {self.fps}: must be from 0.01 to 1000 frames per second.")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
-            raise UserError(
-                f"{where}guidance_scale = {self.guidance_scale}: must be at least 0; 1 is no guidance."
-            )
+        for name in ("guidance_scale", "refine_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UserError(f"{where}{name} = {value}: must be at least 0; 1 is no guidance.")
         schedules = get_args(GuidanceSchedule)
         if self.guidance_schedule is not None and self.guidance_schedule not in schedules:
             raise UserError(
@@ -90,6 +96,15 @@ class VideoSettings:
             raise UserError(f"{where}guidance_rescale = {self.guidance_rescale}: must be from 0 to 1.")
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise UserError(f"{where}shift = {self.shift}: must be above 0; 1 is no shift.")
+        pairs = self.refine_pairs
+        if pairs is not None and not (0 <= pairs <= MAX_DIMENSION and pairs == int(pairs)):
+            raise UserError(
+                f"{where}refine_pairs = {pairs}: must be a whole number from 0 (none), such as 4."
+            )
+        if self.refine_level is not None and not 0 < self.refine_level < 1:
+            raise UserError(
+                f"{where}refine_level = {self.refine_level}: must be between 0 (video) and 1 (noise)."
+            )
 
     def check_used(
         self, resolved: Mapping[str, Any], negative_prompt: str | None = None, where: str = ""
@@ -100,10 +115,17 @@ class VideoSettings:
             resolved: all settings of the call, see `resolved`.
         """
         schedule, scale = resolved["guidance_schedule"], resolved["guidance_scale"]
+        for name in ("refine_level", "refine_guidance_scale"):
+            if getattr(self, name) is not None and not resolved["refine_pairs"]:
+                raise UserError(
+                    f"{where}{name} = {getattr(self, name)} would have no effect: refine_pairs = 0 is no refinement: "
+                    "add refine_pairs, such as 4, or leave it out."
+                )
+        refined = resolved["refine_pairs"] and resolved["refine_guidance_scale"] != 1
         needs_guidance = {
-            "negative_prompt": negative_prompt,
+            "negative_prompt": None if refined else negative_prompt,
             "guidance_schedule": None if self.guidance_schedule == "constant" else self.guidance_schedule,
-            "guidance_rescale": self.guidance_rescale or None,
+            "guidance_rescale": None if refined else self.guidance_rescale or None,
         }
         unused = [f"{name} = {value!r}" for name, value in needs_guidance.items() if value is not None]
         if scale == 1 and unused:

@@ -27,8 +27,17 @@ class PromptLine(PromptSettings):
     """Columns of a csv that are no settings; only written to the metadata of the video."""
 
 
-_INTEGERS = ("num_frames", "height", "width", "num_inference_steps", "seed", "segments", "overlap")
-_NUMBERS = ("fps", "guidance_scale", "guidance_rescale", "shift")
+_INTEGERS = (
+    "num_frames",
+    "height",
+    "width",
+    "num_inference_steps",
+    "seed",
+    "segments",
+    "overlap",
+    "refine_pairs",
+)
+_NUMBERS = ("fps", "guidance_scale", "guidance_rescale", "shift", "refine_level", "refine_guidance_scale")
 _LISTS: dict[str, tuple[type, ...]] = {
     "condition": (str,),
     "segment_prompts": (str,),

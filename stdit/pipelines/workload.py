@@ -67,5 +67,6 @@ class SamplingWorkload:
         model = STDiTConfig(**{field.name: transformer.config[field.name] for field in fields(STDiTConfig)})
         for one in self.settings:
             shape = self.pipe.codec.latent_shape(one["num_frames"], one["height"], one["width"])
-            rows = batch_size * (2 if one["guidance_scale"] != 1 and self.config.parallel.cfg == 1 else 1)
+            guided = one["guidance_scale"] != 1 or (one["refine_pairs"] and one["refine_guidance_scale"] != 1)
+            rows = batch_size * (2 if guided and self.config.parallel.cfg == 1 else 1)
             yield batch_load(model, shape, rows, element_size=transformer.dtype.itemsize, saved="nothing")

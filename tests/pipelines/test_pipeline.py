@@ -11,6 +11,7 @@ from stdit.codecs import CodecConfig, build_codec
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import RectifiedFlow
 from stdit.errors import UserError
+from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import VideoSettings
 from stdit.pipelines.images import image_to_frame
 from stdit.pipelines.pipeline import STDiTPipeline
@@ -119,6 +120,49 @@ def test_guidance_1_is_no_guidance(pipe, monkeypatch):
     assert not torch.allclose(unguided, latents(pipe, guidance_scale=3.0), atol=1e-3)
 
 
+def test_refinement_is_the_mean_of_estimates_from_opposite_noise(pipe):
+    """Against the estimates written out for one prompt."""
+    generator = seeded(1)[0]
+    torch.randn(1, 3, 4, 8, 8, generator=generator)  # what sampling starts from
+    noises = [torch.randn(1, 3, 4, 8, 8, generator=generator) for _ in range(2)]
+    sampled = latents(pipe, guidance_scale=1.0)
+    states, mask = pipe.text_encoder.encode([PROMPTS[0]])
+    size = [torch.tensor([8.0])] * 3
+    t = torch.full((1, 1), 0.3)
+    estimates = []
+    for noise in (*noises, *(-n for n in noises)):
+        x_t = torch.lerp(sampled, noise, 0.3)
+        with torch.no_grad():
+            output = pipe.transformer(x_t, 1000 * t, states, mask, *size)
+        estimates.append(x_t + 0.3 * pipe.scheduler.velocity(output, x_t, t))
+    refined = latents(pipe, guidance_scale=1.0, refine_pairs=2, refine_level=0.3)
+    torch.testing.assert_close(refined, torch.stack(estimates).mean(0), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(refined, sampled, atol=1e-2)
+
+
+def test_refinement_keeps_conditioning_frames_and_does_not_depend_on_the_batch(any_pipe):
+    picture = torch.full((3, 8, 8), 0.25)
+    settings = dict(num_frames=8, refine_pairs=1, refine_guidance_scale=2.0)
+    together = latents(any_pipe, PROMPTS, (1, 2), image=[picture, None], **settings)
+    plain = latents(any_pipe, PROMPTS, (1, 2), image=[picture, None], num_frames=8)
+    assert torch.equal(together[0, :, :1], plain[0, :, :1])
+    assert not torch.allclose(together[0, :, 1:], plain[0, :, 1:], atol=1e-3)
+    alone = latents(any_pipe, seeds=(1,), image=picture, **settings)
+    torch.testing.assert_close(together[0], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_refinement_changes_partly_kept_frames_from_their_own_noise_level(pipe):
+    condition = FrameCondition(torch.zeros(3, 1, 8, 8), 0, strength=0.8)
+    levels = []
+    predict = pipe.predict_velocity
+    pipe.predict_velocity = lambda x, t, *rest: levels.append(t) or predict(x, t, *rest)
+    try:
+        latents(pipe, conditions=[condition], num_inference_steps=8, guidance_scale=1.0, refine_pairs=1)
+    finally:
+        del pipe.predict_velocity
+    torch.testing.assert_close(levels[-1], torch.tensor([[0.2, 0.4, 0.4, 0.4]]))
+
+
 def test_guidance_0_is_the_negative_prompt(pipe):
     away = latents(pipe, guidance_scale=0.0, negative_prompt=PROMPTS[1])
     torch.testing.assert_close(away, latents(pipe, PROMPTS[1], guidance_scale=1.0), atol=1e-5, rtol=1e-5)
@@ -217,6 +261,9 @@ def test_callback_gets_and_replaces_latents(pipe):
         (dict(num_frames="8"), "num_frames = '8': has a wrong type: must be a number"),
         (dict(guidance_interval=(0, "1")), "has a wrong type: must be a number"),
         (dict(guidance_interval=0.5), "guidance_interval = 0.5: must be two rising noise levels"),
+        (dict(refine_pairs=-1), "refine_pairs = -1"),
+        (dict(refine_pairs=1, refine_level=1.0), "refine_level = 1.0"),
+        (dict(refine_pairs=1, refine_guidance_scale=-1), "refine_guidance_scale = -1"),
         (dict(shift=0.0), "shift = 0"),
         (dict(prompt=[]), "prompt = "),
         (dict(prompt=[3]), "prompt = "),
@@ -340,6 +387,8 @@ def test_to_casts_the_transformer_alone(tmp_path):
     [
         (dict(guidance_scale=1, negative_prompt="blur"), "negative_prompt = 'blur' would have no effect"),
         (dict(guidance_scale=1, guidance_rescale=0.5), "guidance_rescale = 0.5 would have no effect"),
+        (dict(refine_level=0.3), "refine_level = 0.3 would have no effect"),
+        (dict(refine_guidance_scale=2), "refine_guidance_scale = 2 would have no effect"),
         (dict(guidance_interval=(0.1, 0.5)), "guidance_interval is for guidance_schedule = interval"),
         (dict(image=torch.zeros(3, 2, 8, 8)), "a video, but only the first frame is an image"),
     ],

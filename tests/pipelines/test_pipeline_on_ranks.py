@@ -32,6 +32,16 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "image": {"prompt": "a red circle", "num_frames": 2, "height": 8, "width": 8},
     "fewer frames than ranks": {"prompt": "a red circle", "num_frames": 1},
+    "refined, first frame": {
+        "prompt": ["a red circle", "a blue square"],
+        "image": [PICTURE, None],
+        "num_frames": 5,
+        "height": 8,
+        "width": 8,
+        "guidance_scale": 1.0,
+        "refine_pairs": 2,
+        "refine_guidance_scale": 2.0,
+    },
     "first frame, negative prompt": {
         "prompt": ["a red circle", "a blue square"],
         "negative_prompt": [None, "grey"],

@@ -41,6 +41,9 @@ CHANGES = {
     "num_inference_steps": Change(["--num_inference_steps", "3"]),
     "guidance_schedule": Change(["--guidance_schedule", "linear"]),
     "guidance_interval": Change(["--guidance_interval", "[0.2, 0.4]"], INTERVAL),
+    "refine_pairs": Change(["--refine_pairs", "1"]),
+    "refine_level": Change(["--refine_level", "0.2"], ["--refine_pairs", "1"]),
+    "refine_guidance_scale": Change(["--refine_guidance_scale", "2"], ["--refine_pairs", "1"]),
     "negative_prompt": Change(["--negative_prompt", "a square"]),
     "image": Change(["--image", "red.png"]),
     "condition": Change(["--condition", "red.png@1"]),
@@ -158,6 +161,9 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "guidance_interval": ({"guidance_interval": (0.2, 0.4)}, {"guidance_schedule": "interval"}),
     "guidance_rescale": ({"guidance_rescale": 0.7}, {}),
     "shift": ({"shift": 3.0}, {}),
+    "refine_pairs": ({"refine_pairs": 1}, {}),
+    "refine_level": ({"refine_level": 0.2}, {"refine_pairs": 1}),
+    "refine_guidance_scale": ({"refine_guidance_scale": 2.0}, {"refine_pairs": 1}),
 }
 
 
