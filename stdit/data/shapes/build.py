@@ -1,11 +1,13 @@
 """Writes the embedded data set: h264 videos, their manifest, and prompt files to evaluate a model with.
 
     videos/00000.mp4 ...     the clips, of the training combinations only
-    manifest.csv             path,text,num_frames,fps,height,width and the attributes of every clip
+    manifest.csv             path,text,num_frames,fps,height,width and the attributes of every clip (`World.attributes`)
     prompts_heldout.csv      prompts in training wording, on combinations that no clip shows
     prompts_paraphrase.csv   the same combinations, with held-out words for shape, colour or motion
     prompts_paraphrase_strict.csv   the same, with held-out words for all three
     prompts_seen.csv         prompts on training combinations, other than the captions of clips
+    prompts_relations.csv    world 64: prompts in training wording, on held-out combinations of two objects
+    prompts_relations_paraphrase.csv   the same combinations, with held-out words for shape, colour or relation
     prompts_sample.csv, prompts.txt   eight varied prompts on held-out combinations
     shapes.json              the settings of the build; written last
 
@@ -16,11 +18,12 @@ Letters: T frames, H height, W width.
 
 import csv
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,13 +34,23 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from stdit.data.shapes.captions import SEEN, TEMPLATES, UNSEEN, UNSEEN_TEMPLATES, caption, paraphrase
-from stdit.data.shapes.render import (
-    BACKGROUNDS,
-    COLOURS,
-    Combo,
-    Scene,
-    render,
+from stdit.data.shapes.captions import (
+    PAIR_TEMPLATES,
+    SEEN,
+    TEMPLATES,
+    UNSEEN,
+    UNSEEN_PAIR_TEMPLATES,
+    UNSEEN_TEMPLATES,
+    caption,
+    paraphrase,
+)
+from stdit.data.shapes.render import COLOURS, GRADIENTS, PLAIN, STRIPE_LEVELS, STRIPES, render
+from stdit.data.shapes.scenes import Combo, Scene
+from stdit.data.shapes.worlds import (
+    PAIR_SHARE,
+    WORLDS,
+    World,
+    make_scene,
     sample_scene,
     split_combinations,
 )
@@ -45,14 +58,25 @@ from stdit.errors import UserError
 
 VERSION = 1
 """Raise it when the same seed gives other files than before."""
-STREAMS = {"clips": 0, "seen": 1, "heldout": 2, "paraphrase": 3, "sample": 4, "paraphrase_strict": 5}
+STREAMS = {
+    "clips": 0,
+    "seen": 1,
+    "heldout": 2,
+    "paraphrase": 3,
+    "sample": 4,
+    "paraphrase_strict": 5,
+    "relations": 6,
+    "relations_paraphrase": 7,
+}
 """Each kind of draw has its own stream of random numbers."""
+RELATION_PROMPTS = 216
+"""Prompts on held-out combinations of two objects, which are too many to use all."""
 _META = "shapes.json"
 
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """Settings of the data set."""
+    """Settings of the data set. The defaults of clips are those of world 32; `of` takes those of any world."""
 
     num_clips: int = 10000
     seed: int = 0
@@ -62,14 +86,29 @@ class ShapesConfig:
     """Height and width in pixels; even."""
     crf: int = 12
     """Quality of h264: 0 is lossless, 51 the worst."""
+    world: str = "32"
+    """What the clips may show: a name of `worlds.WORLDS`."""
+
+    @classmethod
+    def of(cls, world: str, **settings: int | None) -> "ShapesConfig":
+        """Return the settings of a world, with those replaced that are not None."""
+        if world not in WORLDS:
+            raise UserError(f"world = {world}: must be one of {', '.join(WORLDS)}")
+        own = {name: getattr(WORLDS[world], name) for name in ("num_frames", "fps", "size")}
+        return cls(world=world, **own | {name: v for name, v in settings.items() if v is not None})
+
+    @property
+    def facts(self) -> World:
+        return WORLDS[self.world]
 
     def __post_init__(self) -> None:
         for name, least in (("num_clips", 1), ("num_frames", 1), ("fps", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {least}")
-        if self.size < 32 or self.size % 2:
+        least = self.facts.size
+        if self.size < least or self.size % 2:
             raise UserError(
-                f"size {self.size} must be even and at least 32 pixels: smaller shapes look alike"
+                f"size {self.size} must be even and at least {least} pixels: smaller shapes look alike"
             )
 
 
@@ -87,7 +126,9 @@ def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) ->
     """
     config = config or ShapesConfig()
     output = Path(output).absolute()
-    meta = {"version": VERSION, "vocabulary": _fingerprint(), **asdict(config)}
+    meta = {"version": VERSION, "vocabulary": _fingerprint(config.facts), **asdict(config)}
+    if config.world == "32":
+        del meta["world"]  # as in the folders that were written before there were others
     found = None
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         found = _read_meta(output)
@@ -111,8 +152,9 @@ def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) ->
         _remove(staging)
     if found is None:
         return "written"
+    before = {"world": "32", **found}
     others = ", ".join(
-        f"{name} {found.get(name)}" for name in asdict(config) if found.get(name) != meta[name]
+        f"{name} {before.get(name)}" for name, value in asdict(config).items() if before.get(name) != value
     )
     return f"written in place of those of {others or 'another version'}; other files in the folder stay"
 
@@ -120,6 +162,8 @@ def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) ->
 def _replace_files(output: Path, made: Path) -> None:
     """Move the files of a build into the folder of another one, the settings last."""
     (output / _META).write_text('{"version": 0}\n')  # incomplete until the real one is there
+    for name in STREAMS:  # another world may have others
+        (output / f"prompts_{name}.csv").unlink(missing_ok=True)
     for name in sorted(path.name for path in made.iterdir() if path.name != _META):
         if (output / name).is_dir():
             shutil.rmtree(output / name)
@@ -130,12 +174,18 @@ def _replace_files(output: Path, made: Path) -> None:
 def draw_clip(index: int, config: ShapesConfig) -> tuple[Scene, str]:
     """Return scene and caption of one clip, a function of (seed, index)."""
     rng = np.random.default_rng([config.seed, STREAMS["clips"], index])
-    scene = sample_scene(rng, split_combinations(config.seed)[0])
+    pairs = bool(config.facts.relations) and rng.random() < PAIR_SHARE
+    scene = sample_scene(rng, split_combinations(config.seed, config.facts, pairs)[0], config.facts)
     return scene, caption(scene, rng)
 
 
 def draw_prompts(
-    kind: str, combos: Iterable[Combo], backgrounds: int, seed: int, avoid: frozenset[str] = frozenset()
+    kind: str,
+    combos: Iterable[Combo],
+    backgrounds: int,
+    seed: int,
+    avoid: frozenset[str] = frozenset(),
+    world: World = WORLDS["32"],
 ) -> list[dict[str, Any]]:
     """Return prompts with their expected attributes: one per combination and background.
 
@@ -147,6 +197,7 @@ def draw_prompts(
     wordings: dict[str, Callable[[Scene, np.random.Generator], str]] = {
         "paraphrase": paraphrase,
         "paraphrase_strict": partial(paraphrase, strict=True),
+        "relations_paraphrase": paraphrase,
     }
     describe = wordings.get(kind, caption)
     rows: list[dict[str, Any]] = []
@@ -154,12 +205,12 @@ def draw_prompts(
     for i, combo in enumerate(combos):
         for k in range(backgrounds):
             rng = np.random.default_rng([seed, STREAMS[kind], i, k])
-            scene = Scene(*combo, list(BACKGROUNDS)[(i + k) % len(BACKGROUNDS)])
+            scene = make_scene(combo, world.backgrounds[(i + k) % len(world.backgrounds)])
             text = describe(scene, rng)
             while text in used:
                 text = describe(scene, rng)
             used.add(text)
-            rows.append({"prompt": text, **scene.attributes})
+            rows.append({"prompt": text, **_described(scene, world)})
     return rows
 
 
@@ -185,25 +236,47 @@ def _write_clip(index: int, config: ShapesConfig, folder: Path) -> dict[str, Any
     path = f"videos/{index:05d}.mp4"
     write_video(folder / path, render(scene, config.num_frames, config.size), config.fps, config.crf)
     size = {"num_frames": config.num_frames, "fps": config.fps, "height": config.size, "width": config.size}
-    return {"path": path, "text": text, **size, **scene.attributes}
+    return {"path": path, "text": text, **size, **_described(scene, config.facts)}
+
+
+def _described(scene: Scene, world: World) -> dict[str, str]:
+    """Return the columns that describe a scene."""
+    return {name: scene.attributes[name] for name in world.attributes}
 
 
 def _write_files(folder: Path, config: ShapesConfig, workers: int) -> None:
     """Write clips, manifest and prompt files."""
     rows = list(_write_clips(folder, config, workers))
     _write_csv(folder / "manifest.csv", rows)
-    train, held_out = split_combinations(config.seed)
     texts = frozenset(row["text"] for row in rows)
+    world, seed = config.facts, config.seed
+    prompts = partial(draw_prompts, seed=seed, avoid=texts, world=world)
+    train, held_out = split_combinations(seed, world)
     sets = {
-        "heldout": draw_prompts("heldout", held_out, 3, config.seed, texts),
-        "paraphrase": draw_prompts("paraphrase", held_out, 3, config.seed, texts),
-        "paraphrase_strict": draw_prompts("paraphrase_strict", held_out, 3, config.seed, texts),
-        "seen": draw_prompts("seen", train, 1, config.seed, texts),
-        "sample": draw_prompts("sample", _varied(held_out, 8), 1, config.seed, texts),
+        "heldout": prompts("heldout", held_out, 3),
+        "paraphrase": prompts("paraphrase", held_out, 3),
+        "paraphrase_strict": prompts("paraphrase_strict", held_out, 3),
+        "seen": prompts("seen", train, 1),
     }
-    for name, prompts in sets.items():
-        _write_csv(folder / f"prompts_{name}.csv", prompts)
+    sample = _varied(held_out, 8)
+    if world.relations:
+        pairs = _spread(split_combinations(seed, world, pairs=True)[1], RELATION_PROMPTS, seed)
+        sets["relations"] = prompts("relations", pairs, 1)
+        sets["relations_paraphrase"] = prompts("relations_paraphrase", pairs, 1)
+        sample = _varied(held_out, 5) + _varied(pairs, 3)
+    sets["sample"] = prompts("sample", sample, 1)
+    for name, drawn in sets.items():
+        _write_csv(folder / f"prompts_{name}.csv", drawn)
     (folder / "prompts.txt").write_text("".join(f"{row['prompt']}\n" for row in sets["sample"]))
+
+
+def _spread(combos: Sequence[Combo], count: int, seed: int) -> list[Combo]:
+    """Choose `count` combinations of two objects at random, as many of each relation."""
+    order = np.random.default_rng([seed, 2]).permutation(len(combos))
+    groups: dict[str, list[Combo]] = {}
+    for combo in (combos[i] for i in order):
+        groups.setdefault(combo[2], []).append(combo)
+    return list(itertools.chain(*zip(*groups.values(), strict=False)))[:count]
 
 
 def _write_clips(folder: Path, config: ShapesConfig, workers: int) -> Iterator[dict[str, Any]]:
@@ -218,7 +291,7 @@ def _write_clips(folder: Path, config: ShapesConfig, workers: int) -> Iterator[d
         yield from progress(pool.map(job, range(config.num_clips), chunksize=16))
 
 
-def _varied(combos: list[Combo], count: int) -> list[Combo]:
+def _varied(combos: Sequence[Combo], count: int) -> list[Combo]:
     """Choose `count` combinations one by one, each time the one whose values were used least."""
     chosen: list[Combo] = []
     for _ in range(count):
@@ -235,9 +308,22 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _fingerprint() -> str:
-    """Return a hash of all words and colours, to detect files that were made with others."""
-    vocabulary = [SEEN, UNSEEN, TEMPLATES, UNSEEN_TEMPLATES, COLOURS, BACKGROUNDS]
+def _fingerprint(world: World) -> str:
+    """Return a hash of all words and colours of a world, to detect files that were made with others."""
+    values = {**world.attributes, "relation": world.relations}
+
+    def own(words: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {
+            name: {value: options[value] for value in options if value in values[name]}
+            for name, options in words.items()
+            if values[name]
+        }
+
+    colours = {name: COLOURS[name] for name in world.colours}
+    plain = {name: PLAIN[name] for name in world.backgrounds if name in PLAIN}
+    vocabulary = [own(SEEN), own(UNSEEN), TEMPLATES, UNSEEN_TEMPLATES, colours, plain]
+    if world.relations:
+        vocabulary += [PAIR_TEMPLATES, UNSEEN_PAIR_TEMPLATES, GRADIENTS, STRIPES, STRIPE_LEVELS]
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,162 @@
+"""The worlds of the embedded data set: what their clips may show, the draw of scenes, and the held-out combinations.
+
+    32   one shape on a plain background, 32x32 pixels: small enough for the quickstart
+    64   more shapes, colours, motions and backgrounds, and two shapes with a relation; 64x64 pixels
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from stdit.data.shapes.outlines import REACH, SYMMETRY, Array
+from stdit.data.shapes.render import BACKGROUNDS, COLOURS, PLAIN
+from stdit.data.shapes.scenes import DIRECTIONS, FRAME, MOTIONS, RELATIONS, SCALES, Combo, Scene, bodies
+
+PAIR_SHARE = 1 / 3
+"""Share of clips with two objects, in a world that has relations."""
+MARGIN = 0.3
+"""Pixels of a 32x32 frame between an object and the border, where objects stay inside."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What the clips of a world may show. Lengths are pixels of a 32x32 frame."""
+
+    name: str
+    size: int
+    """Default height and width of its clips in pixels; smaller ones would show too little of the shapes."""
+    num_frames: int
+    fps: int
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    motions: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    relations: tuple[str, ...] = ()
+    travel: float = 8.0
+    radius: float = 6.0
+    pair_radius: float = 0.0
+    """Of each of two objects."""
+    spread: float = 0.13
+    """Travel and radius vary by this fraction around their mean."""
+    start_range: float | None = None
+    """The start lies within this distance of the centre on either axis; None: wherever the objects stay inside."""
+
+    @property
+    def attributes(self) -> dict[str, tuple[str, ...]]:
+        """The columns that describe a clip, with their values; an empty one belongs to a clip of one or two objects."""
+        one = {
+            "shape": self.shapes,
+            "colour": self.colours,
+            "motion": self.motions,
+            "background": self.backgrounds,
+        }
+        if not self.relations:
+            return one
+        two = {"relation": self.relations, "other_shape": self.shapes, "other_colour": self.colours}
+        return one | {"motion": (*self.motions, "")} | {name: (*values, "") for name, values in two.items()}
+
+
+WORLDS = {
+    "32": World(
+        name="32",
+        size=32,
+        num_frames=16,
+        fps=8,
+        shapes=("circle", "square", "triangle", "cross"),
+        colours=("red", "orange", "yellow", "green", "blue", "purple"),
+        motions=(*DIRECTIONS, *SCALES),
+        backgrounds=tuple(PLAIN),
+        start_range=5.0,
+    ),
+    "64": World(
+        name="64",
+        size=64,
+        num_frames=24,
+        fps=12,
+        shapes=("circle", *SYMMETRY),
+        colours=tuple(COLOURS),
+        motions=MOTIONS,
+        backgrounds=BACKGROUNDS,
+        relations=tuple(RELATIONS),
+        travel=10.0,
+        radius=5.0,
+        pair_radius=3.2,
+    ),
+}
+
+
+def make_scene(combo: Combo, background: str, **places: float) -> Scene:
+    """Return the scene of a combination: of one object or of two."""
+    if len(combo) == 3:
+        shape, colour, motion = combo
+        return Scene(shape, colour, motion, background, **places)
+    shape, colour, relation, other_shape, other_colour = combo
+    one = Scene(shape, colour, "", background, **places)
+    return replace(one, relation=relation, other_shape=other_shape, other_colour=other_colour)
+
+
+def sample_scene(rng: np.random.Generator, combos: Sequence[Combo], world: World = WORLDS["32"]) -> Scene:
+    """Sample a scene: one of `combos`, any background, and place, travel and radius in their full ranges."""
+    combo = combos[int(rng.integers(len(combos)))]
+    background = world.backgrounds[int(rng.integers(len(world.backgrounds)))]
+    place = rng.uniform(-1, 1, 2)
+    means = np.array([world.travel, world.radius if len(combo) == 3 else world.pair_radius])
+    travel, radius = means * (1 + world.spread * rng.uniform(-1, 1, 2))
+    scene = make_scene(combo, background, travel=float(travel), radius=float(radius))
+    if world.start_range is not None:
+        x, y = FRAME / 2 + world.start_range * place
+    else:
+        scene = replace(scene, angle=90.0 * int(rng.integers(4)))  # one of four: varied, and quick to learn
+        low, high = _inside(scene)
+        x, y = (low + high) / 2 + (high - low) / 2 * place
+    return replace(scene, x=float(x), y=float(y))
+
+
+def _inside(scene: Scene) -> tuple[Array, Array]:
+    """Return the least and the largest start (x, y) with which all objects stay inside the frame."""
+    frames = 100
+    objects = bodies(replace(scene, x=0.0, y=0.0), frames)
+    reach = [REACH * body.radius + MARGIN for body in objects]
+    paths = [np.stack([body.x, body.y]) for body in objects]  # [2 T]
+    low = np.max([(r - path).max(1) for path, r in zip(paths, reach, strict=True)], 0)
+    high = np.min([(FRAME - r - path).min(1) for path, r in zip(paths, reach, strict=True)], 0)
+    return low, high
+
+
+@cache
+def split_combinations(
+    seed: int = 0, world: World = WORLDS["32"], pairs: bool = False
+) -> tuple[tuple[Combo, ...], tuple[Combo, ...]]:
+    """Split the combinations of one object, or of two, into (training, held out), by seed.
+
+    A Latin design holds out a quarter: every value has a number, in an order drawn by the seed, and the numbers of a
+    combination that is held out add up to a multiple of four. Every pair of values of two attributes still occurs in
+    training.
+    """
+    rng = np.random.default_rng([seed, 1])
+    shapes, colours, motions, relations = (
+        {str(name): i for i, name in enumerate(rng.permutation(list(names)))}
+        for names in (world.shapes, world.colours, world.motions, world.relations)
+    )
+    combos: list[tuple[int, Combo]]
+    if pairs:
+        combos = [
+            (shapes[s] - colours[c] - relations[r] + shapes[t] - colours[d], (s, c, r, t, d))
+            for s in world.shapes
+            for c in world.colours
+            for r in world.relations
+            for t in world.shapes
+            for d in world.colours
+            if c != d
+        ]
+    else:
+        combos = [
+            (shapes[s] - colours[c] - motions[m], (s, c, m))
+            for s in world.shapes
+            for c in world.colours
+            for m in world.motions
+            if m != "turn" or s in SYMMETRY
+        ]
+    return tuple(c for n, c in combos if n % 4), tuple(c for n, c in combos if n % 4 == 0)
