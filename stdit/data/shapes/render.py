@@ -27,7 +27,7 @@ GRADIENTS: dict[str, tuple[int, int]] = {"dark to light": (40, 215), "light to d
 """Grey levels of the top and the bottom."""
 STRIPES: dict[str, int] = {"vertical stripes": 1, "horizontal stripes": 0}
 """The axis of [H W] along which the stripes alternate."""
-STRIPE_LEVELS = (90, 150)
+STRIPE_LEVELS = (125, 185)
 STRIPE_WIDTH = 4.0
 """Pixels of a 32x32 frame."""
 BACKGROUNDS = (*PLAIN, *GRADIENTS, *STRIPES)
