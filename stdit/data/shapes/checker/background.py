@@ -28,9 +28,9 @@ MIN_CONTRAST = 12.0
 MIN_REGULARITY = 0.6
 """Minimum fraction of the stripes' variance that is at one frequency."""
 NOISE_ROWS = 4
-"""Rows at the top and at the bottom, of which the median is the plain background."""
+"""Rows at the top and at the bottom in which noise is measured."""
 NOISE_DISTANCE = 60.0
-"""Distance in RGB from it above which a pixel is no noise of the background."""
+"""Difference in levels of a channel above which a pixel is not the background."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,24 @@ def find_background(video: Array, world: World) -> Background | None:
 
 
 def background_noise(frames: Array) -> float | None:
-    """Return the noise of a plain background: the rms distance in RGB of its pixels from their common colour.
+    """Return the noise of a plain background: rms difference of its pixels from their common colour.
 
-    The colour is the median of the top and bottom four rows; pixels within 60 of it count. Levels of 255.
+    It is measured in the top and bottom four rows, where objects seldom are: their colour is the median of these rows,
+    and pixels of which a channel is 60 or more away from it are no background.
 
     Args:
         frames: uint8 [T H W 3], RGB.
 
     Returns:
-        None if the background is not plain.
+        Levels of 255; None if the background is not plain.
     """
     video = frames.astype(np.float32)
     rows = np.concatenate([video[:, :NOISE_ROWS], video[:, -NOISE_ROWS:]], axis=1)
     plain = np.median(rows, axis=(0, 1, 2))
     if _share(video, plain) < MIN_BORDER:
         return None
-    distance = np.linalg.norm(video - plain, axis=-1)
-    return float(np.sqrt((distance[distance < NOISE_DISTANCE] ** 2).mean()))
+    offset = rows - plain
+    return float(np.sqrt((offset[np.abs(offset).max(-1) < NOISE_DISTANCE] ** 2).mean()))
 
 
 def border(volume: Array) -> Array:

@@ -75,13 +75,21 @@ def frame_scale(volume: Array) -> float:
     return min(volume.shape[1:3]) / FRAME
 
 
+def length(vectors: Array) -> Array:
+    """Return the norm along the last axis."""
+    return np.sqrt(np.einsum("...c,...c->...", vectors, vectors))
+
+
 def blur(volume: Array) -> Array:
     """Blur [T H W ...] by (1, 2, 1) / 4 along both sides of the frame."""
     for axis in (1, 2):
-        padded = np.pad(volume, [(1, 1) if a == axis else (0, 0) for a in range(volume.ndim)], mode="edge")
-        n = volume.shape[axis]
-        before, here, after = (np.take(padded, np.arange(i, i + n), axis) for i in range(3))
-        volume = (before + 2 * here + after) / 4
+        here = np.moveaxis(volume, axis, 0)
+        total = 2 * here
+        total[1:] += here[:-1]
+        total[0] += here[0]
+        total[:-1] += here[1:]
+        total[-1] += here[-1]
+        volume = np.moveaxis(total / 4, 0, axis)
     return volume
 
 
@@ -101,7 +109,7 @@ def object_mask(offset: Array, background: Array, where: Array | None = None) ->
         background: the blurred background, which broadcasts to [H W 3].
         where: pixels [T H W] to take the object's colour from; None: those that differ most from the background.
     """
-    distance = np.linalg.norm(offset, axis=-1)
+    distance = length(offset)
     if where is None:
         where = distance > MAX_BACKGROUND_DISTANCE
         where &= distance > 0.7 * np.percentile(distance[where], 75)
@@ -155,7 +163,7 @@ def object_masks(video: Array, background: Background, world: World) -> list[Arr
     base = blur(np.broadcast_to(background.image, (1, *video.shape[1:])))
     smooth = blur(video)
     offset = smooth - base
-    clear = np.linalg.norm(offset, axis=-1) > MAX_BACKGROUND_DISTANCE
+    clear = length(offset) > MAX_BACKGROUND_DISTANCE
     if not clear.any():
         return []
     parts = _parts(smooth, clear, world) if world.relations else []
@@ -176,12 +184,16 @@ def object_masks(video: Array, background: Background, world: World) -> list[Arr
 
 def _parts(smooth: Array, clear: Array, world: World) -> list[Array]:
     """Return the pixels [T H W] of every colour that is an object of its own, the largest first."""
-    votes = np.where(clear, vote(smooth, world), -1)
-    parts = []
-    masks = [votes == i for i in range(len(world.colours))]
-    for mask in sorted(masks, key=lambda mask: -mask.sum()):
+    votes = np.full(clear.shape, -1)
+    votes[clear] = vote(smooth[clear], world)
+    counts = np.bincount(votes[clear] + 1, minlength=len(world.colours) + 1)[1:]
+    parts: list[tuple[Array, Track]] = []
+    for place in np.argsort(-counts, kind="stable"):
+        if counts[place] < MIN_SEEN * MIN_AREA * frame_scale(smooth) ** 2 * len(smooth):
+            break
+        mask = votes == place
         found = track(mask.astype(np.float32))
-        if not mask.any() or (found.present.mean() < MIN_SEEN and parts):
+        if found.present.mean() < MIN_SEEN:
             continue
         if all(_apart(found, other) for _, other in parts):
             parts.append((mask, found))

@@ -16,7 +16,7 @@ import numpy as np
 
 from stdit.data.shapes.checker.background import MAX_BACKGROUND_DISTANCE, find_background
 from stdit.data.shapes.checker.motion import find_motion, find_relation, is_still
-from stdit.data.shapes.checker.objects import MIN_AREA, Track, colour, frame_scale, object_masks, track
+from stdit.data.shapes.checker.objects import MIN_AREA, Track, colour, frame_scale, length, object_masks, track
 from stdit.data.shapes.checker.outline import find_outline
 from stdit.data.shapes.outlines import Array
 from stdit.data.shapes.worlds import WORLDS, World
@@ -78,7 +78,7 @@ def check(frames: Array, world: World = WORLDS["32"]) -> Verdict:
     if background is None:
         return Verdict(reason="no background of the same colour along the border")
     name = background.name
-    distance = np.linalg.norm(video - background.image, axis=-1)  # [T H W]
+    distance = length(video - background.image)  # [T H W]
     if (distance > MAX_BACKGROUND_DISTANCE).sum((1, 2)).max() < MIN_AREA * frame_scale(video) ** 2:
         return Verdict(background=name, reason="nothing stands out from the background")
     masks = object_masks(video, background, world)
