@@ -7,9 +7,11 @@
 
 --videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples every
 prompt of the prompt files itself. Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
+Those of world 64 also have the columns relation,other_shape,other_colour, empty for one object; two have no motion.
 
 The scores are, per prompt file, n (videos) and the share of them, from 0 to 1, in which each attribute is right.
-"strict" and "lenient": all four are right, the shape by the strict or the lenient rule of data/shapes/checker.py.
+"strict" and "lenient": all are right, shapes by the strict or the lenient rule of data/shapes/checker, and no object
+is too many. "noise" is the mean noise of plain backgrounds, in levels of 255 (rms; real clips have about 1).
 With --conditioning, each video is conditioned on the first or last frames (or both) of a clip that is rendered from
 its prompt, and "kept" is the share in which these frames come out unchanged: within 8 of 255 levels, on average.
 """
@@ -26,8 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from stdit.cli import import_modules, run, script_parser
-from stdit.data.shapes.checker import ATTRIBUTES, Verdict, check, compare
-from stdit.data.shapes.render import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, render, sample_scene
+from stdit.data.shapes.checker import background_noise, check, compare
+from stdit.data.shapes.render import render
+from stdit.data.shapes.worlds import WORLDS, World, sample_scene
 from stdit.errors import UserError
 from stdit.parallel.processes.device import find_device
 from stdit.pipelines.video_io import write_json_atomic
@@ -35,13 +38,8 @@ from stdit.pipelines.writer import check_writable, created_folder
 
 DATA = Path("data/shapes")
 SETS = ("heldout", "paraphrase", "paraphrase_strict", "seen")
-COLUMNS = ("prompt", *ATTRIBUTES)
-VALUES: dict[str, tuple[str, ...]] = {
-    "shape": tuple(SHAPES),
-    "colour": tuple(COLOURS),
-    "motion": MOTIONS,
-    "background": tuple(BACKGROUNDS),
-}
+PAIR_SETS = ("relations", "relations_paraphrase")
+"""Those of a world with relations."""
 KEPT_LEVELS = 8
 """Largest mean difference, of 255 levels, of conditioning frames that count as kept."""
 
@@ -49,25 +47,76 @@ Expected = dict[str, Any]
 """A prompt: its text, its attributes, and the name of its set."""
 
 
-def read_expected(files: list[Path]) -> list[Expected]:
-    """Read the prompts of all files; each file is a set, named like it without "prompts_". Raises UserError."""
+def default_files(names: tuple[str, ...]) -> list[Path]:
+    """Return the prompt files in `DATA`."""
+    pairs = [path for name in PAIR_SETS if (path := DATA / f"prompts_{name}.csv").exists()]
+    return [DATA / f"prompts_{name}.csv" for name in names] + pairs
+
+
+def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
+    """Read the prompts of all files; each file is a set, named like it without "prompts_".
+
+    Returns:
+        The world that their columns belong to, and the prompts.
+
+    Raises:
+        UserError: for files that cannot be read, or of two worlds.
+    """
+    sets = {path: _read_rows(path) for path in files}
+    worlds = {path: _world(path, rows) for path, rows in sets.items()}
+    world = worlds[files[0]]
+    if other := next((path for path in files if worlds[path] is not world), None):
+        raise UserError(
+            f"{files[0]} is of world {world.name} and {other} of world {worlds[other].name}: score them one by one"
+        )
     expected = []
-    for path in files:
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; scripts/make_shapes.py writes such files") from error
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} is not a CSV in UTF-8 ({error}): save it as one") from error
-        if not rows or any(row.get(name) in (None, "") for row in rows for name in COLUMNS):
-            raise UserError(f"{path} must be a CSV with rows, and with the columns {','.join(COLUMNS)}")
-        for attribute, values in VALUES.items():
-            if odd := next((row[attribute] for row in rows if row[attribute] not in values), None):
-                raise UserError(f"{path}: {attribute} = {odd}: must be one of {', '.join(values)}")
+    for path, rows in sets.items():
         name = path.stem.removeprefix("prompts_")
-        expected += [{"set": name, **{column: row[column] for column in COLUMNS}} for row in rows]
-    return expected
+        for row in rows:
+            wanted = {column: row[column] for column in ("prompt", *world.attributes)}
+            odd = next((c for c, values in world.attributes.items() if wanted[c] not in values), None)
+            if odd:
+                values = ", ".join(value for value in world.attributes[odd] if value)
+                raise UserError(f"{path}: {odd} = {wanted[odd]}: must be one of {values}")
+            if world.relations:
+                _check_objects(path, wanted)
+            expected.append({"set": name, **wanted})
+    return world, expected
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; scripts/make_shapes.py writes such files") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV in UTF-8 ({error}): save it as one") from error
+
+
+def _world(path: Path, rows: list[dict[str, str]]) -> World:
+    """Return the largest world whose columns a file has. Raises UserError if there is none."""
+    found = [
+        world
+        for world in WORLDS.values()
+        if rows and all(row.get(name) is not None for row in rows for name in world.attributes)
+    ]
+    if not found or any(not row.get("prompt") for row in rows):
+        columns = ",".join(["prompt", *WORLDS["32"].attributes])
+        more = ",".join(name for name in WORLDS["64"].attributes if name not in WORLDS["32"].attributes)
+        raise UserError(
+            f"{path} must be a CSV with rows, and with the columns {columns} (world 64: and {more})"
+        )
+    return found[-1]
+
+
+def _check_objects(path: Path, row: dict[str, str]) -> None:
+    """Raise UserError unless a prompt has one object with a motion, or two with a relation."""
+    two = [bool(row[name]) for name in ("relation", "other_shape", "other_colour")]
+    if bool(row["motion"]) in two or not (row["shape"] and row["colour"] and row["background"]):
+        raise UserError(
+            f"{path}: {row['prompt']!r} must have a motion, or relation, other_shape and other_colour, and not both"
+        )
 
 
 def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expected, str, np.ndarray]]:
@@ -98,7 +147,7 @@ def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expect
 
 
 def sample_videos(
-    args: argparse.Namespace, expected: list[Expected]
+    args: argparse.Namespace, expected: list[Expected], world: World
 ) -> Iterator[tuple[Expected, str, np.ndarray]]:
     """Sample every prompt: (prompt, seed, uint8 [T H W 3]). Prompt i has the seed `args.seed` + i."""
     import torch
@@ -113,7 +162,7 @@ def sample_videos(
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     settings = {name: value for name, value in settings.items() if value is not None}
     clips = (
-        [render_prompt(row, args.seed + i, args) for i, row in enumerate(expected)]
+        [render_prompt(row, args.seed + i, args, world) for i, row in enumerate(expected)]
         if args.conditioning
         else []
     )
@@ -145,10 +194,11 @@ def sample_videos(
     progress.close()
 
 
-def render_prompt(row: Expected, seed: int, args: argparse.Namespace) -> np.ndarray:
+def render_prompt(row: Expected, seed: int, args: argparse.Namespace, world: World) -> np.ndarray:
     """Render a clip that a prompt describes: uint8 [T H W 3]."""
-    combo = tuple(row[name] for name in ("shape", "colour", "motion"))
-    scene = replace(sample_scene(np.random.default_rng(seed), [combo]), background=row["background"])
+    two = ("relation", "other_shape", "other_colour") if row.get("relation") else ("motion",)
+    combo = tuple(row[name] for name in ("shape", "colour", *two))
+    scene = replace(sample_scene(np.random.default_rng(seed), [combo], world), background=row["background"])
     return render(scene, args.num_frames, args.size)
 
 
@@ -159,29 +209,47 @@ def to_tensor(frames: np.ndarray) -> Any:
     return torch.from_numpy(frames.copy()).movedim(-1, 0).float() / 127.5 - 1
 
 
-def judge(row: Expected, source: str, frames: np.ndarray) -> dict[str, Any]:
+def judge(row: Expected, source: str, frames: np.ndarray, world: World) -> dict[str, Any]:
     """Return what a video should show, what it shows, and which attributes are right."""
-    verdict: Verdict = check(frames)
+    verdict = check(frames, world)
     kept = {"kept": row["conditioning_error"] <= KEPT_LEVELS} if "conditioning_error" in row else {}
-    return {**row, "source": source, "seen": asdict(verdict), "right": compare(verdict, row) | kept}
+    return {
+        **row,
+        "source": source,
+        "seen": asdict(verdict),
+        "right": compare(verdict, row) | kept,
+        "noise": background_noise(frames),
+    }
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return, per set, the number of videos and the share in which each key of `checker.compare` is right."""
+    """Return, per set, the number of videos, how often each key of `checker.compare` is right, and the noise.
+
+    That is the share of the videos that have the key; the noise is the mean of plain backgrounds, in levels.
+    """
     summary: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(result["set"] for result in results):
-        rights = [result["right"] for result in results if result["set"] == name]
-        fractions = {key: sum(right[key] for right in rights) / len(rights) for key in rights[0]}
-        summary[name] = {"n": len(rights), **fractions}
+        own = [result for result in results if result["set"] == name]
+        keys = dict.fromkeys(key for result in own for key in result["right"])
+        summary[name] = {"n": len(own)}
+        for key in keys:
+            rights = [result["right"][key] for result in own if key in result["right"]]
+            summary[name][key] = sum(rights) / len(rights)
+        if noise := [result["noise"] for result in own if result["noise"] is not None]:
+            summary[name]["noise"] = sum(noise) / len(noise)
     return summary
 
 
 def print_table(summary: dict[str, dict[str, float]]) -> None:
-    """Print the shares in percent, one line per set."""
-    keys = [key for key in next(iter(summary.values())) if key != "n"]
-    print(f"{'set':<18} {'n':>4}" + "".join(f" {key:>13}" for key in keys))
+    """Print the shares in percent and the noise in levels, one line per set."""
+    keys = list(dict.fromkeys(key for row in summary.values() for key in row if key not in ("n", "noise")))
+    widths = {key: max(8, len(key)) for key in keys}
+    print(f"{'set':<20} {'n':>4}" + "".join(f" {key:>{widths[key]}}" for key in keys) + "  noise")
     for name, row in summary.items():
-        print(f"{name:<18} {row['n']:>4}" + "".join(f" {row[key]:>13.1%}" for key in keys))
+        cells = (f"{row[key]:.1%}" if key in row else "" for key in keys)
+        line = f"{name:<20} {row['n']:>4}"
+        line += "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True))
+        print(line + (f" {row['noise']:>6.1f}" if "noise" in row else ""))
 
 
 def main() -> None:
@@ -194,8 +262,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for scores and all verdicts")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt (%(default)s)")
-    parser.add_argument("--num_frames", type=int, default=16, help="%(default)s")
-    parser.add_argument("--size", type=int, default=32, help="height and width in pixels (%(default)s)")
+    parser.add_argument("--num_frames", type=int, help="default: that of the prompts' world (16 or 24)")
+    parser.add_argument(
+        "--size", type=int, help="height and width in pixels; default: the world's (32 or 64)"
+    )
     parser.add_argument(
         "--conditioning",
         nargs="+",
@@ -220,19 +290,20 @@ def main() -> None:
     import_modules(args.imports)
     if args.batch_size < 1:
         raise UserError(f"batch_size = {args.batch_size}: must be at least 1")
+    if args.output:
+        check_writable(args.output.absolute().parent)
+
+    names = ("sample", *SETS) if args.videos else SETS
+    world, expected = read_expected(args.prompts or default_files(names))
+    args.num_frames, args.size = args.num_frames or world.num_frames, args.size or world.size
     conditioned = args.conditioning_frames * len(args.conditioning)
     if args.conditioning and not (args.checkpoint and 0 < conditioned < args.num_frames):
         raise UserError(
             f"--conditioning needs --checkpoint, and conditioning_frames = {args.conditioning_frames} at each end: "
             f"num_frames = {args.num_frames} must be larger, so that some are left to generate"
         )
-    if args.output:
-        check_writable(args.output.absolute().parent)
-
-    names = ("sample", *SETS) if args.videos else SETS
-    expected = read_expected(args.prompts or [DATA / f"prompts_{name}.csv" for name in names])
-    videos = read_videos(args.videos, expected) if args.videos else sample_videos(args, expected)
-    results = [judge(*video) for video in videos]
+    videos = read_videos(args.videos, expected) if args.videos else sample_videos(args, expected, world)
+    results = [judge(*video, world) for video in videos]
     scores = summarise(results)
     print_table(scores)
     if args.output:

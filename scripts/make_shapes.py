@@ -4,8 +4,8 @@
     python scripts/make_shapes.py --output data/shapes --num_clips 500 --seed 1
     python scripts/make_shapes.py --output data/shapes64 --world 64
 
---world 64 has more shapes, colours, motions and backgrounds, and pairs of shapes with a relation, at 64x64 pixels. Its
-values and those of world 32 are in stdit/data/shapes/worlds.py.
+--world 64 has more shapes, colours, motions and backgrounds, and pairs of shapes with a relation, at 64x64 pixels.
+Its values and those of world 32 are in stdit/data/shapes/worlds.py.
 
 A second run with the same settings reuses the files; one with other settings replaces them, and says so. Nothing else
 in the folder is touched.

@@ -1,7 +1,7 @@
 """Writes the embedded data set: h264 videos, their manifest, and prompt files to evaluate a model with.
 
     videos/00000.mp4 ...     the clips, of the training combinations only
-    manifest.csv             path,text,num_frames,fps,height,width and the attributes of every clip (`World.attributes`)
+    manifest.csv             path,text,num_frames,fps,height,width and every clip's `World.attributes`
     prompts_heldout.csv      prompts in training wording, on combinations that no clip shows
     prompts_paraphrase.csv   the same combinations, with held-out words for shape, colour or motion
     prompts_paraphrase_strict.csv   the same, with held-out words for all three
@@ -321,7 +321,7 @@ def _fingerprint(world: World) -> str:
 
     colours = {name: COLOURS[name] for name in world.colours}
     plain = {name: PLAIN[name] for name in world.backgrounds if name in PLAIN}
-    vocabulary = [own(SEEN), own(UNSEEN), TEMPLATES, UNSEEN_TEMPLATES, colours, plain]
+    vocabulary: list[Any] = [own(SEEN), own(UNSEEN), TEMPLATES, UNSEEN_TEMPLATES, colours, plain]
     if world.relations:
         vocabulary += [PAIR_TEMPLATES, UNSEEN_PAIR_TEMPLATES, GRADIENTS, STRIPES, STRIPE_LEVELS]
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Captions of the embedded data set: many wordings for training, and paraphrases with held-out words.
 
-A fixed random part of the synonyms of every value (`words.py`) is held out. A paraphrase uses held-out words for some or
-all of shape, colour and motion (or relation), in a held-out sentence.
+A fixed random part of the synonyms of every value (`words.py`) is held out. A paraphrase uses held-out words for some
+or all of shape, colour and motion (or relation), in a held-out sentence.
 """
 
 import itertools
@@ -183,8 +183,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 def paraphrase(scene: Scene, rng: np.random.Generator, strict: bool = False) -> str:
     """Describe a scene in a held-out sentence with held-out words.
 
-    Shape, colour and motion (or relation) are each named by a word that occurs in no `caption`: all three if `strict`,
-    else a random choice of them, at least one.
+    Shape, colour and motion (or relation) are each named by a word that occurs in no `caption`: all three if
+    `strict`, else a random choice of them, at least one.
     """
     attributes = ("shape", "colour", "relation" if scene.relation else "motion")
     replaced = rng.integers(1, 2 ** len(attributes))  # a subset, as bits

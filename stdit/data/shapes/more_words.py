@@ -101,15 +101,15 @@ SYNONYMS: Words = {
         "star": split(
             "pentagram, asterisk, sparkle, starburst, pentacle, twinkler, supernova, starlet, sparkler, nova"
         ),
-        "heart": split(
-            "valentine, sweetheart, cardioid, ticker, amour, lovemark, darling, beloved, cupid"
-        ),
+        "heart": split("valentine, sweetheart, cardioid, ticker, amour, lovemark, darling, beloved, cupid"),
     },
     "colour": {
         "cyan": split(
             "turquoise, teal, aqua, aquamarine, seafoam, verdigris, glacial, cyanish, topaz, curacao, lagoony"
         ),
-        "pink": split("pinkish, blush, bubblegum, flamingo, salmon, taffy, sakura, cerise, candyfloss, rouge"),
+        "pink": split(
+            "pinkish, blush, bubblegum, flamingo, salmon, taffy, sakura, cerise, candyfloss, fondant"
+        ),
     },
     "motion": {
         "turn": split(
@@ -128,9 +128,13 @@ SYNONYMS: Words = {
         ),
     },
     "relation": {
-        "orbits": split("rings|ringing, encircles|encircling, circuits|circuiting, circumnavigates|circumnavigating"),
+        "orbits": split(
+            "rings|ringing, encircles|encircling, circuits|circuiting, circumnavigates|circumnavigating"
+        ),
         "approaches": split("nears|nearing, reaches|reaching out for, meets|meeting, visits|visiting"),
-        "leaves": split("flees|fleeing, abandons|abandoning, deserts|deserting, escapes|escaping, quits|quitting"),
+        "leaves": split(
+            "flees|fleeing, abandons|abandoning, deserts|deserting, escapes|escaping, quits|quitting"
+        ),
         "follows": split(
             "trails|trailing, chases|chasing, pursues|pursuing, tails|tailing, shadows|shadowing, hunts|hunting"
         ),

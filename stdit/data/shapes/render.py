@@ -3,10 +3,12 @@
 Letters: T frames, H height, W width.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from stdit.data.shapes.outlines import Array, coverage
-from stdit.data.shapes.scenes import FRAME, Scene, bodies
+from stdit.data.shapes.scenes import FRAME, Body, Scene, bodies
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 20, 40),
@@ -52,9 +54,14 @@ def background_image(name: str, size: int) -> Array:
 
 def render(scene: Scene, num_frames: int = 16, size: int = 32) -> Array:
     """Render a scene: uint8 [T H W 3] with H = W = `size` pixels."""
+    return draw(bodies(scene, num_frames), scene.background, size)
+
+
+def draw(objects: Sequence[Body], background: str, size: int) -> Array:
+    """Render objects that do not overlap: uint8 [T H W 3] with H = W = `size` pixels."""
     scale = size / FRAME
-    image = background_image(scene.background, size)
-    for body in bodies(scene, num_frames):
+    image = background_image(background, size)
+    for body in objects:
         x, y, radius = (a * scale for a in (body.x, body.y, body.radius))
         alpha = coverage(body.shape, x, y, radius, size, size, body.angle)[..., None]
         image = image + alpha * (np.array(COLOURS[body.colour], np.float32) - image)

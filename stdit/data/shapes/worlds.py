@@ -1,7 +1,7 @@
 """The worlds of the embedded data set: what their clips may show, the draw of scenes, and the held-out combinations.
 
-    32   one shape on a plain background, 32x32 pixels: small enough for the quickstart
-    64   more shapes, colours, motions and backgrounds, and two shapes with a relation; 64x64 pixels
+32   one shape on a plain background, 32x32 pixels: small enough for the quickstart
+64   more shapes, colours, motions and backgrounds, and two shapes with a relation; 64x64 pixels
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class World:
 
     @property
     def attributes(self) -> dict[str, tuple[str, ...]]:
-        """The columns that describe a clip, with their values; an empty one belongs to a clip of one or two objects."""
+        """The columns that describe a clip, with their values: empty if they do not apply to its objects."""
         one = {
             "shape": self.shapes,
             "colour": self.colours,
@@ -87,13 +87,13 @@ WORLDS = {
 }
 
 
-def make_scene(combo: Combo, background: str, **places: float) -> Scene:
+def make_scene(combo: Combo, background: str) -> Scene:
     """Return the scene of a combination: of one object or of two."""
     if len(combo) == 3:
         shape, colour, motion = combo
-        return Scene(shape, colour, motion, background, **places)
+        return Scene(shape, colour, motion, background)
     shape, colour, relation, other_shape, other_colour = combo
-    one = Scene(shape, colour, "", background, **places)
+    one = Scene(shape, colour, "", background)
     return replace(one, relation=relation, other_shape=other_shape, other_colour=other_colour)
 
 
@@ -104,7 +104,7 @@ def sample_scene(rng: np.random.Generator, combos: Sequence[Combo], world: World
     place = rng.uniform(-1, 1, 2)
     means = np.array([world.travel, world.radius if len(combo) == 3 else world.pair_radius])
     travel, radius = means * (1 + world.spread * rng.uniform(-1, 1, 2))
-    scene = make_scene(combo, background, travel=float(travel), radius=float(radius))
+    scene = replace(make_scene(combo, background), travel=float(travel), radius=float(radius))
     if world.start_range is not None:
         x, y = FRAME / 2 + world.start_range * place
     else:

@@ -64,8 +64,8 @@ def find_background(video: Array, world: World) -> Background | None:
 def background_noise(frames: Array) -> float | None:
     """Return the noise of a plain background: rms difference of its pixels from their common colour.
 
-    It is measured in the top and bottom four rows, where objects seldom are: their colour is the median of these rows,
-    and pixels of which a channel is 60 or more away from it are no background.
+    It is measured in the top and bottom four rows, where objects seldom are: their colour is the median of these
+    rows, and pixels of which a channel is 60 or more away from it are no background.
 
     Args:
         frames: uint8 [T H W 3], RGB.

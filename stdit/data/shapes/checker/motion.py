@@ -64,7 +64,7 @@ def find_motion(track: Track, world: World) -> tuple[str | None, str]:
 
 
 def find_relation(one: Track, other: Track) -> tuple[str | None, bool, str]:
-    """Return what one of two objects does to the other, whether it is the second that does it, or None and the reason."""
+    """Return what one object does to the other, whether it is the second that does it, or None and the reason."""
     if len(one.x) >= MIN_FRAMES:
         for name, holds in RELATIONS.items():
             for swapped, (subject, thing) in enumerate(((one, other), (other, one))):

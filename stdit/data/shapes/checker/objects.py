@@ -27,8 +27,7 @@ MIN_AGREEMENT = 0.75
 MIN_SEEN = 0.3
 """Fraction of the frames in which a second colour must be visible to count as another object."""
 MIN_APART = 0.6
-"""Minimum distance of the centres of two objects in mean sides (square roots of their areas): otherwise they are parts
-of one."""
+"""Minimum distance of two objects' centres in mean sides (square roots of areas): otherwise they are parts of one."""
 MAX_SPREAD = 0.6
 """Maximum root mean square distance of an object's pixels from its centre, in sides: a disc has 0.4, a star 0.43."""
 

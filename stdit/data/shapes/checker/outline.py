@@ -19,7 +19,7 @@ MIN_FIT = 0.9
 MIN_MARGIN = 0.03
 """Minimum lead of the best shape over the second best, in intersection over union."""
 BLURS = 3
-"""Rendered shapes are blurred one to this many times; the video is blurred once by the checker, and by 4:2:0 colours."""
+"""Rendered shapes are blurred one to this many times; the video is blurred once here, and by 4:2:0 colours."""
 MIN_WHOLE_FRAMES = 3
 """Frames, with the object clear of the border, that are needed to recognise its shape."""
 MIN_TURN = 60.0
@@ -82,7 +82,9 @@ class _Window:
     def around(cls, track: Track) -> "_Window":
         h, w = track.alpha.shape[1:]
         area = track.area * track.scale**2
-        half = int(np.ceil(1.05 * REACH * np.sqrt(area.max() / 2.1))) + BLURS + 1  # the least area of radius 1 is 2.2
+        half = (
+            int(np.ceil(1.05 * REACH * np.sqrt(area.max() / 2.1))) + BLURS + 1
+        )  # the least area of radius 1 is 2.2
         x, y = track.x * track.scale, track.y * track.scale
         left, top = (np.floor(a).astype(int) - half for a in (x, y))
         columns, rows = (a[:, None] + np.arange(2 * half + 1) for a in (left, top))  # [T n]
@@ -115,8 +117,8 @@ def _fits(window: _Window, shape: str, angle: Array | None) -> Array:
 def _angles(window: _Window, shape: str) -> Array | None:
     """Return the angle [T] in degrees by which a shape is turned clockwise; None if it does not show.
 
-    It is the argument of a moment that turns as often as the shape looks the same: z^m with m-fold symmetry, where z is
-    the place from the centre.
+    It is the argument of a moment that turns as often as the shape looks the same: z^m with m-fold symmetry, where z
+    is the place from the centre.
     """
     if shape not in SYMMETRY:
         return None

@@ -16,7 +16,15 @@ import numpy as np
 
 from stdit.data.shapes.checker.background import MAX_BACKGROUND_DISTANCE, find_background
 from stdit.data.shapes.checker.motion import find_motion, find_relation, is_still
-from stdit.data.shapes.checker.objects import MIN_AREA, Track, colour, frame_scale, length, object_masks, track
+from stdit.data.shapes.checker.objects import (
+    MIN_AREA,
+    Track,
+    colour,
+    frame_scale,
+    length,
+    object_masks,
+    track,
+)
 from stdit.data.shapes.checker.outline import find_outline
 from stdit.data.shapes.outlines import Array
 from stdit.data.shapes.worlds import WORLDS, World
@@ -88,7 +96,9 @@ def check(frames: Array, world: World = WORLDS["32"]) -> Verdict:
         return Verdict(background=name, objects=len(masks), reason=f"{len(masks)} objects")
     colours = [colour(video[mask > 0.9], world) for mask in masks]
     tracks = [track(mask) for mask in masks]
-    unknown = "" if name else f"background {background.image.mean((0, 1)).round()} is not one of the known ones"
+    unknown = (
+        "" if name else f"background {background.image.mean((0, 1)).round()} is not one of the known ones"
+    )
     seen = Verdict(background=name, objects=len(masks), colour=colours[0][0])
     if len(masks) == 2:
         seen = replace(seen, other_colour=colours[1][0])
@@ -99,14 +109,18 @@ def check(frames: Array, world: World = WORLDS["32"]) -> Verdict:
         if found.scattered:
             return replace(seen, reason="several objects of one colour")
     reasons = [unknown, *(reason for _, reason in colours)]
-    verdict = _one(seen, tracks[0], world, reasons) if len(tracks) == 1 else _two(seen, tracks, world, reasons)
+    verdict = (
+        _one(seen, tracks[0], world, reasons) if len(tracks) == 1 else _two(seen, tracks, world, reasons)
+    )
     return replace(verdict, reason="; ".join(filter(None, reasons)))
 
 
 def _one(seen: Verdict, found: Track, world: World, reasons: list[str]) -> Verdict:
     """Add shape and motion of one object."""
     motion, reason = find_motion(found.at(found.present), world)
-    outline = find_outline(found, world, may_turn=motion is None and "turn" in world.motions and is_still(found))
+    outline = find_outline(
+        found, world, may_turn=motion is None and "turn" in world.motions and is_still(found)
+    )
     if outline.turns:
         motion, reason = "turn", ""
     reasons += [outline.reason, reason]

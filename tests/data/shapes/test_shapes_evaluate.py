@@ -1,0 +1,204 @@
+"""scripts/evaluate_adherence.py, on folders of videos."""
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stdit.data.shapes.build import build, write_video
+from stdit.data.shapes.render import render
+from stdit.data.shapes.scenes import Scene
+from stdit.data.shapes.worlds import WORLDS, sample_scene
+from tests import warm
+from tests.data.shapes.clips import BASE, FEW, read
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    assert build(folder, FEW["32"], workers=1)
+    return folder
+
+
+def evaluate(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    return warm.run(["scripts/evaluate_adherence.py", *map(str, args)])
+
+
+def test_evaluate_scores_a_folder_of_videos(built: Path, tmp_path: Path) -> None:
+    rows = read(built / "prompts_heldout.csv")[:4]
+    for i, row in enumerate(rows):
+        shown = Scene(row["shape"], row["colour"], row["motion"], row["background"])
+        if i == 0:
+            shown = replace(shown, colour="blue" if shown.colour != "blue" else "red")
+        write_video(tmp_path / f"{i}.mp4", render(shown), fps=8, crf=12)
+        (tmp_path / f"{i}.json").write_text(json.dumps({"prompt": row["prompt"]}))
+    write_video(tmp_path / "stranger.mp4", render(BASE), fps=8, crf=12)
+    done = evaluate(
+        "--videos", tmp_path, "--prompts", built / "prompts_heldout.csv", "--output", tmp_path / "scores.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "heldout" in done.stdout and "75.0%" in done.stdout and "stranger.mp4" in done.stdout
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    assert saved["scores"]["heldout"]["n"] == 4
+    heldout = saved["scores"]["heldout"]
+    assert (heldout["strict"], heldout["lenient"], heldout["shape"], heldout["shape_lenient"]) == (
+        0.75,
+        0.75,
+        1,
+        1,
+    )
+    assert [video["right"]["colour"] for video in saved["videos"]] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no videos",
+        "no prompts file",
+        "wrong columns",
+        "nothing known",
+        "no output",
+        "no shape",
+        "no text",
+        "no video",
+    ],
+)
+def test_evaluate_rejects_bad_input(case: str, built: Path, tmp_path: Path) -> None:
+    prompts = built / ("missing.csv" if case == "no prompts file" else "prompts_heldout.csv")
+    if case == "wrong columns":
+        prompts = built / "manifest.csv"
+    if case in ("no shape", "no text"):
+        prompts = tmp_path / "odd.csv"
+        prompts.write_bytes(
+            b"prompt,shape,colour,motion,background\na,cube,red,up,black\n"
+            if case == "no shape"
+            else b"\xff\n"
+        )
+    if case == "no video":
+        (tmp_path / "a.mp4").write_bytes(b"cut off")
+        (tmp_path / "a.json").write_text(json.dumps({"prompt": read(prompts)[0]["prompt"]}))
+    if case in ("nothing known", "no shape", "no text"):
+        write_video(tmp_path / "a.mp4", render(BASE), fps=8, crf=12)
+        (tmp_path / "a.json").write_text(json.dumps({"prompt": "a cat"}))
+    output = ["--output", prompts / "scores.json"] if case == "no output" else []
+    done = evaluate("--videos", tmp_path, "--prompts", prompts, *output)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    said = {
+        "no shape": "shape = cube: must be one of circle",
+        "no text": "is not a CSV in UTF-8",
+        "no video": "a.mp4",
+    }
+    assert said.get(case, "") in done.stderr
+
+
+def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path) -> None:
+    from tests.pipelines.tiny import tiny_pipeline
+
+    tiny_pipeline(tmp_path).save_pretrained(tmp_path / "run" / "pipeline")
+    few = tmp_path / "prompts_few.csv"
+    few.write_text("".join((built / "prompts_paraphrase.csv").read_text().splitlines(keepends=True)[:6]))
+    settings = ("--num_frames", "4", "--size", "32", "--num_inference_steps", "2", "--batch_size", "2")
+    outputs = []
+    for name, batch in (("a", "2"), ("b", "5")):
+        output = tmp_path / f"{name}.json"
+        done = evaluate(
+            "--checkpoint", tmp_path / "run", "--prompts", few, "--output", output, *settings[:-1], batch
+        )
+        assert done.returncode == 0, done.stderr
+        assert "few" in done.stdout and "paraphrase" not in done.stdout
+        outputs.append(json.loads(output.read_text()))
+    assert (
+        outputs[0]["scores"]["few"]["n"] == 5 and outputs[0]["scores"]["few"]["strict"] == 0
+    )  # random weights
+    assert outputs[0] == outputs[1]
+
+    conditioned = (
+        "--conditioning",
+        "first",
+        "last",
+        "--conditioning_frames",
+        "1",
+        "--output",
+        tmp_path / "conditioned.json",
+    )
+    done = evaluate("--checkpoint", tmp_path / "run", "--prompts", few, *settings, *conditioned)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "conditioned.json").read_text())
+    assert found["scores"]["few"]["kept"] == 1 and all(
+        row["conditioning_error"] < 1 for row in found["videos"]
+    )
+    done = evaluate(
+        "--checkpoint",
+        tmp_path / "run",
+        "--prompts",
+        few,
+        *settings,
+        *conditioned[:3],
+        "--conditioning_frames",
+        "2",
+    )
+    assert done.returncode == 2 and "num_frames = 4 must be larger" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def prompts64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    assert build(folder, replace(FEW["64"], num_clips=1), workers=1)
+    return folder
+
+
+def show(folder: Path, rows: list[dict[str, str]], changes: dict[int, dict[str, str]]) -> None:
+    """Write videos of prompts of world 64 as sample.py does, some of them showing something else."""
+    folder.mkdir()
+    for i, row in enumerate(rows):
+        shown = row | changes.get(i, {})
+        act = ("relation", "other_shape", "other_colour") if shown["relation"] else ("motion",)
+        combo = tuple(shown[name] for name in ("shape", "colour", *act))
+        scene = sample_scene(np.random.default_rng(i), [combo], WORLDS["64"])
+        frames = render(replace(scene, background=shown["background"]), 24, 64)
+        write_video(folder / f"{i}.mp4", frames, fps=12, crf=12)
+        (folder / f"{i}.json").write_text(json.dumps({"prompt": row["prompt"]}))
+
+
+def test_evaluate_knows_world_64_by_its_prompts(prompts64: Path, tmp_path: Path) -> None:
+    pairs, ones = read(prompts64 / "prompts_relations.csv")[:5], read(prompts64 / "prompts_heldout.csv")[:3]
+    first = pairs[0]
+    swapped = {"shape": first["other_shape"], "colour": first["other_colour"]}
+    swapped |= {"other_shape": first["shape"], "other_colour": first["colour"]}
+    alone = {"relation": "", "motion": "right"}
+    show(tmp_path / "videos", pairs + ones, {0: swapped, 1: alone, 6: {"background": "vertical stripes"}})
+    files = [prompts64 / f"prompts_{name}.csv" for name in ("heldout", "relations")]
+    done = evaluate(
+        "--videos", tmp_path / "videos", "--prompts", *files, "--output", tmp_path / "scores.json"
+    )
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    relations, heldout = (saved["scores"][name] for name in ("relations", "heldout"))
+    assert (relations["n"], relations["strict"], relations["lenient"]) == (5, 0.6, 0.6)
+    assert relations["relation"] == 0.8 and "motion" not in relations
+    assert heldout["strict"] == 2 / 3 and heldout["motion"] == 1 and "relation" not in heldout
+    assert 0 <= heldout["noise"] < 2 and "noise" in done.stdout
+    noises = {video["seen"]["background"]: video["noise"] for video in saved["videos"]}
+    assert noises["vertical stripes"] is None and noises["black"] is not None
+
+
+@pytest.mark.parametrize("case", ["two worlds", "both", "no relation", "odd relation", "half a pair"])
+def test_evaluate_rejects_bad_prompts_of_two_objects(
+    case: str, built: Path, prompts64: Path, tmp_path: Path
+) -> None:
+    header = "prompt,shape,colour,motion,background,relation,other_shape,other_colour\n"
+    text, part = {
+        "two worlds": ("a,star,red,up,black,,,", "is of world 64"),
+        "both": ("a,star,red,up,black,orbits,heart,blue", "and not both"),
+        "no relation": ("a,star,red,,black,,,", "must have a motion"),
+        "odd relation": ("a,star,red,,black,eats,heart,blue", "relation = eats: must be one of orbits"),
+        "half a pair": ("a,star,red,,black,orbits,heart,", "must have a motion"),
+    }[case]
+    (tmp_path / "odd.csv").write_text(header + text + "\n")
+    others = [built / "prompts_heldout.csv"] if case == "two worlds" else []
+    done = evaluate("--videos", tmp_path, "--prompts", tmp_path / "odd.csv", *others)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and part in done.stderr
+    assert "Traceback" not in done.stderr
