@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-from stdit.data.shapes import more_words
+from stdit.data.shapes.more_words import MORE_PLAIN_WORDS, MORE_SYNONYMS, MORE_THINGS
 from stdit.data.shapes.scenes import Scene
 from stdit.data.shapes.words import PLAIN_WORDS, SYNONYMS, THINGS, Words
 
@@ -55,10 +55,10 @@ def _build() -> tuple[Words, Words]:
 
 def _add(seen: Words, unseen: Words) -> None:
     """Add the words for the values that only world 64 has."""
-    more_seen, more_unseen = _hold_out(more_words.SYNONYMS, seed=1)
-    for attribute, values in more_words.PLAIN_WORDS.items():
+    more_seen, more_unseen = _hold_out(MORE_SYNONYMS, seed=1)
+    for attribute, values in MORE_PLAIN_WORDS.items():
         for value, words in values.items():
-            things = more_words.THINGS.get(attribute, {}).get(value, ())
+            things = MORE_THINGS.get(attribute, {}).get(value, ())
             kept = more_seen.get(attribute, {}).get(value, ())
             seen.setdefault(attribute, {})[value] = words + things + kept
     for attribute, values in more_unseen.items():

@@ -2,7 +2,7 @@
 
 from stdit.data.shapes.words import Words, colour_names, split
 
-PLAIN_WORDS: Words = {
+MORE_PLAIN_WORDS: Words = {
     "shape": {
         "star": split("star, star shape, five-pointed star, filled star, solid star, star sign"),
         "heart": split("heart, heart shape, love heart, filled heart, solid heart, heart sign"),
@@ -73,7 +73,7 @@ PLAIN_WORDS: Words = {
     },
 }
 
-THINGS: Words = {
+MORE_THINGS: Words = {
     "shape": {
         "star": split(
             "starfish, sheriff badge, sea star, christmas tree topper, film award star, star sticker, "
@@ -96,7 +96,7 @@ THINGS: Words = {
     },
 }
 
-SYNONYMS: Words = {
+MORE_SYNONYMS: Words = {
     "shape": {
         "star": split(
             "pentagram, asterisk, sparkle, starburst, pentacle, twinkler, supernova, starlet, sparkler, nova"

@@ -24,12 +24,11 @@ def still(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def shaken(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    image = draw([], scene.background, SIZE)
     frames = []
     for _ in range(FRAMES):
         dx, dy = rng.uniform(-2, 2, 2)
         moved = [replace(body, x=body.x[:1] + dx, y=body.y[:1] + dy) for body in _cut(scene, 1)]
-        frames.append(draw(moved, scene.background, SIZE)[0] if moved else image[0])
+        frames.append(draw(moved, scene.background, SIZE)[0])
     return np.stack(frames)
 
 
@@ -44,11 +43,11 @@ def shuffled(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 def gone(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """One of the objects vanishes for a third of the frames."""
-    objects = bodies(scene, FRAMES)
-    left = draw(objects[1:], scene.background, SIZE)
+    left = draw(bodies(scene, FRAMES)[1:], scene.background, SIZE)
     video = _video(scene)
     start = int(rng.integers(FRAMES * 2 // 3))
-    video[start : start + FRAMES // 3] = left[start : start + FRAMES // 3] if len(left) > 1 else left
+    vanished = slice(start, start + FRAMES // 3)
+    video[vanished] = np.broadcast_to(left, video.shape)[vanished]
     return video
 
 

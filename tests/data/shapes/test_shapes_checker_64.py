@@ -182,6 +182,24 @@ def test_turning_is_not_seen_in_what_does_not_turn() -> None:
         assert check(back, LARGE).motion == "turn"
 
 
+@pytest.mark.parametrize("background", ["vertical stripes", "horizontal stripes", "dark to light"])
+def test_checker_accepts_uneven_patterns(background: str) -> None:
+    """The borders of stripes may be wavy and the levels uneven, as in generated videos."""
+    for scene in mixed(4, seed=16):
+        scene = replace(scene, background=background)
+        empty = draw([], background, 64)
+        waves = np.round(1.5 * np.sin(np.arange(64) / 5)).astype(int)
+        pattern = np.broadcast_to(empty, (64, 64, 3)).astype(int)
+        pattern = np.stack([np.roll(row, wave, 0) for row, wave in zip(pattern, waves, strict=True)])
+        pattern = np.stack(
+            [np.roll(column, wave, 0) for column, wave in zip(pattern.swapaxes(0, 1), waves, strict=True)]
+        )
+        pattern = pattern.swapaxes(0, 1) + 10 * np.sin(np.arange(64) / 4)[:, None].round().astype(int)
+        video = render(scene, 24, 64)
+        video = np.where(video == empty, pattern, video).clip(0, 255).astype(np.uint8)
+        assert right(video, scene, "lenient"), scene
+
+
 @pytest.mark.parametrize("rgb", [(110, 60, 15), (150, 150, 150), (110, 220, 0)])
 def test_checker_rejects_unknown_colours(rgb: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene("circle", "stranger", "right", "black", x=12, radius=5)

@@ -41,6 +41,10 @@ class Background:
     name: str | None
     """None if it is not one of the world's."""
 
+    @property
+    def plain(self) -> bool:
+        return self.image.shape == (1, 1, 3)
+
 
 def find_background(video: Array, world: World) -> Background | None:
     """Return the background of a video, float32 [T H W 3]; None if the border shows none.

@@ -17,6 +17,10 @@ MIN_SCALING = 1.4
 """Minimum ratio of the radii at the ends of a clip that grows or shrinks."""
 MIN_STEADINESS = 0.9
 """Minimum correlation of the position (or radius, or angle) with time."""
+MAX_STEP = 0.5
+"""Maximum change between neighbouring frames, as a fraction of the whole change."""
+MIN_STEPS = 6
+"""Frames from which on that is asked for."""
 MIN_ONWARD = 0.8
 """Minimum share of the steps of an angle that go the same way."""
 MIN_CIRCLE = 240.0
@@ -66,7 +70,7 @@ def find_motion(track: Track, world: World) -> tuple[str | None, str]:
 def find_relation(one: Track, other: Track) -> tuple[str | None, bool, str]:
     """Return what one object does to the other, whether it is the second that does it, or None and the reason."""
     if len(one.x) >= MIN_FRAMES:
-        for name, holds in RELATIONS.items():
+        for name, holds in RELATION_TESTS.items():
             for swapped, (subject, thing) in enumerate(((one, other), (other, one))):
                 if holds(subject, thing):
                     return name, bool(swapped), ""
@@ -82,7 +86,9 @@ def displacement(track: Track) -> tuple[float, float]:
 
 
 def steadiness(values: Array) -> float:
-    """Return the absolute correlation of values [T] with time."""
+    """Return the absolute correlation of values [T] with time; 0 if they jump."""
+    if len(values) >= MIN_STEPS and np.abs(np.diff(values)).max() > MAX_STEP * np.ptp(values):
+        return 0.0
     time = np.arange(len(values)) - (len(values) - 1) / 2
     centred = values - values.mean()
     scale = np.linalg.norm(time) * np.linalg.norm(centred)
@@ -99,7 +105,7 @@ def steady_sweep(degrees: Array, period: float = 360.0) -> float:
     return float(abs(total))
 
 
-def is_still(track: Track) -> bool:
+def stays(track: Track) -> bool:
     """Return whether an object stays where it is."""
     return bool(np.hypot(track.x - track.x.mean(), track.y - track.y.mean()).max() <= MAX_STILL)
 
@@ -166,13 +172,13 @@ def _travels(track: Track) -> Array | None:
 
 
 def _orbits(subject: Track, thing: Track) -> bool:
-    return is_still(thing) and _rounds(subject.x - thing.x, subject.y - thing.y)
+    return stays(thing) and _rounds(subject.x - thing.x, subject.y - thing.y)
 
 
 def _gap_change(subject: Track, thing: Track) -> float:
     """Return by how much two objects get farther apart, if steadily and because the first moves straight, else 0."""
     moved = _travels(subject)
-    if moved is None or not is_still(thing):
+    if moved is None or not stays(thing):
         return 0.0
     distance = np.hypot(subject.x - thing.x, subject.y - thing.y)
     ends = max(1, len(distance) // 8)
@@ -200,4 +206,4 @@ def _follows(subject: Track, thing: Track) -> bool:
     return bool(same and behind and np.ptp(distance) <= MAX_GAP_CHANGE * np.linalg.norm(moved))
 
 
-RELATIONS = {"orbits": _orbits, "approaches": _approaches, "leaves": _leaves, "follows": _follows}
+RELATION_TESTS = {"orbits": _orbits, "approaches": _approaches, "leaves": _leaves, "follows": _follows}

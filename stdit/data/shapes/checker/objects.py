@@ -15,6 +15,8 @@ from stdit.data.shapes.worlds import World
 
 CLUTTER = 75.0
 """Distance in RGB from all mixtures of object and background above which a pixel belongs to neither."""
+NEUTRAL = 25.0
+"""Distance in RGB from the nearest grey below which a pixel of a patterned background is no object: known colours have 100."""
 MIN_AREA = 12.0
 """Square pixels that an object must cover to count as visible (a circle of radius 2)."""
 MIN_SATURATION = 0.45
@@ -114,8 +116,9 @@ def object_mask(offset: Array, background: Array, where: Array | None = None) ->
         where &= distance > 0.7 * np.percentile(distance[where], 75)
     typical = np.median((offset + background)[where], axis=0)
     contrast = typical - background
-    along = (offset * contrast).sum(-1) / (contrast**2).sum(-1)
-    beside = np.sqrt(np.maximum(distance**2 - along**2 * (contrast**2).sum(-1), 0.0))
+    square = np.maximum((contrast**2).sum(-1), MAX_BACKGROUND_DISTANCE**2)
+    along = (offset * contrast).sum(-1) / square
+    beside = np.sqrt(np.maximum(distance**2 - along**2 * square, 0.0))
     return np.where(beside > CLUTTER, 1.0, sharpen(along))
 
 
@@ -162,23 +165,29 @@ def object_masks(video: Array, background: Background, world: World) -> list[Arr
     base = blur(np.broadcast_to(background.image, (1, *video.shape[1:])))
     smooth = blur(video)
     offset = smooth - base
+    if not background.plain:  # its own irregularities are grey, too
+        offset[length(smooth - smooth.mean(-1, keepdims=True)) < NEUTRAL] = 0.0
     clear = length(offset) > MAX_BACKGROUND_DISTANCE
     if not clear.any():
         return []
     parts = _parts(smooth, clear, world) if world.relations else []
     if len(parts) < 2:
         return [object_mask(offset, base)]
-    h, w = video.shape[1:3]
+    nearest = _nearest(parts)
+    return [np.where(nearest == i, object_mask(offset, base, part), 0.0) for i, part in enumerate(parts)]
+
+
+def _nearest(parts: list[Array]) -> Array:
+    """Return for every pixel [T H W] which part's outline, taken as a circle, is nearest."""
+    h, w = parts[0].shape[1:]
     rows, columns = np.arange(h)[None, :, None] + 0.5, np.arange(w)[None, None, :] + 0.5
     distances = []
     for part in parts:
         found = track(part.astype(np.float32))
-        scale = found.scale
-        x, y, radius = (a[:, None, None] * scale for a in (found.x, found.y, found.size / np.sqrt(np.pi)))
-        far = np.where(found.present[:, None, None], np.hypot(rows - y, columns - x) - radius, np.inf)
-        distances.append(far)
-    nearest = np.argmin(distances, axis=0)  # [T H W]
-    return [np.where(nearest == i, object_mask(offset, base, part), 0.0) for i, part in enumerate(parts)]
+        x, y, side = (a[:, None, None] * found.scale for a in (found.x, found.y, found.size))
+        distance = np.hypot(rows - y, columns - x) - side / np.sqrt(np.pi)
+        distances.append(np.where(found.present[:, None, None], distance, np.inf))
+    return np.argmin(distances, axis=0)
 
 
 def _parts(smooth: Array, clear: Array, world: World) -> list[Array]:

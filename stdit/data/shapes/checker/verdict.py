@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stdit.data.shapes.checker.background import MAX_BACKGROUND_DISTANCE, find_background
-from stdit.data.shapes.checker.motion import find_motion, find_relation, is_still
+from stdit.data.shapes.checker.motion import find_motion, find_relation, stays
 from stdit.data.shapes.checker.objects import (
     MIN_AREA,
     Track,
@@ -108,40 +108,35 @@ def check(frames: Array, world: World = WORLDS["32"]) -> Verdict:
             return replace(seen, reason=f"an object is visible {where}")
         if found.scattered:
             return replace(seen, reason="several objects of one colour")
-    reasons = [unknown, *(reason for _, reason in colours)]
-    verdict = (
-        _one(seen, tracks[0], world, reasons) if len(tracks) == 1 else _two(seen, tracks, world, reasons)
-    )
+    verdict, reasons = _one(seen, tracks[0], world) if len(tracks) == 1 else _two(seen, tracks, world)
+    reasons = [unknown, *(reason for _, reason in colours), *reasons]
     return replace(verdict, reason="; ".join(filter(None, reasons)))
 
 
-def _one(seen: Verdict, found: Track, world: World, reasons: list[str]) -> Verdict:
-    """Add shape and motion of one object."""
+def _one(seen: Verdict, found: Track, world: World) -> tuple[Verdict, list[str]]:
+    """Add shape and motion of one object; returns the reasons for what is not recognised, too."""
     motion, reason = find_motion(found.at(found.present), world)
-    outline = find_outline(
-        found, world, may_turn=motion is None and "turn" in world.motions and is_still(found)
-    )
+    outline = find_outline(found, world, may_turn=motion is None and "turn" in world.motions and stays(found))
     if outline.turns:
         motion, reason = "turn", ""
-    reasons += [outline.reason, reason]
-    return replace(seen, shape=outline.strict, shape_lenient=outline.lenient, motion=motion)
+    verdict = replace(seen, shape=outline.strict, shape_lenient=outline.lenient, motion=motion)
+    return verdict, [outline.reason, reason]
 
 
-def _two(seen: Verdict, tracks: list[Track], world: World, reasons: list[str]) -> Verdict:
-    """Add the shapes of two objects, and their relation, which decides their order."""
+def _two(seen: Verdict, tracks: list[Track], world: World) -> tuple[Verdict, list[str]]:
+    """Add the shapes of two objects, and their relation, which decides their order; returns reasons like `_one`."""
     both = tracks[0].present & tracks[1].present
     relation, swapped, reason = find_relation(tracks[0].at(both), tracks[1].at(both))
-    outlines = [find_outline(found, world) for found in tracks]
-    reasons += [*(outline.reason for outline in outlines), reason]
+    one, other = (find_outline(found, world) for found in tracks)
     verdict = replace(
         seen,
         relation=relation,
-        shape=outlines[0].strict,
-        shape_lenient=outlines[0].lenient,
-        other_shape=outlines[1].strict,
-        other_shape_lenient=outlines[1].lenient,
+        shape=one.strict,
+        shape_lenient=one.lenient,
+        other_shape=other.strict,
+        other_shape_lenient=other.lenient,
     )
-    return verdict.swapped if swapped else verdict
+    return verdict.swapped if swapped else verdict, [one.reason, other.reason, reason]
 
 
 def score(frames: Array, expected: Mapping[str, str], world: World = WORLDS["32"]) -> dict[str, bool]:
