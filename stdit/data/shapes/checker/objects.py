@@ -16,7 +16,7 @@ from stdit.data.shapes.worlds import World
 CLUTTER = 75.0
 """Distance in RGB from all mixtures of object and background above which a pixel belongs to neither."""
 NEUTRAL = 25.0
-"""Distance in RGB from the nearest grey below which a pixel of a patterned background is no object: known colours have 100."""
+"""Distance in RGB from grey below which a pixel of a patterned background is no object: known colours have 100."""
 MIN_AREA = 12.0
 """Square pixels that an object must cover to count as visible (a circle of radius 2)."""
 MIN_SATURATION = 0.45
@@ -186,7 +186,7 @@ def _nearest(parts: list[Array]) -> Array:
         found = track(part.astype(np.float32))
         x, y, side = (a[:, None, None] * found.scale for a in (found.x, found.y, found.size))
         distance = np.hypot(rows - y, columns - x) - side / np.sqrt(np.pi)
-        distances.append(np.where(found.present[:, None, None], distance, np.inf))
+        distances.append(np.where(side > 0, distance, np.inf))
     return np.argmin(distances, axis=0)
 
 
