@@ -176,7 +176,9 @@ def test_another_world_replaces_all_files_of_a_build(tmp_path: Path) -> None:
     build(folder, large, workers=1)
     (folder / "prompts_mine.csv").write_text("prompt")
     assert (folder / "prompts_relations.csv").exists()
-    assert "of num_frames 24, fps 12, size 64, world 64;" in build(folder, ShapesConfig(num_clips=2), workers=1)
+    assert "of num_frames 24, fps 12, size 64, world 64;" in build(
+        folder, ShapesConfig(num_clips=2), workers=1
+    )
     assert not (folder / "prompts_relations.csv").exists() and (folder / "prompts_mine.csv").exists()
     assert "world 32;" in build(folder, large, workers=1)
     assert (folder / "prompts_relations.csv").exists()
