@@ -43,6 +43,16 @@ PAIR_SETS = ("relations", "relations_paraphrase")
 KEPT_LEVELS = 8
 """Largest mean difference, of 255 levels, of conditioning frames that count as kept."""
 
+SAMPLING = {
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "shift": float,
+    "refine_pairs": int,
+    "refine_level": float,
+    "refine_guidance_scale": float,
+}
+"""Settings of a pipeline call that are flags here."""
+
 Expected = dict[str, Any]
 """A prompt: its text, its attributes, and the name of its set."""
 
@@ -159,7 +169,7 @@ def sample_videos(
     pipe, _ = load_pipeline(args.checkpoint)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    settings = {name: getattr(args, name) for name in SAMPLING}
     settings = {name: value for name, value in settings.items() if value is not None}
     clips = (
         [render_prompt(row, args.seed + i, args, world) for i, row in enumerate(expected)]
@@ -274,8 +284,8 @@ def main() -> None:
         help="condition on frames of a clip",
     )
     parser.add_argument("--conditioning_frames", type=int, default=4, help="at each end (%(default)s)")
-    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
-    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    for name, kind in SAMPLING.items():
+        parser.add_argument(f"--{name}", type=kind, help="default: the pipeline's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts per batch (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto: a GPU if there is one (%(default)s)")
     parser.add_argument(
