@@ -53,9 +53,22 @@ RULES: tuple[Rule, ...] = (
     ),
     ("validation.every validation.seed", "validation.prompts", lambda c: bool(c.validation.prompts)),
     (
-        "validation.guidance_schedule validation.guidance_rescale",
+        "validation.guidance_schedule",
         "a validation.guidance_scale other than 1",
         lambda c: c.validation.guidance_scale != 1,
+    ),
+    (
+        "validation.guidance_rescale",
+        "a validation.guidance_scale or, with validation.refine_pairs, validation.refine_guidance_scale other than 1",
+        lambda c: (
+            c.validation.guidance_scale != 1
+            or (bool(c.validation.refine_pairs) and c.validation.refine_guidance_scale not in (None, 1))
+        ),
+    ),
+    (
+        "validation.refine_level validation.refine_guidance_scale",
+        "validation.refine_pairs above 0",
+        lambda c: bool(c.validation.refine_pairs),
     ),
     (
         "validation.guidance_interval",

@@ -1,0 +1,34 @@
+"""Settings that have no effect beside the others: those of the refinement of validation videos."""
+
+from typing import Any
+
+import pytest
+
+from stdit.training.config import TrainConfig, ValidationConfig
+from stdit.training.unused import unused_settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "unused"),
+    [
+        (
+            {"refine_level": 0.3},
+            "validation.refine_level = 0.3 has no effect: it is for validation.refine_pairs",
+        ),
+        ({"refine_guidance_scale": 2.0, "refine_pairs": 0}, "validation.refine_guidance_scale = 2.0 has no"),
+        ({"refine_pairs": 4, "refine_level": 0.3, "refine_guidance_scale": 2.0}, ""),
+        ({"guidance_scale": 1.0, "guidance_rescale": 0.5, "refine_pairs": 4}, "validation.guidance_rescale"),
+        (
+            {
+                "guidance_scale": 1.0,
+                "guidance_rescale": 0.5,
+                "refine_pairs": 4,
+                "refine_guidance_scale": 2.0,
+            },
+            "",
+        ),
+    ],
+)
+def test_settings_of_the_refinement_need_pairs(settings: dict[str, Any], unused: str) -> None:
+    lines = unused_settings(TrainConfig(validation=ValidationConfig(**settings)))
+    assert len(lines) == bool(unused) and all(line.startswith(unused) for line in lines)
