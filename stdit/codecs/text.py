@@ -72,6 +72,13 @@ class TextEncoder(ModelMixin):
         """Return the arguments of `__init__`, as JSON has them; `text_encoder.json` holds them beside the name."""
         return {}
 
+    def packaged(self) -> dict[str, str]:
+        """Return ``package`` and ``fingerprint`` if an installed package has just these weights; else nothing.
+
+        They are then saved instead of the weights.
+        """
+        return {}
+
     def save(self, directory: Path) -> None:
         """Write the weights, if there are any, as safetensors."""
 
@@ -80,17 +87,22 @@ class TextEncoder(ModelMixin):
         """Read what `save` wrote.
 
         Args:
-            settings: what `text_encoder.json` holds: ``name``, and what `saved_settings` returned.
+            settings: what `text_encoder.json` holds: ``name``, and what `saved_settings` and `packaged` returned.
             dtype: precision of the weights instead of the saved one.
         """
         return cls(**{key: value for key, value in settings.items() if key != "name"})
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
-        """Write `text_encoder.json`, the weights and a manifest into a folder, which is made if it does not exist."""
+        """Write `text_encoder.json`, the weights and a manifest into a folder, which is made if it does not exist.
+
+        Weights that a package ships are not copied: the file names the package and their fingerprint.
+        """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.save(directory)
-        write_component(directory / TEXT_ENCODER_FILE, self.name, self.saved_settings(), TEXT_ENCODERS)
+        if not (package := self.packaged()):
+            self.save(directory)
+        settings = self.saved_settings() | package
+        write_component(directory / TEXT_ENCODER_FILE, self.name, settings, TEXT_ENCODERS)
         seal_folder(directory)
 
     @classmethod

