@@ -1,38 +1,14 @@
 """Generate videos from prompts.
 
-    python sample.py --checkpoint outputs/quickstart --prompt "a red ball rises"
-    python sample.py --checkpoint outputs/quickstart --prompts prompts.csv --num_samples 2
-    python sample.py --config configs/sample/quickstart.yaml --prompt "a red ball" --image first.png
-    python sample.py --checkpoint outputs/clips --prompt "a wave rises" --segment_prompts "it breaks"
-    python sample.py --checkpoint outputs/opensora --config configs/sample/240p-2s.yaml --prompt "waves at dusk"
-    python sample.py --checkpoint outputs/opensora --list_sizes
+    python sample.py --checkpoint outputs/quickstart --prompt "a red ball rises"  # runs on a CPU
+    python sample.py --help                                                       # more examples, and every setting
 
---checkpoint takes a run (its newest complete checkpoint or exported pipeline), one checkpoint of a run, or a
-pipeline folder. Each video is an .mp4 with its settings inside and in a .json beside it; sheet.png shows all
-videos. The same command again makes only what is missing; no video is overwritten. A GPU is used if there is
-one. scripts/contact_sheet.py shows the videos of a training run across its steps. More: stdit/pipelines/README.md.
+An installed wheel has the same command as stdit-sample.
 """
 
-from stdit.cli import run
-from stdit.settings import parse
+from stdit.commands.sample import main, sample_command
 
-
-def main() -> None:
-    from stdit.pipelines.config import SampleConfig  # here, so that Ctrl-C meanwhile prints no traceback
-
-    assert __doc__ is not None
-    description, _, examples = __doc__.partition("\n\n")
-    config = parse(SampleConfig, description=description, examples=examples)
-    # After parsing, so that --help is quick.
-    if config.list_sizes:
-        from stdit.pipelines.sizes import list_sizes
-
-        print(list_sizes(config))
-    else:
-        from stdit.pipelines.sampling import sample_to_files
-
-        sample_to_files(config)
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    run(main)
+    sample_command()

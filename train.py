@@ -1,84 +1,14 @@
 """Train a text-to-video ST-DiT.
 
-    python train.py --config configs/train/quickstart.yaml                 # runs on a CPU
-    python train.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv --name clips
-    python train.py --config configs/train/quickstart.yaml --dry_run true  # print clips, batches and memory
-    python train.py --config configs/train/quickstart.yaml --dry_run steps # the same, and the time that it takes
-    python train.py --help                                                 # every setting
+    python train.py --config configs/train/quickstart.yaml  # runs on a CPU
+    python train.py --help                                  # more examples, and every setting
 
-The run is kept in outputs/<name>. Run the same command again to resume from the newest complete checkpoint. Ctrl-C
-(exit code 130), SIGTERM and SIGUSR1 (0), to any process of the run, finish the step and save; before the first step,
-and at a second signal a second later, the run stops at once. Exit code 2 is an error that you can correct, 1 any
-other: try again. More in stdit/training/README.md.
+An installed wheel has the same command as stdit-train.
 """
 
-import time
-from typing import TYPE_CHECKING
+from stdit.commands.train import loop, main, train, train_command
 
-from stdit.cli import run
-
-if TYPE_CHECKING:
-    from stdit.training.config import TrainConfig
-    from stdit.training.session import Session
-
-# Imports are in the functions, so that --help is quick, and Ctrl-C in the first second prints no traceback.
-
-
-def main() -> int:
-    from stdit.training.config import parse_train
-    from stdit.training.dry_run import dry_run
-
-    config = parse_train()
-    return dry_run(config) if config.dry_run else train(config)
-
-
-def train(config: "TrainConfig") -> int:
-    """Train until the last step, or until a signal; return the exit code."""
-    from stdit.training.stop_signals import stop_signals
-
-    with stop_signals() as signals:
-        from stdit.training.session import start  # imports torch, while signals are handled already
-
-        with start(config, signals) as session:
-            return loop(session)
-    print(f"{signals}: stopped at once; run the same command again to resume from the last checkpoint")
-    return signals.exit_code
-
-
-def loop(session: "Session") -> int:
-    """Do the remaining steps, with what is due between them, and export the pipeline; return the exit code."""
-    from stdit.training.report import end_lines
-    from stdit.training.system import progress_bar
-
-    steps, phase = session.config.trainer.steps, session.watchdog.phase
-    signals, saver = session.signals, session.saver
-    session.sampler.catch_up(saver.start_step)
-    signals.finish_step = True
-    with progress_bar(saver.start_step, steps, session.mesh.is_main) as bar:
-        for batch in session.remaining_batches():
-            began, step, done = time.perf_counter(), batch.step, batch.step + 1
-            phase(f"step {step}, computing")
-            values = session.trainer.step(batch)
-            seconds = time.perf_counter() - began
-            values |= session.validation_loss(done)
-            bar.show(session.recorder.record(batch, values | saver.take_seconds(), seconds))
-            if session.rollback.after_spike(values, step):
-                bar.n = session.rollback.step or 0
-                continue
-            if saver.is_due(done, signals):
-                phase(f"step {done}, saving")
-                saved = saver.save(done, at_once=signals.stop_signal is not None or done == steps)
-            if signals.stop_signal:
-                bar.write(f"{signals}: {saved} is saved; run the same command again to resume")
-                return signals.exit_code
-            if session.sampler.is_due(done):
-                phase(f"step {done}, validation")
-                session.sampler.validate(done)
-    phase(f"step {steps}, export")
-    pipeline = session.sampler.export(max(saver.start_step, steps))
-    print(end_lines(pipeline, saver.start_step, steps))
-    return signals.exit_code
-
+__all__ = ["loop", "main", "train"]
 
 if __name__ == "__main__":
-    run(main)
+    train_command()

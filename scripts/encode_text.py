@@ -48,9 +48,7 @@ class EncodeConfig:
 
 
 def main() -> None:
-    assert __doc__ is not None
-    description, _, examples = __doc__.partition("\n\n")
-    config = parse(EncodeConfig, description=description, examples=examples)
+    config = parse(EncodeConfig, doc=__doc__)
     if not config.output or not config.captions:
         raise UserError("--output FOLDER and at least one --captions FILE are needed: see --help.")
     texts = list(

@@ -2,17 +2,21 @@
 
 import importlib
 import os
+import re
 import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from stdit.errors import OtherRankError, UserError, interrupt_behind, raise_between_imports
 from stdit.registry import IMPORTING
 from stdit.suggestions import nearest_name
 
+_INSTALLED = {"train": "stdit-train", "sample": "stdit-sample", "prepare_data": "stdit-prepare"}
+"""Script of the repository to the command that a wheel installs; both do the same."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect."""
 _LAUNCHER_TIMEOUT = 10.0
@@ -89,13 +93,30 @@ class ScriptParser(ArgumentParser):
 
 def script_parser(doc: str | None) -> ScriptParser:
     """Return a parser of plain flags for a script, with its docstring ``doc`` as help."""
-    summary, _, details = (doc or "").partition("\n\n")
+    summary, details = help_texts(doc)
     return ScriptParser(
         description=summary,
         epilog=details,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def help_texts(doc: str | None) -> tuple[str, str]:
+    """Return the first and the last lines of ``--help`` from a command's docstring."""
+    summary, _, details = as_started(doc or "").partition("\n\n")
+    return summary, details
+
+
+def as_started(text: str) -> str:
+    """Return a text of stdit's own with the commands named as this process was started.
+
+    ``python train.py`` is ``stdit-train``, and so on, if an installed command was started.
+    """
+    if Path(sys.argv[0]).name not in _INSTALLED.values():
+        return text
+    pattern = rf"(?:python )?(?:scripts/)?\b({'|'.join(_INSTALLED)})\.py\b"
+    return re.sub(pattern, lambda match: _INSTALLED[match[1]], text)
 
 
 def import_modules(modules: Sequence[str]) -> None:

@@ -12,23 +12,23 @@ from typing import Any, TypeVar
 
 import yaml
 
-from stdit.cli import import_modules
+from stdit.cli import help_texts, import_modules
 from stdit.errors import UserError
+from stdit.named_configs import find_config
 from stdit.registry import Registry
 from stdit.setting_checks import IMPORTS, check_file, check_key, explain, group_in, setting_types
 
 Config = TypeVar("Config")
 
 
-def parse(
-    config_class: type[Config], argv: Sequence[str] | None = None, description: str = "", examples: str = ""
-) -> Config:
+def parse(config_class: type[Config], argv: Sequence[str] | None = None, doc: str | None = None) -> Config:
     """Read a config dataclass from the command line.
 
-    ``--config FILE`` may be repeated: later files win over earlier ones, flags (``--group.key value``) over
-    files. A later list replaces an earlier one; a list of texts can also be given as one flag per entry, which is the
-    only way if its field has ``metadata={"verbatim": True}``: its texts may look like lists. ``--help`` shows the
-    docstring below each field; ``--print_config`` prints the result as YAML.
+    ``--config FILE``, or the name of a config that comes with stdit (`find_config`), may be repeated: later files win
+    over earlier ones, flags (``--group.key value``) over files. A later list replaces an earlier one; a list of texts
+    can also be given as one flag per entry, which is the only way if its field has ``metadata={"verbatim": True}``:
+    its texts may look like lists. ``--help`` shows the docstring below each field; ``--print_config`` prints the
+    result as YAML.
 
     If the dataclass has a field ``imports``, ``--import MODULE`` (repeatable) imports modules before any setting is
     checked, so that what they register can be named; see `import_modules`. A file's own ``imports`` are never
@@ -37,8 +37,7 @@ def parse(
     Args:
         config_class: a dataclass whose fields may be dataclasses in turn.
         argv: arguments without the program's name; None: those of the process.
-        description: first lines of ``--help``.
-        examples: last lines of ``--help``.
+        doc: docstring of the command: its first paragraph begins ``--help``, the others end it.
 
     Raises:
         UserError: for an unknown key (naming the nearest one), a wrong type, or a file that cannot be read.
@@ -68,6 +67,7 @@ def parse(
             check_file(Path(value), config_class, imports)
     arguments = list(_emptied_first(arguments, {name for name, hint in known.items() if group_in(hint)}))
 
+    description, examples = help_texts(doc)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         usage="%(prog)s [--config FILE ...] [--key value ...]",
@@ -81,7 +81,8 @@ def parse(
         "--config",
         action="config",
         metavar="FILE",
-        help="YAML file of settings; later ones win, flags win.",
+        help="YAML file of settings, or the name of one of stdit's own, such as train/quickstart; later ones win, "
+        "flags win.",
     )
     parser.add_class_arguments(config_class)
     _complete_help(parser, config_class)
@@ -152,7 +153,7 @@ def to_yaml(config: Any) -> str:
 
 
 def _files_first(arguments: list[str]) -> list[str]:
-    """Move ``--config FILE`` to the front, so that flags win wherever they stand."""
+    """Move ``--config FILE`` to the front, so that flags win wherever they stand; find the file of a name."""
     files: list[str] = []
     rest: list[str] = []
     iterator = iter(arguments)
@@ -163,8 +164,8 @@ def _files_first(arguments: list[str]) -> list[str]:
             continue
         path = value if equals else next(iterator, None)
         if not path or path.startswith("--"):
-            raise UserError("--config needs a file: --config configs/train/quickstart.yaml")
-        files += ["--config", path]
+            raise UserError("--config needs a file or a name: --config train/quickstart")
+        files += ["--config", str(find_config(path))]
     return files + rest
 
 

@@ -178,7 +178,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 
 def test_help_shows_the_docstrings_of_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(Example, ["--help"], description="An example.", examples="Do this.")
+        parse(Example, ["--help"], doc="An example.\n\nDo this.")
     shown = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(text in shown for text in ("An example.", "How deep.", "What to call it.", "Do this."))

@@ -16,14 +16,6 @@ from stdit.pipelines.config import VideoSettings, check_seed
 from stdit.registry import Registry
 from stdit.settings import parse
 
-_DESCRIPTION = """Train a text-to-video ST-DiT on a CPU or a GPU.
-Run the same command again to resume an interrupted run."""
-_EXAMPLES = """examples:
-  python train.py --config configs/train/quickstart.yaml
-  python train.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv --name clips
-  python train.py --config configs/train/quickstart.yaml --dry_run true
-  python train.py --config configs/train/quickstart.yaml --dry_run steps
-"""
 OPTIMIZERS: Registry[Any] = Registry(
     "optimizer.name", {"adamw": "stdit.training.optim:build_adamw", "muon": "stdit.training.optim:build_muon"}
 )
@@ -319,8 +311,8 @@ class TrainConfig:
             )
 
 
-def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
-    """Parse and check the settings of ``train.py``. Raises UserError."""
-    config = parse(TrainConfig, argv, _DESCRIPTION, _EXAMPLES)
+def parse_train(argv: Sequence[str] | None = None, doc: str | None = None) -> TrainConfig:
+    """Parse and check the settings of a training, as `parse` does. Raises UserError."""
+    config = parse(TrainConfig, argv, doc)
     config.validate()
     return config

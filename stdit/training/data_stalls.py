@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from stdit.cli import as_started
 from stdit.data.batch import EncodedBatch, Timings
 from stdit.data.config import DataConfig
 
@@ -80,9 +81,10 @@ def advice(window: StallWindow, config: DataConfig, cores: int) -> str:
         if config.cache == "disk":
             return (
                 f"{head}: {cause}, since the cache lacks clips or captions. It ends once each was seen; or encode "
-                "them all beforehand: scripts/prepare_data.py encode"
+                f"them all beforehand: {as_started('scripts/prepare_data.py')} encode"
             )
-        return f"{head}: {cause}. Encode once: data.cache disk, or scripts/prepare_data.py encode before"
+        command = as_started("scripts/prepare_data.py")
+        return f"{head}: {cause}. Encode once: data.cache disk, or {command} encode before"
     if data.computing < data.reading / 2:
         return (
             f"{head}: of the {reading:.2g} s that reading a batch takes, {1 - data.computing / data.reading:.0%} "

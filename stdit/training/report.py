@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from stdit.cli import as_started
 from stdit.data.plan import BatchPlan
 from stdit.data.preparation.placement import write_placements
 from stdit.errors import UserError
@@ -164,4 +165,4 @@ def end_lines(pipeline: Path, start_step: int, steps: int) -> str:
             f"{run} has {start_step} steps already, and trainer.steps = {steps}: nothing to train. For a run of "
             f"{steps} steps choose another --name"
         )
-    return f'{done}\nSample: python sample.py --checkpoint {run} --prompt "..."'
+    return f'{done}\nSample: {as_started("python sample.py")} --checkpoint {run} --prompt "..."'

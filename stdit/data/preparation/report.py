@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from PIL import Image
 
+from stdit.cli import as_started
 from stdit.data.build import build_assignment
 from stdit.data.config import DataConfig
 from stdit.data.manifest.media_kinds import media_lines
@@ -129,8 +130,9 @@ def _buckets(task: Task, table: Table, data: DataConfig, seed: int) -> str:
     try:
         text = build_assignment(data, seed).table()
         if any(bucket.max_tokens for bucket in data.buckets):
+            command = as_started("train.py")
             text += (
-                "\nmax_tokens: the batch size depends on codec and model: train.py --dry_run true shows it"
+                f"\nmax_tokens: the batch size depends on codec and model: {command} --dry_run true shows it"
             )
     except UserError as error:
         text = str(error)

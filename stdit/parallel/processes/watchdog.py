@@ -287,7 +287,8 @@ def code_location(frame: FrameType | None) -> str:
     inner = next(_frames(frame), None)
     for one in _frames(frame):
         path = Path(one.f_code.co_filename)
-        if path.is_relative_to(_REPOSITORY) and "site-packages" not in path.parts:
+        own = path.is_relative_to(_REPOSITORY) and "site-packages" not in path.parts
+        if own or path.is_relative_to(_REPOSITORY / "stdit"):
             called = f", in {inner.f_code.co_name}" if inner is not None and inner is not one else ""
             return f"{path.relative_to(_REPOSITORY)}:{one.f_lineno}{called}"
     return f"{inner.f_code.co_name}" if inner is not None else ""

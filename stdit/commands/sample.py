@@ -1,0 +1,40 @@
+"""Generate videos from prompts.
+
+    python sample.py --checkpoint outputs/quickstart --prompt "a red ball rises"
+    python sample.py --checkpoint outputs/quickstart --prompts prompts.csv --num_samples 2
+    python sample.py --config sample/quickstart --prompt "a red ball" --image first.png
+    python sample.py --checkpoint outputs/clips --prompt "a wave rises" --segment_prompts "it breaks"
+    python sample.py --checkpoint outputs/opensora --config sample/240p-2s --prompt "waves at dusk"
+    python sample.py --checkpoint outputs/opensora --list_sizes
+
+--checkpoint takes a run (its newest complete checkpoint or exported pipeline), one checkpoint of a run, or a
+pipeline folder. Each video is an .mp4 with its settings inside and in a .json beside it; sheet.png shows all
+videos. The same command again makes only what is missing; no video is overwritten. A GPU is used if there is
+one. scripts/contact_sheet.py shows the videos of a training run across its steps. More: stdit/pipelines/README.md.
+"""
+
+from typing import NoReturn
+
+from stdit.cli import run
+
+
+def sample_command() -> NoReturn:
+    """Run the command stdit-sample."""
+    run(main)
+
+
+def main() -> None:
+    """Read the flags, and write the videos."""
+    from stdit.pipelines.config import SampleConfig  # here, so that Ctrl-C meanwhile prints no traceback
+    from stdit.settings import parse
+
+    config = parse(SampleConfig, doc=__doc__)
+    # After parsing, so that --help is quick.
+    if config.list_sizes:
+        from stdit.pipelines.sizes import list_sizes
+
+        print(list_sizes(config))
+    else:
+        from stdit.pipelines.sampling import sample_to_files
+
+        sample_to_files(config)
