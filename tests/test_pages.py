@@ -45,12 +45,22 @@ SCRIPTS = sorted(
 WITHOUT_FLAGS = "scripts/bench/sequence_rank.py"
 """Takes JSON, from the script that starts it."""
 CONFIGS = sorted(name for name in FILES if re.match(r"configs/.*\.yaml$", name))
+CONFIG_FOLDERS = tuple({f"{name.split('/')[1]}/" for name in CONFIGS})
+"""How the names of configs begin."""
+COMMAND_FILES = sorted(name for name in FILES if re.match(r"stdit/commands/\w+\.py$", name))
 
-LAUNCHERS = ("python", "torchrun", "accelerate", "bash", "sbatch", "srun", "pytest")
+INSTALLED = {
+    "stdit-train": "train.py",
+    "stdit-sample": "sample.py",
+    "stdit-prepare": "scripts/prepare_data.py",
+}
+"""Command of an installed package to the script that it stands for."""
+LAUNCHERS = ("python", "torchrun", "accelerate", "bash", "sbatch", "srun", "pytest", *INSTALLED)
 PLACEHOLDERS = ("NAME", "FILE", "FOLDER", "PATH", "X")
 """Names that stand for a reader's own."""
 OTHERS_FLAGS = {
-    *("nproc_per_node", "nnodes", "max_restarts"),  # torchrun
+    *("nproc_per_node", "nnodes", "max_restarts", "no-python"),  # torchrun
+    "no-deps",  # pip
     *("multi_gpu", "num_processes"),  # accelerate
     *("nodes", "time"),  # sbatch
     *("hypothesis-profile", "durations", "numprocesses"),  # pytest
@@ -126,6 +136,7 @@ def parse_command(command: str) -> None:
 def parse_words(words: list[str]) -> None:
     for word in words:
         check_path(word.partition("::")[0])
+    words = [INSTALLED.get(word, word) for word in words]
     place = next((i for i, word in enumerate(words) if re.search(r"\.(py|sh|sbatch)$", word)), None)
     if place is None or words[0] == "pytest":
         if words[0] in ("python", "torchrun", "bash") and words[1:2] not in (["-c"], ["-m"]):
@@ -134,7 +145,8 @@ def parse_words(words: list[str]) -> None:
     script, arguments = words[place], words[place + 1 :]
     stand_in = f"configs/{'sample' if script == 'sample.py' else 'train'}/quickstart.yaml"
     for i in range(1, len(arguments)):
-        if arguments[i - 1] == "--config" and (arguments[i] not in FILES or is_placeholder(arguments[i])):
+        named = arguments[i].startswith(CONFIG_FOLDERS) or arguments[i] in FILES
+        if arguments[i - 1] == "--config" and (not named or is_placeholder(arguments[i])):
             arguments[i] = stand_in  # a reader's own; check_path has looked at those of the repository
     if script in ("train.py", "scripts/launch_node.sh", "scripts/slurm.sbatch"):
         if "--import" in arguments:  # what a reader's module registers is not known
@@ -356,7 +368,7 @@ def test_what_a_page_names_exists(name: str, tmp_path: Path) -> None:
     assert check_page(ROOT / name, tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["train.py", "sample.py", *SCRIPTS])
+@pytest.mark.parametrize("name", ["train.py", "sample.py", *SCRIPTS, *COMMAND_FILES])
 def test_commands_in_docstrings_parse(name: str) -> None:
     doc = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8"))) or ""
     if name != WITHOUT_FLAGS:
@@ -408,6 +420,10 @@ def test_the_readme_is_short() -> None:
         "```bash\npython scripts/prepare_data.py probe a b.csv --seed 2\n```",
         "```bash\npython scripts/prepare_data.py encode --data.manifset a.csv\n```",
         "```bash\npython scripts/nothing.py\n```",
+        "```bash\nstdit-train --config train/nothing\n```",
+        "`stdit-train --seeed 1`",
+        "```bash\ntorchrun --nproc_per_node 2 --no-python stdit-sample --checkpoint outputs/a --seeed 1\n```",
+        "```bash\nstdit-prepare probe a b.csv --seed 2\n```",
         "```bash\nbash scripts/nothing.sh\n```",
         "    python scripts/parity.py --config configs/train/quickstart.yaml --parallel.ps 2",
         "```yaml\ndata: {buckets: [{num_frames: 8, fps: 8, heigth: 32}]}\n```",
@@ -432,6 +448,9 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
         torchrun --nproc_per_node 2 sample.py --config FILE --checkpoint outputs/NAME --prompt "a \\"ball\\" rises"
         python scripts/prepare_data.py encode --part 1/4 --data.manifest clips/manifest.csv
         python train.py --import my_module --optimizer.lr 1e-3
+        stdit-train --config train/quickstart --config models/S.yaml --trainer.steps 3
+        stdit-prepare encode --part 1/4 --data.manifest clips/manifest.csv
+        torchrun --nproc_per_node 2 --no-python stdit-sample --checkpoint outputs/a --prompt a
         python -c "import stdit"
         ls nothing.py
         ```
