@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from stdit.errors import UserError
 from stdit.parallel.processes.parameters import distribute_like, full_tensor
 from stdit.training.config import OPTIMIZERS, OptimizerConfig
+from stdit.training.matmul import matmul_precision
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 BLOCK_MATRIX = re.compile(r"(?:spatial|temporal)_blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
@@ -242,10 +243,13 @@ class Muon(Optimizer):
         return state["momentum_buffer"]
 
 
+@matmul_precision("highest")
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Bring all singular values of ``matrices [N R C]`` near 1 (0.7 to 1.2), keeping their singular vectors.
 
-    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T (Jordan et al. 2024).
+    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T (Jordan et al. 2024). The products are in
+    float32 whatever precision is set: rounded to bfloat16, the factors of the second form no longer commute, and
+    singular values grow to 40.
     """
     X = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     tall = X.shape[1] > X.shape[2]

@@ -1,8 +1,7 @@
 """One training step: a pure function of (seed, step) and of the state."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,36 +20,12 @@ from stdit.parallel.processes.storage import StoredTensors
 from stdit.training.block_norms import BlockNorms
 from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
 from stdit.training.ema import EMA
+from stdit.training.matmul import fastest_exact_precision, matmul_precision
 from stdit.training.optim import build_optimizer, learning_rate_factor
 from stdit.training.spikes import SpikeGuard, mean_level
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-def fastest_exact_precision(device: torch.device) -> str:
-    """Return the precision for `torch.set_float32_matmul_precision` that is fastest and rounds to float32.
-
-    On CPUs without AMX, medium selects oneDNN's products, which are exact and may be faster than the default ones.
-    """
-    if device.type != "cpu":
-        return "highest"
-    a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    with matmul_precision("medium"):
-        product = a @ b
-    exact = a.double() @ b.double()
-    return "medium" if (product - exact).norm() <= 1e-6 * exact.norm() else "highest"  # bfloat16: 2e-3
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Set the precision of products of float32 matrices in a block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Trainer:

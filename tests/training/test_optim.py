@@ -3,9 +3,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stdit.errors import UserError
 from stdit.training.config import OptimizerConfig
+from stdit.training.matmul import matmul_precision
 from stdit.training.optim import (
     NEWTON_SCHULZ,
     Muon,
@@ -36,6 +38,37 @@ def test_orthogonalise_follows_the_formula(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(orthogonalise(matrices), expected, atol=2e-5, rtol=0)
     singular = torch.linalg.svdvals(orthogonalise(torch.randn(4, 16, 64)))
     assert 0.6 < singular.min() and singular.max() < 1.3
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("shape", [(4, 64, 64), (4, 512, 128), (4, 64, 256)])
+def test_orthogonalise_computes_in_float32_whatever_the_precision_of_a_step(
+    precision: str, shape: tuple[int, ...]
+) -> None:
+    seen = set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "mm" in func.__name__ or "matmul" in func.__name__:
+                seen.add((func.__name__, torch.get_float32_matmul_precision()))
+            return func(*args, **kwargs or {})
+
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(4, shape[1], 4, generator=generator),
+        torch.randn(4, 4, shape[2], generator=generator),
+    )
+    matrices = left @ right + 0.1 * torch.randn(
+        shape, generator=generator
+    )  # as gradients are: low rank and noise
+    expected = orthogonalise(matrices)
+    with matmul_precision(precision), Watch():
+        found = orthogonalise(matrices)
+        assert torch.get_float32_matmul_precision() == precision
+    assert {name for name, _ in seen} == {"matmul", "baddbmm"}
+    assert {used for _, used in seen} == {"highest"}
+    assert torch.equal(found, expected)
+    assert torch.linalg.svdvals(found).max() < 1.3
 
 
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])

@@ -10,7 +10,8 @@ from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.training.checkpoint_writer import CheckpointWriter
 from stdit.training.config import CheckpointConfig, OptimizerConfig, TrainerConfig
-from stdit.training.trainer import Trainer, fastest_exact_precision, matmul_precision
+from stdit.training.matmul import fastest_exact_precision, matmul_precision
+from stdit.training.trainer import Trainer
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
 
