@@ -12,14 +12,12 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import setuptools
 
 import stdit
 from tests.training.tiny import tiny_settings
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[1]
-PACKED = (".py", ".json", ".safetensors", ".typed", ".md")
 BUNDLED = ("stdit/bundled/stand-in/config.json", "stdit/bundled/stand-in/deep/weights.safetensors")
 COMMANDS = {"stdit-train", "stdit-sample", "stdit-prepare"}
 
@@ -91,18 +89,34 @@ def names(wheel: Path) -> Sequence[str]:
     return ZipFile(wheel).namelist()
 
 
+def files_to_pack(folder: Path) -> set[str]:
+    """What a wheel of a folder with stdit/ and configs/ must have."""
+    files = {path.relative_to(folder).as_posix() for path in folder.glob("stdit/**/[!.]*") if path.is_file()}
+    files |= {f"stdit/{path.relative_to(folder)}" for path in folder.glob("configs/**/*.yaml")}
+    return {name for name in files if "__pycache__" not in name}
+
+
+def test_setuptools_packs_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick part of the check, which builds nothing: a new kind of file needs a line in package-data."""
+    monkeypatch.chdir(ROOT)
+    distribution = setuptools.distutils.core.run_setup("setup.py", stop_after="config")
+    distribution.include_package_data = False  # which would write stdit.egg-info
+    command = distribution.get_command_obj("build_py")
+    command.build_lib = "lib"
+    command.ensure_finalized()
+    packed = {str(Path(name).relative_to("lib")) for name in command.get_outputs(include_bytecode=False)}
+    assert packed == files_to_pack(ROOT)
+    assert {"stdit/py.typed", "stdit/configs/train/quickstart.yaml"} <= packed
+
+
+@pytest.mark.slow
 def test_the_wheel_has_all_files_of_the_package_and_the_configs(source: Path, wheel: Path) -> None:
-    files = {path.relative_to(source).as_posix() for path in source.glob("stdit/**/*") if path.is_file()}
-    assert {Path(name).suffix for name in files} <= set(PACKED), (
-        "package-data in pyproject.toml has other kinds"
-    )
-    files |= {f"stdit/{path.relative_to(source)}" for path in source.glob("configs/**/*.yaml")}
-    files |= {"stdit/py.typed", *BUNDLED}
     packed = {name for name in names(wheel) if ".dist-info/" not in name}
-    assert packed == files
+    assert packed == files_to_pack(source) and packed >= set(BUNDLED)
     assert f"stdit-{stdit.__version__}.dist-info/licenses/LICENSE" in names(wheel)
 
 
+@pytest.mark.slow
 def test_a_wheel_of_the_sdist_is_the_same(source: Path, wheel: Path, tmp_path: Path) -> None:
     program = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", program, cwd=source)
@@ -110,6 +124,7 @@ def test_a_wheel_of_the_sdist_is_the_same(source: Path, wheel: Path, tmp_path: P
     assert sorted(names(build(sdist, tmp_path / "dist"))) == sorted(names(wheel))
 
 
+@pytest.mark.slow
 def test_stdit_is_imported_from_the_wheel(commands: Path, tmp_path: Path) -> None:
     program = (
         "import json, sys, importlib.metadata as m, stdit, stdit.training.session; "
@@ -124,6 +139,7 @@ def test_stdit_is_imported_from_the_wheel(commands: Path, tmp_path: Path) -> Non
     assert all((Path(file).parents[1] / name).is_file() for name in BUNDLED)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_wheel_train_prepare_and_sample(commands: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path)
     train, sample = commands / "stdit-train", commands / "stdit-sample"
@@ -146,6 +162,7 @@ def test_the_commands_of_the_wheel_train_prepare_and_sample(commands: Path, tmp_
     assert json.loads(video.with_suffix(".json").read_text())["prompt"] == "a red square"
 
 
+@pytest.mark.slow
 def test_two_ranks_train_with_the_command_of_the_wheel(commands: Path, tmp_path: Path) -> None:
     torchrun = [commands / "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     settings = [*tiny_settings(tmp_path), "--trainer.steps", "2"]
@@ -153,6 +170,7 @@ def test_two_ranks_train_with_the_command_of_the_wheel(commands: Path, tmp_path:
     assert (tmp_path / "outputs" / "tiny" / "pipeline" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_an_editable_install_reads_the_configs_of_the_clone(source: Path, tmp_path: Path) -> None:
     editable = environment_with(tmp_path / "environment", "--editable", source)
     command = editable / "stdit-train", "--config", "train/mine", "--print_config"
