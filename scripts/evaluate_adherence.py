@@ -3,10 +3,14 @@
     python scripts/evaluate_adherence.py --videos outputs/quickstart/samples
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --output scores.json
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --prompts my_prompts.csv
+    python scripts/evaluate_adherence.py
     python scripts/evaluate_adherence.py --checkpoint outputs/i2v --conditioning first last --conditioning_frames 4
 
 --videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples every
-prompt of the prompt files itself. Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
+prompt of the prompt files itself. Without both, the model that comes with stdit is scored; without files, by the
+prompts of world 64, which are drawn.
+
+Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
 Those of world 64 also have the columns relation,other_shape,other_colour, empty for one object; two have no motion.
 
 The scores are, per prompt file, n (videos) and the share of them, from 0 to 1, in which each attribute is right.
@@ -28,11 +32,13 @@ import numpy as np
 from tqdm import tqdm
 
 from stdit.cli import import_modules, run, script_parser
+from stdit.data.shapes.build import ShapesConfig, draw_prompt_sets
 from stdit.data.shapes.checker import background_noise, check, compare
 from stdit.data.shapes.render import render
 from stdit.data.shapes.worlds import WORLDS, World, sample_scene
 from stdit.errors import UserError
 from stdit.parallel.processes.device import find_device
+from stdit.pipelines.bundled import bundled_folder
 from stdit.pipelines.video_io import write_json_atomic
 from stdit.pipelines.writer import check_writable, created_folder
 
@@ -61,6 +67,20 @@ def default_files(names: tuple[str, ...]) -> list[Path]:
     """Return the prompt files in `DATA`."""
     pairs = [path for name in PAIR_SETS if (path := DATA / f"prompts_{name}.csv").exists()]
     return [DATA / f"prompts_{name}.csv" for name in names] + pairs
+
+
+def default_prompts(videos: bool, bundled: bool) -> tuple[World, list[Expected]]:
+    """Return the world and the prompts that are scored without --prompts.
+
+    Args:
+        videos: a folder of videos is scored, which may be of the prompts for samples.
+        bundled: the model that comes with stdit is scored: by the prompts of its world, which need no files.
+    """
+    if not bundled:
+        return read_expected(default_files(("sample", *SETS) if videos else SETS))
+    config = ShapesConfig.of("64")
+    sets = draw_prompt_sets(config)
+    return config.facts, [{"set": name, **row} for name in (*SETS, *PAIR_SETS) for row in sets[name]]
 
 
 def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
@@ -264,11 +284,20 @@ def print_table(summary: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = script_parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--videos", type=Path, metavar="DIR", help="output folder of sample.py")
-    source.add_argument("--checkpoint", type=Path, metavar="RUN", help="run, checkpoint or pipeline folder")
+    source.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="run, checkpoint or pipeline folder; default: the model that comes with stdit",
+    )
     parser.add_argument(
-        "--prompts", type=Path, nargs="+", metavar="CSV", help=f"prompt files; default: those of {DATA}"
+        "--prompts",
+        type=Path,
+        nargs="+",
+        metavar="CSV",
+        help=f"prompt files; default: those of {DATA}, or drawn for the model that comes with stdit",
     )
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for scores and all verdicts")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt (%(default)s)")
@@ -303,13 +332,17 @@ def main() -> None:
     if args.output:
         check_writable(args.output.absolute().parent)
 
-    names = ("sample", *SETS) if args.videos else SETS
-    world, expected = read_expected(args.prompts or default_files(names))
+    bundled = not (args.videos or args.checkpoint)
+    if bundled:
+        bundled_folder()  # raises if there is none
+    world, expected = (
+        read_expected(args.prompts) if args.prompts else default_prompts(bool(args.videos), bundled)
+    )
     args.num_frames, args.size = args.num_frames or world.num_frames, args.size or world.size
     conditioned = args.conditioning_frames * len(args.conditioning)
-    if args.conditioning and not (args.checkpoint and 0 < conditioned < args.num_frames):
+    if args.conditioning and (args.videos or not 0 < conditioned < args.num_frames):
         raise UserError(
-            f"--conditioning needs --checkpoint, and conditioning_frames = {args.conditioning_frames} at each end: "
+            f"--conditioning is not for --videos, and conditioning_frames = {args.conditioning_frames} at each end: "
             f"num_frames = {args.num_frames} must be larger, so that some are left to generate"
         )
     videos = read_videos(args.videos, expected) if args.videos else sample_videos(args, expected, world)

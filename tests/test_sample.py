@@ -72,8 +72,8 @@ def test_list_sizes(run, tmp_path):
             "a.png@8",
         ),
         (["--prompt", "a", "--format", "avi"], "format"),
-        (["--prompt", "a"], "no checkpoint"),
-        (["--list_sizes"], "no checkpoint"),
+        (["--prompt", "a", "--checkpoint", ""], "no checkpoint"),
+        (["--list_sizes", "--checkpoint="], "no checkpoint"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(tmp_path, arguments, message):

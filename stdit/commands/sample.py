@@ -1,5 +1,6 @@
 """Generate videos from prompts.
 
+    python sample.py --prompt "a red star orbits a blue square" --prompt "a green ring bounces"
     python sample.py --checkpoint outputs/quickstart --prompt "a red ball rises"
     python sample.py --checkpoint outputs/quickstart --prompts prompts.csv --num_samples 2
     python sample.py --config sample/quickstart --prompt "a red ball" --image first.png
@@ -8,9 +9,10 @@
     python sample.py --checkpoint outputs/opensora --list_sizes
 
 --checkpoint takes a run (its newest complete checkpoint or exported pipeline), one checkpoint of a run, or a
-pipeline folder. Each video is an .mp4 with its settings inside and in a .json beside it; sheet.png shows all
-videos. The same command again makes only what is missing; no video is overwritten. A GPU is used if there is
-one. scripts/contact_sheet.py shows the videos of a training run across its steps. More: stdit/pipelines/README.md.
+pipeline folder; without it, the small model that comes with stdit is used. Each video is an .mp4 with its settings
+inside and in a .json beside it; sheet.png shows all videos. The same command again makes only what is missing; no
+video is overwritten. A GPU is used if there is one. scripts/contact_sheet.py shows the videos of a training run
+across its steps. More: stdit/pipelines/README.md.
 """
 
 from typing import NoReturn

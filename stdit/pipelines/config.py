@@ -236,8 +236,9 @@ PROMPT_SETTINGS = tuple(f.name for f in fields(PromptSettings))
 class SampleConfig(PromptSettings):
     """Generate videos from prompts."""
 
-    checkpoint: str = ""
-    """A run folder (outputs/NAME), one of its checkpoints, or an exported pipeline."""
+    checkpoint: str | None = None
+    """A run folder (outputs/NAME), one of its checkpoints, or an exported pipeline; none: the small model that comes
+    with stdit."""
     imports: list[str] = field(default_factory=list)
     """Module of your own to import, which registers what the checkpoint was made with; may be repeated."""
     prompt: list[str] = field(default_factory=list, metadata={"verbatim": True})

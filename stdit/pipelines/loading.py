@@ -9,6 +9,7 @@ from typing import Any
 from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify, verify_if_sealed
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes, hash_file
+from stdit.pipelines.bundled import bundled_folder
 from stdit.pipelines.config import check_recorded
 from stdit.registry import Registry
 
@@ -28,16 +29,18 @@ class CheckpointSource:
     is_pipeline: bool
 
 
-def find_checkpoint_source(checkpoint: str | Path, ema: bool = True) -> CheckpointSource:
+def find_checkpoint_source(checkpoint: str | Path | None, ema: bool = True) -> CheckpointSource:
     """Find out what ``checkpoint`` names, and verify that it is complete. Loads no weights and imports no torch.
 
     A run folder stands for its newest complete checkpoint, or its pipeline if that is at least as new and ``ema`` is
     true: a pipeline has averaged weights alone. Of a pipeline only the small files are verified here, if it has a
-    manifest: components verify themselves when they are loaded.
+    manifest: components verify themselves when they are loaded. None stands for the model that comes with stdit.
 
     Raises:
         UserError: if there is nothing to sample from, or it is damaged.
     """
+    if checkpoint is None:
+        return _exported_source(bundled_folder(), None, ema)
     if not str(checkpoint):
         raise UserError(
             "no checkpoint: add --checkpoint with a run folder (outputs/NAME) or a pipeline folder."
@@ -84,12 +87,13 @@ def _exported_source(folder: Path, run: Path | None, ema: bool) -> CheckpointSou
 
 
 def load_pipeline(
-    checkpoint: str | Path | CheckpointSource, ema: bool = True, text_states: str | None = None
+    checkpoint: str | Path | CheckpointSource | None = None, ema: bool = True, text_states: str | None = None
 ) -> tuple[Any, str]:
     """Load an `STDiTPipeline`, in fp32 on the CPU; return it and the hash of its weights.
 
     Args:
-        checkpoint: a run, checkpoint or pipeline folder, or a result of `find_checkpoint_source`.
+        checkpoint: a run, checkpoint or pipeline folder, or a result of `find_checkpoint_source`; None: the small
+            model that comes with stdit.
         ema: use the averaged weights of a checkpoint (an exported pipeline always has those).
         text_states: folder of stored text states, used instead of the text encoder.
 

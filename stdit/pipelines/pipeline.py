@@ -26,6 +26,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.sharding import TokenSharding
+from stdit.pipelines.bundled import bundled_folder
 from stdit.pipelines.components import pop_dtype, read_components
 from stdit.pipelines.conditions import FrameCondition, load_frames
 from stdit.pipelines.config import (
@@ -48,7 +49,7 @@ from stdit.pipelines.inputs import (
 
 logger = logging.getLogger(__name__)
 
-_RECORDED = ("step", "trained_sizes", "lineage")
+_RECORDED = ("step", "trained_sizes", "lineage", "vocabulary")
 """What a pipeline records beside its settings."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -97,6 +98,7 @@ class STDiTPipeline(DiffusionPipeline):
         step: int | None = None,
         trained_sizes: Sequence[dict[str, Any]] | None = None,
         lineage: Sequence[dict[str, Any]] = (),
+        vocabulary: Sequence[str] | None = None,
         **settings: Any,
     ) -> None:
         """Assemble a pipeline.
@@ -107,6 +109,7 @@ class STDiTPipeline(DiffusionPipeline):
                 number of clips.
             lineage: changes of data and settings in their training, each with step, changes, and hashes of the
                 experiment before and after.
+            vocabulary: the words, in lower case, of the captions that the model was trained on.
             settings: the fields of `VideoSettings`: defaults of a call, such as the size that the model was trained
                 on, and sampling settings that suit it.
 
@@ -120,7 +123,8 @@ class STDiTPipeline(DiffusionPipeline):
         own = video_settings(STDiTPipeline.__init__, settings)
         sizes = None if trained_sizes is None else [dict(size) for size in trained_sizes]
         recorded = {"step": step, "trained_sizes": sizes, "lineage": [dict(change) for change in lineage]}
-        self.register_to_config(**own.resolved(PIPELINE_DEFAULTS), **recorded)
+        words = None if vocabulary is None else list(vocabulary)
+        self.register_to_config(**own.resolved(PIPELINE_DEFAULTS), **recorded, vocabulary=words)
         self.mesh = Mesh()
 
     def share(self, mesh: Mesh) -> None:
@@ -156,10 +160,11 @@ class STDiTPipeline(DiffusionPipeline):
         seal_folder(folder, self.components)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None = None, **kwargs: Any) -> Self:
         """Load what `save_pretrained` wrote; a folder without a manifest, as diffusers writes it, with a warning.
 
         Args:
+            pretrained_model_name_or_path: the folder of a pipeline; None: the small model that comes with stdit.
             kwargs: components and settings to use instead of the saved ones; ``torch_dtype`` or ``dtype`` is that of
                 the transformer.
 
@@ -167,7 +172,8 @@ class STDiTPipeline(DiffusionPipeline):
             UserError: if the folder holds no pipeline or a damaged one, or torch_dtype and dtype differ.
             TypeError: for an unknown keyword.
         """
-        folder = Path(pretrained_model_name_or_path)
+        given = pretrained_model_name_or_path
+        folder = bundled_folder() if given is None else Path(given)
         # Each component checks its own folder: here the files beside those, once.
         if (
             not verify_if_sealed(folder, lambda name: "/" not in name)

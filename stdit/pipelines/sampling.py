@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import stdit
+from stdit.pipelines.bundled import describe_origin
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import describe_finished, describe_others
 from stdit.pipelines.loading import (
@@ -22,6 +23,7 @@ from stdit.pipelines.loading import (
 )
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.sizes import size_multiple
+from stdit.pipelines.untrained import warn_of_untrained
 from stdit.pipelines.writer import VideoWriter, check_writable
 
 if TYPE_CHECKING:
@@ -70,7 +72,9 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh = _share(pipe, requests, config, mesh)
     if mesh.is_main:
         print(f"sampling from {source.path} (weights {weights})", flush=True)
-        _warn_if_unconditioned(pipe, requests)
+        if origin := describe_origin(source.path):
+            print(origin, flush=True)
+        warn_of_untrained(requests, pipe.config, bool(pipe.scheduler.config.conditioning))
         if "mp4" in config.formats():
             _warn_if_padded(pipe, requests)
 
@@ -123,17 +127,6 @@ def _share(pipe: "STDiTPipeline", requests: list[Request], config: SampleConfig,
     else:
         pipe.set_progress_bar_config(disable=True)
     return mesh
-
-
-def _warn_if_unconditioned(pipe: "STDiTPipeline", requests: Iterable[Request]) -> None:
-    """Log a warning if requests have conditioning frames, but the model was trained without any."""
-    conditioned = any(
-        r.image is not None or r.conditions or r.mask_entries or r.segments.count > 1 for r in requests
-    )
-    if conditioned and not pipe.scheduler.config.conditioning:
-        logger.warning(
-            "the model was trained without conditioning frames (flow.conditioning): it may ignore them"
-        )
 
 
 def _warn_if_padded(pipe: "STDiTPipeline", requests: Iterable[Request]) -> None:

@@ -248,8 +248,24 @@ def _write_files(folder: Path, config: ShapesConfig, workers: int) -> None:
     """Write clips, manifest and prompt files."""
     rows = list(_write_clips(folder, config, workers))
     _write_csv(folder / "manifest.csv", rows)
-    texts = frozenset(row["text"] for row in rows)
+    sets = draw_prompt_sets(config, frozenset(row["text"] for row in rows))
+    for name, drawn in sets.items():
+        _write_csv(folder / f"prompts_{name}.csv", drawn)
+    (folder / "prompts.txt").write_text("".join(f"{row['prompt']}\n" for row in sets["sample"]))
+
+
+def draw_prompt_sets(
+    config: ShapesConfig, captions: frozenset[str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the prompts of each prompt file, by the name of its set.
+
+    Args:
+        captions: of the clips, which are no prompts; None: draw them.
+    """
     world, seed = config.facts, config.seed
+    texts = captions
+    if texts is None:
+        texts = frozenset(draw_clip(index, config)[1] for index in range(config.num_clips))
     prompts = partial(draw_prompts, seed=seed, avoid=texts, world=world)
     train, held_out = split_combinations(seed, world)
     sets = {
@@ -265,9 +281,7 @@ def _write_files(folder: Path, config: ShapesConfig, workers: int) -> None:
         sets["relations_paraphrase"] = prompts("relations_paraphrase", pairs, 1)
         sample = _varied(held_out, 5) + _varied(pairs, 3)
     sets["sample"] = prompts("sample", sample, 1)
-    for name, drawn in sets.items():
-        _write_csv(folder / f"prompts_{name}.csv", drawn)
-    (folder / "prompts.txt").write_text("".join(f"{row['prompt']}\n" for row in sets["sample"]))
+    return sets
 
 
 def _spread(combos: Sequence[Combo], count: int, seed: int) -> list[Combo]:

@@ -1,0 +1,46 @@
+"""Make the model that comes with stdit out of a run, and replace the one in stdit/bundled.
+
+    python scripts/bundle.py --checkpoint outputs/shapes64
+    python scripts/evaluate_adherence.py --output outputs/shapes64/scores.json
+    python scripts/bundle.py --checkpoint outputs/shapes64 --scores outputs/shapes64/scores.json
+
+The second command scores the model that the first one made; the third makes the same again and records these scores.
+It has the averaged weights of the run's newest checkpoint, its codec, both in bf16, and the text encoder, by name and
+fingerprint if a package ships it; at most 12 MB in all. origin.json in it records commit, settings, steps, hours of
+training, losses, and the hash of the weights.
+"""
+
+from pathlib import Path
+
+from stdit.cli import import_modules, run, script_parser
+from stdit.pipelines.bundled import BUNDLED, origin_line
+
+
+def main() -> None:
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="RUN", help="a run, or one of its checkpoints"
+    )
+    parser.add_argument("--output", type=Path, default=BUNDLED, metavar="DIR", help="default: stdit/bundled")
+    parser.add_argument("--scores", type=Path, metavar="JSON", help="output of evaluate_adherence.py")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of yours that the checkpoint needs; repeatable",
+    )
+    args = parser.parse_args()
+    import_modules(args.imports)
+    from stdit.training.bundle import folder_sizes, write_bundle  # after parsing, so that --help is quick
+
+    origin = write_bundle(args.checkpoint, args.output, args.scores)
+    parts = folder_sizes(args.output)
+    shown = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sorted(parts.items()) if name != ".")
+    print(f"{args.output}: {sum(parts.values()) / 1e6:.2f} MB ({shown})")
+    print(f"weights {origin['weights']}, {origin_line(origin)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+"""Warnings about requests that are unlike what a model was trained on. Imports no torch."""
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from stdit.errors import listed
+from stdit.pipelines.requests import Request
+
+logger = logging.getLogger(__name__)
+
+MAX_WORDS = 8
+"""Words that are named for each prompt."""
+_SIZE = ("num_frames", "height", "width", "fps")
+
+
+def words_of(text: str) -> list[str]:
+    """Return the distinct words of a text, in lower case and in their order."""
+    return list(dict.fromkeys(re.findall(r"\w+", text.lower())))
+
+
+def warn_of_untrained(requests: Sequence[Request], recorded: Mapping[str, Any], conditioning: bool) -> None:
+    """Log a warning for all that requests have and training did not: words, sizes, conditioning frames.
+
+    Args:
+        recorded: settings of the pipeline; words and sizes are compared if it records those of its training.
+        conditioning: whether the model was trained with conditioning frames.
+    """
+    if recorded.get("vocabulary"):
+        _warn_of_words(requests, frozenset(recorded["vocabulary"]))
+    if recorded.get("trained_sizes"):
+        _warn_of_sizes(requests, recorded)
+    conditioned = any(
+        r.image is not None or r.conditions or r.mask_entries or r.segments.count > 1 for r in requests
+    )
+    if conditioned and not conditioning:
+        logger.warning(
+            "the model was trained without conditioning frames (flow.conditioning): it may ignore them"
+        )
+
+
+def _warn_of_words(requests: Iterable[Request], vocabulary: Collection[str]) -> None:
+    texts = [text for r in requests for text in (r.prompt, *r.segment_prompts, r.negative_prompt or "")]
+    for text in dict.fromkeys(texts):
+        if unknown := [f'"{word}"' for word in words_of(text) if word not in vocabulary]:
+            logger.warning(
+                'prompt "%s": the model was trained on no caption with the word%s %s: it may ignore or mistake %s',
+                *(text, "s" * (len(unknown) > 1), listed(unknown[:MAX_WORDS], len(unknown))),
+                "them" if len(unknown) > 1 else "it",
+            )
+
+
+def _warn_of_sizes(requests: Iterable[Request], recorded: Mapping[str, Any]) -> None:
+    trained = [tuple(one[name] for name in _SIZE) for one in recorded["trained_sizes"]]
+    asked = [tuple(request.settings.resolved(recorded)[name] for name in _SIZE) for request in requests]
+    if other := [_described(size) for size in dict.fromkeys(asked) if size not in trained]:
+        known = [_described(size) for size in trained]
+        logger.warning(
+            "%s: the model was not trained on that, but on %s: the videos may be worse",
+            *(listed(other[:2], len(other)), listed(known[:3], len(known))),
+        )
+
+
+def _described(size: tuple[Any, ...]) -> str:
+    num_frames, height, width, fps = size
+    return f"{num_frames} frame{'' if num_frames == 1 else 's'} of {width}x{height} at {float(fps):g} fps"

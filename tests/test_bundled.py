@@ -1,0 +1,210 @@
+"""The small model that comes with stdit: made by scripts/bundle.py, used where no checkpoint is given."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import sample
+import train
+from scripts import bundle, evaluate_adherence
+from stdit import cli
+from stdit.data.shapes.build import ShapesConfig
+from stdit.pipelines import STDiTPipeline, load_pipeline
+from tests.training.tiny import tiny_settings
+
+Command = Callable[..., tuple[int, str, str]]
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of train.py with a fitted codec."""
+    folder = tmp_path_factory.mktemp("run")
+    codec = ["--codec.name", "pca", "--codec.stride", "[1, 4, 4]", "--codec.channels", "6"]
+    settings = [*tiny_settings(folder), *codec, "--model.patch_size", "[1, 1, 1]", "--trainer.steps", "3"]
+    AcceleratorState._reset_state(True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *settings, "--validation.num_inference_steps", "2"])
+        assert train.main() == 0
+    return folder / "outputs" / "tiny"
+
+
+@pytest.fixture
+def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where the model that comes with stdit is looked for; the current one is empty."""
+    folder = tmp_path / "stdit" / "bundled"
+    monkeypatch.setattr("stdit.pipelines.bundled.BUNDLED", folder)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return folder
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> Command:
+    """Return a function that runs a command: exit code, stdout, and stderr with the log."""
+
+    def call(module: object, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.run(module.main)  # type: ignore[attr-defined]
+        output, errors = capfd.readouterr()
+        logged = "\n".join(caplog.messages)
+        caplog.clear()
+        return int(end.value.code or 0), output, errors + logged
+
+    return call
+
+
+@pytest.fixture
+def made(run: Path, bundled: Path, command: Command) -> Path:
+    assert command(bundle, "--checkpoint", run, "--output", bundled)[0] == 0
+    return bundled
+
+
+def test_matrices_are_stored_in_bf16_and_computed_with_in_fp32(run: Path, made: Path) -> None:
+    average = load_file(run / "checkpoints" / "step-00000003" / "ema" / "ema.safetensors")
+    stored, codec = load_file(made / "transformer" / FILE), load_file(made / "codec" / FILE)
+    for tensor in (*stored.values(), *codec.values()):
+        assert tensor.dtype == (torch.bfloat16 if tensor.ndim > 1 else torch.float32)
+    for pipe in (STDiTPipeline.from_pretrained(), load_pipeline()[0]):
+        weights = pipe.transformer.state_dict()
+        for name, tensor in average.items():
+            expected = tensor.bfloat16().float() if tensor.ndim > 1 else tensor
+            assert weights[name].dtype == torch.float32 and torch.equal(weights[name], expected)
+        assert all(tensor.dtype == torch.float32 for tensor in pipe.codec.state_dict().values())
+        frames = pipe("the red square moves left", output_type="pt", generator=torch.Generator()).frames
+        assert frames.shape == (1, 4, 3, 8, 8) and frames.dtype == torch.float32
+
+
+def test_the_origin_is_recorded(run: Path, bundled: Path, command: Command, tmp_path: Path) -> None:
+    rates = {"scores": {"heldout": {"n": 8, "strict": 0.75, "lenient": 1.0}}, "videos": []}
+    (tmp_path / "scores.json").write_text(json.dumps(rates))
+    flags = ["--checkpoint", run, "--output", bundled, "--scores", tmp_path / "scores.json"]
+    code, output, errors = command(bundle, *flags)
+    assert code == 0, errors
+    origin = json.loads((bundled / "origin.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert origin["step"] == 3 and origin["scores"] == rates["scores"]
+    assert origin["loss"] == pytest.approx(sum(line["loss"] for line in lines) / 3)
+    assert origin["config"]["codec"]["name"] == "pca" and origin["config"]["trainer"]["steps"] == 3
+    assert origin["weights"] == load_pipeline()[1] and origin["weights"] in output
+    assert origin["commit"] is None or len(origin["commit"].removesuffix("+changes")) == 40
+    assert "3 steps in 0.0 hours" in output and "heldout: strict 75%, lenient 100%" in output
+    assert "MB (codec 0.00, scheduler 0.00, text_encoder 0." in output
+
+
+def test_prompts_without_a_checkpoint(made: Path, command: Command) -> None:
+    prompts = ["--prompt", "the red square moves left", "--prompt", "the red square"]
+    code, output, errors = command(sample, *prompts)
+    assert code == 0, errors
+    videos = sorted(Path("outputs/samples").glob("*.mp4"))
+    assert [json.loads(video.with_suffix(".json").read_text())["prompt"] for video in videos] == prompts[1::2]
+    facts = json.loads(videos[0].with_suffix(".json").read_text())
+    assert (facts["num_frames"], facts["height"], facts["num_inference_steps"]) == (4, 8, 2)
+    assert all(str(video) in output for video in (*videos, Path("outputs/samples/sheet.png")))
+    assert "its training: " in output and " parameters, 3 steps" in output
+    assert "trained on" not in errors, "words and size are those of training"
+    code, output, _ = command(sample, *prompts)
+    assert code == 0 and "all 2 videos are finished already" in output
+    assert "*" in command(sample, "--list_sizes")[1]
+
+
+def test_words_and_sizes_of_no_clip_are_named(made: Path, command: Command) -> None:
+    flags = ["--num_samples", "2", "--num_frames", "5", "--fps", "6"]
+    prompts = ["--prompt", "A Red zebra, moves", "--prompt", "ein rotes square", "--prompt", "the red square"]
+    code, _, errors = command(sample, *prompts, *flags)
+    assert code == 0
+    warnings = [line for line in errors.splitlines() if line.startswith(("prompt ", "5 frames"))]
+    assert warnings == [
+        'prompt "A Red zebra, moves": the model was trained on no caption with the words "a", "zebra": it may ignore '
+        "or mistake them",
+        'prompt "ein rotes square": the model was trained on no caption with the words "ein", "rotes": it may ignore '
+        "or mistake them",
+        "5 frames of 8x8 at 6 fps: the model was not trained on that, but on 4 frames of 8x8 at 8 fps: the videos "
+        "may be worse",
+    ]
+
+
+def test_a_pipeline_without_a_vocabulary_knows_no_unknown_words(run: Path, command: Command) -> None:
+    flags = ["--num_inference_steps", "1", "--output", run.parent / "zebra"]
+    code, _, errors = command(sample, "--checkpoint", run, "--prompt", "a zebra", *flags)
+    assert code == 0 and "trained on" not in errors
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "a"], ["--list_sizes"]])
+def test_a_missing_model_is_an_error_that_says_how_to_make_it(
+    bundled: Path, command: Command, flags: list[str]
+) -> None:
+    code, output, errors = command(sample, *flags)
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: no checkpoint, and no model comes with this stdit")
+    assert "python scripts/bundle.py --checkpoint outputs/shapes64" in errors
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("file", ["model_index.json", f"transformer/{FILE}", "meta.json"])
+def test_a_damaged_model_is_an_error_that_names_the_file(made: Path, command: Command, file: str) -> None:
+    content = bytearray((made / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (made / file).write_bytes(content)
+    code, output, errors = command(sample, "--prompt", "a")
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert file in errors and "install stdit again" in errors and "scripts/bundle.py" in errors
+    (made / file).unlink()
+    code, _, errors = command(sample, "--prompt", "a")
+    assert code == 2 and file in errors and "scripts/bundle.py" in errors
+    assert not list(Path().iterdir())
+
+
+def test_other_weights_than_the_averaged_ones_are_refused(made: Path, command: Command) -> None:
+    code, _, errors = command(sample, "--prompt", "a", "--ema", "false")
+    assert code == 2 and "whose only weights are the averaged ones" in errors
+
+
+def test_it_is_scored_without_a_checkpoint(made: Path, command: Command, tmp_path: Path) -> None:
+    columns = "prompt,shape,colour,motion,background\n"
+    (tmp_path / "one.csv").write_text(f"{columns}a red circle rising,circle,red,up,black\n")
+    scores = tmp_path / "scores.json"
+    flags = ["--prompts", tmp_path / "one.csv", "--num_frames", "8", "--size", "32", "--output", scores]
+    code, output, errors = command(evaluate_adherence, *flags)
+    assert code == 0, errors
+    assert json.loads(scores.read_text())["scores"]["one"]["n"] == 1
+    shutil.rmtree(made)
+    code, _, errors = command(evaluate_adherence)
+    assert code == 2 and "scripts/bundle.py" in errors
+
+
+def test_the_prompts_that_score_it_are_those_of_its_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ShapesConfig.of("64", num_clips=10)
+    monkeypatch.setattr(ShapesConfig, "of", lambda world: few if world == "64" else None)
+    world, expected = evaluate_adherence.default_prompts(videos=False, bundled=True)
+    assert world.name == "64" and {row["set"] for row in expected} == {
+        *evaluate_adherence.SETS,
+        *evaluate_adherence.PAIR_SETS,
+    }
+    assert all(row.keys() == {"set", "prompt", *world.attributes} for row in expected)
+
+
+def test_a_model_that_is_too_large_is_refused(
+    made: Path, run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file()}
+    monkeypatch.setattr("stdit.training.bundle.MAX_BYTES", 10_000)
+    code, _, errors = command(bundle, "--checkpoint", run, "--output", made)
+    assert code == 2 and "MB (" in errors and "transformer 0." in errors and "at most 0 MB" in errors
+    assert before == {file: file.read_bytes() for file in made.parent.rglob("*") if file.is_file()}
+
+
+def test_a_pipeline_alone_is_not_bundled(run: Path, tmp_path: Path, command: Command) -> None:
+    shutil.copytree(run / "pipeline", tmp_path / "alone")
+    code, _, errors = command(bundle, "--checkpoint", tmp_path / "alone", "--output", tmp_path / "out")
+    assert code == 2 and "give a run folder" in errors and not (tmp_path / "out").exists()
