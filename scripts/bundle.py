@@ -5,9 +5,10 @@
     python scripts/bundle.py --checkpoint outputs/shapes64 --scores outputs/shapes64/scores.json
 
 The second command scores the model that the first one made; the third makes the same again and records these scores.
-It has the averaged weights of the run's newest checkpoint, its codec, both in bf16, and the text encoder, by name and
-fingerprint if a package ships it; at most 12 MB in all. origin.json in it records commit, settings, steps, hours of
-training, losses, and the hash of the weights.
+It has the averaged weights of the run's newest checkpoint, its codec, and the text encoder, by name and fingerprint
+if a package ships it; at most 12 MB in all. Matrices are stored in bf16, or in int8 with a scale per row, and
+computed with in fp32. origin.json records commit, settings, steps, hours of training, losses, and the hash of the
+weights.
 """
 
 from pathlib import Path
@@ -22,6 +23,9 @@ def main() -> None:
         "--checkpoint", type=Path, required=True, metavar="RUN", help="a run, or one of its checkpoints"
     )
     parser.add_argument("--output", type=Path, default=BUNDLED, metavar="DIR", help="default: stdit/bundled")
+    parser.add_argument(
+        "--weights", choices=["bf16", "int8"], default="bf16", help="how matrices are stored (%(default)s)"
+    )
     parser.add_argument("--scores", type=Path, metavar="JSON", help="output of evaluate_adherence.py")
     parser.add_argument(
         "--import",
@@ -35,7 +39,7 @@ def main() -> None:
     import_modules(args.imports)
     from stdit.training.bundle import folder_sizes, write_bundle  # after parsing, so that --help is quick
 
-    origin = write_bundle(args.checkpoint, args.output, args.scores)
+    origin = write_bundle(args.checkpoint, args.output, args.weights, args.scores)
     parts = folder_sizes(args.output)
     shown = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sorted(parts.items()) if name != ".")
     print(f"{args.output}: {sum(parts.values()) / 1e6:.2f} MB ({shown})")

@@ -85,6 +85,27 @@ def test_matrices_are_stored_in_bf16_and_computed_with_in_fp32(run: Path, made: 
         assert frames.shape == (1, 4, 3, 8, 8) and frames.dtype == torch.float32
 
 
+def test_int8_is_half_as_large_and_computed_with_in_fp32(run: Path, made: Path, command: Command) -> None:
+    in_bf16 = STDiTPipeline.from_pretrained()
+    assert command(bundle, "--checkpoint", run, "--output", made, "--weights", "int8")[0] == 0
+    stored = load_file(made / "transformer" / FILE)
+    in_int8 = STDiTPipeline.from_pretrained()
+    for part in ("transformer", "codec"):
+        after = getattr(in_int8, part).state_dict()
+        for name, tensor in getattr(in_bf16, part).state_dict().items():
+            assert after[name].dtype == torch.float32
+            if tensor.ndim > 1:
+                step = tensor.flatten(1).abs().amax(1).reshape(-1, *[1] * (tensor.ndim - 1)) / 127
+                assert ((after[name] - tensor).abs() <= 1.01 * step).all()  # half a step, and that of bf16
+            else:
+                assert torch.equal(after[name], tensor)
+    matrices = {name for name, tensor in in_bf16.transformer.state_dict().items() if tensor.ndim > 1}
+    assert {name for name, tensor in stored.items() if tensor.dtype == torch.int8} == matrices
+    assert STDiTPipeline.from_pretrained(dtype=torch.bfloat16).dtype == torch.bfloat16
+    code, _, errors = command(sample, "--prompt", "the red square")
+    assert code == 0 and len(list(Path("outputs/samples").glob("*.mp4"))) == 1, errors
+
+
 def test_the_origin_is_recorded(run: Path, bundled: Path, command: Command, tmp_path: Path) -> None:
     rates = {"scores": {"heldout": {"n": 8, "strict": 0.75, "lenient": 1.0}}, "videos": []}
     (tmp_path / "scores.json").write_text(json.dumps(rates))

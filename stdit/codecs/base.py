@@ -12,10 +12,11 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stdit.checkpoint_files import seal_folder
+from stdit.codecs.compact_weights import read_compact
 from stdit.codecs.config import CODECS, CodecConfig
 from stdit.codecs.loading import (
     check_options,
@@ -236,7 +237,7 @@ class VideoCodec(ModelMixin):
         with explain_load_errors(f"the codec {cls.name}", local_weights(directory)):
             codec = cls(**{key: value for key, value in settings.items() if key != "name"})
             if (directory / WEIGHTS_FILE).is_file():
-                codec.load_state_dict(load_file(directory / WEIGHTS_FILE))
+                codec.load_state_dict(read_compact(directory / WEIGHTS_FILE))
             return codec
 
     def _hash(self, settings: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 import stdit
 from stdit.checkpoint_files import newest_whole, read_json, read_meta, seal_folder
+from stdit.codecs.compact_weights import compact_file
 from stdit.data.clip_list import ClipList
 from stdit.errors import UserError
 from stdit.pipelines.bundled import ORIGIN
@@ -26,14 +26,17 @@ LOSS_STEPS = 100
 """The recorded loss is the mean of as many last steps."""
 
 
-def write_bundle(checkpoint: Path, folder: Path, scores: Path | None = None) -> dict[str, Any]:
+def write_bundle(
+    checkpoint: Path, folder: Path, weights: str = "bf16", scores: Path | None = None
+) -> dict[str, Any]:
     """Write the newest checkpoint of a run as a pipeline of at most `MAX_BYTES`; an older one is replaced.
 
-    Matrices of transformer and codec are stored in bf16. The pipeline records the words of the captions, and
+    Matrices of transformer and codec are stored as ``weights`` says. The pipeline records the words of the captions,
     ``origin.json`` commit, settings, time, losses and scores of the training.
 
     Args:
         checkpoint: a run, or one of its checkpoints.
+        weights: a kind of `stdit.codecs.compact_weights.COMPACT`.
         scores: what ``scripts/evaluate_adherence.py --output`` wrote.
 
     Returns:
@@ -44,7 +47,7 @@ def write_bundle(checkpoint: Path, folder: Path, scores: Path | None = None) -> 
     """
     source = _checkpoint_of_run(checkpoint)
     meta = read_meta(source.path)
-    rated = None if scores is None else read_json(scores, "a file of scores").get("scores")
+    rated = None if scores is None else _read_scores(scores)
     pipe, _ = load_pipeline(source)
     texts = ClipList.read(source.path / CLIP_LIST).clips.texts
     vocabulary = sorted({word for index in range(len(texts)) for word in words_of(texts[index])})
@@ -59,9 +62,13 @@ def write_bundle(checkpoint: Path, folder: Path, scores: Path | None = None) -> 
         "lineage": meta.get("lineage", []),
         "config": meta["config"],
     }
-    _round_matrices(pipe)
     with replace_folder(f"bundle {folder}", folder, parents=True) as aside:
         pipe.save_pretrained(aside)
+        for part in ("transformer", "codec"):
+            for file in (aside / part).glob("*.safetensors"):
+                compact_file(file, weights)
+            seal_folder(aside / part)
+        seal_folder(aside, pipe.components)
         reloaded, origin["weights"] = load_pipeline(aside)
         _check_fp32(reloaded)
         text = json.dumps(origin, indent=1, ensure_ascii=False) + "\n"
@@ -79,6 +86,14 @@ def folder_sizes(folder: Path) -> dict[str, int]:
             part = file.relative_to(folder).parts[0] if file.parent != folder else "."
             found[part] = found.get(part, 0) + file.stat().st_size
     return found
+
+
+def _read_scores(file: Path) -> dict[str, Any]:
+    """Return the scores by set. Raises UserError if evaluate_adherence.py has not written the file."""
+    scores = read_json(file, "a file of scores").get("scores")
+    if not isinstance(scores, dict):
+        raise UserError(f"scores {file}: it has no scores: give what evaluate_adherence.py --output wrote.")
+    return scores
 
 
 def _checkpoint_of_run(checkpoint: Path) -> CheckpointSource:
@@ -130,14 +145,6 @@ def _commit() -> str | None:
     return git("rev-parse", "HEAD") + "+changes" * bool(changed)
 
 
-def _round_matrices(pipe: STDiTPipeline) -> None:
-    """Round transformer and codec to bf16, but for vectors and numbers, which are small and often scale the rest."""
-    for part in (pipe.transformer, pipe.codec):
-        for tensor in chain(part.parameters(), part.buffers()):
-            if tensor.is_floating_point() and tensor.ndim > 1:
-                tensor.data = tensor.data.bfloat16()
-
-
 def _check_fp32(pipe: STDiTPipeline) -> None:
     """Raise UserError unless a loaded pipeline computes in fp32."""
     for name, part in (("transformer", pipe.transformer), ("codec", pipe.codec)):
@@ -146,8 +153,8 @@ def _check_fp32(pipe: STDiTPipeline) -> None:
         ]
         if other:
             raise UserError(
-                f"the {name} {type(part).__name__} computes in {other[0]} when its weights are stored in bf16: its "
-                "load() must copy them into weights in fp32."
+                f"the {name} {type(part).__name__} computes in {other[0]} once its matrices are stored compactly: "
+                "its load() must copy them into weights in fp32."
             )
 
 
@@ -157,5 +164,5 @@ def _check_size(folder: Path) -> None:
         shown = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sorted(parts.items()))
         raise UserError(
             f"the pipeline has {total / 1e6:.1f} MB ({shown}), but at most {MAX_BYTES / 1e6:.0f} MB come with stdit: "
-            "train a smaller model or codec."
+            "store int8 (--weights int8), or train a smaller model or codec."
         )
