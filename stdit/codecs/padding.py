@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -14,9 +15,7 @@ def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     device = states[0].device
     lengths = torch.tensor([len(tokens) for tokens in states], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-    together = torch.zeros(*mask.shape, states[0].shape[1], device=device)
-    together[mask] = torch.cat([tokens.float() for tokens in states])
-    return together, mask
+    return pad_sequence([tokens.float() for tokens in states], batch_first=True), mask
 
 
 def unpad_states(states: Tensor, mask: Tensor) -> Iterator[Tensor]:

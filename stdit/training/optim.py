@@ -228,8 +228,8 @@ class Muon(Optimizer):
         iterations: int,
     ) -> None:
         """Update parameters, each one or several matrices of rows x columns; full matrices exist only in here."""
-        directions = [p.grad.clone() for p in params if p.grad is not None]
-        torch._foreach_lerp_(directions, [self._momentum(p) for p in params], momentum)  # Nesterov
+        gradients = [p.grad for p in params if p.grad is not None]
+        directions = torch._foreach_lerp(gradients, [self._momentum(p) for p in params], momentum)  # Nesterov
         matrices = torch.cat([full_tensor(direction).view(-1, rows, columns) for direction in directions])
         steps = orthogonalise(matrices, iterations).split([len(p) // rows for p in params])
         size = max(1, rows / columns) ** 0.5 if scale == "original" else 0.2 * max(rows, columns) ** 0.5
@@ -259,10 +259,11 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
             X = _polynomial(X @ X.mT) @ X
     else:  # all factors are polynomials of the first A and commute, so iterate on the small side only
         A = X @ X.mT
-        Q = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
-        for _ in range(iterations):
+        Q = M = _polynomial(A)
+        for _ in range(iterations - 1):
+            A = M @ A @ M
             M = _polynomial(A)
-            Q, A = M @ Q, M @ A @ M
+            Q = M @ Q
         X = Q @ X
     return X.mT if tall else X
 
