@@ -171,6 +171,31 @@ def test_a_signal_saves_and_the_resumed_run_is_the_straight_one(
     assert same_state(*(run / "checkpoints" / "step-00000006" for run in (straight, resumed)))
 
 
+def test_a_resumed_run_keeps_the_precision_that_was_measured_to_be_fastest(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = []
+    monkeypatch.setattr("stdit.training.matmul._time_ratio", lambda run: measured.append(run) or 0.5)
+    fastest = {"trainer__matmul_precision": "fastest"}
+    assert do(settings(name="straight", **fastest)) == 0
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 2, signal.SIGTERM)
+        assert do(settings(name="resumed", **fastest)) == 0
+    assert len(measured) == 2
+    told = "trainer.matmul_precision = fastest: medium"
+    assert f"{told} (0.50 of the time of highest)" in "".join(capsys.readouterr())
+    monkeypatch.setattr("stdit.training.matmul._time_ratio", lambda run: 2.0)
+    assert do(settings(name="resumed", **fastest)) == 0
+    assert f"{told} (as before)" in "".join(capsys.readouterr())
+    straight, resumed = (tmp_path / "outputs" / name for name in ("straight", "resumed"))
+    assert numbers(straight) == numbers(resumed)
+    assert same_state(*(run / "checkpoints" / "step-00000006" for run in (straight, resumed)))
+    kept = read_meta(resumed / "checkpoints" / "step-00000006")["matmul_precision"]
+    assert (kept["setting"], kept["precision"]) == ("fastest", "medium")
+    assert {line["matmul_precision"] for line in metrics(resumed)} == {"medium"}
+    assert all(0 < line["mfu"] < 1 for line in metrics(resumed))
+
+
 @SIGNALS
 def test_a_signal_before_the_first_step_stops_at_once(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],

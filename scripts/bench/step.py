@@ -147,6 +147,7 @@ def measure(
     from torch.utils.flop_counter import FlopCounterMode
 
     from stdit.models import attention
+    from stdit.training.matmul import matmul_rate
 
     torch.set_float32_matmul_precision(matmul_precision)
     if flash:
@@ -171,7 +172,7 @@ def measure(
     peak = memory(device, peak=True)
     with FlopCounterMode(display=False) as counter:
         one_pass(*build(size, conditioning, "meta"), backward, "fp32")
-    rate = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    rate = matmul_rate(torch.device(device), torch.bfloat16 if precision == "bf16" else torch.float32)
     return {
         "seconds": statistics.median(seconds),
         "gib": (peak - before) / 2**30,
@@ -261,21 +262,6 @@ def memory(device: str, peak: bool = False) -> int:
         if peak
         else psutil.Process().memory_info().rss
     )
-
-
-def matmul_rate(device: str, dtype: Any, side: int = 2048) -> float:
-    """Return floating-point operations per second of a large matrix product, the best of six."""
-    import torch
-
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        begin = time.perf_counter()
-        a @ a
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * side**3 / best
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig, token_grid
@@ -62,6 +63,40 @@ def count_on_meta(config: STDiTConfig, count: Callable[[STDiT], int] = parameter
             f"model.mlp_ratio = {config.mlp_ratio:g}, or model.patch_size = {list(config.patch_size)}"
         ) from None
     return one + (config.depth - 1) * (two - one)
+
+
+def training_flops(
+    config: STDiTConfig,
+    clips: int,
+    latent_shape: Sequence[int],
+    text_tokens: int,
+    frame_timesteps: bool = False,
+) -> int:
+    """Return the floating-point operations of a forward and backward pass, as torch counts them.
+
+    These are matrix products, attention and convolutions, without what activation checkpointing computes again.
+
+    Args:
+        clips: of the batch.
+        latent_shape: (T, H, W) of the latents of a clip.
+        text_tokens: of the longest caption.
+        frame_timesteps: whether every latent frame has a timestep of its own (conditioning frames).
+    """
+    inputs = {
+        "hidden_states": torch.empty(clips, config.in_channels, *latent_shape, device="meta"),
+        "timestep": torch.empty(clips, latent_shape[0] if frame_timesteps else 1, device="meta"),
+        "encoder_hidden_states": torch.empty(clips, text_tokens, config.caption_channels, device="meta"),
+        "encoder_attention_mask": torch.ones(clips, text_tokens, dtype=torch.bool, device="meta"),
+        "drop_caption": torch.zeros(clips, dtype=torch.bool, device="meta"),
+        **{name: torch.empty(clips, device="meta") for name in ("fps", "height", "width")},
+    }
+
+    def count(model: STDiT) -> int:
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            model(**inputs).sum().backward()
+        return int(counter.get_total_flops())
+
+    return count_on_meta(config, count)
 
 
 def meta_model(config: STDiTConfig) -> STDiT:

@@ -56,10 +56,11 @@ class TrainerConfig:
     """Clips of a micro-batch of a process, over which gradients accumulate. None: its whole share of the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model; weights, optimizer and loss stay in float32."""
-    matmul_precision: Literal["highest", "fastest_exact", "high", "medium"] = "highest"
-    """Precision of float32 matrix products in a step, as in torch.set_float32_matmul_precision: high and medium
+    matmul_precision: Literal["highest", "fastest_exact", "fastest", "high", "medium"] = "highest"
+    """Precision of float32 matrix products in the model, as in torch.set_float32_matmul_precision: high and medium
     use TF32 on GPUs; medium uses bfloat16 on CPUs with AMX, and on others a way that may be faster and is exact.
-    fastest_exact: medium on CPUs where that is exact, else highest."""
+    fastest_exact: the first step takes medium where it rounds to float32 and is measured to be at least 5% faster,
+    else highest; the run keeps to that. fastest: likewise, but medium may round to TF32 or bfloat16."""
     max_grad_norm: float = 1.0
     """Scale gradients with a larger norm down to this; .inf for no clipping."""
     max_nonfinite_steps: int = 10

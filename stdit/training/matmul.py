@@ -1,23 +1,20 @@
-"""Precision of products of float32 matrices."""
+"""Precision of products of float32 matrices: which to use, and how fast they are."""
 
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
+from stdit.parallel.processes.mesh import Mesh
 
-def fastest_exact_precision(device: torch.device) -> str:
-    """Return the precision for `torch.set_float32_matmul_precision` that is fastest and rounds to float32.
-
-    On CPUs without AMX, medium selects oneDNN's products, which are exact and may be faster than the default ones.
-    """
-    if device.type != "cpu":
-        return "highest"
-    a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    with matmul_precision("medium"):
-        product = a @ b
-    exact = a.double() @ b.double()
-    return "medium" if (product - exact).norm() <= 1e-6 * exact.norm() else "highest"  # bfloat16: 2e-3
+MEASUREMENTS = 5
+"""Pairs of passes that are timed for a choice, after one pair that is not."""
+GAIN = 0.95
+"""medium must take at most this share of the time of highest."""
 
 
 @contextmanager
@@ -29,3 +26,98 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@dataclass(frozen=True)
+class MatmulChoice:
+    """A precision that a run has chosen; kept in its checkpoints, since another one would round otherwise."""
+
+    setting: str
+    """``trainer.matmul_precision``: fastest or fastest_exact."""
+    precision: str
+    """highest or medium, of `torch.set_float32_matmul_precision`."""
+    exact: bool
+    """Whether products of this precision round to float32 where it was chosen."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what the manifest of a checkpoint holds."""
+        return asdict(self)
+
+
+def is_exact(precision: str, device: torch.device) -> bool:
+    """Return whether products of float32 matrices round to float32: not to bfloat16 (error 2e-3) or TF32 (3e-4)."""
+    a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    with matmul_precision(precision):
+        product = (a @ b).cpu().double()
+    exact = a.cpu().double() @ b.cpu().double()
+    return bool((product - exact).norm() <= 1e-6 * exact.norm())
+
+
+def choose_precision(
+    setting: str, kept: dict[str, Any] | None, run: Callable[[], object], mesh: Mesh
+) -> tuple[MatmulChoice, str]:
+    """Choose the precision of a run, the same on all ranks, which must all call this.
+
+    Args:
+        setting: fastest_exact (medium must round to float32) or fastest (medium may round to bfloat16 or TF32).
+        kept: state of the choice in the checkpoint that the run resumes from, which it keeps where it can.
+        run: a forward and backward pass, done when it returns; called several times.
+
+    Returns:
+        the choice, and the reason for it, in words.
+    """
+    why = ""
+    if kept is not None:
+        before = MatmulChoice(**kept)
+        if _exact_on_all(before.precision, mesh) == before.exact:
+            return before, "as before"
+        rounds = "to float32" if before.exact else "to less than float32"
+        why = f"chosen anew, because {before.precision}, as before, rounded {rounds}, and does not here: "
+    exact = _exact_on_all("medium", mesh)
+    if setting == "fastest_exact" and not exact:
+        return MatmulChoice(setting, "highest", True), f"{why}medium does not round to float32 here"
+    own = _time_ratio(run)
+    ratio = mesh.on_main(lambda: own)
+    medium = ratio <= GAIN
+    reason = (
+        f"{why}medium takes {ratio:.2f} of its time"
+        if not medium
+        else f"{why}{ratio:.2f} of the time of highest"
+    )
+    return MatmulChoice(setting, "medium" if medium else "highest", exact or not medium), reason
+
+
+def _exact_on_all(precision: str, mesh: Mesh) -> bool:
+    return all(mesh.all_gather_objects(is_exact(precision, mesh.device)))
+
+
+def _time_ratio(run: Callable[[], object]) -> float:
+    """Return the time of ``run`` with medium as a share of that with highest: the median of alternating pairs."""
+
+    def seconds(precision: str) -> float:
+        began = time.perf_counter()
+        with matmul_precision(precision):
+            run()
+        return time.perf_counter() - began
+
+    ratios = []
+    for number in range(1 + MEASUREMENTS):
+        order = ("medium", "highest") if number % 2 else ("highest", "medium")
+        took = {precision: seconds(precision) for precision in order}
+        ratios.append(took["medium"] / took["highest"])
+    return statistics.median(ratios[1:])
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, precision: str = "highest") -> float:
+    """Return the floating-point operations per second of a large matrix product, the best of six."""
+    side = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(side, side, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
+    best = float("inf")
+    with matmul_precision(precision):
+        for _ in range(6):
+            began = time.perf_counter()
+            product = a @ a
+            if device.type != "cpu":
+                product[0, 0].item()  # waits for it
+            best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best

@@ -10,6 +10,8 @@ from stdit.models.config import token_grid
 from stdit.settings import plain
 from stdit.training.config import TrainConfig
 from stdit.training.tracking import Metrics, MetricsFile, Tracker, build_tracker
+from stdit.training.trainer import Trainer
+from stdit.training.utilisation import Utilisation
 
 
 class Recorder:
@@ -19,13 +21,14 @@ class Recorder:
         folder: of the run.
         config: with the resolved sizes of the model.
         start_step: later lines of ``metrics.jsonl`` are cut off.
-        is_main: whether this rank writes.
+        trainer: of the run.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, start_step: int, is_main: bool) -> None:
-        self.folder, self.config, self.is_main = folder, config, is_main
+    def __init__(self, folder: Path, config: TrainConfig, start_step: int, trainer: Trainer) -> None:
+        self.folder, self.config, self.trainer, self.is_main = folder, config, trainer, trainer.mesh.is_main
+        self.utilisation = Utilisation(config.model, bool(config.flow.conditioning), trainer.mesh.world_size)
         self.metrics, self.tracker = Metrics(), Tracker()
-        if is_main:
+        if self.is_main:
             self.metrics = MetricsFile(folder / "metrics.jsonl", start_step)
             self.tracker = build_tracker(config.tracker, folder, plain(config))
 
@@ -50,7 +53,10 @@ class Recorder:
             "clips_per_second": round(rate, 3),
             "tokens_per_second": round(rate * tokens, 1),
             "replaced": batch.replaced,
+            "matmul_precision": self.trainer.matmul_precision,
         }
+        if self.is_main and self.trainer.matmul_rate is not None and not values.get("excluded"):
+            line["mfu"] = round(self.utilisation.mfu(batch, seconds, self.trainer.matmul_rate), 4)
         self.metrics.write(line)
         if batch.step % self.config.tracker.every == 0 or "validation_loss" in values:
             self.tracker.log({f"train/{key}": value for key, value in _flat(line)}, batch.step)
@@ -73,5 +79,5 @@ def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in line.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}/")
-        elif value is not None:
+        elif value is not None and not isinstance(value, str):
             yield f"{prefix}{key}", value

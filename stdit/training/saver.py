@@ -124,6 +124,7 @@ class Saver:
             "nonfinite_in_a_row": self.trainer.nonfinite_in_a_row,
             "spikes": self.trainer.spikes.state(),
             "batch_splits": self.trainer.batch_splits,
+            "matmul_precision": self.trainer.matmul_state(),
             "validation_loss": self.checkpoints.losses.get(step),
             "versions": {
                 "stdit": stdit.__version__,

@@ -149,9 +149,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             mesh.on_main(
                 lambda: write_run_files(folder, components.config, components.codec, new=checkpoint is None)
             )
-            recorder = mesh.main_first(
-                lambda: Recorder(folder, components.config, saver.start_step, mesh.is_main)
-            )
+            recorder = mesh.main_first(lambda: Recorder(folder, components.config, saver.start_step, trainer))
             stack.callback(recorder.close)
             stack.push(saver.close)
 

@@ -20,9 +20,10 @@ from stdit.parallel.processes.storage import StoredTensors
 from stdit.training.block_norms import BlockNorms
 from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
 from stdit.training.ema import EMA
-from stdit.training.matmul import fastest_exact_precision, matmul_precision
+from stdit.training.matmul import MatmulChoice, choose_precision, matmul_precision, matmul_rate
 from stdit.training.optim import build_optimizer, learning_rate_factor
 from stdit.training.spikes import SpikeGuard, mean_level
+from stdit.training.system import ProgressBar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,10 +45,11 @@ class Trainer:
         shard_parameters: bool = False,
     ) -> None:
         self.config, self.optimizer_config, self.seed = config, optimizer, seed
-        exact = config.matmul_precision == "fastest_exact"
-        self.matmul_precision = (
-            fastest_exact_precision(accelerator.device) if exact else config.matmul_precision
-        )
+        self.chosen_matmul: MatmulChoice | None = None
+        self.kept_matmul: dict[str, Any] | None = None
+        """State of the choice in the checkpoint that the run resumed from."""
+        self.matmul_rate: float | None = None
+        """Floating-point operations per second of matrix products as the model's are computed; None before a step."""
         self.accelerator, self.mesh, self.flow = accelerator, mesh, flow
         if config.compile:
             model.compile_blocks()  # type: ignore[operator]
@@ -71,8 +73,31 @@ class Trainer:
         Raises:
             UserError: after ``max_nonfinite_steps`` steps in a row without a finite loss and gradient.
         """
+        if self.matmul_rate is None:
+            self._prepare(batch)
         with matmul_precision(self.matmul_precision):
             return self._step(batch)
+
+    @property
+    def matmul_precision(self) -> str:
+        """The precision of products of float32 matrices in the model; known from the first step on."""
+        return self.config.matmul_precision if self.chosen_matmul is None else self.chosen_matmul.precision
+
+    def _prepare(self, batch: EncodedBatch) -> None:
+        """Choose the precision of matrix products with the first batch, and measure their rate.
+
+        No state changes: draws are a function of the step, and the gradients of the measured passes are cleared.
+        """
+        setting, device = self.config.matmul_precision, self.accelerator.device
+        if setting.startswith("fastest"):
+            self.chosen_matmul, reason = choose_precision(
+                setting, self.kept_matmul, lambda: self.accumulate(batch)[0].item(), self.mesh
+            )
+            self.optimizer.zero_grad()
+            if self.mesh.is_main:
+                ProgressBar.write(f"trainer.matmul_precision = {setting}: {self.matmul_precision} ({reason})")
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        self.matmul_rate = matmul_rate(device, dtype, self.matmul_precision)
 
     def _step(self, batch: EncodedBatch) -> dict[str, Any]:
         step = batch.step
@@ -190,6 +215,10 @@ class Trainer:
                 "lower optimizer.lr (and muon_lr), lengthen optimizer.warmup_steps, or look for broken clips."
             )
 
+    def matmul_state(self) -> dict[str, Any] | None:
+        """Return the chosen precision for the manifest of a checkpoint; None if the settings name one."""
+        return self.kept_matmul if self.chosen_matmul is None else self.chosen_matmul.state()
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return weights, averages and optimizer state, by name; of sharded tensors, this rank's shard."""
         return {
@@ -213,3 +242,5 @@ class Trainer:
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
         self.batch_splits = max(self.mesh.dp, meta["batch_splits"])
         self.spikes.load(meta.get("spikes", {}))
+        kept = meta.get("matmul_precision") or {}
+        self.kept_matmul = kept if kept.get("setting") == self.config.matmul_precision else None

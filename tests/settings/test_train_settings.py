@@ -194,7 +194,7 @@ WANDB_CALLS: dict[str, Callable[..., Any] | None] = {
 }
 """Only with wandb, which is slow to import."""
 INPUTS = ("clips", "bert", "before", "clips.csv", "damaged.csv")
-VOLATILE = ("second", "share", "memory", "time", "bytes")
+VOLATILE = ("second", "share", "memory", "time", "bytes", "mfu")
 """Parts of names in metrics.jsonl that differ from run to run."""
 
 

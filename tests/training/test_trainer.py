@@ -9,8 +9,7 @@ from torch import Tensor
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.training.checkpoint_writer import CheckpointWriter
-from stdit.training.config import CheckpointConfig, OptimizerConfig, TrainerConfig
-from stdit.training.matmul import fastest_exact_precision, matmul_precision
+from stdit.training.config import CheckpointConfig, OptimizerConfig, SpikeConfig, TrainerConfig
 from stdit.training.trainer import Trainer
 from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
 
@@ -122,25 +121,24 @@ def test_products_are_as_exact_as_the_settings_say_within_a_step() -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_the_fastest_exact_precision_rounds_to_float32() -> None:
-    a, b = torch.rand(2, 300, 500)
-    exact = a.double() @ b.double().T
-    with matmul_precision(trainer(matmul_precision="fastest_exact").matmul_precision):
-        assert (a @ b.T - exact).norm() < 1e-6 * exact.norm()
+@pytest.mark.parametrize("setting", ["fastest", "fastest_exact"])
+def test_choosing_a_precision_changes_no_step(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stdit.training.matmul._time_ratio", lambda run: [run(), run(), 1.0][-1])
+    plain, choosing = (
+        trainer(spike=SpikeConfig(factor=3)),
+        trainer(matmul_precision=setting, spike=SpikeConfig(factor=3)),
+    )
+    random_state = torch.get_rng_state()
+    for step in range(2):
+        assert choosing.step(tiny_batch(step)) == plain.step(tiny_batch(step))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert choosing.matmul_precision == "highest"
+    for one, other in zip(flat(plain.state()), flat(choosing.state()), strict=True):
+        assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("rounding", "precision"), [(torch.bfloat16, "highest"), (torch.float32, "medium")])
-def test_the_fastest_exact_precision_is_medium_only_if_its_products_are_exact(
-    rounding: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        if a.dtype == torch.float64:
-            return torch.mm(a, b)
-        assert torch.get_float32_matmul_precision() == "medium"
-        return torch.mm(a.to(rounding).double(), b.to(rounding).double()).float()
-
-    monkeypatch.setattr(Tensor, "__matmul__", product)
-    assert fastest_exact_precision(torch.device("cpu")) == precision
+def flat(state: dict[str, dict[str, Tensor]]) -> list[Tensor]:
+    return [tensor for part in state.values() for tensor in part.values()]
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
