@@ -1,6 +1,6 @@
 """Score how well videos follow their prompts: shape, colour, motion and background, recognised from the pixels.
 
-    python scripts/evaluate_adherence.py --videos outputs/quickstart/samples
+    python scripts/evaluate_adherence.py --videos outputs/quickstart/videos --patch 16
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --output scores.json
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --prompts my_prompts.csv
     python scripts/evaluate_adherence.py
@@ -16,6 +16,9 @@ Those of world 64 also have the columns relation,other_shape,other_colour, empty
 The scores are, per prompt file, n (videos) and the share of them, from 0 to 1, in which each attribute is right.
 "strict" and "lenient": all are right, shapes by the strict or the lenient rule of data/shapes/checker, and no object
 is too many. "noise" is the mean noise of plain backgrounds, in levels of 255 (rms; real clips have about 1).
+"borders" is how visible the borders of the model's patches are in plain backgrounds, on average: the mean absolute
+difference of neighbouring pixels across borders, divided by that of other neighbours (1: not at all; real clips).
+A checkpoint says how large its patches are (codec stride times patch size); for --videos, --patch does.
 With --conditioning, each video is conditioned on the first or last frames (or both) of a clip that is rendered from
 its prompt, and "kept" is the share in which these frames come out unchanged: within 8 of 255 levels, on average.
 """
@@ -33,7 +36,7 @@ from tqdm import tqdm
 
 from stdit.cli import import_modules, run, script_parser
 from stdit.data.shapes.build import ShapesConfig, draw_prompt_sets
-from stdit.data.shapes.checker import background_noise, check, compare
+from stdit.data.shapes.checker import background_noise, check, compare, patch_borders
 from stdit.data.shapes.render import render
 from stdit.data.shapes.worlds import WORLDS, World, sample_scene
 from stdit.errors import UserError
@@ -48,6 +51,9 @@ PAIR_SETS = ("relations", "relations_paraphrase")
 """Those of a world with relations."""
 KEPT_LEVELS = 8
 """Largest mean difference, of 255 levels, of conditioning frames that count as kept."""
+
+MEASURES = {"noise": ".1f", "borders": ".2f"}
+"""Scores that are no shares, and how they are printed. A video without a plain background has none."""
 
 SAMPLING = {
     "num_inference_steps": int,
@@ -176,19 +182,26 @@ def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expect
         print(f"{len(unknown)} of {len(paths)} videos have no known prompt: {', '.join(unknown[:3])}, ...")
 
 
-def sample_videos(
-    args: argparse.Namespace, expected: list[Expected], world: World
-) -> Iterator[tuple[Expected, str, np.ndarray]]:
-    """Sample every prompt: (prompt, seed, uint8 [T H W 3]). Prompt i has the seed `args.seed` + i."""
-    import torch
-
-    from stdit.pipelines.conditions import FrameCondition
+def load(args: argparse.Namespace) -> tuple[Any, tuple[int, int]]:
+    """Load the pipeline; return it, and height and width of its patches in pixels."""
     from stdit.pipelines.loading import load_pipeline
 
     device = find_device(args.device)
     pipe, _ = load_pipeline(args.checkpoint)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
+    (_, *stride), (_, *size) = pipe.codec.stride, pipe.transformer.config.patch_size
+    return pipe, (stride[0] * size[0], stride[1] * size[1])
+
+
+def sample_videos(
+    pipe: Any, args: argparse.Namespace, expected: list[Expected], world: World
+) -> Iterator[tuple[Expected, str, np.ndarray]]:
+    """Sample every prompt: (prompt, seed, uint8 [T H W 3]). Prompt i has the seed `args.seed` + i."""
+    import torch
+
+    from stdit.pipelines.conditions import FrameCondition
+
     settings = {name: getattr(args, name) for name in SAMPLING}
     settings = {name: value for name, value in settings.items() if value is not None}
     clips = (
@@ -239,8 +252,14 @@ def to_tensor(frames: np.ndarray) -> Any:
     return torch.from_numpy(frames.copy()).movedim(-1, 0).float() / 127.5 - 1
 
 
-def judge(row: Expected, source: str, frames: np.ndarray, world: World) -> dict[str, Any]:
-    """Return what a video should show, what it shows, and which attributes are right."""
+def judge(
+    row: Expected, source: str, frames: np.ndarray, world: World, patch: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Return what a video should show, what it shows, and which attributes are right.
+
+    Args:
+        patch: height and width of the model's patches in pixels, if known.
+    """
     verdict = check(frames, world)
     kept = {"kept": row["conditioning_error"] <= KEPT_LEVELS} if "conditioning_error" in row else {}
     return {
@@ -249,13 +268,14 @@ def judge(row: Expected, source: str, frames: np.ndarray, world: World) -> dict[
         "seen": asdict(verdict),
         "right": compare(verdict, row) | kept,
         "noise": background_noise(frames),
+        "borders": patch_borders(frames, *patch) if patch else None,
     }
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return, per set, the number of videos, how often each key of `checker.compare` is right, and the noise.
+    """Return, per set, the number of videos, how often each key of `checker.compare` is right, and `MEASURES`.
 
-    That is the share of the videos that have the key; the noise is the mean of plain backgrounds, in levels.
+    That is the share of the videos that have the key; a measure is the mean of the videos that have it.
     """
     summary: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(result["set"] for result in results):
@@ -265,21 +285,22 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         for key in keys:
             rights = [result["right"][key] for result in own if key in result["right"]]
             summary[name][key] = sum(rights) / len(rights)
-        if noise := [result["noise"] for result in own if result["noise"] is not None]:
-            summary[name]["noise"] = sum(noise) / len(noise)
+        for key in MEASURES:
+            if values := [result[key] for result in own if result[key] is not None]:
+                summary[name][key] = sum(values) / len(values)
     return summary
 
 
 def print_table(summary: dict[str, dict[str, float]]) -> None:
-    """Print the shares in percent and the noise in levels, one line per set."""
-    keys = list(dict.fromkeys(key for row in summary.values() for key in row if key not in ("n", "noise")))
+    """Print the shares in percent and the measures, one line per set."""
+    keys = list(dict.fromkeys(key for row in summary.values() for key in row if key != "n"))
+    keys.sort(key=lambda key: key in MEASURES)  # to the right
     widths = {key: max(8, len(key)) for key in keys}
-    print(f"{'set':<20} {'n':>4}" + "".join(f" {key:>{widths[key]}}" for key in keys) + "  noise")
+    print(f"{'set':<20} {'n':>4}" + "".join(f" {key:>{width}}" for key, width in widths.items()))
     for name, row in summary.items():
-        cells = (f"{row[key]:.1%}" if key in row else "" for key in keys)
-        line = f"{name:<20} {row['n']:>4}"
-        line += "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True))
-        print(line + (f" {row['noise']:>6.1f}" if "noise" in row else ""))
+        cells = (f"{row[key]:{MEASURES.get(key, '.1%')}}" if key in row else "" for key in keys)
+        line = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True))
+        print(f"{name:<20} {row['n']:>4}{line}".rstrip())
 
 
 def main() -> None:
@@ -300,6 +321,12 @@ def main() -> None:
         help=f"prompt files; default: those of {DATA}, or drawn for the model that comes with stdit",
     )
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for scores and all verdicts")
+    parser.add_argument(
+        "--patch",
+        type=int,
+        metavar="PIXELS",
+        help="with --videos: side of the model's patches, for the borders",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt (%(default)s)")
     parser.add_argument("--num_frames", type=int, help="default: that of the prompts' world (16 or 24)")
     parser.add_argument(
@@ -329,6 +356,10 @@ def main() -> None:
     import_modules(args.imports)
     if args.batch_size < 1:
         raise UserError(f"batch_size = {args.batch_size}: must be at least 1")
+    if args.patch is not None and (args.patch < 2 or not args.videos):
+        raise UserError(
+            f"patch = {args.patch}: must be at least 2 pixels, and is for --videos: a checkpoint says it itself"
+        )
     if args.output:
         check_writable(args.output.absolute().parent)
 
@@ -345,8 +376,13 @@ def main() -> None:
             f"--conditioning is not for --videos, and conditioning_frames = {args.conditioning_frames} at each end: "
             f"num_frames = {args.num_frames} must be larger, so that some are left to generate"
         )
-    videos = read_videos(args.videos, expected) if args.videos else sample_videos(args, expected, world)
-    results = [judge(*video, world) for video in videos]
+    if args.videos:
+        patch = None if args.patch is None else (args.patch, args.patch)
+        videos = read_videos(args.videos, expected)
+    else:
+        pipe, patch = load(args)
+        videos = sample_videos(pipe, args, expected, world)
+    results = [judge(*video, world, patch) for video in videos]
     scores = summarise(results)
     print_table(scores)
     if args.output:

@@ -5,7 +5,7 @@ blur, faint noise, compression artefacts) and reject the rest: an attribute that
 looks at videos at their own size; lengths are written in pixels of a frame whose shorter side is 32.
 """
 
-from stdit.data.shapes.checker.background import background_noise
+from stdit.data.shapes.checker.background import background_noise, patch_borders
 from stdit.data.shapes.checker.verdict import Verdict, check, compare, score
 
-__all__ = ["Verdict", "background_noise", "check", "compare", "score"]
+__all__ = ["Verdict", "background_noise", "check", "compare", "patch_borders", "score"]

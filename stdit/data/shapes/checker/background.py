@@ -1,4 +1,4 @@
-"""Recognises the background of a video, and measures the noise of a plain one.
+"""Recognises the background of a video, and measures noise and patch borders of a plain one.
 
 Letters: T frames, H height, W width, n pixels.
 """
@@ -6,6 +6,7 @@ Letters: T frames, H height, W width, n pixels.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from stdit.data.shapes.outlines import Array
 from stdit.data.shapes.render import GRADIENTS, PLAIN, STRIPES
@@ -31,6 +32,10 @@ NOISE_ROWS = 4
 """Rows at the top and at the bottom in which noise is measured."""
 NOISE_DISTANCE = 60.0
 """Difference in levels of a channel above which a pixel is not the background."""
+EDGE = 2
+"""Pixels around an object that are left out of the measure of patch borders: compression blurs edges into them."""
+LEAST_JUMP = 1.0
+"""Levels; smaller mean jumps cannot be seen, and compression makes them at the borders of its own blocks."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,63 @@ def background_noise(frames: Array) -> float | None:
         Levels of 255; None if the background is not plain.
     """
     video = frames.astype(np.float32)
-    rows = np.concatenate([video[:, :NOISE_ROWS], video[:, -NOISE_ROWS:]], axis=1)
-    plain = np.median(rows, axis=(0, 1, 2))
-    if _share(video, plain) < MIN_BORDER:
+    plain = _plain_colour(video)
+    if plain is None:
         return None
-    offset = rows - plain
+    offset = _outer_rows(video) - plain
     return float(np.sqrt((offset[np.abs(offset).max(-1) < NOISE_DISTANCE] ** 2).mean()))
+
+
+def patch_borders(frames: Array, height: int, width: int) -> float | None:
+    """Return how visible the borders of a model's patches are in a plain background; 1: not at all.
+
+    It is the mean absolute difference of neighbouring pixels on either side of a border, divided by that of all other
+    neighbours, both of at least a level. Objects are left out, with two pixels around them: their edges are steeper
+    than any border of patches, wherever they happen to be.
+
+    Args:
+        frames: uint8 [T H W 3], RGB.
+        height: height of a patch in pixels.
+        width: width of a patch in pixels.
+
+    Returns:
+        The ratio; None if the background is not plain, or shows no border or nothing else.
+    """
+    video = frames.astype(np.float32)
+    plain = _plain_colour(video)
+    if plain is None:
+        return None
+    flat = ~_widened(np.abs(video - plain).max(-1) >= NOISE_DISTANCE, EDGE)
+    across, elsewhere = np.zeros(2), np.zeros(2)  # sum and number
+    for axis, period in ((1, height), (2, width)):
+        jumps = np.moveaxis(np.abs(np.diff(video, axis=axis)).mean(-1), axis, -1)  # [T n n-1]
+        pixels = np.moveaxis(flat, axis, -1)
+        both = pixels[..., 1:] & pixels[..., :-1]
+        at_border = np.arange(1, jumps.shape[-1] + 1) % period == 0
+        for total, chosen in ((across, jumps[both & at_border]), (elsewhere, jumps[both & ~at_border])):
+            total += chosen.sum(), chosen.size
+    if not (across[1] and elsewhere[1]):
+        return None
+    mean_across, mean_elsewhere = (max(total[0] / total[1], LEAST_JUMP) for total in (across, elsewhere))
+    return float(mean_across / mean_elsewhere)
+
+
+def _plain_colour(video: Array) -> Array | None:
+    """Return the colour of a plain background, the median of its outer rows; None if it is not plain."""
+    plain: Array = np.median(_outer_rows(video), axis=(0, 1, 2))
+    return plain if _share(video, plain) >= MIN_BORDER else None
+
+
+def _outer_rows(video: Array) -> Array:
+    return np.concatenate([video[:, :NOISE_ROWS], video[:, -NOISE_ROWS:]], axis=1)
+
+
+def _widened(mask: Array, pixels: int) -> Array:
+    """Return a mask [T H W] with all pixels that are in reach of its own: a square around each."""
+    for axis in (1, 2):
+        pad = [(pixels, pixels) if axis == side else (0, 0) for side in range(3)]
+        mask = sliding_window_view(np.pad(mask, pad), 2 * pixels + 1, axis=axis).max(-1)
+    return mask
 
 
 def border(volume: Array) -> Array:
