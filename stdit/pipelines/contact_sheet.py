@@ -13,6 +13,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.PngImagePlugin
 
+from stdit.errors import UserError
 from stdit.pipelines.lettering import LINE_HEIGHT, draw_lines, wrap_text
 from stdit.pipelines.video_io import atomic_write, check_frames, spread
 
@@ -78,6 +79,12 @@ def write_rows(
         info.add_itxt(_CONTENTS, json.dumps(list(contents), ensure_ascii=False))
     with atomic_write(path) as temporary:
         sheet.save(temporary, format="PNG", pnginfo=info)
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise UserError if there is a file that is no contact sheet."""
+    if output.exists() and not read_contents(output):
+        raise UserError(f"{output} exists, and is no contact sheet: choose another --output.")
 
 
 def read_contents(path: Path) -> list[dict[str, Any]]:

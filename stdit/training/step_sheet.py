@@ -19,13 +19,12 @@ def write_step_sheet(run: Path, output: Path | None = None, columns: int = 8, fr
     Raises:
         UserError: if the run has no validation videos, a video cannot be read, or ``output`` is another file.
     """
-    from stdit.pipelines.contact_sheet import picture_row, read_contents, write_rows
+    from stdit.pipelines.contact_sheet import check_replaceable, picture_row, write_rows
     from stdit.pipelines.video_io import spread
     from stdit.pipelines.writer import check_writable, created_folder
 
     output = output or run / "samples" / "steps.png"
-    if output.exists() and not read_contents(output):
-        raise UserError(f"{output} exists, and is no contact sheet: choose another --output.")
+    check_replaceable(output)
     check_writable(output.absolute().parent)
     folders = _folders_of_steps(run)
     steps = [sorted(folders)[index] for index in spread(len(folders), columns)]

@@ -1,6 +1,7 @@
 """Contact sheets: what is written on them, in every script, and the sheet across training steps."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import PIL.ImageFont
 import pytest
 
 from stdit.pipelines import lettering
+from stdit.pipelines.config import PIPELINE_DEFAULTS
 from stdit.pipelines.contact_sheet import read_contents, sheet_row
 from stdit.pipelines.requests import Request
 from stdit.pipelines.segments import Segments
@@ -17,9 +19,7 @@ from stdit.pipelines.writer import VideoWriter
 from tests import warm
 
 CLIP = np.full((4, 16, 16, 3), 90, np.uint8)
-SETTINGS = {"num_frames": 4, "height": 16, "width": 16, "fps": 8.0, "num_inference_steps": 1} | dict.fromkeys(
-    ["guidance_scale", "guidance_schedule", "guidance_interval", "guidance_rescale", "shift"]
-)
+SETTINGS = PIPELINE_DEFAULTS | {"num_frames": 4, "height": 16, "width": 16}
 CIRCLE = "\u5706"
 """A Chinese character, which neither DejaVu Sans nor the font of Pillow has."""
 BDF_OF_CIRCLE = """STARTFONT 2.1
@@ -131,6 +131,63 @@ def test_a_sheet_shows_the_prompts_of_all_segments(tmp_path):
     expected = sheet_row(CLIP, "[1] a wave rises  (seed 3)\n[2] it breaks\n[3] a wet beach")
     with PIL.Image.open(sheet) as image:
         assert image.tobytes() == expected.tobytes()
+
+
+def noise_video(size: int) -> np.ndarray:
+    return np.random.default_rng(size).integers(0, 256, (8, size, size, 3), dtype=np.uint8)
+
+
+def write_sheet_of(folder: Path, video: np.ndarray) -> Path:
+    writer = VideoWriter(folder, ["png"], SETTINGS)
+    writer.write([(Request("a red ball", 0), video)])
+    *_, sheet = writer.finish()
+    return sheet
+
+
+def test_sheets_side_by_side_show_small_videos_equally_large_and_sharp(tmp_path):
+    small, large = noise_video(32), noise_video(64)
+    for name, video in (("one", small), ("two", large)):
+        write_sheet_of(tmp_path / name, video)
+    output = tmp_path / "new" / "both.png"
+    for _ in range(2):  # an older sheet is replaced
+        result = contact_sheet(tmp_path / "one", tmp_path / "two", "--output", output)
+        assert (result.returncode, result.stdout) == (0, f"{output}\n"), result.stderr
+    with PIL.Image.open(output) as image:
+        picture = np.asarray(image)
+    sheet = 8 * 130 + 2
+    assert picture.shape[1] == 2 * sheet + 24
+    assert (picture[:, sheet : sheet + 24] == 255).all(), "a gap"
+    for video, factor, left in ((small, 4, 0), (large, 2, sheet + 24)):
+        for column, frame in enumerate(video):
+            squares = frame.repeat(factor, axis=0).repeat(factor, axis=1)
+            shown = picture[:, left + 130 * column :][:, :128]
+            tops = [y for y in range(len(shown)) if np.array_equal(shown[y : y + 128], squares)]
+            assert len(tops) == 1 and tops[0] > 30, "below the path and the caption"
+    both = read_contents(output)
+    assert [Path(one["sheet"]).name for one in both] == ["one", "two"]
+    assert both[1]["contents"][0]["prompt"] == "a red ball"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["one", "none", "--output", "both.png"], "none is no contact sheet"),
+        (["one", "empty", "--output", "both.png"], "empty/sheet.png is no contact sheet"),
+        (["one", "one/sheet.png"], "2 paths: their sheets are put side by side: add --output"),
+        (["one", "one", "--output", "both.png", "--columns", "3"], "leave out --columns and --frames"),
+        (["one", "one", "--output", "mine.png"], "mine.png exists, and is no contact sheet"),
+        (["one", "one", "--output", "mine.png/both.png"], "cannot be written"),
+    ],
+)
+def test_sheets_that_cannot_be_put_side_by_side(tmp_path, flags, message):
+    write_sheet_of(tmp_path / "one", CLIP)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine.png").write_text("mine")
+    script = str(warm.ROOT / "scripts" / "contact_sheet.py")
+    result = warm.run([script, *flags], {**os.environ, "PYTHONPATH": str(warm.ROOT)}, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "empty", "mine.png"}
+    assert (tmp_path / "mine.png").read_text() == "mine"
 
 
 def write_validation(run: Path, step: int, prompts: dict[str, int]) -> None:

@@ -1,0 +1,46 @@
+"""Contact sheets of several folders on one PNG, to compare models."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stdit.errors import UserError
+
+_APART = 24
+"""Pixels between two sheets."""
+
+
+def write_joined_sheet(sheets: Sequence[Path], output: Path) -> None:
+    """Write contact sheets side by side as one PNG, each below its path; an older one is replaced.
+
+    Args:
+        sheets: PNGs, or folders that hold a ``sheet.png``.
+
+    Raises:
+        UserError: if one is no contact sheet, or ``output`` is another file.
+    """
+    import PIL.Image
+
+    from stdit.pipelines.contact_sheet import check_replaceable, picture_row, read_contents, write_rows
+    from stdit.pipelines.writer import check_writable, created_folder
+
+    check_replaceable(output)
+    check_writable(output.absolute().parent)
+    contents, named = [], []
+    for path in sheets:
+        file = path / "sheet.png" if path.is_dir() else path
+        shown = read_contents(file)
+        if not shown:
+            raise UserError(
+                f"{file} is no contact sheet: give output folders of sample.py, or the sheets in them."
+            )
+        contents.append({"sheet": str(path), "contents": shown})
+        with PIL.Image.open(file) as image:
+            named.append(picture_row([image.convert("RGB")], str(path), 1))
+    width = sum(sheet.width for sheet in named) + _APART * (len(named) - 1)
+    joined = PIL.Image.new("RGB", (width, max(sheet.height for sheet in named)), "white")
+    left = 0
+    for sheet in named:
+        joined.paste(sheet, (left, 0))
+        left += sheet.width + _APART
+    with created_folder(output.absolute().parent):
+        write_rows(output, [joined], contents)
