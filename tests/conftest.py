@@ -7,8 +7,6 @@ LONGEST = [
     "tests/parallel/sequence/test_sharding.py",
     "tests/test_train_on_ranks.py",
     "tests/pipelines/test_pipeline_on_ranks.py",
-    "tests/data/shapes/test_shapes_checker.py",
-    "tests/data/shapes/test_shapes_checker_64.py",
     "tests/test_train.py",
     "tests/scripts/chaos/test_chaos.py",
     "tests/scripts/bench/test_bench_step.py",

@@ -1,12 +1,19 @@
 """Scenes, files and words that the tests of the embedded data set share."""
 
 import csv
+import importlib
+import io
 import re
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 
+from stdit import cli
 from stdit.data.shapes.build import ShapesConfig, write_video
 from stdit.data.shapes.captions import UNSEEN
 from stdit.data.shapes.scenes import Scene
@@ -18,7 +25,24 @@ ONES = {world.name: sum(split_combinations(0, world), ()) for world in WORLDS.va
 TWOS = sum(split_combinations(0, LARGE, pairs=True), ())
 """All combinations of two objects."""
 BASE = Scene("circle", "red", "right", "black")
-FEW = {"32": ShapesConfig(num_clips=12, seed=3), "64": ShapesConfig.of("64", num_clips=12, seed=3)}
+FEW = {"32": ShapesConfig(num_clips=4, seed=3), "64": ShapesConfig.of("64", num_clips=4, seed=3)}
+
+
+def counts(few: int, many: int) -> pytest.MarkDecorator:
+    """Run a test with few scenes, or videos, by default, and with many among the slow tests."""
+    return pytest.mark.parametrize(
+        "count", [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.slow)]
+    )
+
+
+def run_script(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Run scripts/NAME.py in this process."""
+    module, argv = importlib.import_module(f"scripts.{name}"), [name, *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sys, "argv", argv)
+        with redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit) as end:
+            cli.run(module.main)
+    return subprocess.CompletedProcess(argv, int(end.value.code or 0), output.getvalue(), errors.getvalue())
 
 
 def scenes(count: int, seed: int = 0, world: World = SMALL, pairs: bool = False) -> list[Scene]:

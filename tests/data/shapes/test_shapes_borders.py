@@ -11,16 +11,13 @@ import pytest
 from stdit.data.shapes.build import write_video
 from stdit.data.shapes.checker import patch_borders
 from stdit.data.shapes.render import PLAIN, render
-from tests import warm
-from tests.data.shapes.clips import BASE, LARGE, SMALL, encoded, scenes
+from tests.data.shapes.clips import BASE, LARGE, SMALL, encoded, run_script, scenes
 from tests.pipelines.tiny import tiny_pipeline
-
-RNG_SEED = 0
 
 
 def with_borders(video: np.ndarray, patch: tuple[int, int], levels: float, noise: float = 2.0) -> np.ndarray:
     """Add noise, and an offset to every patch: these of one video have a standard deviation of ``levels``."""
-    rng = np.random.default_rng(RNG_SEED)
+    rng = np.random.default_rng(0)
     T, H, W, _ = video.shape
     grid = rng.normal(0, levels, (T, H // patch[0], W // patch[1], 3))
     offsets = grid.repeat(patch[0], axis=1).repeat(patch[1], axis=2)
@@ -29,7 +26,7 @@ def with_borders(video: np.ndarray, patch: tuple[int, int], levels: float, noise
 
 @pytest.mark.parametrize("world", [SMALL, LARGE], ids=lambda world: world.name)
 def test_real_clips_have_none(world, tmp_path: Path) -> None:
-    for scene in scenes(6, seed=1, world=world):
+    for scene in scenes(4, seed=1, world=world):
         clip = encoded(render(scene, world.num_frames, world.size), tmp_path / "clip.mp4")
         found = patch_borders(clip, 16, 16)
         assert (found is None) == (scene.background not in PLAIN)
@@ -61,9 +58,9 @@ def test_evaluate_reports_them_for_a_folder_of_videos(tmp_path: Path) -> None:
         (tmp_path / f"{index}.json").write_text(json.dumps({"prompt": f"clip {index}"}))
         rows.append(f"clip {index},circle,red,right,grey\n")
     (tmp_path / "prompts_two.csv").write_text("".join(["prompt,shape,colour,motion,background\n", *rows]))
-    command = ["scripts/evaluate_adherence.py", "--videos", str(tmp_path)]
+    command = ["evaluate_adherence", "--videos", str(tmp_path)]
     command += ["--prompts", str(tmp_path / "prompts_two.csv"), "--output", str(tmp_path / "scores.json")]
-    done = warm.run([*command, "--patch", "16"])
+    done = run_script(*command, "--patch", "16")
     assert done.returncode == 0, done.stderr
     saved = json.loads((tmp_path / "scores.json").read_text())
     plain, bordered = (video["borders"] for video in saved["videos"])
@@ -73,12 +70,12 @@ def test_evaluate_reports_them_for_a_folder_of_videos(tmp_path: Path) -> None:
     header, line = (line.split() for line in done.stdout.splitlines()[-2:])
     assert header[-2:] == ["noise", "borders"] and line[-1] == f"{mean:.2f}"
 
-    done = warm.run(command)
+    done = run_script(*command)
     assert done.returncode == 0 and "borders" not in done.stdout
     assert "borders" not in json.loads((tmp_path / "scores.json").read_text())["scores"]["two"]
     for wrong in (["--patch", "1"], ["--patch", "16", "--checkpoint", "x"]):
         flags = command[:1] if "--checkpoint" in wrong else command
-        done = warm.run([*flags, *wrong])
+        done = run_script(*flags, *wrong)
         assert done.returncode == 2 and f"patch = {wrong[1]}: must be at least 2" in done.stderr
 
 

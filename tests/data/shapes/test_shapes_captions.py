@@ -61,7 +61,7 @@ def test_unseen_words_never_occur_in_training_captions() -> None:
             assert not words(phrase) & trained, phrase
     # The lists above are all that captions are made of:
     rng = np.random.default_rng(0)
-    for scene in scenes(2000) + scenes(2000, world=LARGE) + scenes(2000, world=LARGE, pairs=True):
+    for scene in scenes(500) + scenes(500, world=LARGE) + scenes(500, world=LARGE, pairs=True):
         spoken = words(caption(scene, rng)) - {"an"}
         assert spoken <= trained
 

@@ -12,28 +12,31 @@ from stdit.data.shapes.checker import check, score
 from stdit.data.shapes.outlines import SHAPES
 from stdit.data.shapes.render import COLOURS, render
 from stdit.data.shapes.scenes import Scene
-from tests.data.shapes.clips import BASE, SMALL, encoded, scenes
+from tests.data.shapes.clips import BASE, SMALL, counts, encoded, scenes
 
 
 def accuracy(videos: list[np.ndarray], shown: list[Scene]) -> float:
     return float(np.mean([score(v, s.attributes)["strict"] for v, s in zip(videos, shown, strict=True)]))
 
 
-def test_checker_is_right_on_rendered_clips() -> None:
-    shown = scenes(400, seed=1)
+@counts(12, 400)
+def test_checker_is_right_on_rendered_clips(count: int) -> None:
+    shown = scenes(count, seed=1)
     assert accuracy([render(scene) for scene in shown], shown) >= 0.99
 
 
+@counts(10, 300)
 @pytest.mark.parametrize("crf", [pytest.param(12, marks=pytest.mark.slow), 24])
-def test_checker_is_right_after_h264(tmp_path: Path, crf: int) -> None:
-    shown = scenes(300, seed=2)
+def test_checker_is_right_after_h264(tmp_path: Path, crf: int, count: int) -> None:
+    shown = scenes(count, seed=2)
     videos = [encoded(render(scene), tmp_path / "clip.mp4", crf) for scene in shown]
     assert videos[0].shape == (16, 32, 32, 3)
     assert accuracy(videos, shown) >= 0.99
 
 
-def test_checker_accepts_blur_and_faint_noise() -> None:
-    shown = scenes(100, seed=3)
+@counts(8, 100)
+def test_checker_accepts_blur_and_faint_noise(count: int) -> None:
+    shown = scenes(count, seed=3)
     rng = np.random.default_rng(0)
     videos = []
     for scene in shown:
@@ -44,9 +47,10 @@ def test_checker_accepts_blur_and_faint_noise() -> None:
     assert accuracy(videos, shown) >= 0.98
 
 
-@pytest.mark.parametrize(("size", "frames"), [(64, 16), (48, 9), (128, 24)])
-def test_checker_accepts_other_sizes(size: int, frames: int) -> None:
-    shown = scenes(20, seed=4)
+@counts(2, 20)
+@pytest.mark.parametrize(("size", "frames"), [(64, 24), (48, 16), (128, 9)])
+def test_checker_accepts_other_sizes(size: int, frames: int, count: int) -> None:
+    shown = scenes(count, seed=4)
     assert accuracy([render(scene, frames, size) for scene in shown], shown) == 1
 
 
@@ -64,9 +68,10 @@ def test_checker_rejects_noise_and_empty_videos() -> None:
     assert empty.background == "black" and empty.shape is None and empty.motion is None
 
 
-def test_checker_rejects_still_jumping_and_shuffled_objects() -> None:
+@counts(3, 40)
+def test_checker_rejects_still_jumping_and_shuffled_objects(count: int) -> None:
     rng = np.random.default_rng(0)
-    for scene in scenes(40, seed=5):
+    for scene in scenes(count, seed=5):
         video = render(scene)
         shaken = [np.roll(video[0], tuple(rng.integers(-2, 3, 2)), (0, 1)) for _ in range(16)]
         jump = np.concatenate([video[[0] * 8], video[[15] * 8]])
@@ -81,14 +86,15 @@ def test_checker_rejects_still_jumping_and_shuffled_objects() -> None:
         assert score(video[[0] * 16], scene.attributes)["shape"]
 
 
-def test_checker_rejects_every_other_value() -> None:
+@counts(1, 30)
+def test_checker_rejects_every_other_value(count: int) -> None:
     values: dict[str, Iterable[str]] = {
         "shape": SMALL.shapes,
         "colour": SMALL.colours,
         "motion": SMALL.motions,
         "background": SMALL.backgrounds,
     }
-    for scene in scenes(30, seed=6):
+    for scene in scenes(count, seed=6):
         right = score(render(scene), scene.attributes)
         assert all(right.values())
         for name, options in values.items():
@@ -113,8 +119,9 @@ def test_checker_gives_a_lenient_shape_where_the_strict_one_fails(
     assert (verdict.shape, verdict.shape_lenient) == (None, shape), verdict.reason
 
 
+@counts(2, 30)
 @pytest.mark.parametrize("stranger", ["diamond", "ring", "ellipse", "rectangle", "upside down", "two"])
-def test_checker_rejects_unknown_shapes(stranger: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checker_rejects_unknown_shapes(stranger: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     triangle = SHAPES["triangle"]
     outlines = {
         "diamond": lambda u, v: (np.abs(u) + np.abs(v)) / np.sqrt(2) - 0.9,
@@ -124,15 +131,16 @@ def test_checker_rejects_unknown_shapes(stranger: str, monkeypatch: pytest.Monke
         "upside down": lambda u, v: triangle(u, -v),
         "two": lambda u, v: np.hypot(np.abs(u) - 0.9, v) - 0.6,
     }
-    for scene in scenes(30, seed=7):
+    for scene in scenes(count, seed=7):
         with monkeypatch.context() as patch:
             patch.setitem(SHAPES, stranger, outlines[stranger])
             video = render(replace(scene, shape=stranger))
         assert check(video).shape is None
 
 
-def test_checker_rejects_morphs_and_changing_colours() -> None:
-    for scene in scenes(30, seed=8):
+@counts(3, 30)
+def test_checker_rejects_morphs_and_changing_colours(count: int) -> None:
+    for scene in scenes(count, seed=8):
         scene = replace(scene, x=16, y=16, radius=5.5)  # clear of the border
         video = render(scene)
         other = render(replace(scene, shape="cross" if scene.shape == "circle" else "circle"))
@@ -148,7 +156,8 @@ def test_checker_rejects_unknown_colours(rgb: tuple[int, int, int], monkeypatch:
     with monkeypatch.context() as patch:
         patch.setitem(COLOURS, "stranger", rgb)
         video = render(replace(BASE, colour="stranger"))
-    assert check(video).colour is None and check(video).shape == "circle"
+    verdict = check(video)
+    assert verdict.colour is None and verdict.shape == "circle"
 
 
 def test_checker_requires_uint8() -> None:

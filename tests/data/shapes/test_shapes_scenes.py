@@ -55,7 +55,7 @@ def test_objects_of_world_64_stay_inside_and_apart() -> None:
 
 
 def test_world_64_shows_every_value() -> None:
-    ones, twos = scenes(2000, world=LARGE), scenes(2000, world=LARGE, pairs=True)
+    ones, twos = scenes(800, world=LARGE), scenes(800, world=LARGE, pairs=True)
     for name in ("shape", "colour", "motion", "background"):
         assert {getattr(scene, name) for scene in ones} == set(getattr(LARGE, name + "s"))
     for name in ("shape", "colour"):
