@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from stdit.data.shapes.worlds import WORLDS, split_combinations
+from stdit.pipelines.config import SampleConfig
+from stdit.settings import parse
+
 ROOT = Path(__file__).parents[1]
 STAND_IN = """#!/usr/bin/env bash
 run=outputs/quickstart
@@ -72,6 +76,22 @@ def test_the_first_videos_are_there_before_the_training(folder: Path) -> None:
     assert done.returncode == 130 and done.stdout.index(videos) < done.stdout.index("$ python train.py")
     assert (folder / "outputs" / "bundled" / "videos" / "sheet.png").exists()
     assert "outputs/quickstart/sheets.png\n" in start(folder).stdout
+
+
+def test_the_first_prompts_ask_for_what_was_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = parse(SampleConfig, ["--config", "configs/sample/bundled.yaml"])
+    assert config.checkpoint is None and config.output == "outputs/bundled/videos"
+    assert config.batch_size == 1 < len(config.prompt), "the first one is there at once"
+    world = WORLDS["64"]
+    held_out = [combo for pairs in (False, True) for combo in split_combinations(0, world, pairs)[1]]
+    acts = {"orbits": "orbits", "bounces": "bounce", "turns": "turn", "follows": "follows"}
+    for prompt in config.prompt:
+        words = [acts.get(word, word) for word in prompt.partition(" on a ")[0].split()]
+        colour, shape, act, *other = (
+            w for w in words if w in (*world.colours, *world.shapes, *acts.values())
+        )
+        assert (shape, colour, act, *reversed(other)) in held_out, prompt
 
 
 def test_without_a_model_that_comes_with_it_it_says_so_and_goes_on(folder: Path) -> None:
