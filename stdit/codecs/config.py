@@ -15,6 +15,7 @@ CODECS: Registry[Any] = Registry(
     {
         "pixel": "stdit.codecs.pixel:PixelCodec",
         "pca": "stdit.codecs.pca:PCACodec",
+        "tiny": "stdit.codecs.tiny:TinyCodec",
         "opensora": "stdit.codecs.opensora_vae:OpenSoraCodec",
         **dict.fromkeys(VAES, DIFFUSERS_CODEC),
     },

@@ -73,7 +73,7 @@ WORLDS = {
     "64": World(
         name="64",
         size=64,
-        num_frames=24,
+        num_frames=25,
         fps=12,
         shapes=("circle", *SYMMETRY),
         colours=tuple(COLOURS),

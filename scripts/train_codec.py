@@ -1,0 +1,190 @@
+"""Train the codec "tiny", the small autoencoder whose weights come with the package.
+
+    python scripts/make_shapes.py --output data/shapes
+    python scripts/make_shapes.py --world 64 --output data/shapes64
+    python scripts/train_codec.py --config configs/codecs/tiny.yaml
+    python train.py ... --codec.name tiny --codec.path outputs/tiny
+
+Run the same command again to resume an interrupted run. Clips are read as train.py reads them, and what a step does
+follows from its number and the seed. The loss is that of the pixels, decoded from latents to which noise was added.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from stdit.cli import run
+from stdit.data.config import DataConfig
+from stdit.errors import UserError
+from stdit.settings import parse
+from stdit.training.config import EMAConfig, OptimizerConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATE_FILE = "training.state"
+"""In the format of safetensors, but not a part of the codec."""
+STATISTICS_RATE = 0.02
+"""Share by which mean and variance of the latents move towards those of a step."""
+
+
+@dataclass
+class CodecTraining:
+    """The data, and how to train."""
+
+    output: str = "outputs/tiny"
+    """Folder of the codec; while it is trained, of the state to resume from."""
+    seed: int = 0
+    """Seed of the weights, the batches and the noise."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Clips; batch_size of a bucket is the clips of a step."""
+    channels: int = 16
+    """Channels of the latents."""
+    widths: tuple[int, int, int] = (48, 64, 128)
+    """Channels of the layers: see `stdit.codecs.tiny.TinyCodec`."""
+    noise: float = 0.5
+    """Largest standard deviation of the noise on the latents, whose own is 1; each group of frames draws its own."""
+    steps: int = 20000
+    """Steps in all."""
+    save_every: int = 500
+    """Steps between states to resume from."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the codec; weights and loss stay in float32."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01, warmup_steps=100, schedule="linear", decay_share=0.5
+        )
+    )
+    """AdamW, or one of your own."""
+    ema: EMAConfig = field(default_factory=lambda: EMAConfig(decay=0.998))
+    """The average of the weights, which is what is saved."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise < 10:
+            raise UserError(f"noise = {self.noise}: must be from 0 (none) to 10, such as 0.5")
+        for name in ("steps", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+def main() -> None:
+    assert __doc__ is not None
+    description, _, examples = __doc__.partition("\n\n")
+    config = parse(CodecTraining, description=description, examples=examples)
+    folder = Path(config.output)
+    if (folder / "codec.json").exists():
+        raise UserError(f"output = {folder}: holds a codec already: choose another folder, or delete it")
+    train(config, folder)
+
+
+def train(config: CodecTraining, folder: Path) -> None:
+    """Do the steps that are left, and save the codec."""
+    from tqdm import tqdm
+
+    from stdit.data.build import build_plan
+    from stdit.data.clip_tensors import to_video
+    from stdit.data.dataset import video_loader
+
+    plan = build_plan(config.data, config.seed)
+    print(plan.report())
+    workers = 0 if config.data.workers == "auto" else config.data.workers
+    trainer = CodecTrainer(config)
+    start = trainer.resume(folder / STATE_FILE)
+    batches = video_loader(plan, workers, config.data.crop, flip=config.data.flip)(start, config.steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=config.steps, initial=start, unit="step") as bar:
+        for batch in batches:
+            assert batch.content is not None, "the plan has no empty bucket"
+            loss = trainer.step(batch.info.step, to_video(batch.content))
+            done = batch.info.step + 1
+            if done % config.save_every == 0:
+                trainer.save(folder / STATE_FILE, done)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+    trainer.export(folder)
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    print(f"codec: {folder}")
+
+
+class CodecTrainer:
+    """The codec with its optimizer and averaged weights, and the training step."""
+
+    def __init__(self, config: CodecTraining) -> None:
+        import torch
+
+        from stdit.codecs.tiny import TinyCodec
+        from stdit.training.ema import EMA
+        from stdit.training.optim import build_optimizer
+
+        self.config = config
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.codec = TinyCodec(config.channels, config.widths).train().requires_grad_(True)
+        self.optimizer = build_optimizer(self.codec, config.optimizer)
+        self.ema = EMA(self.codec, config.ema)
+
+    def step(self, step: int, video: "Tensor") -> float:
+        """Train on videos ``[B 3 T H W]``, and return the loss: a function of (seed, step), the videos and the state."""
+        import torch
+        from torch.nn.utils import clip_grad_norm_
+
+        from stdit.codecs.tiny import split_groups
+        from stdit.diffusion.draws import sample_generator
+        from stdit.training.optim import learning_rate_factor
+
+        config, codec = self.config, self.codec
+        generator = sample_generator(config.seed, step, 0)
+        groups = split_groups(codec.pad_video(video))
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            latents = codec.normalise(codec.encode_groups(groups).float(), rate=STATISTICS_RATE)
+            level = config.noise * torch.rand(len(groups), 1, 1, 1, generator=generator)
+            noisy = latents + level * torch.randn(latents.shape, generator=generator)
+            error = codec.decode_groups(noisy).float() - groups
+        loss = error.abs().mean() + 2 * error.square().mean()
+        loss.backward()
+        clip_grad_norm_(codec.parameters(), 1.0)
+        self.optimizer.step(learning_rate_factor(config.optimizer, step, config.steps))
+        self.optimizer.zero_grad()
+        self.ema.update(codec, step)
+        return loss.item()
+
+    def save(self, file: Path, done: int) -> None:
+        """Write the state after ``done`` steps, from which `resume` goes on."""
+        from safetensors.torch import save_file
+
+        parts = {"codec": self.codec, "average": self.ema, "optimizer": self.optimizer}
+        tensors = {
+            f"{part}:{name}": tensor.contiguous()
+            for part, owner in parts.items()
+            for name, tensor in owner.state_dict().items()
+        }
+        aside = file.with_suffix(".tmp")
+        save_file(tensors, aside, {"steps": str(done)})
+        aside.replace(file)
+
+    def resume(self, file: Path) -> int:
+        """Read the state, if there is one, and return the number of steps done."""
+        from safetensors import safe_open
+
+        if not file.exists():
+            return 0
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            done = int(stored.metadata()["steps"])
+        parts = {part: {} for part in ("codec", "average", "optimizer")}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(":")
+            parts[part][rest] = tensor
+        self.codec.load_state_dict(parts["codec"])
+        self.ema.average.update(parts["average"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        return done
+
+    def export(self, folder: Path) -> None:
+        """Write the codec with the averaged weights."""
+        with self.ema.applied(self.codec):
+            self.codec.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,127 @@
+"""The small autoencoder, and the script that trains it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from scripts import train_codec
+from scripts.train_codec import CodecTrainer, CodecTraining, train
+from stdit.codecs.base import VideoCodec
+from stdit.codecs.tiny import TinyCodec
+from stdit.data.config import BucketConfig, DataConfig
+from stdit.errors import UserError
+from stdit.pipelines.video_io import write_mp4
+
+SMALL = (16, 16, 16)
+
+
+@pytest.fixture
+def codec() -> TinyCodec:
+    torch.manual_seed(0)
+    made = TinyCodec(channels=8, widths=SMALL).eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    made.latent_mean.normal_()
+    made.latent_std.uniform_(0.5, 2)
+    return made
+
+
+def video(*size: int) -> Tensor:
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("size", "latents"), [((1, 8, 8), (1, 1, 1)), ((9, 16, 24), (3, 2, 3)), ((7, 13, 20), (3, 2, 3))]
+)
+def test_sizes(codec: TinyCodec, size: tuple[int, int, int], latents: tuple[int, int, int]) -> None:
+    encoded = codec.encode(video(*size))
+    assert encoded.shape == (2, 8, *latents)
+    assert codec.decode(encoded, *size).shape == (2, 3, *size)
+
+
+def test_latent_frames_are_independent(codec: TinyCodec) -> None:
+    clip = video(13, 16, 16)
+    encoded = codec.encode(clip)
+    torch.testing.assert_close(codec.encode(clip[:, :, :1]), encoded[:, :, :1])  # an image
+    changed = clip.clone()
+    changed[:, :, 5:9] = 0.5
+    moved = (codec.encode(changed) - encoded).abs().amax((0, 1, 3, 4))
+    assert moved[2] > 0.01 and (moved[[0, 1, 3]] < 1e-5).all()
+    torch.testing.assert_close(codec.decode(encoded[:, :, :2]), codec.decode(encoded)[:, :, :5])
+
+
+def test_saved_and_loaded(codec: TinyCodec, tmp_path: Path) -> None:
+    codec.save_pretrained(tmp_path)
+    again = VideoCodec.from_pretrained(tmp_path)
+    assert isinstance(again, TinyCodec) and again.widths == SMALL
+    assert again.fingerprint() == codec.fingerprint()
+    assert torch.equal(again.encode(video(5, 8, 8)), codec.encode(video(5, 8, 8)))
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> DataConfig:
+    lines = ["path,text"]
+    for k in range(4):
+        frames = np.full((9, 16, 16, 3), 40 * k, np.uint8)
+        frames[:, :, 4 * k : 4 * k + 4] = 250
+        write_mp4(tmp_path / f"{k}.mp4", frames, fps=8, metadata={})
+        lines.append(f"{k}.mp4,clip {k}")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
+    bucket = BucketConfig(num_frames=9, fps=8, height=16, width=16, batch_size=2)
+    return DataConfig(manifest=str(tmp_path / "manifest.csv"), buckets=[bucket])
+
+
+def settings(clips: DataConfig, **changes: object) -> CodecTraining:
+    return CodecTraining(**{"data": clips, "channels": 4, "widths": SMALL, "save_every": 3} | changes)  # type: ignore
+
+
+def test_training_resumes_bit_for_bit(
+    clips: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(settings(clips, steps=7), whole)
+    step = CodecTrainer.step
+
+    def interrupted(self: CodecTrainer, number: int, batch: Tensor) -> float:
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number, batch)
+
+    monkeypatch.setattr(CodecTrainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(clips, steps=7), parts)
+    assert [path.name for path in parts.iterdir()] == ["training.state"]
+    monkeypatch.setattr(CodecTrainer, "step", step)
+    train(settings(clips, steps=7), parts)
+    found, expected = (VideoCodec.from_pretrained(folder) for folder in (parts, whole))
+    assert found.fingerprint() == expected.fingerprint()
+    assert not (parts / "training.state").exists()
+
+
+def test_training_lowers_the_error_and_normalises(clips: DataConfig, tmp_path: Path) -> None:
+    losses = []
+    trainer = CodecTrainer(settings(clips, steps=60, noise=0.1))
+    (batch,) = (torch.stack([torch.full((3, 5, 16, 16), value) for value in (-0.5, 0.0, 0.7)]),)
+    for number in range(60):
+        losses.append(trainer.step(number, batch))
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    latents = trainer.codec.encode_groups(train_codec_groups(batch))
+    assert trainer.codec.normalise(latents).std().item() == pytest.approx(1, abs=0.5)
+
+
+def train_codec_groups(batch: Tensor) -> Tensor:
+    from stdit.codecs.tiny import split_groups
+
+    return split_groups(batch)
+
+
+def test_bad_input(clips: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="noise = -1"):
+        settings(clips, noise=-1)
+    TinyCodec(4, SMALL).save_pretrained(tmp_path / "done")
+    monkeypatch.setattr("sys.argv", ["train_codec.py", "--output", str(tmp_path / "done")])
+    with pytest.raises(UserError, match="holds a codec already"):
+        train_codec.main()
