@@ -68,9 +68,7 @@ class CodecTraining:
 
 
 def main() -> None:
-    assert __doc__ is not None
-    description, _, examples = __doc__.partition("\n\n")
-    config = parse(CodecTraining, description=description, examples=examples)
+    config = parse(CodecTraining, doc=__doc__)
     folder = Path(config.output)
     if (folder / "codec.json").exists():
         raise UserError(f"output = {folder}: holds a codec already: choose another folder, or delete it")

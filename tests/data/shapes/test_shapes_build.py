@@ -179,7 +179,7 @@ def test_another_world_replaces_all_files_of_a_build(tmp_path: Path) -> None:
     build(folder, large, workers=1)
     (folder / "prompts_mine.csv").write_text("prompt")
     assert (folder / "prompts_relations.csv").exists()
-    assert "of num_frames 24, fps 12, size 64, world 64;" in build(
+    assert "of num_frames 25, fps 12, size 64, world 64;" in build(
         folder, ShapesConfig(num_clips=2), workers=1
     )
     assert not (folder / "prompts_relations.csv").exists() and (folder / "prompts_mine.csv").exists()
@@ -244,7 +244,7 @@ def test_settings_out_of_range_are_errors(wrong: dict[str, int]) -> None:
 
 def test_a_world_has_its_own_size_and_least_size() -> None:
     config = ShapesConfig.of("64", num_clips=5)
-    assert (config.size, config.num_frames, config.fps, config.num_clips) == (64, 24, 12, 5)
+    assert (config.size, config.num_frames, config.fps, config.num_clips) == (64, 25, 12, 5)
     assert ShapesConfig.of("32") == ShapesConfig()
     with pytest.raises(UserError, match="at least 64 pixels"):
         ShapesConfig.of("64", size=32)
