@@ -3,7 +3,8 @@
 Letters: B batch, C latent channels, T frames, H height, W width in pixels, T' latent frames, N groups of frames.
 """
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (diffusers looks for it here)
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from stdit.codecs.base import VideoCodec
+from stdit.codecs.config import CodecConfig
 
+PACKAGED = Path(__file__).parents[1] / "bundled" / "codec"
+"""The trained codec that comes with stdit."""
 FRAMES = 4
 """Of a group, which one latent frame stands for."""
 
@@ -105,6 +109,14 @@ class TinyCodec(VideoCodec):
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
         self.latent_variance = torch.ones(channels)
+
+    @classmethod
+    def from_config(cls, config: CodecConfig) -> Self:
+        """Load the codec at ``config.path``, with its own channels; None: the one that comes with stdit."""
+        folder = PACKAGED if config.path is None else Path(config.path).expanduser()
+        codec = cls.from_pretrained(folder / (config.subfolder or ""))
+        assert isinstance(codec, cls)
+        return codec
 
     def saved_settings(self) -> dict[str, Any]:
         return {"channels": self.channels, "widths": list(self.widths)}
