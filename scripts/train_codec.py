@@ -52,10 +52,17 @@ class CodecTraining:
     """Arithmetic of the codec; weights and loss stay in float32."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
-            lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01, warmup_steps=100, schedule="linear", decay_share=0.5
+            name="muon",
+            muon_lr=2e-2,
+            muon_momentum=0.9,
+            lr=2e-3,
+            betas=(0.9, 0.95),
+            warmup_steps=50,
+            schedule="linear",
+            decay_share=0.5,
         )
     )
-    """AdamW, or one of your own."""
+    """Rates of Muon, for the kernels, and of AdamW, for all else."""
     ema: EMAConfig = field(default_factory=lambda: EMAConfig(decay=0.998))
     """The average of the weights, which is what is saved."""
 
@@ -112,13 +119,15 @@ class CodecTrainer:
 
         from stdit.codecs.tiny import TinyCodec
         from stdit.training.ema import EMA
-        from stdit.training.optim import build_optimizer
+        from stdit.training.optim import Optimizers, muon_and_adamw
 
         self.config = config
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.codec = TinyCodec(config.channels, config.widths).train().requires_grad_(True)
-        self.optimizer = build_optimizer(self.codec, config.optimizer)
+        named = dict(self.codec.named_parameters())
+        kernels = {name: 1 for name, parameter in named.items() if parameter.ndim == 4}
+        self.optimizer = Optimizers(named, muon_and_adamw(self.codec, config.optimizer, kernels))
         self.ema = EMA(self.codec, config.ema)
 
     def step(self, step: int, video: "Tensor") -> float:

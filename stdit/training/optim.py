@@ -83,9 +83,13 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 def build_muon(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
     """Build Muon for the matrices of attention and MLP, and AdamW for all other parameters."""
+    return muon_and_adamw(model, config, split_parameters(model)[0])
+
+
+def muon_and_adamw(model: nn.Module, config: OptimizerConfig, matrices: dict[str, int]) -> list[Optimizer]:
+    """Build Muon for some parameters (name to the number of stacked matrices), and AdamW for the others."""
     named = dict(model.named_parameters())
-    matrices, others = split_parameters(model)
-    optimizers: list[Optimizer] = [_adamw(model, others, config)]
+    optimizers: list[Optimizer] = [_adamw(model, [name for name in named if name not in matrices], config)]
     if matrices:
         by_parts: dict[int, list[nn.Parameter]] = defaultdict(list)
         for name, parts in matrices.items():
@@ -174,13 +178,13 @@ class Optimizers:
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz iterations, for matrices only.
+    """Momentum, orthogonalised by Newton-Schulz iterations, for matrices and kernels of convolutions.
 
     Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the scaling ``match_rms_adamw`` is that of Liu et
     al. 2025 (arXiv:2502.16982, section 2.2). The update rule is ``torch.optim.Muon``'s, differing in what
     matters on a CPU: float32 instead of bfloat16, and many matrices of equal shape at once. Parameters that
-    stack several matrices (``parts`` of a group, along the rows) have them orthogonalised one by one. Of sharded
-    parameters every rank gathers these matrices, and moves its share.
+    stack several matrices (``parts`` of a group, along the rows) have them orthogonalised one by one; a kernel
+    [O I h w] is a matrix of O rows. Of sharded parameters every rank gathers these matrices, and moves its share.
     """
 
     def __init__(
@@ -211,7 +215,7 @@ class Muon(Optimizer):
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             options = tuple(group[name] for name in ("momentum", "lr", "scale", "iterations"))
             for p in params:
-                alike[p.shape[0] // group["parts"], p.shape[1], *options].append(p)
+                alike[p.shape[0] // group["parts"], p[0].numel(), *options].append(p)
         for (rows, columns, *options), params in alike.items():
             count = max(1, AT_ONCE // (rows * columns))
             for start in range(0, len(params), count):
@@ -230,10 +234,10 @@ class Muon(Optimizer):
         """Update parameters, each one or several matrices of rows x columns; full matrices exist only in here."""
         gradients = [p.grad for p in params if p.grad is not None]
         directions = torch._foreach_lerp(gradients, [self._momentum(p) for p in params], momentum)  # Nesterov
-        matrices = torch.cat([full_tensor(direction).view(-1, rows, columns) for direction in directions])
+        matrices = torch.cat([full_tensor(direction).reshape(-1, rows, columns) for direction in directions])
         steps = orthogonalise(matrices, iterations).split([len(p) // rows for p in params])
         size = max(1, rows / columns) ** 0.5 if scale == "original" else 0.2 * max(rows, columns) ** 0.5
-        shares = [distribute_like(step.flatten(0, 1), p) for step, p in zip(steps, params, strict=True)]
+        shares = [distribute_like(step.reshape(p.shape), p) for step, p in zip(steps, params, strict=True)]
         torch._foreach_add_(params, shares, alpha=-lr * size)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
