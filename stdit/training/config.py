@@ -300,10 +300,10 @@ class TrainConfig:
             raise UserError(f"seed = {self.seed}: must be from 0 to 2^63 - 1")
         self.data.validate()
         built_in = CODECS.module(self.codec.name) is None  # a user's codec may know the variance, too
-        if self.flow.prediction == "residual" and built_in and self.codec.name != "pca":
+        if self.flow.prediction == "residual" and built_in and self.codec.name not in ("pca", "tiny"):
             raise UserError(
                 f"flow.prediction = residual and codec.name = {self.codec.name}: residual needs a codec that "
-                "knows the variance of its latents: use codec.name = pca, or flow.prediction = velocity"
+                "knows the variance of its latents: use codec.name = pca or tiny, or flow.prediction = velocity"
             )
         if self.flow.conditioning and self.model.patch_size[0] > 1:
             raise UserError(
