@@ -20,10 +20,15 @@ from stdit.settings import parse
 from stdit.training.config import EMAConfig, OptimizerConfig
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 STATE_FILE = "training.state"
 """In the format of safetensors, but not a part of the codec."""
+CELL = 8
+"""Pixels of each side of the places that a crop is drawn from."""
+LEAST_MOTION = 0.002
+"""Added to the mean difference of each place, so that those where nothing moves are drawn, too."""
 STATISTICS_RATE = 0.02
 """Share by which mean and variance of the latents move towards those of a step."""
 
@@ -42,6 +47,9 @@ class CodecTraining:
     """Channels of the latents."""
     widths: tuple[int, int, int] = (48, 64, 128)
     """Channels of the layers: see `stdit.codecs.tiny.TinyCodec`."""
+    crop: int = 32
+    """Pixels of each side that a group of frames is cropped to, mostly where something moves; a multiple of 8. Larger
+    than the videos: no crop."""
     noise: float = 0.5
     """Largest standard deviation of the noise on the latents, whose own is 1; each group of frames draws its own."""
     steps: int = 20000
@@ -69,6 +77,8 @@ class CodecTraining:
     def __post_init__(self) -> None:
         if not 0 <= self.noise < 10:
             raise UserError(f"noise = {self.noise}: must be from 0 (none) to 10, such as 0.5")
+        if self.crop < 8 or self.crop % 8:
+            raise UserError(f"crop = {self.crop}: must be a multiple of 8 pixels, such as 32")
         for name in ("steps", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
@@ -131,7 +141,7 @@ class CodecTrainer:
         self.ema = EMA(self.codec, config.ema)
 
     def step(self, step: int, video: "Tensor") -> float:
-        """Train on videos ``[B 3 T H W]``, and return the loss: a function of (seed, step), the videos and the state."""
+        """Train on videos ``[B 3 T H W]``; the loss that it returns follows from them, (seed, step) and the state."""
         import torch
         from torch.nn.utils import clip_grad_norm_
 
@@ -141,7 +151,8 @@ class CodecTrainer:
 
         config, codec = self.config, self.codec
         generator = sample_generator(config.seed, step, 0)
-        groups = split_groups(codec.pad_video(video))
+        video = codec.pad_video(video)
+        groups = crop_to_motion(split_groups(video), video, config.crop, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
             latents = codec.normalise(codec.encode_groups(groups).float(), rate=STATISTICS_RATE)
             level = config.noise * torch.rand(len(groups), 1, 1, 1, generator=generator)
@@ -178,7 +189,7 @@ class CodecTrainer:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             done = int(stored.metadata()["steps"])
-        parts = {part: {} for part in ("codec", "average", "optimizer")}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("codec", "average", "optimizer")}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(":")
             parts[part][rest] = tensor
@@ -191,6 +202,39 @@ class CodecTrainer:
         """Write the codec with the averaged weights."""
         with self.ema.applied(self.codec):
             self.codec.save_pretrained(folder)
+
+
+def crop_to_motion(groups: "Tensor", video: "Tensor", size: int, generator: "torch.Generator") -> "Tensor":
+    """Crop each group of frames to size x size pixels, with a preference for where the video moves.
+
+    Most of a frame may be background, which is learned soon. A place is drawn in proportion to how much the group's
+    first frame differs there from the frame half a video later.
+
+    Args:
+        groups: [B*N 3 4 H W], those of one video together.
+        video: [B 3 T H W].
+
+    Returns: [B*N 3 4 size size], or the groups as they are if they are not larger.
+    """
+    import torch
+    from torch.nn.functional import avg_pool2d
+
+    height, width = groups.shape[-2:]
+    if size >= min(height, width):
+        return groups
+    frames, count = video.shape[2], len(groups) // len(video)
+    first = (
+        torch.arange(count) * groups.shape[2] - groups.shape[2] + 1
+    )  # of each group; the first has one frame
+    later = video[:, :, (first.clamp(min=0) + frames // 2) % frames].transpose(1, 2).flatten(0, 1)
+    moved = avg_pool2d((groups[:, :, 0] - later).abs().mean(1, keepdim=True), CELL)  # [B*N 1 rows columns]
+    cells = torch.multinomial(moved.flatten(1) + LEAST_MOTION, 1, generator=generator)[:, 0]
+    rows, columns = cells // moved.shape[-1], cells % moved.shape[-1]
+    inside = torch.randint(CELL, (2, len(groups)), generator=generator)
+    tops = (rows * CELL + inside[0] - size // 2).clamp(0, height - size).tolist()
+    lefts = (columns * CELL + inside[1] - size // 2).clamp(0, width - size).tolist()
+    places = zip(groups, tops, lefts, strict=True)
+    return torch.stack([group[..., y : y + size, x : x + size] for group, y, x in places])
 
 
 if __name__ == "__main__":

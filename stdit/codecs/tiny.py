@@ -39,10 +39,10 @@ class ResidualBlock(nn.Module):
 class TinyCodec(VideoCodec):
     """Encode the first frame, and then groups of four frames, each by itself, with 2-D convolutions.
 
-    Space is folded into channels, 4x4 and then 2x2 pixels (Shi et al. 2016, arXiv:1609.05158), and so are the frames of
-    a group. The first frame is encoded like a group in which nothing moves. Latents have mean 0 and variance 1 in each
-    channel. The decoder was trained on latents with noise, so that it draws what is left of noise as a clean video,
-    which LTX-Video's decoder does as well (HaCohen et al. 2024, arXiv:2501.00103).
+    Space is folded into channels, 4x4 and then 2x2 pixels (Shi et al. 2016, arXiv:1609.05158), and so are the frames
+    of a group. The first frame is encoded like a group in which nothing moves. Latents have mean 0 and variance 1 in
+    each channel. The decoder is trained on latents with noise, so that it also removes noise that a sampler left;
+    LTX-Video's decoder does as well (HaCohen et al. 2024, arXiv:2501.00103).
     """
 
     name = "tiny"
@@ -159,6 +159,6 @@ class TinyCodec(VideoCodec):
 
 
 def split_groups(video: Tensor) -> Tensor:
-    """Split videos of 1 + 4 k frames into the first frame, four times, and k groups: ``[B c T H W] -> [B*T' c 4 H W]``."""
+    """Split videos of 1 + 4 k frames into groups, ``[B c T H W] -> [B*T' c 4 H W]``; the first: frame 0, four times."""
     repeated = torch.cat([video[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1), video], dim=2)
     return rearrange(repeated, "B c (T t) H W -> (B T) c t H W", t=FRAMES)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from scripts import train_codec
-from scripts.train_codec import CodecTrainer, CodecTraining, train
+from scripts.train_codec import CodecTrainer, CodecTraining, crop_to_motion, train
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.tiny import TinyCodec
+from stdit.codecs.tiny import TinyCodec, split_groups
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.errors import UserError
 from stdit.pipelines.video_io import write_mp4
@@ -108,19 +108,29 @@ def test_training_lowers_the_error_and_normalises(clips: DataConfig, tmp_path: P
     for number in range(60):
         losses.append(trainer.step(number, batch))
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
-    latents = trainer.codec.encode_groups(train_codec_groups(batch))
+    latents = trainer.codec.encode_groups(split_groups(batch))
     assert trainer.codec.normalise(latents).std().item() == pytest.approx(1, abs=0.5)
 
 
-def train_codec_groups(batch: Tensor) -> Tensor:
-    from stdit.codecs.tiny import split_groups
-
-    return split_groups(batch)
+def test_crops_show_what_moves() -> None:
+    video = torch.zeros(2, 3, 9, 64, 64)
+    for frame in range(9):
+        video[0, :, frame, 4:12, 5 * frame : 5 * frame + 8] = 1  # along the top
+        video[1, :, frame, 50:58, 5 * frame : 5 * frame + 8] = 1  # along the bottom
+    groups = split_groups(video)
+    crops = crop_to_motion(groups, video, 32, torch.Generator().manual_seed(0))
+    assert crops.shape == (6, 3, 4, 32, 32)
+    shown = crops.amax((1, 2, 3, 4))
+    assert shown.mean() > 0.6
+    assert torch.equal(crop_to_motion(groups, video, 64, torch.Generator()), groups)
+    still = torch.zeros(1, 3, 1, 64, 64)
+    assert crop_to_motion(split_groups(still), still, 32, torch.Generator()).shape == (1, 3, 4, 32, 32)
 
 
 def test_bad_input(clips: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="noise = -1"):
-        settings(clips, noise=-1)
+    for name, value in {"noise": -1, "crop": 12, "steps": 0}.items():
+        with pytest.raises(UserError, match=f"{name} = {value}"):
+            settings(clips, **{name: value})
     TinyCodec(4, SMALL).save_pretrained(tmp_path / "done")
     monkeypatch.setattr("sys.argv", ["train_codec.py", "--output", str(tmp_path / "done")])
     with pytest.raises(UserError, match="holds a codec already"):
