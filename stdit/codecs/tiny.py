@@ -159,6 +159,6 @@ class TinyCodec(VideoCodec):
 
 
 def split_groups(video: Tensor) -> Tensor:
-    """Split videos of 1 + 4 k frames into groups, ``[B c T H W] -> [B*T' c 4 H W]``; the first: frame 0, four times."""
+    """Split ``[B c T H W]``, T = 1 + 4 k, into groups ``[B*T' c 4 H W]``; the first group is frame 0, four times."""
     repeated = torch.cat([video[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1), video], dim=2)
     return rearrange(repeated, "B c (T t) H W -> (B T) c t H W", t=FRAMES)
