@@ -7,8 +7,8 @@
     python scripts/evaluate_adherence.py --checkpoint outputs/i2v --conditioning first last --conditioning_frames 4
 
 --videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples every
-prompt of the prompt files itself. Without both, the model that comes with stdit is scored; without files, by the
-prompts of world 64, which are drawn.
+prompt of the prompt files itself, and scores what an .mp4 would show, too. Without both, the model that comes with
+stdit is scored; without files, by the prompts of world 64, which are drawn.
 
 Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
 Those of world 64 also have the columns relation,other_shape,other_colour, empty for one object; two have no motion.
@@ -29,6 +29,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from stdit.data.shapes.worlds import WORLDS, World, sample_scene
 from stdit.errors import UserError
 from stdit.parallel.processes.device import find_device
 from stdit.pipelines.bundled import bundled_folder
-from stdit.pipelines.video_io import write_json_atomic
+from stdit.pipelines.video_io import write_json_atomic, write_mp4
 from stdit.pipelines.writer import check_writable, created_folder
 
 DATA = Path("data/shapes")
@@ -157,7 +158,7 @@ def _check_objects(path: Path, row: dict[str, str]) -> None:
 
 def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expected, str, np.ndarray]]:
     """Yield a folder's videos whose prompt is expected: (prompt, file name, uint8 [T H W 3]). Raises UserError."""
-    from stdit.data.decoding.decode import DecodeError, decode_clip, probe
+    from stdit.data.decoding.decode import DecodeError
 
     by_prompt = {row["prompt"]: row for row in reversed(expected)}
     paths = sorted(folder.glob("*.mp4"))
@@ -171,15 +172,23 @@ def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expect
             unknown.append(path.name)
             continue
         try:
-            info = probe(path)
-            frames = decode_clip(path, info.num_frames, info.fps, info.height, info.width)
+            frames = read_mp4(path)
         except DecodeError as error:
             raise UserError(f"{error}: sample it again, or remove it") from error
-        yield row, path.name, frames.permute(0, 2, 3, 1).numpy()
+        yield row, path.name, frames
     if len(unknown) == len(paths):
         raise UserError(f"{folder}: no video has a .json beside it with a prompt of the --prompts files")
     if unknown:
         print(f"{len(unknown)} of {len(paths)} videos have no known prompt: {', '.join(unknown[:3])}, ...")
+
+
+def read_mp4(path: Path) -> np.ndarray:
+    """Decode all frames of a video: uint8 [T H W 3]. Raises DecodeError."""
+    from stdit.data.decoding.decode import decode_clip, probe
+
+    info = probe(path)
+    frames = decode_clip(path, info.num_frames, info.fps, info.height, info.width)
+    return frames.permute(0, 2, 3, 1).numpy()
 
 
 def load(args: argparse.Namespace) -> tuple[Any, tuple[int, int]]:
@@ -197,7 +206,10 @@ def load(args: argparse.Namespace) -> tuple[Any, tuple[int, int]]:
 def sample_videos(
     pipe: Any, args: argparse.Namespace, expected: list[Expected], world: World
 ) -> Iterator[tuple[Expected, str, np.ndarray]]:
-    """Sample every prompt: (prompt, seed, uint8 [T H W 3]). Prompt i has the seed `args.seed` + i."""
+    """Sample every prompt: (prompt, seed, uint8 [T H W 3]), as the .mp4 shows it.
+
+    Prompt i has the seed `args.seed` + i.
+    """
     import torch
 
     from stdit.pipelines.conditions import FrameCondition
@@ -228,13 +240,21 @@ def sample_videos(
             **settings,
         ).frames  # [B T H W 3]
         for index, (row, seed, video) in enumerate(zip(rows, seeds, videos, strict=True), start):
-            frames = (np.asarray(video) * 255).round().clip(0, 255).astype(np.uint8)
+            frames = as_mp4(np.asarray(video), world.fps)
             for end in args.conditioning:
                 error = np.abs(frames[ends[end]].astype(int) - clips[index][ends[end]]).mean()
                 row = {**row, "conditioning_error": max(float(error), row.get("conditioning_error", 0.0))}
             yield row, f"seed {seed}", frames
         progress.update(len(rows))
     progress.close()
+
+
+def as_mp4(frames: np.ndarray, fps: float) -> np.ndarray:
+    """Return frames [T H W 3] as they are after writing and decoding an .mp4: uint8 [T H W 3]."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        write_mp4(path, frames, fps)
+        return read_mp4(path)
 
 
 def render_prompt(row: Expected, seed: int, args: argparse.Namespace, world: World) -> np.ndarray:
@@ -328,7 +348,7 @@ def main() -> None:
         help="with --videos: side of the model's patches, for the borders",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt (%(default)s)")
-    parser.add_argument("--num_frames", type=int, help="default: that of the prompts' world (16 or 24)")
+    parser.add_argument("--num_frames", type=int, help="default: that of the prompts' world (16 or 25)")
     parser.add_argument(
         "--size", type=int, help="height and width in pixels; default: the world's (32 or 64)"
     )

@@ -40,11 +40,12 @@ class CodecConfig:
     """Which codec turns videos into latents."""
 
     name: str = field(default="pixel", metadata={"choices": CODECS})
-    """pixel: lossless, no weights; pca: linear, fitted to the data; opensora: the VAE of Open-Sora v1.2; or the class
-    of a diffusers VAE."""
+    """pixel: lossless, no weights; pca: linear, fitted to the data; tiny: small and convolutional, its weights come
+    with stdit; opensora: the VAE of Open-Sora v1.2; or the class of a diffusers VAE."""
 
     path: str | None = None
-    """Local folder or hub id of the weights. pca: the folder of a fitted codec; None: fit one."""
+    """Local folder or hub id of the weights. pca: the folder of a fitted codec; None: fit one. tiny: what
+    scripts/train_codec.py wrote; None: the weights that come with stdit."""
 
     subfolder: str | None = None
     """Folder inside `path`, such as vae for a whole diffusers pipeline."""

@@ -14,6 +14,7 @@ from torch.nn.functional import silu
 
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.config import CodecConfig
+from stdit.errors import UserError
 
 PACKAGED = Path(__file__).parents[1] / "bundled" / "codec"
 """The trained codec that comes with stdit."""
@@ -112,8 +113,16 @@ class TinyCodec(VideoCodec):
 
     @classmethod
     def from_config(cls, config: CodecConfig) -> Self:
-        """Load the codec at ``config.path``, with its own channels; None: the one that comes with stdit."""
+        """Load the codec at ``config.path``, with its own channels; None: the one that comes with stdit.
+
+        Raises UserError if there is none.
+        """
         folder = PACKAGED if config.path is None else Path(config.path).expanduser()
+        if config.path is None and not folder.is_dir():
+            raise UserError(
+                f"{folder} is missing, the codec that comes with stdit: train it (scripts/train_codec.py --config "
+                "configs/codecs/tiny.yaml), and set codec.path = outputs/tiny"
+            )
         codec = cls.from_pretrained(folder / (config.subfolder or ""))
         assert isinstance(codec, cls)
         return codec

@@ -16,7 +16,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: CODECS.module(c.codec.name) is not None or (c.codec.name == "pca" and c.codec.path is None),
     ),
     ("codec.subfolder", "codec.path", lambda c: c.codec.path is not None),
-    ("codec.dtype", "a VAE", lambda c: c.codec.name not in ("pixel", "pca")),
+    ("codec.dtype", "a VAE", lambda c: c.codec.name not in ("pixel", "pca", "tiny")),
     (
         "text_encoder.max_length text_encoder.layers text_encoder.clean_captions text_encoder.dtype",
         "a text encoder, which has computed stored states already",

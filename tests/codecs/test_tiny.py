@@ -9,7 +9,9 @@ from torch import Tensor
 
 from scripts import train_codec
 from scripts.train_codec import CodecTrainer, CodecTraining, crop_to_motion, train
+from stdit.codecs import tiny
 from stdit.codecs.base import VideoCodec
+from stdit.codecs.config import CodecConfig
 from stdit.codecs.tiny import TinyCodec, split_groups
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.errors import UserError
@@ -135,3 +137,9 @@ def test_bad_input(clips: DataConfig, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.argv", ["train_codec.py", "--output", str(tmp_path / "done")])
     with pytest.raises(UserError, match="holds a codec already"):
         train_codec.main()
+
+
+def test_a_missing_package_codec_says_how_to_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "PACKAGED", tmp_path / "absent")
+    with pytest.raises(UserError, match=r"absent is missing.*train_codec.py .* codec.path"):
+        TinyCodec.from_config(CodecConfig(name="tiny"))
