@@ -5,10 +5,12 @@
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --prompts my_prompts.csv
     python scripts/evaluate_adherence.py
     python scripts/evaluate_adherence.py --checkpoint outputs/i2v --conditioning first last --conditioning_frames 4
+    python scripts/evaluate_adherence.py --codec outputs/tiny --prompts data/shapes64/prompts_heldout.csv
 
 --videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples every
-prompt of the prompt files itself, and scores what an .mp4 would show, too. Without both, the model that comes with
-stdit is scored; without files, by the prompts of world 64, which are drawn.
+prompt of the prompt files itself, and scores what an .mp4 would show, too. --codec scores clips that are rendered
+from the prompts, encoded and decoded: the best that a model with this codec can do. Without all three, the model that
+comes with stdit is scored; without files, by the prompts of world 64, which are drawn.
 
 Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
 Those of world 64 also have the columns relation,other_shape,other_colour, empty for one object; two have no motion.
@@ -43,7 +45,7 @@ from stdit.data.shapes.worlds import WORLDS, World, sample_scene
 from stdit.errors import UserError
 from stdit.parallel.processes.device import find_device
 from stdit.pipelines.bundled import bundled_folder
-from stdit.pipelines.video_io import write_json_atomic, write_mp4
+from stdit.pipelines.video_io import to_uint8, write_json_atomic, write_mp4
 from stdit.pipelines.writer import check_writable, created_folder
 
 DATA = Path("data/shapes")
@@ -240,17 +242,34 @@ def sample_videos(
             **settings,
         ).frames  # [B T H W 3]
         for index, (row, seed, video) in enumerate(zip(rows, seeds, videos, strict=True), start):
-            frames = as_mp4(np.asarray(video), world.fps)
+            frames = to_uint8(np.asarray(video))
             for end in args.conditioning:
                 error = np.abs(frames[ends[end]].astype(int) - clips[index][ends[end]]).mean()
                 row = {**row, "conditioning_error": max(float(error), row.get("conditioning_error", 0.0))}
-            yield row, f"seed {seed}", frames
+            yield row, f"seed {seed}", as_mp4(frames, world.fps)
         progress.update(len(rows))
     progress.close()
 
 
+def code_videos(
+    folder: Path, args: argparse.Namespace, expected: list[Expected], world: World
+) -> Iterator[tuple[Expected, str, np.ndarray]]:
+    """Encode and decode a clip of every prompt: (prompt, seed, uint8 [T H W 3]), as the .mp4 shows it."""
+    import torch
+
+    from stdit.codecs.base import VideoCodec
+
+    codec = VideoCodec.from_pretrained(folder).to(find_device(args.device))
+    for seed, row in enumerate(tqdm(expected, desc="coding", unit="video", disable=None), args.seed):
+        video = to_tensor(render_prompt(row, seed, args, world))[None].to(codec.device)
+        with torch.no_grad():
+            decoded = codec.decode(codec.encode(video), *video.shape[2:])[0]
+        frames = to_uint8((decoded.movedim(0, -1).cpu().numpy() + 1) / 2)
+        yield row, f"seed {seed}", as_mp4(frames, world.fps)
+
+
 def as_mp4(frames: np.ndarray, fps: float) -> np.ndarray:
-    """Return frames [T H W 3] as they are after writing and decoding an .mp4: uint8 [T H W 3]."""
+    """Return frames as they are after writing and decoding an .mp4: uint8 [T H W 3]."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         write_mp4(path, frames, fps)
@@ -333,6 +352,7 @@ def main() -> None:
         metavar="RUN",
         help="run, checkpoint or pipeline folder; default: the model that comes with stdit",
     )
+    source.add_argument("--codec", type=Path, metavar="DIR", help="folder of a codec")
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -383,7 +403,7 @@ def main() -> None:
     if args.output:
         check_writable(args.output.absolute().parent)
 
-    bundled = not (args.videos or args.checkpoint)
+    bundled = not (args.videos or args.checkpoint or args.codec)
     if bundled:
         bundled_folder()  # raises if there is none
     world, expected = (
@@ -391,14 +411,16 @@ def main() -> None:
     )
     args.num_frames, args.size = args.num_frames or world.num_frames, args.size or world.size
     conditioned = args.conditioning_frames * len(args.conditioning)
-    if args.conditioning and (args.videos or not 0 < conditioned < args.num_frames):
+    if args.conditioning and (args.videos or args.codec or not 0 < conditioned < args.num_frames):
         raise UserError(
-            f"--conditioning is not for --videos, and conditioning_frames = {args.conditioning_frames} at each end: "
+            f"--conditioning is for a model, and conditioning_frames = {args.conditioning_frames} at each end: "
             f"num_frames = {args.num_frames} must be larger, so that some are left to generate"
         )
     if args.videos:
         patch = None if args.patch is None else (args.patch, args.patch)
         videos = read_videos(args.videos, expected)
+    elif args.codec:
+        patch, videos = None, code_videos(args.codec, args, expected, world)
     else:
         pipe, patch = load(args)
         videos = sample_videos(pipe, args, expected, world)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from stdit.codecs.pixel import PixelCodec
+from stdit.codecs.tiny import TinyCodec
 from stdit.data.shapes.build import build, write_video
 from stdit.data.shapes.render import render
 from stdit.data.shapes.scenes import Scene
@@ -201,3 +204,25 @@ def test_evaluate_rejects_bad_prompts_of_two_objects(
     done = evaluate("--videos", tmp_path, "--prompts", tmp_path / "odd.csv", *others)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and part in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_evaluate_scores_a_codec_by_clips_of_the_prompts(built: Path, tmp_path: Path) -> None:
+    rows = (built / "prompts_heldout.csv").read_text().splitlines()[:4]
+    (tmp_path / "prompts_few.csv").write_text("\n".join(rows) + "\n")
+    PixelCodec().save_pretrained(tmp_path / "pixel")
+    evaluated = ("--prompts", tmp_path / "prompts_few.csv", "--output", tmp_path / "scores.json")
+    done = evaluate("--codec", tmp_path / "pixel", *evaluated)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]["few"]
+    assert scores["n"] == 3 and scores["strict"] == 1 and scores["noise"] < 2  # that of h264
+    torch.manual_seed(0)
+    TinyCodec().save_pretrained(tmp_path / "untrained")
+    done = evaluate("--codec", tmp_path / "untrained", *evaluated)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["few"]["strict"] == 0
+    for wrong in (
+        ["--codec", tmp_path / "absent"],
+        ["--codec", tmp_path / "pixel", "--conditioning", "first"],
+    ):
+        done = evaluate(*wrong, *evaluated)
+        assert done.returncode and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
