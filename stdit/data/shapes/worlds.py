@@ -40,8 +40,10 @@ class World:
     """Of each of two objects."""
     spread: float = 0.13
     """Travel and radius vary by this fraction around their mean."""
-    start_range: float | None = None
-    """The start lies within this distance of the centre on either axis; None: wherever the objects stay inside."""
+    start_range: float = 5.0
+    """The start lies within this distance of the centre on either axis; with `inside`, of the middle of all places
+    from which the objects stay inside the frame, and nowhere else."""
+    inside: bool = False
 
     @property
     def attributes(self) -> dict[str, tuple[str, ...]]:
@@ -68,7 +70,6 @@ WORLDS = {
         colours=("red", "orange", "yellow", "green", "blue", "purple"),
         motions=(*DIRECTIONS, *SCALES),
         backgrounds=tuple(PLAIN),
-        start_range=5.0,
     ),
     "64": World(
         name="64",
@@ -83,6 +84,8 @@ WORLDS = {
         travel=10.0,
         radius=5.0,
         pair_radius=3.2,
+        start_range=4.0,
+        inside=True,
     ),
 }
 
@@ -105,12 +108,12 @@ def sample_scene(rng: np.random.Generator, combos: Sequence[Combo], world: World
     means = np.array([world.travel, world.radius if len(combo) == 3 else world.pair_radius])
     travel, radius = means * (1 + world.spread * rng.uniform(-1, 1, 2))
     scene = replace(make_scene(combo, background), travel=float(travel), radius=float(radius))
-    if world.start_range is not None:
-        x, y = FRAME / 2 + world.start_range * place
-    else:
+    if world.inside:
         scene = replace(scene, angle=90.0 * int(rng.integers(4)))  # one of four: varied, and quick to learn
         low, high = _inside(scene)
-        x, y = (low + high) / 2 + (high - low) / 2 * place
+        x, y = (low + high) / 2 + np.minimum((high - low) / 2, world.start_range) * place
+    else:
+        x, y = FRAME / 2 + world.start_range * place
     return replace(scene, x=float(x), y=float(y))
 
 
