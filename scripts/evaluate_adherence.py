@@ -379,6 +379,10 @@ def main() -> None:
             f"patch = {args.patch}: must be at least 2 pixels, and is for --videos: a checkpoint says it itself"
         )
     if args.output:
+        if args.output.is_dir():
+            raise UserError(
+                f"output {args.output} is a folder: name a file, such as {args.output / 'scores.json'}"
+            )
         check_writable(args.output.absolute().parent)
 
     bundled = not (args.videos or args.checkpoint)

@@ -46,6 +46,10 @@ def main() -> None:
     if again := next((side for side in args.side if args.side.count(side) > 1), None):
         raise UserError(f"side {again!r} is given twice: leave one out")
     if args.output:
+        if args.output.is_dir():
+            raise UserError(
+                f"output {args.output} is a folder: name a file, such as {args.output / 'bench.json'}"
+            )
         check_writable(args.output.absolute().parent)
     with tempfile.TemporaryDirectory(prefix="stdit-bench-") as folder:
         sides = {"as set": parse_side(settings, "", folder)}

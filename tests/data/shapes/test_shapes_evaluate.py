@@ -197,6 +197,7 @@ def test_evaluate_knows_world_64_by_its_prompts(prompts64: Path, tmp_path: Path)
             "--refine_pairs has no effect on the finished videos",
         ),
         (["--videos", "videos", "--size", "32"], "--size has no effect"),
+        (["--output", "."], "output . is a folder: name a file, such as scores.json"),
     ],
 )
 def test_evaluate_rejects_settings_without_a_meaning(

@@ -52,6 +52,7 @@ def test_sides_start_alike_and_take_the_same_steps(
         (["--side", "model.depth 3"], "side 'model.depth 3': model.depth must begin with trainer."),
         (["--side", "trainer.compile"], "must be pairs of a key and a value"),
         (["--side", "ema.decay 0", "--side", "ema.decay 0"], "side 'ema.decay 0' is given twice"),
+        (["--output", "."], "output . is a folder"),
         (["--output", "/dev/null/found.json"], "output /dev/null cannot be written"),
         (["--side", "trainer.compil true"], "trainer.compil"),
     ],
