@@ -7,13 +7,13 @@
 The second command scores the model that the first one made; the third makes the same again and records these scores.
 It has the averaged weights of the run's newest checkpoint, its codec, and the text encoder, by name and fingerprint
 if a package ships it; at most 12 MB in all. Matrices are stored in bf16, or in int8 with a scale per row, and
-computed with in fp32. origin.json records commit, settings, steps, hours of training, losses, and the hash of the
-weights.
+computed with in fp32. origin.json records settings, steps, hours of training, losses, the hash of the weights, and
+the commit of the clone that this script runs in.
 """
 
 from pathlib import Path
 
-from stdit.cli import import_modules, run, script_parser
+from stdit.cli import add_import, import_modules, run, script_parser
 from stdit.pipelines.bundled import BUNDLED, origin_line
 
 
@@ -27,14 +27,7 @@ def main() -> None:
         "--weights", choices=["bf16", "int8"], default="bf16", help="how matrices are stored (%(default)s)"
     )
     parser.add_argument("--scores", type=Path, metavar="JSON", help="output of evaluate_adherence.py")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module of yours that the checkpoint needs; repeatable",
-    )
+    add_import(parser, "a module of yours that the checkpoint needs; repeatable")
     args = parser.parse_args()
     import_modules(args.imports)
     from stdit.training.bundle import folder_sizes, write_bundle  # after parsing, so that --help is quick

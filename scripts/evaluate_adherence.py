@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from stdit.cli import import_modules, run, script_parser
+from stdit.cli import add_import, import_modules, run, script_parser
 from stdit.data.shapes.build import ShapesConfig, draw_prompt_sets
 from stdit.data.shapes.checker import background_noise, check, compare, patch_borders
 from stdit.data.shapes.render import render
@@ -384,23 +384,25 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, help="default: the pipeline's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts per batch (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto: a GPU if there is one (%(default)s)")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module of yours that the checkpoint needs; repeatable",
-    )
+    add_import(parser, "a module of yours that the checkpoint needs; repeatable")
     args = parser.parse_args()
     import_modules(args.imports)
-    if args.batch_size < 1:
-        raise UserError(f"batch_size = {args.batch_size}: must be at least 1")
+    least = {"batch_size": 1, "num_frames": 1, "size": 1, "seed": 0}
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            raise UserError(f"{name} = {getattr(args, name)}: must be at least {value}")
+    unused = [name for name in ("num_frames", "size", *SAMPLING) if getattr(args, name) is not None]
+    if args.videos and unused:
+        raise UserError(f"--{unused[0]} has no effect on the finished videos of --videos: leave it out")
     if args.patch is not None and (args.patch < 2 or not args.videos):
         raise UserError(
             f"patch = {args.patch}: must be at least 2 pixels, and is for --videos: a checkpoint says it itself"
         )
     if args.output:
+        if args.output.is_dir():
+            raise UserError(
+                f"output {args.output} is a folder: name a file, such as {args.output / 'scores.json'}"
+            )
         check_writable(args.output.absolute().parent)
 
     bundled = not (args.videos or args.checkpoint or args.codec)

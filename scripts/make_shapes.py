@@ -26,7 +26,7 @@ def main() -> None:
     parser = script_parser(__doc__)
     defaults = ShapesConfig()
     parser.add_argument("--output", type=Path, default=Path("data/shapes"), help="folder (%(default)s)")
-    parser.add_argument("--num_clips", type=int, default=defaults.num_clips, help="videos (%(default)s)")
+    parser.add_argument("--num_clips", type=int, help=f"videos ({_each('num_clips')})")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
     parser.add_argument("--world", choices=list(WORLDS), default=defaults.world, help="(%(default)s)")
     parser.add_argument("--size", type=int, help=f"side in pixels ({_each('size')})")

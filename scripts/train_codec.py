@@ -3,7 +3,7 @@
     python scripts/make_shapes.py --output data/shapes
     python scripts/make_shapes.py --world 64 --output data/shapes64
     python scripts/train_codec.py --config configs/codecs/tiny.yaml
-    python train.py ... --codec.name tiny --codec.path outputs/tiny
+    python train.py --config train/shapes64 --codec.path outputs/tiny
 
 Run the same command again to resume an interrupted run. Clips are read as train.py reads them, and what a step does
 follows from its number and the seed. The loss is that of the pixels, decoded from latents to which noise was added.

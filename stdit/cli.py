@@ -102,6 +102,11 @@ def script_parser(doc: str | None) -> ScriptParser:
     )
 
 
+def add_import(parser: ArgumentParser, text: str) -> None:
+    """Add the flag --import, whose values `import_modules` takes."""
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=text)
+
+
 def help_texts(doc: str | None) -> tuple[str, str]:
     """Return the first and the last lines of ``--help`` from a command's docstring."""
     summary, _, details = as_started(doc or "").partition("\n\n")

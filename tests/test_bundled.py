@@ -17,9 +17,11 @@ from scripts import bundle, evaluate_adherence
 from stdit import cli
 from stdit.data.shapes.build import ShapesConfig
 from stdit.pipelines import STDiTPipeline, load_pipeline
+from stdit.pipelines.bundled import HOW_TO_MAKE
 from tests.training.tiny import tiny_settings
 
 Command = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[1]
 FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -139,6 +141,12 @@ def test_prompts_without_a_checkpoint(made: Path, command: Command) -> None:
     assert "*" in command(sample, "--list_sizes")[1]
 
 
+def test_the_commands_that_make_it_are_those_of_its_config() -> None:
+    lines = (ROOT / "configs" / "train" / "shapes64.yaml").read_text(encoding="utf-8").splitlines()
+    commands = [line.removeprefix("#").strip() for line in lines if line.startswith("#   python ")]
+    assert len(commands) == 2 and "; ".join(commands) in HOW_TO_MAKE
+
+
 def test_words_and_sizes_of_no_clip_are_named(made: Path, command: Command) -> None:
     flags = ["--num_samples", "2", "--num_frames", "5", "--fps", "6"]
     prompts = ["--prompt", "A Red zebra, moves", "--prompt", "ein rotes square", "--prompt", "the red square"]
@@ -223,6 +231,40 @@ def test_a_model_that_is_too_large_is_refused(
     code, _, errors = command(bundle, "--checkpoint", run, "--output", made)
     assert code == 2 and "MB (" in errors and "transformer 0." in errors and "at most 0 MB" in errors
     assert before == {file: file.read_bytes() for file in made.parent.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("output", ["mine", "mine/notes.txt", "."])
+def test_other_files_are_not_replaced(
+    run: Path, tmp_path: Path, command: Command, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = command(bundle, "--checkpoint", run, "--output", output)
+    assert code == 2 and "exists, and is no bundled pipeline" in errors and errors.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+def test_an_older_bundle_is_replaced_also_without_its_manifest(
+    run: Path, made: Path, command: Command
+) -> None:
+    (made / "meta.json").unlink()
+    assert command(bundle, "--checkpoint", run, "--output", made)[0] == 0
+    assert (made / "meta.json").is_file()
+
+
+def test_an_incomplete_last_line_of_the_metrics_is_left_out(run: Path, made: Path, command: Command) -> None:
+    metrics, origin = run / "metrics.jsonl", (made / "origin.json").read_bytes()
+    lines = metrics.read_bytes()
+    try:
+        metrics.write_bytes(lines + b'{"step": 3, "lo')
+        assert command(bundle, "--checkpoint", run, "--output", made)[0] == 0
+        assert (made / "origin.json").read_bytes() == origin
+        metrics.write_bytes(b"{\n" + lines)
+        code, _, errors = command(bundle, "--checkpoint", run, "--output", made)
+        assert code == 2 and "metrics.jsonl: line 1 is damaged" in errors
+    finally:
+        metrics.write_bytes(lines)
 
 
 def test_a_pipeline_alone_is_not_bundled(run: Path, tmp_path: Path, command: Command) -> None:

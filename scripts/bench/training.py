@@ -23,6 +23,7 @@ from typing import Any
 
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
+from stdit.pipelines.writer import check_writable
 from stdit.training.config import TrainConfig, parse_train
 
 OWN = ("trainer", "optimizer", "ema")
@@ -42,12 +43,21 @@ def main() -> None:
             raise UserError(f"{name} = {getattr(args, name)}: must be at least 1")
     if args.warmup < 0:
         raise UserError(f"warmup = {args.warmup}: must be at least 0")
+    if again := next((side for side in args.side if args.side.count(side) > 1), None):
+        raise UserError(f"side {again!r} is given twice: leave one out")
+    if args.output:
+        if args.output.is_dir():
+            raise UserError(
+                f"output {args.output} is a folder: name a file, such as {args.output / 'bench.json'}"
+            )
+        check_writable(args.output.absolute().parent)
     with tempfile.TemporaryDirectory(prefix="stdit-bench-") as folder:
         sides = {"as set": parse_side(settings, "", folder)}
         sides |= {side: parse_side(settings, side, folder) for side in args.side}
         measured = measure(sides, args)
     report(measured, args)
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(measured) + "\n")
 
 
@@ -67,10 +77,11 @@ def parse_side(settings: list[str], side: str, folder: str) -> TrainConfig:
 def measure(sides: dict[str, TrainConfig], args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Train all sides in turn on the same batches -> seconds and loss of each step, by side."""
     from stdit.training.session import start
-    from stdit.training.stop_signals import stop_signals
+    from stdit.training.stop_signals import StopSignals
 
     measured: dict[str, dict[str, list[float]]] = {side: {"seconds": [], "loss": []} for side in sides}
-    with stop_signals() as signals, start(next(iter(sides.values())), signals) as session:
+    base = next(iter(sides.values()))
+    with start(base, StopSignals()) as session:  # signals are not handled: Ctrl-C ends it at once
         trainers = {side: build_trainer(session, config) for side, config in sides.items()}
         names = list(sides)
         for batch in session.batches(0, args.warmup + args.steps):

@@ -20,7 +20,7 @@ the flags of a step.
 from argparse import ArgumentParser
 from pathlib import Path
 
-from stdit.cli import ScriptParser, script_parser
+from stdit.cli import ScriptParser, add_import, script_parser
 
 ENCODE_USAGE = "%(prog)s [--part K/N] [--config FILE ...] [--key value ...]"
 DEFAULT_SCORES = ("motion", "difference", "sharpness", "brightness", "contrast")
@@ -164,11 +164,6 @@ def build_parser() -> ScriptParser:
     add_import(prune, "a module of yours that a config needs; repeatable")
     prune.add_argument("--dry_run", action="store_true", help="only show what would be removed")
     return parser
-
-
-def add_import(parser: ArgumentParser, text: str) -> None:
-    """Add the flag --import."""
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=text)
 
 
 def add_model(parser: ArgumentParser, text: str, required: bool = False) -> None:

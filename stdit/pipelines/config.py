@@ -99,7 +99,7 @@ class VideoSettings:
         pairs = self.refine_pairs
         if pairs is not None and not (0 <= pairs <= MAX_DIMENSION and pairs == int(pairs)):
             raise UserError(
-                f"{where}refine_pairs = {pairs}: must be a whole number from 0 (none), such as 4."
+                f"{where}refine_pairs = {pairs}: must be a whole number from 0 (none) to {MAX_DIMENSION}."
             )
         if self.refine_level is not None and not 0 < self.refine_level < 1:
             raise UserError(

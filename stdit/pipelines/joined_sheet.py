@@ -16,7 +16,7 @@ def write_joined_sheet(sheets: Sequence[Path], output: Path) -> None:
         sheets: PNGs, or folders that hold a ``sheet.png``.
 
     Raises:
-        UserError: if one is no contact sheet, or ``output`` is another file.
+        UserError: if one is no contact sheet or damaged, or ``output`` is one of them, or another file.
     """
     import PIL.Image
 
@@ -25,17 +25,23 @@ def write_joined_sheet(sheets: Sequence[Path], output: Path) -> None:
 
     check_replaceable(output)
     check_writable(output.absolute().parent)
+    files = [path / "sheet.png" if path.is_dir() else path for path in sheets]
+    if output.resolve() in [file.resolve() for file in files]:
+        raise UserError(f"{output} is one of the sheets to put side by side: choose another --output.")
     contents, named = [], []
-    for path in sheets:
-        file = path / "sheet.png" if path.is_dir() else path
+    for path, file in zip(sheets, files, strict=True):
         shown = read_contents(file)
         if not shown:
             raise UserError(
                 f"{file} is no contact sheet: give output folders of sample.py, or the sheets in them."
             )
         contents.append({"sheet": str(path), "contents": shown})
-        with PIL.Image.open(file) as image:
-            named.append(picture_row([image.convert("RGB")], str(path), 1))
+        try:
+            with PIL.Image.open(file) as image:
+                picture = image.convert("RGB")
+        except OSError as error:
+            raise UserError(f"{file} is damaged ({error}): delete it, and run sample.py again.") from error
+        named.append(picture_row([picture], str(path), 1))
     width = sum(sheet.width for sheet in named) + _APART * (len(named) - 1)
     joined = PIL.Image.new("RGB", (width, max(sheet.height for sheet in named)), "white")
     left = 0

@@ -43,7 +43,8 @@ def find_checkpoint_source(checkpoint: str | Path | None, ema: bool = True) -> C
         return _exported_source(bundled_folder(), None, ema)
     if not str(checkpoint):
         raise UserError(
-            "no checkpoint: add --checkpoint with a run folder (outputs/NAME) or a pipeline folder."
+            "no checkpoint: give --checkpoint a run folder (outputs/NAME) or a pipeline folder, or leave it out for "
+            "the model that comes with stdit."
         )
     path = Path(checkpoint)
     if not path.exists():

@@ -13,7 +13,7 @@ from stdit.checkpoint_files import newest_whole, read_json, read_meta, seal_fold
 from stdit.codecs.compact_weights import compact_file
 from stdit.data.clip_list import ClipList
 from stdit.errors import UserError
-from stdit.pipelines.bundled import ORIGIN
+from stdit.pipelines.bundled import BUNDLED, ORIGIN
 from stdit.pipelines.loading import CheckpointSource, find_checkpoint_source, load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.untrained import words_of
@@ -43,9 +43,12 @@ def write_bundle(
         The content of ``origin.json``.
 
     Raises:
-        UserError: if there is no checkpoint of a run, or the pipeline is too large; nothing is written then.
+        UserError: if there is no checkpoint of a run, ``folder`` holds something else, or the pipeline is too large;
+            nothing is written then.
     """
     source = _checkpoint_of_run(checkpoint)
+    folder = folder.absolute()
+    _check_replaceable(folder)
     meta = read_meta(source.path)
     rated = None if scores is None else _read_scores(scores)
     pipe, _ = load_pipeline(source)
@@ -88,6 +91,14 @@ def folder_sizes(folder: Path) -> dict[str, int]:
     return found
 
 
+def _check_replaceable(folder: Path) -> None:
+    """Raise UserError if there is something else than an older bundled pipeline, which may lack files."""
+    if folder == BUNDLED or not folder.exists() or (folder / ORIGIN).is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise UserError(f"output {folder} exists, and is no bundled pipeline: choose another --output.")
+
+
 def _read_scores(file: Path) -> dict[str, Any]:
     """Return the scores by set. Raises UserError if evaluate_adherence.py has not written the file."""
     scores = read_json(file, "a file of scores").get("scores")
@@ -125,12 +136,18 @@ def _training_facts(source: CheckpointSource, step: int) -> dict[str, Any]:
 
 
 def _metrics(file: Path) -> Iterator[dict[str, Any]]:
-    if file.is_file():
-        yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    """Yield the lines but for an incomplete last one, which a killed run leaves. Raises UserError for a bad line."""
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True) if file.is_file() else [], 1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}: line {number} is damaged ({error}): remove it.") from error
 
 
 def _commit() -> str | None:
-    """Return the commit of this clone, with "+changes" if files differ from it; None outside of a clone."""
+    """Return the present commit of this clone, with "+changes" if files differ from it; None outside of a clone."""
     clone = Path(stdit.__file__).parents[1]
     if not (clone / ".git").exists():
         return None

