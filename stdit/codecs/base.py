@@ -236,7 +236,7 @@ class VideoCodec(ModelMixin):
         """
         with explain_load_errors(f"the codec {cls.name}", local_weights(directory)):
             codec = cls(**{key: value for key, value in settings.items() if key != "name"})
-            if (directory / WEIGHTS_FILE).is_file():
+            if codec.state_dict():
                 codec.load_state_dict(read_compact(directory / WEIGHTS_FILE))
             return codec
 

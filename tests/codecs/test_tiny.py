@@ -9,8 +9,9 @@ from torch import Tensor
 
 from scripts import train_codec
 from scripts.train_codec import CodecTrainer, CodecTraining, crop_to_motion, train
+from stdit.checkpoint_files import META
 from stdit.codecs import tiny
-from stdit.codecs.base import VideoCodec
+from stdit.codecs.base import WEIGHTS_FILE, VideoCodec
 from stdit.codecs.config import CodecConfig
 from stdit.codecs.tiny import TinyCodec, split_groups
 from stdit.data.config import BucketConfig, DataConfig
@@ -139,7 +140,30 @@ def test_bad_input(clips: DataConfig, tmp_path: Path, monkeypatch: pytest.Monkey
         train_codec.main()
 
 
-def test_a_missing_package_codec_says_how_to_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny, "PACKAGED", tmp_path / "absent")
-    with pytest.raises(UserError, match=r"absent is missing.*train_codec.py .* codec.path"):
+def test_a_missing_or_damaged_package_codec_says_how_to_make_it(
+    codec: TinyCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "packaged"
+    monkeypatch.setattr(tiny, "PACKAGED", folder)
+    with pytest.raises(UserError, match=r"packaged.* has no codec.json.*train_codec.py .* codec.path"):
         TinyCodec.from_config(CodecConfig(name="tiny"))
+    codec.save_pretrained(folder)
+    found = TinyCodec.from_config(CodecConfig(name="tiny", subfolder="vae"))  # which is for codec.path only
+    assert found.fingerprint() == codec.fingerprint()
+    (folder / WEIGHTS_FILE).write_bytes(b"half")
+    with pytest.raises(UserError, match=r"packaged.* has 4 bytes.*train_codec.py .* codec.path"):
+        TinyCodec.from_config(CodecConfig(name="tiny"))
+
+
+def test_a_codec_without_its_weights_is_not_loaded(codec: TinyCodec, tmp_path: Path) -> None:
+    codec.save_pretrained(tmp_path)
+    (tmp_path / META).unlink()
+    (tmp_path / WEIGHTS_FILE).unlink()
+    with pytest.raises(UserError, match="codec tiny could not be read"):
+        VideoCodec.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("widths", [(8, 16, 16), (40, 64, 128), (0, 16, 16), (16, 16)])
+def test_impossible_widths_are_refused(widths: tuple[int, int, int]) -> None:
+    with pytest.raises(UserError, match=rf"widths = \[{widths[0]}, .*three multiples of 16"):
+        TinyCodec(4, widths)
