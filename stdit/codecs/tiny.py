@@ -54,7 +54,7 @@ class TinyCodec(VideoCodec):
     latent_std: Tensor  # [C]
 
     def __init__(self, channels: int = 16, widths: tuple[int, int, int] = (48, 64, 128)) -> None:
-        """Make a codec with random weights.
+        """Make a codec with random weights, frozen and in eval mode as all codecs are.
 
         Args:
             channels: of the latents.
@@ -117,6 +117,7 @@ class TinyCodec(VideoCodec):
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
         self.latent_variance = torch.ones(channels)
+        self.eval().requires_grad_(False)
 
     @classmethod
     def from_config(cls, config: CodecConfig) -> Self:

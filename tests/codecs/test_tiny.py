@@ -28,7 +28,7 @@ SMALL = (16, 16, 16)
 @pytest.fixture
 def codec() -> TinyCodec:
     torch.manual_seed(0)
-    made = TinyCodec(channels=8, widths=SMALL).eval()
+    made = TinyCodec(channels=8, widths=SMALL)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     made.latent_mean.normal_()
@@ -64,6 +64,7 @@ def test_saved_and_loaded(codec: TinyCodec, tmp_path: Path) -> None:
     codec.save_pretrained(tmp_path)
     again = VideoCodec.from_pretrained(tmp_path)
     assert isinstance(again, TinyCodec) and again.widths == SMALL
+    assert not again.training and not any(parameter.requires_grad for parameter in again.parameters())
     assert again.fingerprint() == codec.fingerprint()
     assert torch.equal(again.encode(video(5, 8, 8)), codec.encode(video(5, 8, 8)))
 
