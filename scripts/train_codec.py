@@ -1,22 +1,26 @@
 """Train the codec "tiny", the small autoencoder whose weights come with the package.
 
     python scripts/make_shapes.py --output data/shapes
-    python scripts/make_shapes.py --world 64 --output data/shapes64
+    python scripts/make_shapes.py --world 64 --num_clips 40000 --output data/shapes64
     python scripts/train_codec.py --config configs/codecs/tiny.yaml
     python train.py --config train/shapes64 --codec.path outputs/tiny
 
-Run the same command again to resume an interrupted run. Clips are read as train.py reads them, and what a step does
-follows from its number and the seed. The loss is that of the pixels, decoded from latents to which noise was added.
+Run the same command again to resume an interrupted run. Clips are read as train.py reads them without a cache, and
+what a step does follows from its number and the seed. The loss is that of the pixels, decoded from latents to which
+noise was added.
 """
 
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stdit.cli import run
 from stdit.data.config import DataConfig
 from stdit.errors import UserError
-from stdit.settings import parse
+from stdit.pipelines.config import check_seed
+from stdit.settings import parse, plain
 from stdit.training.config import EMAConfig, OptimizerConfig
 
 if TYPE_CHECKING:
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 
 STATE_FILE = "training.state"
 """In the format of safetensors, but not a part of the codec."""
+STATE_ASIDE = "training.tmp"
+"""Name of the state while it is written."""
 CELL = 8
 """Pixels of each side of the places that a crop is drawn from."""
 LEAST_MOTION = 0.002
@@ -46,7 +52,7 @@ class CodecTraining:
     channels: int = 16
     """Channels of the latents."""
     widths: tuple[int, int, int] = (48, 64, 128)
-    """Channels of the layers: see `stdit.codecs.tiny.TinyCodec`."""
+    """Channels of the layers, multiples of 16: see `stdit.codecs.tiny.TinyCodec`."""
     crop: int = 32
     """Pixels of each side that a group of frames is cropped to, mostly where something moves; a multiple of 8. Larger
     than the videos: no crop."""
@@ -75,6 +81,7 @@ class CodecTraining:
     """The average of the weights, which is what is saved."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if not 0 <= self.noise < 10:
             raise UserError(f"noise = {self.noise}: must be from 0 (none) to 10, such as 0.5")
         if self.crop < 8 or self.crop % 8:
@@ -82,36 +89,64 @@ class CodecTraining:
         for name in ("steps", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.optimizer.name != "muon":
+            raise UserError(
+                f"optimizer.name = {self.optimizer.name}: the codec is trained with muon: leave it out"
+            )
+        if self.data.cache != "none":
+            raise UserError(
+                f"data.cache = {self.data.cache}: pixels are not cached: leave it out, or set it to none"
+            )
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The settings that must stay the same when training resumes."""
+        settings = plain(replace(self, data=replace(self.data, workers=0)))
+        return {name: value for name, value in settings.items() if name not in ("output", "save_every")}
 
 
 def main() -> None:
     config = parse(CodecTraining, doc=__doc__)
     folder = Path(config.output)
-    if (folder / "codec.json").exists():
+    unfinished = (folder / STATE_FILE).exists()  # it is deleted after the codec is saved
+    if (folder / "codec.json").exists() and not unfinished:
         raise UserError(f"output = {folder}: holds a codec already: choose another folder, or delete it")
     train(config, folder)
 
 
 def train(config: CodecTraining, folder: Path) -> None:
-    """Do the steps that are left, and save the codec."""
+    """Do the steps that are left, and save the codec.
+
+    Raises:
+        UserError: if the folder cannot be written, its state is of other settings, or the loss is not finite.
+    """
     from tqdm import tqdm
 
     from stdit.data.build import build_plan
     from stdit.data.clip_tensors import to_video
     from stdit.data.dataset import video_loader
+    from stdit.pipelines.writer import check_writable
 
-    plan = build_plan(config.data, config.seed)
-    print(plan.report())
-    workers = 0 if config.data.workers == "auto" else config.data.workers
+    data = config.data
+    data.validate()
+    check_writable(folder)
     trainer = CodecTrainer(config)
     start = trainer.resume(folder / STATE_FILE)
-    batches = video_loader(plan, workers, config.data.crop, flip=config.data.flip)(start, config.steps)
+    plan = build_plan(data, config.seed)
+    print(plan.report())
+    workers = 0 if data.workers == "auto" else data.workers
+    loader = video_loader(plan, workers, data.crop, data.max_skipped_share, flip=data.flip)
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=config.steps, initial=start, unit="step") as bar:
-        for batch in batches:
+        for batch in loader(start, config.steps):
             assert batch.content is not None, "the plan has no empty bucket"
             loss = trainer.step(batch.info.step, to_video(batch.content))
             done = batch.info.step + 1
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of step {batch.info.step} is {loss}: lower optimizer.muon_lr and optimizer.lr, and "
+                    "choose another output"
+                )
             if done % config.save_every == 0:
                 trainer.save(folder / STATE_FILE, done)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -167,8 +202,10 @@ class CodecTrainer:
         return loss.item()
 
     def save(self, file: Path, done: int) -> None:
-        """Write the state after ``done`` steps, from which `resume` goes on."""
+        """Write the state after ``done`` steps, for `resume`."""
         from safetensors.torch import save_file
+
+        from stdit.training.disk import disk_errors
 
         parts = {"codec": self.codec, "average": self.ema, "optimizer": self.optimizer}
         tensors = {
@@ -176,19 +213,33 @@ class CodecTrainer:
             for part, owner in parts.items()
             for name, tensor in owner.state_dict().items()
         }
-        aside = file.with_suffix(".tmp")
-        save_file(tensors, aside, {"steps": str(done)})
-        aside.replace(file)
+        aside = file.with_name(STATE_ASIDE)
+        with disk_errors(str(file), aside):
+            save_file(tensors, aside, {"steps": str(done), "settings": json.dumps(self.config.fixed)})
+            aside.replace(file)
 
     def resume(self, file: Path) -> int:
-        """Read the state, if there is one, and return the number of steps done."""
-        from safetensors import safe_open
+        """Read the state, if there is one, and return the number of steps done.
+
+        Raises:
+            UserError: if it is damaged, or of other settings.
+        """
+        from safetensors import SafetensorError, safe_open
 
         if not file.exists():
             return 0
-        with safe_open(file, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            done = int(stored.metadata()["steps"])
+        try:
+            with safe_open(file, "pt") as stored:
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                written = stored.metadata()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({error}): delete it to begin again") from None
+        before, now = json.loads(written.get("settings", "{}")), self.config.fixed
+        if changed := [name for name in before if before[name] != now.get(name)]:
+            raise UserError(
+                f"{file} is of another training: {', '.join(changed)} differ: give the same settings, or choose "
+                "another output"
+            )
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("codec", "average", "optimizer")}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(":")
@@ -196,11 +247,13 @@ class CodecTrainer:
         self.codec.load_state_dict(parts["codec"])
         self.ema.average.update(parts["average"])
         self.optimizer.load_state_dict(parts["optimizer"])
-        return done
+        return int(written["steps"])
 
     def export(self, folder: Path) -> None:
         """Write the codec with the averaged weights."""
-        with self.ema.applied(self.codec):
+        from stdit.training.disk import disk_errors
+
+        with disk_errors(f"codec {folder}", folder / STATE_ASIDE), self.ema.applied(self.codec):
             self.codec.save_pretrained(folder)
 
 
@@ -223,10 +276,8 @@ def crop_to_motion(groups: "Tensor", video: "Tensor", size: int, generator: "tor
     if size >= min(height, width):
         return groups
     frames, count = video.shape[2], len(groups) // len(video)
-    first = (
-        torch.arange(count) * groups.shape[2] - groups.shape[2] + 1
-    )  # of each group; the first has one frame
-    later = video[:, :, (first.clamp(min=0) + frames // 2) % frames].transpose(1, 2).flatten(0, 1)
+    first = (torch.arange(count) * groups.shape[2] - groups.shape[2] + 1).clamp(min=0)  # frame of each group
+    later = video[:, :, (first + frames // 2) % frames].transpose(1, 2).flatten(0, 1)
     moved = avg_pool2d((groups[:, :, 0] - later).abs().mean(1, keepdim=True), CELL)  # [B*N 1 rows columns]
     cells = torch.multinomial(moved.flatten(1) + LEAST_MOTION, 1, generator=generator)[:, 0]
     rows, columns = cells // moved.shape[-1], cells % moved.shape[-1]

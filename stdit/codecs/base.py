@@ -236,7 +236,7 @@ class VideoCodec(ModelMixin):
         """
         with explain_load_errors(f"the codec {cls.name}", local_weights(directory)):
             codec = cls(**{key: value for key, value in settings.items() if key != "name"})
-            if (directory / WEIGHTS_FILE).is_file():
+            if codec.state_dict():
                 codec.load_state_dict(read_compact(directory / WEIGHTS_FILE))
             return codec
 
@@ -277,7 +277,7 @@ class VideoCodec(ModelMixin):
 
         Args:
             pretrained_model_name_or_path: local folder.
-            torch_dtype, dtype: precision of a VAE, instead of the saved one; pixel and pca stay in fp32.
+            torch_dtype, dtype: precision of a VAE, instead of the saved one; pixel, pca and tiny stay in fp32.
                 The first is the name in older versions of diffusers.
             diffusers_options: what diffusers passes to every component; each is honoured or refused.
 

@@ -54,13 +54,20 @@ class TinyCodec(VideoCodec):
     latent_std: Tensor  # [C]
 
     def __init__(self, channels: int = 16, widths: tuple[int, int, int] = (48, 64, 128)) -> None:
-        """Make a codec with random weights.
+        """Make a codec with random weights, frozen and in eval mode as all codecs are.
 
         Args:
             channels: of the latents.
             widths: channels of the layers at a quarter and an eighth of the size, and of those of a whole group;
                 multiples of 16.
+
+        Raises:
+            UserError: for other widths, or no channels.
         """
+        if channels < 1:
+            raise UserError(f"channels = {channels}: must be at least 1, such as 16")
+        if len(widths) != 3 or any(width < 16 or width % 16 for width in widths):
+            raise UserError(f"widths = {list(widths)}: must be three multiples of 16, such as [48, 64, 128]")
         super().__init__()
         self.channels, self.widths = channels, (widths[0], widths[1], widths[2])
         quarter, eighth, group = widths
@@ -110,20 +117,27 @@ class TinyCodec(VideoCodec):
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
         self.latent_variance = torch.ones(channels)
+        self.eval().requires_grad_(False)
 
     @classmethod
     def from_config(cls, config: CodecConfig) -> Self:
         """Load the codec at ``config.path``, with its own channels; None: the one that comes with stdit.
 
-        Raises UserError if there is none.
+        Raises UserError if there is none, or it is damaged.
         """
-        folder = PACKAGED if config.path is None else Path(config.path).expanduser()
-        if config.path is None and not folder.is_dir():
+        folder = PACKAGED
+        if config.path is not None:
+            folder = Path(config.path).expanduser() / (config.subfolder or "")
+        try:
+            codec = cls.from_pretrained(folder)
+        except UserError as error:
+            if config.path is not None:
+                raise
             raise UserError(
-                f"{folder} is missing, the codec that comes with stdit: train it (scripts/train_codec.py --config "
-                "configs/codecs/tiny.yaml), and set codec.path = outputs/tiny"
-            )
-        codec = cls.from_pretrained(folder / (config.subfolder or ""))
+                f"the codec that comes with stdit is missing or damaged: {str(error).rstrip('.')}. Install stdit "
+                "again, or train it (python scripts/train_codec.py --config configs/codecs/tiny.yaml) and set "
+                "codec.path = outputs/tiny"
+            ) from None
         assert isinstance(codec, cls)
         return codec
 

@@ -23,8 +23,8 @@ class FlowConfig:
 
     prediction: str = field(default="velocity", metadata={"choices": PREDICTIONS})
     """Meaning of the model's output: the velocity; the clean sample; or the residual of the best linear denoiser
-    (needs a codec that knows the variance of its latents, such as pca). The loss is that of the velocity in each
-    case."""
+    (needs a codec that knows the variance of its latents, such as pca or tiny). The loss is that of the velocity in
+    each case."""
     timestep_sampling: Literal["uniform", "logit_normal"] = "logit_normal"
     """Distribution of the noise level t in training."""
     logit_mean: float = 0.0

@@ -52,7 +52,7 @@ class RectifiedFlow:
         if config.prediction == "residual" and latent_variance is None:
             raise UserError(
                 "flow.prediction = residual needs a codec that knows the variance of its latents: use codec.name = "
-                "pca, or flow.prediction = velocity"
+                "pca or tiny, or flow.prediction = velocity"
             )
         self.config = config
         self.latent_variance = latent_variance

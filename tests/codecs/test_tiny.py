@@ -1,5 +1,7 @@
 """The small autoencoder, and the script that trains it."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +10,17 @@ import torch
 from torch import Tensor
 
 from scripts import train_codec
-from scripts.train_codec import CodecTrainer, CodecTraining, crop_to_motion, train
+from scripts.train_codec import STATE_FILE, CodecTrainer, CodecTraining, crop_to_motion, train
+from stdit.checkpoint_files import META
 from stdit.codecs import tiny
-from stdit.codecs.base import VideoCodec
+from stdit.codecs.base import WEIGHTS_FILE, VideoCodec
 from stdit.codecs.config import CodecConfig
 from stdit.codecs.tiny import TinyCodec, split_groups
 from stdit.data.config import BucketConfig, DataConfig
 from stdit.errors import UserError
 from stdit.pipelines.video_io import write_mp4
+from stdit.settings import plain
+from stdit.training.config import OptimizerConfig
 
 SMALL = (16, 16, 16)
 
@@ -23,7 +28,7 @@ SMALL = (16, 16, 16)
 @pytest.fixture
 def codec() -> TinyCodec:
     torch.manual_seed(0)
-    made = TinyCodec(channels=8, widths=SMALL).eval()
+    made = TinyCodec(channels=8, widths=SMALL)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     made.latent_mean.normal_()
@@ -59,6 +64,7 @@ def test_saved_and_loaded(codec: TinyCodec, tmp_path: Path) -> None:
     codec.save_pretrained(tmp_path)
     again = VideoCodec.from_pretrained(tmp_path)
     assert isinstance(again, TinyCodec) and again.widths == SMALL
+    assert not again.training and not any(parameter.requires_grad for parameter in again.parameters())
     assert again.fingerprint() == codec.fingerprint()
     assert torch.equal(again.encode(video(5, 8, 8)), codec.encode(video(5, 8, 8)))
 
@@ -103,10 +109,10 @@ def test_training_resumes_bit_for_bit(
     assert not (parts / "training.state").exists()
 
 
-def test_training_lowers_the_error_and_normalises(clips: DataConfig, tmp_path: Path) -> None:
+def test_training_lowers_the_error_and_normalises(clips: DataConfig) -> None:
     losses = []
     trainer = CodecTrainer(settings(clips, steps=60, noise=0.1))
-    (batch,) = (torch.stack([torch.full((3, 5, 16, 16), value) for value in (-0.5, 0.0, 0.7)]),)
+    batch = torch.stack([torch.full((3, 5, 16, 16), value) for value in (-0.5, 0.0, 0.7)])
     for number in range(60):
         losses.append(trainer.step(number, batch))
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
@@ -130,16 +136,82 @@ def test_crops_show_what_moves() -> None:
 
 
 def test_bad_input(clips: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"noise": -1, "crop": 12, "steps": 0}.items():
+    for name, value in {"noise": -1, "crop": 12, "steps": 0, "seed": -1}.items():
         with pytest.raises(UserError, match=f"{name} = {value}"):
             settings(clips, **{name: value})
     TinyCodec(4, SMALL).save_pretrained(tmp_path / "done")
     monkeypatch.setattr("sys.argv", ["train_codec.py", "--output", str(tmp_path / "done")])
     with pytest.raises(UserError, match="holds a codec already"):
         train_codec.main()
+    with pytest.raises(UserError, match="optimizer.name = adamw"):
+        settings(clips, optimizer=OptimizerConfig(name="adamw"))
+    with pytest.raises(UserError, match="data.cache = memory"):
+        settings(replace(clips, cache="memory"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file cannot be written"):
+        train(settings(clips), tmp_path / "file")
 
 
-def test_a_missing_package_codec_says_how_to_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny, "PACKAGED", tmp_path / "absent")
-    with pytest.raises(UserError, match=r"absent is missing.*train_codec.py .* codec.path"):
+def test_a_state_of_other_settings_is_not_resumed(clips: DataConfig, tmp_path: Path) -> None:
+    file = tmp_path / STATE_FILE
+    CodecTrainer(settings(clips, steps=7)).save(file, 3)
+    assert CodecTrainer(settings(replace(clips, workers=2), steps=7, save_every=1)).resume(file) == 3
+    for changes in ({"steps": 2}, {"widths": (32, 16, 16)}, {"seed": 1}):
+        with pytest.raises(UserError, match=f"another training: {next(iter(changes))} differ"):
+            train(settings(clips, **{"steps": 7} | changes), tmp_path)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read .* delete it"):
+        train(settings(clips, steps=7), tmp_path)
+    assert [path.name for path in tmp_path.glob("*.state")] == [STATE_FILE]
+
+
+def test_a_loss_that_is_not_finite_ends_training(
+    clips: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CodecTrainer, "step", lambda self, number, batch: [1.0, 1.0, float("nan")][number])
+    with pytest.raises(UserError, match="the loss of step 2 is nan: lower optimizer.muon_lr"):
+        train(settings(clips, steps=7), tmp_path / "codec")
+    assert not list((tmp_path / "codec").iterdir())
+
+
+def test_an_interrupted_export_is_done_again(
+    clips: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = CodecTrainer(settings(clips, steps=3))
+    trainer.save(tmp_path / STATE_FILE, 3)
+    (tmp_path / "codec.json").write_text("{}")
+    argv = ["train_codec.py", "--output", str(tmp_path), "--steps", "3", "--channels", "4"]
+    argv += ["--widths", str(list(SMALL)), "--data", json.dumps(plain(clips))]
+    monkeypatch.setattr("sys.argv", argv)
+    train_codec.main()
+    assert VideoCodec.from_pretrained(tmp_path).fingerprint() == trainer.codec.fingerprint()
+    assert not (tmp_path / STATE_FILE).exists()
+
+
+def test_a_missing_or_damaged_package_codec_says_how_to_make_it(
+    codec: TinyCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "packaged"
+    monkeypatch.setattr(tiny, "PACKAGED", folder)
+    with pytest.raises(UserError, match=r"packaged.* has no codec.json.*train_codec.py .* codec.path"):
         TinyCodec.from_config(CodecConfig(name="tiny"))
+    codec.save_pretrained(folder)
+    found = TinyCodec.from_config(CodecConfig(name="tiny", subfolder="vae"))  # which is for codec.path only
+    assert found.fingerprint() == codec.fingerprint()
+    (folder / WEIGHTS_FILE).write_bytes(b"half")
+    with pytest.raises(UserError, match=r"packaged.* has 4 bytes.*train_codec.py .* codec.path"):
+        TinyCodec.from_config(CodecConfig(name="tiny"))
+
+
+def test_a_codec_without_its_weights_is_not_loaded(codec: TinyCodec, tmp_path: Path) -> None:
+    codec.save_pretrained(tmp_path)
+    (tmp_path / META).unlink()
+    (tmp_path / WEIGHTS_FILE).unlink()
+    with pytest.raises(UserError, match="codec tiny could not be read"):
+        VideoCodec.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("widths", [(8, 16, 16), (40, 64, 128), (0, 16, 16), (16, 16)])
+def test_impossible_widths_are_refused(widths: tuple[int, int, int]) -> None:
+    with pytest.raises(UserError, match=rf"widths = \[{widths[0]}, .*three multiples of 16"):
+        TinyCodec(4, widths)

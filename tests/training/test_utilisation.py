@@ -21,9 +21,16 @@ SIZES: dict[str, Any] = dict(
 
 
 @pytest.mark.parametrize("frame_timesteps", [False, True])
-def test_the_arithmetic_is_what_torch_counts_in_a_real_pass(frame_timesteps: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cross_attention": "spatial", "frame_positions": True, "mlp_conv": True, "pred_sigma": False}],
+)
+def test_the_arithmetic_is_what_torch_counts_in_a_real_pass(
+    options: dict[str, Any], frame_timesteps: bool
+) -> None:
     batch = tiny_batch(0, frames=3)
-    model = STDiT(**SIZES)
+    sizes = SIZES | options
+    model = STDiT(**sizes)
     with FlopCounterMode(display=False) as counter:
         model(
             hidden_states=batch.latents,
@@ -35,7 +42,7 @@ def test_the_arithmetic_is_what_torch_counts_in_a_real_pass(frame_timesteps: boo
             width=batch.width,
             drop_caption=torch.tensor([True, False, False, True]),
         ).sum().backward()
-    utilisation = Utilisation(STDiTConfig(**SIZES), frame_timesteps, processes=2)
+    utilisation = Utilisation(STDiTConfig(**sizes), frame_timesteps, processes=2)
     assert utilisation.flops(batch) == counter.get_total_flops() > 0
     expected = counter.get_total_flops() / (0.5 * 2 * 1e9)
     assert utilisation.mfu(batch, seconds=0.5, rate=1e9) == pytest.approx(expected)

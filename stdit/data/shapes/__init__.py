@@ -1,1 +1,1 @@
-"""The embedded data set "shapes": clips of one moving shape, their captions, and a checker of generated clips."""
+"""The embedded data set "shapes": clips of moving shapes, their captions, and a checker of generated clips."""

@@ -58,6 +58,8 @@ from stdit.errors import UserError
 
 VERSION = 1
 """Raise it when the same seed gives other files than before."""
+INCOMPLETE = 0
+"""Version of a folder whose files are being replaced."""
 STREAMS = {
     "clips": 0,
     "seen": 1,
@@ -154,14 +156,16 @@ def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) ->
         return "written"
     before = {"world": "32", **found}
     others = ", ".join(
-        f"{name} {before.get(name)}" for name, value in asdict(config).items() if before.get(name) != value
+        f"{name} {before[name]}" for name, value in asdict(config).items() if before.get(name, value) != value
     )
+    if found["version"] == INCOMPLETE:
+        others = "an interrupted build"
     return f"written in place of those of {others or 'another version'}; other files in the folder stay"
 
 
 def _replace_files(output: Path, made: Path) -> None:
     """Move the files of a build into the folder of another one, the settings last."""
-    (output / _META).write_text('{"version": 0}\n')  # incomplete until the real one is there
+    (output / _META).write_text(json.dumps({"version": INCOMPLETE}) + "\n")  # until the real one is there
     for name in STREAMS:  # another world may have others
         (output / f"prompts_{name}.csv").unlink(missing_ok=True)
     for name in sorted(path.name for path in made.iterdir() if path.name != _META):

@@ -82,9 +82,8 @@ class _Window:
     def around(cls, track: Track) -> "_Window":
         h, w = track.alpha.shape[1:]
         area = track.area * track.scale**2
-        half = (
-            int(np.ceil(1.05 * REACH * np.sqrt(area.max() / 2.1))) + BLURS + 1
-        )  # the least area of radius 1 is 2.2
+        radius = np.sqrt(area.max() / 2.1)  # no shape of radius 1 has a smaller area
+        half = int(np.ceil(1.05 * REACH * radius)) + BLURS + 1
         x, y = track.x * track.scale, track.y * track.scale
         left, top = (np.floor(a).astype(int) - half for a in (x, y))
         columns, rows = (a[:, None] + np.arange(2 * half + 1) for a in (left, top))  # [T n]
