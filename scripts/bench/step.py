@@ -151,7 +151,7 @@ def measure(
 
     torch.set_float32_matmul_precision(matmul_precision)
     if flash:
-        attention.SHORT_SEQUENCE = 0
+        attention.FEW_SCORES = 0
     if threads is not None:
         torch.set_num_threads(threads)
     if kept:

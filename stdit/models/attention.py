@@ -11,8 +11,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from stdit.models.embeddings import rotate
 
-SHORT_SEQUENCE = 64
-"""Up to this many tokens, PyTorch's flash kernel for CPUs is slower than batched matrix products
+FEW_SCORES = 64 * 64
+"""Up to this many pairs of a query and a key, PyTorch's flash kernel for CPUs is slower than batched matrix products
 (``scripts/bench/step.py --sizes quickstart``)."""
 
 
@@ -31,8 +31,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     if visible is not None:
         empty = ~visible.any(-1, keepdim=True)  # [R 1 1 1]
         visible, v = visible | empty, v.masked_fill(empty, 0)  # without this, a mean over padding or NaN
-    short = max(q.shape[-2], k.shape[-2]) <= SHORT_SEQUENCE
-    if q.device.type != "cpu" or q.dtype != torch.float32 or not short:
+    few = q.shape[-2] * k.shape[-2] <= FEW_SCORES
+    if q.device.type != "cpu" or q.dtype != torch.float32 or not few:
         return scaled_dot_product_attention(q, k, v, visible)
     scores: Tensor = q * q.shape[-1] ** -0.5 @ k.mT  # [R h N L]
     if visible is not None:

@@ -9,7 +9,7 @@ from stdit.models.attention import attention
 from stdit.models.stdit import STDiT, masked_mean
 
 VISIBLE = torch.tensor([[True, True, False], [False, False, False]])
-PATHS = pytest.mark.parametrize("short", [64, 0], ids=["products", "kernel"])
+PATHS = pytest.mark.parametrize("few", [4096, 0], ids=["products", "kernel"])
 
 
 def rows(*shape: int) -> Tensor:
@@ -17,10 +17,8 @@ def rows(*shape: int) -> Tensor:
 
 
 @PATHS
-def test_attention_to_no_token_is_zero_and_has_no_gradient(
-    short: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "SHORT_SEQUENCE", short)
+def test_attention_to_no_token_is_zero_and_has_no_gradient(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEW_SCORES", few)
     q, k, v = rows(2, 2, 5, 8), rows(2, 2, 3, 8), rows(2, 2, 3, 4 + 4)
     out = attention(q, k, v, VISIBLE[:, None, None])
     assert torch.equal(out[1], torch.zeros(2, 5, 8))
@@ -42,9 +40,9 @@ def test_the_mean_of_no_token_is_zero() -> None:
 
 @PATHS
 def test_padding_of_a_caption_without_a_visible_token_has_no_effect(
-    short: int, monkeypatch: pytest.MonkeyPatch
+    few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHORT_SEQUENCE", short)
+    monkeypatch.setattr(module, "FEW_SCORES", few)
     torch.manual_seed(0)
     model = STDiT(
         depth=1,
