@@ -36,7 +36,7 @@ CELL = 8
 LEAST_MOTION = 0.002
 """Added to the mean difference of each place, so that those where nothing moves are drawn, too."""
 STATISTICS_RATE = 0.02
-"""Share by which mean and variance of the latents move towards those of a step."""
+"""Share by which mean and variance of the latents move towards those of a step; at first they are averages."""
 
 
 @dataclass
@@ -189,7 +189,9 @@ class CodecTrainer:
         video = codec.pad_video(video)
         groups = crop_to_motion(split_groups(video), video, config.crop, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            latents = codec.normalise(codec.encode_groups(groups).float(), rate=STATISTICS_RATE)
+            latents = codec.normalise(
+                codec.encode_groups(groups).float(), rate=max(STATISTICS_RATE, 1 / (step + 1))
+            )
             level = config.noise * torch.rand(len(groups), 1, 1, 1, generator=generator)
             noisy = latents + level * torch.randn(latents.shape, generator=generator)
             error = codec.decode_groups(noisy).float() - groups

@@ -158,18 +158,22 @@ class TinyCodec(VideoCodec):
         return rearrange(self.decoder["frames"](x), "(N t) c H W -> N c t H W", t=FRAMES)
 
     def normalise(self, latents: Tensor, rate: float | None = None) -> Tensor:
-        """Bring each channel of ``[N C H W]`` to mean 0 and variance 1.
+        """Bring each channel of ``[N C H W]`` to mean 0 and variance 1, by the statistics that are kept.
 
         Args:
-            rate: in training: take the statistics of these latents, and move those that are kept towards them by this
-                share.
+            rate: in training: first move the kept statistics towards those of these latents by this share. Gradients
+                are those of a normalisation by the latter, so that larger latents are no way out of the noise
+                (batch renormalisation, Ioffe 2017, arXiv:1702.03275).
         """
-        mean, std = self.latent_mean, self.latent_std
-        if rate is not None:
-            mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) + 1e-4
-            self.latent_mean.lerp_(mean.detach(), rate)
-            self.latent_std.lerp_(std.detach(), rate)
-        return (latents - mean[:, None, None]) / std[:, None, None]
+        if rate is None:
+            return (latents - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) + 1e-4
+        self.latent_mean.lerp_(mean.detach(), rate)
+        self.latent_std.lerp_(std.detach(), rate)
+        scale = (std / self.latent_std).detach()
+        shift = ((mean - self.latent_mean) / self.latent_std).detach()
+        normal = (latents - mean[:, None, None]) / std[:, None, None]
+        return normal * scale[:, None, None] + shift[:, None, None]
 
     def _encode(self, video: Tensor) -> Tensor:
         latents = self.normalise(self.encode_groups(split_groups(video)))
