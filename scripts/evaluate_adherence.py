@@ -193,16 +193,16 @@ def read_mp4(path: Path) -> np.ndarray:
     return frames.permute(0, 2, 3, 1).numpy()
 
 
-def load(args: argparse.Namespace) -> tuple[Any, tuple[int, int]]:
-    """Load the pipeline; return it, and height and width of its patches in pixels."""
+def load(args: argparse.Namespace) -> tuple[Any, str, tuple[int, int]]:
+    """Load the pipeline; return it, the hash of its weights, and height and width of its patches in pixels."""
     from stdit.pipelines.loading import load_pipeline
 
     device = find_device(args.device)
-    pipe, _ = load_pipeline(args.checkpoint)
+    pipe, weights = load_pipeline(args.checkpoint)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     (_, *stride), (_, *size) = pipe.codec.stride, pipe.transformer.config.patch_size
-    return pipe, (stride[0] * size[0], stride[1] * size[1])
+    return pipe, weights, (stride[0] * size[0], stride[1] * size[1])
 
 
 def sample_videos(
@@ -418,20 +418,21 @@ def main() -> None:
             f"--conditioning is for a model, and conditioning_frames = {args.conditioning_frames} at each end: "
             f"num_frames = {args.num_frames} must be larger, so that some are left to generate"
         )
+    weights = None
     if args.videos:
         patch = None if args.patch is None else (args.patch, args.patch)
         videos = read_videos(args.videos, expected)
     elif args.codec:
         patch, videos = None, code_videos(args.codec, args, expected, world)
     else:
-        pipe, patch = load(args)
+        pipe, weights, patch = load(args)
         videos = sample_videos(pipe, args, expected, world)
     results = [judge(*video, world, patch) for video in videos]
     scores = summarise(results)
     print_table(scores)
     if args.output:
         with created_folder(args.output.absolute().parent):
-            write_json_atomic(args.output, {"scores": scores, "videos": results})
+            write_json_atomic(args.output, {"scores": scores, "weights": weights, "videos": results})
 
 
 if __name__ == "__main__":

@@ -108,13 +108,23 @@ def test_int8_is_half_as_large_and_computed_with_in_fp32(run: Path, made: Path, 
     assert code == 0 and len(list(Path("outputs/samples").glob("*.mp4"))) == 1, errors
 
 
-def test_the_origin_is_recorded(run: Path, bundled: Path, command: Command, tmp_path: Path) -> None:
-    rates = {"scores": {"heldout": {"n": 8, "strict": 0.75, "lenient": 1.0}}, "videos": []}
+def test_the_origin_is_recorded(run: Path, made: Path, command: Command, tmp_path: Path) -> None:
+    rates = {
+        "scores": {"heldout": {"n": 8, "strict": 0.75, "lenient": 1.0}},
+        "weights": "others",
+        "videos": [],
+    }
+    flags = ["--checkpoint", run, "--output", made, "--scores", tmp_path / "scores.json"]
+    before = (made / "origin.json").read_bytes()
     (tmp_path / "scores.json").write_text(json.dumps(rates))
-    flags = ["--checkpoint", run, "--output", bundled, "--scores", tmp_path / "scores.json"]
+    code, _, errors = command(bundle, *flags)
+    assert (
+        code and "are those of the weights others" in errors and (made / "origin.json").read_bytes() == before
+    )
+    (tmp_path / "scores.json").write_text(json.dumps(rates | {"weights": load_pipeline()[1]}))
     code, output, errors = command(bundle, *flags)
     assert code == 0, errors
-    origin = json.loads((bundled / "origin.json").read_text())
+    origin = json.loads((made / "origin.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert origin["step"] == 3 and origin["scores"] == rates["scores"]
     assert origin["loss"] == pytest.approx(sum(line["loss"] for line in lines) / 3)
@@ -206,7 +216,8 @@ def test_it_is_scored_without_a_checkpoint(made: Path, command: Command, tmp_pat
     flags = ["--prompts", tmp_path / "one.csv", "--num_frames", "8", "--size", "32", "--output", scores]
     code, output, errors = command(evaluate_adherence, *flags)
     assert code == 0, errors
-    assert json.loads(scores.read_text())["scores"]["one"]["n"] == 1
+    found = json.loads(scores.read_text())
+    assert found["scores"]["one"]["n"] == 1 and found["weights"] == load_pipeline()[1]
     shutil.rmtree(made)
     code, _, errors = command(evaluate_adherence)
     assert code == 2 and "scripts/bundle.py" in errors

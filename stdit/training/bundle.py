@@ -61,7 +61,7 @@ def write_bundle(
         **_training_facts(source, meta["step"]),
         "commit": _commit(),
         "versions": meta["versions"],
-        "scores": rated,
+        "scores": rated and rated["scores"],
         "lineage": meta.get("lineage", []),
         "config": meta["config"],
     }
@@ -74,6 +74,11 @@ def write_bundle(
         seal_folder(aside, pipe.components)
         reloaded, origin["weights"] = load_pipeline(aside)
         _check_fp32(reloaded)
+        if rated and rated["weights"] != origin["weights"]:
+            raise UserError(
+                f"scores {scores}: are those of the weights {rated['weights']}, not of {origin['weights']}: make the "
+                "pipeline without --scores, score it, and then make it again"
+            )
         text = json.dumps(origin, indent=1, ensure_ascii=False) + "\n"
         (aside / ORIGIN).write_text(text, encoding="utf-8")
         seal_folder(aside, pipe.components)
@@ -100,11 +105,13 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _read_scores(file: Path) -> dict[str, Any]:
-    """Return the scores by set. Raises UserError if evaluate_adherence.py has not written the file."""
-    scores = read_json(file, "a file of scores").get("scores")
-    if not isinstance(scores, dict):
-        raise UserError(f"scores {file}: it has no scores: give what evaluate_adherence.py --output wrote.")
-    return scores
+    """Return scores by set, and the weights. Raises UserError if evaluate_adherence.py has not written the file."""
+    content = read_json(file, "a file of scores")
+    if not isinstance(content.get("scores"), dict) or "weights" not in content:
+        raise UserError(
+            f"scores {file}: it has no scores of a model: give what evaluate_adherence.py --output wrote."
+        )
+    return content
 
 
 def _checkpoint_of_run(checkpoint: Path) -> CheckpointSource:
