@@ -252,11 +252,16 @@ class CodecTrainer:
         return int(written["steps"])
 
     def export(self, folder: Path) -> None:
-        """Write the codec with the averaged weights."""
+        """Write the codec with the averaged weights, its kernels in bf16."""
+        from stdit.checkpoint_files import seal_folder
+        from stdit.codecs.compact_weights import compact_file
         from stdit.training.disk import disk_errors
 
         with disk_errors(f"codec {folder}", folder / STATE_ASIDE), self.ema.applied(self.codec):
             self.codec.save_pretrained(folder)
+            for file in folder.glob("*.safetensors"):
+                compact_file(file, "bf16")
+            seal_folder(folder)
 
 
 def crop_to_motion(groups: "Tensor", video: "Tensor", size: int, generator: "torch.Generator") -> "Tensor":

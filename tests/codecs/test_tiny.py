@@ -184,7 +184,9 @@ def test_an_interrupted_export_is_done_again(
     argv += ["--widths", str(list(SMALL)), "--data", json.dumps(plain(clips))]
     monkeypatch.setattr("sys.argv", argv)
     train_codec.main()
-    assert VideoCodec.from_pretrained(tmp_path).fingerprint() == trainer.codec.fingerprint()
+    found = VideoCodec.from_pretrained(tmp_path).state_dict()  # kernels were rounded to bf16
+    for name, tensor in trainer.codec.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=2**-8, atol=0)
     assert not (tmp_path / STATE_FILE).exists()
 
 
