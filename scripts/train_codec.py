@@ -53,6 +53,8 @@ class CodecTraining:
     """Channels of the latents."""
     widths: tuple[int, int, int] = (48, 64, 128)
     """Channels of the layers, multiples of 16: see `stdit.codecs.tiny.TinyCodec`."""
+    groups: int = 2
+    """Groups of four frames that a step takes of each clip: few, so that a step shows many scenes."""
     crop: int = 32
     """Pixels of each side that a group of frames is cropped to, mostly where something moves; a multiple of 8. Larger
     than the videos: no crop."""
@@ -86,7 +88,7 @@ class CodecTraining:
             raise UserError(f"noise = {self.noise}: must be from 0 (none) to 10, such as 0.5")
         if self.crop < 8 or self.crop % 8:
             raise UserError(f"crop = {self.crop}: must be a multiple of 8 pixels, such as 32")
-        for name in ("steps", "save_every"):
+        for name in ("groups", "steps", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
         if self.optimizer.name != "muon":
@@ -180,14 +182,14 @@ class CodecTrainer:
         import torch
         from torch.nn.utils import clip_grad_norm_
 
-        from stdit.codecs.tiny import split_groups
         from stdit.diffusion.draws import sample_generator
         from stdit.training.optim import learning_rate_factor
 
         config, codec = self.config, self.codec
         generator = sample_generator(config.seed, step, 0)
         video = codec.pad_video(video)
-        groups = crop_to_motion(split_groups(video), video, config.crop, generator)
+        groups, later = draw_groups(video, config.groups, generator)
+        groups = crop_to_motion(groups, later, config.crop, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
             latents = codec.normalise(
                 codec.encode_groups(groups).float(), rate=max(STATISTICS_RATE, 1 / (step + 1))
@@ -264,17 +266,37 @@ class CodecTrainer:
             seal_folder(folder)
 
 
-def crop_to_motion(groups: "Tensor", video: "Tensor", size: int, generator: "torch.Generator") -> "Tensor":
+def draw_groups(video: "Tensor", count: int, generator: "torch.Generator") -> "tuple[Tensor, Tensor]":
+    """Draw ``count`` groups of frames of each video ``[B 3 T H W]``, or all if there are fewer.
+
+    Returns:
+        The groups ``[N 3 4 H W]``, and for each the frame half a video after its first one, ``[N 3 H W]``.
+    """
+    import torch
+
+    from stdit.codecs.tiny import FRAMES, split_groups
+
+    frames = video.shape[2]
+    groups, later = [], []
+    for clip, own in zip(video, split_groups(video).unflatten(0, (len(video), -1)), strict=True):
+        drawn = torch.randperm(len(own), generator=generator)[:count]
+        first = ((drawn - 1) * FRAMES + 1).clamp(min=0)
+        groups.append(own[drawn])
+        later.append(clip[:, (first + frames // 2) % frames].transpose(0, 1))
+    return torch.cat(groups), torch.cat(later)
+
+
+def crop_to_motion(groups: "Tensor", later: "Tensor", size: int, generator: "torch.Generator") -> "Tensor":
     """Crop each group of frames to size x size pixels, with a preference for where the video moves.
 
     Most of a frame may be background, which is learned soon. A place is drawn in proportion to how much the group's
-    first frame differs there from the frame half a video later.
+    first frame differs there from a later one.
 
     Args:
-        groups: [B*N 3 4 H W], those of one video together.
-        video: [B 3 T H W].
+        groups: [N 3 4 H W].
+        later: a frame for each, [N 3 H W].
 
-    Returns: [B*N 3 4 size size], or the groups as they are if they are not larger.
+    Returns: [N 3 4 size size], or the groups as they are if they are not larger.
     """
     import torch
     from torch.nn.functional import avg_pool2d
@@ -282,10 +304,7 @@ def crop_to_motion(groups: "Tensor", video: "Tensor", size: int, generator: "tor
     height, width = groups.shape[-2:]
     if size >= min(height, width):
         return groups
-    frames, count = video.shape[2], len(groups) // len(video)
-    first = (torch.arange(count) * groups.shape[2] - groups.shape[2] + 1).clamp(min=0)  # frame of each group
-    later = video[:, :, (first + frames // 2) % frames].transpose(1, 2).flatten(0, 1)
-    moved = avg_pool2d((groups[:, :, 0] - later).abs().mean(1, keepdim=True), CELL)  # [B*N 1 rows columns]
+    moved = avg_pool2d((groups[:, :, 0] - later).abs().mean(1, keepdim=True), CELL)  # [N 1 rows columns]
     cells = torch.multinomial(moved.flatten(1) + LEAST_MOTION, 1, generator=generator)[:, 0]
     rows, columns = cells // moved.shape[-1], cells % moved.shape[-1]
     inside = torch.randint(CELL, (2, len(groups)), generator=generator)

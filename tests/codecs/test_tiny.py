@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scripts import train_codec
-from scripts.train_codec import STATE_FILE, CodecTrainer, CodecTraining, crop_to_motion, train
+from scripts.train_codec import STATE_FILE, CodecTrainer, CodecTraining, crop_to_motion, draw_groups, train
 from stdit.checkpoint_files import META
 from stdit.codecs import tiny
 from stdit.codecs.base import WEIGHTS_FILE, VideoCodec
@@ -125,18 +125,29 @@ def test_crops_show_what_moves() -> None:
     for frame in range(9):
         video[0, :, frame, 4:12, 5 * frame : 5 * frame + 8] = 1  # along the top
         video[1, :, frame, 50:58, 5 * frame : 5 * frame + 8] = 1  # along the bottom
-    groups = split_groups(video)
-    crops = crop_to_motion(groups, video, 32, torch.Generator().manual_seed(0))
+    groups, later = draw_groups(video, 9, torch.Generator().manual_seed(0))
+    crops = crop_to_motion(groups, later, 32, torch.Generator().manual_seed(0))
     assert crops.shape == (6, 3, 4, 32, 32)
     shown = crops.amax((1, 2, 3, 4))
     assert shown.mean() > 0.6
-    assert torch.equal(crop_to_motion(groups, video, 64, torch.Generator()), groups)
-    still = torch.zeros(1, 3, 1, 64, 64)
-    assert crop_to_motion(split_groups(still), still, 32, torch.Generator()).shape == (1, 3, 4, 32, 32)
+    assert torch.equal(crop_to_motion(groups, later, 64, torch.Generator()), groups)
+    still = draw_groups(torch.zeros(1, 3, 1, 64, 64), 2, torch.Generator())
+    assert crop_to_motion(*still, 32, torch.Generator()).shape == (1, 3, 4, 32, 32)
+
+
+def test_drawn_groups_differ_and_are_those_of_their_video() -> None:
+    clips = video(13, 8, 8)
+    groups, later = draw_groups(clips, 3, torch.Generator().manual_seed(0))
+    every = split_groups(clips)
+    found = [next(k for k, one in enumerate(every) if torch.equal(one, group)) for group in groups]
+    assert len(set(found)) == 6 and all(k // 4 == n // 3 for n, k in enumerate(found))
+    for k, frame in zip(found, later, strict=True):
+        first = max(0, k % 4 * 4 - 3)
+        assert torch.equal(frame, clips[k // 4, :, (first + 6) % 13])
 
 
 def test_bad_input(clips: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"noise": -1, "crop": 12, "steps": 0, "seed": -1}.items():
+    for name, value in {"noise": -1, "groups": 0, "crop": 12, "steps": 0, "seed": -1}.items():
         with pytest.raises(UserError, match=f"{name} = {value}"):
             settings(clips, **{name: value})
     TinyCodec(4, SMALL).save_pretrained(tmp_path / "done")
