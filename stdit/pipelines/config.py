@@ -51,7 +51,7 @@ class VideoSettings:
     shift: float | None = _setting(None)
     """Shift of the steps towards noise (above 1) or detail (below 1); none: from size and length."""
     refine_pairs: int | None = _setting(0)
-    """Pairs of opposite noise with which the finished video is refined, each two more model calls; 0: none."""
+    """Pairs of opposite noise that refine the finished video one after the other, each two model calls; 0: none."""
     refine_level: float | None = _setting(0.4)
     """Noise level of the refinement; higher: cleaner outlines and backgrounds, further from the video before it."""
     refine_guidance_scale: float | None = _setting(1.0)

@@ -425,12 +425,13 @@ class STDiTPipeline(DiffusionPipeline):
         inputs: "_ModelInputs",
         guidance_scale: float,
     ) -> Tensor:
-        """Return the mean of the model's estimates of the video from pairs of opposite noise.
+        """Return the finished video x with the grain and the ragged outlines taken off that the steps left.
 
-        A pair is ``(1 - t) x + t n`` and ``(1 - t) x - t n`` of the finished video x. What the estimates owe to the
-        noise n is odd in n to first order and cancels (antithetic variates: Hammersley & Morton 1956). There remains
-        the estimate of the video of which x is a sample with errors as large as the noise: without the grain and
-        the ragged outlines that the steps left.
+        Each pair of opposite noise gives two noisy videos, ``(1 - t) x + t n`` and ``(1 - t) x - t n``; the mean of
+        the model's estimates of the clean video takes the place of x, and the next pair begins from it. What an
+        estimate owes to the noise n is odd in n to first order and cancels (antithetic variates: Hammersley & Morton
+        1956); repeated, estimates climb to where videos are most probable at noise t (mean shift: Comaniciu & Meer
+        2002).
 
         Args:
             latents: this rank's frames ``[B C T_n H W]``.
@@ -438,13 +439,13 @@ class STDiTPipeline(DiffusionPipeline):
             level: the noise level t of each frame, ``[B T]``; one of 0 stays as it is.
         """
         t = per_frame(inputs.sharding.split(level, dim=1))
-        total, count = torch.zeros_like(latents), 0
         for noise in noises:
+            estimates = []
             for signed in (noise, -noise):
                 noisy = torch.lerp(latents, signed, t)
-                total += noisy + t * self.guided_velocity(noisy, level, inputs, guidance_scale)
-                count += 1
-        return torch.where(t > 0, total / count, latents)
+                estimates.append(noisy + t * self.guided_velocity(noisy, level, inputs, guidance_scale))
+            latents = torch.where(t > 0, (estimates[0] + estimates[1]) / 2, latents)
+        return latents
 
     def guided_velocity(self, x_t: Tensor, t: Tensor, inputs: "_ModelInputs", scale: float) -> Tensor:
         """Return ``v_uncond + g (v_cond - v_uncond)`` (Ho & Salimans 2022, arXiv:2207.12598, equation 6).
