@@ -46,7 +46,7 @@ from stdit.errors import UserError
 from stdit.parallel.processes.device import find_device
 from stdit.pipelines.bundled import bundled_folder
 from stdit.pipelines.video_io import to_uint8, write_json_atomic, write_mp4
-from stdit.pipelines.writer import check_writable, created_folder
+from stdit.pipelines.writer import check_output_file, created_folder
 
 DATA = Path("data/shapes")
 SETS = ("heldout", "paraphrase", "paraphrase_strict", "seen")
@@ -399,11 +399,7 @@ def main() -> None:
             f"patch = {args.patch}: must be at least 2 pixels, and is for --videos: a checkpoint says it itself"
         )
     if args.output:
-        if args.output.is_dir():
-            raise UserError(
-                f"output {args.output} is a folder: name a file, such as {args.output / 'scores.json'}"
-            )
-        check_writable(args.output.absolute().parent)
+        check_output_file(args.output, "scores.json")
 
     bundled = not (args.videos or args.checkpoint or args.codec)
     if bundled:

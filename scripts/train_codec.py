@@ -255,15 +255,12 @@ class CodecTrainer:
 
     def export(self, folder: Path) -> None:
         """Write the codec with the averaged weights, its kernels in bf16."""
-        from stdit.checkpoint_files import seal_folder
-        from stdit.codecs.compact_weights import compact_file
+        from stdit.codecs.compact_weights import compact_folder
         from stdit.training.disk import disk_errors
 
         with disk_errors(f"codec {folder}", folder / STATE_ASIDE), self.ema.applied(self.codec):
             self.codec.save_pretrained(folder)
-            for file in folder.glob("*.safetensors"):
-                compact_file(file, "bf16")
-            seal_folder(folder)
+            compact_folder(folder, "bf16")
 
 
 def draw_groups(video: "Tensor", count: int, generator: "torch.Generator") -> "tuple[Tensor, Tensor]":

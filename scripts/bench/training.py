@@ -23,7 +23,7 @@ from typing import Any
 
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
-from stdit.pipelines.writer import check_writable
+from stdit.pipelines.writer import check_output_file
 from stdit.training.config import TrainConfig, parse_train
 
 OWN = ("trainer", "optimizer", "ema")
@@ -46,11 +46,7 @@ def main() -> None:
     if again := next((side for side in args.side if args.side.count(side) > 1), None):
         raise UserError(f"side {again!r} is given twice: leave one out")
     if args.output:
-        if args.output.is_dir():
-            raise UserError(
-                f"output {args.output} is a folder: name a file, such as {args.output / 'bench.json'}"
-            )
-        check_writable(args.output.absolute().parent)
+        check_output_file(args.output, "bench.json")
     with tempfile.TemporaryDirectory(prefix="stdit-bench-") as folder:
         sides = {"as set": parse_side(settings, "", folder)}
         sides |= {side: parse_side(settings, side, folder) for side in args.side}

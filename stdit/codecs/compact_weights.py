@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stdit.checkpoint_files import seal_folder
+
 _SCALE = ".int8_scale"
 """End of the name of a matrix's scales."""
 
@@ -69,8 +71,14 @@ def has_int8(file: Path) -> bool:
         return False
 
 
-def compact_file(file: Path, kind: str) -> None:
-    """Rewrite a safetensors file with its matrices stored as a kind of `COMPACT`."""
+def compact_folder(folder: Path, kind: str) -> None:
+    """Rewrite the weights of a saved component, and its manifest, with matrices stored as a kind of `COMPACT`."""
+    for file in folder.glob("*.safetensors"):
+        _compact_file(file, kind)
+    seal_folder(folder)
+
+
+def _compact_file(file: Path, kind: str) -> None:
     with safe_open(file, framework="pt") as content:
         metadata = content.metadata()
     aside = file.with_suffix(".tmp")  # the tensors lie in the mapped file until they are written

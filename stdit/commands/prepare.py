@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from stdit.cli import run
+from stdit.cli import import_modules, run
 from stdit.commands.prepare_flags import build_parser
 from stdit.errors import UserError
 
@@ -72,7 +72,6 @@ def _split(args: Namespace) -> list[str]:
 
 
 def _score(args: Namespace) -> list[str]:
-    from stdit.cli import import_modules
     from stdit.data.preparation.scoring import ScoringWindow, score_clips
 
     import_modules(args.imports)

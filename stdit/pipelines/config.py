@@ -121,7 +121,7 @@ class VideoSettings:
                     f"{where}{name} = {getattr(self, name)} would have no effect: refine_pairs = 0 is no refinement: "
                     "add refine_pairs, such as 4, or leave it out."
                 )
-        refined = resolved["refine_pairs"] and resolved["refine_guidance_scale"] != 1
+        refined = guides_refinement(resolved)
         needs_guidance = {
             "negative_prompt": None if refined else negative_prompt,
             "guidance_schedule": None if self.guidance_schedule == "constant" else self.guidance_schedule,
@@ -149,6 +149,11 @@ VIDEO_SETTINGS = tuple(f.name for f in fields(VideoSettings))
 """Names of the settings of a pipeline call."""
 PIPELINE_DEFAULTS: dict[str, Any] = {f.name: f.metadata["pipeline_default"] for f in fields(VideoSettings)}
 """Settings of a new pipeline for which none are passed."""
+
+
+def guides_refinement(resolved: Mapping[str, Any]) -> bool:
+    """Return whether a call with these settings, all of them resolved, refines its videos with guidance."""
+    return bool(resolved["refine_pairs"]) and resolved["refine_guidance_scale"] != 1
 
 
 def check_recorded(recorded: Any, where: str) -> None:

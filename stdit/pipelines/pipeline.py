@@ -34,6 +34,7 @@ from stdit.pipelines.config import (
     VIDEO_SETTINGS,
     VideoSettings,
     check_recorded,
+    guides_refinement,
     list_settings,
     video_settings,
 )
@@ -269,8 +270,7 @@ class STDiTPipeline(DiffusionPipeline):
             int(video["num_inference_steps"]), shape[1], height, width, shift=video["shift"]
         ).to(device)
         scales = guidance_scales(sigmas, video)
-        pairs, refine_scale = int(video["refine_pairs"]), float(video["refine_guidance_scale"])
-        guided = any(scale != 1 for scale in scales) or (pairs > 0 and refine_scale != 1)
+        guided = any(scale != 1 for scale in scales) or guides_refinement(video)
         arguments = self.encode_prompt(prompts, negatives, guided, device)
         for name in ("fps", "height", "width"):
             rows = len(arguments["encoder_hidden_states"])
@@ -290,13 +290,13 @@ class STDiTPipeline(DiffusionPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        if pairs:
+        if pairs := int(video["refine_pairs"]):
             level = max_noise_level.clamp(max=float(video["refine_level"]))
             noises = (
                 sharding.split(torch.stack([draw_noise(shape, one) for one in generators]).to(device), dim=2)
                 for _ in self.progress_bar(range(pairs))
             )
-            latents = self.refine(latents, noises, level, inputs, refine_scale)
+            latents = self.refine(latents, noises, level, inputs, float(video["refine_guidance_scale"]))
         if output_type == "latent":
             frames = sharding.gather(latents, 2, shape[1])
         else:

@@ -16,7 +16,7 @@ from stdit.parallel.sequence.planner import (
     divisors,
     idle_warning,
 )
-from stdit.pipelines.config import SampleConfig
+from stdit.pipelines.config import SampleConfig, guides_refinement
 
 if TYPE_CHECKING:
     from stdit.pipelines.pipeline import STDiTPipeline
@@ -67,6 +67,6 @@ class SamplingWorkload:
         model = STDiTConfig(**{field.name: transformer.config[field.name] for field in fields(STDiTConfig)})
         for one in self.settings:
             shape = self.pipe.codec.latent_shape(one["num_frames"], one["height"], one["width"])
-            guided = one["guidance_scale"] != 1 or (one["refine_pairs"] and one["refine_guidance_scale"] != 1)
+            guided = one["guidance_scale"] != 1 or guides_refinement(one)
             rows = batch_size * (2 if guided and self.config.parallel.cfg == 1 else 1)
             yield batch_load(model, shape, rows, element_size=transformer.dtype.itemsize, saved="nothing")

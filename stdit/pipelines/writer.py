@@ -240,6 +240,17 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
+def check_output_file(file: Path, example: str) -> None:
+    """Test that a file can be written, before time is spent on its content.
+
+    Raises:
+        UserError: if it is a folder, of which ``example`` names a file, or cannot be written.
+    """
+    if file.is_dir():
+        raise UserError(f"output {file} is a folder: name a file, such as {file / example}")
+    check_writable(file.absolute().parent)
+
+
 @contextmanager
 def created_folder(folder: Path, keep: bool = True) -> Iterator[None]:
     """Create a folder and its parents; after an error, or unless ``keep``, remove the new ones that are empty."""

@@ -10,7 +10,7 @@ import torch
 
 import stdit
 from stdit.checkpoint_files import newest_whole, read_json, read_meta, seal_folder
-from stdit.codecs.compact_weights import compact_file
+from stdit.codecs.compact_weights import compact_folder
 from stdit.data.clip_list import ClipList
 from stdit.errors import UserError
 from stdit.pipelines.bundled import BUNDLED, ORIGIN
@@ -68,9 +68,7 @@ def write_bundle(
     with replace_folder(f"bundle {folder}", folder, parents=True) as aside:
         pipe.save_pretrained(aside)
         for part in ("transformer", "codec"):
-            for file in (aside / part).glob("*.safetensors"):
-                compact_file(file, weights)
-            seal_folder(aside / part)
+            compact_folder(aside / part, weights)
         seal_folder(aside, pipe.components)
         reloaded, origin["weights"] = load_pipeline(aside)
         _check_fp32(reloaded)
