@@ -130,7 +130,7 @@ def _cut(scene: Scene, frames: int) -> list[Body]:
 
 def _stranger(scene: Scene, colour: str) -> Body:
     """Return a circle in the place that is farthest from all objects."""
-    grid = np.stack(np.meshgrid(np.linspace(4, 28, 25), np.linspace(4, 28, 25)), -1).reshape(-1, 1, 2)
+    grid = np.stack(np.meshgrid(np.linspace(3, 29, 27), np.linspace(3, 29, 27)), -1).reshape(-1, 1, 2)
     room = np.min(
         [
             (np.hypot(grid[..., 0] - body.x, grid[..., 1] - body.y) - REACH * body.radius).min(1)

@@ -13,6 +13,7 @@ from stdit.data.shapes.render import COLOURS, PLAIN, draw, render
 from stdit.data.shapes.scenes import Scene, bodies
 from tests.data.shapes import spoiled
 from tests.data.shapes.clips import LARGE, counts, encoded, scenes
+from tests.data.shapes.spoiled import FRAMES, SIZE
 
 OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow"}
 OPPOSITE |= {"approaches": "leaves", "leaves": "approaches"}
@@ -33,14 +34,14 @@ def accuracy(videos: Iterable[np.ndarray], shown: list[Scene]) -> float:
 
 def test_checker_is_right_on_rendered_clips() -> None:
     shown = mixed(2, seed=1)
-    assert accuracy((render(scene, 24, 64) for scene in shown), shown) == 1
+    assert accuracy((render(scene, FRAMES, SIZE) for scene in shown), shown) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("crf", [None, 12, 24])
 def test_checker_is_right_on_many_clips(tmp_path: Path, crf: int | None) -> None:
     shown = mixed(500, seed=2)
-    videos = (render(scene, 24, 64) for scene in shown)
+    videos = (render(scene, FRAMES, SIZE) for scene in shown)
     if crf is not None:
         videos = (encoded(video, tmp_path / "clip.mp4", crf) for video in videos)
     assert accuracy(videos, shown) >= 0.99
@@ -48,7 +49,7 @@ def test_checker_is_right_on_many_clips(tmp_path: Path, crf: int | None) -> None
 
 def test_checker_is_right_after_h264(tmp_path: Path) -> None:
     shown = mixed(2, seed=3)
-    videos = [encoded(render(scene, 24, 64), tmp_path / "clip.mp4", crf=24) for scene in shown]
+    videos = [encoded(render(scene, FRAMES, SIZE), tmp_path / "clip.mp4", crf=24) for scene in shown]
     assert accuracy(videos, shown) == 1
 
 
@@ -58,7 +59,7 @@ def test_checker_accepts_blur_and_faint_noise() -> None:
     rng = np.random.default_rng(0)
     videos = []
     for scene in shown:
-        video = spoiled.blur(render(scene, 24, 64).astype(float))
+        video = spoiled.blur(render(scene, FRAMES, SIZE).astype(float))
         videos.append((video + rng.normal(0, 8, video.shape)).clip(0, 255).astype(np.uint8))
     assert accuracy(videos, shown) >= 0.98
 
@@ -110,7 +111,7 @@ def test_checker_rejects_many_spoiled_videos(kind: str) -> None:
 def test_checker_knows_the_order_of_frames(acts: tuple[str, ...]) -> None:
     shown = {scene.relation or scene.motion: scene for scene in mixed(160, seed=8)}
     for scene in (shown[act] for act in acts):
-        turned = check(render(scene, 24, 64)[::-1], LARGE)
+        turned = check(render(scene, FRAMES, SIZE)[::-1], LARGE)
         act = scene.relation or scene.motion
         found = turned.relation or turned.motion
         if act in OPPOSITE:
@@ -126,7 +127,7 @@ def test_checker_knows_the_order_of_frames(acts: tuple[str, ...]) -> None:
 @counts(2, 6)
 def test_checker_rejects_every_other_value(count: int) -> None:
     for scene in mixed(count, seed=9):
-        verdict = check(render(scene, 24, 64), LARGE)
+        verdict = check(render(scene, FRAMES, SIZE), LARGE)
         names = [name for name, value in scene.attributes.items() if value]
         for name in names:
             for value in set(getattr(LARGE, name.removeprefix("other_") + "s")) - {getattr(scene, name)}:
@@ -156,7 +157,7 @@ def test_objects_without_a_relation_are_scored_in_either_order() -> None:
             scene,
             Scene(**scene.__dict__ | {"colour": scene.other_colour, "other_colour": scene.colour}),
         ):
-            still = np.repeat(render(shown, 24, 64)[:1], 24, axis=0)
+            still = np.repeat(render(shown, FRAMES, SIZE)[:1], FRAMES, axis=0)
             shown = replace(shown, shape=scene.shape)
             result = score(still, shown.attributes, LARGE)
             assert result["colour"] and result["other_colour"] and not result["relation"]
@@ -165,7 +166,7 @@ def test_objects_without_a_relation_are_scored_in_either_order() -> None:
 def test_one_object_is_not_two() -> None:
     for scene in scenes(1, 12, LARGE, pairs=True):
         alone = replace(scene, relation="", motion="right", other_shape="", other_colour="")
-        result = score(render(scene, 24, 64), alone.attributes, LARGE)
+        result = score(render(scene, FRAMES, SIZE), alone.attributes, LARGE)
         assert result["background"] and not (result["strict"] or result["lenient"])
 
 
@@ -242,7 +243,7 @@ def test_background_noise_is_that_of_plain_backgrounds(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for scene in scenes(30, 15, LARGE):
         scene = replace(scene, y=16.0) if scene.motion in ("right", "left", "turn") else scene
-        video = render(scene, 24, 64)
+        video = render(scene, FRAMES, SIZE)
         noise = background_noise(video)
         assert (noise is None) == (scene.background not in PLAIN)
         if noise is None:
