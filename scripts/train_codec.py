@@ -49,9 +49,9 @@ class CodecTraining:
     """Seed of the weights, the batches and the noise."""
     data: DataConfig = field(default_factory=DataConfig)
     """Clips; batch_size of a bucket is the clips of a step."""
-    channels: int = 16
+    channels: int = 32
     """Channels of the latents."""
-    widths: tuple[int, int, int] = (48, 64, 128)
+    widths: tuple[int, int, int] = (48, 96, 160)
     """Channels of the layers, multiples of 16: see `stdit.codecs.tiny.TinyCodec`."""
     groups: int = 2
     """Groups of four frames that a step takes of each clip: few, so that a step shows many scenes."""

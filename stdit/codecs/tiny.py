@@ -53,7 +53,7 @@ class TinyCodec(VideoCodec):
     latent_mean: Tensor  # [C]
     latent_std: Tensor  # [C]
 
-    def __init__(self, channels: int = 16, widths: tuple[int, int, int] = (48, 64, 128)) -> None:
+    def __init__(self, channels: int = 32, widths: tuple[int, int, int] = (48, 96, 160)) -> None:
         """Make a codec with random weights, frozen and in eval mode as all codecs are.
 
         Args:
@@ -67,7 +67,7 @@ class TinyCodec(VideoCodec):
         if channels < 1:
             raise UserError(f"channels = {channels}: must be at least 1, such as 16")
         if len(widths) != 3 or any(width < 16 or width % 16 for width in widths):
-            raise UserError(f"widths = {list(widths)}: must be three multiples of 16, such as [48, 64, 128]")
+            raise UserError(f"widths = {list(widths)}: must be three multiples of 16, such as [48, 96, 160]")
         super().__init__()
         self.channels, self.widths = channels, (widths[0], widths[1], widths[2])
         quarter, eighth, group = widths
