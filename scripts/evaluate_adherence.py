@@ -26,10 +26,9 @@ its prompt, and "kept" is the share in which these frames come out unchanged: wi
 """
 
 import argparse
-import csv
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,8 +39,8 @@ from tqdm import tqdm
 from stdit.cli import add_import, import_modules, run, script_parser
 from stdit.data.shapes.build import ShapesConfig, draw_prompt_sets
 from stdit.data.shapes.checker import background_noise, check, compare, patch_borders
-from stdit.data.shapes.render import render
-from stdit.data.shapes.worlds import WORLDS, World, sample_scene
+from stdit.data.shapes.prompt_files import Expected, read_expected, render_prompt
+from stdit.data.shapes.worlds import World
 from stdit.errors import UserError
 from stdit.parallel.processes.device import find_device
 from stdit.pipelines.bundled import bundled_folder
@@ -68,9 +67,6 @@ SAMPLING = {
 }
 """Settings of a pipeline call that are flags here."""
 
-Expected = dict[str, Any]
-"""A prompt: its text, its attributes, and the name of its set."""
-
 
 def default_files(names: tuple[str, ...]) -> list[Path]:
     """Return the prompt files in `DATA`."""
@@ -90,72 +86,6 @@ def default_prompts(videos: bool, bundled: bool) -> tuple[World, list[Expected]]
     config = ShapesConfig.of("64")
     sets = draw_prompt_sets(config)
     return config.facts, [{"set": name, **row} for name in (*SETS, *PAIR_SETS) for row in sets[name]]
-
-
-def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
-    """Read the prompts of all files; each file is a set, named like it without "prompts_".
-
-    Returns:
-        The world that their columns belong to, and the prompts.
-
-    Raises:
-        UserError: for files that cannot be read, or of two worlds.
-    """
-    sets = {path: _read_rows(path) for path in files}
-    worlds = {path: _world(path, rows) for path, rows in sets.items()}
-    world = worlds[files[0]]
-    if other := next((path for path in files if worlds[path] is not world), None):
-        raise UserError(
-            f"{files[0]} is of world {world.name} and {other} of world {worlds[other].name}: score them one by one"
-        )
-    expected = []
-    for path, rows in sets.items():
-        name = path.stem.removeprefix("prompts_")
-        for row in rows:
-            wanted = {column: row[column] for column in ("prompt", *world.attributes)}
-            odd = next((c for c, values in world.attributes.items() if wanted[c] not in values), None)
-            if odd:
-                values = ", ".join(value for value in world.attributes[odd] if value)
-                raise UserError(f"{path}: {odd} = {wanted[odd]}: must be one of {values}")
-            if world.relations:
-                _check_objects(path, wanted)
-            expected.append({"set": name, **wanted})
-    return world, expected
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; scripts/make_shapes.py writes such files") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV in UTF-8 ({error}): save it as one") from error
-
-
-def _world(path: Path, rows: list[dict[str, str]]) -> World:
-    """Return the largest world whose columns a file has. Raises UserError if there is none."""
-    found = [
-        world
-        for world in WORLDS.values()
-        if rows and all(row.get(name) is not None for row in rows for name in world.attributes)
-    ]
-    if not found or any(not row.get("prompt") for row in rows):
-        columns = ",".join(["prompt", *WORLDS["32"].attributes])
-        more = ",".join(name for name in WORLDS["64"].attributes if name not in WORLDS["32"].attributes)
-        raise UserError(
-            f"{path} must be a CSV with rows, and with the columns {columns} (world 64: and {more})"
-        )
-    return found[-1]
-
-
-def _check_objects(path: Path, row: dict[str, str]) -> None:
-    """Raise UserError unless a prompt has one object with a motion, or two with a relation."""
-    two = [bool(row[name]) for name in ("relation", "other_shape", "other_colour")]
-    if bool(row["motion"]) in two or not (row["shape"] and row["colour"] and row["background"]):
-        raise UserError(
-            f"{path}: {row['prompt']!r} must have a motion, or relation, other_shape and other_colour, and not both"
-        )
 
 
 def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expected, str, np.ndarray]]:
@@ -219,7 +149,10 @@ def sample_videos(
     settings = {name: getattr(args, name) for name in SAMPLING}
     settings = {name: value for name, value in settings.items() if value is not None}
     clips = (
-        [render_prompt(row, args.seed + i, args, world) for i, row in enumerate(expected)]
+        [
+            render_prompt(row, args.seed + i, world, args.num_frames, args.size)
+            for i, row in enumerate(expected)
+        ]
         if args.conditioning
         else []
     )
@@ -261,7 +194,7 @@ def code_videos(
 
     codec = VideoCodec.from_pretrained(folder).to(find_device(args.device))
     for seed, row in enumerate(tqdm(expected, desc="coding", unit="video", disable=None), args.seed):
-        video = to_tensor(render_prompt(row, seed, args, world))[None].to(codec.device)
+        video = to_tensor(render_prompt(row, seed, world, args.num_frames, args.size))[None].to(codec.device)
         with torch.no_grad():
             decoded = codec.decode(codec.encode(video), *video.shape[2:])[0]
         frames = to_uint8((decoded.movedim(0, -1).cpu().numpy() + 1) / 2)
@@ -274,14 +207,6 @@ def as_mp4(frames: np.ndarray, fps: float) -> np.ndarray:
         path = Path(folder) / "video.mp4"
         write_mp4(path, frames, fps)
         return read_mp4(path)
-
-
-def render_prompt(row: Expected, seed: int, args: argparse.Namespace, world: World) -> np.ndarray:
-    """Render a clip that a prompt describes: uint8 [T H W 3]."""
-    two = ("relation", "other_shape", "other_colour") if row.get("relation") else ("motion",)
-    combo = tuple(row[name] for name in ("shape", "colour", *two))
-    scene = replace(sample_scene(np.random.default_rng(seed), [combo], world), background=row["background"])
-    return render(scene, args.num_frames, args.size)
 
 
 def to_tensor(frames: np.ndarray) -> Any:
@@ -394,6 +319,8 @@ def main() -> None:
     unused = [name for name in ("num_frames", "size", *SAMPLING) if getattr(args, name) is not None]
     if args.videos and unused:
         raise UserError(f"--{unused[0]} has no effect on the finished videos of --videos: leave it out")
+    if args.codec and (sampling := [name for name in unused if name in SAMPLING]):
+        raise UserError(f"--{sampling[0]} has no effect on the clips of --codec: leave it out")
     if args.patch is not None and (args.patch < 2 or not args.videos):
         raise UserError(
             f"patch = {args.patch}: must be at least 2 pixels, and is for --videos: a checkpoint says it itself"

@@ -200,6 +200,10 @@ def test_evaluate_knows_world_64_by_its_prompts(prompts64: Path, tmp_path: Path)
             "--refine_pairs has no effect on the finished videos",
         ),
         (["--videos", "videos", "--size", "32"], "--size has no effect"),
+        (
+            ["--codec", "codec", "--guidance_scale", "2"],
+            "--guidance_scale has no effect on the clips of --codec",
+        ),
         (["--output", "."], "output . is a folder: name a file, such as scores.json"),
     ],
 )

@@ -1,0 +1,93 @@
+"""Prompt files that say what a video should show, for scripts/evaluate_adherence.py, and clips rendered from them.
+
+Letters: T frames, H height, W width.
+"""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stdit.data.shapes.outlines import Array
+from stdit.data.shapes.render import render
+from stdit.data.shapes.worlds import WORLDS, World, sample_scene
+from stdit.errors import UserError
+
+Expected = dict[str, Any]
+"""A prompt: its text, its attributes, and the name of its set."""
+
+
+def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
+    """Read the prompts of all files; each file is a set, named like it without "prompts_".
+
+    Returns:
+        The world that their columns belong to, and the prompts.
+
+    Raises:
+        UserError: for files that cannot be read, or of two worlds.
+    """
+    sets = {path: _read_rows(path) for path in files}
+    worlds = {path: _world(path, rows) for path, rows in sets.items()}
+    world = worlds[files[0]]
+    if other := next((path for path in files if worlds[path] is not world), None):
+        raise UserError(
+            f"{files[0]} is of world {world.name} and {other} of world {worlds[other].name}: score them one by one"
+        )
+    expected = []
+    for path, rows in sets.items():
+        name = path.stem.removeprefix("prompts_")
+        for row in rows:
+            wanted = {column: row[column] for column in ("prompt", *world.attributes)}
+            odd = next((c for c, values in world.attributes.items() if wanted[c] not in values), None)
+            if odd:
+                values = ", ".join(value for value in world.attributes[odd] if value)
+                raise UserError(f"{path}: {odd} = {wanted[odd]}: must be one of {values}")
+            if world.relations:
+                _check_objects(path, wanted)
+            expected.append({"set": name, **wanted})
+    return world, expected
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; scripts/make_shapes.py writes such files") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV in UTF-8 ({error}): save it as one") from error
+
+
+def _world(path: Path, rows: list[dict[str, str]]) -> World:
+    """Return the largest world whose columns a file has. Raises UserError if there is none."""
+    found = [
+        world
+        for world in WORLDS.values()
+        if rows and all(row.get(name) is not None for row in rows for name in world.attributes)
+    ]
+    if not found or any(not row.get("prompt") for row in rows):
+        columns = ",".join(["prompt", *WORLDS["32"].attributes])
+        more = ",".join(name for name in WORLDS["64"].attributes if name not in WORLDS["32"].attributes)
+        raise UserError(
+            f"{path} must be a CSV with rows, and with the columns {columns} (world 64: and {more})"
+        )
+    return found[-1]
+
+
+def _check_objects(path: Path, row: dict[str, str]) -> None:
+    """Raise UserError unless a prompt has one object with a motion, or two with a relation."""
+    two = [bool(row[name]) for name in ("relation", "other_shape", "other_colour")]
+    if bool(row["motion"]) in two or not (row["shape"] and row["colour"] and row["background"]):
+        raise UserError(
+            f"{path}: {row['prompt']!r} must have a motion, or relation, other_shape and other_colour, and not both"
+        )
+
+
+def render_prompt(row: Expected, seed: int, world: World, num_frames: int, size: int) -> Array:
+    """Render a clip that a prompt describes: uint8 [T H W 3], of square frames."""
+    two = ("relation", "other_shape", "other_colour") if row.get("relation") else ("motion",)
+    combo = tuple(row[name] for name in ("shape", "colour", *two))
+    scene = replace(sample_scene(np.random.default_rng(seed), [combo], world), background=row["background"])
+    return render(scene, num_frames, size)
