@@ -49,7 +49,7 @@ class CodecTraining:
     """Seed of the weights, the batches and the noise."""
     data: DataConfig = field(default_factory=DataConfig)
     """Clips; batch_size of a bucket is the clips of a step."""
-    channels: int = 32
+    channels: int = 16
     """Channels of the latents."""
     widths: tuple[int, int, int] = (48, 96, 160)
     """Channels of the layers, multiples of 16: see `stdit.codecs.tiny.TinyCodec`."""

@@ -53,7 +53,7 @@ class TinyCodec(VideoCodec):
     latent_mean: Tensor  # [C]
     latent_std: Tensor  # [C]
 
-    def __init__(self, channels: int = 32, widths: tuple[int, int, int] = (48, 96, 160)) -> None:
+    def __init__(self, channels: int = 16, widths: tuple[int, int, int] = (48, 96, 160)) -> None:
         """Make a codec with random weights, frozen and in eval mode as all codecs are.
 
         Args:
