@@ -327,7 +327,10 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _fingerprint(world: World) -> str:
-    """Return a hash of all words and colours of a world, to detect files that were made with others."""
+    """Return a hash of all words and colours of a world, to detect files that were made with others.
+
+    That of world 64 has its lengths as well, which only `VERSION` counts for world 32.
+    """
     values = {**world.attributes, "relation": world.relations}
 
     def own(words: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -341,7 +344,14 @@ def _fingerprint(world: World) -> str:
     plain = {name: PLAIN[name] for name in world.backgrounds if name in PLAIN}
     vocabulary: list[Any] = [own(SEEN), own(UNSEEN), TEMPLATES, UNSEEN_TEMPLATES, colours, plain]
     if world.relations:
-        vocabulary += [PAIR_TEMPLATES, UNSEEN_PAIR_TEMPLATES, GRADIENTS, STRIPES, STRIPE_LEVELS]
+        vocabulary += [
+            PAIR_TEMPLATES,
+            UNSEEN_PAIR_TEMPLATES,
+            GRADIENTS,
+            STRIPES,
+            STRIPE_LEVELS,
+            asdict(world),
+        ]
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 

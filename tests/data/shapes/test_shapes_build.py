@@ -15,7 +15,7 @@ from stdit.data.shapes.captions import SEEN
 from stdit.data.shapes.checker import score
 from stdit.data.shapes.render import render
 from stdit.data.shapes.scenes import Scene
-from stdit.data.shapes.worlds import split_combinations
+from stdit.data.shapes.worlds import WORLDS, split_combinations
 from stdit.errors import UserError
 from tests.data.shapes.clips import FEW, LARGE, SMALL, counts, read, run_script, scenes, unseen_names
 
@@ -200,13 +200,16 @@ def test_a_replacement_that_is_interrupted_is_not_taken_for_complete(
     assert len(read(folder / "manifest.csv")) == 2 == len(list((folder / "videos").iterdir()))
 
 
-def test_build_starts_over_when_the_words_have_changed(
+def test_build_starts_over_when_words_or_lengths_have_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ShapesConfig(num_clips=1)
+    config = replace(FEW["64"], num_clips=1)
     assert build(tmp_path / "shapes", config, workers=1)
     monkeypatch.setitem(SEEN["colour"], "red", ("reddish",))
     assert build(tmp_path / "shapes", config, workers=1)
+    monkeypatch.setitem(WORLDS, "64", replace(WORLDS["64"], travel=9.0))
+    assert build(tmp_path / "shapes", config, workers=1)
+    assert not build(tmp_path / "shapes", config, workers=1)
 
 
 def test_interrupted_build_leaves_nothing_and_starts_over(
