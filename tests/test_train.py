@@ -279,6 +279,13 @@ def test_request_files_save_and_stop_the_run(
     )
 
 
+def test_steps_to_keep_are_saved_whatever_the_other_steps_are(settings: Settings, tmp_path: Path) -> None:
+    flags = {"checkpoint__every": 100, "checkpoint__keep_every": 2, "checkpoint__keep_last": 1}
+    assert do(settings(**flags)) == 0
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["2", "4", "6"]
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_after_the_next_step(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,7 +166,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Also keep checkpoints at multiples of this step."""
+    """Also save checkpoints at multiples of this step, and keep them."""
     keep_best: int = 0
     """Also keep this many checkpoints with the lowest validation loss."""
 

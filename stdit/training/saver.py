@@ -105,7 +105,9 @@ class Saver:
         if failed:
             self.checkpoints.wait()
         stops = signals.stop_signal is not None
-        return bool(save) or stops or self.config.trainer.is_due(step, self.config.checkpoint.every)
+        checkpoint, is_due = self.config.checkpoint, self.config.trainer.is_due
+        kept = checkpoint.keep_every is not None and is_due(step, checkpoint.keep_every)
+        return bool(save) or stops or kept or is_due(step, checkpoint.every)
 
     def save(self, step: int, at_once: bool) -> Path:
         """Save the state after ``step`` steps.
