@@ -1,5 +1,6 @@
 """STDiT and its options; test_golden.py compares it with Open-Sora."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from stdit.codecs.tiny import PACKAGED
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
 from stdit.models.stdit import STDiT, TemporalBlock, TokenGrid
@@ -56,7 +58,8 @@ def test_parameters_of_presets(name: str) -> None:
     (row,) = (row for row in rows if f"| {PARAMETERS[name]:,} |" in row)
     if name == "tiny":
         quickstart = yaml.safe_load((ROOT / "configs" / "train" / "quickstart.yaml").read_text())
-        channels = 16  # of the codec "tiny"
+        channels = json.loads((PACKAGED / "codec.json").read_text())["channels"]
+        assert quickstart["codec"] == {"name": "tiny"}
         width = 384 * len(quickstart["text_encoder"]["layers"])
         assert quickstart["model"] == settings
         assert f"{channels} latent channels, text of width {width}" in row

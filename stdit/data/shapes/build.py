@@ -344,14 +344,8 @@ def _fingerprint(world: World) -> str:
     plain = {name: PLAIN[name] for name in world.backgrounds if name in PLAIN}
     vocabulary: list[Any] = [own(SEEN), own(UNSEEN), TEMPLATES, UNSEEN_TEMPLATES, colours, plain]
     if world.relations:
-        vocabulary += [
-            PAIR_TEMPLATES,
-            UNSEEN_PAIR_TEMPLATES,
-            GRADIENTS,
-            STRIPES,
-            STRIPE_LEVELS,
-            asdict(world),
-        ]
+        vocabulary += [PAIR_TEMPLATES, UNSEEN_PAIR_TEMPLATES, GRADIENTS, STRIPES, STRIPE_LEVELS]
+        vocabulary.append(asdict(world))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
