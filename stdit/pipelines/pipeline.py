@@ -401,8 +401,7 @@ class STDiTPipeline(DiffusionPipeline):
         on it is generated like the others. ``latents`` and ``noise`` are this rank's frames ``[B C T_n H W]``.
         """
         split = inputs.sharding.split
-        if (max_noise_level == 1).all():
-            max_noise_level = max_noise_level[:, :1]  # one noise level per sample is cheaper for the model
+        max_noise_level = _per_sample(max_noise_level)
         generated = torch.zeros_like(max_noise_level, dtype=torch.bool)
         steps = list(zip(sigmas[:-1], sigmas[1:], strict=True))
         for index, (sigma, sigma_next) in enumerate(self.progress_bar(steps)):
@@ -438,6 +437,7 @@ class STDiTPipeline(DiffusionPipeline):
             noises: of each pair, of the same shape.
             level: the noise level t of each frame, ``[B T]``; one of 0 stays as it is.
         """
+        level = _per_sample(level)
         t = per_frame(inputs.sharding.split(level, dim=1))
         for noise in noises:
             estimates = []
@@ -507,3 +507,8 @@ class STDiTPipeline(DiffusionPipeline):
             ]
             pixels = all_gather(pixels, sharding.group, 2, per_rank)
         return pixels[:, :, :num_frames].float()
+
+
+def _per_sample(levels: Tensor) -> Tensor:
+    """Return noise levels ``[B T]`` as ``[B 1]`` where all frames share one, which is cheaper for the model."""
+    return levels[:, :1] if (levels == levels[:, :1]).all() else levels
