@@ -215,7 +215,7 @@ class Muon(Optimizer):
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             options = tuple(group[name] for name in ("momentum", "lr", "scale", "iterations"))
             for p in params:
-                alike[p.shape[0] // group["parts"], p[0].numel(), *options].append(p)
+                alike[p.shape[0] // group["parts"], p.shape[1:].numel(), *options].append(p)
         for (rows, columns, *options), params in alike.items():
             count = max(1, AT_ONCE // (rows * columns))
             for start in range(0, len(params), count):
