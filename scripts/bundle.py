@@ -6,15 +6,16 @@
 
 The second command scores the model that the first one made; the third makes the same again and records these scores.
 It has the averaged weights of the run's newest checkpoint, its codec, and the text encoder, by name and fingerprint
-if a package ships it; at most 12 MB in all. Matrices are stored in bf16, or in int8 with a scale per row, and
-computed with in fp32. origin.json records settings, steps, hours of training, losses, the hash of the weights, and
-the commit of the clone that this script runs in.
+if a package ships it; at most 12 MB in all. Matrices are stored in bf16 and computed with in fp32. origin.json
+records settings, steps, hours of training, losses, the hash of the weights, and the commit of the clone that this
+script runs in.
 """
 
 from pathlib import Path
 
 from stdit.cli import add_import, import_modules, run, script_parser
 from stdit.pipelines.bundled import BUNDLED, origin_line
+from stdit.pipelines.loading import find_checkpoint_source
 
 
 def main() -> None:
@@ -23,16 +24,14 @@ def main() -> None:
         "--checkpoint", type=Path, required=True, metavar="RUN", help="a run, or one of its checkpoints"
     )
     parser.add_argument("--output", type=Path, default=BUNDLED, metavar="DIR", help="default: stdit/bundled")
-    parser.add_argument(
-        "--weights", choices=["bf16", "int8"], default="bf16", help="how matrices are stored (%(default)s)"
-    )
     parser.add_argument("--scores", type=Path, metavar="JSON", help="output of evaluate_adherence.py")
     add_import(parser, "a module of yours that the checkpoint needs; repeatable")
     args = parser.parse_args()
     import_modules(args.imports)
+    find_checkpoint_source(args.checkpoint)  # before imports that take long
     from stdit.training.bundle import folder_sizes, write_bundle  # after parsing, so that --help is quick
 
-    origin = write_bundle(args.checkpoint, args.output, args.weights, args.scores)
+    origin = write_bundle(args.checkpoint, args.output, args.scores)
     parts = folder_sizes(args.output)
     shown = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sorted(parts.items()) if name != ".")
     print(f"{args.output}: {sum(parts.values()) / 1e6:.2f} MB ({shown})")

@@ -15,9 +15,11 @@ import sample
 import train
 from scripts import bundle, evaluate_adherence
 from stdit import cli
+from stdit.codecs.compact_weights import compact_folder
+from stdit.codecs.tiny import PACKAGED
 from stdit.data.shapes.build import ShapesConfig
 from stdit.pipelines import STDiTPipeline, load_pipeline
-from stdit.pipelines.bundled import HOW_TO_MAKE
+from stdit.pipelines.bundled import HOW_TO_GET
 from tests.training.tiny import tiny_settings
 
 Command = Callable[..., tuple[int, str, str]]
@@ -87,25 +89,18 @@ def test_matrices_are_stored_in_bf16_and_computed_with_in_fp32(run: Path, made: 
         assert frames.shape == (1, 4, 3, 8, 8) and frames.dtype == torch.float32
 
 
-def test_int8_is_half_as_large_and_computed_with_in_fp32(run: Path, made: Path, command: Command) -> None:
-    in_bf16 = STDiTPipeline.from_pretrained()
-    assert command(bundle, "--checkpoint", run, "--output", made, "--weights", "int8")[0] == 0
-    stored = load_file(made / "transformer" / FILE)
-    in_int8 = STDiTPipeline.from_pretrained()
-    for part in ("transformer", "codec"):
-        after = getattr(in_int8, part).state_dict()
-        for name, tensor in getattr(in_bf16, part).state_dict().items():
-            assert after[name].dtype == torch.float32
-            if tensor.ndim > 1:
-                step = tensor.flatten(1).abs().amax(1).reshape(-1, *[1] * (tensor.ndim - 1)) / 127
-                assert ((after[name] - tensor).abs() <= 1.01 * step).all()  # half a step, and that of bf16
-            else:
-                assert torch.equal(after[name], tensor)
-    matrices = {name for name, tensor in in_bf16.transformer.state_dict().items() if tensor.ndim > 1}
-    assert {name for name, tensor in stored.items() if tensor.dtype == torch.int8} == matrices
-    assert STDiTPipeline.from_pretrained(dtype=torch.bfloat16).dtype == torch.bfloat16
-    code, _, errors = command(sample, "--prompt", "the red square")
-    assert code == 0 and len(list(Path("outputs/samples").glob("*.mp4"))) == 1, errors
+def test_the_packaged_codec_is_not_replaced_by_another_one(
+    run: Path, bundled: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stdit.training.bundle.BUNDLED", bundled)
+    shutil.copytree(PACKAGED, bundled / "codec")
+    code, _, errors = command(bundle, "--checkpoint", run, "--output", bundled)
+    assert code == 2 and "the run's codec is not the one in" in errors and errors.count("\n") == 1
+    assert [path.name for path in bundled.iterdir()] == ["codec"]
+    shutil.copytree(run / "codec", bundled / "codec", dirs_exist_ok=True)
+    compact_folder(bundled / "codec")
+    assert command(bundle, "--checkpoint", run, "--output", bundled)[0] == 0
+    assert command(bundle, "--checkpoint", run, "--output", bundled)[0] == 0
 
 
 def test_the_origin_is_recorded(run: Path, made: Path, command: Command, tmp_path: Path) -> None:
@@ -154,7 +149,7 @@ def test_prompts_without_a_checkpoint(made: Path, command: Command) -> None:
 def test_the_commands_that_make_it_are_those_of_its_config() -> None:
     lines = (ROOT / "configs" / "train" / "shapes64.yaml").read_text(encoding="utf-8").splitlines()
     commands = [line.removeprefix("#").strip() for line in lines if line.startswith("#   python ")]
-    assert len(commands) == 2 and "; ".join(commands) in HOW_TO_MAKE
+    assert len(commands) == 2 and "; ".join(commands) in HOW_TO_GET
 
 
 def test_words_and_sizes_of_no_clip_are_named(made: Path, command: Command) -> None:
@@ -225,8 +220,8 @@ def test_it_is_scored_without_a_checkpoint(made: Path, command: Command, tmp_pat
 
 def test_the_prompts_that_score_it_are_those_of_its_world(monkeypatch: pytest.MonkeyPatch) -> None:
     few = ShapesConfig.of("64", num_clips=10)
-    monkeypatch.setattr(ShapesConfig, "of", lambda world: few if world == "64" else None)
-    world, expected = evaluate_adherence.default_prompts(videos=False, bundled=True)
+    monkeypatch.setattr(ShapesConfig, "of", lambda world: few)
+    world, expected = evaluate_adherence.default_prompts(videos=False, size=64)
     assert world.name == "64" and {row["set"] for row in expected} == {
         *evaluate_adherence.SETS,
         *evaluate_adherence.PAIR_SETS,

@@ -12,11 +12,10 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stdit.checkpoint_files import seal_folder
-from stdit.codecs.compact_weights import read_compact
 from stdit.codecs.config import CODECS, CodecConfig
 from stdit.codecs.loading import (
     check_options,
@@ -56,6 +55,8 @@ class VideoCodec(ModelMixin):
     """The first latent frame stands for one frame, each later one for `stride[0]`."""
     independent_frames: bool = False
     """Each latent frame decodes to the same pixels whatever the other latent frames are."""
+    saved_with_runs: bool = False
+    """Each run keeps its own copy: the weights are small, and nothing else is sure to keep them."""
 
     size_multiple: int | None = None
     """Multiple, in pixels, to which named resolutions are rounded; None: what codec and patch divide."""
@@ -237,7 +238,7 @@ class VideoCodec(ModelMixin):
         with explain_load_errors(f"the codec {cls.name}", local_weights(directory)):
             codec = cls(**{key: value for key, value in settings.items() if key != "name"})
             if codec.state_dict():
-                codec.load_state_dict(read_compact(directory / WEIGHTS_FILE))
+                codec.load_state_dict(load_file(directory / WEIGHTS_FILE))
             return codec
 
     def _hash(self, settings: dict[str, Any]) -> str:

@@ -68,6 +68,14 @@ class CodecConfig:
             raise UserError(f"codec.fit_clips is {self.fit_clips}, but fitting needs at least 1 clip")
 
 
+def check_tiny_layers(channels: int, widths: tuple[int, ...]) -> None:
+    """Raise UserError unless the codec tiny can have so many channels of the latents, and layers of these widths."""
+    if channels < 1:
+        raise UserError(f"channels = {channels}: must be at least 1, such as 16")
+    if len(widths) != 3 or any(width < 16 or width % 16 for width in widths):
+        raise UserError(f"widths = {list(widths)}: must be three multiples of 16, such as [48, 96, 160]")
+
+
 @dataclass
 class TextEncoderConfig:
     """Which encoder turns captions into token states."""
@@ -102,5 +110,7 @@ class TextEncoderConfig:
             raise UserError("text_encoder.path is not set: give the folder that scripts/encode_text.py wrote")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise UserError(f"text_encoder.layers is {self.layers}: name at least one layer, and each once")
+        if self.layers is not None and min(self.layers) < 0:
+            raise UserError(f"text_encoder.layers is {self.layers}: layers count from 0, the word embeddings")
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"text_encoder.max_length is {self.max_length}, but it must be at least 2 tokens")

@@ -13,10 +13,10 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (diffusers looks for it here)
 from einops import rearrange
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stdit.codecs.base import WEIGHTS_FILE, VideoCodec
-from stdit.codecs.compact_weights import read_compact
 from stdit.codecs.config import CodecConfig
 from stdit.errors import UserError
 
@@ -37,6 +37,7 @@ class PCACodec(VideoCodec):
 
     name = "pca"
     independent_frames = True
+    saved_with_runs = True
     mean: Tensor  # [P]
     basis: Tensor  # [C P], orthonormal rows, largest variance first
     scale: Tensor  # [], standard deviation of the projections, mean over components
@@ -173,7 +174,7 @@ class PCACodec(VideoCodec):
             codec = cls(tuple(settings["stride"]), settings["channels"])
             codec.explained_variance = settings["explained_variance"]
             codec.latent_variance = torch.ones(codec.channels)
-            codec.load_state_dict(read_compact(directory / WEIGHTS_FILE))
+            codec.load_state_dict(load_file(directory / WEIGHTS_FILE))
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"the pca codec in {str(directory)!r} is damaged ({str(error).splitlines()[0]}): fit it "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.config import CodecConfig
+from stdit.codecs.config import CodecConfig, check_tiny_layers
 from stdit.errors import UserError
 
 PACKAGED = Path(__file__).parents[1] / "bundled" / "codec"
@@ -41,15 +41,17 @@ class TinyCodec(VideoCodec):
     """Encode the first frame, and then groups of four frames, each by itself, with 2-D convolutions.
 
     Space is folded into channels, 4x4 and then 2x2 pixels (Shi et al. 2016, arXiv:1609.05158), and so are the frames
-    of a group. The first frame is encoded like a group in which nothing moves. Latents have mean 0 and variance 1 in
-    each channel. The decoder is trained on latents with noise, so that it also removes noise that a sampler left;
-    LTX-Video's decoder does as well (HaCohen et al. 2024, arXiv:2501.00103).
+    of a group. The first frame is encoded like a group in which nothing moves. The decoder is trained on latents with
+    noise, so that it also removes noise that a sampler left; LTX-Video's decoder does as well (HaCohen et al. 2024,
+    arXiv:2501.00103). Each channel of the latents has mean 0 and variance 1 over the moving parts of clips, with
+    which the codec is trained; over whole clips its variance is 0.4 to 1.
     """
 
     name = "tiny"
     stride = (FRAMES, 8, 8)
     causal_first_frame = True
     independent_frames = True
+    saved_with_runs = True
     latent_mean: Tensor  # [C]
     latent_std: Tensor  # [C]
 
@@ -64,10 +66,7 @@ class TinyCodec(VideoCodec):
         Raises:
             UserError: for other widths, or no channels.
         """
-        if channels < 1:
-            raise UserError(f"channels = {channels}: must be at least 1, such as 16")
-        if len(widths) != 3 or any(width < 16 or width % 16 for width in widths):
-            raise UserError(f"widths = {list(widths)}: must be three multiples of 16, such as [48, 96, 160]")
+        check_tiny_layers(channels, widths)
         super().__init__()
         self.channels, self.widths = channels, (widths[0], widths[1], widths[2])
         quarter, eighth, group = widths

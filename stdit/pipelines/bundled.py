@@ -10,10 +10,12 @@ from stdit.errors import UserError
 BUNDLED = Path(__file__).parents[1] / "bundled"
 ORIGIN = "origin.json"
 """File of a bundled pipeline that tells how it was trained: see `stdit.training.bundle`."""
-HOW_TO_MAKE = (
-    "make it in a clone of the repository (python scripts/make_shapes.py --world 64 --output data/shapes64; python "
-    "train.py --config configs/train/shapes64.yaml; python scripts/bundle.py --checkpoint outputs/shapes64)"
+HOW_TO_GET = (
+    "install stdit again (in a clone: git checkout stdit/bundled), or make it in a clone of the repository (python "
+    "scripts/make_shapes.py --world 64 --output data/shapes64; python train.py --config configs/train/shapes64.yaml; "
+    "python scripts/bundle.py --checkpoint outputs/shapes64)"
 )
+"""What a user does who lacks the model."""
 
 
 def bundled_folder() -> Path:
@@ -25,10 +27,9 @@ def bundled_folder() -> Path:
     if not (BUNDLED / META).is_file():
         raise UserError(
             f"no checkpoint, and no model comes with this stdit ({BUNDLED} has no {META}): add --checkpoint with a "
-            f"run folder (outputs/NAME) or a pipeline folder, or {HOW_TO_MAKE}."
+            f"run folder (outputs/NAME) or a pipeline folder, or {HOW_TO_GET}."
         )
-    way_out = f"install stdit again (in a clone: git checkout stdit/bundled), or {HOW_TO_MAKE}"
-    verify(BUNDLED, kind="the model that comes with stdit,", way_out=way_out)
+    verify(BUNDLED, kind="the model that comes with stdit,", way_out=HOW_TO_GET)
     return BUNDLED
 
 

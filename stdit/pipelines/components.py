@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from stdit.checkpoint_files import verify_if_sealed
-from stdit.codecs.base import WEIGHTS_FILE, VideoCodec
-from stdit.codecs.compact_weights import has_int8, read_compact
+from stdit.codecs.base import VideoCodec
 from stdit.codecs.loading import check_complete, explain_load_errors, local_weights
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.flow import RectifiedFlow
@@ -21,7 +19,7 @@ def read_components(folder: Path, given: Collection[str], dtype: torch.dtype | N
     """Load the components of a pipeline folder by name, but for those that are given.
 
     Args:
-        dtype: of the transformer; None: as saved.
+        dtype: of the transformer; None: fp32.
 
     Raises:
         UserError: if one is damaged, or its weights do not fit its config.
@@ -43,26 +41,12 @@ def read_components(folder: Path, given: Collection[str], dtype: torch.dtype | N
 def read_transformer(folder: Path, dtype: torch.dtype | None = None) -> STDiT:
     """Load the STDiT of a folder. Raises UserError if it is damaged, or its weights do not fit its config."""
     source = local_weights(folder)
-    file = folder / WEIGHTS_FILE
     with explain_load_errors("the transformer", source):
-        if file.is_file() and has_int8(file):
-            return _read_int8(folder, dtype)
         model, info = STDiT.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     check_complete("the transformer", source, [*info["missing_keys"], *info["unexpected_keys"]])
     return model
-
-
-def _read_int8(folder: Path, dtype: torch.dtype | None) -> STDiT:
-    """Load an STDiT whose matrices are stored in int8, which diffusers cannot read."""
-    verify_if_sealed(folder)
-    model = STDiT.from_config(STDiT.load_config(folder))
-    odd = model.load_state_dict(read_compact(folder / WEIGHTS_FILE), strict=False)
-    check_complete("the transformer", local_weights(folder), [*odd.missing_keys, *odd.unexpected_keys])
-    if dtype is not None:
-        torch.nn.Module.to(model, dtype)  # diffusers' own warns needlessly
-    return model.eval()
 
 
 def pop_dtype(kwargs: dict[str, Any]) -> torch.dtype | None:

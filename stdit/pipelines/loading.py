@@ -240,7 +240,7 @@ def _hash_of(hashes: Sequence[str]) -> str:
 
 
 def _run_of(source: CheckpointSource) -> Path:
-    """Return the run of a checkpoint, which has the codec if it was fitted.
+    """Return the run of a checkpoint, which may have a copy of the codec.
 
     Its config.yaml is for people, who may edit it: the settings are read from the checkpoint's manifest, which proves
     itself.

@@ -90,7 +90,7 @@ def build_components(
     """Build all components of a run on the CPU.
 
     Args:
-        checkpoint: the checkpoint to resume from; its run may have saved a fitted codec. None: start at step 0, with
+        checkpoint: the checkpoint to resume from; its run may have saved the codec. None: start at step 0, with
             the weights of ``init_from`` if that is set.
         processes: number of processes that train together.
         memory: bytes that each of them may use.

@@ -10,6 +10,7 @@ import torch
 
 import stdit
 from stdit.checkpoint_files import newest_whole, read_json, read_meta, seal_folder
+from stdit.codecs.base import VideoCodec
 from stdit.codecs.compact_weights import compact_folder
 from stdit.data.clip_list import ClipList
 from stdit.errors import UserError
@@ -26,25 +27,22 @@ LOSS_STEPS = 100
 """The recorded loss is the mean of as many last steps."""
 
 
-def write_bundle(
-    checkpoint: Path, folder: Path, weights: str = "bf16", scores: Path | None = None
-) -> dict[str, Any]:
+def write_bundle(checkpoint: Path, folder: Path, scores: Path | None = None) -> dict[str, Any]:
     """Write the newest checkpoint of a run as a pipeline of at most `MAX_BYTES`; an older one is replaced.
 
-    Matrices of transformer and codec are stored as ``weights`` says. The pipeline records the words of the captions,
+    Matrices of transformer and codec are stored in bf16. The pipeline records the words of the captions,
     ``origin.json`` commit, settings, time, losses and scores of the training.
 
     Args:
         checkpoint: a run, or one of its checkpoints.
-        weights: a kind of `stdit.codecs.compact_weights.COMPACT`.
         scores: what ``scripts/evaluate_adherence.py --output`` wrote.
 
     Returns:
         The content of ``origin.json``.
 
     Raises:
-        UserError: if there is no checkpoint of a run, ``folder`` holds something else, or the pipeline is too large;
-            nothing is written then.
+        UserError: if there is no checkpoint of a run, ``folder`` holds something else, another codec would come with
+            stdit, or the pipeline is too large; nothing is written then.
     """
     source = _checkpoint_of_run(checkpoint)
     folder = folder.absolute()
@@ -68,10 +66,11 @@ def write_bundle(
     with replace_folder(f"bundle {folder}", folder, parents=True) as aside:
         pipe.save_pretrained(aside)
         for part in ("transformer", "codec"):
-            compact_folder(aside / part, weights)
+            compact_folder(aside / part)
         seal_folder(aside, pipe.components)
         reloaded, origin["weights"] = load_pipeline(aside)
         _check_fp32(reloaded)
+        _check_packaged_codec(reloaded.codec, folder)
         if rated and rated["weights"] != origin["weights"]:
             raise UserError(
                 f"scores {scores}: are those of the weights {rated['weights']}, not of {origin['weights']}: make the "
@@ -180,11 +179,22 @@ def _check_fp32(pipe: STDiTPipeline) -> None:
             )
 
 
+def _check_packaged_codec(codec: VideoCodec, folder: Path) -> None:
+    """Raise UserError if the codec that comes with stdit, in ``folder``, would become another one."""
+    packaged = folder / "codec"
+    if folder == BUNDLED and packaged.is_dir():
+        if VideoCodec.from_pretrained(packaged).fingerprint() != codec.fingerprint():
+            raise UserError(
+                f"the run's codec is not the one in {packaged}, which codec.name = tiny stands for: choose another "
+                "--output, or train with that codec."
+            )
+
+
 def _check_size(folder: Path) -> None:
     parts = folder_sizes(folder)
     if (total := sum(parts.values())) > MAX_BYTES:
         shown = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sorted(parts.items()))
         raise UserError(
             f"the pipeline has {total / 1e6:.1f} MB ({shown}), but at most {MAX_BYTES / 1e6:.0f} MB come with stdit: "
-            "store int8 (--weights int8), or train a smaller model or codec."
+            "train a smaller model or codec."
         )

@@ -20,7 +20,7 @@ def disk_advice(error: Exception) -> str:
 
 @contextmanager
 def disk_errors(what: str, aside: Path) -> Iterator[None]:
-    """Turn disk errors in a block into a UserError; after any error remove the folder ``aside``.
+    """Turn disk errors in a block into a UserError; after any error remove ``aside``, a folder or a file.
 
     Args:
         what: name of what is written, for the message.
@@ -31,6 +31,8 @@ def disk_errors(what: str, aside: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if aside.is_file():
+            aside.unlink()
         if isinstance(error, OSError | SafetensorError):
             raise UserError(
                 f"{what} could not be written ({error}); what was there before is unchanged: {disk_advice(error)} "

@@ -85,7 +85,7 @@ def find_start(config: TrainConfig) -> Path | None:
 
 
 def write_run_files(folder: Path, config: TrainConfig, codec: "VideoCodec", new: bool) -> None:
-    """Write the files that describe a run: ``config.yaml`` and, if it was fitted, ``codec/``.
+    """Write the files that describe a run: ``config.yaml`` and, if runs keep it, ``codec/``.
 
     Args:
         new: replace the codec that an earlier run without a checkpoint left.
@@ -95,7 +95,7 @@ def write_run_files(folder: Path, config: TrainConfig, codec: "VideoCodec", new:
     target = folder / "codec"
     if new:
         shutil.rmtree(target, ignore_errors=True)
-    if hasattr(codec, "fitted") and not target.is_dir():
+    if codec.saved_with_runs and not target.is_dir():
         with replace_folder(f"codec {target}", target) as aside:
             codec.save_pretrained(aside)
     with disk_errors(f"run {folder}", folder / "config.yaml.tmp"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scripts import train_codec
-from scripts.train_codec import STATE_FILE, CodecTrainer, CodecTraining, crop_to_motion, draw_groups, train
+from scripts.train_codec import STATE_FILE, train
 from stdit.checkpoint_files import META
 from stdit.codecs import tiny
 from stdit.codecs.base import WEIGHTS_FILE, VideoCodec
@@ -20,6 +20,8 @@ from stdit.data.config import BucketConfig, DataConfig
 from stdit.errors import UserError
 from stdit.pipelines.video_io import write_mp4
 from stdit.settings import plain
+from stdit.training.codec_config import CodecTraining
+from stdit.training.codec_trainer import CodecTrainer, crop_to_motion, draw_groups
 from stdit.training.config import OptimizerConfig
 
 SMALL = (16, 16, 16)
@@ -150,6 +152,9 @@ def test_bad_input(clips: DataConfig, tmp_path: Path, monkeypatch: pytest.Monkey
     for name, value in {"noise": -1, "groups": 0, "crop": 12, "steps": 0, "seed": -1}.items():
         with pytest.raises(UserError, match=f"{name} = {value}"):
             settings(clips, **{name: value})
+    for name, value in {"channels": 0, "widths": (40, 64, 96)}.items():
+        with pytest.raises(UserError, match=f"{name} = .*: must be"):
+            settings(clips, **{name: value})
     TinyCodec(4, SMALL).save_pretrained(tmp_path / "done")
     monkeypatch.setattr("sys.argv", ["train_codec.py", "--output", str(tmp_path / "done")])
     with pytest.raises(UserError, match="holds a codec already"):
@@ -174,6 +179,19 @@ def test_a_state_of_other_settings_is_not_resumed(clips: DataConfig, tmp_path: P
     with pytest.raises(UserError, match="cannot be read .* delete it"):
         train(settings(clips, steps=7), tmp_path)
     assert [path.name for path in tmp_path.glob("*.state")] == [STATE_FILE]
+
+
+def test_a_full_disk_leaves_no_half_state(
+    clips: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(tensors: object, file: Path, metadata: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stdit.training.codec_trainer.save_file", write)
+    with pytest.raises(UserError, match="No space left on device.*: make room on the disk"):
+        CodecTrainer(settings(clips)).save(tmp_path / STATE_FILE, 3)
+    assert not list(tmp_path.glob("training.*"))
 
 
 def test_a_loss_that_is_not_finite_ends_training(

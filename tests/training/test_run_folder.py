@@ -1,4 +1,4 @@
-"""The lock on a run folder. Its content is tested with train.py."""
+"""The lock on a run folder, and its copy of a small codec. The rest of its content is tested with train.py."""
 
 import multiprocessing
 import os
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from stdit.codecs.base import VideoCodec
+from stdit.codecs.pixel import PixelCodec
+from stdit.codecs.tiny import TinyCodec
 from stdit.errors import UserError
 from stdit.training.config import TrainConfig
-from stdit.training.run_folder import lock_run_folder
+from stdit.training.run_folder import lock_run_folder, write_run_files
 
 fork = multiprocessing.get_context("fork")
 
@@ -45,3 +48,12 @@ def test_a_run_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path: 
     finally:
         holder.kill()
         os.kill(loader, signal.SIGKILL)
+
+
+def test_a_run_keeps_the_codec_that_comes_with_stdit(tmp_path: Path) -> None:
+    """A later stdit may come with another one."""
+    codec = TinyCodec(4, (16, 16, 16))
+    write_run_files(tmp_path, TrainConfig(), codec, new=True)
+    assert VideoCodec.from_pretrained(tmp_path / "codec").fingerprint() == codec.fingerprint()
+    write_run_files(tmp_path, TrainConfig(), PixelCodec(), new=True)
+    assert not (tmp_path / "codec").exists()
