@@ -4,13 +4,16 @@
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --output scores.json
     python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --prompts my_prompts.csv
     python scripts/evaluate_adherence.py
-    python scripts/evaluate_adherence.py --checkpoint outputs/i2v --conditioning first last --conditioning_frames 4
+    python scripts/evaluate_adherence.py --checkpoint outputs/i2v --conditioning first last
     python scripts/evaluate_adherence.py --codec outputs/tiny --prompts data/shapes64/prompts_heldout.csv
 
 --videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples every
 prompt of the prompt files itself, and scores what an .mp4 would show, too. --codec scores clips that are rendered
 from the prompts, encoded and decoded: the best that a model with this codec can do. Without all three, the model that
-comes with stdit is scored; without files, by the prompts of world 64, which are drawn.
+comes with stdit is scored.
+
+Without --prompts, the files of data/shapes are used; for a model of 64x64 pixels the prompts of world 64, which are
+drawn.
 
 Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
 Those of world 64 also have the columns relation,other_shape,other_colour, empty for one object; two have no motion.
@@ -19,7 +22,8 @@ The scores are, per prompt file, n (videos) and the share of them, from 0 to 1, 
 "strict" and "lenient": all are right, shapes by the strict or the lenient rule of data/shapes/checker, and no object
 is too many. "noise" is the mean noise of plain backgrounds, in levels of 255 (rms; real clips have about 1).
 "borders" is how visible the borders of the model's patches are in plain backgrounds, on average: the mean absolute
-difference of neighbouring pixels across borders, divided by that of other neighbours (1: not at all; real clips).
+difference of neighbouring pixels across borders, divided by that of other neighbours, both of at least one level (1:
+not at all; real clips).
 A checkpoint says how large its patches are (codec stride times patch size); for --videos, --patch does.
 With --conditioning, each video is conditioned on the first or last frames (or both) of a clip that is rendered from
 its prompt, and "kept" is the share in which these frames come out unchanged: within 8 of 255 levels, on average.
@@ -27,7 +31,7 @@ its prompt, and "kept" is the share in which these frames come out unchanged: wi
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +47,10 @@ from stdit.data.shapes.prompt_files import Expected, read_expected, render_promp
 from stdit.data.shapes.worlds import World
 from stdit.errors import UserError
 from stdit.parallel.processes.device import find_device
-from stdit.pipelines.bundled import bundled_folder
+from stdit.pipelines.config import PIPELINE_DEFAULTS, VideoSettings
+from stdit.pipelines.loading import CheckpointSource, find_checkpoint_source, load_pipeline, pipeline_settings
+from stdit.pipelines.requests import Request
+from stdit.pipelines.untrained import warn_of_sizes
 from stdit.pipelines.video_io import to_uint8, write_json_atomic, write_mp4
 from stdit.pipelines.writer import check_output_file, created_folder
 
@@ -66,6 +73,14 @@ SAMPLING = {
     "refine_guidance_scale": float,
 }
 """Settings of a pipeline call that are flags here."""
+DEFAULTS = {"seed": 0, "batch_size": 16, "device": "auto"}
+LEAST = {"seed": 0, "batch_size": 1, "num_frames": 1, "size": 1, "conditioning_frames": 1}
+"""Smallest values of flags."""
+OF_A_MODEL = ("batch_size", "conditioning", "conditioning_frames", *SAMPLING)
+UNUSED = {"codec": OF_A_MODEL, "videos": (*OF_A_MODEL, "num_frames", "size", "seed", "device")}
+"""Flags that have no effect on what another flag scores."""
+LEAST_CONDITIONING_FRAMES = 4
+"""By default, rounded up to whole latent frames; enough to show a motion."""
 
 
 def default_files(names: tuple[str, ...]) -> list[Path]:
@@ -74,16 +89,16 @@ def default_files(names: tuple[str, ...]) -> list[Path]:
     return [DATA / f"prompts_{name}.csv" for name in names] + pairs
 
 
-def default_prompts(videos: bool, bundled: bool) -> tuple[World, list[Expected]]:
+def default_prompts(videos: bool, size: int) -> tuple[World, list[Expected]]:
     """Return the world and the prompts that are scored without --prompts.
 
     Args:
         videos: a folder of videos is scored, which may be of the prompts for samples.
-        bundled: the model that comes with stdit is scored: by the prompts of its world, which need no files.
+        size: height in pixels of a model's videos: those of world 64 are scored by its prompts, which need no files.
     """
-    if not bundled:
-        return read_expected(default_files(("sample", *SETS) if videos else SETS))
     config = ShapesConfig.of("64")
+    if size != config.facts.size:
+        return read_expected(default_files(("sample", *SETS) if videos else SETS))
     sets = draw_prompt_sets(config)
     return config.facts, [{"set": name, **row} for name in (*SETS, *PAIR_SETS) for row in sets[name]]
 
@@ -123,16 +138,35 @@ def read_mp4(path: Path) -> np.ndarray:
     return frames.permute(0, 2, 3, 1).numpy()
 
 
-def load(args: argparse.Namespace) -> tuple[Any, str, tuple[int, int]]:
+def load(source: CheckpointSource, device: str) -> tuple[Any, str, tuple[int, int]]:
     """Load the pipeline; return it, the hash of its weights, and height and width of its patches in pixels."""
-    from stdit.pipelines.loading import load_pipeline
-
-    device = find_device(args.device)
-    pipe, weights = load_pipeline(args.checkpoint)
-    pipe.to(device)
+    on = find_device(device)
+    pipe, weights = load_pipeline(source)
+    pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     (_, *stride), (_, *size) = pipe.codec.stride, pipe.transformer.config.patch_size
     return pipe, weights, (stride[0] * size[0], stride[1] * size[1])
+
+
+def conditioned_frames(args: argparse.Namespace, codec: Any) -> dict[str, slice]:
+    """Return the frames that a video is conditioned on, by end.
+
+    By default these are whole latent frames: where a part of one is given, the rest of it becomes its repetition.
+    """
+    total, given = args.num_frames, args.conditioning_frames
+
+    def is_whole(frames: int) -> bool:
+        return bool(codec.pixel_shape(*codec.latent_shape(frames, 1, 1))[0] == frames)
+
+    counts = range(LEAST_CONDITIONING_FRAMES, total)
+    whole = {
+        "first": next((n for n in counts if is_whole(n)), LEAST_CONDITIONING_FRAMES),
+        "last": next((n for n in counts if is_whole(total - n)), LEAST_CONDITIONING_FRAMES),
+    }
+    return {
+        end: slice(0, given or whole[end]) if end == "first" else slice(-(given or whole[end]), None)
+        for end in args.conditioning
+    }
 
 
 def sample_videos(
@@ -146,42 +180,39 @@ def sample_videos(
 
     from stdit.pipelines.conditions import FrameCondition
 
-    settings = {name: getattr(args, name) for name in SAMPLING}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    clips = (
-        [
-            render_prompt(row, args.seed + i, world, args.num_frames, args.size)
-            for i, row in enumerate(expected)
-        ]
-        if args.conditioning
-        else []
-    )
-    ends = {"first": slice(0, args.conditioning_frames), "last": slice(-args.conditioning_frames, None)}
+    ends = conditioned_frames(args, pipe.codec)
+    clips = [
+        render_prompt(row, args.seed + i, world, args.num_frames, args.size)
+        for i, row in enumerate(expected if ends else [])
+    ]
     progress = tqdm(total=len(expected), desc="sampling", unit="video", disable=None)
     for start in range(0, len(expected), args.batch_size):
         rows = expected[start : start + args.batch_size]
         seeds = range(args.seed + start, args.seed + start + len(rows))
         videos = pipe(
             prompt=[row["prompt"] for row in rows],
-            num_frames=args.num_frames,
-            height=args.size,
-            width=args.size,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             conditions=[
-                [FrameCondition(to_tensor(clip[ends[end]]), ends[end].start) for end in args.conditioning]
+                [FrameCondition(to_tensor(clip[frames]), frames.start) for frames in ends.values()]
                 for clip in clips[start : start + args.batch_size]
             ],
             output_type="np",
-            **settings,
+            **sampling_settings(args),
         ).frames  # [B T H W 3]
         for index, (row, seed, video) in enumerate(zip(rows, seeds, videos, strict=True), start):
             frames = to_uint8(np.asarray(video))
-            for end in args.conditioning:
-                error = np.abs(frames[ends[end]].astype(int) - clips[index][ends[end]]).mean()
+            for kept in ends.values():
+                error = np.abs(frames[kept].astype(int) - clips[index][kept]).mean()
                 row = {**row, "conditioning_error": max(float(error), row.get("conditioning_error", 0.0))}
             yield row, f"seed {seed}", as_mp4(frames, world.fps)
         progress.update(len(rows))
     progress.close()
+
+
+def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the pipeline's calls, by name."""
+    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    return {"num_frames": args.num_frames, "height": args.size, "width": args.size, **given}
 
 
 def code_videos(
@@ -267,7 +298,8 @@ def print_table(summary: dict[str, dict[str, float]]) -> None:
         print(f"{name:<20} {row['n']:>4}{line}".rstrip())
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
+    """Read the flags. Raises UserError for a value out of range, and for a flag without an effect."""
     parser = script_parser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--videos", type=Path, metavar="DIR", help="output folder of sample.py")
@@ -279,11 +311,7 @@ def main() -> None:
     )
     source.add_argument("--codec", type=Path, metavar="DIR", help="folder of a codec")
     parser.add_argument(
-        "--prompts",
-        type=Path,
-        nargs="+",
-        metavar="CSV",
-        help=f"prompt files; default: those of {DATA}, or drawn for the model that comes with stdit",
+        "--prompts", type=Path, nargs="+", metavar="CSV", help="prompt files; default: see above"
     )
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for scores and all verdicts")
     parser.add_argument(
@@ -292,64 +320,86 @@ def main() -> None:
         metavar="PIXELS",
         help="with --videos: side of the model's patches, for the borders",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt (%(default)s)")
+    parser.add_argument("--seed", type=int, help=f"of the first prompt ({DEFAULTS['seed']})")
     parser.add_argument("--num_frames", type=int, help="default: that of the prompts' world (16 or 25)")
     parser.add_argument(
         "--size", type=int, help="height and width in pixels; default: the world's (32 or 64)"
     )
     parser.add_argument(
-        "--conditioning",
-        nargs="+",
-        choices=["first", "last"],
-        default=[],
-        help="condition on frames of a clip",
+        "--conditioning", nargs="+", choices=["first", "last"], help="condition on frames of a clip"
     )
-    parser.add_argument("--conditioning_frames", type=int, default=4, help="at each end (%(default)s)")
+    parser.add_argument(
+        "--conditioning_frames",
+        type=int,
+        help=f"at each end; default: {LEAST_CONDITIONING_FRAMES}, or as many more as fill whole latent frames",
+    )
     for name, kind in SAMPLING.items():
         parser.add_argument(f"--{name}", type=kind, help="default: the pipeline's")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts per batch (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto: a GPU if there is one (%(default)s)")
+    parser.add_argument("--batch_size", type=int, help=f"prompts per batch ({DEFAULTS['batch_size']})")
+    parser.add_argument("--device", help=f"auto: a GPU if there is one ({DEFAULTS['device']})")
     add_import(parser, "a module of yours that the checkpoint needs; repeatable")
     args = parser.parse_args()
     import_modules(args.imports)
-    least = {"batch_size": 1, "num_frames": 1, "size": 1, "seed": 0}
-    for name, value in least.items():
+    for name, value in LEAST.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise UserError(f"{name} = {getattr(args, name)}: must be at least {value}")
-    unused = [name for name in ("num_frames", "size", *SAMPLING) if getattr(args, name) is not None]
-    if args.videos and unused:
-        raise UserError(f"--{unused[0]} has no effect on the finished videos of --videos: leave it out")
-    if args.codec and (sampling := [name for name in unused if name in SAMPLING]):
-        raise UserError(f"--{sampling[0]} has no effect on the clips of --codec: leave it out")
+    VideoSettings(**{name: getattr(args, name) for name in SAMPLING}).check()
+    for scored, unused in UNUSED.items():
+        if getattr(args, scored) and (given := [name for name in unused if getattr(args, name) is not None]):
+            raise UserError(f"--{given[0]} has no effect with --{scored}: leave it out")
+    if args.conditioning_frames is not None and not args.conditioning:
+        raise UserError(
+            "--conditioning_frames has no effect without --conditioning first, last or both: add it"
+        )
     if args.patch is not None and (args.patch < 2 or not args.videos):
         raise UserError(
             f"patch = {args.patch}: must be at least 2 pixels, and is for --videos: a checkpoint says it itself"
         )
     if args.output:
         check_output_file(args.output, "scores.json")
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.conditioning = list(dict.fromkeys(args.conditioning or []))
+    return args
 
-    bundled = not (args.videos or args.checkpoint or args.codec)
-    if bundled:
-        bundled_folder()  # raises if there is none
+
+def check_sampling(args: argparse.Namespace, recorded: Mapping[str, Any]) -> None:
+    """Warn of a size that a model was not trained on. Raises UserError for settings without an effect on it."""
+    recorded = {**PIPELINE_DEFAULTS, **recorded}
+    given = VideoSettings(**{name: getattr(args, name) for name in SAMPLING})
+    given.check_used(given.resolved(recorded))
+    warn_of_sizes([Request("", 0, VideoSettings(**sampling_settings(args)))], recorded)
+    conditioned = (args.conditioning_frames or LEAST_CONDITIONING_FRAMES) * len(args.conditioning)
+    if conditioned >= args.num_frames:
+        raise UserError(
+            f"num_frames = {args.num_frames}: must be larger than the {conditioned} conditioning frames, so that "
+            "some are left to generate"
+        )
+
+
+def main() -> None:
+    args = parse_args()
+    source, recorded = None, {}
+    if not (args.videos or args.codec):
+        source = find_checkpoint_source(args.checkpoint)
+        recorded = pipeline_settings(source)
     world, expected = (
-        read_expected(args.prompts) if args.prompts else default_prompts(bool(args.videos), bundled)
+        read_expected(args.prompts)
+        if args.prompts
+        else default_prompts(bool(args.videos), recorded.get("height", 0))
     )
     args.num_frames, args.size = args.num_frames or world.num_frames, args.size or world.size
-    conditioned = args.conditioning_frames * len(args.conditioning)
-    if args.conditioning and (args.videos or args.codec or not 0 < conditioned < args.num_frames):
-        raise UserError(
-            f"--conditioning is for a model, and conditioning_frames = {args.conditioning_frames} at each end: "
-            f"num_frames = {args.num_frames} must be larger, so that some are left to generate"
-        )
-    weights = None
-    if args.videos:
+    weights, patch = None, None
+    if source is not None:
+        check_sampling(args, recorded)
+        pipe, weights, patch = load(source, args.device)
+        videos = sample_videos(pipe, args, expected, world)
+    elif args.codec:
+        videos = code_videos(args.codec, args, expected, world)
+    else:
         patch = None if args.patch is None else (args.patch, args.patch)
         videos = read_videos(args.videos, expected)
-    elif args.codec:
-        patch, videos = None, code_videos(args.codec, args, expected, world)
-    else:
-        pipe, weights, patch = load(args)
-        videos = sample_videos(pipe, args, expected, world)
     results = [judge(*video, world, patch) for video in videos]
     scores = summarise(results)
     print_table(scores)

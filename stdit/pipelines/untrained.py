@@ -29,8 +29,7 @@ def warn_of_untrained(requests: Sequence[Request], recorded: Mapping[str, Any], 
     """
     if recorded.get("vocabulary"):
         _warn_of_words(requests, frozenset(recorded["vocabulary"]))
-    if recorded.get("trained_sizes"):
-        _warn_of_sizes(requests, recorded)
+    warn_of_sizes(requests, recorded)
     conditioned = any(
         r.image is not None or r.conditions or r.mask_entries or r.segments.count > 1 for r in requests
     )
@@ -51,8 +50,11 @@ def _warn_of_words(requests: Iterable[Request], vocabulary: Collection[str]) -> 
             )
 
 
-def _warn_of_sizes(requests: Iterable[Request], recorded: Mapping[str, Any]) -> None:
-    trained = [tuple(one[name] for name in _SIZE) for one in recorded["trained_sizes"]]
+def warn_of_sizes(requests: Iterable[Request], recorded: Mapping[str, Any]) -> None:
+    """Log a warning for all sizes that a pipeline with these settings was not trained on, if it records those."""
+    trained = [tuple(one[name] for name in _SIZE) for one in recorded.get("trained_sizes") or ()]
+    if not trained:
+        return
     asked = [tuple(request.settings.resolved(recorded)[name] for name in _SIZE) for request in requests]
     if other := [_described(size) for size in dict.fromkeys(asked) if size not in trained]:
         known = [_described(size) for size in trained]

@@ -1,4 +1,4 @@
-"""Writes the embedded data set: h264 videos, their manifest, and prompt files to evaluate a model with.
+"""Write the embedded data set: h264 videos, their manifest, and prompt files to evaluate a model with.
 
     videos/00000.mp4 ...     the clips, of the training combinations only
     manifest.csv             path,text,num_frames,fps,height,width and every clip's `World.attributes`
@@ -73,6 +73,8 @@ STREAMS = {
 """Each kind of draw has its own stream of random numbers."""
 RELATION_PROMPTS = 216
 """Prompts on held-out combinations of two objects, which are too many to use all."""
+MAX_SIZE = 4096
+"""Largest height and width in pixels."""
 _META = "shapes.json"
 
 
@@ -104,13 +106,17 @@ class ShapesConfig:
         return WORLDS[self.world]
 
     def __post_init__(self) -> None:
-        for name, least in (("num_clips", 1), ("num_frames", 1), ("fps", 1), ("seed", 0)):
+        for name, least in (("num_clips", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        for name, most in (("num_frames", 10_000), ("fps", 1000)):
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"{name} = {getattr(self, name)}: must be from 1 to {most:,}")
         least = self.facts.size
-        if self.size < least or self.size % 2:
+        if not least <= self.size <= MAX_SIZE or self.size % 2:
             raise UserError(
-                f"size {self.size} must be even and at least {least} pixels: smaller shapes look alike"
+                f"size = {self.size}: must be even, and from {least} pixels, below which shapes look alike, to "
+                f"{MAX_SIZE:,}"
             )
 
 
@@ -124,9 +130,11 @@ def build(output: Path, config: ShapesConfig | None = None, workers: int = 2) ->
         What was done, for people; an empty string if all files were there.
 
     Raises:
-        UserError: if `output` holds anything else, or cannot be written.
+        UserError: if `output` holds anything else, or cannot be written, or there are no workers.
     """
     config = config or ShapesConfig()
+    if workers < 1:
+        raise UserError(f"workers = {workers}: must be at least 1 process")
     output = Path(output).absolute()
     meta = {"version": VERSION, "vocabulary": _fingerprint(config.facts), **asdict(config)}
     if config.world == "32":

@@ -1,4 +1,4 @@
-"""Renders scenes of the embedded data set to pixels.
+"""Render scenes of the embedded data set to pixels.
 
 Letters: T frames, H height, W width.
 """

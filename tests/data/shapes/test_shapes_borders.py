@@ -1,7 +1,6 @@
 """The measure of patch borders: in real clips, in spoiled ones, and in scripts/evaluate_adherence.py."""
 
 import json
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from stdit.data.shapes.build import write_video
 from stdit.data.shapes.checker import patch_borders
 from stdit.data.shapes.render import PLAIN, render
+from stdit.pipelines.loading import find_checkpoint_source
 from tests.data.shapes.clips import BASE, LARGE, SMALL, encoded, run_script, scenes
 from tests.pipelines.tiny import tiny_pipeline
 
@@ -84,6 +84,6 @@ def test_evaluate_takes_the_patches_of_a_checkpoint(tmp_path: Path) -> None:
 
     pipe = tiny_pipeline(tmp_path)
     pipe.save_pretrained(tmp_path / "pipeline")
-    *_, patch = load(Namespace(checkpoint=tmp_path / "pipeline", device="cpu"))
+    *_, patch = load(find_checkpoint_source(tmp_path / "pipeline"), "cpu")
     stride, size = pipe.codec.stride, pipe.transformer.config.patch_size
     assert patch == (stride[1] * size[1], stride[2] * size[2]) and min(patch) > 1

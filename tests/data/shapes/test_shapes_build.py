@@ -238,11 +238,23 @@ def test_build_never_replaces_what_it_did_not_write(tmp_path: Path) -> None:
         build(tmp_path / "file" / "shapes", FEW["32"])
 
 
-@pytest.mark.parametrize("wrong", [{"num_clips": 0}, {"size": 33}, {"size": 16}, {"seed": -1}, {"fps": 0}])
-def test_settings_out_of_range_are_errors(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "num_clips": (0,),
+        "size": (33, 16, 8192),
+        "seed": (-1,),
+        "fps": (0, 1001),
+        "num_frames": (0, 10_001),
+    }.items(),
+)
+def test_settings_out_of_range_are_errors(name: str, values: tuple[int, ...], tmp_path: Path) -> None:
     for world in FEW:
-        with pytest.raises(UserError):
-            ShapesConfig.of(world, **wrong)
+        for value in values:
+            with pytest.raises(UserError, match=f"{name} = {value}: must be"):
+                ShapesConfig.of(world, **{name: value})
+    with pytest.raises(UserError, match="workers = 0: must be at least 1"):
+        build(tmp_path, workers=0)
 
 
 def test_a_world_has_its_own_size_and_least_size() -> None:
@@ -250,7 +262,7 @@ def test_a_world_has_its_own_size_and_least_size() -> None:
     assert (config.size, config.num_frames, config.fps, config.num_clips) == (64, 25, 12, 5)
     assert ShapesConfig.of("64").num_clips == 40_000
     assert ShapesConfig.of("32") == ShapesConfig()
-    with pytest.raises(UserError, match="at least 64 pixels"):
+    with pytest.raises(UserError, match="from 64 pixels"):
         ShapesConfig.of("64", size=32)
     with pytest.raises(UserError, match="world = 16: must be one of 32, 64"):
         ShapesConfig.of("16")

@@ -1,4 +1,4 @@
-"""Recognises what a video of shapes shows, from its pixels, to score generated clips.
+"""Recognise what a video of shapes shows, from its pixels, to score generated clips.
 
 It knows the vocabulary of a world and nothing of the prompt. It should accept what a person would accept (slight
 blur, faint noise, compression artefacts) and reject the rest: an attribute that cannot be recognised is None. It

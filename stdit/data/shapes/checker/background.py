@@ -1,4 +1,4 @@
-"""Recognises the background of a video, and measures noise and patch borders of a plain one.
+"""Recognise the background of a video, and measure noise and patch borders of a plain one.
 
 Letters: T frames, H height, W width, n pixels.
 """

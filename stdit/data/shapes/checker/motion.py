@@ -1,4 +1,4 @@
-"""Recognises how an object moves, and what one of two objects does to the other, from where they are in every frame.
+"""Recognise how an object moves, and what one of two objects does to the other, from where they are in every frame.
 
 Lengths are pixels of a frame whose shorter side is 32. Letters: T frames.
 """

@@ -1,4 +1,4 @@
-"""Separates the objects of a video from its background: soft masks, places, sizes and colours.
+"""Separate the objects of a video from its background: soft masks, places, sizes and colours.
 
 Letters: T frames, H height, W width, n pixels.
 """

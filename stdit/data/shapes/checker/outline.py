@@ -1,4 +1,4 @@
-"""Recognises the shape of an object, and whether it turns, by comparing its mask with rendered shapes.
+"""Recognise the shape of an object, and whether it turns, by comparing its mask with rendered shapes.
 
 Letters: T frames, H height, W width.
 """
