@@ -28,6 +28,8 @@ from stdit.training.config import TrainConfig, parse_train
 
 OWN = ("trainer", "optimizer", "ema")
 """Groups of settings in which sides may differ."""
+OF_THE_PROCESS = ("trainer.device", "trainer.num_threads", "trainer.keep_freed_memory")
+"""Settings of these groups that all sides share, as they run in one process."""
 
 
 def main() -> None:
@@ -63,6 +65,10 @@ def parse_side(settings: list[str], side: str, folder: str) -> TrainConfig:
     for key in words[::2]:
         if key.partition(".")[0] not in OWN or "." not in key:
             raise UserError(f"side {side!r}: {key} must begin with {', '.join(f'{own}.' for own in OWN)}")
+        if key in OF_THE_PROCESS:
+            raise UserError(
+                f"side {side!r}: {key} is the same for all sides: give it as --{key}, in runs of their own"
+            )
     if len(words) % 2:
         raise UserError(f"side {side!r}: must be pairs of a key and a value")
     changes = [f"--{word}" if place % 2 == 0 else word for place, word in enumerate(words)]

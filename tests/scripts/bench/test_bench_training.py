@@ -50,6 +50,7 @@ def test_sides_start_alike_and_take_the_same_steps(
         (["--steps", "0"], "steps = 0"),
         (["--warmup", "-1"], "warmup = -1"),
         (["--side", "model.depth 3"], "side 'model.depth 3': model.depth must begin with trainer."),
+        (["--side", "trainer.num_threads 1"], "trainer.num_threads is the same for all sides"),
         (["--side", "trainer.compile"], "must be pairs of a key and a value"),
         (["--side", "ema.decay 0", "--side", "ema.decay 0"], "side 'ema.decay 0' is given twice"),
         (["--output", "."], "output . is a folder"),
