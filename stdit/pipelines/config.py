@@ -52,9 +52,9 @@ class VideoSettings:
     """Shift of the steps towards noise (above 1) or detail (below 1); none: from size and length."""
     refine_pairs: int | None = _setting(0)
     """Pairs of opposite noise that refine the finished video one after the other, each two model calls; 0: none."""
-    refine_level: float | None = _setting(0.4)
+    refine_level: float | None = _setting(0.7)
     """Noise level of the refinement; higher: cleaner outlines and backgrounds, further from the video before it."""
-    refine_guidance_scale: float | None = _setting(1.0)
+    refine_guidance_scale: float | None = _setting(1.5)
     """Guidance in the refinement; 1: none."""
 
     def check(self, where: str = "") -> None:
@@ -119,7 +119,7 @@ class VideoSettings:
             if getattr(self, name) is not None and not resolved["refine_pairs"]:
                 raise UserError(
                     f"{where}{name} = {getattr(self, name)} would have no effect: refine_pairs = 0 is no refinement: "
-                    "add refine_pairs, such as 4, or leave it out."
+                    "add refine_pairs, such as 3, or leave it out."
                 )
         refined = guides_refinement(resolved)
         needs_guidance = {

@@ -138,7 +138,8 @@ def test_refinement_repeats_the_mean_of_estimates_from_opposite_noise(pipe):
                 output = pipe.transformer(x_t, 1000 * t, states, mask, *size)
             estimates.append(x_t + 0.3 * pipe.scheduler.velocity(output, x_t, t))
         expected = torch.stack(estimates).mean(0)
-    refined = latents(pipe, guidance_scale=1.0, refine_pairs=2, refine_level=0.3)
+    unguided = dict(guidance_scale=1.0, refine_guidance_scale=1.0)
+    refined = latents(pipe, refine_pairs=2, refine_level=0.3, **unguided)
     torch.testing.assert_close(refined, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(refined, sampled, atol=1e-2)
 
@@ -160,7 +161,9 @@ def test_refinement_changes_partly_kept_frames_from_their_own_noise_level(pipe):
     predict = pipe.predict_velocity
     pipe.predict_velocity = lambda x, t, *rest: levels.append(t) or predict(x, t, *rest)
     try:
-        latents(pipe, conditions=[condition], num_inference_steps=8, guidance_scale=1.0, refine_pairs=1)
+        unguided = dict(guidance_scale=1.0, refine_guidance_scale=1.0)
+        refinement = dict(refine_pairs=1, refine_level=0.4)
+        latents(pipe, conditions=[condition], num_inference_steps=8, **refinement, **unguided)
     finally:
         del pipe.predict_velocity
     torch.testing.assert_close(levels[-1], torch.tensor([[0.2, 0.4, 0.4, 0.4]]))
