@@ -3,7 +3,7 @@
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stdit.errors import UserError
@@ -31,7 +31,7 @@ def disk_errors(what: str, aside: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if aside.is_file():
+        with suppress(OSError):  # none, or a folder that could not be removed: the first error says why
             aside.unlink()
         if isinstance(error, OSError | SafetensorError):
             raise UserError(
