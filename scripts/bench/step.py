@@ -54,6 +54,7 @@ SIZES = {
     "reference": Size(384, 4, 6, 16, 32, 64, 512),
     "small": Size(128, 4, 4, 8, 16, 16, 384, batch=4),
     "quickstart": Size(128, 2, 4, 4, 4, 24, 1152, batch=64),  # of about its shapes, without its options
+    "shapes64": Size(160, 3, 5, 7, 8, 40, 1152, batch=64),  # likewise
     "S": Size(384, 12, 6, 8, 32, 120, 4096),
     "B": Size(768, 12, 12, 8, 32, 120, 4096),
     "XL-2": Size(1152, 28, 16, 15, 32, 300, 4096),

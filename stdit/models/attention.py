@@ -11,9 +11,9 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from stdit.models.embeddings import rotate
 
-FEW_SCORES = 64 * 64
+FEW_SCORES = 128 * 128
 """Up to this many pairs of a query and a key, PyTorch's flash kernel for CPUs is slower than batched matrix products
-(``scripts/bench/step.py --sizes quickstart``)."""
+(``scripts/bench/step.py --sizes quickstart shapes64``)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:

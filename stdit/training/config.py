@@ -73,7 +73,8 @@ class TrainerConfig:
     activation_checkpointing: bool = False
     """Compute activations twice rather than keep them: less memory, a third more time."""
     compile: bool = False
-    """Compile the blocks with torch.compile: slow to start, and worth it on GPUs."""
+    """Compile the blocks with torch.compile: slow to start, and worth it on GPUs, and for long runs on CPUs, where it
+    needs a C++ compiler."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU if there is one."""
     num_threads: int | None = None
