@@ -52,6 +52,11 @@ class FrameCondition:
         source = self.source if isinstance(self.source, str | Path) else type(self.source).__name__
         return f"{source}@{self.frame_index}:{self.length or ''}:{self.strength:g}"
 
+    def place(self) -> str:
+        """Return the name of the source and its frames in the video, such as ``clip.mp4@0:8``."""
+        source = Path(self.source).name if isinstance(self.source, str | Path) else type(self.source).__name__
+        return f"{source}@{self.frame_index}" + (f":{self.length}" if self.length else "")
+
     def span(self, num_frames: int) -> tuple[int, int]:
         """Return the first frame and the length (None: the room) in a video of ``num_frames`` frames.
 

@@ -37,9 +37,10 @@ class _Video:
     """Of the contact sheet, if it was made just now."""
 
     def caption(self) -> str:
-        """Return all prompts, one to a line, and the seed."""
+        """Return all prompts, one to a line, the seed, and the places of conditioning frames."""
         first, *others = [self.request.prompt, *self.request.segment_prompts]
-        first = f"{first}  (seed {self.request.seed})"
+        facts = [f"seed {self.request.seed}", *(one.place() for one in self.request.all_conditions())]
+        first = f"{first}  ({', '.join(facts)})"
         if not others:
             return first
         return "\n".join(f"[{number}] {text}" for number, text in enumerate([first, *others], start=1))

@@ -10,6 +10,7 @@ import PIL.ImageFont
 import pytest
 
 from stdit.pipelines import lettering
+from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import PIPELINE_DEFAULTS
 from stdit.pipelines.contact_sheet import read_contents, sheet_row
 from stdit.pipelines.requests import Request
@@ -129,6 +130,18 @@ def test_a_sheet_shows_the_prompts_of_all_segments(tmp_path):
     (contents,) = read_contents(sheet)
     assert contents["segment_prompts"] == ["it breaks", "a wet beach"]
     expected = sheet_row(CLIP, "[1] a wave rises  (seed 3)\n[2] it breaks\n[3] a wet beach")
+    with PIL.Image.open(sheet) as image:
+        assert image.tobytes() == expected.tobytes()
+
+
+def test_a_sheet_names_the_conditioning_frames(tmp_path):
+    frames = (FrameCondition(str(tmp_path / "end.png"), -1), FrameCondition(str(tmp_path / "clip.mp4"), 0, 2))
+    write_mp4(tmp_path / "clip.mp4", CLIP, 8)
+    writer = VideoWriter(tmp_path / "videos", ["png"], SETTINGS)
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "end.png")
+    writer.write([(Request("a wave rises", 3, conditions=frames), CLIP)])
+    *_, sheet = writer.finish()
+    expected = sheet_row(CLIP, "a wave rises  (seed 3, end.png@-1, clip.mp4@0:2)")
     with PIL.Image.open(sheet) as image:
         assert image.tobytes() == expected.tobytes()
 
