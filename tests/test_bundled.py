@@ -109,7 +109,7 @@ def test_the_origin_is_recorded(run: Path, made: Path, command: Command, tmp_pat
         "weights": "others",
         "videos": [],
     }
-    flags = ["--checkpoint", run, "--output", made, "--scores", tmp_path / "scores.json"]
+    flags = ["--scores", tmp_path / "scores.json", "--output", made]
     before = (made / "origin.json").read_bytes()
     (tmp_path / "scores.json").write_text(json.dumps(rates))
     code, _, errors = command(bundle, *flags)

@@ -1,15 +1,16 @@
 """Make the model that comes with stdit: averaged weights of a run as a small pipeline, with a record of training."""
 
 import json
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import stdit
-from stdit.checkpoint_files import newest_whole, read_json, read_meta, seal_folder
+from stdit.checkpoint_files import newest_whole, read_json, read_meta, seal_folder, verify
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.compact_weights import compact_folder
 from stdit.data.clip_list import ClipList
@@ -27,15 +28,14 @@ LOSS_STEPS = 100
 """The recorded loss is the mean of as many last steps."""
 
 
-def write_bundle(checkpoint: Path, folder: Path, scores: Path | None = None) -> dict[str, Any]:
+def write_bundle(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Write the newest checkpoint of a run as a pipeline of at most `MAX_BYTES`; an older one is replaced.
 
     Matrices of transformer and codec are stored in bf16. The pipeline records the words of the captions,
-    ``origin.json`` commit, settings, time, losses and scores of the training.
+    ``origin.json`` commit, settings, time and losses of the training.
 
     Args:
         checkpoint: a run, or one of its checkpoints.
-        scores: what ``scripts/evaluate_adherence.py --output`` wrote.
 
     Returns:
         The content of ``origin.json``.
@@ -48,7 +48,6 @@ def write_bundle(checkpoint: Path, folder: Path, scores: Path | None = None) -> 
     folder = folder.absolute()
     _check_replaceable(folder)
     meta = read_meta(source.path)
-    rated = None if scores is None else _read_scores(scores)
     pipe, _ = load_pipeline(source)
     texts = ClipList.read(source.path / CLIP_LIST).clips.texts
     vocabulary = sorted({word for index in range(len(texts)) for word in words_of(texts[index])})
@@ -59,7 +58,7 @@ def write_bundle(checkpoint: Path, folder: Path, scores: Path | None = None) -> 
         **_training_facts(source, meta["step"]),
         "commit": _commit(),
         "versions": meta["versions"],
-        "scores": rated and rated["scores"],
+        "scores": None,
         "lineage": meta.get("lineage", []),
         "config": meta["config"],
     }
@@ -71,16 +70,44 @@ def write_bundle(checkpoint: Path, folder: Path, scores: Path | None = None) -> 
         reloaded, origin["weights"] = load_pipeline(aside)
         _check_fp32(reloaded)
         _check_packaged_codec(reloaded.codec, folder)
-        if rated and rated["weights"] != origin["weights"]:
-            raise UserError(
-                f"scores {scores}: are those of the weights {rated['weights']}, not of {origin['weights']}: make the "
-                "pipeline without --scores, score it, and then make it again"
-            )
-        text = json.dumps(origin, indent=1, ensure_ascii=False) + "\n"
-        (aside / ORIGIN).write_text(text, encoding="utf-8")
-        seal_folder(aside, pipe.components)
+        _write_origin(aside, origin)
         _check_size(aside)
     return origin
+
+
+def record_scores(scores: Path, folder: Path) -> dict[str, Any]:
+    """Write scores into the ``origin.json`` of a bundled pipeline, and return its content.
+
+    Args:
+        scores: what ``scripts/evaluate_adherence.py --output`` wrote.
+
+    Raises:
+        UserError: if the folder is no whole bundled pipeline, or the scores are of other weights.
+    """
+    folder = folder.absolute()
+    rated = read_json(scores, "a file of scores")
+    if not isinstance(rated.get("scores"), dict) or "weights" not in rated:
+        raise UserError(
+            f"scores {scores}: it has no scores of a model: give what evaluate_adherence.py --output wrote."
+        )
+    verify(folder, kind="the bundled pipeline", way_out="make it again with --checkpoint")
+    origin = read_json(folder / ORIGIN, "a bundled pipeline")
+    if rated["weights"] != origin["weights"]:
+        raise UserError(
+            f"scores {scores}: are those of the weights {rated['weights']}, not of {origin['weights']} in {folder}: "
+            "score that pipeline."
+        )
+    with replace_folder(f"bundle {folder}", folder) as aside:
+        shutil.copytree(folder, aside, dirs_exist_ok=True)
+        _write_origin(aside, origin | {"scores": rated["scores"]})
+    return origin | {"scores": rated["scores"]}
+
+
+def _write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Write ``origin.json`` into a pipeline folder and seal that anew."""
+    text = json.dumps(origin, indent=1, ensure_ascii=False) + "\n"
+    (folder / ORIGIN).write_text(text, encoding="utf-8")
+    seal_folder(folder, (part.name for part in folder.iterdir() if part.is_dir()))
 
 
 def folder_sizes(folder: Path) -> dict[str, int]:
@@ -99,16 +126,6 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise UserError(f"output {folder} exists, and is no bundled pipeline: choose another --output.")
-
-
-def _read_scores(file: Path) -> dict[str, Any]:
-    """Return scores by set, and the weights. Raises UserError if evaluate_adherence.py has not written the file."""
-    content = read_json(file, "a file of scores")
-    if not isinstance(content.get("scores"), dict) or "weights" not in content:
-        raise UserError(
-            f"scores {file}: it has no scores of a model: give what evaluate_adherence.py --output wrote."
-        )
-    return content
 
 
 def _checkpoint_of_run(checkpoint: Path) -> CheckpointSource:
