@@ -20,16 +20,12 @@ newer_than_sheets() {
     [ "$1" -nt outputs/bundled/videos/sheet.png ] && [ "$1" -nt outputs/quickstart/videos/sheet.png ]
 }
 
-if [ ! -e stdit/bundled/meta.json ]; then
-    echo "No model comes with this clone (there is no stdit/bundled/meta.json): its videos are left out."
-else
-    if [ ! outputs/bundled/videos/sheet.png -nt stdit/bundled/meta.json ]; then  # sample.py writes the sheet last
-        rm -rf outputs/bundled/videos
-        run python sample.py --config configs/sample/bundled.yaml
-    fi
-    echo
-    echo "Videos of the model that comes with stdit: outputs/bundled/videos/*.mp4, all on outputs/bundled/videos/sheet.png"
+if [ ! outputs/bundled/videos/sheet.png -nt stdit/bundled/meta.json ]; then  # sample.py writes the sheet last
+    rm -rf outputs/bundled/videos
+    run python sample.py --config configs/sample/bundled.yaml
 fi
+echo
+echo "Videos of the model that comes with stdit: outputs/bundled/videos/*.mp4, all on outputs/bundled/videos/sheet.png"
 run python scripts/make_shapes.py --output data/shapes
 run python train.py --config configs/train/quickstart.yaml
 if [ ! -e outputs/quickstart/pipeline/model_index.json ]; then  # train.py exits with 0 after SIGTERM as well
@@ -43,14 +39,12 @@ fi
 if ! newer_than_model outputs/quickstart/scores.json; then
     run python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --output outputs/quickstart/scores.json
 fi
-if [ -e outputs/bundled/videos/sheet.png ] && ! newer_than_sheets outputs/quickstart/sheets.png; then
+if ! newer_than_sheets outputs/quickstart/sheets.png; then
     run python scripts/contact_sheet.py outputs/bundled/videos outputs/quickstart/videos --output outputs/quickstart/sheets.png
 fi
 
 echo
 echo "Videos:        outputs/quickstart/videos/*.mp4"
 echo "Contact sheet: outputs/quickstart/videos/sheet.png"
-if [ -e outputs/quickstart/sheets.png ]; then
-    echo "Both models:   outputs/quickstart/sheets.png"
-fi
+echo "Both models:   outputs/quickstart/sheets.png"
 echo "Scores:        outputs/quickstart/scores.json"

@@ -54,8 +54,9 @@ def quickstart(folder: Path, stop: str = "", code: int = 0) -> tuple[int, list[s
 
 
 def commands_of_the_readme() -> list[str]:
-    block = (ROOT / "README.md").read_text().partition("The quickstart runs these commands:\n\n```bash\n")[2]
-    return block.partition("\n```")[0].splitlines()
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```bash\n")[1:]
+    (commands,) = (block for block in blocks if "scripts/make_shapes.py" in block)
+    return commands.partition("\n```")[0].splitlines()
 
 
 def test_the_commands_are_those_of_the_readme_and_their_results_are_reused(folder: Path) -> None:
@@ -92,17 +93,6 @@ def test_the_first_prompts_ask_for_what_was_held_out(monkeypatch: pytest.MonkeyP
             w for w in words if w in (*world.colours, *world.shapes, *acts.values())
         )
         assert (shape, colour, act, *reversed(other)) in held_out, prompt
-
-
-def test_without_a_model_that_comes_with_it_it_says_so_and_goes_on(folder: Path) -> None:
-    (folder / "stdit" / "bundled" / "meta.json").unlink()
-    done = start(folder)
-    said = [line for line in done.stdout.splitlines() if "No model comes with this clone" in line]
-    assert done.returncode == 0 and len(said) == 1 and not done.stderr
-    assert "bundled/videos" not in done.stdout and "sheets.png" not in done.stdout
-    (folder / "stdit" / "bundled" / "meta.json").touch()  # pulled since
-    bundled, shapes, train, *_, sheets = commands_of_the_readme()
-    assert quickstart(folder) == (0, [bundled, shapes, train, sheets])
 
 
 @pytest.mark.parametrize("code", [2, 130])

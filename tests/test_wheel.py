@@ -18,7 +18,6 @@ import stdit
 from tests.training.tiny import tiny_settings
 
 ROOT = Path(__file__).parents[1]
-BUNDLED = ("stdit/bundled/stand-in/config.json", "stdit/bundled/stand-in/deep/weights.safetensors")
 COMMANDS = {"stdit-train", "stdit-sample", "stdit-prepare"}
 
 
@@ -62,15 +61,12 @@ def environment_with(folder: Path, *install: object) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packed, so that nothing is built in the clone, with files as a bundled model has."""
+    """A copy of what is packed, so that nothing is built in the clone."""
     folder = tmp_path_factory.mktemp("source")
     for name in ("stdit", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in BUNDLED:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("{}")
     return folder
 
 
@@ -112,7 +108,7 @@ def test_setuptools_packs_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_wheel_has_all_files_of_the_package_and_the_configs(source: Path, wheel: Path) -> None:
     packed = {name for name in names(wheel) if ".dist-info/" not in name}
-    assert packed == files_to_pack(source) and packed >= set(BUNDLED)
+    assert packed == files_to_pack(source) and "stdit/bundled/model_index.json" in packed
     assert f"stdit-{stdit.__version__}.dist-info/licenses/LICENSE" in names(wheel)
 
 
@@ -136,7 +132,6 @@ def test_stdit_is_imported_from_the_wheel(commands: Path, tmp_path: Path) -> Non
     assert Path(file).is_relative_to(prefix) and Path(prefix) == commands.parent
     assert version == stdit.__version__ and set(found) == COMMANDS
     assert json.loads(url)["url"].endswith(".whl")
-    assert all((Path(file).parents[1] / name).is_file() for name in BUNDLED)
 
 
 @pytest.mark.slow
@@ -160,6 +155,18 @@ def test_the_commands_of_the_wheel_train_prepare_and_sample(commands: Path, tmp_
     run(sample, "--checkpoint", checkpoint, *prompt, cwd=tmp_path)
     (video,) = (tmp_path / "videos").glob("*.mp4")
     assert json.loads(video.with_suffix(".json").read_text())["prompt"] == "a red square"
+
+
+@pytest.mark.slow
+def test_the_wheel_samples_from_the_model_that_comes_with_it(commands: Path, tmp_path: Path) -> None:
+    prompts = ["a red star orbits a blue square on a white background", "a green ring bounces"]
+    flags = [word for prompt in prompts for word in ("--prompt", prompt)]
+    done = run(commands / "stdit-sample", *flags, cwd=tmp_path)
+    assert "its training: " in done.stdout, done.stdout
+    videos = sorted((tmp_path / "outputs" / "samples").glob("*.mp4"))
+    facts = [json.loads(video.with_suffix(".json").read_text()) for video in videos]
+    assert [fact["prompt"] for fact in facts] == prompts
+    assert all((fact["height"], fact["width"], fact["num_frames"]) == (64, 64, 25) for fact in facts)
 
 
 @pytest.mark.slow
