@@ -95,6 +95,7 @@ def test_a_prompt_is_used_verbatim(text):
 )
 def test_bad_input_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, settings, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stdit.pipelines.bundled.BUNDLED", tmp_path / "nothing")
     monkeypatch.setattr("stdit.pipelines.sampling.load_pipeline", lambda *_: pytest.fail("loaded a model"))
     with pytest.raises(UserError, match=message):
         sample_to_files(SampleConfig(**settings))

@@ -271,7 +271,7 @@ def test_commands_of_the_page_work_on_a_model_of_finetune_yaml(finetuned, tmp_pa
     result = sample(finetuned, tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     (video,) = (tmp_path / "out").glob("*.mp4")
-    expected = 40 if "--segment_prompts" in flags else 48  # 3 segments; 4 that loop: 16 + n 12 frames
+    expected = 40 if "--segment_prompts" in flags else 36  # 3 segments: 16 + 2 x 12; in a loop 3 x 12
     assert len(read_frames(video, 1000)) == expected
 
 
