@@ -97,10 +97,11 @@ def record_scores(scores: Path, folder: Path) -> dict[str, Any]:
             f"scores {scores}: are those of the weights {rated['weights']}, not of {origin['weights']} in {folder}: "
             "score that pipeline."
         )
+    origin["scores"] = rated["scores"]
     with replace_folder(f"bundle {folder}", folder) as aside:
         shutil.copytree(folder, aside, dirs_exist_ok=True)
-        _write_origin(aside, origin | {"scores": rated["scores"]})
-    return origin | {"scores": rated["scores"]}
+        _write_origin(aside, origin)
+    return origin
 
 
 def _write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
