@@ -116,9 +116,11 @@ def read_meta(
     """
     path = folder / META
     if not folder.is_dir():
-        raise UserError(f"{kind} {folder} is not a folder: give one like .../checkpoints/step-00001000.")
+        raise UserError(f"{kind} {folder}: there is no such folder: {way_out}.")
     if not path.is_file():
-        raise UserError(f"{kind} {folder} has no {META}: it is empty or was never finished. Use another one.")
+        raise UserError(
+            f"{kind} {folder}: it has no {META}, so it is empty or was never finished: {way_out}."
+        )
     text = path.read_bytes()
     try:
         found = json.loads(text.decode("utf-8"))

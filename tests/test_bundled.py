@@ -15,6 +15,7 @@ import sample
 import train
 from scripts import bundle, evaluate_adherence
 from stdit import cli
+from stdit.checkpoint_files import seal_folder
 from stdit.codecs.compact_weights import compact_folder
 from stdit.codecs.tiny import PACKAGED
 from stdit.data.shapes.build import ShapesConfig
@@ -94,13 +95,20 @@ def test_the_packaged_codec_is_not_replaced_by_another_one(
 ) -> None:
     monkeypatch.setattr("stdit.training.bundle.BUNDLED", bundled)
     shutil.copytree(PACKAGED, bundled / "codec")
-    code, _, errors = command(bundle, "--checkpoint", run, "--output", bundled)
+    seal_folder(bundled, ["codec"])
+    flags = ["--checkpoint", run, "--output", bundled]
+    code, _, errors = command(bundle, *flags)
     assert code == 2 and "the run's codec is not the one in" in errors and errors.count("\n") == 1
-    assert [path.name for path in bundled.iterdir()] == ["codec"]
-    shutil.copytree(run / "codec", bundled / "codec", dirs_exist_ok=True)
+    assert sorted(path.name for path in bundled.iterdir()) == ["codec", "meta.json"]
+    shutil.rmtree(bundled / "codec")
+    assert "the run's codec is not the one in" in command(bundle, *flags)[2], "it is known by the manifest"
+    shutil.copytree(run / "codec", bundled / "codec")
     compact_folder(bundled / "codec")
-    assert command(bundle, "--checkpoint", run, "--output", bundled)[0] == 0
-    assert command(bundle, "--checkpoint", run, "--output", bundled)[0] == 0
+    seal_folder(bundled, ["codec"])
+    assert command(bundle, *flags)[0] == 0
+    (bundled / "codec" / FILE).write_bytes(b"damaged")
+    assert command(bundle, *flags)[0] == 0, "a damaged codec is replaced by itself"
+    assert load_file(bundled / "codec" / FILE)
 
 
 def test_the_origin_is_recorded(run: Path, made: Path, command: Command, tmp_path: Path) -> None:
@@ -116,7 +124,21 @@ def test_the_origin_is_recorded(run: Path, made: Path, command: Command, tmp_pat
     assert (
         code and "are those of the weights others" in errors and (made / "origin.json").read_bytes() == before
     )
-    (tmp_path / "scores.json").write_text(json.dumps(rates | {"weights": load_pipeline()[1]}))
+    rates["weights"] = load_pipeline()[1]
+    for wrong, reason in (
+        ({"scores": {}}, "it has no scores"),
+        ({"scores": {"heldout": {"strict": "x"}}}, "it has no scores"),
+        ({"scores": {"heldout": 1}}, "it has no scores"),
+        ({"weights": None}, "these are not of a model"),
+        ({"changed_settings": {"refine_pairs": 0}}, "these were measured with refine_pairs = 0"),
+    ):
+        (tmp_path / "scores.json").write_text(json.dumps(rates | wrong))
+        code, _, errors = command(bundle, *flags)
+        assert (code, errors.count("\n")) == (2, 1) and reason in errors
+    assert "there is no such file" in command(bundle, "--scores", tmp_path / "no.json", "--output", made)[2]
+    assert (made / "origin.json").read_bytes() == before
+    (tmp_path / "scores.json").write_text(json.dumps(rates))
+    assert "there is no bundled pipeline" in command(bundle, *flags[:2], "--output", tmp_path / "no")[2]
     code, output, errors = command(bundle, *flags)
     assert code == 0, errors
     origin = json.loads((made / "origin.json").read_text())
@@ -150,6 +172,27 @@ def test_the_commands_that_make_it_are_those_of_its_config() -> None:
     lines = (ROOT / "configs" / "train" / "shapes64.yaml").read_text(encoding="utf-8").splitlines()
     commands = [line.removeprefix("#").strip() for line in lines if line.startswith("#   python ")]
     assert len(commands) == 2 and "; ".join(commands) in HOW_TO_GET
+
+
+def test_an_origin_that_bundle_did_not_write_is_an_error(run: Path, command: Command) -> None:
+    (run / "pipeline" / "origin.json").write_text('{"from": "me"}')
+    code, _, errors = command(sample, "--checkpoint", run / "pipeline", "--prompt", "a")
+    (run / "pipeline" / "origin.json").unlink()
+    assert (code, errors.count("\n")) == (2, 1) and "it has no 'parameters'" in errors
+
+
+def test_why_checkpoints_were_skipped_is_said(
+    run: Path, bundled: Path, command: Command, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    older, newest = sorted((copy / "checkpoints").iterdir())
+    (newest / "ema" / "ema.safetensors").unlink()
+    code, _, errors = command(bundle, "--checkpoint", copy, "--output", bundled)
+    assert code == 0 and f"skipped checkpoint: checkpoint {newest}: ema/ema.safetensors is missing" in errors
+    (older / "ema" / "ema.safetensors").unlink()
+    code, _, errors = command(bundle, "--checkpoint", copy, "--output", bundled)
+    assert code == 2 and "no complete one: " in errors and "ema.safetensors is missing" in errors
 
 
 def test_words_and_sizes_of_no_clip_are_named(made: Path, command: Command) -> None:

@@ -69,7 +69,7 @@ class CodecConfig:
 
 
 def check_tiny_layers(channels: int, widths: tuple[int, ...]) -> None:
-    """Raise UserError unless the codec tiny can have so many channels of the latents, and layers of these widths."""
+    """Raise UserError unless the codec tiny can have latents of this many channels, and layers of these widths."""
     if channels < 1:
         raise UserError(f"channels = {channels}: must be at least 1, such as 16")
     if len(widths) != 3 or any(width < 16 or width % 16 for width in widths):

@@ -12,12 +12,17 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from stdit.checkpoint_files import verify
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.config import CodecConfig, check_tiny_layers
-from stdit.errors import UserError
 
 PACKAGED = Path(__file__).parents[1] / "bundled" / "codec"
 """The trained codec that comes with stdit."""
+_HOW_TO_GET = (
+    "install stdit again (in a clone: git checkout stdit/bundled), or train one (python scripts/train_codec.py "
+    "--config configs/codecs/tiny.yaml) and set codec.path = outputs/tiny"
+)
+"""What a user does who lacks it."""
 FRAMES = 4
 """Of a group, which one latent frame stands for."""
 
@@ -124,19 +129,11 @@ class TinyCodec(VideoCodec):
 
         Raises UserError if there is none, or it is damaged.
         """
-        folder = PACKAGED
-        if config.path is not None:
-            folder = Path(config.path).expanduser() / (config.subfolder or "")
-        try:
-            codec = cls.from_pretrained(folder)
-        except UserError as error:
-            if config.path is not None:
-                raise
-            raise UserError(
-                f"the codec that comes with stdit is missing or damaged: {str(error).rstrip('.')}. Install stdit "
-                "again, or train it (python scripts/train_codec.py --config configs/codecs/tiny.yaml) and set "
-                "codec.path = outputs/tiny"
-            ) from None
+        if config.path is None:
+            verify(PACKAGED, kind="the codec that comes with stdit,", way_out=_HOW_TO_GET)
+            codec = cls.from_pretrained(PACKAGED)
+        else:
+            codec = cls.from_pretrained(Path(config.path).expanduser() / (config.subfolder or ""))
         assert isinstance(codec, cls)
         return codec
 

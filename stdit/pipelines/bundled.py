@@ -10,6 +10,8 @@ from stdit.errors import UserError
 BUNDLED = Path(__file__).parents[1] / "bundled"
 ORIGIN = "origin.json"
 """File of a bundled pipeline that tells how it was trained: see `stdit.training.bundle`."""
+_FACTS = ("parameters", "step", "training_hours", "commit", "loss", "validation_loss", "scores")
+"""What `origin_line` names."""
 HOW_TO_GET = (
     "install stdit again (in a clone: git checkout stdit/bundled), or make it in a clone of the repository (python "
     "scripts/make_shapes.py --world 64 --output data/shapes64; python train.py --config configs/train/shapes64.yaml; "
@@ -34,10 +36,20 @@ def bundled_folder() -> Path:
 
 
 def describe_origin(folder: Path) -> str:
-    """Return a line on how the model of a bundled pipeline was trained; empty for other pipelines."""
+    """Return a line on how the model of a bundled pipeline was trained; empty for other pipelines.
+
+    Raises:
+        UserError: the file is not as ``scripts/bundle.py`` writes it.
+    """
     if not (folder / ORIGIN).is_file():
         return ""
-    return origin_line(read_json(folder / ORIGIN, "a bundled pipeline"))
+    origin = read_json(folder / ORIGIN, "a bundled pipeline")
+    if missing := [name for name in _FACTS if name not in origin]:
+        raise UserError(
+            f"{folder / ORIGIN}: it has no {missing[0]!r}, so it is not what scripts/bundle.py writes: remove the "
+            "file, or make the pipeline again."
+        )
+    return origin_line(origin)
 
 
 def origin_line(origin: Mapping[str, Any]) -> str:
@@ -46,7 +58,7 @@ def origin_line(origin: Mapping[str, Any]) -> str:
     if origin["training_hours"] is not None:
         parts[0] += f" in {origin['training_hours']:.1f} hours"
     if origin["commit"] is not None:
-        parts.append(f"commit {origin['commit'][:12]}")
+        parts.append(f"bundled at commit {origin['commit'][:12]}")
     parts += [
         f"{name} {origin[name]:.4g}" for name in ("loss", "validation_loss") if origin[name] is not None
     ]

@@ -1,6 +1,7 @@
 """Make the model that comes with stdit: averaged weights of a run as a small pipeline, with a record of training."""
 
 import json
+import logging
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 
 import stdit
-from stdit.checkpoint_files import newest_whole, read_json, read_meta, seal_folder, verify
-from stdit.codecs.base import VideoCodec
+from stdit.checkpoint_files import META, newest_whole, read_json, read_meta, seal_folder, verify
 from stdit.codecs.compact_weights import compact_folder
 from stdit.data.clip_list import ClipList
 from stdit.errors import UserError
+from stdit.hashing import hash_file
 from stdit.pipelines.bundled import BUNDLED, ORIGIN
 from stdit.pipelines.loading import CheckpointSource, find_checkpoint_source, load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
@@ -22,10 +23,13 @@ from stdit.pipelines.untrained import words_of
 from stdit.training.disk import replace_folder
 from stdit.training.lineage import CLIP_LIST
 
+logger = logging.getLogger(__name__)
+
 MAX_BYTES = 12 * 10**6
 """Of a bundled pipeline, since everyone who installs stdit gets it."""
 LOSS_STEPS = 100
-"""The recorded loss is the mean of as many last steps."""
+"""The recorded loss is the mean of the losses of this many last steps."""
+CODEC_WEIGHTS = "codec/diffusion_pytorch_model.safetensors"
 
 
 def write_bundle(checkpoint: Path, folder: Path) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def write_bundle(checkpoint: Path, folder: Path) -> dict[str, Any]:
         seal_folder(aside, pipe.components)
         reloaded, origin["weights"] = load_pipeline(aside)
         _check_fp32(reloaded)
-        _check_packaged_codec(reloaded.codec, folder)
+        _check_packaged_codec(aside, folder)
         _write_origin(aside, origin)
         _check_size(aside)
     return origin
@@ -85,11 +89,9 @@ def record_scores(scores: Path, folder: Path) -> dict[str, Any]:
         UserError: if the folder is no whole bundled pipeline, or the scores are of other weights.
     """
     folder = folder.absolute()
-    rated = read_json(scores, "a file of scores")
-    if not isinstance(rated.get("scores"), dict) or "weights" not in rated:
-        raise UserError(
-            f"scores {scores}: it has no scores of a model: give what evaluate_adherence.py --output wrote."
-        )
+    rated = _read_scores(scores)
+    if not (folder / ORIGIN).is_file():
+        raise UserError(f"output {folder}: there is no bundled pipeline: make it first, with --checkpoint.")
     verify(folder, kind="the bundled pipeline", way_out="make it again with --checkpoint")
     origin = read_json(folder / ORIGIN, "a bundled pipeline")
     if rated["weights"] != origin["weights"]:
@@ -102,6 +104,33 @@ def record_scores(scores: Path, folder: Path) -> dict[str, Any]:
         shutil.copytree(folder, aside, dirs_exist_ok=True)
         _write_origin(aside, origin)
     return origin
+
+
+def _read_scores(file: Path) -> dict[str, Any]:
+    """Return scores and weights. Raises UserError unless they are those of a model with its own settings."""
+    if not file.is_file():
+        raise UserError(
+            f"scores {file}: there is no such file: give what evaluate_adherence.py --output wrote."
+        )
+    rated = read_json(file, "a file of scores")
+    sets = rated.get("scores")
+    if not (isinstance(sets, dict) and sets and all(map(_are_scores, sets.values()))):
+        raise UserError(f"scores {file}: it has no scores: give what evaluate_adherence.py --output wrote.")
+    if rated.get("weights") is None:
+        raise UserError(
+            f"scores {file}: these are not of a model, but of videos or of a codec: score the bundled pipeline, "
+            "without --videos and --codec."
+        )
+    if changed := rated.get("changed_settings"):
+        shown = ", ".join(f"{name} = {value}" for name, value in changed.items())
+        raise UserError(
+            f"scores {file}: these were measured with {shown}: score the bundled pipeline with its own settings."
+        )
+    return rated
+
+
+def _are_scores(scores: Any) -> bool:
+    return isinstance(scores, dict) and all(isinstance(value, int | float) for value in scores.values())
 
 
 def _write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
@@ -122,7 +151,7 @@ def folder_sizes(folder: Path) -> dict[str, int]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise UserError if there is something else than an older bundled pipeline, which may lack files."""
+    """Raise UserError if there is anything but an older bundled pipeline, which may lack files."""
     if folder == BUNDLED or not folder.exists() or (folder / ORIGIN).is_file():
         return
     if not folder.is_dir() or any(folder.iterdir()):
@@ -134,17 +163,30 @@ def _checkpoint_of_run(checkpoint: Path) -> CheckpointSource:
     source = find_checkpoint_source(checkpoint)
     if not source.is_pipeline:
         return source
-    newest = None if source.run is None else newest_whole(source.run / "checkpoints")[0]
+    newest, passed_over = (
+        (None, []) if source.run is None else newest_whole(source.run / "checkpoints", needed=_is_used)
+    )
+    for reason in passed_over:
+        logger.warning("skipped checkpoint: %s", reason)
     if newest is None:
+        why = f": {passed_over[0]}" if passed_over else ": give a run folder (outputs/NAME)."
         raise UserError(
-            f"checkpoint {checkpoint} is a pipeline without checkpoints, which tell how it was trained and on which "
-            "words: give a run folder (outputs/NAME)."
+            f"checkpoint {checkpoint}: only checkpoints tell how a model was trained and on which words, and there "
+            f"is no complete one{why}"
         )
     return CheckpointSource(newest, source.run, False)
 
 
+def _is_used(name: str) -> bool:
+    """Return whether a file of a checkpoint goes into the pipeline: the optimizer's need not be whole."""
+    return name.startswith(("model/", "ema/")) or name == CLIP_LIST
+
+
 def _training_facts(source: CheckpointSource, step: int) -> dict[str, Any]:
-    """Return hours, and losses at the end, from the first ``step`` lines of the run's metrics.jsonl."""
+    """Return hours, and losses at the end, from the first ``step`` lines of the run's metrics.jsonl.
+
+    The hours are those of the steps and of waiting for data: without encoding, validation and saving.
+    """
     assert source.run is not None
     lines = [line for line in _metrics(source.run / "metrics.jsonl") if line["step"] < step]
     seconds = [line["seconds"] + line["data_seconds"] for line in lines]
@@ -163,15 +205,18 @@ def _metrics(file: Path) -> Iterator[dict[str, Any]]:
         if not line.endswith(b"\n"):
             return
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{file}: line {number} is damaged ({error}): remove it.") from error
+        if not (isinstance(record, dict) and record.keys() >= {"step", "loss", "seconds", "data_seconds"}):
+            raise UserError(f"{file}: line {number} is not the record of a step: remove it.")
+        yield record
 
 
 def _commit() -> str | None:
-    """Return the present commit of this clone, with "+changes" if files differ from it; None outside of a clone."""
+    """Return the present commit of this clone, with "+changes" if files differ from it; None without clone or git."""
     clone = Path(stdit.__file__).parents[1]
-    if not (clone / ".git").exists():
+    if not (clone / ".git").exists() or shutil.which("git") is None:
         return None
 
     def git(*arguments: str) -> str:
@@ -197,15 +242,19 @@ def _check_fp32(pipe: STDiTPipeline) -> None:
             )
 
 
-def _check_packaged_codec(codec: VideoCodec, folder: Path) -> None:
-    """Raise UserError if the codec that comes with stdit, in ``folder``, would become another one."""
-    packaged = folder / "codec"
-    if folder == BUNDLED and packaged.is_dir():
-        if VideoCodec.from_pretrained(packaged).fingerprint() != codec.fingerprint():
-            raise UserError(
-                f"the run's codec is not the one in {packaged}, which codec.name = tiny stands for: choose another "
-                "--output, or train with that codec."
-            )
+def _check_packaged_codec(new: Path, folder: Path) -> None:
+    """Raise UserError if the codec that comes with stdit, in ``folder``, would become another one.
+
+    It is known by its hash in the manifest, so that a damaged or missing one can be replaced by itself.
+    """
+    if folder != BUNDLED or not (folder / META).is_file():
+        return
+    packaged = read_meta(folder, "the model that comes with stdit,")["files"].get(CODEC_WEIGHTS)
+    if packaged is not None and packaged["hash"] != hash_file(new / CODEC_WEIGHTS):
+        raise UserError(
+            f"the run's codec is not the one in {folder / 'codec'}, which codec.name = tiny stands for: choose "
+            "another --output, or train with that codec."
+        )
 
 
 def _check_size(folder: Path) -> None:

@@ -224,7 +224,7 @@ def test_a_missing_or_damaged_package_codec_says_how_to_make_it(
 ) -> None:
     folder = tmp_path / "packaged"
     monkeypatch.setattr(tiny, "PACKAGED", folder)
-    with pytest.raises(UserError, match=r"packaged.* has no codec.json.*train_codec.py .* codec.path"):
+    with pytest.raises(UserError, match=r"packaged: there is no such folder.*train_codec.py .* codec.path"):
         TinyCodec.from_config(CodecConfig(name="tiny"))
     codec.save_pretrained(folder)
     found = TinyCodec.from_config(CodecConfig(name="tiny", subfolder="vae"))  # which is for codec.path only
