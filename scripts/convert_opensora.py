@@ -116,8 +116,7 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
     """
     import torch
 
-    from stdit.checkpoint_files import read_meta, verify_if_sealed
-    from stdit.codecs.loading import read_json
+    from stdit.checkpoint_files import read_json, read_meta, verify_if_sealed
     from stdit.models.opensora import check_keys, read_weights
     from stdit.models.stdit import STDiT
     from stdit.pipelines.loading import find_checkpoint_source, load_transformer

@@ -45,12 +45,12 @@ from stdit.data.shapes.build import ShapesConfig, draw_prompt_sets
 from stdit.data.shapes.checker import background_noise, check, compare, patch_borders
 from stdit.data.shapes.prompt_files import Expected, read_expected, render_prompt
 from stdit.data.shapes.worlds import World
-from stdit.errors import UserError
+from stdit.errors import UserError, listed
 from stdit.parallel.processes.device import find_device
-from stdit.pipelines.config import PIPELINE_DEFAULTS, VideoSettings
+from stdit.pipelines.config import PIPELINE_DEFAULTS, VideoSettings, check_seed
 from stdit.pipelines.loading import CheckpointSource, find_checkpoint_source, load_pipeline, pipeline_settings
 from stdit.pipelines.requests import Request
-from stdit.pipelines.untrained import warn_of_sizes
+from stdit.pipelines.untrained import warn_of_conditioning, warn_of_sizes
 from stdit.pipelines.video_io import to_uint8, write_json_atomic, write_mp4
 from stdit.pipelines.writer import check_output_file, created_folder
 
@@ -74,8 +74,10 @@ SAMPLING = {
 }
 """Settings of a pipeline call that are flags here."""
 DEFAULTS = {"seed": 0, "batch_size": 16, "device": "auto"}
-LEAST = {"seed": 0, "batch_size": 1, "num_frames": 1, "size": 1, "conditioning_frames": 1}
+LEAST = {"batch_size": 1, "num_frames": 1, "size": 1, "conditioning_frames": 1}
 """Smallest values of flags."""
+CHANGES = ("num_frames", "size", "conditioning", "conditioning_frames", *SAMPLING)
+"""Flags that change how a model's videos are made, and so its scores: the file of scores records them."""
 OF_A_MODEL = ("batch_size", "conditioning", "conditioning_frames", *SAMPLING)
 UNUSED = {"codec": OF_A_MODEL, "videos": (*OF_A_MODEL, "num_frames", "size", "seed", "device")}
 """Flags that have no effect on what another flag scores."""
@@ -115,7 +117,7 @@ def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expect
     for path in tqdm(paths, desc="checking", unit="video", disable=None):
         try:
             row = by_prompt[json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["prompt"]]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             unknown.append(path.name)
             continue
         try:
@@ -126,7 +128,9 @@ def read_videos(folder: Path, expected: list[Expected]) -> Iterator[tuple[Expect
     if len(unknown) == len(paths):
         raise UserError(f"{folder}: no video has a .json beside it with a prompt of the --prompts files")
     if unknown:
-        print(f"{len(unknown)} of {len(paths)} videos have no known prompt: {', '.join(unknown[:3])}, ...")
+        print(
+            f"{len(unknown)} of {len(paths)} videos have no known prompt: {listed(unknown[:3], len(unknown))}"
+        )
 
 
 def read_mp4(path: Path) -> np.ndarray:
@@ -151,7 +155,7 @@ def load(source: CheckpointSource, device: str) -> tuple[Any, str, tuple[int, in
 def conditioned_frames(args: argparse.Namespace, codec: Any) -> dict[str, slice]:
     """Return the frames that a video is conditioned on, by end.
 
-    By default these are whole latent frames: where a part of one is given, the rest of it becomes its repetition.
+    By default these are whole latent frames: the rest of one that is given in part becomes a repetition.
     """
     total, given = args.num_frames, args.conditioning_frames
 
@@ -344,6 +348,7 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise UserError(f"{name} = {getattr(args, name)}: must be at least {value}")
     VideoSettings(**{name: getattr(args, name) for name in SAMPLING}).check()
+    check_seed(args.seed or 0)
     for scored, unused in UNUSED.items():
         if getattr(args, scored) and (given := [name for name in unused if getattr(args, name) is not None]):
             raise UserError(f"--{given[0]} has no effect with --{scored}: leave it out")
@@ -357,6 +362,7 @@ def parse_args() -> argparse.Namespace:
         )
     if args.output:
         check_output_file(args.output, "scores.json")
+    args.changed = {name: value for name in CHANGES if (value := getattr(args, name)) is not None}
     for name, default in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -394,6 +400,7 @@ def main() -> None:
     if source is not None:
         check_sampling(args, recorded)
         pipe, weights, patch = load(source, args.device)
+        warn_of_conditioning(bool(args.conditioning), pipe.scheduler.config.conditioning)
         videos = sample_videos(pipe, args, expected, world)
     elif args.codec:
         videos = code_videos(args.codec, args, expected, world)
@@ -405,7 +412,16 @@ def main() -> None:
     print_table(scores)
     if args.output:
         with created_folder(args.output.absolute().parent):
-            write_json_atomic(args.output, {"scores": scores, "weights": weights, "videos": results})
+            write_json_atomic(
+                args.output,
+                {
+                    "scores": scores,
+                    "weights": weights,
+                    "changed_settings": args.changed,
+                    "seed": args.seed,
+                    "videos": results,
+                },
+            )
 
 
 if __name__ == "__main__":

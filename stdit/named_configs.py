@@ -27,6 +27,8 @@ def find_config(name: str) -> Path:
     near = _nearest(short, list(known))
     folders = sorted({f"{other.partition('/')[0]}/" for other in known})
     hint = f"did you mean {' or '.join(near)}?" if near else f"its names begin with {', '.join(folders)}."
+    if inside := [other for other in known if other.startswith(f"{short.rstrip('/')}/")]:
+        hint = f"choose {' or '.join(inside)}."
     raise UserError(
         f"--config {name}: cannot be read: there is no such file, and no config of this name in stdit: {hint}"
     )

@@ -63,6 +63,7 @@ def test_a_folder_on_disk_hides_no_name(elsewhere: Path) -> None:
         ("train/quikstart.yaml", "did you mean train/quickstart or sample/quickstart?"),
         ("models/XL", "did you mean models/XL-2 or "),
         ("240p-2s", "did you mean sample/240p-2s or "),
+        ("models", "choose models/"),
         ("mine.yaml", "its names begin with buckets/, codecs/, models/, sample/, train/."),
     ],
 )

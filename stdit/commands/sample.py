@@ -3,7 +3,7 @@
     python sample.py --prompt "a red star orbits a blue square" --prompt "a green heart bounces"
     python sample.py --checkpoint outputs/quickstart --prompt "a red ball rises"
     python sample.py --checkpoint outputs/quickstart --prompts prompts.csv --num_samples 2
-    python sample.py --config sample/quickstart --prompt "a red ball" --image first.png
+    python sample.py --checkpoint outputs/clips --prompt "a wave rises" --image first.png
     python sample.py --checkpoint outputs/clips --prompt "a wave rises" --segment_prompts "it breaks"
     python sample.py --checkpoint outputs/opensora --config sample/240p-2s --prompt "waves at dusk"
     python sample.py --checkpoint outputs/opensora --list_sizes

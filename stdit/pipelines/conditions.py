@@ -55,7 +55,8 @@ class FrameCondition:
     def place(self) -> str:
         """Return the name of the source and its frames in the video, such as ``clip.mp4@0:8``."""
         source = Path(self.source).name if isinstance(self.source, str | Path) else type(self.source).__name__
-        return f"{source}@{self.frame_index}" + (f":{self.length}" if self.length else "")
+        strength = f", strength {self.strength:g}" if self.strength < 1 else ""
+        return f"{source}@{self.frame_index}" + (f":{self.length}" if self.length else "") + strength
 
     def span(self, num_frames: int) -> tuple[int, int]:
         """Return the first frame and the length (None: the room) in a video of ``num_frames`` frames.
@@ -142,8 +143,8 @@ def warn_if_video(image: str | Path) -> None:
         frames = probe(Path(image)).num_frames
     if frames > 1:
         _warn_once(
-            f"image {image}: a video of {frames} frames, of which the first is used: to continue it, use --condition "
-            f"{image}@0"
+            f"image {image}: a video of {frames} frames, of which the first is used: to continue N of them, use "
+            f"--condition {image}@0:N"
         )
 
 

@@ -39,7 +39,7 @@ def write_joined_sheet(sheets: Sequence[Path], output: Path) -> None:
         try:
             with PIL.Image.open(file) as image:
                 picture = image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # as Pillow has it
             raise UserError(f"{file} is damaged ({error}): delete it, and run sample.py again.") from error
         named.append(picture_row([picture], str(path), 1))
     width = sum(sheet.width for sheet in named) + _APART * (len(named) - 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import META, newest_whole, read_meta, step_of, verify, verify_if_sealed
+from stdit.checkpoint_files import META, newest_whole, read_json, read_meta, step_of, verify, verify_if_sealed
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes, hash_file
 from stdit.pipelines.bundled import bundled_folder
@@ -126,8 +126,6 @@ def load_codec(source: CheckpointSource) -> Any:
 
 def model_settings(source: CheckpointSource) -> dict[str, Any]:
     """Return the settings of a source's STDiT; its weights are not read."""
-    from stdit.codecs.loading import read_json
-
     return read_json(
         source.path / ("transformer" if source.is_pipeline else "model") / "config.json", "a model"
     )
@@ -139,8 +137,6 @@ def pipeline_settings(source: CheckpointSource) -> dict[str, Any]:
     Raises:
         UserError: if one has a wrong type or breaks its rule.
     """
-    from stdit.codecs.loading import read_json
-
     if source.is_pipeline:
         recorded = read_json(source.path / MODEL_INDEX, "a pipeline")
     else:
@@ -162,8 +158,6 @@ def check_text_states(folder: str, texts: Iterable[str], source: CheckpointSourc
 
 def pipeline_step(folder: Path) -> int | None:
     """Return the training step that an exported pipeline records."""
-    from stdit.codecs.loading import read_json
-
     return read_json(folder / MODEL_INDEX, "a pipeline").get("step")
 
 

@@ -15,9 +15,8 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from stdit.checkpoint_files import META, seal_folder, verify_if_sealed
+from stdit.checkpoint_files import META, read_json, seal_folder, verify_if_sealed
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.loading import read_json
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.flow import RectifiedFlow, per_frame
 from stdit.diffusion.guidance import rescale_guidance, sample_moments, standard_deviation
@@ -310,8 +309,8 @@ class STDiTPipeline(DiffusionPipeline):
     ) -> None:
         """Raise UserError if an argument of a call breaks its rule."""
         VideoSettings(**settings).check()
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(text, str) for text in prompts):
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not (isinstance(prompts, Sequence) and prompts and all(isinstance(text, str) for text in prompts)):
             raise UserError(f"prompt = {prompt!r}: must be a caption or a list of at least one.")
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type = {output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}.")

@@ -20,12 +20,14 @@ def words_of(text: str) -> list[str]:
     return list(dict.fromkeys(re.findall(r"\w+", text.lower())))
 
 
-def warn_of_untrained(requests: Sequence[Request], recorded: Mapping[str, Any], conditioning: bool) -> None:
+def warn_of_untrained(
+    requests: Sequence[Request], recorded: Mapping[str, Any], conditioning: Mapping[str, float]
+) -> None:
     """Log a warning for all that requests have and training did not: words, sizes, conditioning frames.
 
     Args:
         recorded: settings of the pipeline; words and sizes are compared if it records those of its training.
-        conditioning: whether the model was trained with conditioning frames.
+        conditioning: the mask strategies of its training, ``flow.conditioning``.
     """
     if recorded.get("vocabulary"):
         _warn_of_words(requests, frozenset(recorded["vocabulary"]))
@@ -33,6 +35,11 @@ def warn_of_untrained(requests: Sequence[Request], recorded: Mapping[str, Any], 
     conditioned = any(
         r.image is not None or r.conditions or r.mask_entries or r.segments.count > 1 for r in requests
     )
+    warn_of_conditioning(conditioned, conditioning)
+
+
+def warn_of_conditioning(conditioned: bool, conditioning: Mapping[str, float]) -> None:
+    """Log a warning if videos have conditioning frames, but the training, ``flow.conditioning``, had none."""
     if conditioned and not conditioning:
         logger.warning(
             "the model was trained without conditioning frames (flow.conditioning): it may ignore them"

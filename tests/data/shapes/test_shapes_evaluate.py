@@ -41,12 +41,19 @@ def test_evaluate_scores_a_folder_of_videos(built: Path, tmp_path: Path) -> None
             shown = replace(shown, colour="blue" if shown.colour != "blue" else "red")
         write_video(tmp_path / f"{i}.mp4", render(shown), fps=8, crf=12)
         (tmp_path / f"{i}.json").write_text(json.dumps({"prompt": row["prompt"]}))
-    write_video(tmp_path / "stranger.mp4", render(BASE), fps=8, crf=12)
+    for name, facts in (("stranger", None), ("list", "[]"), ("number", '{"prompt": [1]}')):
+        write_video(tmp_path / f"{name}.mp4", render(BASE), fps=8, crf=12)
+        if facts:
+            (tmp_path / f"{name}.json").write_text(facts)
     done = evaluate(
         "--videos", tmp_path, "--prompts", built / "prompts_heldout.csv", "--output", tmp_path / "scores.json"
     )
     assert done.returncode == 0, done.stderr
-    assert "heldout" in done.stdout and "75.0%" in done.stdout and "stranger.mp4" in done.stdout
+    assert (
+        "heldout" in done.stdout
+        and "75.0%" in done.stdout
+        and "3 of 7 videos have no known prompt" in done.stdout
+    )
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert saved["scores"]["heldout"]["n"] == 4
     heldout = saved["scores"]["heldout"]
@@ -100,7 +107,7 @@ def test_evaluate_rejects_bad_input(case: str, built: Path, tmp_path: Path) -> N
     assert said.get(case, "") in done.stderr
 
 
-def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path) -> None:
+def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from tests.pipelines.tiny import tiny_pipeline
 
     tiny_pipeline(tmp_path).save_pretrained(tmp_path / "run" / "pipeline")
@@ -120,6 +127,7 @@ def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path) -> None:
         outputs[0]["scores"]["few"]["n"] == 5 and outputs[0]["scores"]["few"]["strict"] == 0
     )  # random weights
     assert outputs[0] == outputs[1]
+    assert outputs[0]["changed_settings"] == {"num_frames": 4, "size": 32, "num_inference_steps": 2}
 
     conditioned = (
         "--conditioning",
@@ -132,6 +140,7 @@ def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path) -> None:
     )
     done = evaluate("--checkpoint", tmp_path / "run", "--prompts", few, *settings, *conditioned)
     assert done.returncode == 0, done.stderr
+    assert "trained without conditioning frames" in caplog.text
     found = json.loads((tmp_path / "conditioned.json").read_text())
     assert found["scores"]["few"]["kept"] == 1 and all(
         row["conditioning_error"] < 1 for row in found["videos"]
@@ -234,7 +243,8 @@ def test_evaluate_knows_world_64_by_its_prompts(prompts64: Path, tmp_path: Path)
     [
         (["--num_frames", "0"], "num_frames = 0: must be at least 1"),
         (["--size", "-8"], "size = -8: must be at least 1"),
-        (["--seed", "-1"], "seed = -1: must be at least 0"),
+        (["--seed", "-1"], "seed = -1: must be from 0 to"),
+        (["--seed", str(2**70)], "must be from 0 to"),
         (["--conditioning_frames", "0"], "conditioning_frames = 0: must be at least 1"),
         (["--refine_level", "2"], "refine_level = 2.0: must be between"),
         (["--guidance_scale", "-1"], "guidance_scale = -1.0: must be at least 0"),
