@@ -116,7 +116,8 @@ def read_meta(
     """
     path = folder / META
     if not folder.is_dir():
-        raise UserError(f"{kind} {folder}: there is no such folder: {way_out}.")
+        give = "give one like .../checkpoints/step-00001000" if kind == "checkpoint" else way_out
+        raise UserError(f"{kind} {folder}: there is no such folder: {give}.")
     if not path.is_file():
         raise UserError(
             f"{kind} {folder}: it has no {META}, so it is empty or was never finished: {way_out}."

@@ -36,7 +36,7 @@ def test_never_and_paths(tmp_path: Path) -> None:
     assert find_checkpoint(str(old), other) == (old, [])
     with pytest.raises(UserError, match=r"step-00000002 already"):
         find_checkpoint(str(old), run)
-    with pytest.raises(UserError, match="not a folder"):
+    with pytest.raises(UserError, match="there is no such folder"):
         find_checkpoint(str(tmp_path / "nowhere"), run)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no meta.json"):
