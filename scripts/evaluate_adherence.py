@@ -76,10 +76,10 @@ SAMPLING = {
 DEFAULTS = {"seed": 0, "batch_size": 16, "device": "auto"}
 LEAST = {"batch_size": 1, "num_frames": 1, "size": 1, "conditioning_frames": 1}
 """Smallest values of flags."""
-CHANGES = ("num_frames", "size", "conditioning", "conditioning_frames", *SAMPLING)
+OF_A_MODEL = ("conditioning", "conditioning_frames", *SAMPLING)
+CHANGES = ("num_frames", "size", *OF_A_MODEL)
 """Flags that change how a model's videos are made, and so its scores: the file of scores records them."""
-OF_A_MODEL = ("batch_size", "conditioning", "conditioning_frames", *SAMPLING)
-UNUSED = {"codec": OF_A_MODEL, "videos": (*OF_A_MODEL, "num_frames", "size", "seed", "device")}
+UNUSED = {"codec": ("batch_size", *OF_A_MODEL), "videos": ("batch_size", *CHANGES, "seed", "device")}
 """Flags that have no effect on what another flag scores."""
 LEAST_CONDITIONING_FRAMES = 4
 """By default, rounded up to whole latent frames; enough to show a motion."""

@@ -1,6 +1,8 @@
 """Make the picture in the README: videos of the model that comes with stdit, with and without conditioning frames.
 
-python scripts/readme_picture.py
+    python scripts/readme_picture.py
+
+All videos have seed 0.
 """
 
 from pathlib import Path

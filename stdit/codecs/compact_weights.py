@@ -1,4 +1,4 @@
-"""Weights in small files: matrices in bf16. Only the files are in bf16: what reads them computes in fp32."""
+"""Weights in small files: matrices are stored in bf16, and computed with in fp32."""
 
 import os
 from pathlib import Path
