@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from stdit.errors import UserError
+from stdit.errors import UserError, listed
 from stdit.suggestions import nearest_name, same_meaning, similar_name
 
 OWN_FLAGS = ("help", "config", "print_config", "import")
@@ -76,6 +76,12 @@ def check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
         raise UserError(
             f"--config {path} was made with {flags}, and what a file names is not imported by itself: add {flags} to "
             "the command if you trust it."
+        )
+    other = [str(key) for key in content if key not in dict(setting_types(config_class))]
+    if len(other) > max(1, len(content) / 2):
+        raise UserError(
+            f"--config {path}: it seems to be for another command: this one has no settings "
+            f"{listed(other[:3], len(other))}."
         )
     _check_content(content, config_class, "", f"--config {path}: ")
 

@@ -19,6 +19,7 @@ from stdit.checkpoint_files import seal_folder
 from stdit.codecs.compact_weights import compact_folder
 from stdit.codecs.tiny import PACKAGED
 from stdit.data.shapes.build import ShapesConfig
+from stdit.evaluation import prompts
 from stdit.pipelines import STDiTPipeline, load_pipeline
 from stdit.pipelines.bundled import HOW_TO_GET
 from tests.training.tiny import tiny_settings
@@ -197,7 +198,16 @@ def test_why_checkpoints_were_skipped_is_said(
 
 def test_words_and_sizes_of_no_clip_are_named(made: Path, command: Command) -> None:
     flags = ["--num_samples", "2", "--num_frames", "5", "--fps", "6"]
-    prompts = ["--prompt", "A Red zebra, moves", "--prompt", "ein rotes square", "--prompt", "the red square"]
+    prompts = [
+        "--prompt",
+        "A Red zebra, moves",
+        "--prompt",
+        "ein rotes square",
+        "--prompt",
+        "the red square",
+        "--prompt",
+        "!!!",
+    ]
     code, _, errors = command(sample, *prompts, *flags)
     assert code == 0
     warnings = [line for line in errors.splitlines() if line.startswith(("prompt ", "5 frames"))]
@@ -206,6 +216,7 @@ def test_words_and_sizes_of_no_clip_are_named(made: Path, command: Command) -> N
         "or mistake them",
         'prompt "ein rotes square": the model was trained on no caption with the words "ein", "rotes": it may ignore '
         "or mistake them",
+        'prompt "!!!": it has no word that the model could follow',
         "5 frames of 8x8 at 6 fps: the model was not trained on that, but on 4 frames of 8x8 at 8 fps: the videos "
         "may be worse",
     ]
@@ -264,11 +275,8 @@ def test_it_is_scored_without_a_checkpoint(made: Path, command: Command, tmp_pat
 def test_the_prompts_that_score_it_are_those_of_its_world(monkeypatch: pytest.MonkeyPatch) -> None:
     few = ShapesConfig.of("64", num_clips=10)
     monkeypatch.setattr(ShapesConfig, "of", lambda world: few)
-    world, expected = evaluate_adherence.default_prompts(videos=False, size=64)
-    assert world.name == "64" and {row["set"] for row in expected} == {
-        *evaluate_adherence.SETS,
-        *evaluate_adherence.PAIR_SETS,
-    }
+    world, expected = prompts.default_prompts(videos=False, size=64)
+    assert world.name == "64" and {row["set"] for row in expected} == {*prompts.SETS, *prompts.PAIR_SETS}
     assert all(row.keys() == {"set", "prompt", *world.attributes} for row in expected)
 
 
@@ -292,6 +300,18 @@ def test_other_files_are_not_replaced(
     code, _, errors = command(bundle, "--checkpoint", run, "--output", output)
     assert code == 2 and "exists, and is no bundled pipeline" in errors and errors.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+@pytest.mark.parametrize("mine", ["bundled/notes.txt", "bundled.old/notes.txt", "bundled.tmp/notes.txt"])
+def test_files_inside_or_beside_an_older_bundle_are_not_removed(
+    run: Path, made: Path, command: Command, mine: str
+) -> None:
+    file = made.parent / mine.replace("bundled", made.name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    code, _, errors = command(bundle, "--checkpoint", run, "--output", made)
+    assert code == 2 and "choose another --output" in errors and errors.count("\n") == 1
+    assert file.read_text() == "mine"
 
 
 def test_an_older_bundle_is_replaced_also_without_its_manifest(

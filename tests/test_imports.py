@@ -16,6 +16,7 @@ LAYERS = [
     "codecs",
     "data",
     "pipelines",
+    "evaluation",
     "training",
     "commands",
 ]

@@ -49,9 +49,11 @@ def warn_of_conditioning(conditioned: bool, conditioning: Mapping[str, float]) -
 def _warn_of_words(requests: Iterable[Request], vocabulary: Collection[str]) -> None:
     texts = [text for r in requests for text in (r.prompt, *r.segment_prompts, r.negative_prompt or "")]
     for text in dict.fromkeys(texts):
+        if text and not words_of(text):
+            logger.warning('prompt "%.80s": it has no word that the model could follow', text)
         if unknown := [f'"{word}"' for word in words_of(text) if word not in vocabulary]:
             logger.warning(
-                'prompt "%s": the model was trained on no caption with the word%s %s: it may ignore or mistake %s',
+                'prompt "%.80s": the model was trained on no caption with the word%s %s: it may ignore or mistake %s',
                 *(text, "s" * (len(unknown) > 1), listed(unknown[:MAX_WORDS], len(unknown))),
                 "them" if len(unknown) > 1 else "it",
             )

@@ -14,10 +14,10 @@ import stdit
 from stdit.checkpoint_files import META, newest_whole, read_json, read_meta, seal_folder, verify
 from stdit.codecs.compact_weights import compact_folder
 from stdit.data.clip_list import ClipList
-from stdit.errors import UserError
+from stdit.errors import UserError, listed
 from stdit.hashing import hash_file
 from stdit.pipelines.bundled import BUNDLED, ORIGIN
-from stdit.pipelines.loading import CheckpointSource, find_checkpoint_source, load_pipeline
+from stdit.pipelines.loading import MODEL_INDEX, CheckpointSource, find_checkpoint_source, load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.untrained import words_of
 from stdit.training.disk import replace_folder
@@ -151,11 +151,27 @@ def folder_sizes(folder: Path) -> dict[str, int]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise UserError if there is anything but an older bundled pipeline, which may lack files."""
-    if folder == BUNDLED or not folder.exists() or (folder / ORIGIN).is_file():
+    """Raise UserError if anything else would be removed than an older bundled pipeline, which may lack files."""
+    for used in (
+        folder.with_name(f"{folder.name}.{suffix}") for suffix in ("tmp", "old")
+    ):  # by replace_folder
+        if used.exists():
+            raise UserError(
+                f"{used} is in the way of output {folder}: remove it if it is left from an interrupted command, or "
+                "choose another --output."
+            )
+    if folder == BUNDLED or not folder.exists():
         return
-    if not folder.is_dir() or any(folder.iterdir()):
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / ORIGIN).is_file()):
         raise UserError(f"output {folder} exists, and is no bundled pipeline: choose another --output.")
+    if not (folder / MODEL_INDEX).is_file():
+        return
+    known = {META, ORIGIN, MODEL_INDEX, *read_json(folder / MODEL_INDEX, "the index of a pipeline")}
+    if other := sorted(path.name for path in folder.iterdir() if path.name not in known):
+        raise UserError(
+            f"output {folder} holds {listed(other[:3], len(other))} beside the pipeline, which replacing it would "
+            "remove: move that away, or choose another --output."
+        )
 
 
 def _checkpoint_of_run(checkpoint: Path) -> CheckpointSource:

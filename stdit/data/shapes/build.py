@@ -277,7 +277,8 @@ def draw_prompt_sets(
     world, seed = config.facts, config.seed
     texts = captions
     if texts is None:
-        texts = frozenset(draw_clip(index, config)[1] for index in range(config.num_clips))
+        indices = tqdm(range(config.num_clips), desc="drawing captions", unit="caption", disable=None)
+        texts = frozenset(draw_clip(index, config)[1] for index in indices)
     prompts = partial(draw_prompts, seed=seed, avoid=texts, world=world)
     train, held_out = split_combinations(seed, world)
     sets = {

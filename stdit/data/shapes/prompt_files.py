@@ -5,6 +5,7 @@ Letters: T frames, H height, W width.
 
 import csv
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from stdit.data.shapes.outlines import Array
 from stdit.data.shapes.render import render
-from stdit.data.shapes.worlds import WORLDS, World, sample_scene
+from stdit.data.shapes.scenes import Combo
+from stdit.data.shapes.worlds import WORLDS, World, sample_scene, split_combinations
 from stdit.errors import UserError
 
 Expected = dict[str, Any]
@@ -26,8 +28,11 @@ def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
         The world that their columns belong to, and the prompts.
 
     Raises:
-        UserError: for files that cannot be read, or of two worlds.
+        UserError: for files that cannot be read, of two worlds, or of one name; and for what no clip can show.
     """
+    names = [path.stem.removeprefix("prompts_") for path in files]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{twice} is the name of two sets of prompts: rename one of the files")
     sets = {path: _read_rows(path) for path in files}
     worlds = {path: _world(path, rows) for path, rows in sets.items()}
     world = worlds[files[0]]
@@ -36,8 +41,7 @@ def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
             f"{files[0]} is of world {world.name} and {other} of world {worlds[other].name}: score them one by one"
         )
     expected = []
-    for path, rows in sets.items():
-        name = path.stem.removeprefix("prompts_")
+    for name, (path, rows) in zip(names, sets.items(), strict=True):
         for row in rows:
             wanted = {column: row[column] for column in ("prompt", *world.attributes)}
             odd = next((c for c, values in world.attributes.items() if wanted[c] not in values), None)
@@ -46,6 +50,11 @@ def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
                 raise UserError(f"{path}: {odd} = {wanted[odd]}: must be one of {values}")
             if world.relations:
                 _check_objects(path, wanted)
+            if _combo(wanted) not in _combinations(world):
+                raise UserError(
+                    f"{path}: {wanted['prompt']!r} is what no clip shows: two objects differ in colour, no circle "
+                    "turns"
+                )
             expected.append({"set": name, **wanted})
     return world, expected
 
@@ -85,9 +94,22 @@ def _check_objects(path: Path, row: dict[str, str]) -> None:
         )
 
 
+def _combo(row: Expected) -> Combo:
+    """Return the combination of a prompt's objects: of one with a motion, or of two."""
+    two = ("relation", "other_shape", "other_colour") if row.get("relation") else ("motion",)
+    return tuple(row[name] for name in ("shape", "colour", *two))
+
+
+@cache
+def _combinations(world: World) -> frozenset[Combo]:
+    """Return all combinations that clips of a world show."""
+    kinds = (False, True) if world.relations else (False,)
+    parts = [part for pairs in kinds for part in split_combinations(world=world, pairs=pairs)]
+    return frozenset(combo for part in parts for combo in part)
+
+
 def render_prompt(row: Expected, seed: int, world: World, num_frames: int, size: int) -> Array:
     """Render a clip that a prompt describes: uint8 [T H W 3], of square frames."""
-    two = ("relation", "other_shape", "other_colour") if row.get("relation") else ("motion",)
-    combo = tuple(row[name] for name in ("shape", "colour", *two))
-    scene = replace(sample_scene(np.random.default_rng(seed), [combo], world), background=row["background"])
+    scene = sample_scene(np.random.default_rng(seed), [_combo(row)], world)
+    scene = replace(scene, background=row["background"])
     return render(scene, num_frames, size)

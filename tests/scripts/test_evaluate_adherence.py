@@ -1,6 +1,7 @@
 """scripts/evaluate_adherence.py, on folders of videos."""
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from scripts import evaluate_adherence
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.pixel import PixelCodec
 from stdit.codecs.tiny import TinyCodec
-from stdit.data.shapes.build import build, write_video
+from stdit.data.shapes.build import ShapesConfig, build, write_video
+from stdit.data.shapes.prompt_files import read_expected
 from stdit.data.shapes.render import render
 from stdit.data.shapes.scenes import Scene
 from stdit.data.shapes.worlds import WORLDS, sample_scene
 from stdit.errors import UserError
+from stdit.evaluation.videos import conditioned_frames
 from tests.data.shapes.clips import BASE, FEW, read, run_script
 
 
@@ -170,30 +174,25 @@ def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path, caplog: pyte
 def test_conditioning_frames_are_whole_latent_frames(
     codec: VideoCodec, num_frames: int, given: int | None, frames: list[slice]
 ) -> None:
-    from scripts.evaluate_adherence import conditioned_frames
-
-    args = Namespace(num_frames=num_frames, conditioning_frames=given, conditioning=["first", "last"])
-    assert list(conditioned_frames(args, codec).values()) == frames
+    assert conditioned_frames(codec, num_frames, ["first", "last", "first"], given) == frames
+    with pytest.raises(UserError, match="num_frames = 9: must be larger than the 9 conditioning frames"):
+        conditioned_frames(TinyCodec(4, (16, 16, 16)), 9, ["first", "last"], None)
 
 
 def test_settings_without_an_effect_on_a_model_and_its_untrained_sizes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from scripts.evaluate_adherence import SAMPLING, check_sampling
-
-    args = Namespace(
-        num_frames=16, size=32, conditioning=[], conditioning_frames=None, **dict.fromkeys(SAMPLING)
-    )
+    args = Namespace(num_frames=16, size=32, **dict.fromkeys(evaluate_adherence.SAMPLING))
     sizes = [{"num_frames": 25, "height": 64, "width": 64, "fps": 12}]
-    check_sampling(args, {"trained_sizes": sizes, "fps": 12})
+    evaluate_adherence.check_sampling(args, {"trained_sizes": sizes, "fps": 12})
     assert (
         "16 frames of 32x32 at 12 fps: the model was not trained on that, but on 25 frames of 64x64"
         in caplog.text
     )
     args.refine_level = 0.5
     with pytest.raises(UserError, match="refine_level = 0.5 would have no effect"):
-        check_sampling(args, {})
-    check_sampling(args, {"refine_pairs": 2})
+        evaluate_adherence.check_sampling(args, {})
+    evaluate_adherence.check_sampling(args, {"refine_pairs": 2})
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +240,12 @@ def test_evaluate_knows_world_64_by_its_prompts(prompts64: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--num_frames", "0"], "num_frames = 0: must be at least 1"),
-        (["--size", "-8"], "size = -8: must be at least 1"),
+        (["--num_frames", "0"], "num_frames = 0: must be from 1 to"),
+        (["--size", "-8"], "size = -8: must be from 1 to"),
+        (["--size", "64000"], "size = 64000: must be from 1 to"),
         (["--seed", "-1"], "seed = -1: must be from 0 to"),
         (["--seed", str(2**70)], "must be from 0 to"),
-        (["--conditioning_frames", "0"], "conditioning_frames = 0: must be at least 1"),
+        (["--conditioning_frames", "0"], "conditioning_frames = 0: must be from 1 to"),
         (["--refine_level", "2"], "refine_level = 2.0: must be between"),
         (["--guidance_scale", "-1"], "guidance_scale = -1.0: must be at least 0"),
         (["--num_inference_steps", "0"], "num_inference_steps = 0: must be"),
@@ -261,30 +261,55 @@ def test_evaluate_knows_world_64_by_its_prompts(prompts64: Path, tmp_path: Path)
 def test_evaluate_rejects_settings_without_a_meaning(
     flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scripts.evaluate_adherence import main
-
     monkeypatch.setattr(sys, "argv", ["evaluate_adherence.py", *flags])
     with pytest.raises(UserError, match=said):
-        main()
+        evaluate_adherence.main()
 
 
-@pytest.mark.parametrize("case", ["two worlds", "both", "no relation", "odd relation", "half a pair"])
-def test_evaluate_rejects_bad_prompts_of_two_objects(
-    case: str, built: Path, prompts64: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a,star,red,up,black,orbits,heart,blue", "and not both"),
+        ("a,star,red,,black,,,", "must have a motion"),
+        ("a,star,red,,black,eats,heart,blue", "relation = eats: must be one of orbits"),
+        ("a,star,red,,black,orbits,heart,", "must have a motion"),
+        ("a,star,red,,black,orbits,heart,red", "'a' is what no clip shows"),
+        ("a,circle,red,turn,black,,,", "'a' is what no clip shows"),
+    ],
+)
+def test_prompts_that_no_clip_can_show_are_refused(text: str, part: str, tmp_path: Path) -> None:
     header = "prompt,shape,colour,motion,background,relation,other_shape,other_colour\n"
-    text, part = {
-        "two worlds": ("a,star,red,up,black,,,", "is of world 64"),
-        "both": ("a,star,red,up,black,orbits,heart,blue", "and not both"),
-        "no relation": ("a,star,red,,black,,,", "must have a motion"),
-        "odd relation": ("a,star,red,,black,eats,heart,blue", "relation = eats: must be one of orbits"),
-        "half a pair": ("a,star,red,,black,orbits,heart,", "must have a motion"),
-    }[case]
-    (tmp_path / "odd.csv").write_text(header + text + "\n")
-    others = [built / "prompts_heldout.csv"] if case == "two worlds" else []
-    done = evaluate("--videos", tmp_path, "--prompts", tmp_path / "odd.csv", *others)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and part in done.stderr
-    assert "Traceback" not in done.stderr
+    (tmp_path / "odd.csv").write_text(f"{header}{text}\n")
+    with pytest.raises(UserError, match=part):
+        read_expected([tmp_path / "odd.csv"])
+
+
+def test_prompt_files_of_two_worlds_or_of_one_name_are_refused(
+    built: Path, prompts64: Path, tmp_path: Path
+) -> None:
+    files = [folder / "prompts_heldout.csv" for folder in (built, prompts64)]
+    shutil.copyfile(files[0], tmp_path / "heldout.csv")
+    with pytest.raises(UserError, match="heldout is the name of two sets of prompts"):
+        read_expected([files[0], tmp_path / "heldout.csv"])
+    with pytest.raises(UserError, match="is of world 32 and .* of world 64: score them one by one"):
+        read_expected([files[0], prompts64 / "prompts_seen.csv"])
+
+
+def test_videos_of_world_64_are_scored_by_its_prompts(
+    prompts64: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(FEW["64"], num_clips=1)
+    monkeypatch.setattr(ShapesConfig, "of", lambda world: few)
+    rows = [read(prompts64 / f"prompts_{name}.csv")[0] for name in ("sample", "heldout", "relations")]
+    show(tmp_path / "videos", rows, {})
+    monkeypatch.setattr(sys, "argv", ["evaluate_adherence.py", "--videos", str(tmp_path / "videos")])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--output", "scores.json"])
+    evaluate_adherence.main()
+    scores = json.loads(Path("scores.json").read_text())["scores"]
+    assert {name: found["lenient"] for name, found in scores.items()} == dict.fromkeys(
+        ("sample", "heldout", "relations"), 1
+    )
 
 
 def test_evaluate_scores_a_codec_by_clips_of_the_prompts(built: Path, tmp_path: Path) -> None:
