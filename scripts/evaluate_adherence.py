@@ -12,8 +12,9 @@ prompt of the prompt files itself, and scores what an .mp4 would show, too. --co
 from the prompts, encoded and decoded: the best that a model with this codec can do. Without all three, the model that
 comes with stdit is scored.
 
-Without --prompts, the files of data/shapes are used; for videos of 64x64 pixels the prompts of world 64 (of data seed
-0), which are drawn.
+Without --prompts, the files of data/shapes are used; but for a model trained on 64x64 pixels, a folder whose first
+video has this size, or a codec with --size 64, the prompts of world 64 (of data seed 0), which need no files.
+
 Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
 Those of world 64 also have the columns relation,other_shape,other_colour, empty for one object; two have no motion.
 
@@ -41,7 +42,13 @@ from stdit.evaluation.prompts import default_prompts
 from stdit.evaluation.scores import judge, mean_scores, print_table
 from stdit.parallel.processes.device import find_device
 from stdit.pipelines.config import PIPELINE_DEFAULTS, VideoSettings, check_seed
-from stdit.pipelines.loading import CheckpointSource, find_checkpoint_source, pipeline_settings
+from stdit.pipelines.loading import (
+    CheckpointSource,
+    find_checkpoint_source,
+    load_codec,
+    load_pipeline,
+    pipeline_settings,
+)
 from stdit.pipelines.requests import Request
 from stdit.pipelines.untrained import warn_of_conditioning, warn_of_sizes
 from stdit.pipelines.video_io import write_json_atomic
@@ -148,10 +155,17 @@ def check_sampling(args: argparse.Namespace, recorded: Mapping[str, Any]) -> Non
     warn_of_sizes([Request("", 0, VideoSettings(**sampling_settings(args)))], recorded)
 
 
+def height(args: argparse.Namespace, recorded: Mapping[str, Any]) -> int:
+    """Return the height in pixels, of a folder's, codec's or model's videos, that tells which prompts to use."""
+    if args.videos:
+        from stdit.evaluation.folder import folder_height
+
+        return folder_height(args.videos)
+    return int(args.size or 0) if args.codec else int(recorded.get("height", 0))
+
+
 def load(source: CheckpointSource, device: str) -> tuple[Any, str, tuple[int, int]]:
     """Load the pipeline; return it, the hash of its weights, and height and width of its patches in pixels."""
-    from stdit.pipelines.loading import load_pipeline
-
     on = find_device(device)
     pipe, weights = load_pipeline(source)
     pipe.to(on)
@@ -162,43 +176,47 @@ def load(source: CheckpointSource, device: str) -> tuple[Any, str, tuple[int, in
 
 def main() -> None:
     args = parse_args()
-    # After parsing, so that --help is quick.
-    from stdit.codecs.base import VideoCodec
-    from stdit.evaluation import videos
-    from stdit.pipelines.loading import load_codec
-
     source = None if args.videos or args.codec else find_checkpoint_source(args.checkpoint)
     recorded = pipeline_settings(source) if source else {}
-    size = videos.folder_size(args.videos) if args.videos else recorded.get("height", 0)
     world, expected = (
-        read_expected(args.prompts) if args.prompts else default_prompts(bool(args.videos), size)
+        read_expected(args.prompts)
+        if args.prompts
+        else default_prompts(bool(args.videos), height(args, recorded))
     )
     args.num_frames, args.size = args.num_frames or world.num_frames, args.size or world.size
     settings = sampling_settings(args)
     weights, patch = None, None
-    if source is not None:
+    if args.videos:
+        from stdit.evaluation.folder import folder_videos
+
+        patch = None if args.patch is None else (args.patch, args.patch)
+        videos = folder_videos(args.videos, expected)
+    elif source is None:
+        from stdit.codecs.base import VideoCodec
+        from stdit.evaluation.videos import coded_videos
+
+        codec = VideoCodec.from_pretrained(args.codec).to(find_device(args.device))
+        videos = coded_videos(codec, expected, world, seed=args.seed, settings=settings)
+    else:
+        from stdit.evaluation.videos import conditioned_frames, sampled_videos
+
         check_sampling(args, recorded)
-        conditioned = videos.conditioned_frames(
-            load_codec(source), args.num_frames, args.conditioning or (), args.conditioning_frames
+        codec = load_codec(source) if args.conditioning else None
+        conditioned = codec and conditioned_frames(
+            codec, args.num_frames, args.conditioning, args.conditioning_frames
         )
         pipe, weights, patch = load(source, args.device)
         warn_of_conditioning(bool(conditioned), pipe.scheduler.config.conditioning)
-        found = videos.sampled_videos(
+        videos = sampled_videos(
             pipe,
             expected,
             world,
             seed=args.seed,
             batch_size=args.batch_size,
             settings=settings,
-            conditioned=conditioned,
+            conditioned=conditioned or (),
         )
-    elif args.codec:
-        codec = VideoCodec.from_pretrained(args.codec).to(find_device(args.device))
-        found = videos.coded_videos(codec, expected, world, seed=args.seed, settings=settings)
-    else:
-        patch = None if args.patch is None else (args.patch, args.patch)
-        found = videos.finished_videos(args.videos, expected)
-    results = [judge(*video, world, patch) for video in found]
+    results = [judge(*video, world, patch) for video in videos]
     scores = mean_scores(results)
     print_table(scores)
     if args.output:

@@ -77,11 +77,13 @@ def check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
             f"--config {path} was made with {flags}, and what a file names is not imported by itself: add {flags} to "
             "the command if you trust it."
         )
-    other = [str(key) for key in content if key not in dict(setting_types(config_class))]
-    if len(other) > max(1, len(content) / 2):
+    known = [name for name, _ in setting_types(config_class)]
+    other = [str(key) for key in content if key not in known]
+    strange = [key for key in other if not (same_meaning(key, known) or similar_name(key, known))]
+    if strange and len(other) > len(content) / 2:  # not just typing errors
         raise UserError(
-            f"--config {path}: it seems to be for another command: this one has no settings "
-            f"{listed(other[:3], len(other))}."
+            f"--config {path}: it seems to be for another command, since this one has no setting "
+            f"{listed(strange[:3], len(strange))}: give a file with settings of --help."
         )
     _check_content(content, config_class, "", f"--config {path}: ")
 

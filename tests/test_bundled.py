@@ -131,6 +131,9 @@ def test_the_origin_is_recorded(run: Path, made: Path, command: Command, tmp_pat
         ({"scores": {"heldout": {"strict": "x"}}}, "it has no scores"),
         ({"scores": {"heldout": 1}}, "it has no scores"),
         ({"weights": None}, "these are not of a model"),
+        ({"scores": {"heldout": {"strict": True}}}, "it has no scores"),
+        ({"scores": {"heldout": {"strict": float("nan")}}}, "it has no scores"),
+        ({"changed_settings": [1]}, "these were measured with changed_settings = [1]"),
         ({"changed_settings": {"refine_pairs": 0}}, "these were measured with refine_pairs = 0"),
     ):
         (tmp_path / "scores.json").write_text(json.dumps(rates | wrong))
@@ -302,15 +305,25 @@ def test_other_files_are_not_replaced(
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
 
 
-@pytest.mark.parametrize("mine", ["bundled/notes.txt", "bundled.old/notes.txt", "bundled.tmp/notes.txt"])
+@pytest.mark.parametrize(
+    "place", ["{}/notes.txt", "{}/transformer/notes.txt", "{}.old/notes.txt", "{}.tmp/notes.txt"]
+)
 def test_files_inside_or_beside_an_older_bundle_are_not_removed(
-    run: Path, made: Path, command: Command, mine: str
+    run: Path, made: Path, command: Command, place: str, tmp_path: Path
 ) -> None:
-    file = made.parent / mine.replace("bundled", made.name)
+    file = made.parent / place.format(made.name)
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
-    code, _, errors = command(bundle, "--checkpoint", run, "--output", made)
-    assert code == 2 and "choose another --output" in errors and errors.count("\n") == 1
+    scores = tmp_path / "scores.json"
+    scores.write_text('{"scores": {"heldout": {"n": 1}}, "weights": "xxh3:0"}')
+    commands: list[list[str | Path]] = [["--checkpoint", run]]
+    if made in file.parents:
+        (made / "model_index.json").unlink()
+    else:
+        commands.append(["--scores", scores])
+    for flags in commands:
+        code, _, errors = command(bundle, *flags, "--output", made)
+        assert code == 2 and "choose another --output" in errors and errors.count("\n") == 1
     assert file.read_text() == "mine"
 
 

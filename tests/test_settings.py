@@ -166,7 +166,10 @@ def test_bad_flags(argv: list[str], message: str) -> None:
         ("name: [", "not valid YAML"),
         ("name: a\nname: b", "line 2 sets name again"),
         ("model:\n  depth: 1\n  kind: tiny\n  depth: 2", "line 4 sets depth again"),
-        ("fps: 8\nname: a\nseed: 1", "seems to be for another command: this one has no settings fps, seed"),
+        (
+            "fps: 8\nname: a\nseed: 1",
+            "seems to be for another command, since this one has no setting fps, seed",
+        ),
         ("- 1", "must hold settings"),
         ("", "must hold settings"),
     ],

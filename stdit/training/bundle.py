@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stdit.data.clip_list import ClipList
 from stdit.errors import UserError, listed
 from stdit.hashing import hash_file
 from stdit.pipelines.bundled import BUNDLED, ORIGIN
-from stdit.pipelines.loading import MODEL_INDEX, CheckpointSource, find_checkpoint_source, load_pipeline
+from stdit.pipelines.loading import CheckpointSource, find_checkpoint_source, load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.untrained import words_of
 from stdit.training.disk import replace_folder
@@ -76,6 +77,7 @@ def write_bundle(checkpoint: Path, folder: Path) -> dict[str, Any]:
         _check_packaged_codec(aside, folder)
         _write_origin(aside, origin)
         _check_size(aside)
+        _check_nothing_lost(folder, aside)
     return origin
 
 
@@ -92,6 +94,7 @@ def record_scores(scores: Path, folder: Path) -> dict[str, Any]:
     rated = _read_scores(scores)
     if not (folder / ORIGIN).is_file():
         raise UserError(f"output {folder}: there is no bundled pipeline: make it first, with --checkpoint.")
+    _check_beside(folder)
     verify(folder, kind="the bundled pipeline", way_out="make it again with --checkpoint")
     origin = read_json(folder / ORIGIN, "a bundled pipeline")
     if rated["weights"] != origin["weights"]:
@@ -122,7 +125,8 @@ def _read_scores(file: Path) -> dict[str, Any]:
             "without --videos and --codec."
         )
     if changed := rated.get("changed_settings"):
-        shown = ", ".join(f"{name} = {value}" for name, value in changed.items())
+        pairs = changed.items() if isinstance(changed, dict) else [("changed_settings", changed)]
+        shown = ", ".join(f"{name} = {value}" for name, value in pairs)
         raise UserError(
             f"scores {file}: these were measured with {shown}: score the bundled pipeline with its own settings."
         )
@@ -130,7 +134,9 @@ def _read_scores(file: Path) -> dict[str, Any]:
 
 
 def _are_scores(scores: Any) -> bool:
-    return isinstance(scores, dict) and all(isinstance(value, int | float) for value in scores.values())
+    return isinstance(scores, dict) and all(
+        type(value) in (int, float) and isfinite(value) for value in scores.values()
+    )
 
 
 def _write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
@@ -151,26 +157,34 @@ def folder_sizes(folder: Path) -> dict[str, int]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise UserError if anything else would be removed than an older bundled pipeline, which may lack files."""
-    for used in (
-        folder.with_name(f"{folder.name}.{suffix}") for suffix in ("tmp", "old")
-    ):  # by replace_folder
-        if used.exists():
-            raise UserError(
-                f"{used} is in the way of output {folder}: remove it if it is left from an interrupted command, or "
-                "choose another --output."
-            )
+    """Raise UserError if there is anything but an older bundled pipeline, which may lack files."""
+    _check_beside(folder)
     if folder == BUNDLED or not folder.exists():
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / ORIGIN).is_file()):
         raise UserError(f"output {folder} exists, and is no bundled pipeline: choose another --output.")
-    if not (folder / MODEL_INDEX).is_file():
-        return
-    known = {META, ORIGIN, MODEL_INDEX, *read_json(folder / MODEL_INDEX, "the index of a pipeline")}
-    if other := sorted(path.name for path in folder.iterdir() if path.name not in known):
+
+
+def _check_beside(folder: Path) -> None:
+    """Raise UserError if folders lie beside this one that `replace_folder` would remove."""
+    for suffix in ("tmp", "old"):
+        if (beside := folder.parent / f"{folder.name}.{suffix}").exists():
+            raise UserError(
+                f"{beside} is in the way of output {folder}: remove it if it is left from an interrupted command, or "
+                "choose another --output."
+            )
+
+
+def _check_nothing_lost(old: Path, new: Path) -> None:
+    """Raise UserError if an older bundled pipeline has files that the one in its place does not have."""
+    before, after = (
+        {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        for folder in (old, new)
+    )
+    if lost := sorted(before - after):
         raise UserError(
-            f"output {folder} holds {listed(other[:3], len(other))} beside the pipeline, which replacing it would "
-            "remove: move that away, or choose another --output."
+            f"output {old} holds {listed(lost[:3], len(lost))}, which the new pipeline has not and which would be "
+            "lost: move that away, or choose another --output."
         )
 
 

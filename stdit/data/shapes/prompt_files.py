@@ -6,6 +6,7 @@ Letters: T frames, H height, W width.
 import csv
 from dataclasses import replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
     Raises:
         UserError: for files that cannot be read, of two worlds, or of one name; and for what no clip can show.
     """
-    names = [path.stem.removeprefix("prompts_") for path in files]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{twice} is the name of two sets of prompts: rename one of the files")
+    names = {path: path.stem.removeprefix("prompts_") for path in files}
+    for first, second in combinations(files, 2):
+        if names[first] == names[second]:
+            raise UserError(
+                f"{first} and {second} are two sets of one name: give only one of them, or rename it"
+            )
     sets = {path: _read_rows(path) for path in files}
     worlds = {path: _world(path, rows) for path, rows in sets.items()}
     world = worlds[files[0]]
@@ -41,7 +45,7 @@ def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
             f"{files[0]} is of world {world.name} and {other} of world {worlds[other].name}: score them one by one"
         )
     expected = []
-    for name, (path, rows) in zip(names, sets.items(), strict=True):
+    for path, rows in sets.items():
         for row in rows:
             wanted = {column: row[column] for column in ("prompt", *world.attributes)}
             odd = next((c for c, values in world.attributes.items() if wanted[c] not in values), None)
@@ -51,11 +55,11 @@ def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
             if world.relations:
                 _check_objects(path, wanted)
             if _combo(wanted) not in _combinations(world):
-                raise UserError(
-                    f"{path}: {wanted['prompt']!r} is what no clip shows: two objects differ in colour, no circle "
-                    "turns"
-                )
-            expected.append({"set": name, **wanted})
+                why = f"a {wanted['shape']} does not show that it turns"
+                if wanted.get("relation"):
+                    why = f"other_colour = {wanted['other_colour']}: must be another than colour"
+                raise UserError(f"{path}: {wanted['prompt']!r} is what no clip shows: {why}")
+            expected.append({"set": names[path], **wanted})
     return world, expected
 
 
