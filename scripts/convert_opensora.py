@@ -62,7 +62,7 @@ def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path
     from stdit.codecs import CodecConfig, TextEncoderConfig, build_codec, build_text_encoder
     from stdit.data.config import LENGTHS, resolve_size
     from stdit.diffusion.config import FlowConfig
-    from stdit.diffusion.flow import RectifiedFlow
+    from stdit.diffusion.scheduler import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
 
     codec = build_codec(CodecConfig(name="opensora", path=str(codec_folder)))
@@ -83,7 +83,8 @@ def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path
         model,
         codec,
         text_encoder,
-        RectifiedFlow(FlowConfig(shift_by_size=True, conditioning={"first": 0.22})),  # as in its last stage
+        RectifiedFlow(),
+        flow=FlowConfig(shift_by_size=True, conditioning={"first": 0.22}),  # as in its last stage
         num_frames=LENGTHS["2s"],
         height=height,
         width=width,
@@ -119,7 +120,8 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
     from stdit.checkpoint_files import read_json, read_meta, verify_if_sealed
     from stdit.models.opensora import check_keys, read_weights
     from stdit.models.stdit import STDiT
-    from stdit.pipelines.loading import find_checkpoint_source, load_transformer
+    from stdit.pipelines.components import read_flow
+    from stdit.pipelines.loading import find_checkpoint_source, load_transformer, pipeline_settings
 
     inside, prediction = source, "velocity"
     if is_of_stdit(source):
@@ -129,9 +131,8 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
             model, used = load_transformer(found.path, meta, ema=True)
             prediction = meta["config"]["flow"]["prediction"]
             return model.state_dict(), model.config, prediction, found.path / used
-        schedule, inside = found.path / "scheduler", found.path / "transformer"
-        verify_if_sealed(schedule)
-        prediction = read_json(schedule / "scheduler_config.json", "a schedule")["prediction"]
+        inside = found.path / "transformer"
+        prediction = (pipeline_settings(found).get("flow") or read_flow(found.path))["prediction"]
     verify_if_sealed(inside)
     recorded = read_json(inside / "config.json", "a model folder")
     if recorded.get("_class_name") != "STDiT":

@@ -206,7 +206,7 @@ def main() -> None:
             codec, args.num_frames, args.conditioning, args.conditioning_frames
         )
         pipe, weights, patch = load(source, args.device)
-        warn_of_conditioning(bool(conditioned), pipe.scheduler.config.conditioning)
+        warn_of_conditioning(bool(conditioned), pipe.flow.config.conditioning)
         videos = sampled_videos(
             pipe,
             expected,

@@ -122,15 +122,13 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
 def build(config: TrainConfig) -> tuple[Any, Any, Any]:
     """Build a model in which no weight is zero, the objective, and a pipeline of both."""
     from stdit.codecs import build_codec, build_text_encoder
-    from stdit.diffusion.flow import RectifiedFlow
+    from stdit.diffusion.scheduler import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
     from stdit.training.build import build_model, resolved_config
 
     codec, text_encoder = build_codec(config.codec), build_text_encoder(config.text_encoder)
-    variance = codec.latent_variance
-    if variance is None and config.flow.prediction == "residual":  # not fitted
-        variance = torch.linspace(2, 0.1, codec.channels)
-    flow = RectifiedFlow(config.flow, variance)
+    if codec.latent_variance is None and config.flow.prediction == "residual":  # not fitted
+        codec.latent_variance = torch.linspace(2, 0.1, codec.channels)
     model = build_model(resolved_config(config, codec, text_encoder))
     torch.manual_seed(config.seed)
     with torch.no_grad():
@@ -141,7 +139,8 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
         model,
         codec,
         text_encoder,
-        flow,
+        RectifiedFlow(),
+        flow=config.flow,
         num_frames=bucket.num_frames,
         height=bucket.height,
         width=bucket.width,
@@ -149,7 +148,7 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
         num_inference_steps=STEPS,
     )
     pipe.set_progress_bar_config(disable=True)
-    return model, flow, pipe
+    return model, pipe.flow, pipe
 
 
 def random_batch(config: TrainConfig, pipe: Any) -> EncodedBatch:

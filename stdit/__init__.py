@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from stdit.lazy import lazy_getattr
 
 if TYPE_CHECKING:
-    from stdit.diffusion.flow import RectifiedFlow
+    from stdit.diffusion.scheduler import RectifiedFlow
     from stdit.models.stdit import STDiT
     from stdit.pipelines.pipeline import STDiTPipeline
 
@@ -16,7 +16,7 @@ __all__ = ["RectifiedFlow", "STDiT", "STDiTPipeline", "__version__"]
 __getattr__ = lazy_getattr(
     __name__,
     {
-        "RectifiedFlow": "stdit.diffusion.flow",
+        "RectifiedFlow": "stdit.diffusion.scheduler",
         "STDiT": "stdit.models.stdit",
         "STDiTPipeline": "stdit.pipelines.pipeline",
     },

@@ -23,7 +23,7 @@ from stdit.data.cache.shards import EntryKind, read_shard
 from stdit.data.cache.store import CacheStore
 from stdit.data.manifest import index as manifest_index
 from stdit.data.manifest.reading import read_manifest, read_texts
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.scheduler import RectifiedFlow
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh

@@ -8,7 +8,13 @@ import pytest
 PACKAGES = {
     "stdit": ["STDiT", "STDiTPipeline", "RectifiedFlow", "__version__"],
     "stdit.models": ["STDiT", "STDiTConfig"],
-    "stdit.diffusion": ["RectifiedFlow", "FlowConfig", "register_mask_strategy", "register_prediction"],
+    "stdit.diffusion": [
+        "FlowConfig",
+        "FlowObjective",
+        "RectifiedFlow",
+        "register_mask_strategy",
+        "register_prediction",
+    ],
     "stdit.codecs": [
         *(
             "VideoCodec",

@@ -254,12 +254,12 @@ def test_another_objective_reaches_the_scheduler_of_later_checkpoints(
     assert do(changed(resume_changed=True, checkpoint__keep_last=9, **objective)) == 0
     for source in (run / "checkpoints" / "step-00000008", run / "pipeline"):
         pipe = load_pipeline(source)[0]
-        assert pipe.scheduler.config.shift == 2.0
+        assert pipe.flow.config.shift == 2.0
         assert pipe.config["lineage"][0]["changes"][-3:] == [
             "flow.shift 1.0 -> 2.0", "flow.conditioning.first 0.3 -> 0.1", "optimizer.lr 0.001 -> 0.0005"
         ]  # fmt: skip
     earlier = load_pipeline(run / "checkpoints" / f"step-0000000{CHANGED}")[0]
-    assert earlier.scheduler.config.shift == 1.0 and earlier.config["lineage"] == []
+    assert earlier.flow.config.shift == 1.0 and earlier.config["lineage"] == []
 
 
 def test_steps_that_a_spike_excluded_are_trained_on_if_their_batches_are_others(

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # where scripts.* is found
 from scripts.bench.baselines import BASELINES, apply_baseline
 from stdit.cli import run
 from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.flow import RectifiedFlow, frame_weights
+from stdit.diffusion.flow import FlowObjective, frame_weights
 from stdit.models.stdit import STDiT
 from stdit.parallel.sequence import collectives
 from stdit.parallel.sequence.group import Group, Traffic
@@ -77,7 +77,7 @@ class Step:
         if method in BASELINES:
             self.sharding = apply_baseline(self.model, method, self.sharding)
 
-        batch, self.flow = settings["batch"], RectifiedFlow(FlowConfig())
+        batch, self.flow = settings["batch"], FlowObjective(FlowConfig())
         x, noise = torch.randn(2, batch, 4, *size, device=device, dtype=dtype)
         self.t = torch.full((batch, 1), 0.5, device=device, dtype=dtype)
         x_t = self.flow.add_noise(x, noise, self.t)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from stdit.diffusion.conditioning import MASK_STRATEGIES
 from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
 
 
@@ -45,7 +45,7 @@ class TrainingDraws:
 
 
 def draw_batch(
-    flow: RectifiedFlow,
+    flow: FlowObjective,
     seed: int,
     step: int,
     indices: Sequence[int],

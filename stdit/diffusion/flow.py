@@ -1,4 +1,4 @@
-"""Rectified flow: the straight path between noise and data, its noise levels, loss and sampling schedule.
+"""The objective of rectified flow: the straight path between noise and data, its noise levels, and its loss.
 
 Symbols: x data, eps noise, t noise level (0 data, 1 noise), x_t = (1 - t) x + t eps, v = x - eps the velocity from
 noise to data (Liu et al. 2022, arXiv:2209.03003, equation 1; Open-Sora's sign). timestep = 1000 t.
@@ -7,16 +7,13 @@ Letters: B batch, C channels, T latent frames, H, W latent rows and columns, F =
 frames).
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from stdit.checkpoint_files import seal_folder, verify_if_sealed
 from stdit.diffusion.config import PREDICTIONS, FlowConfig
 from stdit.errors import UserError
 
@@ -40,8 +37,8 @@ def frame_weights(condition_mask: Tensor) -> Tensor:
     return generated / generated.sum(1, keepdim=True)
 
 
-class RectifiedFlow:
-    """The objective and the sampling schedule; no weights.
+class FlowObjective:
+    """What the model learns, and the meaning of its output; no weights.
 
     Args:
         config: see :class:`stdit.diffusion.config.FlowConfig`.
@@ -121,78 +118,41 @@ class RectifiedFlow:
             t = torch.sigmoid(self.config.logit_mean + self.config.logit_std * torch.special.ndtri(t))
         return shift_t(t, self.size_shift(latent_frames, height, width))
 
-    def sigmas(
-        self,
-        num_inference_steps: int,
-        latent_frames: int,
-        height: int,
-        width: int,
-        shift: float | None = None,
-    ) -> Tensor:
-        """Return the noise levels of a sampling run, ``[steps + 1]``, from 1 (noise) to 0 (data).
-
-        ``shift`` replaces the shift that follows from size and length.
-        """
-        r = self.size_shift(latent_frames, height, width) if shift is None else shift
-        sigmas = shift_t(torch.linspace(1, 0, num_inference_steps + 1), r)
-        sigmas[0] = 1  # exactly, whatever the rounding
-        return sigmas
-
-    def save_pretrained(self, folder: str | Path, **_: object) -> None:
-        """Write ``scheduler_config.json`` and a manifest. Options that diffusers passes to components are ignored."""
-        variance = None if self.latent_variance is None else self.latent_variance.tolist()
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    def settings(self) -> dict[str, Any]:
+        """Return what :meth:`from_settings` takes: the fields of the config, and the module of its prediction."""
         module = PREDICTIONS.module(self.config.prediction)
-        settings = {"_class_name": "RectifiedFlow"} | ({"import": module} if module else {})
-        text = json.dumps(settings | {**asdict(self.config), "latent_variance": variance})
-        (Path(folder) / "scheduler_config.json").write_text(text + "\n", encoding="utf-8")
-        seal_folder(Path(folder))
+        return asdict(self.config) | ({"import": module} if module else {})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **_: object) -> "RectifiedFlow":
-        """Read what :meth:`save_pretrained` wrote.
-
-        Raises:
-            UserError: its prediction is not registered, or the file is not as it was written.
-        """
-        verify_if_sealed(Path(folder))
-        settings = json.loads((Path(folder) / "scheduler_config.json").read_text(encoding="utf-8"))
-        settings.pop("_class_name")
-        variance, module = settings.pop("latent_variance"), settings.pop("import", None)
-        variance = None if variance is None else torch.tensor(variance)
-        return cls.from_settings(settings, variance, [module] if module else [])
-
-    @classmethod
-    def from_settings(
-        cls, settings: Mapping[str, Any], latent_variance: Tensor | None, imports: Sequence[str]
-    ) -> "RectifiedFlow":
+    def from_settings(cls, settings: Mapping[str, Any], latent_variance: Tensor | None) -> "FlowObjective":
         """Return the objective of recorded settings, for sampling.
 
         Args:
-            settings: fields of `FlowConfig`.
-            imports: the modules that were imported when they were recorded.
+            settings: what :meth:`settings` returned, or some fields of `FlowConfig`.
 
         Raises:
             UserError: its prediction is not registered.
         """
-        PREDICTIONS.check(settings.get("prediction", FlowConfig.prediction), imports)
+        settings = dict(settings)
+        module = settings.pop("import", None)
+        PREDICTIONS.check(settings.get("prediction", FlowConfig.prediction), [module] if module else [])
         # Not checked: sampling draws no masks, so a strategy of the user's need not be registered.
         config = FlowConfig(**{**settings, "conditioning": {}})
         config.conditioning = settings.get("conditioning", {})
         return cls(config, latent_variance)
 
 
-def velocity_from_velocity(flow: RectifiedFlow, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def velocity_from_velocity(flow: FlowObjective, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """Prediction "velocity": the output itself."""
     return output
 
 
-def velocity_from_sample(flow: RectifiedFlow, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def velocity_from_sample(flow: FlowObjective, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """Prediction "sample": ``v = (x - x_t) / t``, the output being x."""
     return (output - x_t) / per_frame(t.clamp(min=MIN_T)).to(x_t.dtype)
 
 
-def velocity_from_residual(flow: RectifiedFlow, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def velocity_from_residual(flow: FlowObjective, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """Prediction "residual": the linear estimate of v from x_t, plus the output in units of its remaining error.
 
     With independent channels of variance lambda and D = (1 - t)^2 lambda + t^2, the linear minimum-mean-square
@@ -205,7 +165,7 @@ def velocity_from_residual(flow: RectifiedFlow, output: Tensor, x_t: Tensor, t: 
     return linear.to(x_t.dtype) * x_t + error.to(x_t.dtype) * output
 
 
-Prediction = Callable[[RectifiedFlow, Tensor, Tensor, Tensor], Tensor]
+Prediction = Callable[[FlowObjective, Tensor, Tensor, Tensor], Tensor]
 
 
 def register_prediction(name: str, prediction: Prediction) -> None:

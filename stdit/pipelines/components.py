@@ -1,18 +1,28 @@
 """Read the components of a pipeline from their folders."""
 
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import SchedulerMixin
 
+from stdit.checkpoint_files import read_json, verify_if_sealed
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.loading import check_complete, explain_load_errors, local_weights
 from stdit.codecs.text import TextEncoder
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.scheduler import RectifiedFlow
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
+
+SCHEDULER_CONFIG = "scheduler_config.json"
+_FLOW_SETTINGS = (*(f.name for f in fields(FlowConfig)), "import")
+_OLD_SETTINGS = (*_FLOW_SETTINGS, "latent_variance")
+"""What scheduler configs had when the objective was in them."""
 
 
 def read_components(folder: Path, given: Collection[str], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -28,7 +38,7 @@ def read_components(folder: Path, given: Collection[str], dtype: torch.dtype | N
         "transformer": partial(read_transformer, dtype=dtype),
         "codec": VideoCodec.from_pretrained,
         "text_encoder": TextEncoder.from_pretrained,
-        "scheduler": RectifiedFlow.from_pretrained,
+        "scheduler": read_scheduler,
     }
     components = {}
     for name, load in loaders.items():
@@ -47,6 +57,28 @@ def read_transformer(folder: Path, dtype: torch.dtype | None = None) -> STDiT:
         )
     check_complete("the transformer", source, [*info["missing_keys"], *info["unexpected_keys"]])
     return model
+
+
+def read_scheduler(folder: Path) -> Any:
+    """Load the scheduler of a folder: ours, or one of diffusers. Raises UserError if there is no such class."""
+    settings = read_json(folder / SCHEDULER_CONFIG, "a scheduler")
+    if (name := settings.get("_class_name")) == RectifiedFlow.__name__:
+        own = {name: value for name, value in settings.items() if name not in _OLD_SETTINGS}
+        verify_if_sealed(folder)
+        return RectifiedFlow.from_config(own)
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise UserError(
+            f"{folder / SCHEDULER_CONFIG}: _class_name = {name!r}: diffusers has no such scheduler."
+        )
+    scheduler: Any = found
+    return scheduler.from_pretrained(folder)
+
+
+def read_flow(folder: Path) -> dict[str, Any]:
+    """Return the objective that a pipeline folder of before diffusers' schedulers has in its scheduler's config."""
+    settings = read_json(folder / "scheduler" / SCHEDULER_CONFIG, "a scheduler")
+    return {name: settings[name] for name in _FLOW_SETTINGS if name in settings}
 
 
 def pop_dtype(kwargs: dict[str, Any]) -> torch.dtype | None:

@@ -176,7 +176,8 @@ def _is_small(name: str) -> bool:
 
 
 def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | None) -> tuple[Any, str]:
-    from stdit.diffusion.flow import RectifiedFlow
+    from stdit.diffusion.config import PREDICTIONS, FlowConfig
+    from stdit.diffusion.scheduler import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
 
     run, meta = _run_of(source), read_meta(source.path)
@@ -188,14 +189,15 @@ def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | Non
             f"text_states = {text_states}: these states are not of the encoder that {run} was trained with: "
             "encode the prompts with that one."
         )
-    codec, config = _load_codec(run, meta), meta.get("config", {})
+    config = meta.get("config", {})
+    flow = config.get("flow", {})
+    PREDICTIONS.check(flow.get("prediction", FlowConfig.prediction), config.get("imports") or ())
     pipe = STDiTPipeline(
         transformer=transformer,
-        codec=codec,
+        codec=_load_codec(run, meta),
         text_encoder=text_encoder,
-        scheduler=RectifiedFlow.from_settings(
-            config.get("flow", {}), codec.latent_variance, config.get("imports") or ()
-        ),
+        scheduler=RectifiedFlow(),
+        flow=flow,
         step=meta.get("step"),
         lineage=meta.get("lineage", []),
         **meta.get("pipeline", {}),

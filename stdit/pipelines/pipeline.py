@@ -4,13 +4,13 @@ Letters: B prompts, C channels, T latent frames, H height, W width, L text token
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
@@ -18,15 +18,17 @@ from torch import Tensor
 from stdit.checkpoint_files import META, read_json, seal_folder, verify_if_sealed
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder
-from stdit.diffusion.flow import RectifiedFlow, per_frame
+from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.flow import FlowObjective, per_frame
 from stdit.diffusion.guidance import rescale_guidance, sample_moments, standard_deviation
+from stdit.diffusion.scheduler import set_flow_timesteps
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.sharding import TokenSharding
 from stdit.pipelines.bundled import bundled_folder
-from stdit.pipelines.components import pop_dtype, read_components
+from stdit.pipelines.components import pop_dtype, read_components, read_flow
 from stdit.pipelines.conditions import FrameCondition, load_frames
 from stdit.pipelines.config import (
     PIPELINE_DEFAULTS,
@@ -49,7 +51,7 @@ from stdit.pipelines.inputs import (
 
 logger = logging.getLogger(__name__)
 
-_RECORDED = ("step", "trained_sizes", "lineage", "vocabulary")
+_RECORDED = ("flow", "step", "trained_sizes", "lineage", "vocabulary")
 """What a pipeline records beside its settings."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -85,7 +87,7 @@ class STDiTPipeline(DiffusionPipeline):
     transformer: STDiT
     codec: VideoCodec
     text_encoder: TextEncoder
-    scheduler: RectifiedFlow
+    scheduler: SchedulerMixin
 
     @list_settings(PIPELINE_DEFAULTS)
     def __init__(
@@ -93,8 +95,9 @@ class STDiTPipeline(DiffusionPipeline):
         transformer: STDiT,
         codec: VideoCodec,
         text_encoder: TextEncoder,
-        scheduler: RectifiedFlow,
+        scheduler: SchedulerMixin,
         *,
+        flow: FlowConfig | Mapping[str, Any] | None = None,
         step: int | None = None,
         trained_sizes: Sequence[dict[str, Any]] | None = None,
         lineage: Sequence[dict[str, Any]] = (),
@@ -104,6 +107,9 @@ class STDiTPipeline(DiffusionPipeline):
         """Assemble a pipeline.
 
         Args:
+            scheduler: `stdit.RectifiedFlow`, or another scheduler of diffusers that can do flow matching.
+            flow: the objective of the training, which says what the model's output means; a mapping has the fields of
+                `FlowConfig`. None: the velocity.
             step: training step of the weights.
             trained_sizes: the sizes that the model was trained on, each with num_frames, height, width, fps and the
                 number of clips.
@@ -120,11 +126,20 @@ class STDiTPipeline(DiffusionPipeline):
         self.register_modules(
             transformer=transformer, codec=codec, text_encoder=text_encoder, scheduler=scheduler
         )
+        if not isinstance(flow, FlowConfig):
+            self.flow = FlowObjective.from_settings(flow or {}, codec.latent_variance)
+        else:
+            self.flow = FlowObjective(flow, codec.latent_variance)
         own = video_settings(STDiTPipeline.__init__, settings)
         sizes = None if trained_sizes is None else [dict(size) for size in trained_sizes]
-        recorded = {"step": step, "trained_sizes": sizes, "lineage": [dict(change) for change in lineage]}
-        words = None if vocabulary is None else list(vocabulary)
-        self.register_to_config(**own.resolved(PIPELINE_DEFAULTS), **recorded, vocabulary=words)
+        recorded = {
+            "flow": self.flow.settings(),
+            "step": step,
+            "trained_sizes": sizes,
+            "lineage": [dict(change) for change in lineage],
+            "vocabulary": None if vocabulary is None else list(vocabulary),
+        }
+        self.register_to_config(**own.resolved(PIPELINE_DEFAULTS), **recorded)
         self.mesh = Mesh()
 
     def share(self, mesh: Mesh) -> None:
@@ -174,9 +189,9 @@ class STDiTPipeline(DiffusionPipeline):
         """
         given = pretrained_model_name_or_path
         folder = bundled_folder() if given is None else Path(given)
-        # Each component checks its own folder: here the files beside those, once.
+        # Each component checks its own folder, but for schedulers of diffusers: here the other files, once.
         if (
-            not verify_if_sealed(folder, lambda name: "/" not in name)
+            not verify_if_sealed(folder, lambda name: "/" not in name or name.startswith("scheduler/"))
             and (folder / cls.config_name).is_file()
         ):
             logger.warning("pipeline %s has no %s: a damaged file would not be noticed", folder, META)
@@ -184,6 +199,7 @@ class STDiTPipeline(DiffusionPipeline):
         check_recorded(recorded, f"{folder / cls.config_name}: ")
         dtype = pop_dtype(kwargs)
         components = read_components(folder, kwargs, dtype)
+        recorded = {"flow": read_flow(folder), **recorded}
         settings = {name: recorded[name] for name in (*VIDEO_SETTINGS, *_RECORDED) if name in recorded}
         return cls(**{**settings, **components, **kwargs})
 
@@ -241,7 +257,7 @@ class STDiTPipeline(DiffusionPipeline):
             output_type: pil, np, pt or latent: see `STDiTPipelineOutput`.
             return_dict: if False, return ``(frames,)``.
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": ...})`` after each step;
-                latents in the dictionary that it returns replace those of the pipeline.
+                latents in the dictionary that it returns replace those of the pipeline, but for conditioning frames.
             callback_on_step_end_tensor_inputs: names of the tensors passed to the callback.
             settings: ``num_frames``, ``height``, ``width``, ``fps``, ``num_inference_steps``, ``guidance_scale`` and
                 the other fields of `VideoSettings`; one that is missing or None is the pipeline's (``pipe.config``).
@@ -265,9 +281,9 @@ class STDiTPipeline(DiffusionPipeline):
 
         device = self._execution_device
         shape = (self.codec.channels, *self.codec.latent_shape(num_frames, height, width))  # [C T H W]
-        sigmas = self.scheduler.sigmas(
-            int(video["num_inference_steps"]), shape[1], height, width, shift=video["shift"]
-        ).to(device)
+        shift = self.flow.size_shift(shape[1], height, width) if video["shift"] is None else video["shift"]
+        set_flow_timesteps(self.scheduler, int(video["num_inference_steps"]), shift, device)
+        sigmas = self.scheduler.sigmas.to(device)
         scales = guidance_scales(sigmas, video)
         guided = any(scale != 1 for scale in scales) or guides_refinement(video)
         arguments = self.encode_prompt(prompts, negatives, guided, device)
@@ -284,7 +300,6 @@ class STDiTPipeline(DiffusionPipeline):
             sharding.split(latents, dim=2),
             sharding.split(noise, dim=2),
             max_noise_level,
-            sigmas,
             inputs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
@@ -389,31 +404,39 @@ class STDiTPipeline(DiffusionPipeline):
         latents: Tensor,
         noise: Tensor,
         max_noise_level: Tensor,
-        sigmas: Tensor,
         inputs: "_ModelInputs",
         callback: "StepCallback | None",
         callback_inputs: Sequence[str],
     ) -> Tensor:
-        """Integrate from noise (sigma 1) to data (sigma 0) by Euler's method: Liu et al. 2022 (arXiv:2209.03003).
+        """Carry noise (sigma 1) to data (sigma 0) by the scheduler's steps.
 
-        A conditioning frame stays without noise until sigma has fallen to its ``max_noise_level [B T]``; from there
-        on it is generated like the others. ``latents`` and ``noise`` are this rank's frames ``[B C T_n H W]``.
+        A conditioning frame is shown to the model without noise until sigma has fallen to its ``max_noise_level
+        [B T]``; from there on it is generated like the others. For the scheduler it moves along its own straight path
+        until then, so that any solver, whatever it remembers of earlier steps, is right for all frames.
+
+        Args:
+            latents: of the conditioning frames, zero elsewhere: this rank's frames ``[B C T_n H W]``.
+            noise: of the same shape.
         """
         split = inputs.sharding.split
         max_noise_level = _per_sample(max_noise_level)
-        generated = torch.zeros_like(max_noise_level, dtype=torch.bool)
-        steps = list(zip(sigmas[:-1], sigmas[1:], strict=True))
-        for index, (sigma, sigma_next) in enumerate(self.progress_bar(steps)):
-            starting, generated = (sigma <= max_noise_level) & ~generated, sigma <= max_noise_level  # [B T]
-            starts_here = per_frame(split(starting, dim=1))
-            latents = torch.where(starts_here, torch.lerp(latents, noise, sigma), latents)
-            velocity = self.guided_velocity(latents, sigma * generated, inputs, inputs.guidance_scales[index])
-            step = split((sigma - sigma_next) * generated, dim=1)
-            latents = latents + per_frame(step) * velocity
+        sigmas = self.scheduler.sigmas.to(latents.device)
+        sample, shown = noise, latents
+        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            sigma = sigmas[index]
+            generated = sigma <= max_noise_level  # [B T]
+            free = per_frame(split(generated, dim=1))
+            sample = torch.where(free, sample, torch.lerp(latents, noise, sigma))
+            shown = torch.where(free, sample, latents)
+            velocity = self.guided_velocity(shown, sigma * generated, inputs, inputs.guidance_scales[index])
+            away = torch.where(free, -velocity, noise - latents)  # from data to noise
+            sample = self.scheduler.step(away, timestep, sample, return_dict=False)[0]
+            shown = torch.where(free, sample, latents)
             if callback is not None:
-                tensors = {name: {"latents": latents}[name] for name in callback_inputs}
-                latents = (callback(self, index, 1000 * sigma, tensors) or {}).get("latents", latents)
-        return latents
+                tensors = {name: {"latents": shown}[name] for name in callback_inputs}
+                changed = (callback(self, index, timestep, tensors) or {}).get("latents", shown)
+                sample, shown = torch.where(free, changed, sample), torch.where(free, changed, latents)
+        return shown
 
     def refine(
         self,
@@ -475,11 +498,11 @@ class STDiTPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Call the model: the velocity of this rank's frames ``x_t`` at the noise levels ``t`` of all frames."""
         level = sharding.split(t, dim=1)
-        model_input = self.scheduler.scale_model_input(x_t, level).to(self.transformer.dtype)
+        model_input = self.flow.scale_model_input(x_t, level).to(self.transformer.dtype)
         output = self.transformer(
             hidden_states=model_input, timestep=1000 * t, **arguments, sharding=sharding
         )
-        return self.scheduler.velocity(output.float(), x_t, level)
+        return self.flow.velocity(output.float(), x_t, level)
 
     def decode_latents(
         self,

@@ -74,7 +74,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         print(f"sampling from {source.path} (weights {weights})", flush=True)
         if origin := describe_origin(source.path):
             print(origin, flush=True)
-        warn_of_untrained(requests, pipe.config, pipe.scheduler.config.conditioning)
+        warn_of_untrained(requests, pipe.config, pipe.flow.config.conditioning)
         if "mp4" in config.formats():
             _warn_if_padded(pipe, requests)
 

@@ -21,7 +21,7 @@ from stdit.data.cache.codec_fitting import fit_codec
 from stdit.data.cache.keys import remembered
 from stdit.data.clip_list import ClipList
 from stdit.data.plan import BatchPlan
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.size import count_on_meta
@@ -47,7 +47,7 @@ class RunInputs:
     plan: BatchPlan
     codec: VideoCodec
     text_encoder: TextEncoder
-    flow: RectifiedFlow
+    flow: FlowObjective
     resumed: Resumed | None
     """The checkpoint that the run resumes from, and what has changed since; None: the run starts at step 0."""
 
@@ -131,7 +131,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     captions = (texts[index] for members in plan.assignment.members for index in members.tolist())
     text_encoder.check(chain(captions, config.validation.prompts))
     plan = plan.sized(lambda bucket: _tokens_per_clip(config, codec, bucket))
-    flow = RectifiedFlow(config.flow, variance)
+    flow = FlowObjective(config.flow, variance)
     resolved = resolved_config(config, codec, text_encoder)
     return RunInputs(resolved, plan, codec, text_encoder, flow, resumed)
 

@@ -96,6 +96,7 @@ class Sampler:
             return None
 
     def _pipeline(self, step: int, weights: dict[str, Tensor]) -> Any:
+        from stdit.diffusion.scheduler import RectifiedFlow
         from stdit.pipelines.pipeline import STDiTPipeline
 
         parts, model = self.components, self.components.model.with_weights(weights).to(self.mesh.device)
@@ -103,7 +104,8 @@ class Sampler:
             model,
             parts.codec,
             parts.text_encoder,
-            parts.flow,
+            RectifiedFlow(),
+            flow=parts.flow.config,
             **self.pipeline_settings,
             step=step,
             lineage=parts.lineage,

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from stdit.data.batch import EncodedBatch
 from stdit.diffusion.draws import TrainingDraws, draw_batch
-from stdit.diffusion.flow import RectifiedFlow, frame_weights
+from stdit.diffusion.flow import FlowObjective, frame_weights
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import full_tensor, replicate_model, shard_model
@@ -35,7 +35,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        flow: RectifiedFlow,
+        flow: FlowObjective,
         accelerator: "Accelerator",
         mesh: Mesh,
         config: TrainerConfig,

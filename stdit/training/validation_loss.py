@@ -21,7 +21,7 @@ from stdit.data.cache.keys import remembered
 from stdit.data.clip_tensors import middle_window, to_video
 from stdit.data.decoding.decode import DecodeError
 from stdit.diffusion.draws import TrainingDraws, sample_generator
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.training.build import RunInputs
@@ -57,7 +57,7 @@ def level_quantiles(levels: int) -> list[float]:
 
 
 def fixed_draws(
-    flow: RectifiedFlow,
+    flow: FlowObjective,
     seed: int,
     rows: Sequence[ValidationRow],
     levels: int,

@@ -4,13 +4,13 @@ import torch
 
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.draws import TrainingDraws, draw_batch
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import FlowObjective
 
 SHAPE = (2, 3, 4, 4)
 
 
 def draw(indices, seed: int = 0, step: int = 5, **settings) -> TrainingDraws:
-    flow = RectifiedFlow(FlowConfig(caption_dropout=0.5, **settings))
+    flow = FlowObjective(FlowConfig(caption_dropout=0.5, **settings))
     return draw_batch(flow, seed, step, indices, SHAPE, 32, 32)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from stdit.codecs import CodecConfig, build_codec
 from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import shift_t
 from stdit.errors import UserError
 from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import VideoSettings
@@ -44,7 +44,7 @@ def any_pipe(request, tmp_path_factory):
         codec = build_codec(CodecConfig())
     elif request.param == "pca":
         codec = fitted_pca()
-        flow = RectifiedFlow(FlowConfig(prediction="residual"), codec.latent_variance)
+        flow = FlowConfig(prediction="residual")
     else:
         codec = build_codec(
             CodecConfig(name=request.param, path=str(save_tiny_vae(request.param, folder / "vae")))
@@ -136,7 +136,7 @@ def test_refinement_repeats_the_mean_of_estimates_from_opposite_noise(pipe):
             x_t = torch.lerp(expected, signed, 0.3)
             with torch.no_grad():
                 output = pipe.transformer(x_t, 1000 * t, states, mask, *size)
-            estimates.append(x_t + 0.3 * pipe.scheduler.velocity(output, x_t, t))
+            estimates.append(x_t + 0.3 * pipe.flow.velocity(output, x_t, t))
         expected = torch.stack(estimates).mean(0)
     unguided = dict(guidance_scale=1.0, refine_guidance_scale=1.0)
     refined = latents(pipe, refine_pairs=2, refine_level=0.3, **unguided)
@@ -213,11 +213,11 @@ def test_the_euler_steps_are_those_of_the_scheduler(pipe):
     states, mask = pipe.text_encoder.encode([PROMPTS[0]])
     scalar = lambda value: torch.tensor([float(value)])  # noqa: E731
     x = torch.randn(1, 3, 4, 8, 8, generator=seeded(1)[0])
-    sigmas = pipe.scheduler.sigmas(3, 4, 8, 8, shift=2.0)
+    sigmas = shift_t(torch.linspace(1, 0, 4), 2.0)
     for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
         with torch.no_grad():
             output = pipe.transformer(x, scalar(1000 * now), states, mask, scalar(8), scalar(8), scalar(8))
-        x = x + (now - after) * pipe.scheduler.velocity(output, x, now.expand(1, 4))
+        x = x + (now - after) * pipe.flow.velocity(output, x, now.expand(1, 4))
     torch.testing.assert_close(latents(pipe, guidance_scale=1.0, shift=2.0), x, atol=1e-5, rtol=1e-5)
 
 

@@ -12,7 +12,7 @@ from stdit.codecs.config import TextEncoderConfig
 from stdit.codecs.pixel import PixelCodec
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.scheduler import RectifiedFlow
 from stdit.models.config import STDiTConfig
 from stdit.models.stdit import STDiT
 from stdit.pipelines.pipeline import STDiTPipeline
@@ -40,13 +40,14 @@ def tiny_model(in_channels: int = 3, seed: int = 0, **settings: Any) -> STDiT:
     return model
 
 
-def tiny_pipeline(folder: Path, codec: Any = None, flow: RectifiedFlow | None = None) -> STDiTPipeline:
+def tiny_pipeline(folder: Path, codec: Any = None, flow: FlowConfig | None = None) -> STDiTPipeline:
     codec = codec if codec is not None else PixelCodec()
     pipe = STDiTPipeline(
         transformer=tiny_model(codec.channels),
         codec=codec,
         text_encoder=tiny_text_encoder(folder / "tiny_bert"),
-        scheduler=flow or RectifiedFlow(FlowConfig()),
+        scheduler=RectifiedFlow(),
+        flow=flow,
         num_inference_steps=3,
         guidance_scale=2.0,
         fps=8.0,
@@ -74,7 +75,7 @@ def write_run(run: Path, pipe: STDiTPipeline, steps: tuple[int, ...] = (10,), **
         averaged = {name: 2 * value for name, value in pipe.transformer.state_dict().items()}
         (aside / "ema").mkdir()
         save_file(averaged, aside / "ema" / "ema.safetensors")
-        settings = {"config": {"flow": asdict(pipe.scheduler.config)}, "pipeline": {**SIZE, **recorded}}
+        settings = {"config": {"flow": asdict(pipe.flow.config)}, "pipeline": {**SIZE, **recorded}}
         settings["pipeline"] = {"num_inference_steps": 3, **settings["pipeline"]}
         write_manifest(aside, {"step": step, **settings})
         publish(aside, aside.with_suffix(""))

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from scripts.convert_opensora import main
 from stdit.cli import run
+from stdit.codecs.pixel import PixelCodec
 from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.flow import RectifiedFlow
 from stdit.models.opensora import to_opensora
 from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
@@ -160,8 +160,9 @@ def test_why_a_model_of_finetune_yaml_is_not_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     recipe = yaml.safe_load((ROOT / "configs" / "train" / "finetune.yaml").read_text())
-    flow = RectifiedFlow(FlowConfig(prediction=recipe["flow"]["prediction"]), torch.ones(3))
-    pipe = tiny_pipeline(tmp_path, flow=flow)
+    codec = PixelCodec()
+    codec.latent_variance = torch.ones(3)
+    pipe = tiny_pipeline(tmp_path, codec, FlowConfig(prediction=recipe["flow"]["prediction"]))
     options = {name: recipe["model"][name] for name in ("cross_attention", "pooled_text", "gate_init")}
     pipe.register_modules(transformer=model_of_pipeline(**options))
     run_folder = write_run(tmp_path / "run", pipe)

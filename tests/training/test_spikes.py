@@ -9,7 +9,7 @@ import torch
 from stdit.data.batch import EncodedBatch
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.draws import draw_batch, sample_generator
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
 from stdit.training.config import OptimizerConfig, SpikeConfig
 from stdit.training.spikes import SpikeGuard, mean_level
@@ -67,7 +67,7 @@ def test_the_mean_level_is_that_of_the_draws() -> None:
         FlowConfig(),
         FlowConfig(timestep_sampling="uniform", shift=3.0, conditioning={"first": 0.5}),
     ):
-        flow = RectifiedFlow(config)
+        flow = FlowObjective(config)
         draws = draw_batch(flow, 3, 7, range(5), (2, 4, 2, 2), 8, 8)
         levels = draws.t.max(dim=1).values  # conditioning frames have level 0
         drawn = [float(flow.sample_t(sample_generator(3, 7, index), 4, 8, 8)) for index in range(5)]

@@ -8,7 +8,7 @@ import torch
 
 from stdit.data.batch import EncodedBatch
 from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import FlowObjective
 from stdit.parallel.processes.mesh import Mesh
 from stdit.training.config import OptimizerConfig
 from stdit.training.trainer import Trainer
@@ -52,7 +52,7 @@ def test_every_clip_has_every_level_once() -> None:
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
 def test_levels_are_quantiles_of_those_that_are_trained(sampling: Any) -> None:
-    flow = RectifiedFlow(FlowConfig(timestep_sampling=sampling, logit_mean=0.7, shift=2.0))
+    flow = FlowObjective(FlowConfig(timestep_sampling=sampling, logit_mean=0.7, shift=2.0))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack([flow.sample_t(generator, 4, 8, 8) for _ in range(20000)])
     for quantile in level_quantiles(4):
@@ -62,7 +62,7 @@ def test_levels_are_quantiles_of_those_that_are_trained(sampling: Any) -> None:
 
 
 def test_noise_depends_on_the_clip_alone() -> None:
-    flow = RectifiedFlow(FlowConfig())
+    flow = FlowObjective(FlowConfig())
     rows = [ValidationRow(0, 0), ValidationRow(0, 2), ValidationRow(1, 2)]
     draws = fixed_draws(flow, 5, rows, LEVELS, (2, 3, 4, 4), 8, 8)
     again = fixed_draws(flow, 5, rows[1:2], LEVELS, (2, 3, 4, 4), 8, 8)

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from stdit.data.batch import EncodedBatch
 from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.flow import RectifiedFlow
+from stdit.diffusion.flow import FlowObjective
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.video_io import write_mp4
@@ -43,7 +43,7 @@ def tiny_trainer(
     config = TrainerConfig(**settings)
     return Trainer(
         model,
-        RectifiedFlow(FlowConfig(conditioning={"first": 0.5}), None),
+        FlowObjective(FlowConfig(conditioning={"first": 0.5}), None),
         Accelerator(cpu=True, mixed_precision="bf16" if config.precision == "bf16" else "no"),
         mesh,
         config,

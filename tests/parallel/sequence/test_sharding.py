@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.flow import RectifiedFlow, frame_weights
+from stdit.diffusion.flow import FlowObjective, frame_weights
 from stdit.models.embeddings import rotary_angles
 from stdit.models.stdit import STDiT, TokenGrid
 from stdit.parallel.sequence.collectives import _PipelinedAllToAll
@@ -94,7 +94,7 @@ def run(
     model: STDiT, sharding: TokenSharding, x: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: Any
 ) -> tuple[Tensor, Tensor]:
     """Return the output of this rank's frames, and its part of the loss times the number of ranks; sets gradients."""
-    flow = RectifiedFlow(FlowConfig())
+    flow = FlowObjective(FlowConfig())
     x_t = flow.add_noise(x, noise, t)
     x, noise, x_t = (sharding.split(value, dim=2) for value in (x, noise, x_t))
     output = model(x_t, 1000 * t, **condition, sharding=sharding)
