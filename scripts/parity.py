@@ -91,8 +91,8 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
         **{name: getattr(there, name) for name in ("fps", "height", "width")},
     }
     with torch.no_grad():
-        expected = sharding.split(single.model(x_t, **condition), dim=2)
-        found = parallel.model(sharding.split(x_t, dim=2), **condition, sharding=sharding)
+        expected = sharding.split(single.model(x_t, **condition).sample, dim=2)
+        found = parallel.model(sharding.split(x_t, dim=2), **condition, sharding=sharding).sample
     yield "output", *largest(mesh, {"": (found, expected)})
 
     rows = mesh.sample_range(size)

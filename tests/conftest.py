@@ -1,4 +1,9 @@
-"""Order of the test files: those that take longest first, so that all cores are busy until the end."""
+"""Order of the test files: those that take longest first, so that all cores are busy until the end.
+
+And Ctrl-C is on, also if a shell started the tests in the background, for which it turns it off.
+"""
+
+import signal
 
 import pytest
 
@@ -19,6 +24,12 @@ LONGEST = [
     "tests/scripts/test_prepare_data.py",
     "tests/test_pages.py",
 ]
+
+
+def pytest_configure() -> None:
+    """Let the processes that tests start inherit that Ctrl-C interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -102,7 +102,7 @@ class Step:
     def forward(self, sharding: TokenSharding | None = None) -> Tensor:
         """Return the loss of this rank's frames."""
         self.model.zero_grad()
-        output = self.model(self.x_t, **self.condition, sharding=sharding or self.sharding)
+        output = self.model(self.x_t, **self.condition, sharding=sharding or self.sharding).sample
         return self.flow.loss(output, self.x, self.noise, self.x_t, self.t, self.weight).mean()
 
     def __call__(self, sharding: TokenSharding | None = None) -> None:

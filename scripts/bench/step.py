@@ -231,6 +231,7 @@ def one_pass(model: Any, inputs: dict[str, Any], backward: bool, precision: str)
         torch.autocast(kind if kind != "meta" else "cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
         output = model(**inputs)
+    output = output if isinstance(output, torch.Tensor) else output.sample
     if backward:
         output.float().square().mean().backward()
         model.zero_grad()

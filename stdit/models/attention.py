@@ -4,7 +4,15 @@ Letters: R rows that attend independently, N queries and L keys of a row, h head
 batch.
 """
 
+from typing import Any
+
 import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
@@ -29,8 +37,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
         ``[R h N d]``.
     """
     if visible is not None:
-        empty = ~visible.any(-1, keepdim=True)  # [R 1 1 1]
-        visible, v = visible | empty, v.masked_fill(empty, 0)  # without this, a mean over padding or NaN
+        visible, v = see_nothing_safely(visible, v)
     few = q.shape[-2] * k.shape[-2] <= FEW_SCORES
     if q.device.type != "cpu" or q.dtype != torch.float32 or not few:
         return scaled_dot_product_attention(q, k, v, visible)
@@ -40,6 +47,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     return scores.softmax(-1) @ v
 
 
+def see_nothing_safely(visible: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mask and values with which a row that sees no key gets zeros, not a mean over padding or NaN."""
+    empty = ~visible.any(-1, keepdim=True)  # [R 1 1 1]
+    return visible | empty, v.masked_fill(empty, 0)
+
+
 class HeadNorm(nn.RMSNorm):
     """RMS norm over the channels of each head, in the precision of its input."""
 
@@ -47,8 +60,60 @@ class HeadNorm(nn.RMSNorm):
         return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class SelfAttention(nn.Module):
+class _Processor:
+    """What computes a layer's attention, as diffusers wants it: `set_attention_backend` sets the backend of it.
+
+    Without a backend the layer's own ``attend`` computes it.
+    """
+
+    def __init__(self) -> None:
+        self._attention_backend: AttentionBackendName | None = None
+        self._parallel_config = None  # diffusers looks for it
+
+    def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, *visible: Tensor | None) -> Tensor:
+        """As `attention`, by the backend that is set for this layer, or by `diffusers.attention_backend` for all."""
+        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        if self._attention_backend is None and backend == AttentionBackendName.NATIVE:
+            own: Tensor = attn.attend(q, k, v, *visible)
+            return own
+        mask = visible[0] if visible else None
+        if mask is not None:
+            mask, v = see_nothing_safely(mask, v)
+        rows = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [R N h d]
+        out: Tensor = dispatch_attention_fn(*rows, attn_mask=mask, backend=backend)
+        return out.transpose(1, 2)
+
+
+class SelfAttentionProcessor(_Processor):
+    """Attention among the tokens of each row."""
+
+    def __call__(self, attn: "SelfAttention", x: Tensor, angles: Tensor | None = None) -> Tensor:
+        q, k, v = rearrange(attn.qkv(x), "R N (three h d) -> three R h N d", three=3, h=attn.num_heads)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        out: Tensor = attn.proj(rearrange(self.attend(attn, q, k, v), "R h N d -> R N (h d)"))
+        return out
+
+
+class CrossAttentionProcessor(_Processor):
+    """Attention of tokens to the caption."""
+
+    def __call__(self, attn: "CrossAttention", x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        q = rearrange(attn.q_linear(x), "B N (h d) -> B h N d", h=attn.num_heads)
+        k, v = rearrange(attn.kv_linear(y), "B L (two h d) -> two B h L d", two=2, h=attn.num_heads)
+        visible = None if mask is None else mask[:, None, None, :]  # [B 1 1 L]
+        out: Tensor = attn.proj(rearrange(self.attend(attn, q, k, v, visible), "B h N d -> B N (h d)"))
+        return out
+
+
+class SelfAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]  # diffusers has no types
     """Attention among the N tokens of each row of ``x [R N D]``, with optional QK norm and rotary positions."""
+
+    is_cross_attention = False
+    _supports_qkv_fusion = False  # they are one matrix anyway
+    _default_processor_cls = SelfAttentionProcessor
+    _available_processors = [SelfAttentionProcessor]
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -58,18 +123,20 @@ class SelfAttention(nn.Module):
         self.k_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
         self.attend = attention  # scripts/bench/baselines.py replaces it
+        self.processor = SelfAttentionProcessor()
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "R N (three h d) -> three R h N d", three=3, h=self.num_heads)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        out: Tensor = self.proj(rearrange(self.attend(q, k, v), "R h N d -> R N (h d)"))
+        out: Tensor = self.processor(self, x, angles)
         return out
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]  # diffusers has no types
     """Tokens ``x [B N D]`` attend to the caption ``y [B L D]``; ``mask [B L]`` is true for text tokens."""
+
+    is_cross_attention = True
+    _supports_qkv_fusion = False
+    _default_processor_cls = CrossAttentionProcessor
+    _available_processors = [CrossAttentionProcessor]
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -77,10 +144,9 @@ class CrossAttention(nn.Module):
         self.q_linear = nn.Linear(dim, dim)
         self.kv_linear = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.attend = attention
+        self.processor = CrossAttentionProcessor()
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        q = rearrange(self.q_linear(x), "B N (h d) -> B h N d", h=self.num_heads)
-        k, v = rearrange(self.kv_linear(y), "B L (two h d) -> two B h L d", two=2, h=self.num_heads)
-        visible = None if mask is None else mask[:, None, None, :]  # [B 1 1 L]
-        out: Tensor = self.proj(rearrange(attention(q, k, v, visible), "B h N d -> B N (h d)"))
+        out: Tensor = self.processor(self, x, y, mask)
         return out

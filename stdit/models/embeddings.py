@@ -60,17 +60,25 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
+class PatchProjection(nn.Conv3d):
+    """A convolution over patches that do not overlap, which is one matrix product: ``[B C T H W] -> [B T' S D]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pt, ph, pw = self.stride
+        patches = rearrange(x, "B C (T pt) (H ph) (W pw) -> B T (H W) (C pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed3D(nn.Module):
     """Embed patches of latent frames, rows and columns linearly: ``[B C T H W] -> [B T' S D]``."""
 
     def __init__(self, patch_size: tuple[int, int, int], in_channels: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchProjection(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        pt, ph, pw = self.proj.stride
-        patches = rearrange(x, "B C (T pt) (H ph) (W pw) -> B T (H W) (C pt ph pw)", pt=pt, ph=ph, pw=pw)
-        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        out: Tensor = self.proj(x)
+        return out
 
 
 class ScalarEmbedder(nn.Module):
@@ -81,10 +89,11 @@ class ScalarEmbedder(nn.Module):
         self.frequency_dim = frequency_dim
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, scalar: Tensor) -> Tensor:
+    def forward(self, scalar: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Embed in the precision that the model computes in, which may not be that of its stored weights."""
         waves = sincos(scalar, self.frequency_dim)
         waves = waves.roll(self.frequency_dim // 2, dims=-1)  # cosines first, as in DiT
-        embedded: Tensor = self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+        embedded: Tensor = self.mlp(waves.to(dtype))
         return embedded
 
 

@@ -93,7 +93,7 @@ def training_flops(
 
     def count(model: STDiT) -> int:
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            model(**inputs).sum().backward()
+            model(**inputs).sample.sum().backward()
         return int(counter.get_total_flops())
 
     return count_on_meta(config, count)

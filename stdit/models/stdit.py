@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import CacheMixin, ConfigMixin, ModelMixin
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
@@ -35,7 +38,7 @@ from stdit.models.embeddings import (
     sincos,
     spatial_positions,
 )
-from stdit.parallel.sequence.group import Group
+from stdit.parallel.sequence.group import ONE_RANK, Group
 from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding, block_shard_axes
 
 
@@ -148,12 +151,13 @@ class FinalLayer(nn.Module):
         return out
 
 
-class STDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
+class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):  # type: ignore[misc]
     """A text-to-video diffusion transformer of any latent size; its settings are those of :class:`STDiTConfig`."""
 
     config_name = "config.json"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SpatialBlock", "TemporalBlock"]
+    _repeated_blocks = ["SpatialBlock", "TemporalBlock"]
 
     def __init__(self, **settings: SettingValue) -> None:
         super().__init__()
@@ -278,7 +282,8 @@ class STDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no 
         width: Tensor | None = None,
         drop_caption: Tensor | None = None,
         sharding: TokenSharding | None = None,
-    ) -> Tensor:
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the target of the diffusion objective (such as the velocity) from noisy latents.
 
         Args:
@@ -292,9 +297,11 @@ class STDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no 
             width: width of the video in pixels, ``[B]``.
             drop_caption: true where the learned null caption replaces the text, ``[B]``; None: nowhere.
             sharding: which tokens each rank of a group has, from :meth:`token_sharding`; None: not sharded.
+            return_dict: if False, return a tuple of the sample.
 
         Returns:
-            ``[B C_out T H W]``, C_out being ``out_channels``, of the frames in ``hidden_states``.
+            diffusers' output class, whose ``sample`` is ``[B C_out T H W]``, C_out being ``out_channels``, of the
+            frames in ``hidden_states``.
 
         Raises:
             ValueError: if a shape does not fit the model.
@@ -302,11 +309,11 @@ class STDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no 
         if fps is None or height is None or width is None:
             raise ValueError("STDiT needs fps, height and width [B] (frames per second, pixels)")
         C, T, H, W = hidden_states.shape[1:]
-        sharding = sharding or self.token_sharding(Group(), T, H, W)
+        sharding = sharding or self.token_sharding(ONE_RANK, T, H, W)
         self._check(hidden_states, timestep, encoder_hidden_states, sharding)
         pt, ph, pw = self.config.patch_size
-        padded = pad(hidden_states, (0, -W % pw, 0, -H % ph, 0, -T % pt))
-        rows, columns = padded.shape[3] // ph, padded.shape[4] // pw
+        frames_here, rows, columns = -(-T // pt), -(-H // ph), -(-W // pw)
+        padded = pad(hidden_states, (0, columns * pw - W, 0, rows * ph - H, 0, frames_here * pt - T))
 
         x = self.x_embedder(padded)  # [B T S D], of this rank's frames
         dtype = x.dtype
@@ -330,7 +337,8 @@ class STDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no 
         y = self.y_embedder(states, drop_caption)  # [B L D]
 
         frames = timestep[:, None] if timestep.ndim == 1 else timestep  # [B F]
-        t = (self.t_embedder(frames) + self.fps_embedder(fps)[:, None]).to(dtype)  # [B F D]
+        own = hidden_states.dtype
+        t = (self.t_embedder(frames, own) + self.fps_embedder(fps, own)[:, None]).to(dtype)  # [B F D]
         if self.pooled_embedder is not None:
             pooled = masked_mean(states, mask)  # [B E]
             if drop_caption is not None:
@@ -349,7 +357,8 @@ class STDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no 
         x = rearrange(
             x, "B T (H W) (pt ph pw C) -> B C (T pt) (H ph) (W pw)", H=rows, W=columns, pt=pt, ph=ph, pw=pw
         )
-        return x[:, :, :T, :H, :W]
+        sample = x[:, :, :T, :H, :W]
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _run_block(
         self,

@@ -501,7 +501,7 @@ class STDiTPipeline(DiffusionPipeline):
         model_input = self.flow.scale_model_input(x_t, level).to(self.transformer.dtype)
         output = self.transformer(
             hidden_states=model_input, timestep=1000 * t, **arguments, sharding=sharding
-        )
+        ).sample
         return self.flow.velocity(output.float(), x_t, level)
 
     def decode_latents(

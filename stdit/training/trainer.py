@@ -194,7 +194,7 @@ class Trainer:
         x, noise, x_t = (sharding.split(value, dim=2) for value in (x, draws.noise, x_t))
         t, weight = (sharding.split(value, dim=1) for value in (draws.t, frame_weights(draws.condition_mask)))
         with self.accelerator.autocast():
-            output = self.network.module(
+            output = self.network.module(  # a tuple of tensors, since hooks of the backward pass see no other
                 hidden_states=self.flow.scale_model_input(x_t, t),
                 timestep=1000 * draws.t,
                 encoder_hidden_states=batch.text_states,
@@ -204,7 +204,8 @@ class Trainer:
                 width=batch.width,
                 drop_caption=draws.drop_caption,
                 sharding=sharding,
-            )
+                return_dict=False,
+            )[0]
         return self.flow.loss(output, x, noise, x_t, t, weight)
 
     def _count(self, step: int, finite: bool) -> None:

@@ -57,8 +57,8 @@ def test_padding_of_a_caption_without_a_visible_token_has_no_effect(
     sizes = {name: torch.full((2,), 8.0) for name in ("fps", "height", "width")}
     x, t = rows(2, 4, 2, 4, 4), torch.tensor([300.0, 700.0])
     text = rows(2, 3, 6)
-    out = model(x, t, text, VISIBLE, **sizes)
-    other = model(x, t, torch.where(VISIBLE[..., None], text, 7.0), VISIBLE, **sizes)
+    out = model(x, t, text, VISIBLE, **sizes).sample
+    other = model(x, t, torch.where(VISIBLE[..., None], text, 7.0), VISIBLE, **sizes).sample
     assert out.isfinite().all()
     torch.testing.assert_close(out, other)
     out.square().mean().backward()

@@ -45,7 +45,7 @@ def check(
 def run(model: STDiT, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the output, and the gradient of the mean square of its generated frames with respect to the input."""
     x = tensors["in.x"].requires_grad_()
-    out = model(hidden_states=x, **condition(tensors))
+    out = model(hidden_states=x, **condition(tensors)).sample
     (out.float() * generated_frames(tensors)[:, None, :, None, None]).square().mean().backward()
     assert x.grad is not None
     return out, x.grad
@@ -85,7 +85,7 @@ def test_images_and_other_sizes_equal_the_reference(T: int, H: int, W: int, cond
     inputs = {**condition(tensors), "timestep": tensors["in.timestep"][:, None] * frames}
 
     model = STDiT.from_opensora(weights(tensors))
-    ours = model(hidden_states=x, **inputs)
+    ours = model(hidden_states=x, **inputs).sample
     state = {name: tensor.requires_grad_() for name, tensor in doubled(weights(tensors)).items()}
     theirs = stdit3(state, x.double(), **doubled(spread(inputs, frames)))
     torch.testing.assert_close(ours, theirs.float(), atol=1e-5, rtol=0)
@@ -152,7 +152,7 @@ def on_ranks(group: Group) -> None:
         model = STDiT.from_opensora(weights(tensors))
         x = tensors["in.x"].requires_grad_()
         sharding = model.token_sharding(group, *x.shape[2:])
-        out = model(hidden_states=sharding.split(x, 2), **condition(tensors), sharding=sharding)
+        out = model(hidden_states=sharding.split(x, 2), **condition(tensors), sharding=sharding).sample
         free = generated_frames(tensors)[:, None, :, None, None]
         whole = out * sharding.split(free, 2)
         (whole.square().sum() / tensors["out"].numel()).backward()

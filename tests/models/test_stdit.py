@@ -74,29 +74,29 @@ def test_parameters_of_presets(name: str) -> None:
 )
 def test_equal_timesteps_of_frames_are_one_timestep(settings: dict) -> None:
     model, batch = small(**settings), inputs()
-    expected = model(**batch)
+    expected = model(**batch).sample
     batch["timestep"] = batch["timestep"][:, None].expand(-1, 4)
-    torch.testing.assert_close(model(**batch), expected)
+    torch.testing.assert_close(model(**batch).sample, expected)
     batch["timestep"] = batch["timestep"] * torch.tensor([0, 1, 1, 1])
-    assert (model(**batch) - expected).abs().max() > 1e-3
+    assert (model(**batch).sample - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("settings", [{}, {"pooled_text": True}])
 def test_padding_tokens_are_not_read(settings: dict) -> None:
     model, batch = small(**settings), inputs()
-    expected = model(**batch)
+    expected = model(**batch).sample
     batch["encoder_hidden_states"] = batch["encoder_hidden_states"].clone()
     batch["encoder_hidden_states"][0, 3:] = 1e3
-    torch.testing.assert_close(model(**batch), expected)
+    torch.testing.assert_close(model(**batch).sample, expected)
     batch["encoder_hidden_states"][0, 2] += 1
-    assert (model(**batch)[0] - expected[0]).abs().max() > 1e-4
+    assert (model(**batch).sample[0] - expected[0]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 2, 2), (1, 1, 1), (5, 7, 9), (2, 3, 4)])
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 2), (1, 1, 1)])
 def test_any_size(frames: int, rows: int, columns: int, patch: tuple) -> None:
     batch = inputs(frames, rows, columns)
-    out = small(patch_size=patch)(**batch)
+    out = small(patch_size=patch)(**batch).sample
     assert out.shape == (2, 8, frames, rows, columns)
     assert out.isfinite().all()
 
@@ -105,11 +105,11 @@ def test_samples_of_a_batch_are_independent() -> None:
     model, batch = small(), inputs()
     batch["height"] = torch.tensor([40.0, 80.0])
     batch["fps"] = torch.tensor([8.0, 30.0])
-    whole = model(**batch)
+    whole = model(**batch).sample
     for i in range(2):
-        torch.testing.assert_close(model(**{k: v[i : i + 1] for k, v in batch.items()})[0], whole[i])
-    assert (model(**batch | {"fps": torch.tensor([8.0, 8.0])})[1] - whole[1]).abs().max() > 1e-3
-    assert (model(**batch | {"height": torch.tensor([40.0, 40.0])})[1] - whole[1]).abs().max() > 1e-3
+        torch.testing.assert_close(model(**{k: v[i : i + 1] for k, v in batch.items()}).sample[0], whole[i])
+    assert (model(**batch | {"fps": torch.tensor([8.0, 8.0])}).sample[1] - whole[1]).abs().max() > 1e-3
+    assert (model(**batch | {"height": torch.tensor([40.0, 40.0])}).sample[1] - whole[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -118,10 +118,10 @@ def test_null_caption_replaces_the_text_and_learns(masked: bool) -> None:
     if not masked:
         del batch["encoder_attention_mask"]
     drop = torch.tensor([True, False])
-    out = model(**batch, drop_caption=drop)
-    torch.testing.assert_close(out[1], model(**batch)[1])
+    out = model(**batch, drop_caption=drop).sample
+    torch.testing.assert_close(out[1], model(**batch).sample[1])
     other = batch | {"encoder_hidden_states": batch["encoder_hidden_states"] + 1}
-    torch.testing.assert_close(model(**other, drop_caption=drop)[0], out[0])
+    torch.testing.assert_close(model(**other, drop_caption=drop).sample[0], out[0])
     out.square().mean().backward()
     assert model.y_embedder.y_embedding.grad.abs().max() > 0
 
@@ -146,7 +146,7 @@ def test_convolution_sees_neighbours_along_the_attended_axis_only(axis: str) -> 
 def test_frame_positions_distinguish_equal_frames(frame_positions: bool) -> None:
     batch = inputs()
     batch["hidden_states"] = batch["hidden_states"][:, :, :1].expand(-1, -1, 4, -1, -1)
-    out = small(frame_positions=frame_positions)(**batch)
+    out = small(frame_positions=frame_positions)(**batch).sample
     alike = torch.allclose(out, out[:, :, :1].expand_as(out), atol=1e-5)
     assert alike == (not frame_positions)
 
@@ -174,8 +174,8 @@ def test_same_numbers_and_gradients(how: str) -> None:
         torch.compiler.reset()
         other.compile_blocks(backend="aot_eager", fullgraph=True)
     for model in (plain, other):
-        model(**batch).square().mean().backward()
-    torch.testing.assert_close(other(**batch), plain(**batch))
+        model(**batch).sample.square().mean().backward()
+    torch.testing.assert_close(other(**batch).sample, plain(**batch).sample)
     for (name, a), b in zip(plain.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
         assert a.grad is not None and a.grad.abs().max() > 0, name
@@ -183,10 +183,10 @@ def test_same_numbers_and_gradients(how: str) -> None:
 
 def test_compiled_by_inductor_is_the_same() -> None:
     model, batch = small(depth=1), inputs()
-    expected = model(**batch)
+    expected = model(**batch).sample
     torch.compiler.reset()
     model.compile_blocks()
-    torch.testing.assert_close(model(**batch), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(**batch).sample, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     ]
     again = STDiT.from_pretrained(tmp_path)
     assert again.config.block_order == "paired"
-    torch.testing.assert_close(again(**batch), model(**batch), atol=0, rtol=0)
+    torch.testing.assert_close(again(**batch).sample, model(**batch).sample, atol=0, rtol=0)
 
 
 def test_with_weights_is_another_model_around_them() -> None:
@@ -208,15 +208,15 @@ def test_with_weights_is_another_model_around_them() -> None:
     other = model.with_weights(weights)
     assert other.config == model.config
     assert all(tensor.data_ptr() == weights[name].data_ptr() for name, tensor in other.state_dict().items())
-    assert not torch.equal(other(**inputs()), model(**inputs()))
+    assert not torch.equal(other(**inputs()).sample, model(**inputs()).sample)
     model.load_state_dict(weights)
-    assert torch.equal(other(**inputs()), model(**inputs()))
+    assert torch.equal(other(**inputs()).sample, model(**inputs()).sample)
 
 
 def test_initial_weights() -> None:
     torch.manual_seed(0)
     model = STDiT(depth=2, hidden_size=32, num_heads=2, caption_channels=12, model_max_length=7)
-    assert model(**inputs()).abs().max() == 0
+    assert model(**inputs()).sample.abs().max() == 0
     assert all(block.attn.proj.weight.abs().max() == 0 for block in model.temporal_blocks)
     gates = STDiT(depth=2, hidden_size=1024, num_heads=2, caption_channels=12, gate_init=0.5)
     assert abs(float(gates.spatial_blocks[0].scale_shift_table[2].mean()) - 0.5) < 0.05

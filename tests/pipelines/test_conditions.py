@@ -163,7 +163,7 @@ def test_partial_strength_starts_from_noised_frames(pipe):
     size = torch.tensor([8.0])
     for now, after in zip(sigmas[4:-1], sigmas[5:], strict=True):
         with torch.no_grad():
-            output = pipe.transformer(x, 1000 * now[None], states, mask, size, size, size)
+            output = pipe.transformer(x, 1000 * now[None], states, mask, size, size, size).sample
         x = x + (now - after) * pipe.flow.velocity(output, x, now[None, None])
     torch.testing.assert_close(found, x, atol=1e-5, rtol=1e-5)
 

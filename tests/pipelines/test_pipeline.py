@@ -135,7 +135,7 @@ def test_refinement_repeats_the_mean_of_estimates_from_opposite_noise(pipe):
         for signed in (noise, -noise):
             x_t = torch.lerp(expected, signed, 0.3)
             with torch.no_grad():
-                output = pipe.transformer(x_t, 1000 * t, states, mask, *size)
+                output = pipe.transformer(x_t, 1000 * t, states, mask, *size).sample
             estimates.append(x_t + 0.3 * pipe.flow.velocity(output, x_t, t))
         expected = torch.stack(estimates).mean(0)
     unguided = dict(guidance_scale=1.0, refine_guidance_scale=1.0)
@@ -216,7 +216,9 @@ def test_the_euler_steps_are_those_of_the_scheduler(pipe):
     sigmas = shift_t(torch.linspace(1, 0, 4), 2.0)
     for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
         with torch.no_grad():
-            output = pipe.transformer(x, scalar(1000 * now), states, mask, scalar(8), scalar(8), scalar(8))
+            output = pipe.transformer(
+                x, scalar(1000 * now), states, mask, scalar(8), scalar(8), scalar(8)
+            ).sample
         x = x + (now - after) * pipe.flow.velocity(output, x, now.expand(1, 4))
     torch.testing.assert_close(latents(pipe, guidance_scale=1.0, shift=2.0), x, atol=1e-5, rtol=1e-5)
 

@@ -41,7 +41,7 @@ def test_the_arithmetic_is_what_torch_counts_in_a_real_pass(
             height=batch.height,
             width=batch.width,
             drop_caption=torch.tensor([True, False, False, True]),
-        ).sum().backward()
+        ).sample.sum().backward()
     utilisation = Utilisation(STDiTConfig(**sizes), frame_timesteps, processes=2)
     assert utilisation.flops(batch) == counter.get_total_flops() > 0
     expected = counter.get_total_flops() / (0.5 * 2 * 1e9)

@@ -42,3 +42,7 @@ class Group:
     def of(cls, process_group: ProcessGroup, chunks: int = 1) -> "Group":
         """Return the group with the ranks of a `torch.distributed` process group."""
         return cls(get_rank(process_group), get_world_size(process_group), process_group.group_name, chunks)
+
+
+ONE_RANK = Group()
+"""The group of one rank: made once, since a compiled model cannot make it."""

@@ -19,7 +19,7 @@ frames of some patches, ``[B T S_n D]``."""
 
 def even_sizes(total: int, ranks: int) -> list[int]:
     """Split ``total`` evenly over ranks; the first ``total % ranks`` get one more."""
-    each, rest = divmod(total, ranks)
+    each, rest = total // ranks, total % ranks  # torch.compile takes no divmod of a symbolic size
     return [each + (rank < rest) for rank in range(ranks)]
 
 

@@ -162,7 +162,7 @@ def test_activation_bytes_are_close_to_those_counted(kept: Any, dtype: torch.dty
     tracker.track_external(model)
     with tracker, torch.set_grad_enabled(kept != "nothing"):
         with torch.autocast("cpu", BF16, enabled=dtype == BF16, cache_enabled=False):
-            output = model(x, 1000 * t, **condition)
+            output = model(x, 1000 * t, **condition).sample
         if kept != "nothing":
             output.float().square().mean().backward()
     counted = {str(kind): size for kind, size in tracker.get_tracker_snapshot("peak")[x.device].items()}

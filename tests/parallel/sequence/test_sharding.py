@@ -97,7 +97,7 @@ def run(
     flow = FlowObjective(FlowConfig())
     x_t = flow.add_noise(x, noise, t)
     x, noise, x_t = (sharding.split(value, dim=2) for value in (x, noise, x_t))
-    output = model(x_t, 1000 * t, **condition, sharding=sharding)
+    output = model(x_t, 1000 * t, **condition, sharding=sharding).sample
     weight, level = sharding.split(weight, dim=1), sharding.split(t, dim=1)
     loss = flow.loss(output[:, :4], x, noise, x_t, level, weight).mean() * sharding.group.size
     loss.backward()
