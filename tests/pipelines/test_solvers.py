@@ -36,11 +36,11 @@ def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return tiny_pipeline(tmp_path_factory.mktemp("tiny"), codec, FlowConfig(prediction=request.param))
 
 
-@pytest.fixture(scope="module", params=CONDITIONS)
+@pytest.fixture(scope="module", params=["none", "one kept, one begun half way"])
 def exact(request: pytest.FixtureRequest, pipe: STDiTPipeline) -> tuple[str, Tensor]:
     """Conditions, and a video of so many Euler steps that they hardly err."""
     return request.param, latents(
-        pipe, shift=1.0, num_inference_steps=400, conditions=CONDITIONS[request.param]
+        pipe, shift=1.0, num_inference_steps=300, conditions=CONDITIONS[request.param]
     )
 
 
@@ -57,7 +57,9 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "RectifiedFlow"])
+@pytest.mark.parametrize(
+    "name", [name for name in SOLVERS if "Euler" not in name and name != "RectifiedFlow"]
+)
 def test_all_solvers_approach_the_same_video(
     name: str, exact: tuple[str, Tensor], pipe: STDiTPipeline
 ) -> None:
@@ -65,9 +67,9 @@ def test_all_solvers_approach_the_same_video(
     settings = {"shift": 1.0, "conditions": CONDITIONS[conditions]}
     few, many = (
         distance(latents(pipe, solver(name), num_inference_steps=steps, **settings), expected)
-        for steps in (20, 80)
+        for steps in (10, 60)
     )
-    assert few < 0.08 and many < 0.55 * few and many < 0.02
+    assert few < 0.15 and many < min(0.03, 0.7 * few)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
