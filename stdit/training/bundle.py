@@ -21,7 +21,7 @@ from stdit.pipelines.bundled import BUNDLED, ORIGIN
 from stdit.pipelines.loading import CheckpointSource, find_checkpoint_source, load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.untrained import words_of
-from stdit.training.disk import replace_folder
+from stdit.training.disk import folders_beside, replace_folder
 from stdit.training.lineage import CLIP_LIST
 
 logger = logging.getLogger(__name__)
@@ -167,8 +167,8 @@ def _check_replaceable(folder: Path) -> None:
 
 def _check_beside(folder: Path) -> None:
     """Raise UserError if folders lie beside this one that `replace_folder` would remove."""
-    for suffix in ("tmp", "old"):
-        if (beside := folder.parent / f"{folder.name}.{suffix}").exists():
+    for beside in folders_beside(folder):
+        if beside.exists():
             raise UserError(
                 f"{beside} is in the way of output {folder}: remove it if it is left from an interrupted command, or "
                 "choose another --output."

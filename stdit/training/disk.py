@@ -41,6 +41,11 @@ def disk_errors(what: str, aside: Path) -> Iterator[None]:
         raise
 
 
+def folders_beside(folder: Path) -> tuple[Path, Path]:
+    """Return the folders that `replace_folder` uses beside one, and removes: for the new one, for the old one."""
+    return folder.parent / f"{folder.name}.tmp", folder.parent / f"{folder.name}.old"
+
+
 @contextmanager
 def replace_folder(what: str, folder: Path, parents: bool = False) -> Iterator[Path]:
     """Yield a new folder to write into; rename it to ``folder`` at the end, in place of an older one.
@@ -50,7 +55,7 @@ def replace_folder(what: str, folder: Path, parents: bool = False) -> Iterator[P
         parents: create missing parent folders. Not in a run folder: if that has vanished, it must not reappear
             without the rest.
     """
-    aside, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    aside, old = folders_beside(folder)
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     with disk_errors(what, aside):
