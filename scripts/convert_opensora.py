@@ -32,7 +32,7 @@ def convert(
     source: Path, folder: Path, codec: Path | None, text_encoder: Path | None, **settings: int
 ) -> str:
     """Write the STDiT of an Open-Sora checkpoint into a new folder; return a summary."""
-    from stdit.models.opensora import read_checkpoint
+    from stdit.models.opensora import ROTARY, read_checkpoint
     from stdit.models.stdit import STDiT
 
     if is_of_stdit(source):
@@ -42,7 +42,6 @@ def convert(
         )
     state, recorded = read_checkpoint(source)
     model = STDiT.from_opensora(state, **(recorded | settings))
-    skipped = sorted(set(state) - set(model.state_dict()))
     pipe = build_pipeline(model, codec, text_encoder) if codec and text_encoder else None
     with replace_folder(f"model {folder}", folder, parents=True) as aside:
         if pipe is not None:
@@ -52,9 +51,8 @@ def convert(
     summary = (
         f"{folder}: {model.num_parameters():,} weights, {model.config.depth} + {model.config.depth} blocks"
     )
-    return summary + "".join(
-        f"; skipped {name}, a constant that the model computes itself" for name in skipped
-    )
+    skipped = f"; skipped {ROTARY}, a constant that the model computes itself" if ROTARY in state else ""
+    return summary + skipped
 
 
 def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path) -> "STDiTPipeline":
@@ -118,7 +116,7 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
     import torch
 
     from stdit.checkpoint_files import read_json, read_meta, verify_if_sealed
-    from stdit.models.opensora import check_keys, read_weights
+    from stdit.models.opensora import check_keys, read_weights, stdit_names
     from stdit.models.stdit import STDiT
     from stdit.pipelines.components import read_flow
     from stdit.pipelines.loading import find_checkpoint_source, load_transformer, pipeline_settings
@@ -137,9 +135,10 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
     recorded = read_json(inside / "config.json", "a model folder")
     if recorded.get("_class_name") != "STDiT":
         raise UserError(f"{inside} holds no STDiT: give a folder that this script or training made.")
-    weights = read_weights(inside)
     with torch.device("meta"):
         model = STDiT.from_config(recorded)
+    rename = stdit_names(model.config)
+    weights = {rename(name): tensor for name, tensor in read_weights(inside).items()}
     check_keys(weights, model.state_dict())
     return weights, model.config, prediction, inside
 

@@ -90,9 +90,14 @@ def apply_baseline(model: Any, method: str, sharding: TokenSharding) -> TokenSha
     return staying
 
 
+def blocks_sharded_along(axis: ShardAxis, model: Any) -> list[Any]:
+    """Return the model's spatial blocks (time) or its temporal blocks (space)."""
+    return [block for block in model.blocks if block.shard == axis]
+
+
 def ulysses(model: Any, sharding: FrameSharding) -> None:
     """Let temporal attention see all frames, with a share of the heads; spatial attention is unchanged."""
-    for block in model.temporal_blocks:
+    for block in blocks_sharded_along("space", model):
         block.attn.register_forward_pre_hook(partial(_own_angles, sharding))
         block.attn.attend = partial(_attend_with_own_heads, block.attn.attend, sharding, 2)
 
@@ -100,13 +105,13 @@ def ulysses(model: Any, sharding: FrameSharding) -> None:
 def ulysses_all(model: Any, sharding: FrameSharding) -> None:
     """Let every attention see all frames, with a share of the heads."""
     ulysses(model, sharding)
-    for block in model.spatial_blocks:
+    for block in blocks_sharded_along("time", model):
         block.attn.attend = partial(_attend_with_own_heads, block.attn.attend, sharding, 0)
 
 
 def ring(model: Any, sharding: FrameSharding) -> None:
     """Let keys and values of temporal attention go round the ranks."""
-    for block in model.temporal_blocks:
+    for block in blocks_sharded_along("space", model):
         block.attn.register_forward_pre_hook(partial(_own_angles, sharding))
         block.attn.attend = partial(_RingAttention.apply, sharding.group, sharding.frames_per_rank)
 
@@ -114,13 +119,13 @@ def ring(model: Any, sharding: FrameSharding) -> None:
 def megatron(model: Any, sharding: FrameSharding) -> None:
     """Let self-attention and MLP see all tokens, with a share of the heads and of the hidden columns."""
     heads = even_sizes(model.config.num_heads, sharding.group.size)
-    for blocks, frames_axis in ((model.spatial_blocks, 0), (model.temporal_blocks, 1)):
-        for block in blocks:
-            channels = [share * block.attn.qkv.in_features // block.attn.num_heads for share in heads]
-            _split_columns(block.attn, block.attn.qkv, block.attn.proj, channels, sharding, frames_axis)
-            block.attn.num_heads = heads[sharding.group.rank]
-            columns = even_sizes(block.mlp.fc1.out_features, sharding.group.size)
-            _split_columns(block.mlp, block.mlp.fc1, block.mlp.fc2, columns, sharding, 1)
+    for block in model.blocks:
+        frames_axis = 0 if block.shard == "time" else 1
+        channels = [share * block.attn.qkv.in_features // block.attn.num_heads for share in heads]
+        _split_columns(block.attn, block.attn.qkv, block.attn.proj, channels, sharding, frames_axis)
+        block.attn.num_heads = heads[sharding.group.rank]
+        columns = even_sizes(block.mlp.fc1.out_features, sharding.group.size)
+        _split_columns(block.mlp, block.mlp.fc1, block.mlp.fc2, columns, sharding, 1)
 
 
 BASELINES: dict[str, Callable[[Any, FrameSharding], None]] = {

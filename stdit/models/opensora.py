@@ -1,12 +1,14 @@
 """Read checkpoints of Open-Sora v1.2's STDiT3: files, settings and keys. No model is built here.
 
-An STDiT names its weights as STDiT3 does. A checkpoint of STDiT3 has one tensor more, the frequencies of the rotary
-positions, which are a constant: it is skipped, and written by the conversion back.
+An STDiT names its weights as STDiT3 does, but STDiT3 has spatial and temporal blocks in two lists. Its checkpoints
+have one tensor more, the frequencies of the rotary positions, which are a constant: it is skipped, and written by the
+conversion back.
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from stdit.checkpoint_files import read_json
 from stdit.errors import UserError
 from stdit.models.config import SettingValue, STDiTConfig
+from stdit.parallel.sequence.sharding import block_shard_axes
 
 ROTARY = "rope.freqs"
 """The only tensor of a checkpoint that is not a weight, ``[head size / 2]``."""
@@ -109,8 +112,8 @@ def infer_settings(state: Mapping[str, Tensor]) -> dict[str, SettingValue]:
     return settings
 
 
-def to_stdit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint: all tensors but the rotary frequencies.
+def to_stdit(state: Mapping[str, Tensor], settings: Mapping[str, SettingValue]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, for a model with these settings: all tensors but the rotary frequencies.
 
     Raises:
         UserError: if the rotary frequencies are not this model's.
@@ -123,7 +126,36 @@ def to_stdit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{ROTARY} holds other frequencies than 10000^(-2i / head size), the only ones that STDiT has: "
                 "this model cannot be converted."
             )
-    return {name: tensor for name, tensor in state.items() if name != ROTARY}
+    rename = stdit_names(settings)
+    return {rename(name): tensor for name, tensor in state.items() if name != ROTARY}
+
+
+def stdit_names(settings: Mapping[str, SettingValue]) -> Callable[[str], str]:
+    """Return a function from STDiT3's names of weights to those in an STDiT with these settings.
+
+    It also takes names that begin with that of a weight, such as those of an optimizer's state; other names stay.
+    """
+    blocks = {theirs: own for own, theirs in _block_names(settings).items()}
+    return partial(_replace_block, blocks)
+
+
+def opensora_names(settings: Mapping[str, SettingValue]) -> Callable[[str], str]:
+    """Return the inverse of `stdit_names`."""
+    return partial(_replace_block, _block_names(settings))
+
+
+def _block_names(settings: Mapping[str, SettingValue]) -> dict[str, str]:
+    """Return STDiT3's name of each block by its name in an STDiT: ``blocks.1`` is ``temporal_blocks.0``."""
+    kinds = {"time": "spatial_blocks", "space": "temporal_blocks"}
+    axes = block_shard_axes(cast(int, settings["depth"]), cast(str, settings["block_order"]))
+    return {f"blocks.{index}": f"{kinds[axis]}.{axes[:index].count(axis)}" for index, axis in enumerate(axes)}
+
+
+def _replace_block(blocks: Mapping[str, str], name: str) -> str:
+    list_name, _, rest = name.partition(".")
+    index, _, rest = rest.partition(".")
+    block = blocks.get(f"{list_name}.{index}")
+    return name if block is None else f"{block}.{rest}"
 
 
 def to_opensora(
@@ -153,9 +185,11 @@ def to_opensora(
         )
     frequencies = rotary_frequencies(cast(int, settings["hidden_size"]) // cast(int, settings["num_heads"]))
     dtype = weights["x_embedder.proj.weight"].dtype
+    rename = opensora_names(settings)
+    state = {rename(name): tensor for name, tensor in weights.items()}
     config: dict[str, SettingValue] = {"model_type": "STDiT3", "architectures": ["STDiT3"]}
     config |= {name: settings[name] for name in _STDIT3_SETTINGS}
-    return {**weights, ROTARY: frequencies.to(dtype)}, config
+    return {**state, ROTARY: frequencies.to(dtype)}, config
 
 
 def rotary_frequencies(head_size: int) -> Tensor:
@@ -163,13 +197,21 @@ def rotary_frequencies(head_size: int) -> Tensor:
     return 1.0 / (10000 ** (torch.arange(0, head_size, 2).float() / head_size))
 
 
-def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise UserError that lists missing keys, surplus keys and other shapes, if there are any."""
+def check_keys(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    shown: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Raise UserError that lists missing keys, surplus keys and other shapes, if there are any.
+
+    Args:
+        shown: the name of a key in the message.
+    """
     shape = {name: list(tensor.shape) for name, tensor in (*expected.items(), *found.items())}
-    missing = [f"missing: {name} {shape[name]}" for name in expected if name not in found]
-    surplus = [f"surplus: {name} {shape[name]}" for name in found if name not in expected]
+    missing = [f"missing: {shown(name)} {shape[name]}" for name in expected if name not in found]
+    surplus = [f"surplus: {shown(name)} {shape[name]}" for name in found if name not in expected]
     unlike = [
-        f"of another shape: {name} {shape[name]}, not {list(tensor.shape)}"
+        f"of another shape: {shown(name)} {shape[name]}, not {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]

@@ -1,23 +1,25 @@
 """STDiT: a diffusion transformer that attends over space and over time in turn.
 
 The architecture is that of Open-Sora v1.2's STDiT3 (Zheng et al. 2024, arXiv:2412.20404) with adaLN-single
-(PixArt-alpha, Chen et al. 2023, arXiv:2310.00426, section 2.3). Module names are Open-Sora's.
+(PixArt-alpha, Chen et al. 2023, arXiv:2310.00426, section 2.3). Modules have Open-Sora's names, but all blocks are in
+one list, in the order in which they run, on which diffusers' caches count.
 
 Letters: B batch, C channels, T frames, H height, W width, S = H*W spatial patches, D width, L text tokens,
 E width of the text states, F frames of the modulation (T, or 1 where all frames share one timestep).
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -82,9 +84,15 @@ class STDiTBlock(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
+        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
     ) -> Tensor:
-        """One block (PixArt-alpha, figure 4): ``x [B T S D]``, caption ``y [B L D]``, ``modulation [B F 6 D]``."""
+        """One block (PixArt-alpha, figure 4) on tokens ``[B T S D]``.
+
+        Args:
+            y: caption ``[B L D]``.
+            modulation: ``[B F 6 D]``.
+        """
+        x = hidden_states
         table = self.scale_shift_table.to(x.dtype) + modulation
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, :, :, None].unbind(2)  # each [B F 1 D]
         x = torch.addcmul(x, gate_a, self.self_attention(modulate(x, shift_a, scale_a), grid))
@@ -137,6 +145,10 @@ class TemporalBlock(STDiTBlock):
         return x + rearrange(mixed, "(B S) D T -> B T S D", B=x.shape[0])
 
 
+for block_class in (SpatialBlock, TemporalBlock):
+    TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
 class FinalLayer(nn.Module):
     """Modulated norm and a linear map from tokens to the values of their patch; ``t [B F D]``."""
 
@@ -159,6 +171,9 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
     _no_split_modules = ["SpatialBlock", "TemporalBlock"]
     _repeated_blocks = ["SpatialBlock", "TemporalBlock"]
 
+    blocks: Sequence[STDiTBlock]
+    """In the order in which they run."""
+
     def __init__(self, **settings: SettingValue) -> None:
         super().__init__()
         config = STDiTConfig(**settings)  # type: ignore[arg-type]  # checked there
@@ -174,8 +189,10 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         self.y_embedder = CaptionEmbedder(config.caption_channels, dim, config.model_max_length)
         self.pooled_embedder = Mlp(config.caption_channels, dim, dim) if config.pooled_text else None
         everywhere = config.cross_attention == "all"
-        self.spatial_blocks = nn.ModuleList(SpatialBlock(config) for _ in range(config.depth))
-        self.temporal_blocks = nn.ModuleList(TemporalBlock(config, everywhere) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
+            SpatialBlock(config) if axis == "time" else TemporalBlock(config, everywhere)
+            for axis in block_shard_axes(config.depth, config.block_order)
+        )
         self.final_layer = FinalLayer(dim, prod(config.patch_size) * self.out_channels)
         self.initialize_weights()
 
@@ -197,10 +214,10 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             (source, {}) if isinstance(source, Mapping) else opensora.read_checkpoint(Path(source))
         )
         settings = opensora.infer_settings(state) | recorded | config
-        weights = opensora.to_stdit(state)
         with torch.device("meta"):  # weights that are replaced are not allocated
             model: Self = cls(**settings)
-        opensora.check_keys(weights, model.state_dict())
+        weights = opensora.to_stdit(state, model.config)
+        opensora.check_keys(weights, model.state_dict(), opensora.opensora_names(model.config))
         model.load_state_dict(weights, assign=True)
         model.eval()
         return model
@@ -239,25 +256,27 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5)
         nn.init.normal_(self.final_layer.scale_shift_table, std=dim**-0.5)
         nn.init.zeros_(self.final_layer.linear.weight)
-        for block in (*self.spatial_blocks, *self.temporal_blocks):
+        for block in self.blocks:
             nn.init.normal_(block.scale_shift_table, std=dim**-0.5)
             with torch.no_grad():
                 block.scale_shift_table[[2, 5]] += self.config.gate_init
             if block.mlp_conv is not None:
                 nn.init.normal_(block.mlp_conv.weight, std=0.1)
-        if self.config.gate_init == 0:
-            for name, parameter in self.temporal_blocks.named_parameters():
-                if name.endswith((".proj.weight", "mlp.fc2.weight")):
-                    nn.init.zeros_(parameter)
+            if self.config.gate_init == 0 and isinstance(block, TemporalBlock):
+                for name, parameter in block.named_parameters():
+                    if name.endswith(("proj.weight", "mlp.fc2.weight")):
+                        nn.init.zeros_(parameter)
 
-    def blocks(self) -> list[STDiTBlock]:
-        """Return the blocks in the order in which they run."""
-        rest: dict[ShardAxis, Iterator[nn.Module]] = {
-            "time": iter(self.spatial_blocks),
-            "space": iter(self.temporal_blocks),
-        }
-        axes = block_shard_axes(self.config.depth, self.config.block_order)
-        return [cast(STDiTBlock, next(rest[axis])) for axis in axes]
+    def _fix_state_dict_keys_on_load(self, state_dict: MutableMapping[str, Tensor]) -> None:
+        """Give weights that were saved with Open-Sora's names of the blocks their own; diffusers calls it."""
+        rename = opensora.stdit_names(self.config)
+        for name in list(state_dict):
+            state_dict[rename(name)] = state_dict.pop(name)
+
+    def block_patterns(self, kind: Literal["spatial", "temporal"]) -> list[str]:
+        """Return a regular expression for each block of a kind, found in the names of its modules and weights."""
+        wanted = SpatialBlock if kind == "spatial" else TemporalBlock
+        return [rf"\bblocks\.{i}\." for i, block in enumerate(self.blocks) if isinstance(block, wanted)]
 
     def with_weights(self, tensors: dict[str, Tensor]) -> "STDiT":
         """Return a model with the same settings that uses ``tensors``, without a copy."""
@@ -268,7 +287,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
 
     def compile_blocks(self, **options: object) -> None:
         """Compile every block in place by ``torch.compile``, which takes the ``options``."""
-        for block in self.blocks():
+        for block in self.blocks:
             block.compile(**options)
 
     def forward(
@@ -347,10 +366,9 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             t = t + self.pooled_embedder(pooled)[:, None]
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
 
-        blocks = self.blocks()
-        shard_axes = [block.shard for block in blocks]
+        shard_axes = [block.shard for block in self.blocks]
         x = sharding.switch(x, "time", shard_axes[0])
-        for block, following in zip(blocks, [*shard_axes[1:], shard_axes[-1]], strict=True):
+        for block, following in zip(self.blocks, [*shard_axes[1:], shard_axes[-1]], strict=True):
             stage = partial(self._run_block, block, y, mask, grid)
             x = sharding.run_then_switch(stage, x, modulation, block.shard, following)
         x = sharding.run_then_switch(self.final_layer, x, t, shard_axes[-1], "time")

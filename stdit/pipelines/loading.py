@@ -207,6 +207,7 @@ def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | Non
 
 def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:
     """Load the STDiT of a verified checkpoint; return it and the folder of its weights, ema or model."""
+    from stdit.models.opensora import stdit_names
     from stdit.models.stdit import STDiT
     from stdit.parallel.processes.storage import StoredTensors
 
@@ -217,7 +218,7 @@ def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any
     if "model/config.json" not in meta["files"]:
         raise UserError(f"checkpoint {folder} lacks model/config.json: use another checkpoint.")
     transformer = STDiT.from_config(STDiT.load_config(folder / "model"))
-    StoredTensors(folder / used).read_into(transformer.state_dict())
+    StoredTensors(folder / used, stdit_names(transformer.config)).read_into(transformer.state_dict())
     return transformer.eval(), used
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import local_tensor
 
-BLOCK = re.compile(r"\w+_blocks\.\d+|\w+")
+BLOCK = re.compile(r"blocks\.\d+|\w+")
 
 
 class BlockNorms:

@@ -16,7 +16,7 @@ from stdit.training.config import OPTIMIZERS, OptimizerConfig
 from stdit.training.matmul import matmul_precision
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-BLOCK_MATRIX = re.compile(r"(?:spatial|temporal)_blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
+BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
 STACKED = {"qkv": 3, "kv_linear": 2}
 AT_ONCE = 2**24
 """Muon orthogonalises about this many weights at once."""

@@ -13,6 +13,7 @@ from stdit.data.batch import EncodedBatch
 from stdit.diffusion.draws import TrainingDraws, draw_batch
 from stdit.diffusion.flow import FlowObjective, frame_weights
 from stdit.errors import UserError
+from stdit.models.opensora import stdit_names
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import full_tensor, replicate_model, shard_model
 from stdit.parallel.processes.step_exchange import StepExchange
@@ -234,12 +235,13 @@ class Trainer:
         Raises:
             UserError: if it cannot be read, or is of another model or optimizer.
         """
-        stored = StoredTensors(checkpoint / "optimizer")
+        rename = stdit_names(self.model.config)  # type: ignore[arg-type]
+        stored = StoredTensors(checkpoint / "optimizer", rename)
         state = {**self.state(), "optimizer": self.optimizer.like(stored.shapes())}
         stored.read_into(state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         for part in ("model", "ema"):
-            StoredTensors(checkpoint / part).read_into(state[part])
+            StoredTensors(checkpoint / part, rename).read_into(state[part])
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
         self.batch_splits = max(self.mesh.dp, meta["batch_splits"])
         self.spikes.load(meta.get("spikes", {}))

@@ -125,8 +125,8 @@ def test_pyramid_attention_broadcast_repeats_attention(kind: str) -> None:
     model.enable_cache(
         PyramidAttentionBroadcastConfig(
             **{f"{kind}_attention_block_skip_range": 2},
-            spatial_attention_block_identifiers=("spatial_blocks",),
-            temporal_attention_block_identifiers=("temporal_blocks",),
+            spatial_attention_block_identifiers=model.block_patterns("spatial"),
+            temporal_attention_block_identifiers=model.block_patterns("temporal"),
             current_timestep_callback=lambda: 500,
         )
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stdit.models.opensora import opensora_names
 from stdit.models.stdit import STDiT
 from stdit.parallel.sequence.group import Group
 from tests.models.golden import GOLDEN, golden, weights
@@ -35,7 +36,8 @@ def check(
     """Check the output within ``atol``, and each gradient within a share of its largest element."""
     free = generated_frames(tensors)[:, None, :, None, None]
     torch.testing.assert_close(out * free, tensors["out"] * free, atol=atol, rtol=0)
-    found = {"x": grad_x, **{name: p.grad for name, p in model.named_parameters()}}
+    names = opensora_names(model.config)
+    found = {"x": grad_x, **{names(name): p.grad for name, p in model.named_parameters()}}
     gradients = {key[5:]: value for key, value in tensors.items() if key.startswith("grad.")}
     assert gradients
     for name, gradient in gradients.items():
@@ -92,7 +94,8 @@ def test_images_and_other_sizes_equal_the_reference(T: int, H: int, W: int, cond
 
     ours.square().mean().backward()
     theirs.square().mean().backward()
-    for name, parameter in model.named_parameters():
+    names = opensora_names(model.config)
+    for name, parameter in ((names(own), parameter) for own, parameter in model.named_parameters()):
         if parameter.grad is None:
             assert state[name].grad is None, name
         else:

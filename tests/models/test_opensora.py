@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit.errors import UserError
-from stdit.models.opensora import infer_settings, to_opensora
+from stdit.models.opensora import infer_settings, opensora_names, stdit_names, to_opensora
 from stdit.models.stdit import STDiT
 from tests.models.golden import GOLDEN, golden, settings, weights
 
@@ -73,7 +73,9 @@ def test_every_form_of_a_checkpoint(state: State, kind: str, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(settings("plain") | {"input_sq_size": 256}))
     model = STDiT.from_opensora(str(source))
     assert model.config.input_sq_size == 256 and not model.training
-    assert same(model.state_dict(), {name: tensor for name, tensor in state.items() if name != "rope.freqs"})
+    names = opensora_names(model.config)
+    found = {names(name): tensor for name, tensor in model.state_dict().items()}
+    assert same(found, {name: tensor for name, tensor in state.items() if name != "rope.freqs"})
 
 
 @pytest.mark.parametrize("case", GOLDEN)
@@ -88,6 +90,24 @@ def test_converting_to_opensora_and_back_is_exact(case: str, dtype: torch.dtype,
     save_file(again, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert dict(STDiT.from_opensora(tmp_path).config) == dict(model.config)
+
+
+@pytest.mark.parametrize("order, there", [("alternate", "temporal_blocks.1"), ("paired", "spatial_blocks.1")])
+def test_names_of_blocks(order: str, there: str) -> None:
+    settings = {"depth": 3, "block_order": order}
+    assert opensora_names(settings)("blocks.3.attn.qkv.weight") == f"{there}.attn.qkv.weight"
+    assert stdit_names(settings)(f"{there}.attn.qkv.weight.exp_avg") == "blocks.3.attn.qkv.weight.exp_avg"
+    for name in ("t_block.1.bias", "blocks.0.attn.qkv.weight", "spatial_blocks.3.mlp.fc1.bias"):
+        assert stdit_names(settings)(name) == name
+
+
+def test_a_model_folder_with_opensoras_names_of_blocks(state: State, tmp_path: Path) -> None:
+    model = STDiT.from_opensora(state)
+    model.save_config(tmp_path)
+    names = opensora_names(model.config)
+    old = {names(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(old, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    assert same(STDiT.from_pretrained(tmp_path).state_dict(), model.state_dict())
 
 
 def test_a_model_with_options_that_opensora_lacks_is_refused(state: State) -> None:

@@ -129,7 +129,7 @@ def test_null_caption_replaces_the_text_and_learns(masked: bool) -> None:
 @pytest.mark.parametrize("axis", ["space", "frames"])
 def test_convolution_sees_neighbours_along_the_attended_axis_only(axis: str) -> None:
     model = small(mlp_conv=True)
-    block = (model.spatial_blocks if axis == "space" else model.temporal_blocks)[0]
+    block = model.blocks[0 if axis == "space" else 1]
     grid = TokenGrid(5, torch.zeros(4, 8))
     x = torch.zeros(1, 4, 15, 32)
     x[0, 2, 7] = 1  # frame 2, row 1, column 2 of 3 rows and 5 columns
@@ -153,9 +153,7 @@ def test_frame_positions_distinguish_equal_frames(frame_positions: bool) -> None
 
 def test_block_orders() -> None:
     def kinds(order: str) -> str:
-        return "".join(
-            "T" if isinstance(b, TemporalBlock) else "S" for b in small(block_order=order).blocks()
-        )
+        return "".join("T" if isinstance(b, TemporalBlock) else "S" for b in small(block_order=order).blocks)
 
     assert kinds("alternate") == "STSTST"
     assert kinds("paired") == "STTSST"
@@ -217,9 +215,9 @@ def test_initial_weights() -> None:
     torch.manual_seed(0)
     model = STDiT(depth=2, hidden_size=32, num_heads=2, caption_channels=12, model_max_length=7)
     assert model(**inputs()).sample.abs().max() == 0
-    assert all(block.attn.proj.weight.abs().max() == 0 for block in model.temporal_blocks)
+    assert all(block.attn.proj.weight.abs().max() == 0 for block in model.blocks[1::2])
     gates = STDiT(depth=2, hidden_size=1024, num_heads=2, caption_channels=12, gate_init=0.5)
-    assert abs(float(gates.spatial_blocks[0].scale_shift_table[2].mean()) - 0.5) < 0.05
+    assert abs(float(gates.blocks[0].scale_shift_table[2].mean()) - 0.5) < 0.05
 
 
 @pytest.mark.parametrize(

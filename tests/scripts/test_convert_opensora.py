@@ -12,7 +12,7 @@ from scripts.convert_opensora import main
 from stdit.cli import run
 from stdit.codecs.pixel import PixelCodec
 from stdit.diffusion.config import FlowConfig
-from stdit.models.opensora import to_opensora
+from stdit.models.opensora import opensora_names, to_opensora
 from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
 from stdit.training.build import build_components
@@ -77,7 +77,7 @@ def test_training_starts_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         config = parse_train([*settings, "--init_from", str(tmp_path / folder), "--seed", "3"])
         model = build_components(config, None, processes=1, memory=2**30).model
         for name, weight in model.state_dict().items():
-            assert torch.equal(weight, state[name]), name
+            assert torch.equal(weight, trained.state_dict()[name]), name
 
 
 def test_a_pipeline_with_codec_and_text_encoder(
@@ -147,8 +147,9 @@ def test_a_run_is_converted_from_its_averaged_weights(
     assert convert(monkeypatch, run_folder, tmp_path / "back", "--reverse") == 0
     assert f"of Open-Sora's STDiT3, from {inside}" in capsys.readouterr().out
     found = load_file(tmp_path / "back" / "model.safetensors")
+    names = opensora_names(pipe.transformer.config)
     for name, weight in pipe.transformer.state_dict().items():
-        assert torch.equal(found[name], factor * weight), name
+        assert torch.equal(found[names(name)], factor * weight), name
 
     for source in (run_folder, inside.parent):
         assert convert(monkeypatch, source, tmp_path / "new") == 2

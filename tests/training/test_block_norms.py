@@ -13,9 +13,9 @@ def test_norms_are_those_of_each_block() -> None:
     line = one.step(tiny_batch(0))
     found = line["block_norms"]
     after = dict(one.model.named_parameters())
-    assert set(found) == {name.split(".")[0] for name in after if "_blocks" not in name} | {
-        "spatial_blocks.0",
-        "temporal_blocks.0",
+    assert set(found) == {name.split(".")[0] for name in after if not name.startswith("blocks")} | {
+        "blocks.0",
+        "blocks.1",
     }
     for block, norms in found.items():
         mine = [name for name in after if name.startswith(f"{block}.") or name == block]

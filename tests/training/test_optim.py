@@ -119,10 +119,10 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
         "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight",
         "cross_attn.q_linear.weight", "cross_attn.kv_linear.weight", "cross_attn.proj.weight",
     }  # fmt: skip
-    assert matrices["spatial_blocks.0.attn.qkv.weight"] == 3
-    assert matrices["temporal_blocks.0.cross_attn.kv_linear.weight"] == 2
-    assert matrices["spatial_blocks.0.mlp.fc1.weight"] == 1
-    assert {"x_embedder.proj.weight", "t_block.1.weight", "spatial_blocks.0.scale_shift_table"} <= set(others)
+    assert matrices["blocks.0.attn.qkv.weight"] == 3
+    assert matrices["blocks.1.cross_attn.kv_linear.weight"] == 2
+    assert matrices["blocks.0.mlp.fc1.weight"] == 1
+    assert {"x_embedder.proj.weight", "t_block.1.weight", "blocks.0.scale_shift_table"} <= set(others)
     assert len(matrices) + len(others) == len(list(model.parameters()))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stdit.errors import UserError
+from stdit.models.opensora import opensora_names
 from stdit.parallel.processes.mesh import Mesh
 from stdit.training.checkpoint_writer import CheckpointWriter
 from stdit.training.config import CheckpointConfig, OptimizerConfig, SpikeConfig, TrainerConfig
@@ -46,11 +47,16 @@ def test_a_step_depends_on_seed_step_and_state_only() -> None:
     assert trainer().step(replace(tiny_batch(0), step=1))["loss"] != trainer().step(tiny_batch(0))["loss"]
 
 
-def test_state_round_trip_is_bit_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocks_in_two_lists", [False, True])
+def test_state_round_trip_is_bit_exact(blocks_in_two_lists: bool, tmp_path: Path) -> None:
+    """Also from a checkpoint whose weights have Open-Sora's names, as they once had."""
     first, second = trainer(), trainer()
     for step in range(3):
         first.step(tiny_batch(step))
-    folder = CheckpointWriter(tmp_path, CheckpointConfig(), Mesh()).save(3, first.state(), {}, at_once=True)
+    names = opensora_names(first.model.config if blocks_in_two_lists else {"depth": 0, "block_order": ""})
+    state = {part: {names(key): value for key, value in of.items()} for part, of in first.state().items()}
+    assert any("spatial_blocks" in name for name in state["optimizer"]) == blocks_in_two_lists
+    folder = CheckpointWriter(tmp_path, CheckpointConfig(), Mesh()).save(3, state, {}, at_once=True)
     second.read(folder, {"nonfinite_in_a_row": 2, "batch_splits": 1})
     assert second.nonfinite_in_a_row == 2
     for step in (3, 4):
@@ -103,7 +109,7 @@ def test_nonfinite_steps_are_skipped_counted_and_stop_the_run() -> None:
 def test_bf16_computes_in_bf16_and_keeps_weights_in_float32() -> None:
     one = trainer(precision="bf16")
     seen = []
-    one.model.spatial_blocks[0].mlp.register_forward_hook(lambda *hook: seen.append(hook[2].dtype))  # type: ignore
+    one.model.blocks[0].mlp.register_forward_hook(lambda *hook: seen.append(hook[2].dtype))  # type: ignore
     losses = one.step(tiny_batch(0)), trainer().step(tiny_batch(0))
     assert set(seen) == {torch.bfloat16}
     assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=0.05)

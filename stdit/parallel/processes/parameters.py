@@ -70,7 +70,7 @@ def shard_model(model: nn.Module, mesh: Mesh) -> DistributedModel:
     from torch.distributed.fsdp import fully_shard
 
     ranks = init_device_mesh(mesh.device.type, (mesh.world_size,))
-    for block in model.blocks():  # type: ignore[operator]
+    for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=ranks)
     fully_shard(model, mesh=ranks)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes to it

@@ -8,7 +8,7 @@ torch.distributed.checkpoint is imported where it is used: importing it is slow,
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,14 +109,18 @@ def write_chunks(folder: Path, chunks: StateChunks, rank: int, ranks: int) -> li
 class StoredTensors:
     """The tensors in the safetensors files of one folder, such as ``checkpoint/ema``; reads no pickle.
 
+    Args:
+        rename: from a name in the files to the tensor's name now.
+
     Raises:
         UserError: here and from every method, if a file cannot be read or the chunks do not fit together.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rename: Callable[[str], str] = lambda name: name) -> None:
         self.folder = folder
         with self._reading():
             self._reader, self._metadata = self._open()
+        self._stored_names = {rename(name): name for name in _tensors(self._metadata)}
 
     def _open(self) -> "tuple[HuggingFaceStorageReader, Metadata]":
         from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -136,7 +140,8 @@ class StoredTensors:
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shapes of the full tensors, by name."""
-        return {name: stored.size for name, stored in _tensors(self._metadata).items()}
+        stored = _tensors(self._metadata)
+        return {name: stored[there].size for name, there in self._stored_names.items()}
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill tensors in place, full or this rank's shards; their names and shapes must be the stored ones."""
@@ -153,7 +158,8 @@ class StoredTensors:
             )
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with self._reading():
-            planner.set_up_planner(dict(tensors), self._metadata, is_coordinator=True)
+            by_stored_name = {self._stored_names[name]: tensor for name, tensor in tensors.items()}
+            planner.set_up_planner(by_stored_name, self._metadata, is_coordinator=True)
             plan = planner.create_local_plan()
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
             self._reader.read_data(self._reader.prepare_local_plan(plan), planner).wait()
