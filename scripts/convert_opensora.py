@@ -81,6 +81,7 @@ def build_pipeline(model: "STDiT", codec_folder: Path, text_encoder_folder: Path
         model,
         codec,
         text_encoder,
+        None,
         RectifiedFlow(),
         flow=FlowConfig(shift_by_size=True, conditioning={"first": 0.22}),  # as in its last stage
         num_frames=LENGTHS["2s"],
@@ -118,7 +119,6 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
     from stdit.checkpoint_files import read_json, read_meta, verify_if_sealed
     from stdit.models.opensora import check_keys, read_weights, stdit_names
     from stdit.models.stdit import STDiT
-    from stdit.pipelines.components import read_flow
     from stdit.pipelines.loading import find_checkpoint_source, load_transformer, pipeline_settings
 
     inside, prediction = source, "velocity"
@@ -130,7 +130,7 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
             prediction = meta["config"]["flow"]["prediction"]
             return model.state_dict(), model.config, prediction, found.path / used
         inside = found.path / "transformer"
-        prediction = (pipeline_settings(found).get("flow") or read_flow(found.path))["prediction"]
+        prediction = pipeline_settings(found)["flow"]["prediction"]
     verify_if_sealed(inside)
     recorded = read_json(inside / "config.json", "a model folder")
     if recorded.get("_class_name") != "STDiT":

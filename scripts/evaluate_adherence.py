@@ -201,9 +201,8 @@ def main() -> None:
         from stdit.evaluation.videos import conditioned_frames, sampled_videos
 
         check_sampling(args, recorded)
-        codec = load_codec(source) if args.conditioning else None
-        conditioned = codec and conditioned_frames(
-            codec, args.num_frames, args.conditioning, args.conditioning_frames
+        conditioned = args.conditioning and conditioned_frames(
+            load_codec(source), args.num_frames, args.conditioning, args.conditioning_frames
         )
         pipe, weights, patch = load(source, args.device)
         warn_of_conditioning(bool(conditioned), pipe.flow.config.conditioning)

@@ -139,6 +139,7 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
         model,
         codec,
         text_encoder,
+        None,
         RectifiedFlow(),
         flow=config.flow,
         num_frames=bucket.num_frames,
@@ -156,7 +157,7 @@ def random_batch(config: TrainConfig, pipe: Any) -> EncodedBatch:
     bucket = Bucket.from_config(config.data.multiplied_buckets()[0])
     size, generator = bucket.batch_size, torch.Generator().manual_seed(config.seed)
     shape = pipe.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
-    length = min(12, pipe.text_encoder.max_length)
+    length = min(12, pipe.prompt_encoder.max_length)
     mask = torch.arange(length)[None] < torch.randint(1, length + 1, (size, 1), generator=generator)
     return EncodedBatch(
         step=0,
@@ -167,7 +168,7 @@ def random_batch(config: TrainConfig, pipe: Any) -> EncodedBatch:
         height=torch.full((size,), float(bucket.height)),
         width=torch.full((size,), float(bucket.width)),
         latents=torch.randn(size, pipe.codec.channels, *shape, generator=generator),
-        text_states=torch.randn(size, length, pipe.text_encoder.channels, generator=generator),
+        text_states=torch.randn(size, length, pipe.prompt_encoder.channels, generator=generator),
         text_mask=mask,
     )
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from stdit.in_diffusers import offer_pipeline
 from stdit.lazy import lazy_getattr
 
 if TYPE_CHECKING:
@@ -19,5 +20,11 @@ __getattr__ = lazy_getattr(
         "RectifiedFlow": "stdit.diffusion.scheduler",
         "STDiT": "stdit.models.stdit",
         "STDiTPipeline": "stdit.pipelines.pipeline",
+        # which diffusers needs to load components of a pipeline
+        "VideoCodec": "stdit.codecs.base",
+        "TextEncoder": "stdit.codecs.text",
+        "ModelMixin": "diffusers",
+        "SchedulerMixin": "diffusers",
     },
 )
+offer_pipeline()

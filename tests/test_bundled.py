@@ -78,7 +78,7 @@ def made(run: Path, bundled: Path, command: Command) -> Path:
 
 def test_matrices_are_stored_in_bf16_and_computed_with_in_fp32(run: Path, made: Path) -> None:
     average = load_file(run / "checkpoints" / "step-00000003" / "ema" / "ema.safetensors")
-    stored, codec = load_file(made / "transformer" / FILE), load_file(made / "codec" / FILE)
+    stored, codec = load_file(made / "transformer" / FILE), load_file(made / "vae" / FILE)
     for tensor in (*stored.values(), *codec.values()):
         assert tensor.dtype == (torch.bfloat16 if tensor.ndim > 1 else torch.float32)
     for pipe in (STDiTPipeline.from_pretrained(), load_pipeline()[0]):
@@ -95,21 +95,21 @@ def test_the_packaged_codec_is_not_replaced_by_another_one(
     run: Path, bundled: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stdit.training.bundle.BUNDLED", bundled)
-    shutil.copytree(PACKAGED, bundled / "codec")
-    seal_folder(bundled, ["codec"])
+    shutil.copytree(PACKAGED, bundled / "vae")
+    seal_folder(bundled, ["vae"])
     flags = ["--checkpoint", run, "--output", bundled]
     code, _, errors = command(bundle, *flags)
     assert code == 2 and "the run's codec is not the one in" in errors and errors.count("\n") == 1
-    assert sorted(path.name for path in bundled.iterdir()) == ["codec", "meta.json"]
-    shutil.rmtree(bundled / "codec")
+    assert sorted(path.name for path in bundled.iterdir()) == ["meta.json", "vae"]
+    shutil.rmtree(bundled / "vae")
     assert "the run's codec is not the one in" in command(bundle, *flags)[2], "it is known by the manifest"
-    shutil.copytree(run / "codec", bundled / "codec")
-    compact_folder(bundled / "codec")
-    seal_folder(bundled, ["codec"])
+    shutil.copytree(run / "codec", bundled / "vae")
+    compact_folder(bundled / "vae")
+    seal_folder(bundled, ["vae"])
     assert command(bundle, *flags)[0] == 0
-    (bundled / "codec" / FILE).write_bytes(b"damaged")
+    (bundled / "vae" / FILE).write_bytes(b"damaged")
     assert command(bundle, *flags)[0] == 0, "a damaged codec is replaced by itself"
-    assert load_file(bundled / "codec" / FILE)
+    assert load_file(bundled / "vae" / FILE)
 
 
 def test_the_origin_is_recorded(run: Path, made: Path, command: Command, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_origin_is_recorded(run: Path, made: Path, command: Command, tmp_pat
     assert origin["weights"] == load_pipeline()[1] and origin["weights"] in output
     assert origin["commit"] is None or len(origin["commit"].removesuffix("+changes")) == 40
     assert "3 steps in 0.0 hours" in output and "heldout: strict 75%, lenient 100%" in output
-    assert "MB (codec 0.00, scheduler 0.00, text_encoder 0." in output
+    assert "MB (scheduler 0.00, text_encoder 0." in output
 
 
 def test_prompts_without_a_checkpoint(made: Path, command: Command) -> None:

@@ -140,7 +140,7 @@ TRUSTED: dict[str, Reader] = {
     "outputs/tiny/pipeline/*.safetensors": pipeline,
     "outputs/tiny/pipeline/transformer/*": lambda it, file: STDiT.from_pretrained(file.parent),
     "outputs/tiny/pipeline/scheduler/*": lambda it, file: RectifiedFlow.from_pretrained(file.parent),
-    "outputs/tiny/pipeline/codec/*": lambda it, file: VideoCodec.from_pretrained(file.parent),
+    "outputs/tiny/pipeline/vae/*": lambda it, file: VideoCodec.from_pretrained(file.parent),
     "outputs/tiny/pipeline/text_encoder/*": lambda it, file: TextEncoder.from_pretrained(file.parent),
     "text/*": text_states,
     "cache/*": cache,

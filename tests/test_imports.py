@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    "errors registry lazy umask hashing checkpoint_files suggestions cli setting_checks named_configs settings",
+    "errors registry lazy umask hashing checkpoint_files suggestions cli setting_checks named_configs settings"
+    " in_diffusers",
     "parallel",
     "models",
     "diffusion",

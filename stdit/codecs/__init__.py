@@ -1,9 +1,6 @@
 """Video codecs (pixels to latents and back) and text encoders (captions to token states).
 
-Importing this package imports no torch: a codec's module is imported when the codec is built. A program that loads a
-pipeline by diffusers' own `DiffusionPipeline.from_pretrained` imports the modules of its codec and text encoder
-before, since diffusers finds components only in modules that are imported already. `STDiTPipeline` needs no such
-import.
+Importing this package imports no torch: a codec's module is imported when the codec is built.
 """
 
 from typing import TYPE_CHECKING

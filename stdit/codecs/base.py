@@ -25,6 +25,7 @@ from stdit.codecs.loading import (
     read_component,
     write_component,
 )
+from stdit.codecs.placement import execution_device
 from stdit.errors import UserError
 
 CODEC_FILE = "codec.json"
@@ -38,8 +39,8 @@ class VideoCodec(ModelMixin):
 
     A subclass sets ``name``, ``stride`` and ``channels``, and implements `_encode` and `_decode`, which get float32
     and sizes that the stride divides. Where the arguments of its `__init__` are not empty, it also overrides
-    `from_config` and `saved_settings`. It is a diffusers `ModelMixin` only so that diffusers pipelines save and load
-    it.
+    `from_config` and `saved_settings`. It is a diffusers `ModelMixin` so that diffusers pipelines save, load and
+    offload it.
     """
 
     name: str
@@ -58,6 +59,9 @@ class VideoCodec(ModelMixin):
     saved_with_runs: bool = False
     """Each run keeps its own copy: the weights are small, and nothing else is sure to keep them."""
 
+    keeps_float32: bool = True
+    """Its arithmetic is in fp32, also after `to` another precision."""
+
     size_multiple: int | None = None
     """Multiple, in pixels, to which named resolutions are rounded; None: what codec and patch divide."""
 
@@ -73,6 +77,26 @@ class VideoCodec(ModelMixin):
         self.register_buffer("placement", torch.empty(0, device="cpu"), persistent=False)
         self.register_buffer("latent_variance", None)
         self._released: list[str] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, also while its weights are offloaded."""
+        return execution_device(self)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move, and change the precision, as `torch.nn.Module.to`; not the latter if it `keeps_float32`."""
+        if self.keeps_float32:
+            args = tuple(value for value in args if not isinstance(value, torch.dtype))
+            kwargs.pop("dtype", None)
+        return super().to(*args, **kwargs) if args or kwargs else self
+
+    def component(self) -> ModelMixin:
+        """Return what a pipeline has as its ``vae``: this, or the VAE that it wraps."""
+        return self
+
+    def whole(self) -> "VideoCodec":
+        """Return the whole codec, loaded again if its encoder was released."""
+        return self._reloaded() if self._released else self
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return (T', H', W') of the latents of a video of this many frames and pixels."""
@@ -199,7 +223,7 @@ class VideoCodec(ModelMixin):
 
     def _restore_encoder(self) -> None:
         if self._released:
-            whole = self._reloaded()
+            whole = self.whole()
             for name in self._released:
                 self.set_submodule(name, whole.get_submodule(name).to(self.device))
             self._released = []
@@ -260,7 +284,7 @@ class VideoCodec(ModelMixin):
         """Write `codec.json`, weights (safetensors) and a manifest into a folder, made if it does not exist."""
         directory = Path(save_directory)
         if self._released:
-            return self._reloaded().save_pretrained(directory)
+            return self.whole().save_pretrained(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory)
         write_component(directory / CODEC_FILE, self.name, self.saved_settings(), CODECS)

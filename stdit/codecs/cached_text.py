@@ -46,7 +46,10 @@ class CachedTextEncoder(TextEncoder):
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:  # type: ignore[override]
         """Load the encoder again, and save it. Raises UserError if it is missing, or has changed."""
-        (self._encoder or self._reloaded()).save_pretrained(save_directory)
+        self.whole().save_pretrained(save_directory)
+
+    def whole(self) -> TextEncoder:
+        return self._encoder or self._reloaded()
 
     def _reloaded(self) -> TextEncoder:
         encoder = self._reload()

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stdit.checkpoint_files import seal_folder
+from stdit.umask import apply_umask
 
 
 def compact_folder(folder: Path) -> None:
@@ -23,5 +24,6 @@ def compact_folder(folder: Path) -> None:
         }
         aside = file.with_suffix(".tmp")  # the tensors lie in the mapped file until they are written
         save_file(compact, aside, metadata)
+        apply_umask(aside)
         os.replace(aside, file)
     seal_folder(folder)

@@ -33,6 +33,8 @@ FRAMES_PER_PASS = 16
 class DiffusersCodec(VideoCodec):
     """A VAE of diffusers. Latents are the mode of its posterior, normalised with the VAE's own constants."""
 
+    keeps_float32 = False
+
     def __init__(self, vae: ModelMixin) -> None:
         """Wrap a VAE of one of the classes in `VAES`, which is frozen and put in eval mode."""
         super().__init__()
@@ -57,6 +59,9 @@ class DiffusersCodec(VideoCodec):
         """
         source = locate_weights("codec.path", config.path, config.subfolder)
         return cls(_load_vae(config.name, source, DTYPES[config.dtype]))
+
+    def component(self) -> ModelMixin:
+        return self if self._released else self.vae
 
     def saved_settings(self) -> dict[str, Any]:
         return {"dtype": dtype_name(self.dtype)}

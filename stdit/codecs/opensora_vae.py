@@ -194,6 +194,7 @@ class OpenSoraCodec(VideoCodec):
     which Open-Sora's image VAE drops, are padded and decoded.
     """
 
+    keeps_float32 = False
     name = "opensora"
     causal_first_frame = True
     size_multiple = 2  # as its models were trained; sizes that 8 does not divide are padded

@@ -6,7 +6,7 @@ Letters: B batch, L text tokens, E width of the text states.
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -15,8 +15,19 @@ from torch import Tensor
 from stdit.checkpoint_files import seal_folder
 from stdit.codecs.config import TEXT_ENCODERS, TextEncoderConfig
 from stdit.codecs.loading import check_options, fingerprint, read_component, write_component
+from stdit.codecs.placement import execution_device
+from stdit.errors import UserError
 
 TEXT_ENCODER_FILE = "text_encoder.json"
+
+
+class TextComponents(NamedTuple):
+    """What a pipeline has of a text encoder."""
+
+    text_encoder: Any
+    tokenizer: Any
+    settings: dict[str, Any]
+    """Keyword arguments of `stdit.codecs.transformers_text.TransformersTextEncoder`, for a model of transformers."""
 
 
 class TextEncoder(ModelMixin):
@@ -24,7 +35,7 @@ class TextEncoder(ModelMixin):
 
     A subclass sets ``name``, ``channels`` and ``max_length``, and implements `encode`. Where the arguments of its
     `__init__` are not empty, it also overrides `from_config` and `saved_settings`; where it has weights, `save` and
-    `load`. It is a diffusers `ModelMixin` only so that diffusers pipelines save and load it.
+    `load`. It is a diffusers `ModelMixin` so that diffusers pipelines save, load and offload it.
     """
 
     name: str
@@ -40,6 +51,32 @@ class TextEncoder(ModelMixin):
         super().__init__()
         # Tells the device of an encoder without weights.
         self.register_buffer("placement", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, also while its weights are offloaded."""
+        return execution_device(self)
+
+    def components(self) -> "TextComponents":
+        """Return what a pipeline has of it: this alone, or the model and tokenizer that it wraps."""
+        return TextComponents(self, None, {})
+
+    def whole(self) -> "TextEncoder":
+        """Return an encoder of all texts, not of a few whose states are in memory."""
+        return self
+
+    def with_max_length(self, max_length: int) -> "TextEncoder":
+        """Return this encoder with another largest number of tokens.
+
+        Raises:
+            UserError: if it cannot have that.
+        """
+        if max_length != self.max_length:
+            raise UserError(
+                f"max_sequence_length = {max_length}: the text encoder {self.name} has states of at most "
+                f"{self.max_length} tokens: leave max_sequence_length out."
+            )
+        return self
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Encode captions to token states, padded on the right to the longest of them.

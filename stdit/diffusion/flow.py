@@ -7,9 +7,7 @@ Letters: B batch, C channels, T latent frames, H, W latent rows and columns, F =
 frames).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
@@ -117,29 +115,6 @@ class FlowObjective:
         if self.config.timestep_sampling == "logit_normal":
             t = torch.sigmoid(self.config.logit_mean + self.config.logit_std * torch.special.ndtri(t))
         return shift_t(t, self.size_shift(latent_frames, height, width))
-
-    def settings(self) -> dict[str, Any]:
-        """Return what :meth:`from_settings` takes: the fields of the config, and the module of its prediction."""
-        module = PREDICTIONS.module(self.config.prediction)
-        return asdict(self.config) | ({"import": module} if module else {})
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], latent_variance: Tensor | None) -> "FlowObjective":
-        """Return the objective of recorded settings, for sampling.
-
-        Args:
-            settings: what :meth:`settings` returned, or some fields of `FlowConfig`.
-
-        Raises:
-            UserError: its prediction is not registered.
-        """
-        settings = dict(settings)
-        module = settings.pop("import", None)
-        PREDICTIONS.check(settings.get("prediction", FlowConfig.prediction), [module] if module else [])
-        # Not checked: sampling draws no masks, so a strategy of the user's need not be registered.
-        config = FlowConfig(**{**settings, "conditioning": {}})
-        config.conditioning = settings.get("conditioning", {})
-        return cls(config, latent_variance)
 
 
 def velocity_from_velocity(flow: FlowObjective, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

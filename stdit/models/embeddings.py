@@ -61,12 +61,13 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution over patches that do not overlap, which is one matrix product: ``[B C T H W] -> [B T' S D]``."""
+    """A convolution over patches that do not overlap, as one matrix product: ``[B C T H W] -> [B D T' H' W']``."""
 
     def forward(self, x: Tensor) -> Tensor:
         pt, ph, pw = self.stride
-        patches = rearrange(x, "B C (T pt) (H ph) (W pw) -> B T (H W) (C pt ph pw)", pt=pt, ph=ph, pw=pw)
-        return nn.functional.linear(patches, self.weight.flatten(1), self.bias)
+        patches = rearrange(x, "B C (T pt) (H ph) (W pw) -> B T H W (C pt ph pw)", pt=pt, ph=ph, pw=pw)
+        out: Tensor = nn.functional.linear(patches, self.weight.flatten(1), self.bias)
+        return out.permute(0, 4, 1, 2, 3)
 
 
 class PatchEmbed3D(nn.Module):
@@ -77,7 +78,7 @@ class PatchEmbed3D(nn.Module):
         self.proj = PatchProjection(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.proj(x)
+        out: Tensor = rearrange(self.proj(x), "B D T H W -> B T (H W) D")
         return out
 
 

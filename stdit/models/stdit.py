@@ -23,11 +23,13 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
 
 from stdit.checkpoint_files import seal_folder, verify_if_sealed
+from stdit.errors import UserError
 from stdit.models import opensora
 from stdit.models.attention import CrossAttention, SelfAttention
 from stdit.models.config import SettingValue, STDiTConfig, token_grid
@@ -145,8 +147,10 @@ class TemporalBlock(STDiTBlock):
         return x + rearrange(mixed, "(B S) D T -> B T S D", B=x.shape[0])
 
 
-for block_class in (SpatialBlock, TemporalBlock):
-    TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(return_hidden_states_index=0))
+for block_class in (SpatialBlock, TemporalBlock):  # not by register(), which imports all models of diffusers
+    TransformerBlockRegistry._registry[block_class] = TransformerBlockMetadata(
+        return_hidden_states_index=0, _cls=block_class
+    )
 
 
 class FinalLayer(nn.Module):
@@ -222,9 +226,9 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         model.eval()
         return model
 
-    def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:
         """Write config, weights and a manifest into a folder; ``options`` are those of diffusers."""
-        super().save_pretrained(save_directory, **options)
+        super().save_pretrained(save_directory, *args, **options)
         seal_folder(Path(save_directory))
 
     @classmethod
@@ -232,10 +236,21 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         """Load what `save_pretrained` wrote, or a model on the hub; ``options`` are those of diffusers.
 
         Raises:
-            UserError: a file of the folder is not as its manifest says.
+            UserError: a file of the folder is not as its manifest says, or its weights are not exactly the model's
+                and ``output_loading_info`` does not ask for the difference.
         """
         verify_if_sealed(Path(pretrained_model_name_or_path) / (options.get("subfolder") or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
+        if options.pop("output_loading_info", False):
+            return super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **options)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **options
+        )
+        if odd := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
+            raise UserError(
+                f"{pretrained_model_name_or_path}: {len(odd)} of its weights are missing or not of this model "
+                f"({odd[0]}, ...): it is damaged, or of another class."
+            )
+        return model
 
     def initialize_weights(self) -> None:
         """Initialise all weights: Xavier-uniform maps, zero biases, small normal modulation, zero output.
@@ -290,6 +305,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         for block in self.blocks:
             block.compile(**options)
 
+    @apply_lora_scale("attention_kwargs")  # type: ignore[untyped-decorator]
     def forward(
         self,
         hidden_states: Tensor,
@@ -301,6 +317,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         width: Tensor | None = None,
         drop_caption: Tensor | None = None,
         sharding: TokenSharding | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the target of the diffusion objective (such as the velocity) from noisy latents.
@@ -311,11 +328,12 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
                 conditioning frame).
             encoder_hidden_states: text states ``[B L E]``, L at most ``model_max_length``.
             encoder_attention_mask: true or 1 where there is a text token, ``[B L]``; None: everywhere.
-            fps: frames per second of the video, ``[B]``.
-            height: height of the video in pixels, ``[B]``.
-            width: width of the video in pixels, ``[B]``.
+            fps: frames per second of the video, ``[B]``, or ``[1]`` for all.
+            height: height of the video in pixels, likewise.
+            width: width of the video in pixels, likewise.
             drop_caption: true where the learned null caption replaces the text, ``[B]``; None: nowhere.
             sharding: which tokens each rank of a group has, from :meth:`token_sharding`; None: not sharded.
+            attention_kwargs: ``scale`` of all LoRAs.
             return_dict: if False, return a tuple of the sample.
 
         Returns:
@@ -430,6 +448,7 @@ def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
     return (weight[:, None] @ states)[:, 0] / weight.sum(1, keepdim=True).clamp(min=1)
 
 
+STDiT.save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
 # diffusers reads a model's settings from the signature of its __init__, which is made from the dataclass.
 STDiT.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]

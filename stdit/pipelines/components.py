@@ -1,99 +1,81 @@
-"""Read the components of a pipeline from their folders."""
+"""The components of a pipeline: what wraps those of diffusers and transformers, and what reads them."""
 
-from collections.abc import Callable, Collection
-from dataclasses import fields
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-from diffusers import SchedulerMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from stdit.checkpoint_files import read_json, verify_if_sealed
+from stdit.checkpoint_files import META, read_json, verify_if_sealed
 from stdit.codecs.base import VideoCodec
-from stdit.codecs.loading import check_complete, explain_load_errors, local_weights
+from stdit.codecs.config import CODECS
+from stdit.codecs.diffusers_vae import DiffusersCodec
 from stdit.codecs.text import TextEncoder
-from stdit.diffusion.config import FlowConfig
-from stdit.diffusion.scheduler import RectifiedFlow
+from stdit.codecs.transformers_text import TransformersTextEncoder
 from stdit.errors import UserError
-from stdit.models.stdit import STDiT
 
-SCHEDULER_CONFIG = "scheduler_config.json"
-_FLOW_SETTINGS = (*(f.name for f in fields(FlowConfig)), "import")
-_OLD_SETTINGS = (*_FLOW_SETTINGS, "latent_variance")
-"""What scheduler configs had when the objective was in them."""
+# diffusers loads components only from libraries that it knows.
+LOADABLE_CLASSES.setdefault(
+    "stdit",
+    {name: ["save_pretrained", "from_pretrained"] for name in ("ModelMixin", "SchedulerMixin")},
+)
+
+OWN_BASES: dict[str, type[VideoCodec] | type[TextEncoder]] = {"vae": VideoCodec, "text_encoder": TextEncoder}
+"""By component, the class whose ``from_pretrained`` reads any registered codec or text encoder."""
+FORMER_COMPONENT = "codec"
+"""A component that pipelines had before they had those of diffusers."""
 
 
-def read_components(folder: Path, given: Collection[str], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Load the components of a pipeline folder by name, but for those that are given.
+def wrap_vae(vae: Any, module: str | None = None) -> VideoCodec:
+    """Return the codec of a pipeline's ``vae``: that itself, or a wrapper of diffusers' VAE.
 
     Args:
-        dtype: of the transformer; None: fp32.
+        module: that registers the class, if a user added it.
 
     Raises:
-        UserError: if one is damaged, or its weights do not fit its config.
+        UserError: for a class that is neither.
     """
-    loaders: dict[str, Callable[[Path], Any]] = {
-        "transformer": partial(read_transformer, dtype=dtype),
-        "codec": VideoCodec.from_pretrained,
-        "text_encoder": TextEncoder.from_pretrained,
-        "scheduler": read_scheduler,
-    }
-    components = {}
-    for name, load in loaders.items():
-        if name not in given:
-            with explain_load_errors(f"the pipeline's {name}", local_weights(folder / name)):
-                components[name] = load(folder / name)
-    return components
+    if isinstance(vae, VideoCodec):
+        return vae
+    vae = getattr(vae, "_orig_mod", vae)  # compiled
+    CODECS.check(type(vae).__name__, [module] if module else [])
+    return DiffusersCodec(vae)
 
 
-def read_transformer(folder: Path, dtype: torch.dtype | None = None) -> STDiT:
-    """Load the STDiT of a folder. Raises UserError if it is damaged, or its weights do not fit its config."""
-    source = local_weights(folder)
-    with explain_load_errors("the transformer", source):
-        model, info = STDiT.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    check_complete("the transformer", source, [*info["missing_keys"], *info["unexpected_keys"]])
-    return model
+def wrap_text_encoder(text_encoder: Any, tokenizer: Any, settings: Mapping[str, Any]) -> TextEncoder:
+    """Return the text encoder of a pipeline: that itself, or a wrapper of a model and tokenizer of transformers.
 
+    Args:
+        settings: keyword arguments of `TransformersTextEncoder`.
 
-def read_scheduler(folder: Path) -> Any:
-    """Load the scheduler of a folder: ours, or one of diffusers. Raises UserError if there is no such class."""
-    settings = read_json(folder / SCHEDULER_CONFIG, "a scheduler")
-    if (name := settings.get("_class_name")) == RectifiedFlow.__name__:
-        own = {name: value for name, value in settings.items() if name not in _OLD_SETTINGS}
-        verify_if_sealed(folder)
-        return RectifiedFlow.from_config(own)
-    found = getattr(diffusers, str(name), None)
-    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+    Raises:
+        UserError: if there is no tokenizer, or the model does not fit the settings.
+    """
+    if isinstance(text_encoder, TextEncoder):
+        return text_encoder
+    if tokenizer is None:
         raise UserError(
-            f"{folder / SCHEDULER_CONFIG}: _class_name = {name!r}: diffusers has no such scheduler."
+            f"text_encoder is a {type(text_encoder).__name__}, but tokenizer is None: pass that too."
         )
-    scheduler: Any = found
-    return scheduler.from_pretrained(folder)
+    return TransformersTextEncoder("auto", tokenizer, text_encoder, **settings)
 
 
-def read_flow(folder: Path) -> dict[str, Any]:
-    """Return the objective that a pipeline folder of before diffusers' schedulers has in its scheduler's config."""
-    settings = read_json(folder / "scheduler" / SCHEDULER_CONFIG, "a scheduler")
-    return {name: settings[name] for name in _FLOW_SETTINGS if name in settings}
+def verify_pipeline(folder: Path, index: str) -> bool:
+    """Verify a pipeline's folder, but for components that verify themselves; return whether it has a manifest.
 
+    Args:
+        index: name of the file that makes it a pipeline.
 
-def pop_dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
-    """Remove ``torch_dtype`` and ``dtype``, two names of one argument, and return it; UserError if they differ."""
-    named = {name: kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs}
-    for name, value in named.items():
-        if not isinstance(value, torch.dtype | None):
-            raise UserError(
-                f"{name} = {value!r}: must be a torch.dtype, such as torch.bfloat16, for the transformer (codec "
-                "and text encoder keep the precision that they were saved with)."
-            )
-    distinct = {value for value in named.values() if value is not None}
-    if len(distinct) > 1:
+    Raises:
+        UserError: if it is damaged, no pipeline, or one that an earlier version wrote.
+    """
+    sealed = verify_if_sealed(
+        folder, lambda name: not (folder / name).parent.joinpath(META).is_file() or "/" not in name
+    )
+    if FORMER_COMPONENT in read_json(folder / index, "a pipeline"):
         raise UserError(
-            f"torch_dtype = {named['torch_dtype']}, dtype = {named['dtype']}: these are two names of one argument: "
-            "pass one of them."
+            f"pipeline {folder}: an earlier version of stdit exported it ({FORMER_COMPONENT}/ instead of vae/), and "
+            "this one cannot read it: give a checkpoint of its run (outputs/NAME/checkpoints/step-...) instead, and "
+            "save that pipeline."
         )
-    return next(iter(distinct), None)
+    return sealed

@@ -1,7 +1,7 @@
 """Settings of ``sample.py`` and of a pipeline call, and the rules that they follow. Imports no torch."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
@@ -161,6 +161,13 @@ def check_recorded(recorded: Any, where: str) -> None:
     if not isinstance(recorded, Mapping):
         raise UserError(f"{where}its settings of the pipeline are no JSON object: {recorded!r:.200}.")
     VideoSettings(**{name: recorded[name] for name in VIDEO_SETTINGS if name in recorded}).check(where)
+
+
+def check_keywords(function: Callable[..., Any], keywords: Iterable[str]) -> None:
+    """Raise TypeError for a keyword that is almost a setting of a pipeline."""
+    for name in keywords:
+        if name not in VIDEO_SETTINGS and (nearest := nearest_name(name, VIDEO_SETTINGS)):
+            raise TypeError(f"{function.__qualname__}() has no argument {name!r}: did you mean {nearest!r}?")
 
 
 def video_settings(function: Callable[..., Any], keywords: Mapping[str, Any]) -> VideoSettings:

@@ -78,20 +78,13 @@ def check_noise_levels(max_noise_level: Tensor, sigmas: Tensor, num_frames: int,
     return max_noise_level
 
 
-def guidance_scales(sigmas: Tensor, settings: dict[str, Any]) -> list[float]:
-    """Return the guidance scale of each step."""
-    scale, (low, high) = float(settings["guidance_scale"]), settings["guidance_interval"]
-    schedule = GUIDANCE_SCHEDULES[settings["guidance_schedule"]]
-    return [schedule(scale, sigma, step, (low, high)) for step, sigma in enumerate(sigmas[:-1].tolist())]
+def guidance_scale_of_step(scale: float, sigma: float, step: int, settings: dict[str, Any]) -> float:
+    """Return the guidance scale of a step at noise level ``sigma``, by the settings of a call."""
+    low, high = settings["guidance_interval"]
+    return GUIDANCE_SCHEDULES[settings["guidance_schedule"]](scale, sigma, step, (low, high))
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Draw the noise of one sample on its generator's device, independent of the batch and the model's device."""
     device = generator.device if generator is not None else torch.device("cpu")
     return torch.randn(shape, generator=generator, device=device).cpu()
-
-
-def onload(module: Any) -> None:
-    """Move an offloaded component to the device; the hook of `enable_model_cpu_offload` only sees `forward`."""
-    if hasattr(module, "_hf_hook"):
-        module._hf_hook.pre_forward(module)

@@ -101,6 +101,7 @@ def load_pipeline(
     Raises:
         UserError: as `find_checkpoint_source`; also if the weights do not fit the model's config.
     """
+    from stdit.codecs.loading import explain_load_errors, local_weights, quiet
     from stdit.pipelines.pipeline import STDiTPipeline
 
     source = (
@@ -110,17 +111,28 @@ def load_pipeline(
         weights = sorted((source.path / "transformer").glob("*.safetensors"))
         if not weights:
             raise UserError(f"pipeline {source.path}: transformer/ holds no .safetensors file.")
-        replaced = {} if text_states is None else {"text_encoder": _stored(text_states)}
-        return STDiTPipeline.from_pretrained(source.path, **replaced), _hash_of([*map(hash_file, weights)])
+        replaced = {} if text_states is None else {"text_encoder": None, "tokenizer": None}
+        with (
+            explain_load_errors("the pipeline", local_weights(source.path)),
+            quiet("diffusers"),
+            quiet("transformers"),
+        ):
+            pipe = STDiTPipeline.from_pretrained(source.path, **replaced)
+        if text_states is not None:
+            pipe.text_encoder = _stored(text_states)
+        return pipe, _hash_of([*map(hash_file, weights)])
     return _from_checkpoint(source, ema, text_states)
 
 
 def load_codec(source: CheckpointSource) -> Any:
     """Load the codec of a source alone."""
-    from stdit.codecs.base import VideoCodec
+    from stdit.codecs.loading import explain_load_errors, local_weights, quiet
+    from stdit.pipelines.pipeline import STDiTPipeline
 
     if source.is_pipeline:
-        return VideoCodec.from_pretrained(source.path / "codec")
+        others = dict.fromkeys(("transformer", "text_encoder", "tokenizer", "scheduler"))
+        with explain_load_errors("the pipeline", local_weights(source.path)), quiet("diffusers"):
+            return STDiTPipeline.from_pretrained(source.path, **others).codec
     return _load_codec(_run_of(source), read_meta(source.path))
 
 
@@ -194,8 +206,9 @@ def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | Non
     PREDICTIONS.check(flow.get("prediction", FlowConfig.prediction), config.get("imports") or ())
     pipe = STDiTPipeline(
         transformer=transformer,
-        codec=_load_codec(run, meta),
+        vae=_load_codec(run, meta),
         text_encoder=text_encoder,
+        tokenizer=None,
         scheduler=RectifiedFlow(),
         flow=flow,
         step=meta.get("step"),

@@ -3,24 +3,30 @@
 Letters: B prompts, C channels, T latent frames, H height, W width, L text tokens, E width of the text states.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from stdit.checkpoint_files import META, read_json, seal_folder, verify_if_sealed
+from stdit.checkpoint_files import META, read_json, seal_folder
 from stdit.codecs.base import VideoCodec
+from stdit.codecs.config import CODECS
+from stdit.codecs.loading import quiet
+from stdit.codecs.placement import onload
 from stdit.codecs.text import TextEncoder
-from stdit.diffusion.config import FlowConfig
+from stdit.diffusion.config import FlowConfig, flow_config, flow_settings
 from stdit.diffusion.flow import FlowObjective, per_frame
-from stdit.diffusion.guidance import rescale_guidance, sample_moments, standard_deviation
 from stdit.diffusion.scheduler import set_flow_timesteps
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
@@ -28,31 +34,31 @@ from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.sharding import TokenSharding
 from stdit.pipelines.bundled import bundled_folder
-from stdit.pipelines.components import pop_dtype, read_components, read_flow
+from stdit.pipelines.components import OWN_BASES, verify_pipeline, wrap_text_encoder, wrap_vae
 from stdit.pipelines.conditions import FrameCondition, load_frames
 from stdit.pipelines.config import (
     PIPELINE_DEFAULTS,
     VIDEO_SETTINGS,
     VideoSettings,
+    check_keywords,
     check_recorded,
     guides_refinement,
     list_settings,
     video_settings,
 )
+from stdit.pipelines.guided_model import GuidedModel
 from stdit.pipelines.images import Image
 from stdit.pipelines.inputs import (
     check_noise_levels,
     conditions_of_prompts,
     draw_noise,
     for_each_prompt,
-    guidance_scales,
-    onload,
+    guidance_scale_of_step,
 )
+from stdit.pipelines.text_rows import encode_texts, repeated, repeated_states, text_rows
 
 logger = logging.getLogger(__name__)
 
-_RECORDED = ("flow", "step", "trained_sizes", "lineage", "vocabulary")
-"""What a pipeline records beside its settings."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -66,81 +72,100 @@ class STDiTPipelineOutput(BaseOutput):
     [0, 1]; or latents ``[B C T H W]``."""
 
 
-@dataclass(frozen=True)
-class _ModelInputs:
-    """Inputs of the model and of guidance that are the same in all steps."""
+class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
+    """Generate videos from prompts, and from conditioning frames, with an STDiT.
 
-    arguments: dict[str, Tensor]
-    """Text states, mask, fps, height, width: rows of prompts; with guidance, rows of negative prompts follow."""
-    sharding: TokenSharding
-    guidance_scales: list[float]
-    """Per step."""
-    guidance_rescale: float
+    LoRAs are loaded and saved by diffusers' class for a pipeline with one transformer, whichever that is.
+    """
 
-
-class STDiTPipeline(DiffusionPipeline):
-    """Generate videos from prompts, and from conditioning frames, with an STDiT."""
-
-    model_cpu_offload_seq = "text_encoder->transformer->codec"
-    _callback_tensor_inputs = ["latents"]
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     transformer: STDiT
-    codec: VideoCodec
-    text_encoder: TextEncoder
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
     scheduler: SchedulerMixin
 
     @list_settings(PIPELINE_DEFAULTS)
     def __init__(
         self,
         transformer: STDiT,
-        codec: VideoCodec,
-        text_encoder: TextEncoder,
+        vae: ModelMixin,
+        text_encoder: Any,
+        tokenizer: Any,
         scheduler: SchedulerMixin,
         *,
         flow: FlowConfig | Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+        vae_import: str | None = None,
         step: int | None = None,
         trained_sizes: Sequence[dict[str, Any]] | None = None,
-        lineage: Sequence[dict[str, Any]] = (),
-        vocabulary: Sequence[str] | None = None,
+        lineage: Sequence[dict[str, Any]] | None = None,
+        vocabulary: str | None = None,
         **settings: Any,
     ) -> None:
-        """Assemble a pipeline.
+        """Assemble a pipeline. A component may be None as long as no call needs it.
 
         Args:
+            vae: a VAE of diffusers, or a codec of stdit.
+            text_encoder: an encoder of transformers, or a text encoder of stdit.
+            tokenizer: of the encoder of transformers; None for one of stdit.
             scheduler: `stdit.RectifiedFlow`, or another scheduler of diffusers that can do flow matching.
             flow: the objective of the training, which says what the model's output means; a mapping has the fields of
                 `FlowConfig`. None: the velocity.
+            text: how an encoder of transformers is used: ``max_length`` in tokens, the ``layers`` whose states are
+                concatenated, and ``clean_captions``, as in `stdit.codecs.TextEncoderConfig`.
+            vae_import: the module that registers the class of the VAE, for one that a user added.
             step: training step of the weights.
             trained_sizes: the sizes that the model was trained on, each with num_frames, height, width, fps and the
                 number of clips.
             lineage: changes of data and settings in their training, each with step, changes, and hashes of the
                 experiment before and after.
-            vocabulary: the words, in lower case, of the captions that the model was trained on.
+            vocabulary: the words, in lower case and with spaces between them, of the captions that the model was
+                trained on.
             settings: the fields of `VideoSettings`: defaults of a call, such as the size that the model was trained
                 on, and sampling settings that suit it.
 
         Raises:
             TypeError: for a setting that does not exist.
+            UserError: for a VAE of an unknown class, or a model that does not fit ``text``.
         """
         super().__init__()
+        if isinstance(vae, VideoCodec):
+            vae = vae.component()
+        if isinstance(text_encoder, TextEncoder):
+            text_encoder, tokenizer, used = text_encoder.components()
+            text = {**used, **(text or {})}
         self.register_modules(
-            transformer=transformer, codec=codec, text_encoder=text_encoder, scheduler=scheduler
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
         )
-        if not isinstance(flow, FlowConfig):
-            self.flow = FlowObjective.from_settings(flow or {}, codec.latent_variance)
-        else:
-            self.flow = FlowObjective(flow, codec.latent_variance)
+        self._flow_config = flow if isinstance(flow, FlowConfig) else flow_config(flow or {})
         own = video_settings(STDiTPipeline.__init__, settings)
-        sizes = None if trained_sizes is None else [dict(size) for size in trained_sizes]
         recorded = {
-            "flow": self.flow.settings(),
+            "flow": flow_settings(self._flow_config),
+            "text": dict(text or {}),
+            "vae_import": vae_import or CODECS.module(type(vae).__name__),
             "step": step,
-            "trained_sizes": sizes,
-            "lineage": [dict(change) for change in lineage],
-            "vocabulary": None if vocabulary is None else list(vocabulary),
+            "trained_sizes": [dict(size) for size in trained_sizes] if trained_sizes else None,
+            "lineage": [dict(change) for change in lineage] if lineage else None,
+            "vocabulary": vocabulary,
         }
-        self.register_to_config(**own.resolved(PIPELINE_DEFAULTS), **recorded)
-        self.mesh = Mesh()
+        defaults = own.resolved(PIPELINE_DEFAULTS)
+        VideoSettings(**defaults).check()
+        self.register_to_config(**defaults, **recorded)
+        self.mesh, self.video_processor = Mesh(), VideoProcessor()
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+        self._guidance_scale: float = self.config["guidance_scale"]
+        self._attention_kwargs: dict[str, Any] | None = None
+        self._interrupt, self._current_timestep, self._num_timesteps = False, None, 0
+        if vae is not None:
+            _ = self.flow  # raises if the objective needs what the codec does not know
 
     def share(self, mesh: Mesh) -> None:
         """Divide each call among the ranks of a mesh: frames among ``sp``, the two halves of guidance among ``cfg``.
@@ -150,80 +175,110 @@ class STDiTPipeline(DiffusionPipeline):
         """
         self.mesh = mesh
 
-    # ---- saving, loading, placing: the codec and the text encoder are not diffusers classes ----
+    @property
+    def codec(self) -> VideoCodec:
+        """The ``vae`` as a codec of videos. Raises UserError if there is none, or of an unknown class."""
+        if self.vae is None:
+            raise UserError("this pipeline has no vae, but latents need one: pass it to STDiTPipeline.")
+        codec: VideoCodec = self._wrap("codec", partial(wrap_vae, module=self.config["vae_import"]), self.vae)
+        return codec
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, safe_serialization: bool = True, **kwargs: Any
-    ) -> None:
-        """Write the components (safetensors and JSON only), ``model_index.json`` and, last, a manifest of all.
+    @property
+    def prompt_encoder(self) -> TextEncoder:
+        """The ``text_encoder`` with its ``tokenizer``. Raises UserError if there is none."""
+        if self.text_encoder is None:
+            raise UserError("this pipeline has no text_encoder: pass prompt_embeds instead of a prompt.")
+        wrap = partial(wrap_text_encoder, settings=self.config["text"])
+        encoder: TextEncoder = self._wrap("prompt_encoder", wrap, self.text_encoder, self.tokenizer)
+        return encoder
 
-        Raises:
-            UserError: for other arguments of diffusers (variant, max_shard_size, push_to_hub), which have no effect.
+    def _wrap(self, name: str, wrap: Callable[..., Any], *components: Any) -> Any:
+        """Return ``wrap(*components)``, made once for the same components."""
+        of, wrapped = self._wrapped.get(name, ((), None))
+        if len(of) != len(components) or any(
+            one is not other for one, other in zip(of, components, strict=True)
+        ):
+            wrapped = wrap(*components)
+            self._wrapped[name] = components, wrapped
+        return wrapped
+
+    @property
+    def flow(self) -> FlowObjective:
+        """The objective of the training, with the variance of this pipeline's latents."""
+        return FlowObjective(self._flow_config, self.codec.latent_variance)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call in progress, or of the last one; a callback may change ``_guidance_scale``."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the guidance scale is other than 1."""
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the call in progress, or of the last one."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Any:
+        """The timestep of the step in progress; None between calls."""
+        return self._current_timestep
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """What the call in progress, or the last one, passes to the model's attention."""
+        return self._attention_kwargs
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call in progress ends after this step; a callback sets ``_interrupt``."""
+        return self._interrupt
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        """Write the components, ``model_index.json`` and, last, a manifest of all; ``options`` are diffusers'.
+
+        Codecs and text encoders of stdit are written by themselves; weights that a package ships are only named.
         """
-        others = {name: value for name, value in kwargs.items() if value not in (None, False)}
-        others |= {} if safe_serialization else {"safe_serialization": False}
-        if others:
-            raise UserError(
-                f"save_pretrained: {', '.join(f'{name} = {value!r}' for name, value in others.items())}: not "
-                "possible: a pipeline is saved to a folder, one safetensors file per component: leave it out."
-            )
+        for name, base in OWN_BASES.items():
+            if isinstance(getattr(self, name), base):
+                self.register_to_config(**{name: ("stdit", base.__name__)})
+        with quiet("transformers"):  # progress bars of files
+            super().save_pretrained(str(save_directory), *args, **options)
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, component in self.components.items():
-            component.save_pretrained(folder / name)
-        self.save_config(folder)
-        seal_folder(folder, self.components)
+        seal_folder(folder, [name for name in self.components if (folder / name).is_dir()])
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None = None, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any) -> Self:
         """Load what `save_pretrained` wrote; a folder without a manifest, as diffusers writes it, with a warning.
 
         Args:
-            pretrained_model_name_or_path: the folder of a pipeline; None: the small model that comes with stdit.
-            kwargs: components and settings to use instead of the saved ones; ``torch_dtype`` or ``dtype`` is that of
-                the transformer.
+            pretrained_model_name_or_path: the folder of a pipeline, or an id on the hub; None: the small model that
+                comes with stdit.
+            options: those of diffusers; also components and settings to use instead of the saved ones. A dtype is
+                that of all components, but codecs of stdit compute in fp32.
 
         Raises:
-            UserError: if the folder holds no pipeline or a damaged one, or torch_dtype and dtype differ.
-            TypeError: for an unknown keyword.
+            UserError: if the folder holds no pipeline, or a damaged one.
+            TypeError: for a keyword that is almost a setting.
         """
         given = pretrained_model_name_or_path
-        folder = bundled_folder() if given is None else Path(given)
-        # Each component checks its own folder, but for schedulers of diffusers: here the other files, once.
-        if (
-            not verify_if_sealed(folder, lambda name: "/" not in name or name.startswith("scheduler/"))
-            and (folder / cls.config_name).is_file()
-        ):
-            logger.warning("pipeline %s has no %s: a damaged file would not be noticed", folder, META)
-        recorded = read_json(folder / cls.config_name, "a pipeline")
-        check_recorded(recorded, f"{folder / cls.config_name}: ")
-        dtype = pop_dtype(kwargs)
-        components = read_components(folder, kwargs, dtype)
-        recorded = {"flow": read_flow(folder), **recorded}
-        settings = {name: recorded[name] for name in (*VIDEO_SETTINGS, *_RECORDED) if name in recorded}
-        return cls(**{**settings, **components, **kwargs})
+        source = bundled_folder() if given is None else given
+        check_keywords(cls.from_pretrained, options.keys() - inspect.signature(cls).parameters.keys())
+        if given is None or Path(given).is_dir():
+            folder = Path(source)
+            if not verify_pipeline(folder, cls.config_name):
+                logger.warning("pipeline %s has no %s: a damaged file would not be noticed", folder, META)
+            check_recorded(read_json(folder / cls.config_name, "a pipeline"), f"{folder / cls.config_name}: ")
+        pipe: Self = super().from_pretrained(str(source), **options)
+        return pipe
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move everything to a device; a dtype is the transformer's alone (the codec has its own)."""
-        if unknown := kwargs.keys() - {"device", "dtype", "silence_dtype_warnings"}:
-            raise TypeError(
-                f"STDiTPipeline.to() has no argument {sorted(unknown)[0]!r}: use device or dtype."
-            )
-        for value in (*args, kwargs.get("device"), kwargs.get("dtype")):
-            if isinstance(value, torch.dtype):
-                torch.nn.Module.to(self.transformer, value)  # diffusers' own warns needlessly
-            elif value is not None and not isinstance(value, bool):
-                for component in (self.transformer, self.codec, self.text_encoder):
-                    component.to(value)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.transformer.dtype
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
+        """Leave the types of arguments to `VideoSettings`: diffusers knows no Literal, and JSON no tuple."""
+        return {name: (inspect.Signature.empty,) for name in inspect.signature(cls.__init__).parameters}
 
     # ---- the call ----
 
@@ -231,34 +286,51 @@ class STDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
         *,
+        num_videos_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         image: Image | Sequence[Image | None] | None = None,
         conditions: Sequence[FrameCondition] | Sequence[Sequence[FrameCondition]] = (),
         output_type: str = "pil",
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
         **settings: Any,
     ) -> Any:
-        """Generate one video per prompt.
+        """Generate one video per prompt, or several.
 
         Args:
             prompt: one caption, or B of them.
             negative_prompt: what guidance moves away from, one for all prompts or one per prompt; None: the learned
                 null caption.
-            generator: one for all prompts (drawn from in turn), or one per prompt, so that a video does not depend
+            num_videos_per_prompt: V videos of each prompt, beside each other in the result, which has B V.
+            generator: one for all videos (drawn from in turn), or one per video, so that a video does not depend
                 on the rest of its batch.
+            latents: the noise to begin with, ``[B V, C, T', H', W']``, instead of noise from the generators.
+            prompt_embeds: text states ``[B L E]`` instead of prompts, as `encode_prompt` returns them.
+            prompt_attention_mask: their mask ``[B L]``; None: all are tokens.
+            negative_prompt_embeds, negative_prompt_attention_mask: likewise, instead of negative prompts.
             image: the first frame, for all prompts or one per prompt: a PIL image; an array ``[H W 3]``, uint8 or in
                 [0, 1]; or a tensor ``[3 H W]`` in [-1, 1]. Resized and cropped to the video's size.
             conditions: conditioning frames, for all prompts or a list per prompt; later ones overwrite earlier ones.
             output_type: pil, np, pt or latent: see `STDiTPipelineOutput`.
             return_dict: if False, return ``(frames,)``.
+            attention_kwargs: for the model; its ``scale`` is that of all LoRAs.
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": ...})`` after each step;
-                latents in the dictionary that it returns replace those of the pipeline, but for conditioning frames.
-            callback_on_step_end_tensor_inputs: names of the tensors passed to the callback.
+                tensors in the dictionary that it returns replace those of the pipeline, but for conditioning frames.
+                To end the call with the latents of this step, it sets ``pipe._interrupt = True``.
+            callback_on_step_end_tensor_inputs: names of the tensors passed to the callback: latents, prompt_embeds,
+                negative_prompt_embeds.
+            max_sequence_length: largest number of tokens of a prompt; None: that of the text encoder.
             settings: ``num_frames``, ``height``, ``width``, ``fps``, ``num_inference_steps``, ``guidance_scale`` and
                 the other fields of `VideoSettings`; one that is missing or None is the pipeline's (``pipe.config``).
 
@@ -271,62 +343,121 @@ class STDiTPipeline(DiffusionPipeline):
         """
         own = video_settings(STDiTPipeline.__call__, settings)
         video = own.resolved(self.config)
-        self.check_inputs(prompt, video, output_type, callback_on_step_end_tensor_inputs)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = for_each_prompt(negative_prompt, len(prompts), "negative_prompt")
-        own.check_used(video, next((text for text in negatives if text is not None), None))
-        frame_conditions = conditions_of_prompts(image, conditions, len(prompts))
-        generators = for_each_prompt(generator, len(prompts), "generator")
+        self.check_inputs(
+            prompt,
+            video,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            prompt_embeds,
+            num_videos_per_prompt,
+        )
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        count = len(prompt_embeds if prompts is None else prompts)  # type: ignore[arg-type]
+        negatives = for_each_prompt(negative_prompt, count, "negative_prompt")
+        own.check_used(video, None)
+        frame_conditions = repeated(conditions_of_prompts(image, conditions, count), num_videos_per_prompt)
+        generators = for_each_prompt(generator, count * num_videos_per_prompt, "generator")
         num_frames, height, width = (int(video[name]) for name in ("num_frames", "height", "width"))
 
         device = self._execution_device
         shape = (self.codec.channels, *self.codec.latent_shape(num_frames, height, width))  # [C T H W]
+        if latents is not None and latents.shape != (len(generators), *shape):
+            raise UserError(
+                f"latents {list(latents.shape)}: must be {[len(generators), *shape]} (videos, channels, latent "
+                "frames, rows, columns)."
+            )
         shift = self.flow.size_shift(shape[1], height, width) if video["shift"] is None else video["shift"]
         set_flow_timesteps(self.scheduler, int(video["num_inference_steps"]), shift, device)
         sigmas = self.scheduler.sigmas.to(device)
-        scales = guidance_scales(sigmas, video)
+        self._guidance_scale, self._attention_kwargs = float(video["guidance_scale"]), attention_kwargs
+        self._interrupt, self._num_timesteps = False, len(self.scheduler.timesteps)
+        scale_of_step = partial(guidance_scale_of_step, settings=video)
+        scales = [
+            scale_of_step(self._guidance_scale, sigma, step)
+            for step, sigma in enumerate(sigmas[:-1].tolist())
+        ]
         guided = any(scale != 1 for scale in scales) or guides_refinement(video)
-        arguments = self.encode_prompt(prompts, negatives, guided, device)
-        for name in ("fps", "height", "width"):
-            rows = len(arguments["encoder_hidden_states"])
-            arguments[name] = torch.full((rows,), float(video[name]), device=device)
-        sharding = self.transformer.token_sharding(self.mesh.sp, *shape[1:])
-        inputs = _ModelInputs(arguments, sharding, scales, float(video["guidance_rescale"]))
-
-        latents, noise, max_noise_level = self.prepare_latents(
-            shape, generators, frame_conditions, video, sigmas
+        embeds = self.encode_prompt(
+            prompts,
+            negatives,
+            guided,
+            num_videos_per_prompt,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            max_sequence_length,
+            device,
         )
+        dropped = [negative_prompt_embeds is None and text is None for text in negatives]
+        shared: dict[str, Any] = {
+            name: torch.full((1,), float(video[name]), device=device) for name in ("fps", "height", "width")
+        }
+        if attention_kwargs is not None:
+            shared["attention_kwargs"] = attention_kwargs
+        sharding = self.transformer.token_sharding(self.mesh.sp, *shape[1:])
+        model = GuidedModel(
+            self.transformer,
+            self.flow,
+            sharding,
+            self.mesh.cfg,
+            text=text_rows(*embeds, repeated(dropped, num_videos_per_prompt) if guided else None),
+            shared=shared,
+            guided=guided,
+            guidance_rescale=float(video["guidance_rescale"]),
+        )
+        if latents is None:
+            latents = torch.stack([draw_noise(shape, one) for one in generators])
+        noise = latents.to(device, torch.float32)
+        conditioned, max_noise_level = self.prepare_conditions(noise, frame_conditions, video, sigmas)
         latents = self.denoise(
-            sharding.split(latents, dim=2),
+            sharding.split(conditioned, dim=2),
             sharding.split(noise, dim=2),
             max_noise_level,
-            inputs,
+            model,
+            scale_of_step,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        if pairs := int(video["refine_pairs"]):
+        if (pairs := int(video["refine_pairs"])) and not self._interrupt:
             level = max_noise_level.clamp(max=float(video["refine_level"]))
             noises = (
                 sharding.split(torch.stack([draw_noise(shape, one) for one in generators]).to(device), dim=2)
                 for _ in self.progress_bar(range(pairs))
             )
-            latents = self.refine(latents, noises, level, inputs, float(video["refine_guidance_scale"]))
+            latents = self.refine(latents, noises, level, model, float(video["refine_guidance_scale"]))
         if output_type == "latent":
             frames = sharding.gather(latents, 2, shape[1])
         else:
             pixels = self.decode_latents(latents, sharding, shape[1], num_frames, height, width)
-            frames = VideoProcessor().postprocess_video(pixels, output_type=output_type)
+            frames = self.video_processor.postprocess_video(pixels, output_type=output_type)
+        self._current_timestep = None
         self.maybe_free_model_hooks()
         return STDiTPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def check_inputs(
-        self, prompt: Any, settings: dict[str, Any], output_type: str, callback_inputs: Sequence[str]
+        self,
+        prompt: Any,
+        settings: dict[str, Any],
+        output_type: str,
+        callback_inputs: Sequence[str],
+        prompt_embeds: Tensor | None = None,
+        num_videos_per_prompt: int = 1,
     ) -> None:
         """Raise UserError if an argument of a call breaks its rule."""
         VideoSettings(**settings).check()
+        if (prompt is None) == (prompt_embeds is None):
+            raise UserError(
+                f"prompt = {prompt!r:.80}, prompt_embeds = {'None' if prompt_embeds is None else 'a tensor'}: pass "
+                "one of them."
+            )
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not (isinstance(prompts, Sequence) and prompts and all(isinstance(text, str) for text in prompts)):
+        if prompt is not None and not (
+            isinstance(prompts, Sequence) and prompts and all(isinstance(text, str) for text in prompts)
+        ):
             raise UserError(f"prompt = {prompt!r}: must be a caption or a list of at least one.")
+        if num_videos_per_prompt < 1:
+            raise UserError(f"num_videos_per_prompt = {num_videos_per_prompt}: must be at least 1.")
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type = {output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}.")
         if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
@@ -336,76 +467,116 @@ class STDiTPipeline(DiffusionPipeline):
             )
 
     def encode_prompt(
-        self, prompts: list[str], negatives: list[str | None], guided: bool, device: torch.device
-    ) -> dict[str, Tensor]:
-        """Encode the prompts, then, if guided, what guidance moves away from: the text arguments of the model.
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        device: torch.device | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Encode what of prompts and negative prompts is not given as states.
+
+        Args:
+            do_classifier_free_guidance: whether negative prompts are used.
 
         Returns:
-            states ``[B L E]`` and mask ``[B L]``; with guidance ``[2B L E]``, ``[2B L]`` and ``drop_caption [2B]``,
-            which is true where the negative prompt is None: the model replaces those states by the null caption.
-        """
-        texts = list(prompts)
-        if guided:
-            texts += [p if n is None else n for p, n in zip(prompts, negatives, strict=True)]
-        distinct = list(dict.fromkeys(texts))
-        onload(self.text_encoder)
-        states, mask = self.text_encoder.encode(distinct)
-        row = [distinct.index(text) for text in texts]
-        encoded = {
-            "encoder_hidden_states": states[row].to(device, self.transformer.dtype),
-            "encoder_attention_mask": mask[row].to(device),
-        }
-        if guided:
-            drop = [False] * len(prompts) + [negative is None for negative in negatives]
-            encoded["drop_caption"] = torch.tensor(drop, device=device)
-        return encoded
+            text states ``[B V, L, E]`` and mask ``[B V, L]`` of the prompts, and those of the negative prompts: None
+            without guidance, or if all of them are the learned null caption. Where some are, the row has the states
+            of the prompt.
 
-    def prepare_latents(
+        Raises:
+            UserError: if prompts are given and there is no text encoder, or max_sequence_length is too large.
+        """
+        device = device or self._execution_device
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        count = len(prompts if prompt_embeds is None else prompt_embeds)
+        given = for_each_prompt(negative_prompt, count, "negative_prompt")
+        needed = do_classifier_free_guidance and negative_prompt_embeds is None
+        negatives = (
+            [text or "" for text in given] if needed and any(text is not None for text in given) else []
+        )
+        if texts := [*prompts, *negatives]:
+            encoder = self._prompt_encoder_for(max_sequence_length)
+            onload(self.text_encoder)
+            states, mask = (tensor.to(device) for tensor in encode_texts(encoder, texts))
+            if prompts:
+                prompt_embeds, prompt_attention_mask = states[:count], mask[:count]
+            if negatives:
+                negative_prompt_embeds, negative_prompt_attention_mask = states[-count:], mask[-count:]
+        assert prompt_embeds is not None
+        dtype = prompt_embeds.dtype if self.transformer is None else self.transformer.dtype
+        prompt_embeds, prompt_attention_mask = repeated_states(
+            prompt_embeds.to(device, dtype), prompt_attention_mask, num_videos_per_prompt
+        )
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds, negative_prompt_attention_mask = repeated_states(
+                negative_prompt_embeds.to(device, dtype),
+                negative_prompt_attention_mask,
+                num_videos_per_prompt,
+            )
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def _prompt_encoder_for(self, max_sequence_length: int | None) -> TextEncoder:
+        """Return the text encoder with this largest number of tokens. Raises UserError if the model reads fewer."""
+        if max_sequence_length is None:
+            return self.prompt_encoder
+        most = None if self.transformer is None else self.transformer.config.model_max_length
+        if most is not None and not 2 <= max_sequence_length <= most:
+            raise UserError(
+                f"max_sequence_length = {max_sequence_length}: must be 2 to {most}, which the model reads."
+            )
+        return self.prompt_encoder.with_max_length(max_sequence_length)
+
+    def prepare_conditions(
         self,
-        shape: tuple[int, ...],
-        generators: Sequence[torch.Generator | None],
+        noise: Tensor,
         conditions: Sequence[Sequence[FrameCondition]],
         settings: dict[str, Any],
         sigmas: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw the noise, and encode the conditioning frames.
+    ) -> tuple[Tensor, Tensor]:
+        """Encode the conditioning frames.
 
         Args:
-            shape: of the latents of a video, C T H W.
+            noise: of all videos, ``[B C T H W]``.
             conditions: of each video.
             settings: complete settings of the call.
 
         Returns:
-            latents ``[B C T H W]``, zero outside the conditioning frames; noise ``[B C T H W]``; and the noise level
-            ``[B T]`` from which each latent frame is generated: 1 for a generated frame, 0 for one that is kept.
+            latents ``[B C T H W]``, zero outside the conditioning frames; and the noise level ``[B T]`` from which
+            each latent frame is generated: 1 for a generated frame, 0 for one that is kept.
 
         Raises:
             UserError: if a condition lies outside the video or cannot be read, or no frame is left to generate.
         """
-        noise = torch.stack([draw_noise(shape, one) for one in generators]).to(sigmas.device)
         latents = torch.zeros_like(noise)
-        max_noise_level = torch.ones(len(noise), shape[1], device=sigmas.device)
+        max_noise_level = torch.ones(len(noise), noise.shape[2], device=noise.device)
         num_frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
         fps = float(settings["fps"])
         for index, of_video in enumerate(conditions):
             for condition in of_video:
                 condition = condition.resolved(num_frames, fps)
                 video = load_frames(condition, fps, height, width)[None]  # [1 3 T H W]
-                onload(self.codec)
+                onload(self.vae)
                 start, _ = condition.span(num_frames)
                 first, encoded = self.codec.encode_span(video.to(latents.device), start, num_frames)
                 place = slice(first, first + encoded.shape[2])
                 latents[index, :, place], max_noise_level[index, place] = encoded[0], 1 - condition.strength
         patch_frames = self.transformer.config.patch_size[0]
-        return latents, noise, check_noise_levels(max_noise_level, sigmas, num_frames, patch_frames)
+        return latents, check_noise_levels(max_noise_level, sigmas, num_frames, patch_frames)
 
     def denoise(
         self,
         latents: Tensor,
         noise: Tensor,
         max_noise_level: Tensor,
-        inputs: "_ModelInputs",
-        callback: "StepCallback | None",
+        model: GuidedModel,
+        scale_of_step: Callable[[float, float, int], float],
+        callback: StepCallback | None,
         callback_inputs: Sequence[str],
     ) -> Tensor:
         """Carry noise (sigma 1) to data (sigma 0) by the scheduler's steps.
@@ -418,9 +589,10 @@ class STDiTPipeline(DiffusionPipeline):
             latents: of the conditioning frames, zero elsewhere: this rank's frames ``[B C T_n H W]``.
             noise: of the same shape.
         """
-        split = inputs.sharding.split
+        split = model.sharding.split
         max_noise_level = _per_sample(max_noise_level)
         sigmas = self.scheduler.sigmas.to(latents.device)
+        levels = sigmas.tolist()
         sample, shown = noise, latents
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             sigma = sigmas[index]
@@ -428,14 +600,21 @@ class STDiTPipeline(DiffusionPipeline):
             free = per_frame(split(generated, dim=1))
             sample = torch.where(free, sample, torch.lerp(latents, noise, sigma))
             shown = torch.where(free, sample, latents)
-            velocity = self.guided_velocity(shown, sigma * generated, inputs, inputs.guidance_scales[index])
+            self._current_timestep = timestep
+            scale = scale_of_step(self._guidance_scale, levels[index], index)
+            velocity = model.velocity(shown, sigma * generated, scale)
             away = torch.where(free, -velocity, noise - latents)  # from data to noise
             sample = self.scheduler.step(away, timestep, sample, return_dict=False)[0]
             shown = torch.where(free, sample, latents)
             if callback is not None:
-                tensors = {name: {"latents": shown}[name] for name in callback_inputs}
-                changed = (callback(self, index, timestep, tensors) or {}).get("latents", shown)
-                sample, shown = torch.where(free, changed, sample), torch.where(free, changed, latents)
+                tensors: dict[str, Any] = {"latents": shown, **model.embeds()}
+                asked: dict[str, Any] = {name: tensors.get(name) for name in callback_inputs}
+                tensors |= callback(self, index, timestep, asked) or {}
+                model.set_embeds(tensors)
+                sample = torch.where(free, tensors["latents"], sample)
+                shown = torch.where(free, sample, latents)
+            if self._interrupt:
+                break
         return shown
 
     def refine(
@@ -443,7 +622,7 @@ class STDiTPipeline(DiffusionPipeline):
         latents: Tensor,
         noises: Iterable[Tensor],
         level: Tensor,
-        inputs: "_ModelInputs",
+        model: GuidedModel,
         guidance_scale: float,
     ) -> Tensor:
         """Return the finished video x with the grain and the ragged outlines taken off that the steps left.
@@ -460,49 +639,14 @@ class STDiTPipeline(DiffusionPipeline):
             level: the noise level t of each frame, ``[B T]``; one of 0 stays as it is.
         """
         level = _per_sample(level)
-        t = per_frame(inputs.sharding.split(level, dim=1))
+        t = per_frame(model.sharding.split(level, dim=1))
         for noise in noises:
             estimates = []
             for signed in (noise, -noise):
                 noisy = torch.lerp(latents, signed, t)
-                estimates.append(noisy + t * self.guided_velocity(noisy, level, inputs, guidance_scale))
+                estimates.append(noisy + t * model.velocity(noisy, level, guidance_scale))
             latents = torch.where(t > 0, (estimates[0] + estimates[1]) / 2, latents)
         return latents
-
-    def guided_velocity(self, x_t: Tensor, t: Tensor, inputs: "_ModelInputs", scale: float) -> Tensor:
-        """Return ``v_uncond + g (v_cond - v_uncond)`` (Ho & Salimans 2022, arXiv:2207.12598, equation 6).
-
-        Both are computed in one batch, or on two ranks; at g = 1 only the conditional one. ``x_t`` is this rank's
-        frames, ``t [B T]`` (or ``[B 1]``) the noise levels of all frames.
-        """
-        arguments, sharding, group = inputs.arguments, inputs.sharding, self.mesh.cfg
-        if scale == 1:
-            own = {name: value[: len(x_t)] for name, value in arguments.items()}
-            return self.predict_velocity(x_t, t, own, sharding)
-        if group.size == 1:
-            both = self.predict_velocity(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), arguments, sharding)
-        else:
-            own = {name: value.chunk(2)[group.rank] for name, value in arguments.items()}
-            both = all_gather(self.predict_velocity(x_t, t, own, sharding), group, 0, [len(x_t)] * 2)
-        conditional, unconditional = both.chunk(2)
-        velocity = unconditional + scale * (conditional - unconditional)
-        if not inputs.guidance_rescale:
-            return velocity
-        of_rank = torch.stack([sample_moments(conditional), sample_moments(velocity)])[None]
-        sums = all_gather(of_rank, sharding.group, 0, [1] * sharding.group.size).sum(0)  # over all frames
-        before, after = (standard_deviation(one) for one in sums)
-        return rescale_guidance(velocity, before, after, inputs.guidance_rescale)
-
-    def predict_velocity(
-        self, x_t: Tensor, t: Tensor, arguments: dict[str, Tensor], sharding: TokenSharding
-    ) -> Tensor:
-        """Call the model: the velocity of this rank's frames ``x_t`` at the noise levels ``t`` of all frames."""
-        level = sharding.split(t, dim=1)
-        model_input = self.flow.scale_model_input(x_t, level).to(self.transformer.dtype)
-        output = self.transformer(
-            hidden_states=model_input, timestep=1000 * t, **arguments, sharding=sharding
-        ).sample
-        return self.flow.velocity(output.float(), x_t, level)
 
     def decode_latents(
         self,
@@ -517,7 +661,7 @@ class STDiTPipeline(DiffusionPipeline):
 
         Each rank decodes its own frames if the codec can decode them alone, else all of them.
         """
-        onload(self.codec)
+        onload(self.vae)
         alone = self.codec.independent_frames
         if not alone:
             latents = sharding.gather(latents, 2, latent_frames)
@@ -534,3 +678,6 @@ class STDiTPipeline(DiffusionPipeline):
 def _per_sample(levels: Tensor) -> Tensor:
     """Return noise levels ``[B T]`` as ``[B 1]`` where all frames share one, which is cheaper for the model."""
     return levels[:, :1] if (levels == levels[:, :1]).all() else levels
+
+
+diffusers.pipelines.STDiTPipeline = STDiTPipeline  # where diffusers looks for the source of a pipeline

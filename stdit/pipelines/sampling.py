@@ -64,9 +64,9 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh.on_main(lambda: check_writable(folder))
 
     pipe, weights = mesh.on_all_ranks(lambda: load_pipeline(source, config.ema, config.text_states))
-    mesh.on_all_ranks(lambda: pipe.text_encoder.check(texts))
+    mesh.on_all_ranks(lambda: pipe.prompt_encoder.check(texts))
     mesh.check_same("the model", weights)
-    pipe.to(device, _dtype(config.dtype))
+    pipe.to(device).transformer.to(_dtype(config.dtype))
     if config.resolution is not None:  # named sizes depend on the codec and the patch size
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     mesh = _share(pipe, requests, config, mesh)
@@ -83,7 +83,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         "checkpoint": str(source.path),
         "checkpoint_hash": weights,
         "checkpoint_step": pipe.config["step"],
-        "lineage": pipe.config["lineage"],
+        "lineage": pipe.config["lineage"] or [],
         "stdit": stdit.__version__,
     }
     writer = VideoWriter(folder, config.formats(), pipe.config, provenance)

@@ -30,7 +30,7 @@ def warn_of_untrained(
         conditioning: the mask strategies of its training, ``flow.conditioning``.
     """
     if recorded.get("vocabulary"):
-        _warn_of_words(requests, frozenset(recorded["vocabulary"]))
+        _warn_of_words(requests, frozenset(recorded["vocabulary"].split()))
     warn_of_sizes(requests, recorded)
     conditioned = any(
         r.image is not None or r.conditions or r.mask_entries or r.segments.count > 1 for r in requests

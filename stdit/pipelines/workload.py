@@ -55,7 +55,7 @@ class SamplingWorkload:
         pipe = self.pipe
         batch_size = min(self.config.batch_size, ceil(len(self.settings) / split.dp))
         pixels = max(one["num_frames"] * one["height"] * one["width"] for one in self.settings)
-        weights = tensor_bytes(pipe.transformer, pipe.codec, pipe.text_encoder)
+        weights = tensor_bytes(pipe.transformer, pipe.codec, pipe.prompt_encoder)
         activations = max(
             activation_bytes(load, ParallelDims(split.sp, split.sp)) for load in self._loads(batch_size)
         )

@@ -214,14 +214,15 @@ def build_model(config: TrainConfig) -> STDiT:
 
 def _load_initial_weights(model: STDiT, source: str) -> None:
     """Copy weights from a run, checkpoint, pipeline or model folder. Raises UserError if they do not match."""
-    from stdit.pipelines.components import read_transformer
+    from stdit.codecs.loading import explain_load_errors, local_weights
     from stdit.pipelines.loading import is_checkpoint, load_transformer
 
     folder = find_initial_weights(source)
     if is_checkpoint(folder):
         other, _ = load_transformer(folder, read_meta(folder), ema=True)
     else:
-        other = read_transformer(folder)
+        with explain_load_errors("init_from", local_weights(folder)):
+            other = STDiT.from_pretrained(folder, use_safetensors=True)
     _copy_weights(model, other, source)
 
 

@@ -30,7 +30,7 @@ MAX_BYTES = 12 * 10**6
 """Of a bundled pipeline, since everyone who installs stdit gets it."""
 LOSS_STEPS = 100
 """The recorded loss is the mean of the losses of this many last steps."""
-CODEC_WEIGHTS = "codec/diffusion_pytorch_model.safetensors"
+CODEC_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 
 
 def write_bundle(checkpoint: Path, folder: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def write_bundle(checkpoint: Path, folder: Path) -> dict[str, Any]:
     pipe, _ = load_pipeline(source)
     texts = ClipList.read(source.path / CLIP_LIST).clips.texts
     vocabulary = sorted({word for index in range(len(texts)) for word in words_of(texts[index])})
-    pipe.register_to_config(vocabulary=vocabulary)
+    pipe.register_to_config(vocabulary=" ".join(vocabulary))
     origin = {
         "parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters()),
         "step": meta["step"],
@@ -69,7 +69,7 @@ def write_bundle(checkpoint: Path, folder: Path) -> dict[str, Any]:
     }
     with replace_folder(f"bundle {folder}", folder, parents=True) as aside:
         pipe.save_pretrained(aside)
-        for part in ("transformer", "codec"):
+        for part in ("transformer", "vae"):
             compact_folder(aside / part)
         seal_folder(aside, pipe.components)
         reloaded, origin["weights"] = load_pipeline(aside)
@@ -261,7 +261,7 @@ def _commit() -> str | None:
 
 def _check_fp32(pipe: STDiTPipeline) -> None:
     """Raise UserError unless a loaded pipeline computes in fp32."""
-    for name, part in (("transformer", pipe.transformer), ("codec", pipe.codec)):
+    for name, part in (("transformer", pipe.transformer), ("vae", pipe.vae)):
         other = [
             t.dtype for t in part.state_dict().values() if t.is_floating_point() and t.dtype != torch.float32
         ]
@@ -282,7 +282,7 @@ def _check_packaged_codec(new: Path, folder: Path) -> None:
     packaged = read_meta(folder, "the model that comes with stdit,")["files"].get(CODEC_WEIGHTS)
     if packaged is not None and packaged["hash"] != hash_file(new / CODEC_WEIGHTS):
         raise UserError(
-            f"the run's codec is not the one in {folder / 'codec'}, which codec.name = tiny stands for: choose "
+            f"the run's codec is not the one in {folder / 'vae'}, which codec.name = tiny stands for: choose "
             "another --output, or train with that codec."
         )
 

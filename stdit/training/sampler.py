@@ -75,11 +75,12 @@ class Sampler:
         """
         if self.mesh.on_main(self._exported_step) != step:
             average = gather_full_tensors(self.ema.state_dict(), self.mesh)
-            self.mesh.on_main(lambda: self._write_pipeline(self._pipeline(step, average)))
+            self.mesh.on_main(lambda: self._write_pipeline(step, average))
         return self.folder / "pipeline"
 
-    def _write_pipeline(self, pipe: Any) -> None:
-        target = self.folder / "pipeline"
+    def _write_pipeline(self, step: int, weights: dict[str, Tensor]) -> None:
+        target, parts = self.folder / "pipeline", self.components
+        pipe = self._pipeline(step, weights, parts.codec.whole(), parts.text_encoder.whole())
         with replace_folder(f"pipeline {target}", target) as aside:
             pipe.save_pretrained(aside)
 
@@ -95,15 +96,19 @@ class Sampler:
             print(f"{error} It is exported again.")
             return None
 
-    def _pipeline(self, step: int, weights: dict[str, Tensor]) -> Any:
+    def _pipeline(
+        self, step: int, weights: dict[str, Tensor], codec: Any = None, text_encoder: Any = None
+    ) -> Any:
+        """Return a pipeline; with these parts instead of those that training uses, which may not be whole."""
         from stdit.diffusion.scheduler import RectifiedFlow
         from stdit.pipelines.pipeline import STDiTPipeline
 
         parts, model = self.components, self.components.model.with_weights(weights).to(self.mesh.device)
         return STDiTPipeline(
             model,
-            parts.codec,
-            parts.text_encoder,
+            codec or parts.codec,
+            text_encoder or parts.text_encoder,
+            None,
             RectifiedFlow(),
             flow=parts.flow.config,
             **self.pipeline_settings,

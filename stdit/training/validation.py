@@ -62,7 +62,7 @@ def write_samples(
     names = []
     for index, (frames, prompt) in enumerate(zip(videos, prompts, strict=True)):
         settings = {name: config[name] for name in VIDEO_SETTINGS}
-        origin = {"checkpoint_step": config["step"], "lineage": config["lineage"]}
+        origin = {"checkpoint_step": config["step"], "lineage": config["lineage"] or []}
         metadata = {"prompt": prompt, "seed": seed, **settings, **origin}
         names.append(f"{index:02d}-{slug(prompt)}.mp4")
         write_mp4(folder / names[-1], frames, config["fps"], metadata)

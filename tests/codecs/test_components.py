@@ -9,17 +9,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from stdit.codecs import CodecConfig, TextEncoderConfig, build_codec, build_text_encoder
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.pca import PCACodec
-from stdit.codecs.text import TextEncoder
+from stdit.diffusion.scheduler import RectifiedFlow
 from stdit.errors import UserError
+from stdit.pipelines.pipeline import STDiTPipeline
 from tests.codecs.tiny import save_tiny_bert, save_tiny_vae
-
-
-class Pair(DiffusionPipeline):
-    """A minimal diffusers pipeline of a codec and a text encoder."""
-
-    def __init__(self, codec: VideoCodec, text_encoder: TextEncoder) -> None:
-        super().__init__()
-        self.register_modules(codec=codec, text_encoder=text_encoder)
+from tests.pipelines.tiny import tiny_model
 
 
 def make_codec(name: str, directory: Path) -> VideoCodec:
@@ -39,18 +33,19 @@ def test_pipelines_save_and_load_components(
 ) -> None:
     codec = make_codec(name, tmp_path / "vae")
     encoder = build_text_encoder(TextEncoderConfig(name="auto", path=str(save_tiny_bert(tmp_path / "bert"))))
-    Pair(codec, encoder).save_pretrained(tmp_path / "pipeline")
+    pipe = STDiTPipeline(tiny_model(codec.channels), codec, encoder, None, RectifiedFlow())
+    pipe.save_pretrained(tmp_path / "pipeline")
     files = [file for file in (tmp_path / "pipeline").rglob("*") if file.is_file()]
-    assert {file.suffix for file in files} == {".json", ".safetensors"}
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
 
-    pair = Pair.from_pretrained(tmp_path / "pipeline")
-    assert type(pair.codec) is type(codec)
-    assert pair.codec.fingerprint() == codec.fingerprint()
-    assert pair.text_encoder.fingerprint() == encoder.fingerprint()
-    assert pair.to("cpu").device == torch.device("cpu")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(again.codec) is type(codec)
+    assert again.codec.fingerprint() == codec.fingerprint()
+    assert again.prompt_encoder.fingerprint() == encoder.fingerprint()
+    assert again.to("cpu").device == torch.device("cpu")
     assert "Expected types" not in capfd.readouterr().err
 
-    half = Pair.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.bfloat16)
+    half = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.bfloat16)
     assert half.text_encoder.dtype == torch.bfloat16
     assert half.codec.dtype == (torch.bfloat16 if name.startswith("Auto") else torch.float32)
 

@@ -281,5 +281,5 @@ def test_in_a_pipeline(codec: OpenSoraCodec, tmp_path: Path) -> None:
     image = pipe(**call | {"num_frames": 1}, output_type="pt").frames
     assert image.shape == (1, 1, 3, 8, 8)
     pipe.save_pretrained(tmp_path / "pipeline")
-    again = VideoCodec.from_pretrained(tmp_path / "pipeline" / "codec")
+    again = VideoCodec.from_pretrained(tmp_path / "pipeline" / "vae")
     assert again.fingerprint() == codec.fingerprint()

@@ -157,7 +157,7 @@ def test_partial_strength_starts_from_noised_frames(pipe):
     clip, sigmas = video(4), torch.linspace(1, 0, 9)
     settings = {"num_inference_steps": 8, "guidance_scale": 1.0}
     found = latents(pipe, conditions=[FrameCondition(clip, strength=0.5)], **settings)
-    states, mask = pipe.text_encoder.encode(["a red circle moves up"])
+    states, mask = pipe.prompt_encoder.encode(["a red circle moves up"])
     noise = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     x = torch.lerp(clip[None], noise, 0.5)
     size = torch.tensor([8.0])

@@ -137,11 +137,11 @@ def test_text_states_are_checked_before_a_model_is_loaded(pipe, tmp_path, monkey
     config = SampleConfig(
         prompt="a", segment_prompts=["b"], checkpoint=str(run), text_states=str(tmp_path / "text")
     )
-    assert list(store_text(pipe.text_encoder, ["a"], tmp_path / "text")) == [1]
+    assert list(store_text(pipe.prompt_encoder, ["a"], tmp_path / "text")) == [1]
     with pytest.raises(UserError, match="no states of 1 captions, such as 'b'"):
         sample_to_files(config)
     shutil.rmtree(tmp_path / "text")
-    wider = copy.copy(pipe.text_encoder)
+    wider = copy.copy(pipe.prompt_encoder)
     wider.channels = 32
     wider.encode = lambda texts: (torch.ones(len(texts), 1, 32), torch.ones(len(texts), 1, dtype=torch.bool))
     assert list(store_text(wider, ["", "a", "b"], tmp_path / "text")) == [3]

@@ -1,6 +1,5 @@
 """Sampling with the schedulers of diffusers in place of ours, also with conditioning frames."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdit.checkpoint_files import seal_folder
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.scheduler import RectifiedFlow
 from stdit.errors import UserError
@@ -109,23 +107,6 @@ def test_a_pipeline_is_saved_with_its_scheduler(name: str, pipe: STDiTPipeline, 
     file.write_text(file.read_text().replace("1000", "1001"))
     with pytest.raises(UserError, match="scheduler_config.json has changed since it was written"):
         STDiTPipeline.from_pretrained(tmp_path / "saved")
-
-
-def test_pipelines_of_before_are_read(pipe: STDiTPipeline, tmp_path: Path) -> None:
-    """Those that had the objective in the scheduler's config."""
-    pipe.save_pretrained(tmp_path / "old")
-    index = json.loads((tmp_path / "old" / "model_index.json").read_text())
-    variance = pipe.codec.latent_variance
-    old = {"_class_name": "RectifiedFlow", **index.pop("flow")}
-    old["latent_variance"] = None if variance is None else variance.tolist()
-    (tmp_path / "old" / "model_index.json").write_text(json.dumps(index))
-    (tmp_path / "old" / "scheduler" / "scheduler_config.json").write_text(json.dumps(old))
-    seal_folder(tmp_path / "old" / "scheduler")
-    seal_folder(tmp_path / "old", pipe.components)
-    again = STDiTPipeline.from_pretrained(tmp_path / "old")
-    again.set_progress_bar_config(disable=True)
-    assert again.flow.config == pipe.flow.config
-    assert torch.equal(latents(again), latents(pipe))
 
 
 def test_a_scheduler_that_cannot_do_flow_matching_is_refused(pipe: STDiTPipeline) -> None:

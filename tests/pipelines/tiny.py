@@ -44,8 +44,9 @@ def tiny_pipeline(folder: Path, codec: Any = None, flow: FlowConfig | None = Non
     codec = codec if codec is not None else PixelCodec()
     pipe = STDiTPipeline(
         transformer=tiny_model(codec.channels),
-        codec=codec,
+        vae=codec,
         text_encoder=tiny_text_encoder(folder / "tiny_bert"),
+        tokenizer=None,
         scheduler=RectifiedFlow(),
         flow=flow,
         num_inference_steps=3,
@@ -68,7 +69,7 @@ def write_run(run: Path, pipe: STDiTPipeline, steps: tuple[int, ...] = (10,), **
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("name: tiny\n")
     pipe.codec.save_pretrained(run / "codec")
-    pipe.text_encoder.save_pretrained(run / "text_encoder")
+    pipe.prompt_encoder.save_pretrained(run / "text_encoder")
     for step in steps:
         aside = run / "checkpoints" / f"step-{step:08d}.tmp"
         pipe.transformer.save_pretrained(aside / "model")

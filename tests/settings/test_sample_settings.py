@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     PIL.Image.new("RGB", (8, 8), "red").save(folder / "red.png")
     write_mp4(folder / "clip.mp4", np.full((4, 8, 8, 3), 77, np.uint8), fps=8)
     (folder / "prompts.txt").write_text("another\n")
-    list(store_text(pipe.text_encoder, ["a"], folder / "states"))
+    list(store_text(pipe.prompt_encoder, ["a"], folder / "states"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder
@@ -138,19 +138,31 @@ def test_the_same_command_gives_the_same_outcome(outcome_of: Callable[[Sequence[
     assert outcome_of(()) == outcome_of(()) and outcome_of(SEGMENTS) == outcome_of(SEGMENTS)
 
 
+STATES = {"prompt": None, "prompt_embeds": torch.arange(32.0).view(1, 2, 16) / 32}
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "prompt": ({"prompt": "b"}, {}),
     "negative_prompt": ({"negative_prompt": "b"}, {}),
+    "num_videos_per_prompt": ({"num_videos_per_prompt": 2}, {}),
     "generator": ({"generator": 1}, {}),
+    "latents": ({"latents": torch.zeros(1, 3, 4, 8, 8)}, {}),
+    "prompt_embeds": (STATES, {}),
+    "prompt_attention_mask": ({"prompt_attention_mask": torch.tensor([[1, 0]])}, STATES),
+    "negative_prompt_embeds": ({"negative_prompt_embeds": torch.ones(1, 2, 16)}, {}),
+    "negative_prompt_attention_mask": (
+        {"negative_prompt_attention_mask": torch.tensor([[1, 0]])},
+        {"negative_prompt_embeds": STATES["prompt_embeds"]},
+    ),
     "image": ({"image": torch.zeros(3, 8, 8)}, {}),
     "conditions": ({"conditions": [FrameCondition(torch.zeros(3, 8, 8), 1)]}, {}),
     "output_type": ({"output_type": "np"}, {}),
     "return_dict": ({"return_dict": False}, {}),
+    "attention_kwargs": ({"attention_kwargs": {"scale": 0.5}}, {}),
     "callback_on_step_end": ({"callback_on_step_end": print}, {}),
     "callback_on_step_end_tensor_inputs": (
         {"callback_on_step_end_tensor_inputs": ()},
         {"callback_on_step_end": print},
     ),
+    "max_sequence_length": ({"max_sequence_length": 2}, {"prompt": "a red circle"}),
     "num_frames": ({"num_frames": 5}, {}),
     "height": ({"height": 12, "width": 8}, {}),
     "width": ({"height": 8, "width": 12}, {}),
@@ -183,6 +195,7 @@ def test_every_argument_of_a_call_changes_something(name: str, pipe: STDiTPipeli
             return [str(error)]
         frames = result[0]
         pixels = frames if isinstance(frames, np.ndarray) else np.stack([np.array(one) for one in frames[0]])
+        seen += [f"{len(frames)}", f"{pipe.attention_kwargs}"]
         return [*seen, type(result).__name__, type(frames).__name__, f"{pixels.shape}", str(pixels.tobytes())]
 
     changed, beside = ARGUMENTS[name]

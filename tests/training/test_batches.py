@@ -112,7 +112,7 @@ def test_a_run_is_the_same_with_every_cache(views, tmp_path, monkeypatch):
     pipe, whole = load_pipeline(encoded)[0], load_pipeline(memory)[0]  # the former made without encoders
     assert pipe.codec.fingerprint() == whole.codec.fingerprint()
     texts = ["some words"]
-    assert torch.equal(pipe.text_encoder.encode(texts)[0], whole.text_encoder.encode(texts)[0])
+    assert torch.equal(pipe.prompt_encoder.encode(texts)[0], whole.prompt_encoder.encode(texts)[0])
     samples = [run / "samples" / "step-00000003" / "00-a-red-square.mp4" for run in (memory, encoded)]
     assert samples[0].read_bytes() == samples[1].read_bytes()
 

@@ -1,0 +1,86 @@
+"""The model with classifier-free guidance: the velocity of noisy latents, in one call or on two ranks.
+
+Letters: B videos, C channels, T latent frames, H height, W width, L text tokens, E width of the text states.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stdit.diffusion.flow import FlowObjective
+from stdit.diffusion.guidance import rescale_guidance, sample_moments, standard_deviation
+from stdit.models.stdit import STDiT
+from stdit.parallel.sequence.collectives import all_gather
+from stdit.parallel.sequence.group import Group
+from stdit.parallel.sequence.sharding import TokenSharding
+
+
+@dataclass
+class GuidedModel:
+    """A model and the inputs that it has in all steps of a call."""
+
+    transformer: STDiT
+    flow: FlowObjective
+    sharding: TokenSharding
+    cfg: Group
+    """The ranks that share the two halves of guidance; one rank: both are computed in one batch."""
+    text: dict[str, Tensor]
+    """Text states ``[B L E]``, mask, dropped captions: with guidance first negative prompts, ``[2B L E]``."""
+    shared: dict[str, Any]
+    """fps, height, width ``[1]``, attention_kwargs: the same for all videos."""
+    guided: bool
+    """Whether ``text`` has negative prompts."""
+    guidance_rescale: float = 0.0
+
+    def embeds(self) -> dict[str, Tensor]:
+        """Return the text states of prompts and negative prompts, by the names of the pipeline's arguments."""
+        names = ("negative_prompt_embeds", "prompt_embeds") if self.guided else ("prompt_embeds",)
+        return dict(zip(names, self.text["encoder_hidden_states"].chunk(len(names)), strict=True))
+
+    def set_embeds(self, named: Mapping[str, Any]) -> None:
+        """Replace the text states by other ones of the same shape."""
+        self.text["encoder_hidden_states"] = torch.cat([named[name] for name in self.embeds()])
+
+    def velocity(self, x_t: Tensor, t: Tensor, scale: float) -> Tensor:
+        """Return ``v_uncond + g (v_cond - v_uncond)`` (Ho & Salimans 2022, arXiv:2207.12598, equation 6).
+
+        Both are computed in one batch, or on two ranks; at g = 1 only the conditional one.
+
+        Args:
+            x_t: this rank's frames ``[B C T_n H W]``.
+            t: the noise levels of all frames, ``[B T]`` or ``[B 1]``.
+            scale: g.
+        """
+        if scale == 1 or not self.guided:
+            return self.predict(x_t, t, {name: rows[-len(x_t) :] for name, rows in self.text.items()}, "cond")
+        if self.cfg.size == 1:
+            both = self.predict(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), self.text, "uncond_cond")
+        else:
+            own = {name: rows.chunk(2)[self.cfg.rank] for name, rows in self.text.items()}
+            both = all_gather(self.predict(x_t, t, own, "uncond_cond"), self.cfg, 0, [len(x_t)] * 2)
+        unconditional, conditional = both.chunk(2)
+        velocity = unconditional + scale * (conditional - unconditional)
+        if not self.guidance_rescale:
+            return velocity
+        of_rank = torch.stack([sample_moments(conditional), sample_moments(velocity)])[None]
+        ranks = self.sharding.group
+        sums = all_gather(of_rank, ranks, 0, [1] * ranks.size).sum(0)  # over all frames
+        before, after = (standard_deviation(one) for one in sums)
+        return rescale_guidance(velocity, before, after, self.guidance_rescale)
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Mapping[str, Tensor], cache: str) -> Tensor:
+        """Call the model with rows of text; return the velocity of ``x_t``.
+
+        Args:
+            cache: name of the calls with these rows, for diffusers' caches.
+        """
+        level = self.sharding.split(t, dim=1)
+        model_input = self.flow.scale_model_input(x_t, level).to(self.transformer.dtype)
+        with self.transformer.cache_context(cache):
+            output = self.transformer(
+                hidden_states=model_input, timestep=1000 * t, **text, **self.shared, sharding=self.sharding
+            ).sample
+        return self.flow.velocity(output.float(), x_t, level)

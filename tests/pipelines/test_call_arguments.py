@@ -1,0 +1,136 @@
+"""Arguments that pipelines of diffusers have: states instead of prompts, noise, several videos, callbacks."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stdit.errors import UserError
+from stdit.pipelines.pipeline import STDiTPipeline
+
+PROMPTS = ["a red circle", "a blue square moves"]
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def sample(pipe: STDiTPipeline, prompt: Any = None, seeds: tuple[int, ...] = (1,), **more: Any) -> Tensor:
+    found: Tensor = pipe(prompt, generator=generators(*seeds), output_type="latent", **more).frames
+    return found
+
+
+def states_of(pipe: STDiTPipeline, *arguments: Any, **more: Any) -> dict[str, Any]:
+    names = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
+    return dict(zip(names, pipe.encode_prompt(*arguments, **more), strict=True))
+
+
+@pytest.mark.parametrize("negative", [None, "blur", [None, "blur"]])
+def test_states_instead_of_prompts(
+    pipe: STDiTPipeline, negative: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = sample(pipe, PROMPTS, (1, 2), negative_prompt=negative)
+    states = states_of(pipe, PROMPTS, negative)
+    assert (states["negative_prompt_embeds"] is None) == (negative is None)
+    mixed = states | (dict(negative_prompt_embeds=None, negative_prompt_attention_mask=None))
+    if negative is None:
+        monkeypatch.setattr(pipe, "text_encoder", None)
+        assert torch.equal(sample(pipe, seeds=(1, 2), **states), expected)
+    elif isinstance(negative, str):
+        torch.testing.assert_close(sample(pipe, seeds=(1, 2), **states), expected, atol=1e-5, rtol=1e-5)
+        text = dict(negative_prompt=negative)
+        torch.testing.assert_close(
+            sample(pipe, seeds=(1, 2), **mixed, **text), expected, atol=1e-5, rtol=1e-5
+        )
+    else:  # the null caption of the first is no text: it needs the negative prompts
+        found = sample(pipe, seeds=(1, 2), **mixed, negative_prompt=negative)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_without_a_text_encoder(pipe: STDiTPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe, "text_encoder", None)
+    with pytest.raises(UserError, match="no text_encoder: pass prompt_embeds instead of a prompt"):
+        sample(pipe, "a red circle")
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_one_of_prompt_and_states_is_needed(pipe: STDiTPipeline, both: bool) -> None:
+    states = states_of(pipe, "a") if both else {}
+    with pytest.raises(UserError, match="pass one of them"):
+        sample(pipe, "a" if both else None, **states)
+
+
+def test_noise_of_the_caller(pipe: STDiTPipeline) -> None:
+    noise = torch.randn(1, 3, 4, 8, 8, generator=generators(1)[0])
+    assert torch.equal(sample(pipe, "a", latents=noise), sample(pipe, "a"))
+    with pytest.raises(UserError, match=r"latents \[1, 3, 2, 8, 8\]: must be \[1, 3, 4, 8, 8\]"):
+        sample(pipe, "a", latents=noise[:, :, :2])
+
+
+def test_several_videos_of_each_prompt(pipe: STDiTPipeline) -> None:
+    picture = torch.rand(3, 8, 8, generator=generators(0)[0])
+    more: dict[str, Any] = dict(image=[picture, None], negative_prompt=["blur", None])
+    found = sample(pipe, PROMPTS, (1, 2, 3, 4), num_videos_per_prompt=2, **more)
+    for index, (prompt, image, negative) in enumerate(
+        [(PROMPTS[0], picture, "blur")] * 2 + [(PROMPTS[1], None, None)] * 2
+    ):
+        alone = sample(pipe, prompt, (index + 1,), image=image, negative_prompt=negative)
+        torch.testing.assert_close(found[index], alone[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="2 values of generator for 4 prompts"):
+        sample(pipe, PROMPTS, (1, 2), num_videos_per_prompt=2)
+    with pytest.raises(UserError, match="num_videos_per_prompt = 0: must be at least 1"):
+        sample(pipe, PROMPTS, (), num_videos_per_prompt=0)
+
+
+def test_longest_prompt(pipe: STDiTPipeline) -> None:
+    long = "a red circle moves up and a blue square moves down"
+    found = states_of(pipe, long, max_sequence_length=4)["prompt_embeds"]
+    assert found.shape[1] == 4 < states_of(pipe, long)["prompt_embeds"].shape[1]
+    assert not torch.allclose(sample(pipe, long, max_sequence_length=4), sample(pipe, long), atol=1e-4)
+    for length in (1, 129):
+        with pytest.raises(
+            UserError, match=f"max_sequence_length = {length}: must be 2 to 128, which the model"
+        ):
+            sample(pipe, long, max_sequence_length=length)
+
+
+def test_a_callback_interrupts(pipe: STDiTPipeline) -> None:
+    seen: list[Tensor] = []
+
+    def stop(
+        pipe: STDiTPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        assert pipe.num_timesteps == 3 and pipe.current_timestep == timestep and not pipe.interrupt
+        seen.append(tensors["latents"])
+        pipe._interrupt = step == 1
+        return {}
+
+    found = sample(pipe, "a", callback_on_step_end=stop, refine_pairs=2)
+    assert len(seen) == 2 and torch.equal(found, seen[-1])
+    assert pipe.interrupt and pipe.current_timestep is None
+    assert sample(pipe, "a").isfinite().all() and not pipe.interrupt
+
+
+def test_a_callback_changes_text_and_guidance(pipe: STDiTPipeline) -> None:
+    """Guidance between equal texts is none, so that both changes give the same video (the masks are equal)."""
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    more: dict[str, Any] = dict(negative_prompt="a blue square", num_inference_steps=2)
+    found = []
+    for scale in (1.0, 5.0):
+
+        def change(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            assert list(tensors) == names
+            pipe._guidance_scale = scale  # noqa: B023
+            return {"prompt_embeds": tensors["negative_prompt_embeds"]}
+
+        callback = dict(callback_on_step_end=change, callback_on_step_end_tensor_inputs=names)
+        found.append(sample(pipe, "a red circle", **callback, **more))
+        assert pipe.guidance_scale == scale and pipe.do_classifier_free_guidance == (scale != 1)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[0], sample(pipe, "a red circle", **more), atol=1e-4)
