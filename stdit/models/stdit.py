@@ -64,7 +64,8 @@ class STDiTBlock(nn.Module):
     """Self-attention, cross-attention and MLP on ``[B T S D]``.
 
     A subclass defines which tokens attend to each other; everything else acts on each token by itself, so a block
-    also runs on a part of the tensor along the axis ``shard``.
+    also runs on a part of the tensor along the axis ``shard``. Each has a ``forward`` of its own, since torch.compile
+    counts how often the same code is compiled again.
     """
 
     shard: ClassVar[ShardAxis]
@@ -113,6 +114,11 @@ class SpatialBlock(STDiTBlock):
     def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
         super().__init__(config, cross_attention, nn.Conv2d)
 
+    def forward(
+        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
+    ) -> Tensor:
+        return super().forward(hidden_states, y, y_mask, modulation, grid)
+
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B T) S D")
         attended: Tensor = self.attn(rows)
@@ -133,6 +139,11 @@ class TemporalBlock(STDiTBlock):
 
     def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
         super().__init__(config, cross_attention, nn.Conv1d)
+
+    def forward(
+        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
+    ) -> Tensor:
+        return super().forward(hidden_states, y, y_mask, modulation, grid)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B S) T D")

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,3 +43,15 @@ def diffusers_tests(module: str) -> Any:
 def define(namespace: dict[str, Any], name: str, *bases: type, **attributes: Any) -> None:
     """Define a test class in a module."""
     namespace[name] = type(name, bases, {"__module__": namespace["__name__"], **attributes})
+
+
+def with_layer_names(module: str, names: dict[str, str]) -> Any:
+    """Import a module of diffusers' tests in which the names of layers are replaced."""
+    original = diffusers_tests(module)
+    source = Path(original.__file__).read_text(encoding="utf-8")
+    for name, own in names.items():
+        source = source.replace(f'"{name}"', f'"{own}"')
+    adapted = ModuleType(f"{original.__name__}_adapted")
+    adapted.__file__, adapted.__package__ = original.__file__, original.__package__
+    exec(compile(source, str(original.__file__), "exec"), adapted.__dict__)
+    return adapted

@@ -6,9 +6,11 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from stdit.models.stdit import STDiT
-from tests.diffusers_suite.loading import define, diffusers_tests
+from tests.diffusers_suite.loading import define, diffusers_tests, with_layer_names
 
 suite: Any = diffusers_tests("models.testing_utils")
+LAYERS = {"to_q": "qkv", "to_k": "kv_linear", "to_v": "q_linear", "to_out.0": "attn.proj"}
+lora_of_stdit = with_layer_names("models.testing_utils.lora", LAYERS)
 
 SHAPE = {"patch_size": (1, 2, 2), "in_channels": 4}
 LATENTS, TEXT = (2, 4, 2, 16, 16), (2, 12, 16)
@@ -47,9 +49,9 @@ class STDiTConfig(suite.BaseModelTesterConfig):  # type: ignore[misc]
             "pred_sigma": self.pred_sigma,
         }
 
-    def get_dummy_inputs(self) -> dict[str, Any]:
+    def get_dummy_inputs(self, height: int = LATENTS[3], width: int = LATENTS[4]) -> dict[str, Any]:
         return {
-            "hidden_states": random(*LATENTS).to(self.torch_dtype),
+            "hidden_states": random(*LATENTS[:3], height, width).to(self.torch_dtype),
             "timestep": torch.tensor([500.0, 500.0]),
             "encoder_hidden_states": random(*TEXT).to(self.torch_dtype),
             "fps": torch.tensor([8.0]),
@@ -88,15 +90,15 @@ class WanConfig(suite.BaseModelTesterConfig):  # type: ignore[misc]
             "rope_max_seq_len": 32,
         }
 
-    def get_dummy_inputs(self) -> dict[str, Any]:
+    def get_dummy_inputs(self, height: int = LATENTS[3], width: int = LATENTS[4]) -> dict[str, Any]:
         return {
-            "hidden_states": random(*LATENTS).to(self.torch_dtype),
+            "hidden_states": random(*LATENTS[:3], height, width).to(self.torch_dtype),
             "timestep": torch.tensor([500, 500]),
             "encoder_hidden_states": random(*TEXT).to(self.torch_dtype),
         }
 
 
-class STDiTGradientCheckpointing:
+class GradientCheckpointing:
     """The class whose checkpointing the tests look for."""
 
     def test_gradient_checkpointing_is_applied(self) -> None:
@@ -134,7 +136,8 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 for _config, (_base, _settings) in CONFIGS.items():
     for _mixin, _attributes in MIXINS.items():
         _name = f"Test{_config}{_mixin.removesuffix('TesterMixin')}"
-        _bases = [_base, getattr(suite, _mixin)]
+        _where = lora_of_stdit if "Lora" in _mixin and _base is STDiTConfig else suite
+        _bases = [_base, getattr(_where, _mixin)]
         if _mixin == "TrainingTesterMixin":
-            _bases.insert(0, STDiTGradientCheckpointing)
+            _bases.insert(0, GradientCheckpointing)
         define(globals(), _name, *_bases, **_settings, **_attributes)
