@@ -13,6 +13,7 @@ LAYERS = [
     " in_diffusers",
     "parallel",
     "models",
+    "lora",
     "diffusion",
     "codecs",
     "data",

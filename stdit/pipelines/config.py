@@ -224,6 +224,9 @@ class PromptSettings(VideoSettings):
     """Conditioning frames, FILE@frame[:length][:strength], repeatable: the frame at which a picture or video begins
     (-1: the last), how many of its frames to use, and how strictly to keep them (below 1 they are partly
     regenerated)."""
+    lora: list[str] = field(default_factory=list)
+    """Adapters, FILE[:weight], repeatable: a file (of stdit, diffusers, kohya or ComfyUI), and the factor of what it
+    adds (1)."""
     reference_path: str | None = None
     """Files that mask_strategy refers to, separated by ;."""
     mask_strategy: str | None = None
@@ -251,6 +254,8 @@ class SampleConfig(PromptSettings):
     checkpoint: str | None = None
     """A run folder (outputs/NAME), one of its checkpoints, or an exported pipeline; none: the small model that comes
     with stdit."""
+    lora_other_base: bool = False
+    """Also use adapters that were trained on other weights than the checkpoint's."""
     imports: list[str] = field(default_factory=list)
     """Module of your own to import, which registers what the checkpoint was made with; may be repeated."""
     prompt: list[str] = field(default_factory=list, metadata={"verbatim": True})

@@ -40,6 +40,7 @@ _INTEGERS = (
 _NUMBERS = ("fps", "guidance_scale", "guidance_rescale", "shift", "refine_level", "refine_guidance_scale")
 _LISTS: dict[str, tuple[type, ...]] = {
     "condition": (str,),
+    "lora": (str,),
     "segment_prompts": (str,),
     "guidance_interval": (int, float),
 }
@@ -99,28 +100,29 @@ def read_prompts(file: str | Path) -> list[PromptLine]:
 
 
 def _resolve_paths(folder: Path, line: PromptLine, where: str) -> None:
-    """Make the paths of conditioning frames relative to a folder; raise UserError for those outside it."""
+    """Make paths of frames and adapters relative to a folder; raise UserError for those outside it."""
     if line.image:
         line.image = _path_inside(folder, line.image, where)
     if line.reference_path:
         paths = [path.strip() for path in line.reference_path.split(";")]
         line.reference_path = ";".join(_path_inside(folder, path, where) for path in paths if path)
     line.condition = [_path_inside(folder, text, where) for text in line.condition]
+    line.lora = [_path_inside(folder, text, where) for text in line.lora]
 
 
 def _path_inside(folder: Path, text: str, where: str) -> str:
-    """Return a path (or FILE@frame...) relative to a folder; raise UserError if it leads out of the folder."""
+    """Return a path (FILE, FILE@frame... or FILE:weight) relative to a folder; raise UserError if it leads out."""
     try:
         inside = all(
             (folder / part).resolve().is_relative_to(folder.resolve())
-            for part in (text, text.rpartition("@")[0])
+            for part in (text, text.rpartition("@")[0], text.rpartition(":")[0])
         )
     except (OSError, ValueError, RuntimeError) as error:  # null byte, name too long, loop of links
         raise UserError(f"{where}{text!r} is no path ({error}).") from None
     if not inside:
         raise UserError(
             f"{where}{text!r} lies outside of {folder}, the folder of the prompts file, which may only name "
-            "files inside it: move the file there, or use --image or --condition."
+            "files inside it: move the file there, or use --image, --condition or --lora."
         )
     return str(folder / text)
 
@@ -203,7 +205,7 @@ def _is_instance(value: Any, kinds: tuple[type, ...]) -> bool:
 
 def _line(values: dict[str, Any], where: str) -> PromptLine:
     """Return one line, its types and ranges checked."""
-    for name in ("condition", "segment_prompts"):
+    for name in ("condition", "lora", "segment_prompts"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
     for name, value in values.items():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.data.config import resolve_size
 from stdit.errors import UserError
+from stdit.lora.config import LoRASpec, parse_lora
 from stdit.pipelines.conditions import (
     FrameCondition,
     check_frame_source,
@@ -46,6 +47,8 @@ class Request:
     """First frame: a path, or any image that the pipeline takes."""
     conditions: tuple[FrameCondition, ...] = ()
     """Conditioning frames, with indices in the whole video."""
+    loras: tuple[LoRASpec, ...] = ()
+    """Adapters to use, and no others."""
     mask_entries: tuple[MaskEntry, ...] = ()
     """Further conditioning frames, in Open-Sora's notation."""
     segment_prompts: tuple[str, ...] = ()
@@ -100,6 +103,7 @@ def _plan_line(
     segments = Segments(count, prompt.overlap, bool(prompt.loop))
     segments.check(where, prompts)
     conditions = [parse_frame_condition(text) for text in prompt.condition]
+    loras = tuple(parse_lora(text) for text in prompt.lora)
     if settings.num_frames is not None and segments.has_known_length:
         total = segments.total_frames(settings.num_frames)
         for condition in conditions:
@@ -121,6 +125,7 @@ def _plan_line(
             negative_prompt=prompt.negative_prompt or None,
             image=prompt.image,
             conditions=tuple(conditions),
+            loras=loras,
             mask_entries=tuple(mask_entries),
             segment_prompts=tuple(text + config.scores() for text in prompt.segment_prompts),
             segments=segments,

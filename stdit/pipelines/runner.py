@@ -12,6 +12,7 @@ import torch
 from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.conditions import FrameCondition, warn_of_overlaps
+from stdit.pipelines.loras import use_loras
 from stdit.pipelines.opensora_masks import mask_entries_to_conditions
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.requests import Request
@@ -58,10 +59,10 @@ def sample_rounds(
 
 
 def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
-    """Yield runs of consecutive requests with equal settings and segments, at most ``batch_size`` long."""
+    """Yield runs of consecutive requests with equal settings, segments and adapters, at most ``batch_size`` long."""
     batch: list[Request] = []
     for request in requests:
-        alike = not batch or (request.settings, request.segments) == (batch[0].settings, batch[0].segments)
+        alike = not batch or _shared(request) == _shared(batch[0])
         if len(batch) == batch_size or not alike:
             yield batch
             batch = []
@@ -70,10 +71,16 @@ def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Requ
         yield batch
 
 
+def _shared(request: Request) -> tuple[object, ...]:
+    """Return what the requests of a batch have in common."""
+    return request.settings, request.segments, request.loras
+
+
 def _sample_batch(pipe: STDiTPipeline, batch: Sequence[Request], label: str) -> Videos:
     """Generate the videos of requests with equal settings and segments; ``label`` is for the progress bar."""
     if not batch:
         return []
+    use_loras(pipe, batch[0].loras)
     settings = batch[0].settings
     num_frames = settings.num_frames or int(pipe.config["num_frames"])
     fps = settings.fps or float(pipe.config["fps"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes
+from stdit.lora.config import LoRASpec
 from stdit.pipelines.config import Format
 from stdit.pipelines.finished import KINDS, FinishedVideos, compared, hash_sources, is_readable_json
 from stdit.pipelines.requests import Request
@@ -202,8 +203,13 @@ def request_metadata(
         "overlap": request.segments.overlap,
         "loop": request.segments.loop,
         **provenance,
+        **({"loras": [_lora_facts(lora) for lora in request.loras]} if request.loras else {}),
         **({"extra": request.extra} if request.extra else {}),
     }
+
+
+def _lora_facts(lora: LoRASpec) -> dict[str, Any]:
+    return {"file": str(lora.file), "weight": lora.weight, "hash": lora.hash}
 
 
 def _stem(request: Request) -> str:

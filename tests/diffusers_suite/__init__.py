@@ -6,11 +6,11 @@
 What of them does not apply, and why:
 
 - IPAdapterTesterMixin, UNetLoraTesterMixin: for models with image prompts, and for U-Nets.
-- ContextParallelTesterMixin, TensorParallelTesterMixin: on GPUs; STDiT shards a video by dynamic sequence parallelism.
+- ContextParallelTesterMixin, TensorParallelTesterMixin: for GPUs, and for other ways of sharding than STDiT's.
 - SingleFileTesterMixin, and the quantisation mixins (bitsandbytes, TorchAO, GGUF, Quanto, ModelOpt, SDNQ, AutoRound,
   Nunchaku): they load a model of the hub. tests/models and tests/pipelines have our own.
 - Text encoder LoRAs (6 skipped tests of LoraTesterMixin): the pipeline has none, like Wan's.
 
-What fails on a machine without an accelerator, for Wan and for STDiT alike: offloading by streams, model and sequential
-CPU offload, and the one that loads a LoRA into a pipeline with CPU offload.
+What fails on a machine without an accelerator, for Wan and for STDiT alike: offloading by streams, offloading of
+models and of layers to the CPU, and loading a LoRA into a pipeline with CPU offload.
 """

@@ -21,6 +21,7 @@ from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.video_io import write_mp4
 from stdit.pipelines.writer import VideoWriter
+from tests.lora.tiny import write_random_adapter
 from tests.pipelines.tiny import SIZE, tiny_pipeline, write_run
 from tests.settings.observe import (
     Change,
@@ -47,6 +48,8 @@ CHANGES = {
     "negative_prompt": Change(["--negative_prompt", "a square"]),
     "image": Change(["--image", "red.png"]),
     "condition": Change(["--condition", "red.png@1"]),
+    "lora": Change(["--lora", "adapter.safetensors:0.5"]),
+    "lora_other_base": Change(["--lora_other_base"], ["--lora", "adapter.safetensors"]),
     "reference_path": Change(["--reference_path", "clip.mp4"], ["--mask_strategy", "0"]),
     "mask_strategy": Change(["--mask_strategy", "0"], ["--reference_path", "red.png"]),
     "segment_prompts": Change(["--segment_prompts", "b"]),
@@ -86,6 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_mp4(folder / "clip.mp4", np.full((4, 8, 8, 3), 77, np.uint8), fps=8)
     (folder / "prompts.txt").write_text("another\n")
     list(store_text(pipe.prompt_encoder, ["a"], folder / "states"))
+    write_random_adapter(folder / "adapter.safetensors", pipe.transformer, "of another base")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder

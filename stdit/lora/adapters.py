@@ -1,0 +1,114 @@
+"""Adapters in a model: which layers have one, and what peft is told.
+
+Letters: r rank, d_in and d_out the widths of a linear layer.
+"""
+
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from stdit.errors import UserError, listed
+from stdit.lora.config import BLOCK_KINDS, TARGETS, LoRAConfig
+from stdit.models.stdit import STDiT
+
+DEFAULT = "default"
+"""Name of the adapter that is trained."""
+_LISTED = 12
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers of a model by name; those of adapters in it are left out."""
+    layers = {}
+    for name, module in model.named_modules():
+        inner = getattr(module, "base_layer", module)
+        if isinstance(inner, nn.Linear) and "lora_" not in name and not name.endswith(".base_layer"):
+            layers[name] = inner
+    return layers
+
+
+def target_layers(model: STDiT, targets: str) -> list[str]:
+    """Return the names of the linear layers that ``lora.targets`` means.
+
+    Raises:
+        UserError: if there is none; the message has those that exist.
+    """
+    layers = linear_layers(model)
+    if targets in BLOCK_KINDS:
+        patterns = model.block_patterns(targets)  # type: ignore[arg-type]
+    else:
+        patterns = [TARGETS.get(targets, targets)]
+    found = [name for name in layers if any(re.search(pattern, name) for pattern in patterns)]
+    if not found:
+        kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in layers))
+        raise UserError(
+            f"lora.targets = {targets!r}: no linear layer has such a name. There are: "
+            f"{listed(kinds[: 2 * _LISTED], len(kinds))}; and the names {', '.join((*TARGETS, *BLOCK_KINDS))}."
+        )
+    return found
+
+
+def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEFAULT) -> None:
+    """Freeze a model, and add an adapter to it that changes nothing yet and can be trained.
+
+    Args:
+        config: with a rank.
+        seed: of its random weights; torch's global random state does not change.
+
+    Raises:
+        UserError: if the targets name no layer, or the rank is above the width of one.
+    """
+    assert config.rank is not None
+    layers, targets = linear_layers(model), target_layers(model, config.targets)
+    for target in targets:
+        width = min(layers[target].in_features, layers[target].out_features)
+        if config.rank > width:
+            raise UserError(
+                f"lora.rank = {config.rank}: is above {width}, the rank of {target} itself: use at most {width}, or "
+                "other lora.targets."
+            )
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(
+            PeftConfig(
+                r=config.rank,
+                lora_alpha=config.rank if config.alpha is None else config.alpha,  # type: ignore[arg-type]
+                target_modules=targets,
+                lora_dropout=config.dropout,
+                use_dora=config.dora,
+                use_rslora=config.rslora,
+            ),
+            name,
+        )
+
+
+def adapter_weights(model: STDiT, name: str = DEFAULT) -> dict[str, Tensor]:
+    """Return the weights of an adapter by peft's names, such as ``blocks.0.attn.qkv.lora_A.weight [r d_in]``."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name)
+    return weights
+
+
+def adapter_settings(model: STDiT, name: str = DEFAULT) -> dict[str, Any]:
+    """Return peft's settings of an adapter, as JSON has them."""
+    settings: dict[str, Any] = model.peft_config[name].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+
+def merge_adapter(model: STDiT, weight: float = 1.0, name: str = DEFAULT) -> None:
+    """Add ``weight`` times what an adapter adds to the weights of its layers, and remove it.
+
+    Raises:
+        UserError: if a weight is then not finite.
+    """
+    model.set_adapters([name], [1.0])
+    try:
+        model.fuse_lora(lora_scale=weight, safe_fusing=True, adapter_names=[name])
+    except ValueError as error:
+        raise UserError(f"the adapter {name} at weight {weight} cannot be merged: {error}") from error
+    model.delete_adapters(name)
+    if not getattr(model, "peft_config", None):
+        model.unload_lora()

@@ -1,0 +1,116 @@
+"""Settings of low-rank adapters. Imports no torch."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stdit.errors import UserError
+from stdit.hashing import hash_file
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""Name of the file in a folder, as diffusers has it."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that are not read: reading one can run anything."""
+
+TARGETS = {
+    "attention": r"^blocks\..*attn\.",
+    "mlp": r"^blocks\..*\.mlp\.",
+    "blocks": r"^blocks\.",
+}
+"""Named targets: regular expressions, found in the names of linear layers. See also `BLOCK_KINDS`."""
+BLOCK_KINDS = ("spatial", "temporal")
+"""Targets that are all linear layers in the blocks of this kind."""
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), trained instead of the weights, which stay the same."""
+
+    rank: int | None = None
+    """Rank r of each adapter; none: train the weights themselves."""
+    alpha: float | None = None
+    """Adapters are scaled by alpha / rank (rslora: alpha / sqrt(rank)); none: the rank."""
+    targets: str = "attention"
+    """Linear layers that have one: attention, mlp, blocks (both), spatial or temporal (those of such blocks: temporal
+    ones are a motion LoRA), or a regular expression that is found in their names."""
+    dropout: float = 0.0
+    """Share of an adapter's input values that is dropped in training."""
+    dora: bool = False
+    """Learn the length of each row of a layer's weights apart from its direction (Liu et al. 2024,
+    arXiv:2402.09353)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), for high ranks (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"lora.rank = {self.rank}: must be at least 1, such as 16")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UserError(f"lora.alpha = {self.alpha}: must be positive, such as the rank")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout = {self.dropout}: must be at least 0 and below 1")
+        if self.targets not in (*TARGETS, *BLOCK_KINDS):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise UserError(
+                    f"lora.targets = {self.targets!r}: is neither {', '.join((*TARGETS, *BLOCK_KINDS))} nor a "
+                    f"regular expression ({error})"
+                ) from None
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """An adapter for sampling."""
+
+    file: Path
+    weight: float
+    """What it adds to the layers is multiplied by this."""
+    hash: str
+    """Of the file."""
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter in a model: that of its content."""
+        return "lora_" + self.hash.partition(":")[2][:16]
+
+
+def parse_lora(text: str) -> LoRASpec:
+    """Parse ``FILE`` or ``FILE:WEIGHT``; FILE may be a folder with an adapter.
+
+    Raises:
+        UserError: if there is no such file, it is a pickle, or the weight is not finite.
+    """
+    path, colon, number = text.rpartition(":")
+    try:
+        weight = float(number) if colon else 1.0
+    except ValueError:  # a colon in the name
+        path, weight = text, 1.0
+    if not math.isfinite(weight):
+        raise UserError(f"lora = {text}: the weight must be a finite number, such as 0.8.")
+    file = find_adapter_file(Path(path if colon else text))
+    return LoRASpec(file, weight, hash_file(file))
+
+
+def find_adapter_file(path: Path) -> Path:
+    """Return the file of a path that is one, or of a folder that has one.
+
+    Raises:
+        UserError: there is none, or it is a pickle.
+    """
+    if path.is_dir():
+        inside = path / ADAPTER_FILE
+        if inside.is_file():
+            return inside
+        others = sorted(path.glob("*.safetensors"))
+        if len(others) == 1:
+            return others[0]
+        what = f"has {len(others)} .safetensors files: name one" if others else "has no .safetensors file"
+        raise UserError(f"lora {path}: this folder {what}.")
+    if not path.is_file():
+        raise UserError(f"lora {path}: there is no such file or folder.")
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"lora {path}: is a pickle, and reading one can run anything: use a copy in safetensors."
+        )
+    return path

@@ -1,0 +1,130 @@
+"""Files of adapters: safetensors with peft's names, and its settings and the base's hash in the header."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stdit.errors import UserError, listed
+from stdit.hashing import hash_bytes, hash_tensor
+from stdit.lora.adapters import linear_layers
+from stdit.lora.config import ADAPTER_FILE, find_adapter_file
+from stdit.lora.names import from_other_names
+from stdit.models.stdit import STDiT
+from stdit.umask import apply_umask
+
+PREFIX = "transformer."
+"""Of all names in a file: the component of the pipeline that they belong to."""
+BASE_HASH = "stdit_base"
+"""Key of the header for the hash of the weights that the adapter was trained on."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The content of a file."""
+
+    weights: dict[str, Tensor]
+    """By peft's names, without the prefix."""
+    settings: dict[str, Any] | None
+    """peft's; None: the file does not have them."""
+    base_hash: str | None
+    """Of the weights that it was trained on, if the file has it."""
+
+
+def write_adapter(
+    path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any] | None, base_hash: str | None
+) -> Path:
+    """Write a file, or the usual one in a folder; return the file."""
+    file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    header = {"format": "pt"}
+    if settings is not None:
+        packed = {f"{PREFIX}{key}": value for key, value in settings.items()}
+        header[LORA_ADAPTER_METADATA_KEY] = json.dumps(packed, indent=2, sort_keys=True)
+    if base_hash is not None:
+        header[BASE_HASH] = base_hash
+    tensors = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, aside, header)
+        apply_umask(aside)
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+    return file
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """Read a file, or that of a folder; also one with the names of kohya's scripts or of ComfyUI.
+
+    Raises:
+        UserError: it is missing, a pickle, damaged, or no file of an adapter.
+    """
+    file = find_adapter_file(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        settings = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"lora {file}: cannot be read ({error}): it is damaged, or no safetensors."
+        ) from error
+    if not any(".lora_" in name or ".lora_" in name.replace("lora_unet_", "") for name in tensors):
+        raise UserError(
+            f"lora {file}: has no weights of an adapter, but {len(tensors)} tensors such as "
+            f"{', '.join(list(tensors)[:2]) or 'none'}."
+        )
+    if isinstance(settings, dict):
+        settings = {key.removeprefix(PREFIX): value for key, value in settings.items()}
+    if all(name.startswith(PREFIX) for name in tensors):
+        weights = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    else:
+        weights, settings = from_other_names(tensors)
+    return AdapterFile(weights, settings, header.get(BASE_HASH))
+
+
+def base_hash(model: STDiT) -> str:
+    """Return a hash of a model's weights in float32, whatever file they came from; adapters do not count."""
+    facts = [
+        f"{name.replace('.base_layer', '')} {list(tensor.shape)} {hash_tensor(tensor.detach().float().cpu())}"
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    ]
+    return hash_bytes("\n".join(sorted(facts)).encode())
+
+
+def check_base(adapter: AdapterFile, model: STDiT, where: str) -> None:
+    """Raise UserError if an adapter says that it was trained on other weights than the model's."""
+    if adapter.base_hash is not None and adapter.base_hash != (found := base_hash(model)):
+        raise UserError(
+            f"lora {where}: was trained on the weights {adapter.base_hash}, and the checkpoint has {found}: sample "
+            "from the checkpoint that it was trained on, or add --lora_other_base to use it here."
+        )
+
+
+def check_fits(adapter: AdapterFile, model: STDiT, where: str) -> None:
+    """Raise UserError, listing what does not fit, unless an adapter is one of this model."""
+    layers = linear_layers(model)
+    odd = []
+    for name, tensor in adapter.weights.items():
+        layer, _, kind = name.rpartition(".lora_")
+        expected = layers.get(layer)
+        if expected is None:
+            odd.append(f"{layer}: no such layer")
+        elif kind == "A.weight" and tensor.shape[1] != expected.in_features:
+            odd.append(f"{layer}: takes {expected.in_features} channels, not {tensor.shape[1]}")
+        elif kind == "B.weight" and tensor.shape[0] != expected.out_features:
+            odd.append(f"{layer}: gives {expected.out_features} channels, not {tensor.shape[0]}")
+    if odd := list(dict.fromkeys(odd)):
+        raise UserError(
+            f"lora {where}: is of another architecture: {len(odd)} of its layers do not fit "
+            f"({listed(odd[:4], len(odd))}): use one that was trained on this model."
+        )

@@ -1,0 +1,122 @@
+"""Names of an adapter's weights in other programs: kohya's scripts, and ComfyUI.
+
+| | down ``[r d_in]`` | up ``[d_out r]`` | scale |
+|---|---|---|---|
+| peft | ``blocks.0.attn.qkv.lora_A.weight`` | ``...lora_B.weight`` | in the header |
+| ComfyUI | ``diffusion_model.blocks.0.attn.qkv.lora_down.weight`` | ``...lora_up.weight`` | ``....alpha`` |
+| kohya | ``lora_unet_blocks_0_attn_qkv.lora_down.weight`` | ``...lora_up.weight`` | ``....alpha`` |
+
+The two others scale by alpha / r, and have DoRA's lengths as ``dora_scale [d_out 1]``.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stdit.errors import UserError
+
+AdapterFormat = Literal["kohya", "comfyui"]
+PREFIXES: dict[AdapterFormat, str] = {"kohya": "lora_unet_", "comfyui": "diffusion_model."}
+_KINDS = {
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora_magnitude_vector": "dora_scale",
+}
+_OTHER_KINDS = {**{other: own for own, other in _KINDS.items()}, **{kind: kind for kind in _KINDS}}
+_WORDS = (
+    "x_embedder t_embedder fps_embedder y_embedder pooled_embedder t_block y_proj final_layer cross_attn q_linear "
+    "kv_linear q_norm k_norm mlp_conv"
+).split()
+"""Parts of the names of layers that have an underscore, which kohya's names have in the place of dots, too."""
+
+
+def to_other_names(
+    weights: Mapping[str, Tensor], settings: Mapping[str, Any], target: AdapterFormat
+) -> dict[str, Tensor]:
+    """Rename the weights of an adapter, and add the scale of each layer.
+
+    Args:
+        weights: by peft's names.
+        settings: peft's.
+
+    Raises:
+        UserError: for a kind of weight that the other program does not have.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        layer, kind = _split(name)
+        if kind not in _KINDS:
+            raise UserError(f"{name}: {target} has no such weight: train the adapter without it.")
+        there = PREFIXES[target] + (layer.replace(".", "_") if target == "kohya" else layer)
+        renamed[f"{there}.{_KINDS[kind]}"] = tensor[:, None] if kind == "lora_magnitude_vector" else tensor
+        if kind == "lora_A.weight":
+            rank = tensor.shape[0]
+            renamed[f"{there}.alpha"] = torch.tensor(_alpha_of(layer, rank, settings))
+    return renamed
+
+
+def from_other_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights by peft's names, and the settings that their scales mean.
+
+    Raises:
+        UserError: for a name of another kind.
+    """
+    weights: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    ranks: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        layer, kind = _split(name)
+        own = _own_layer(layer)
+        if kind == "alpha":
+            alphas[own] = float(tensor)
+        elif kind in _OTHER_KINDS:
+            there = _OTHER_KINDS[kind]
+            weights[f"{own}.{there}"] = tensor.flatten() if there == "lora_magnitude_vector" else tensor
+            if there == "lora_A.weight":
+                ranks[own] = tensor.shape[0]
+        else:
+            raise UserError(f"{name}: is no weight of an adapter in the format of peft, ComfyUI or kohya.")
+    rank = max(ranks.values(), key=list(ranks.values()).count)
+    scales = {layer: alphas.get(layer, float(ranks[layer])) for layer in ranks}
+    alpha = max(scales.values(), key=list(scales.values()).count)
+    settings = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {layer: found for layer, found in ranks.items() if found != rank},
+        "alpha_pattern": {layer: found for layer, found in scales.items() if found != alpha},
+        "target_modules": sorted(ranks),
+        "use_dora": any(name.endswith("lora_magnitude_vector") for name in weights),
+    }
+    return weights, settings
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Split a name into layer and kind of weight, such as ``lora_A.weight`` or ``alpha``."""
+    match = re.fullmatch(
+        r"(.+?)\.(lora_(?:A|B|up|down)\.weight|lora_magnitude_vector|dora_scale|alpha)", name
+    )
+    return (match[1], match[2]) if match else (name, "")
+
+
+def _own_layer(layer: str) -> str:
+    """Return our name of a layer, from that of peft, ComfyUI or kohya."""
+    if layer.startswith(PREFIXES["kohya"]):
+        plain = layer.removeprefix(PREFIXES["kohya"])
+        for word in _WORDS:
+            plain = re.sub(rf"(?<![a-z]){word}(?![a-z])", word.replace("_", "-"), plain)
+        return plain.replace("_", ".").replace("-", "_")
+    for prefix in (PREFIXES["comfyui"], "transformer."):
+        layer = layer.removeprefix(prefix)
+    return layer
+
+
+def _alpha_of(layer: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """Return the alpha with which alpha / rank is the scale of a layer."""
+    pattern = {key.lstrip("^"): value for key, value in settings.get("alpha_pattern", {}).items()}
+    alpha = pattern.get(layer, settings.get("lora_alpha", rank))
+    return float(alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)

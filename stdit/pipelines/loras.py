@@ -1,0 +1,35 @@
+"""The adapters of a pipeline: load those that videos need, and switch between them."""
+
+from collections.abc import Sequence
+
+from stdit.lora.config import LoRASpec
+from stdit.lora.files import check_base, check_fits, read_adapter
+from stdit.pipelines.pipeline import STDiTPipeline
+
+
+def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = True) -> None:
+    """Let a pipeline use these adapters with their weights, and no others; those that it lacks are loaded.
+
+    Args:
+        any_base: also load adapters that say that they were trained on other weights.
+
+    Raises:
+        UserError: if one cannot be read, or is of another architecture or base.
+    """
+    model = pipe.transformer
+    loaded = getattr(model, "peft_config", {})
+    for lora in loras:
+        if lora.name in loaded:
+            continue
+        adapter = read_adapter(lora.file)
+        check_fits(adapter, model, str(lora.file))
+        if not any_base:
+            check_base(adapter, model, str(lora.file))
+        model.load_lora_adapter(
+            adapter.weights, prefix=None, adapter_name=lora.name, metadata=adapter.settings, _pipeline=pipe
+        )
+    if loras:
+        pipe.enable_lora()
+        pipe.set_adapters([lora.name for lora in loras], [lora.weight for lora in loras])
+    elif getattr(model, "peft_config", {}):
+        pipe.disable_lora()

@@ -1,0 +1,92 @@
+"""`sample.py --lora`: files, weights, prompts files, several adapters, and refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from stdit.errors import UserError
+from stdit.lora.config import parse_lora
+from stdit.lora.files import base_hash
+from stdit.pipelines.loras import use_loras
+from stdit.pipelines.pipeline import STDiTPipeline
+from stdit.pipelines.requests import Request
+from stdit.pipelines.runner import sample_videos
+from tests.lora.tiny import write_random_adapter
+from tests.pipelines.tiny import tiny_model, tiny_pipeline
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> STDiTPipeline:
+    return tiny_pipeline(tmp_path)
+
+
+def videos(pipe: STDiTPipeline, *loras: tuple[str, ...], batch_size: int = 8) -> list[np.ndarray]:
+    requests = [Request("a red circle", 1, loras=tuple(map(parse_lora, of_one))) for of_one in loras]
+    return [frames for _, frames in sample_videos(pipe, requests, batch_size)]
+
+
+def test_each_video_has_its_own_adapters(pipe: STDiTPipeline, tmp_path: Path) -> None:
+    base = videos(pipe, ())[0]
+    files = [
+        str(write_random_adapter(tmp_path / f"{targets}.safetensors", pipe.transformer, targets=targets))
+        for targets in ("spatial", "temporal")
+    ]
+    one, two = files
+    choices = [(), (one,), (f"{two}:0.5",), (one, two), (f"{one}:0",), ()]
+    found = videos(pipe, *choices)
+    assert np.array_equal(found[0], base) and np.array_equal(found[5], base)
+    assert np.array_equal(found[4], base), "weight 0 is the base"
+    assert len({frames.tobytes() for frames in found}) == 4
+    for frames, choice in zip(found, choices, strict=True):
+        assert np.array_equal(videos(pipe, choice)[0], frames), "alone as among others"
+
+
+def sample_main(monkeypatch: pytest.MonkeyPatch, *flags: Any) -> None:
+    argv = ["sample.py", "--num_inference_steps", "1", *map(str, flags)]
+    monkeypatch.setattr("sys.argv", argv)
+    sample.main()
+
+
+def test_on_the_command_line(pipe: STDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe.save_pretrained(tmp_path / "saved")
+    known = base_hash(pipe.transformer)
+    write_random_adapter(tmp_path / "prompts" / "a.safetensors", pipe.transformer, known)
+    lines = [
+        {"prompt": "a", "lora": "a.safetensors:0.5"},
+        {"prompt": "b", "lora": ["a.safetensors"]},
+        {"prompt": "c"},
+    ]
+    (tmp_path / "prompts" / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = ["--checkpoint", tmp_path / "saved", "--prompts", tmp_path / "prompts" / "p.jsonl"]
+    sample_main(monkeypatch, *prompts, "--output", tmp_path / "out")
+    recorded = [
+        json.loads(file.read_text()).get("loras") for file in sorted((tmp_path / "out").glob("*.json"))
+    ]
+    assert [one and one[0]["weight"] for one in recorded] == [0.5, 1.0, None]
+
+    write_random_adapter(tmp_path / "b.safetensors", pipe.transformer, "xxh3:0")
+    flags = ["--checkpoint", tmp_path / "saved", "--prompt", "a", "--lora", tmp_path / "b.safetensors"]
+    with pytest.raises(UserError, match="was trained on the weights xxh3:0, and the checkpoint has xxh3:"):
+        sample_main(monkeypatch, *flags, "--output", tmp_path / "other")
+    assert not list((tmp_path / "other").glob("*"))
+    sample_main(monkeypatch, *flags, "--lora_other_base", "--output", tmp_path / "other")
+    assert len(list((tmp_path / "other").glob("*.mp4"))) == 1
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        sample_main(monkeypatch, *flags[:-1], "none.safetensors")
+
+
+def test_the_base_is_known_whatever_file_it_came_from(pipe: STDiTPipeline, tmp_path: Path) -> None:
+    known = base_hash(pipe.transformer)
+    file = write_random_adapter(tmp_path / "a.safetensors", pipe.transformer, known)
+    use_loras(pipe, [parse_lora(str(file))], any_base=False)
+    assert base_hash(pipe.transformer) == known
+    pipe.transformer = tiny_model()
+    with torch.no_grad():
+        pipe.transformer.t_block[1].bias += 1
+    with pytest.raises(UserError, match="add --lora_other_base to use it here"):
+        use_loras(pipe, [parse_lora(str(file))], any_base=False)
