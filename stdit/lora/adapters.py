@@ -4,6 +4,7 @@ Letters: r rank, d_in and d_out the widths of a linear layer.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,6 +85,25 @@ def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEF
             ),
             name,
         )
+
+
+def load_adapter(
+    model: STDiT,
+    weights: Mapping[str, Tensor],
+    settings: Mapping[str, Any] | None,
+    name: str,
+    pipeline: Any = None,
+) -> None:
+    """Add an adapter with these weights, by peft's names, beside those that there are.
+
+    Args:
+        settings: peft's; None: alpha is the rank.
+        pipeline: of the model, whose offloading then goes on.
+    """
+    metadata = None if settings is None else dict(settings)
+    model.load_lora_adapter(
+        dict(weights), prefix=None, adapter_name=name, metadata=metadata, _pipeline=pipeline
+    )
 
 
 def adapter_weights(model: STDiT, name: str = DEFAULT) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from stdit.lora.adapters import load_adapter
 from stdit.lora.config import LoRASpec
 from stdit.lora.files import check_base, check_fits, read_adapter
 from stdit.pipelines.pipeline import STDiTPipeline
@@ -25,9 +26,7 @@ def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = T
         check_fits(adapter, model, str(lora.file))
         if not any_base:
             check_base(adapter, model, str(lora.file))
-        model.load_lora_adapter(
-            adapter.weights, prefix=None, adapter_name=lora.name, metadata=adapter.settings, _pipeline=pipe
-        )
+        load_adapter(model, adapter.weights, adapter.settings, lora.name, pipe)
     if loras:
         pipe.enable_lora()
         pipe.set_adapters([lora.name for lora in loras], [lora.weight for lora in loras])
