@@ -10,15 +10,11 @@ DST is then a pipeline for sample.py --checkpoint and train.py --init_from; or a
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.lora.config import LoRASpec, parse_lora
 from stdit.training.disk import replace_folder
-
-if TYPE_CHECKING:
-    from stdit.models.stdit import STDiT
 
 FORMATS = ("peft", "kohya", "comfyui")
 
@@ -48,35 +44,21 @@ def convert(source: Path, target: str, output: Path) -> str:
 
 def merge(loras: list[LoRASpec], base: Path, output: Path, any_base: bool) -> str:
     """Write full weights with adapters in them; return a summary."""
+    from stdit.lora.files import merge_adapters
     from stdit.models.stdit import STDiT
     from stdit.pipelines.loading import load_pipeline
 
     if (base / "config.json").is_file():
         model = STDiT.from_pretrained(base)
-        merge_into(model, loras, any_base)
+        merge_adapters(model, loras, any_base)
         with replace_folder(f"model {output}", output, parents=True) as aside:
             model.save_pretrained(aside)
     else:
         pipe, _ = load_pipeline(base)
-        merge_into(pipe.transformer, loras, any_base)
+        merge_adapters(pipe.transformer, loras, any_base)
         with replace_folder(f"pipeline {output}", output, parents=True) as aside:
             pipe.save_pretrained(aside)
     return f"{output}: {base} with " + " and ".join(f"{lora.weight:g} x {lora.file}" for lora in loras)
-
-
-def merge_into(model: "STDiT", loras: list[LoRASpec], any_base: bool) -> None:
-    """Merge adapters into a model. Raises UserError before it changes if one does not fit."""
-    from stdit.lora.adapters import load_adapter, merge_adapter
-    from stdit.lora.files import check_base, check_fits, read_adapter
-
-    adapters = [read_adapter(lora.file) for lora in loras]
-    for lora, adapter in zip(loras, adapters, strict=True):
-        check_fits(adapter, model, str(lora.file))
-        if not any_base:
-            check_base(adapter, model, str(lora.file))
-    for lora, adapter in zip(loras, adapters, strict=True):
-        load_adapter(model, adapter.weights, adapter.settings, lora.name)
-        merge_adapter(model, lora.weight, lora.name)
 
 
 def main() -> None:

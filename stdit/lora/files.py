@@ -2,20 +2,21 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit.errors import UserError, listed
 from stdit.hashing import hash_bytes, hash_tensor
-from stdit.lora.adapters import linear_layers
-from stdit.lora.config import ADAPTER_FILE, find_adapter_file
+from stdit.lora.adapters import DEFAULT, adapter_weights, linear_layers, load_adapter, merge_adapter
+from stdit.lora.config import ADAPTER_FILE, LoRASpec, find_adapter_file
 from stdit.lora.names import from_other_names
 from stdit.models.stdit import STDiT
 from stdit.umask import apply_umask
@@ -128,3 +129,35 @@ def check_fits(adapter: AdapterFile, model: STDiT, where: str) -> None:
             f"lora {where}: is of another architecture: {len(odd)} of its layers do not fit "
             f"({listed(odd[:4], len(odd))}): use one that was trained on this model."
         )
+
+
+def merge_adapters(model: STDiT, loras: Sequence[LoRASpec], any_base: bool = True) -> None:
+    """Merge adapters into a model's weights. Raises UserError before it changes if one does not fit.
+
+    Args:
+        any_base: also those that say that they were trained on other weights.
+    """
+    adapters = [read_adapter(lora.file) for lora in loras]
+    for lora, adapter in zip(loras, adapters, strict=True):
+        check_fits(adapter, model, str(lora.file))
+        if not any_base:
+            check_base(adapter, model, str(lora.file))
+    for lora, adapter in zip(loras, adapters, strict=True):
+        load_adapter(model, adapter.weights, adapter.settings, lora.name)
+        merge_adapter(model, lora.weight, lora.name)
+
+
+def begin_with(model: STDiT, file: Path) -> None:
+    """Give the adapter that is trained the weights of a file. Raises UserError if they are of another kind."""
+    adapter, own = read_adapter(file), adapter_weights(model)
+    odd = [name for name in {**own, **adapter.weights} if _shape(own, name) != _shape(adapter.weights, name)]
+    if odd:
+        raise UserError(
+            f"lora.init_from = {file}: is another kind of adapter: {len(odd)} weights differ, such as {odd[0]}, "
+            f"{_shape(adapter.weights, odd[0])} there and {_shape(own, odd[0])} here: use its rank and targets."
+        )
+    set_peft_model_state_dict(model, adapter.weights, DEFAULT)
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> str:
+    return str(list(weights[name].shape)) if name in weights else "absent"

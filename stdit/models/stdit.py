@@ -8,6 +8,7 @@ Letters: B batch, C channels, T frames, H height, W width, S = H*W spatial patch
 E width of the text states, F frames of the modulation (T, or 1 where all frames share one timestep).
 """
 
+import copy
 import inspect
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, fields
@@ -305,9 +306,11 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         return [rf"\bblocks\.{i}\." for i, block in enumerate(self.blocks) if isinstance(block, wanted)]
 
     def with_weights(self, tensors: dict[str, Tensor]) -> "STDiT":
-        """Return a model with the same settings that uses ``tensors``, without a copy."""
+        """Return a model with the same settings and adapters that uses ``tensors``, without a copy."""
         with torch.device("meta"):
             model: STDiT = STDiT.from_config(self.config)
+            for name, settings in getattr(self, "peft_config", {}).items():
+                model.add_adapter(copy.deepcopy(settings), name)
         model.load_state_dict(tensors, assign=True)
         return model
 

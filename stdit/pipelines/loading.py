@@ -124,6 +124,31 @@ def load_pipeline(
     return _from_checkpoint(source, ema, text_states)
 
 
+def find_initial_weights(init_from: str) -> Path:
+    """Return the model folder or checkpoint with the weights of ``init_from``. Raises UserError if there is none."""
+    folder = Path(init_from)
+    weights = "diffusion_pytorch_model.safetensors"
+    if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
+        return folder
+    try:
+        source = find_checkpoint_source(folder)
+    except UserError as error:
+        raise UserError(f"init_from = {init_from}: {error}") from None
+    return source.path / "transformer" if source.is_pipeline else source.path
+
+
+def read_initial_model(source: str) -> Any:
+    """Read the model of ``init_from``: a run, checkpoint, pipeline or model folder. Raises UserError."""
+    from stdit.codecs.loading import explain_load_errors, local_weights
+    from stdit.models.stdit import STDiT
+
+    folder = find_initial_weights(source)
+    if is_checkpoint(folder):
+        return load_transformer(folder, read_meta(folder), ema=True)[0]
+    with explain_load_errors("init_from", local_weights(folder)):
+        return STDiT.from_pretrained(folder, use_safetensors=True)
+
+
 def load_codec(source: CheckpointSource) -> Any:
     """Load the codec of a source alone."""
     from stdit.codecs.loading import explain_load_errors, local_weights, quiet
@@ -219,9 +244,14 @@ def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | Non
 
 
 def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:
-    """Load the STDiT of a verified checkpoint; return it and the folder of its weights, ema or model."""
+    """Load the STDiT of a verified checkpoint; return it and the folder of its weights, ema or model.
+
+    A checkpoint of an adapter gives its base with the adapter merged into it.
+    """
+    from stdit.lora.adapters import merge_adapter
     from stdit.models.opensora import stdit_names
     from stdit.models.stdit import STDiT
+    from stdit.parallel.processes.parameters import trained_state
     from stdit.parallel.processes.storage import StoredTensors
 
     has_average = any(name.startswith("ema/") for name in meta["files"])
@@ -230,18 +260,52 @@ def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any
     used = "ema" if ema and has_average else "model"
     if "model/config.json" not in meta["files"]:
         raise UserError(f"checkpoint {folder} lacks model/config.json: use another checkpoint.")
-    transformer = STDiT.from_config(STDiT.load_config(folder / "model"))
-    StoredTensors(folder / used, stdit_names(transformer.config)).read_into(transformer.state_dict())
+    if "adapter" in meta:
+        transformer = _load_base(folder, meta)
+        StoredTensors(folder / used).read_into(trained_state(transformer))
+        merge_adapter(transformer)
+    else:
+        transformer = STDiT.from_config(STDiT.load_config(folder / "model"))
+        StoredTensors(folder / used, stdit_names(transformer.config)).read_into(transformer.state_dict())
     return transformer.eval(), used
 
 
+def _load_base(folder: Path, meta: dict[str, Any]) -> Any:
+    """Return the base of a checkpoint's adapter, and in it an adapter whose weights are still to be read.
+
+    Raises:
+        UserError: if it is missing, or has other weights than in training.
+    """
+    from peft import LoraConfig as PeftConfig
+
+    from stdit.lora.config import parse_lora
+    from stdit.lora.files import base_hash, merge_adapters
+
+    base = meta["base"]
+    if not Path(base["path"]).exists():
+        raise UserError(
+            f"checkpoint {folder}: holds an adapter, and {base['path']}, whose weights it was trained on, is no "
+            "more: put it there again, or sample from a copy of it with --lora and the adapter."
+        )
+    model = read_initial_model(base["path"])
+    merge_adapters(model, [parse_lora(text) for text in base["merge"]])
+    if (found := base_hash(model)) != base["hash"]:
+        raise UserError(
+            f"checkpoint {folder}: its adapter was trained on the weights {base['hash']}, but {base['path']} has "
+            f"{found}: put the former there again, or give the adapter by --lora, with --lora_other_base."
+        )
+    model.requires_grad_(False)
+    model.add_adapter(PeftConfig(**meta["adapter"]), "default")
+    return model
+
+
 def weights_hash(meta: dict[str, Any], part: str) -> str:
-    """Return the hash of the weights in a folder of a checkpoint."""
+    """Return the hash of the weights in a folder of a checkpoint; for an adapter, also of those of its base."""
     files = sorted(meta["files"].items())
     hashes = [
         entry["hash"] for name, entry in files if name.startswith(f"{part}/") and name.endswith(WEIGHTS)
     ]
-    return _hash_of(hashes)
+    return _hash_of([meta["base"]["hash"], *hashes] if "base" in meta else hashes)
 
 
 def _hash_of(hashes: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.processes.parameters import local_tensor
+from stdit.parallel.processes.parameters import local_tensor, trained_parameters
 
 BLOCK = re.compile(r"blocks\.\d+|\w+")
 
@@ -18,13 +18,15 @@ class BlockNorms:
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh
-        self.before = {name: local_tensor(p.detach()).clone() for name, p in model.named_parameters()}
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        self.before = {
+            name: local_tensor(p.detach()).clone() for name, p in trained_parameters(model).items()
+        }
+        gradients = {name: p.grad for name, p in trained_parameters(model).items() if p.grad is not None}
         self.gradients = norms_by_block(gradients, mesh)
 
     def after_update(self) -> dict[str, dict[str, float]]:
         """Return by block: ``weight``, ``gradient`` (before it is clipped), ``update`` (weight after less before)."""
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        weights = {name: p.detach() for name, p in trained_parameters(self.model).items()}
         moved = {name: local_tensor(p) - self.before[name] for name, p in weights.items()}
         sharded = any(local_tensor(p) is not p for p in weights.values())
         found = {

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import chain
 from math import prod
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stdit.checkpoint_files import read_meta
+from stdit.checkpoint_files import read_json, read_meta
 from stdit.codecs import build_codec, build_text_encoder
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.text import TextEncoder
@@ -23,16 +23,19 @@ from stdit.data.clip_list import ClipList
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
+from stdit.lora.adapters import add_adapter
+from stdit.lora.config import find_adapter_file, parse_lora
+from stdit.lora.files import base_hash, begin_with, merge_adapters
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.size import count_on_meta
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
 from stdit.parallel.sequence.planner import format_gib
+from stdit.pipelines.loading import find_initial_weights, is_checkpoint, read_initial_model
 from stdit.training.config import TrainConfig
 from stdit.training.experiment import experiment_key
 from stdit.training.lineage import CLIPS, Resumed, lineage, resume
 from stdit.training.optim import count_matrices
-from stdit.training.run_folder import find_initial_weights
 from stdit.training.unused import unused_settings
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,8 @@ class RunComponents(RunInputs):
     """Components of a run."""
 
     model: STDiT
+    base: str | None = None
+    """Hash of the weights that an adapter is trained on."""
 
     def to(self, device: torch.device) -> None:
         """Move codec and text encoder to a device; the trainer moves the model."""
@@ -71,6 +76,7 @@ class RunComponents(RunInputs):
             CLIPS: clips_hash(self.plan),
             "codec's weights": self.codec.fingerprint(),
             "text encoder's weights": self.text_encoder.fingerprint(),
+            **({} if self.base is None else {"base's weights": self.base}),
         }
 
     @cached_property
@@ -99,10 +105,13 @@ def build_components(
         UserError: for data, weights or settings that cannot be used, or a model that does not fit in memory.
     """
     inputs = build_inputs(config, checkpoint)
+    if config.lora.rank is not None:
+        model, base = build_adapted_model(inputs.config)
+        return RunComponents(**vars(inputs), model=model, base=base)
     _check_model_fits(inputs.config, processes, memory)
     model = build_model(inputs.config)
     if checkpoint is None and config.init_from is not None:
-        _load_initial_weights(model, config.init_from)
+        _copy_weights(model, read_initial_model(config.init_from), config.init_from)
     return RunComponents(**vars(inputs), model=model)
 
 
@@ -110,6 +119,8 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     """Build all components but the model; ``dry_run`` does not fit the codec. Raises as `build_components` does."""
     for line in unused_settings(config):
         logger.warning(line)
+    if config.lora.rank is not None:
+        config = replace(config, model=base_settings(config))
     index = None if dry_run else config.run_folder / "clips"
     plan = build_plan(config.data, config.seed, index, remembered(config.data))
     resumed = None
@@ -181,7 +192,7 @@ def _check_model_fits(config: TrainConfig, processes: int, memory: int) -> None:
 
 
 def resolved_config(config: TrainConfig, codec: VideoCodec, text_encoder: TextEncoder) -> TrainConfig:
-    """Return the settings with the sizes that the model takes from codec and text encoder.
+    """Return the settings with the sizes that the model takes from codec and text encoder; those of a base stay.
 
     Without ``resume_changed``: to allow changes counts for one start, also if its config.yaml is used again.
     """
@@ -191,6 +202,9 @@ def resolved_config(config: TrainConfig, codec: VideoCodec, text_encoder: TextEn
         caption_channels=text_encoder.channels,
         model_max_length=text_encoder.max_length,
     )
+    if config.lora.rank is not None:
+        _check_base_takes(config.model, model)
+        return replace(config, resume_changed=False)
     for name in ("in_channels", "caption_channels", "model_max_length"):
         asked, used = getattr(config.model, name), getattr(model, name)
         if asked not in (used, getattr(STDiTConfig, name)):
@@ -212,18 +226,63 @@ def build_model(config: TrainConfig) -> STDiT:
     return model
 
 
-def _load_initial_weights(model: STDiT, source: str) -> None:
-    """Copy weights from a run, checkpoint, pipeline or model folder. Raises UserError if they do not match."""
-    from stdit.codecs.loading import explain_load_errors, local_weights
-    from stdit.pipelines.loading import is_checkpoint, load_transformer
+def base_settings(config: TrainConfig) -> STDiTConfig:
+    """Return the model's settings in ``init_from``; check that the objective is that of its training.
 
-    folder = find_initial_weights(source)
-    if is_checkpoint(folder):
-        other, _ = load_transformer(folder, read_meta(folder), ema=True)
+    Raises:
+        UserError: if there is no such model, or its output means something else than ``flow.prediction`` says.
+    """
+    assert config.init_from is not None
+    folder = find_initial_weights(config.init_from)
+    of_run = is_checkpoint(folder)
+    recorded = read_json((folder / "model" if of_run else folder) / "config.json", "a model")
+    if of_run:
+        flow = read_meta(folder).get("config", {}).get("flow", {})
     else:
-        with explain_load_errors("init_from", local_weights(folder)):
-            other = STDiT.from_pretrained(folder, use_safetensors=True)
-    _copy_weights(model, other, source)
+        index = folder.parent / "model_index.json"
+        flow = (read_json(index, "a pipeline").get("flow") or {}) if index.is_file() else {}
+    if (trained := flow.get("prediction", config.flow.prediction)) != config.flow.prediction:
+        raise UserError(
+            f"flow.prediction = {config.flow.prediction}: {config.init_from} was trained with {trained}, and an "
+            f"adapter cannot change that: set --flow.prediction {trained}."
+        )
+    return STDiTConfig(**{f.name: recorded[f.name] for f in fields(STDiTConfig) if f.name in recorded})
+
+
+def _check_base_takes(base: STDiTConfig, needed: STDiTConfig) -> None:
+    """Raise UserError unless the base of an adapter takes what codec and text encoder give."""
+    for name, what in (
+        ("in_channels", "codec gives latents of"),
+        ("caption_channels", "text encoder gives states of"),
+    ):
+        if (found := getattr(needed, name)) != (takes := getattr(base, name)):
+            raise UserError(
+                f"the {what} {found} channels, but the model in init_from takes {takes}: use the codec.* and "
+                "text_encoder.* settings of its training."
+            )
+    if needed.model_max_length > base.model_max_length:
+        raise UserError(
+            f"text_encoder.max_length = {needed.model_max_length}: the model in init_from reads at most "
+            f"{base.model_max_length} tokens: set that."
+        )
+
+
+def build_adapted_model(config: TrainConfig) -> tuple[STDiT, str]:
+    """Return the model of ``init_from`` with a new adapter, which alone is trained, and the hash of the base.
+
+    Raises:
+        UserError: if the base or an adapter cannot be read, or they do not fit.
+    """
+    assert config.init_from is not None
+    model = read_initial_model(config.init_from)
+    merge_adapters(model, [parse_lora(text) for text in config.lora.merge])
+    base = base_hash(model)
+    add_adapter(model, config.lora, config.seed)
+    if config.lora.init_from is not None:
+        begin_with(model, find_adapter_file(Path(config.lora.init_from)))
+    if config.trainer.activation_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model, base
 
 
 def _copy_weights(model: STDiT, other: STDiT, source: str) -> None:

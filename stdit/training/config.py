@@ -10,6 +10,7 @@ from stdit.codecs.config import CODECS, CodecConfig, TextEncoderConfig
 from stdit.data.config import DataConfig
 from stdit.diffusion.config import FlowConfig
 from stdit.errors import UserError
+from stdit.lora.config import LoRAConfig, parse_lora
 from stdit.models.config import STDiTConfig
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.pipelines.config import VideoSettings, check_seed
@@ -239,6 +240,16 @@ class TrackerConfig:
 
 
 @dataclass
+class LoRATrainingConfig(LoRAConfig):
+    """The adapter that is trained, and what it begins with."""
+
+    init_from: str | None = None
+    """Adapter to begin with, of the same rank and targets: a file, or a folder with one."""
+    merge: list[str] = field(default_factory=list)
+    """Adapters to merge into the weights of init_from first, FILE[:weight], repeatable: to train on top of them."""
+
+
+@dataclass
 class TrainConfig:
     """A training run."""
 
@@ -268,6 +279,8 @@ class TrainConfig:
     """From pixels to latents."""
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """From captions to text states."""
+    lora: LoRATrainingConfig = field(default_factory=LoRATrainingConfig)
+    """An adapter that is trained instead of the weights of init_from; the model's settings are then those of that."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The objective."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -299,6 +312,13 @@ class TrainConfig:
             raise UserError(f"name = {self.name!r}: must be a folder name, such as my-run")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed = {self.seed}: must be from 0 to 2^63 - 1")
+        if self.lora.rank is not None and self.init_from is None:
+            raise UserError(
+                f"lora.rank = {self.lora.rank}: an adapter needs the model that it is for: add init_from, a run, a "
+                "checkpoint, or a pipeline or model folder."
+            )
+        for path in (*self.lora.merge, *([] if self.lora.init_from is None else [self.lora.init_from])):
+            parse_lora(path)
         self.data.validate()
         built_in = CODECS.module(self.codec.name) is None  # a user's codec may know the variance, too
         if self.flow.prediction == "residual" and built_in and self.codec.name not in ("pca", "tiny"):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from stdit.parallel.processes.parameters import trained_state
 from stdit.training.config import EMAConfig
 
 
@@ -14,7 +15,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, config: EMAConfig) -> None:
         self.config = config
-        self.average = {name: tensor.float().clone() for name, tensor in model.state_dict().items()}
+        self.average = {name: tensor.float().clone() for name, tensor in trained_state(model).items()}
 
     def decay(self, step: int) -> float:
         """Return the share of the average that is kept in ``step``, counted from 0."""
@@ -23,7 +24,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move the averages towards the weights after ``step``."""
-        latest = model.state_dict()
+        latest = trained_state(model)
         torch._foreach_lerp_(
             list(self.average.values()),
             [latest[name].float() for name in self.average],
@@ -41,7 +42,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
-        for name, tensor in model.state_dict().items():
+        for name, tensor in trained_state(model).items():
             kept = tensor.float().clone()
             tensor.copy_(self.average[name])
             self.average[name].copy_(kept)

@@ -20,6 +20,8 @@ FREE = {
     "data.sources",
     "data.workers",
     "data.max_skipped_share",
+    "lora.init_from",
+    "lora.merge",
     "model.in_channels",
     "model.caption_channels",
     "model.model_max_length",
@@ -33,9 +35,10 @@ def experiment_key(config: TrainConfig) -> dict[str, Any]:
 
     Its length, checkpoints, validation and tracker may change.
     """
+    groups = EXPERIMENT if config.lora.rank is None else (*EXPERIMENT, "lora")
     found = {
         key: value
-        for group in EXPERIMENT
+        for group in groups
         for key, value in _leaves(getattr(config, group), group)
         if key not in FREE
     }

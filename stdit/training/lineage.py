@@ -21,6 +21,8 @@ FIXED = {
     "text": "its weights were trained with another text encoder",
     "flow.prediction": "the output of its weights has another meaning",
     "optimizer.name": "its state is that of another optimizer",
+    "base": "its adapter was trained on other weights",
+    **dict.fromkeys(("lora.rank", "lora.targets", "lora.dora"), "its adapter is of another kind"),
 }
 """Beginnings of the keys of an experiment that cannot change, and why."""
 _REQUIRED = {"step": int, "experiment": dict, "nonfinite_in_a_row": int, "batch_splits": int}
@@ -112,7 +114,8 @@ def unneeded(resume_changed: bool, init_from: str | None, resumed: Resumed | Non
     if resume_changed and (resumed is None or not resumed.changes):
         why = "there is no checkpoint" if resumed is None else "nothing has changed"
         lines.append(f"resume_changed = true has no effect: {why}")
-    if resumed is not None and init_from not in (None, resumed.meta.get("config", {}).get("init_from")):
+    other = resumed is not None and init_from not in (None, resumed.meta.get("config", {}).get("init_from"))
+    if resumed is not None and other and "base" not in resumed.meta:  # that of an adapter may have moved
         lines.append(f"init_from = {init_from} has no effect: the run resumes from its own checkpoint")
     return lines
 

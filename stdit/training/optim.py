@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from stdit.errors import UserError
-from stdit.parallel.processes.parameters import distribute_like, full_tensor
+from stdit.parallel.processes.parameters import distribute_like, full_tensor, trained_parameters
 from stdit.training.config import OPTIMIZERS, OptimizerConfig
 from stdit.training.matmul import matmul_precision
 
@@ -41,7 +41,7 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, int], list[str]]:
     """
     matrices: dict[str, int] = {}
     others = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         match = BLOCK_MATRIX.search(name)
         if match and parameter.ndim == 2:
             matrices[name] = STACKED.get(match[1], 1)
@@ -56,9 +56,9 @@ def count_matrices(model: nn.Module) -> int:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> "Optimizers":
-    """Build the optimizer that a config names, over all parameters of ``model``."""
+    """Build the optimizer that a config names, over all parameters of ``model`` that are trained."""
     built = OPTIMIZERS.get(config.name)(model, config)
-    return Optimizers(dict(model.named_parameters()), built if isinstance(built, list) else [built])
+    return Optimizers(trained_parameters(model), built if isinstance(built, list) else [built])
 
 
 def register_optimizer(
@@ -78,7 +78,7 @@ def register_optimizer(
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """Build AdamW over all parameters."""
-    return _adamw(model, [name for name, _ in model.named_parameters()], config)
+    return _adamw(model, list(trained_parameters(model)), config)
 
 
 def build_muon(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
@@ -88,7 +88,7 @@ def build_muon(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
 
 def muon_and_adamw(model: nn.Module, config: OptimizerConfig, matrices: dict[str, int]) -> list[Optimizer]:
     """Build Muon for some parameters (name to the number of stacked matrices), and AdamW for the others."""
-    named = dict(model.named_parameters())
+    named = trained_parameters(model)
     optimizers: list[Optimizer] = [_adamw(model, [name for name in named if name not in matrices], config)]
     if matrices:
         by_parts: dict[int, list[nn.Parameter]] = defaultdict(list)
@@ -108,7 +108,7 @@ def muon_and_adamw(model: nn.Module, config: OptimizerConfig, matrices: dict[str
 
 def _adamw(model: nn.Module, names: list[str], config: OptimizerConfig) -> Optimizer:
     """Build AdamW over some parameters; only matrices get weight decay."""
-    named = dict(model.named_parameters())
+    named = trained_parameters(model)
     decayed = [named[name] for name in names if named[name].ndim >= 2]
     plain = [named[name] for name in names if named[name].ndim < 2]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]

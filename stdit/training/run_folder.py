@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from stdit.checkpoint_files import META
 from stdit.errors import UserError
-from stdit.pipelines.loading import find_checkpoint_source
+from stdit.pipelines.loading import find_initial_weights
 from stdit.settings import to_yaml
 from stdit.training.checkpoint import find_checkpoint
 from stdit.training.config import TrainConfig
@@ -103,19 +103,6 @@ def write_run_files(folder: Path, config: TrainConfig, codec: "VideoCodec", new:
             (folder / "samples").mkdir(exist_ok=True)
         with atomic_write(folder / "config.yaml") as file:
             Path(file).write_text(to_yaml(config), encoding="utf-8")
-
-
-def find_initial_weights(init_from: str) -> Path:
-    """Return the model folder or checkpoint with the weights of ``init_from``. Raises UserError if there is none."""
-    folder = Path(init_from)
-    weights = "diffusion_pytorch_model.safetensors"
-    if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
-        return folder
-    try:
-        source = find_checkpoint_source(folder)
-    except UserError as error:
-        raise UserError(f"init_from = {init_from}: {error}") from None
-    return source.path / "transformer" if source.is_pipeline else source.path
 
 
 def _names(folder: Path) -> list[str]:

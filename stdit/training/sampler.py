@@ -7,6 +7,8 @@ from torch import Tensor
 
 from stdit.checkpoint_files import verify_if_sealed
 from stdit.errors import UserError
+from stdit.lora.adapters import adapter_settings, adapter_weights
+from stdit.lora.files import write_adapter
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import full_tensor, gather_full_tensors
 from stdit.training.build import RunComponents
@@ -53,7 +55,7 @@ class Sampler:
 
     def validate(self, step: int) -> None:
         """Write videos of the validation prompts, sampled by all ranks with the averages after ``step`` steps."""
-        pipe = self._pipeline(step, {name: full_tensor(t) for name, t in self.ema.state_dict().items()})
+        pipe = self._pipeline(step, {name: full_tensor(t) for name, t in self._averaged().items()})
         validation = self.config.validation
         videos = make_samples(pipe, validation.prompts, validation.seed, self.mesh)
         self.mesh.on_main(lambda: self._write_samples(videos, pipe.config, step))
@@ -71,12 +73,26 @@ class Sampler:
     def export(self, step: int) -> Path:
         """Write ``pipeline/`` with the averages after ``step`` steps, unless an earlier part of the run did.
 
-        An older one is replaced only when the new one is whole. Return the folder.
+        The run of an adapter writes its file to ``lora/`` instead. An older one is replaced only when the new one is
+        whole. Return the folder.
         """
+        if self.components.base is not None:
+            average = gather_full_tensors(self._averaged(), self.mesh)
+            return self.mesh.on_main(lambda: self._write_adapter(average))
         if self.mesh.on_main(self._exported_step) != step:
-            average = gather_full_tensors(self.ema.state_dict(), self.mesh)
+            average = gather_full_tensors(self._averaged(), self.mesh)
             self.mesh.on_main(lambda: self._write_pipeline(step, average))
         return self.folder / "pipeline"
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """Return all weights, those that are trained averaged."""
+        return {**self.components.model.state_dict(), **self.ema.state_dict()}
+
+    def _write_adapter(self, weights: dict[str, Tensor]) -> Path:
+        target, model = self.folder / "lora", self.components.model.with_weights(weights)
+        with replace_folder(f"adapter {target}", target) as aside:
+            write_adapter(aside, adapter_weights(model), adapter_settings(model), self.components.base)
+        return target
 
     def _write_pipeline(self, step: int, weights: dict[str, Tensor]) -> None:
         target, parts = self.folder / "pipeline", self.components

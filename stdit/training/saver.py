@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import stdit
+from stdit.lora.adapters import adapter_settings
 from stdit.settings import plain
 from stdit.training.build import RunComponents
 from stdit.training.checkpoint_writer import CheckpointWriter
@@ -128,6 +129,7 @@ class Saver:
             "batch_splits": self.trainer.batch_splits,
             "matmul_precision": self.trainer.matmul_state(),
             "validation_loss": self.checkpoints.losses.get(step),
+            **self._adapter_meta(),
             "versions": {
                 "stdit": stdit.__version__,
                 "torch": torch.__version__,
@@ -148,6 +150,14 @@ class Saver:
                 "checkpoint.every if this happens again"
             )
         return folder
+
+    def _adapter_meta(self) -> dict[str, Any]:
+        """Return what makes a model of an adapter: its settings, and where its base was; nothing for other runs."""
+        if self.components.base is None:
+            return {}
+        where = str(Path(str(self.config.init_from)).resolve())
+        base = {"hash": self.components.base, "path": where, "merge": self.config.lora.merge}
+        return {"adapter": adapter_settings(self.components.model), "base": base}
 
     def _write_more(self, folder: Path) -> None:
         """Write what a checkpoint has beside tensors of the trainer, on the main rank."""

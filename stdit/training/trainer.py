@@ -15,7 +15,13 @@ from stdit.diffusion.flow import FlowObjective, frame_weights
 from stdit.errors import UserError
 from stdit.models.opensora import stdit_names
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.processes.parameters import full_tensor, replicate_model, shard_model
+from stdit.parallel.processes.parameters import (
+    full_tensor,
+    replicate_model,
+    shard_model,
+    trained_parameters,
+    trained_state,
+)
 from stdit.parallel.processes.step_exchange import StepExchange
 from stdit.parallel.processes.storage import StoredTensors
 from stdit.training.block_norms import BlockNorms
@@ -55,7 +61,7 @@ class Trainer:
         if config.compile:
             model.compile_blocks()  # type: ignore[operator]
         self.model, self.network = model, (shard_model if shard_parameters else replicate_model)(model, mesh)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = list(trained_parameters(model).values())
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, ema)
         self.nonfinite_in_a_row = 0
@@ -224,7 +230,7 @@ class Trainer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return weights, averages and optimizer state, by name; of sharded tensors, this rank's shard."""
         return {
-            "model": self.model.state_dict(),
+            "model": trained_state(self.model),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }

@@ -32,6 +32,7 @@ RULES: tuple[Rule, ...] = (
         "flow.timestep_sampling = logit_normal",
         lambda c: c.flow.timestep_sampling == "logit_normal",
     ),
+    ("lora.*", "lora.rank", lambda c: c.lora.rank is not None),
     ("data.cache_dir", "data.cache = disk or memory", lambda c: c.data.cache != "none"),
     ("optimizer.muon_*", "optimizer.name = muon", lambda c: c.optimizer.name != "adamw"),
     (

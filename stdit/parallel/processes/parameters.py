@@ -77,6 +77,17 @@ def shard_model(model: nn.Module, mesh: Mesh) -> DistributedModel:
     return DistributedModel(model)
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name: without those of the base of an adapter."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what of a model's state training changes, by name, without a copy."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor if it is sharded (DTensor); every rank must call this."""
     from torch.distributed.tensor import DTensor
