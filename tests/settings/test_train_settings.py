@@ -51,6 +51,9 @@ BEFORE = ("--output_dir", "before", "--name", "run")
 """A run of the other settings, of 3 steps."""
 
 
+LORA = ("--init_from", "before/run", "--lora.rank", "2")
+
+
 def bucket(text: str) -> list[str]:
     return ["--data.buckets", f"[{{{text}}}]"]
 
@@ -63,6 +66,14 @@ CHANGES = {
         ["--resume_changed"], [*BEFORE, "--optimizer.lr", "5e-4", "--trainer.steps", "4"]
     ),
     "init_from": Change(["--init_from", "absent"]),
+    "lora.rank": Change(["--lora.rank", "3"], LORA),
+    "lora.alpha": Change(["--lora.alpha", "9"], LORA),
+    "lora.targets": Change(["--lora.targets", "mlp"], LORA),
+    "lora.dropout": Change(["--lora.dropout", "0.5"], LORA),
+    "lora.dora": Change(["--lora.dora"], LORA),
+    "lora.rslora": Change(["--lora.rslora"], LORA),
+    "lora.init_from": Change(["--lora.init_from", "absent"], LORA),
+    "lora.merge": Change(["--lora.merge", "[absent]"], LORA),
     "imports": Change(["--import", "no_such_module"]),
     "model.hidden_size": Change(["--model.hidden_size", "64"]),
     "model.num_heads": Change(["--model.num_heads", "4"]),
