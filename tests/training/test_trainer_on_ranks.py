@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from stdit.checkpoint_files import read_meta, verify
 from stdit.data.batch import EncodedBatch
 from stdit.errors import OtherRankError, UserError
+from stdit.lora.adapters import add_adapter
+from stdit.lora.config import LoRAConfig
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.processes.mesh import Mesh, build_mesh
 from stdit.parallel.processes.parameters import full_tensor, state_bytes
@@ -42,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "accumulation": {"micro_batch_size": 1},
     "activation checkpointing": {"checkpointing": True},
     "compiled": {"compiled": True, "depth": 1},
+    "adapter": {"lora": LoRAConfig(rank=3, targets="blocks")},
     "chunks, checkpointing, no clipping": {"chunks": 2, "checkpointing": True, "max_grad_norm": float("inf")},
 }
 
@@ -58,10 +61,13 @@ def trainer(
     compiled: bool = False,
     depth: int = 2,
     max_grad_norm: float = 0.1,
+    lora: LoRAConfig | None = None,
     **settings: Any,
 ) -> Trainer:
-    """Return a trainer of a model in which no weight is zero."""
+    """Return a trainer of a model, or of an adapter in it, in which no weight is zero."""
     model = tiny_model(in_channels=3, depth=depth, patch_size=(1, 2, 2))
+    if lora is not None:
+        add_adapter(model, lora)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
