@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from stdit.in_diffusers import offer_pipeline
+from stdit.in_diffusers import offer_classes
 from stdit.lazy import lazy_getattr
 
 if TYPE_CHECKING:
@@ -27,4 +27,4 @@ __getattr__ = lazy_getattr(
         "SchedulerMixin": "diffusers",
     },
 )
-offer_pipeline()
+offer_classes()

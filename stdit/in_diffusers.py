@@ -1,6 +1,7 @@
-"""Let diffusers find `STDiTPipeline` by name: `DiffusionPipeline.from_pretrained` looks for it in its own package.
+"""Let diffusers find our classes by name, for which it looks in its own package.
 
-Imports neither diffusers nor torch: what it adds is added when diffusers is imported.
+`DiffusionPipeline.from_pretrained` looks for the pipeline there, `from_single_file` for the model. Imports neither
+diffusers nor torch: what it adds is added when diffusers is imported.
 """
 
 import importlib
@@ -12,9 +13,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+OFFERED = {"STDiT": "stdit.models.stdit", "STDiTPipeline": "stdit.pipelines.pipeline"}
+"""Class to the module that defines it."""
 
-def offer_pipeline() -> None:
-    """Add ``diffusers.STDiTPipeline``, now or when diffusers is imported."""
+
+def offer_classes() -> None:
+    """Add our classes to the module diffusers, now or when it is imported."""
     if "diffusers" in sys.modules:
         _add_to(sys.modules["diffusers"])
     else:
@@ -22,15 +26,18 @@ def offer_pipeline() -> None:
 
 
 def _add_to(diffusers: ModuleType) -> None:
-    """Add the pipeline to the module as a property, so that its import waits for its first use."""
+    """Add the classes to the module as properties, so that their import waits for their first use."""
     kind: Any = type(diffusers)
-    if not hasattr(kind, "STDiTPipeline"):
-        found = property(lambda _: importlib.import_module("stdit.pipelines.pipeline").STDiTPipeline)
-        diffusers.__class__ = type(kind.__name__, (kind,), {"STDiTPipeline": found})
+    if not hasattr(kind, next(iter(OFFERED))):
+        diffusers.__class__ = type(kind.__name__, (kind,), {name: _lazy(name) for name in OFFERED})
+
+
+def _lazy(name: str) -> property:
+    return property(lambda _: getattr(importlib.import_module(OFFERED[name]), name))
 
 
 class _Finder(MetaPathFinder):
-    """Finds diffusers once, and adds the pipeline after its import."""
+    """Finds diffusers once, and adds our classes after its import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -21,7 +21,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
@@ -179,7 +180,7 @@ class FinalLayer(nn.Module):
         return out
 
 
-class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):  # type: ignore[misc]
+class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, FromOriginalModelMixin):  # type: ignore[misc]
     """A text-to-video diffusion transformer of any latent size; its settings are those of :class:`STDiTConfig`."""
 
     config_name = "config.json"
@@ -237,6 +238,19 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         model.load_state_dict(weights, assign=True)
         model.eval()
         return model
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any, **options: Any) -> Any:
+        """Load a file of Open-Sora v1.2's STDiT3; ``options`` are those of diffusers, such as ``torch_dtype``.
+
+        Settings are read off the shapes of its weights, but for what ``original_config`` (a dictionary) has.
+
+        Raises:
+            UserError: if its keys and shapes are not exactly the model's, which are listed.
+        """
+        if options.get("config") is None:
+            options.setdefault("original_config", {})
+        return super().from_single_file(pretrained_model_link_or_path_or_dict, **options)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:
         """Write config, weights and a manifest into a folder; ``options`` are those of diffusers."""
@@ -462,6 +476,28 @@ def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
     return (weight[:, None] @ states)[:, 0] / weight.sum(1, keepdim=True).clamp(min=1)
 
 
+def _settings_of_single_file(
+    original_config: Mapping[str, Any], checkpoint: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return the settings of a file of Open-Sora's, as `from_single_file` asks for them."""
+    return asdict(STDiTConfig(**{**opensora.infer_settings(checkpoint), **original_config}))
+
+
+def _weights_of_single_file(config: dict[str, Any], checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a file of Open-Sora's, as `from_single_file` asks for them."""
+    with torch.device("meta"):
+        model = STDiT(
+            **{name: config[name] for name in (f.name for f in fields(STDiTConfig)) if name in config}
+        )
+    weights = opensora.to_stdit(checkpoint, model.config)
+    opensora.check_keys(weights, model.state_dict(), opensora.opensora_names(model.config))
+    return weights
+
+
+SINGLE_FILE_LOADABLE_CLASSES["STDiT"] = {
+    "config_mapping_fn": _settings_of_single_file,
+    "checkpoint_mapping_fn": _weights_of_single_file,
+}
 STDiT.save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
 # diffusers reads a model's settings from the signature of its __init__, which is made from the dataclass.
 STDiT.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

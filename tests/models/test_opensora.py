@@ -110,6 +110,21 @@ def test_a_model_folder_with_opensoras_names_of_blocks(state: State, tmp_path: P
     assert same(STDiT.from_pretrained(tmp_path).state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_from_single_file(state: State, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    save_file(state, tmp_path / "w.safetensors")
+    model = STDiT.from_single_file(str(tmp_path / "w.safetensors"), torch_dtype=dtype)
+    expected = STDiT.from_opensora(state)
+    assert dict(model.config) == dict(expected.config) and not model.training
+    assert same(model.state_dict(), {n: t.to(dtype or t.dtype) for n, t in expected.state_dict().items()})
+    save_file(
+        {name: tensor for name, tensor in state.items() if name != "t_block.1.bias"},
+        tmp_path / "w.safetensors",
+    )
+    with pytest.raises(UserError, match=r"missing: t_block.1.bias \[288\]"):
+        STDiT.from_single_file(str(tmp_path / "w.safetensors"))
+
+
 def test_a_model_with_options_that_opensora_lacks_is_refused(state: State) -> None:
     model = STDiT.from_opensora(state, block_order="paired", gate_init=0.5)
     with pytest.raises(UserError, match="this model has block_order = paired, which Open-Sora"):
