@@ -253,9 +253,22 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         return super().from_single_file(pretrained_model_link_or_path_or_dict, **options)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:
-        """Write config, weights and a manifest into a folder; ``options`` are those of diffusers."""
+        """Write config, weights and a manifest into a folder; ``options`` are those of diffusers.
+
+        Raises:
+            UserError: as `check_has_no_adapters`.
+        """
+        self.check_has_no_adapters()
         super().save_pretrained(save_directory, *args, **options)
         seal_folder(Path(save_directory))
+
+    def check_has_no_adapters(self) -> None:
+        """Raise UserError if the model has adapters: its weights then have names that could not be read again."""
+        if adapters := list(getattr(self, "peft_config", {})):
+            raise UserError(
+                f"save_pretrained: the model has the adapters {', '.join(adapters)}: save them by save_lora_adapter "
+                "(a pipeline: save_lora_weights), merge them by fuse_lora() or leave them out, then unload_lora()."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **options: Any) -> Any:

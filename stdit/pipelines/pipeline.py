@@ -242,6 +242,8 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
         Codecs and text encoders of stdit are written by themselves; weights that a package ships are only named.
         """
+        if self.transformer is not None:
+            self.transformer.check_has_no_adapters()  # before anything is written
         for name, base in OWN_BASES.items():
             if isinstance(getattr(self, name), base):
                 self.register_to_config(**{name: ("stdit", base.__name__)})

@@ -144,6 +144,18 @@ def test_names_of_other_programs(target: AdapterFormat, settings: dict[str, Any]
     assert again.keys() == renamed.keys() and all(torch.equal(again[name], renamed[name]) for name in again)
 
 
+def test_a_model_with_adapters_is_saved_without_them_or_merged(tmp_path: Path) -> None:
+    model = adapted()
+    with pytest.raises(UserError, match="the model has the adapters default: save them by save_lora_adapter"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    expected = output(model)
+    model.fuse_lora()
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(output(STDiT.from_pretrained(tmp_path)), expected, atol=1e-6, rtol=1e-6)
+
+
 def test_an_adapter_of_another_architecture(tmp_path: Path) -> None:
     model = adapted()
     write_adapter(tmp_path, adapter_weights(model), adapter_settings(model), None)
