@@ -119,7 +119,7 @@ def load_pipeline(
         ):
             pipe = STDiTPipeline.from_pretrained(source.path, **replaced)
         if text_states is not None:
-            pipe.text_encoder = _stored(text_states)
+            pipe.register_modules(text_encoder=_stored(text_states))
         return pipe, _hash_of([*map(hash_file, weights)])
     return _from_checkpoint(source, ema, text_states)
 

@@ -1,5 +1,6 @@
 """Arguments that pipelines of diffusers have: states instead of prompts, noise, several videos, callbacks."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from stdit.errors import UserError
 from stdit.pipelines.pipeline import STDiTPipeline
+from tests.pipelines.tiny import tiny_pipeline
 
 PROMPTS = ["a red circle", "a blue square moves"]
 
@@ -32,15 +34,14 @@ def states_of(pipe: STDiTPipeline, *arguments: Any, **more: Any) -> dict[str, An
 
 
 @pytest.mark.parametrize("negative", [None, "blur", [None, "blur"]])
-def test_states_instead_of_prompts(
-    pipe: STDiTPipeline, negative: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_instead_of_prompts(negative: Any, tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path)
     expected = sample(pipe, PROMPTS, (1, 2), negative_prompt=negative)
     states = states_of(pipe, PROMPTS, negative)
     assert (states["negative_prompt_embeds"] is None) == (negative is None)
     mixed = states | (dict(negative_prompt_embeds=None, negative_prompt_attention_mask=None))
     if negative is None:
-        monkeypatch.setattr(pipe, "text_encoder", None)
+        pipe.text_encoder = pipe.tokenizer = None
         assert torch.equal(sample(pipe, seeds=(1, 2), **states), expected)
     elif isinstance(negative, str):
         torch.testing.assert_close(sample(pipe, seeds=(1, 2), **states), expected, atol=1e-5, rtol=1e-5)
@@ -53,8 +54,9 @@ def test_states_instead_of_prompts(
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_prompt_without_a_text_encoder(pipe: STDiTPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipe, "text_encoder", None)
+def test_a_prompt_without_a_text_encoder(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path)
+    pipe.text_encoder = pipe.tokenizer = None
     with pytest.raises(UserError, match="no text_encoder: pass prompt_embeds instead of a prompt"):
         sample(pipe, "a red circle")
 
