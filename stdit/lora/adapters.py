@@ -100,10 +100,11 @@ def load_adapter(
         settings: peft's; None: alpha is the rank.
         pipeline: of the model, whose offloading then goes on.
     """
-    metadata = None if settings is None else dict(settings)
+    metadata, training = None if settings is None else dict(settings), model.training
     model.load_lora_adapter(
         dict(weights), prefix=None, adapter_name=name, metadata=metadata, _pipeline=pipeline
     )
+    model.train(training)  # peft's layers begin in training mode, with their dropout
 
 
 def adapter_weights(model: STDiT, name: str = DEFAULT) -> dict[str, Tensor]:
@@ -113,8 +114,8 @@ def adapter_weights(model: STDiT, name: str = DEFAULT) -> dict[str, Tensor]:
 
 
 def adapter_settings(model: STDiT, name: str = DEFAULT) -> dict[str, Any]:
-    """Return peft's settings of an adapter, as JSON has them."""
-    settings: dict[str, Any] = model.peft_config[name].to_dict()
+    """Return peft's settings of an adapter, as JSON has them, without the dropout of its training."""
+    settings: dict[str, Any] = {**model.peft_config[name].to_dict(), "lora_dropout": 0.0}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,14 @@ from torch import Tensor
 
 from stdit.errors import UserError, listed
 from stdit.hashing import hash_bytes, hash_tensor
-from stdit.lora.adapters import DEFAULT, adapter_weights, linear_layers, load_adapter, merge_adapter
+from stdit.lora.adapters import (
+    DEFAULT,
+    adapter_settings,
+    adapter_weights,
+    linear_layers,
+    load_adapter,
+    merge_adapter,
+)
 from stdit.lora.config import ADAPTER_FILE, LoRASpec, find_adapter_file
 from stdit.lora.names import from_other_names
 from stdit.models.stdit import STDiT
@@ -25,6 +33,10 @@ PREFIX = "transformer."
 """Of all names in a file: the component of the pipeline that they belong to."""
 BASE_HASH = "stdit_base"
 """Key of the header for the hash of the weights that the adapter was trained on."""
+
+
+_PEFT = re.compile(r"(?!diffusion_model\.|lora_unet_).+\.lora_([AB]\.weight|magnitude_vector)")
+"""A name that peft gives, with or without the prefix."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +97,9 @@ def read_adapter(path: Path) -> AdapterFile:
         )
     if isinstance(settings, dict):
         settings = {key.removeprefix(PREFIX): value for key, value in settings.items()}
-    if all(name.startswith(PREFIX) for name in tensors):
-        weights = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    if all(_PEFT.fullmatch(name) for name in plain):
+        weights = plain
     else:
         weights, settings = from_other_names(tensors)
     return AdapterFile(weights, settings, header.get(BASE_HASH))
@@ -156,6 +169,13 @@ def begin_with(model: STDiT, file: Path) -> None:
             f"lora.init_from = {file}: is another kind of adapter: {len(odd)} weights differ, such as {odd[0]}, "
             f"{_shape(adapter.weights, odd[0])} there and {_shape(own, odd[0])} here: use its rank and targets."
         )
+    here, there = adapter_settings(model), adapter.settings or {}
+    for name in ("lora_alpha", "use_rslora", "use_dora"):
+        if name in there and there[name] != here[name]:
+            raise UserError(
+                f"lora.init_from = {file}: has {name} = {there[name]}, and this run {here[name]}, with which it "
+                "would have another effect: use its alpha, rslora and dora."
+            )
     set_peft_model_state_dict(model, adapter.weights, DEFAULT)
 
 

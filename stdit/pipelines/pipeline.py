@@ -664,7 +664,8 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Each rank decodes its own frames if the codec can decode them alone, else all of them.
         """
         onload(self.vae)
-        alone = self.codec.independent_frames
+        # A later part of causal latents would be decoded as if it began with the first frame.
+        alone = self.codec.independent_frames and not self.codec.causal_first_frame
         if not alone:
             latents = sharding.gather(latents, 2, latent_frames)
         frames = None if alone else num_frames

@@ -317,6 +317,11 @@ class TrainConfig:
                 f"lora.rank = {self.lora.rank}: an adapter needs the model that it is for: add init_from, a run, a "
                 "checkpoint, or a pipeline or model folder."
             )
+        if self.lora.dropout:
+            raise UserError(
+                f"lora.dropout = {self.lora.dropout}: what it drops is not yet a function of seed and step, so that a "
+                "run could not be resumed exactly: leave it out."
+            )
         for path in (*self.lora.merge, *([] if self.lora.init_from is None else [self.lora.init_from])):
             parse_lora(path)
         self.data.validate()
