@@ -319,8 +319,8 @@ class TrainConfig:
             )
         if self.lora.dropout:
             raise UserError(
-                f"lora.dropout = {self.lora.dropout}: what it drops is not yet a function of seed and step, so that a "
-                "run could not be resumed exactly: leave it out."
+                f"lora.dropout = {self.lora.dropout}: what it drops is not yet a function of seed and step, so that "
+                "a run could not be resumed exactly: leave it out."
             )
         for path in (*self.lora.merge, *([] if self.lora.init_from is None else [self.lora.init_from])):
             parse_lora(path)

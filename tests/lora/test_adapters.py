@@ -15,6 +15,7 @@ from stdit.lora.adapters import (
     adapter_weights,
     add_adapter,
     linear_layers,
+    load_adapter,
     merge_adapter,
     target_layers,
 )
@@ -142,6 +143,18 @@ def test_names_of_other_programs(target: AdapterFormat, settings: dict[str, Any]
     assert found.settings is not None
     again = to_other_names(found.weights, found.settings, target)
     assert again.keys() == renamed.keys() and all(torch.equal(again[name], renamed[name]) for name in again)
+
+
+def test_the_file_of_a_model_alone_keeps_its_scale_and_no_dropout(tmp_path: Path) -> None:
+    model = adapted(dropout=0.5).eval()
+    expected = output(model)
+    model.save_lora_adapter(tmp_path)
+    found = read_adapter(tmp_path)
+    assert found.settings is not None and found.settings["lora_alpha"] == 6.0
+    again = base_model()
+    load_adapter(again, found.weights, found.settings, "again")
+    torch.testing.assert_close(output(again), expected, atol=1e-6, rtol=1e-6)
+    assert adapter_settings(model)["lora_dropout"] == 0.0
 
 
 def test_a_model_with_adapters_is_saved_without_them_or_merged(tmp_path: Path) -> None:
