@@ -37,20 +37,27 @@ def _lazy(name: str) -> property:
 
 
 class _Finder(MetaPathFinder):
-    """Finds diffusers once, and adds our classes after its import."""
+    """Finds diffusers, and adds our classes after its import; others may look for it before."""
+
+    looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "diffusers":
+        if fullname != "diffusers" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.looking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_add(module: ModuleType) -> None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             execute(module)
             _add_to(sys.modules[fullname])  # it replaces itself there
 

@@ -21,6 +21,7 @@ BUNDLED = Path(__file__).parents[1] / "stdit" / "bundled"
     "first, more",
     [
         ("import stdit, sys; assert 'diffusers' not in sys.modules and 'torch' not in sys.modules", ""),
+        ("import importlib.util, stdit; importlib.util.find_spec('diffusers')", ""),
         ("import diffusers, stdit", ""),
         ("", ", custom_pipeline={code!r}, trust_remote_code=True"),
     ],
