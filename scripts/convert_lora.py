@@ -21,9 +21,7 @@ FORMATS = ("peft", "kohya", "comfyui")
 
 def convert(source: Path, target: str, output: Path) -> str:
     """Write an adapter with the names of ``target``; return a summary."""
-    from safetensors.torch import save_file
-
-    from stdit.lora.files import read_adapter, write_adapter
+    from stdit.lora.files import read_adapter, write_adapter, write_tensors
     from stdit.lora.names import to_other_names
 
     adapter = read_adapter(source)
@@ -37,8 +35,7 @@ def convert(source: Path, target: str, output: Path) -> str:
         )
     weights = to_other_names(adapter.weights, adapter.settings, "kohya" if target == "kohya" else "comfyui")
     file = output if output.suffix == ".safetensors" else output / f"{target}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, {"format": "pt"})
+    write_tensors(file, weights, {"format": "pt"})
     return f"{file}: {len(weights)} weights with the names of {target}"
 
 

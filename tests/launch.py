@@ -1,4 +1,4 @@
-"""Start the entry scripts on several processes of this machine."""
+"""Start the entry scripts: on several processes of this machine, or in this one."""
 
 import os
 import signal
@@ -6,9 +6,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
+from stdit.cli import run
 from tests import warm
 from tests.warm import ROOT
 
@@ -89,3 +92,12 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def exit_code(main: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run a script's main in this process with these arguments; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    assert isinstance(exit.value.code, int)
+    return exit.value.code

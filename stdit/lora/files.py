@@ -56,22 +56,27 @@ def write_adapter(
 ) -> Path:
     """Write a file, or the usual one in a folder; return the file."""
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt"}
     if settings is not None:
         packed = {f"{PREFIX}{key}": value for key, value in settings.items()}
         header[LORA_ADAPTER_METADATA_KEY] = json.dumps(packed, indent=2, sort_keys=True)
     if base_hash is not None:
         header[BASE_HASH] = base_hash
-    tensors = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_tensors(file, {f"{PREFIX}{name}": tensor for name, tensor in weights.items()}, header)
+    return file
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, aside, header)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, aside, header)
         apply_umask(aside)
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
-    return file
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -90,7 +95,7 @@ def read_adapter(path: Path) -> AdapterFile:
         raise UserError(
             f"lora {file}: cannot be read ({error}): it is damaged, or no safetensors."
         ) from error
-    if not any(".lora_" in name or ".lora_" in name.replace("lora_unet_", "") for name in tensors):
+    if not any(".lora_" in name for name in tensors):
         raise UserError(
             f"lora {file}: has no weights of an adapter, but {len(tensors)} tensors such as "
             f"{', '.join(list(tensors)[:2]) or 'none'}."
@@ -115,15 +120,6 @@ def base_hash(model: STDiT) -> str:
     return hash_bytes("\n".join(sorted(facts)).encode())
 
 
-def check_base(adapter: AdapterFile, model: STDiT, where: str) -> None:
-    """Raise UserError if an adapter says that it was trained on other weights than the model's."""
-    if adapter.base_hash is not None and adapter.base_hash != (found := base_hash(model)):
-        raise UserError(
-            f"lora {where}: was trained on the weights {adapter.base_hash}, and the checkpoint has {found}: sample "
-            "from the checkpoint that it was trained on, or add --lora_other_base to use it here."
-        )
-
-
 def check_fits(adapter: AdapterFile, model: STDiT, where: str) -> None:
     """Raise UserError, listing what does not fit, unless an adapter is one of this model."""
     layers = linear_layers(model)
@@ -144,18 +140,33 @@ def check_fits(adapter: AdapterFile, model: STDiT, where: str) -> None:
         )
 
 
-def merge_adapters(model: STDiT, loras: Sequence[LoRASpec], any_base: bool = True) -> None:
-    """Merge adapters into a model's weights. Raises UserError before it changes if one does not fit.
+def read_adapters(loras: Sequence[LoRASpec], model: STDiT, any_base: bool = True) -> list[AdapterFile]:
+    """Read adapters for a model, which does not change.
 
     Args:
         any_base: also those that say that they were trained on other weights.
+
+    Raises:
+        UserError: if one cannot be read, or is of another architecture or base.
     """
     adapters = [read_adapter(lora.file) for lora in loras]
     for lora, adapter in zip(loras, adapters, strict=True):
         check_fits(adapter, model, str(lora.file))
-        if not any_base:
-            check_base(adapter, model, str(lora.file))
+    if any_base or all(adapter.base_hash is None for adapter in adapters):
+        return adapters
+    found = base_hash(model)
     for lora, adapter in zip(loras, adapters, strict=True):
+        if adapter.base_hash not in (None, found):
+            raise UserError(
+                f"lora {lora.file}: was trained on the weights {adapter.base_hash}, and the checkpoint has {found}: "
+                "sample from the checkpoint that it was trained on, or add --lora_other_base to use it here."
+            )
+    return adapters
+
+
+def merge_adapters(model: STDiT, loras: Sequence[LoRASpec], any_base: bool = True) -> None:
+    """Merge adapters into a model's weights. Raises as `read_adapters` does, before the model changes."""
+    for lora, adapter in zip(loras, read_adapters(loras, model, any_base), strict=True):
         load_adapter(model, adapter.weights, adapter.settings, lora.name)
         merge_adapter(model, lora.weight, lora.name)
 

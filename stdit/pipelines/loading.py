@@ -149,6 +149,24 @@ def read_initial_model(source: str) -> Any:
         return STDiT.from_pretrained(folder, use_safetensors=True)
 
 
+def read_base(source: str, merge: Sequence[str]) -> tuple[Any, str]:
+    """Read the model that an adapter is trained on; return it and the hash of its weights.
+
+    Args:
+        source: as ``init_from``.
+        merge: adapters that are merged into it first, FILE[:weight].
+
+    Raises:
+        UserError: if it or an adapter cannot be read, or they do not fit.
+    """
+    from stdit.lora.config import parse_lora
+    from stdit.lora.files import base_hash, merge_adapters
+
+    model = read_initial_model(source)
+    merge_adapters(model, [parse_lora(text) for text in merge])
+    return model, base_hash(model)
+
+
 def load_codec(source: CheckpointSource) -> Any:
     """Load the codec of a source alone."""
     from stdit.codecs.loading import explain_load_errors, local_weights, quiet
@@ -278,18 +296,14 @@ def _load_base(folder: Path, meta: dict[str, Any]) -> Any:
     """
     from peft import LoraConfig as PeftConfig
 
-    from stdit.lora.config import parse_lora
-    from stdit.lora.files import base_hash, merge_adapters
-
     base = meta["base"]
     if not Path(base["path"]).exists():
         raise UserError(
             f"checkpoint {folder}: holds an adapter, and {base['path']}, whose weights it was trained on, is no "
             "more: put it there again, or sample from a copy of it with --lora and the adapter."
         )
-    model = read_initial_model(base["path"])
-    merge_adapters(model, [parse_lora(text) for text in base["merge"]])
-    if (found := base_hash(model)) != base["hash"]:
+    model, found = read_base(base["path"], base["merge"])
+    if found != base["hash"]:
         raise UserError(
             f"checkpoint {folder}: its adapter was trained on the weights {base['hash']}, but {base['path']} has "
             f"{found}: put the former there again, or give the adapter by --lora, with --lora_other_base."

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from stdit.lora.adapters import load_adapter
 from stdit.lora.config import LoRASpec
-from stdit.lora.files import check_base, check_fits, read_adapter
+from stdit.lora.files import read_adapters
 from stdit.pipelines.pipeline import STDiTPipeline
 
 
@@ -19,13 +19,8 @@ def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = T
     """
     model = pipe.transformer
     loaded = getattr(model, "peft_config", {})
-    for lora in loras:
-        if lora.name in loaded:
-            continue
-        adapter = read_adapter(lora.file)
-        check_fits(adapter, model, str(lora.file))
-        if not any_base:
-            check_base(adapter, model, str(lora.file))
+    missing = list({lora.name: lora for lora in loras if lora.name not in loaded}.values())
+    for lora, adapter in zip(missing, read_adapters(missing, model, any_base), strict=True):
         load_adapter(model, adapter.weights, adapter.settings, lora.name, pipe)
     if loras:
         pipe.enable_lora()

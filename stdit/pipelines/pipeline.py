@@ -194,10 +194,8 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     def _wrap(self, name: str, wrap: Callable[..., Any], *components: Any) -> Any:
         """Return ``wrap(*components)``, made once for the same components."""
-        of, wrapped = self._wrapped.get(name, ((), None))
-        if len(of) != len(components) or any(
-            one is not other for one, other in zip(of, components, strict=True)
-        ):
+        of, wrapped = self._wrapped.get(name, (None, None))
+        if of is None or any(one is not other for one, other in zip(of, components, strict=True)):
             wrapped = wrap(*components)
             self._wrapped[name] = components, wrapped
         return wrapped

@@ -67,10 +67,10 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     pipe, weights = mesh.on_all_ranks(lambda: load_pipeline(source, config.ema, config.text_states))
     mesh.on_all_ranks(lambda: pipe.prompt_encoder.check(texts))
     mesh.check_same("the model", weights)
-    for lora in dict.fromkeys(
-        lora for request in requests for lora in request.loras
-    ):  # raises before anything is made
-        mesh.on_all_ranks(partial(use_loras, pipe, [lora], config.lora_other_base))
+    loras = list(dict.fromkeys(lora for request in requests for lora in request.loras))
+    mesh.on_all_ranks(
+        lambda: use_loras(pipe, loras, config.lora_other_base)
+    )  # raises before anything is made
     pipe.to(device).transformer.to(_dtype(config.dtype))
     if config.resolution is not None:  # named sizes depend on the codec and the patch size
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))

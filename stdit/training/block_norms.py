@@ -18,10 +18,9 @@ class BlockNorms:
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh
-        self.before = {
-            name: local_tensor(p.detach()).clone() for name, p in trained_parameters(model).items()
-        }
-        gradients = {name: p.grad for name, p in trained_parameters(model).items() if p.grad is not None}
+        parameters = trained_parameters(model)
+        self.before = {name: local_tensor(p.detach()).clone() for name, p in parameters.items()}
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         self.gradients = norms_by_block(gradients, mesh)
 
     def after_update(self) -> dict[str, dict[str, float]]:

@@ -24,14 +24,14 @@ from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
 from stdit.lora.adapters import add_adapter
-from stdit.lora.config import find_adapter_file, parse_lora
-from stdit.lora.files import base_hash, begin_with, merge_adapters
+from stdit.lora.config import find_adapter_file
+from stdit.lora.files import begin_with
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.size import count_on_meta
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
 from stdit.parallel.sequence.planner import format_gib
-from stdit.pipelines.loading import find_initial_weights, is_checkpoint, read_initial_model
+from stdit.pipelines.loading import find_initial_weights, is_checkpoint, read_base, read_initial_model
 from stdit.training.config import TrainConfig
 from stdit.training.experiment import experiment_key
 from stdit.training.lineage import CLIPS, Resumed, lineage, resume
@@ -274,9 +274,7 @@ def build_adapted_model(config: TrainConfig) -> tuple[STDiT, str]:
         UserError: if the base or an adapter cannot be read, or they do not fit.
     """
     assert config.init_from is not None
-    model = read_initial_model(config.init_from)
-    merge_adapters(model, [parse_lora(text) for text in config.lora.merge])
-    base = base_hash(model)
+    model, base = read_base(config.init_from, config.lora.merge)
     add_adapter(model, config.lora, config.seed)
     if config.lora.init_from is not None:
         begin_with(model, find_adapter_file(Path(config.lora.init_from)))

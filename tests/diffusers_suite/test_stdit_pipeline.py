@@ -21,8 +21,8 @@ OPTIONAL = frozenset(
 )
 
 
-class TextModel:
-    """The same small T5 for both pipelines, from a folder made once per class."""
+class Shared:
+    """The same small T5, from a folder made once per class, and the same inputs for both pipelines."""
 
     folder: Path
 
@@ -34,6 +34,20 @@ class TextModel:
         return {
             "text_encoder": T5EncoderModel.from_pretrained(self.folder).eval(),
             "tokenizer": AutoTokenizer.from_pretrained(self.folder),
+        }
+
+    def get_dummy_inputs(self: Any) -> dict[str, Any]:
+        return {
+            "prompt": "a red circle",
+            "negative_prompt": "a blue square",
+            "generator": self.get_generator(0),
+            "num_inference_steps": 2,
+            "guidance_scale": 6.0,
+            "height": 16,
+            "width": 16,
+            "num_frames": 9,
+            "max_sequence_length": 16,
+            "output_type": "pt",
         }
 
 
@@ -48,7 +62,7 @@ def small_vae() -> AutoencoderKLWan:
     )
 
 
-class STDiTPipelineConfig(TextModel, suite.BasePipelineTesterConfig):  # type: ignore[misc]
+class STDiTPipelineConfig(Shared, suite.BasePipelineTesterConfig):  # type: ignore[misc]
     pipeline_class = STDiTPipeline
     required_input_params_in_call_signature = frozenset(
         ["prompt", "negative_prompt", "height", "width", "guidance_scale", "prompt_embeds"]
@@ -76,20 +90,6 @@ class STDiTPipelineConfig(TextModel, suite.BasePipelineTesterConfig):  # type: i
         scheduler = RectifiedFlow()
         return {"transformer": transformer, "vae": vae, "scheduler": scheduler, **text}
 
-    def get_dummy_inputs(self) -> dict[str, Any]:
-        return {
-            "prompt": "a red circle",
-            "negative_prompt": "a blue square",
-            "generator": self.get_generator(0),
-            "num_inference_steps": 2,
-            "guidance_scale": 6.0,
-            "height": 16,
-            "width": 16,
-            "num_frames": 9,
-            "max_sequence_length": 16,
-            "output_type": "pt",
-        }
-
 
 class STDiTOptionalComponents:
     """The text encoder and the tokenizer are optional: with text states instead of a prompt."""
@@ -115,7 +115,7 @@ class STDiTOptionalComponents:
         torch.testing.assert_close(loaded(**inputs)[0], output, atol=1e-4, rtol=0)
 
 
-class WanPipelineConfig(TextModel, suite.BasePipelineTesterConfig):  # type: ignore[misc]
+class WanPipelineConfig(Shared, suite.BasePipelineTesterConfig):  # type: ignore[misc]
     pipeline_class = WanPipeline
     required_input_params_in_call_signature = STDiTPipelineConfig.required_input_params_in_call_signature
     batch_input_params = frozenset(["prompt"])
@@ -147,20 +147,6 @@ class WanPipelineConfig(TextModel, suite.BasePipelineTesterConfig):  # type: ign
             "scheduler": scheduler,
             "transformer_2": None,
             **text,
-        }
-
-    def get_dummy_inputs(self) -> dict[str, Any]:
-        return {
-            "prompt": "a red circle",
-            "negative_prompt": "a blue square",
-            "generator": self.get_generator(0),
-            "num_inference_steps": 2,
-            "guidance_scale": 6.0,
-            "height": 16,
-            "width": 16,
-            "num_frames": 9,
-            "max_sequence_length": 16,
-            "output_type": "pt",
         }
 
 

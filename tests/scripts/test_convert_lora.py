@@ -1,6 +1,5 @@
 """The converter of adapters: names there and back, and full weights."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scripts.convert_lora import main
-from stdit.cli import run
 from stdit.lora.files import base_hash
 from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
+from tests.launch import exit_code
 from tests.lora.tiny import write_random_adapter
 from tests.pipelines.tiny import tiny_pipeline
 
@@ -25,11 +24,7 @@ def pipe(tmp_path: Path) -> STDiTPipeline:
 
 def convert(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The command in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["convert_lora.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        run(main)
-    assert isinstance(exit.value.code, int)
-    return exit.value.code
+    return exit_code(main, monkeypatch, *arguments)
 
 
 def sample(pipe: STDiTPipeline) -> Tensor:

@@ -1,6 +1,5 @@
 """The converter: a folder that training takes, the same tensors on the way back, nothing half-written."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from scripts.convert_opensora import main
-from stdit.cli import run
 from stdit.codecs.pixel import PixelCodec
 from stdit.diffusion.config import FlowConfig
 from stdit.models.opensora import opensora_names, to_opensora
@@ -18,6 +16,7 @@ from stdit.pipelines.loading import load_pipeline
 from stdit.training.build import build_components
 from stdit.training.config import parse_train
 from tests.codecs.tiny import save_tiny_t5, tiny_opensora_vae
+from tests.launch import exit_code
 from tests.models.golden import golden, weights
 from tests.pipelines.tiny import tiny_model as model_of_pipeline
 from tests.pipelines.tiny import tiny_pipeline, write_run
@@ -27,11 +26,7 @@ from tests.warm import ROOT
 
 def convert(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The command in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["convert_opensora.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        run(main)
-    assert isinstance(exit.value.code, int)
-    return exit.value.code
+    return exit_code(main, monkeypatch, *arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
