@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stdit.cli import add_import, import_modules, run, script_parser
 from stdit.pipelines.bundled import BUNDLED, origin_line
-from stdit.pipelines.loading import find_checkpoint_source
+from stdit.pipelines.sources import find_checkpoint_source
 
 
 def main() -> None:

@@ -119,7 +119,9 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
     from stdit.checkpoint_files import read_json, read_meta, verify_if_sealed
     from stdit.models.opensora import check_keys, read_weights, stdit_names
     from stdit.models.stdit import STDiT
-    from stdit.pipelines.loading import find_checkpoint_source, load_transformer, pipeline_settings
+    from stdit.pipelines.loading import pipeline_settings
+    from stdit.pipelines.sources import find_checkpoint_source
+    from stdit.pipelines.weights import load_transformer
 
     inside, prediction = source, "velocity"
     if is_of_stdit(source):
@@ -145,7 +147,7 @@ def _read_stdit(source: Path) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]
 
 def is_of_stdit(folder: Path) -> bool:
     """Return whether a folder is a run, a checkpoint or a pipeline of stdit."""
-    from stdit.pipelines.loading import MODEL_INDEX, is_checkpoint
+    from stdit.pipelines.sources import MODEL_INDEX, is_checkpoint
 
     run = any((folder / name).is_dir() for name in ("checkpoints", "pipeline"))
     return run or (folder / MODEL_INDEX).is_file() or is_checkpoint(folder)

@@ -42,14 +42,9 @@ from stdit.evaluation.prompts import default_prompts
 from stdit.evaluation.scores import judge, mean_scores, print_table
 from stdit.parallel.processes.device import find_device
 from stdit.pipelines.config import PIPELINE_DEFAULTS, VideoSettings, check_seed
-from stdit.pipelines.loading import (
-    CheckpointSource,
-    find_checkpoint_source,
-    load_codec,
-    load_pipeline,
-    pipeline_settings,
-)
+from stdit.pipelines.loading import load_codec, load_pipeline, pipeline_settings
 from stdit.pipelines.requests import Request
+from stdit.pipelines.sources import CheckpointSource, find_checkpoint_source
 from stdit.pipelines.untrained import warn_of_conditioning, warn_of_sizes
 from stdit.pipelines.video_io import write_json_atomic
 from stdit.pipelines.writer import check_output_file, created_folder

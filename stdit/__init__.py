@@ -1,5 +1,6 @@
 """stdit: train and sample spatial-temporal diffusion transformers for text-to-video."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from stdit.in_diffusers import offer_classes
@@ -27,4 +28,6 @@ __getattr__ = lazy_getattr(
         "SchedulerMixin": "diffusers",
     },
 )
+for _library in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_library).setLevel(logging.ERROR)  # else torchao warns of what it lacks whenever it is installed
 offer_classes()

@@ -16,7 +16,11 @@ trainer.micro_batch_size: gradient_accumulation_steps accumulation_steps micro_b
 trainer.precision: mixed_precision dtype torch_dtype weight_dtype bf16 fp16
 trainer.matmul_precision: allow_tf32
 trainer.max_grad_norm: gradient_clipping grad_clip clip_grad_norm
-trainer.activation_checkpointing: gradient_checkpointing grad_checkpoint
+memory.activations: gradient_checkpointing grad_checkpoint activation_checkpointing activation_offload
+memory.optimizer_state: use_8bit_adam optimizer_bits
+lora.base_dtype: quantization quantize load_in_8bit load_in_4bit base_weight_dtype
+lora.rank: network_dim lora_rank lora_r
+lora.alpha: network_alpha lora_alpha
 data.buckets: train_batch_size batch_size bs resolution num_frames height width fps bucket_config
 data.manifest: dataset dataset_config data_path data_dir train_data_dir instance_data_dir
 data.root: data_root video_root

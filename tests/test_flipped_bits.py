@@ -27,8 +27,9 @@ from stdit.diffusion.scheduler import RectifiedFlow
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
-from stdit.pipelines.loading import find_checkpoint_source, load_pipeline
+from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
+from stdit.pipelines.sources import find_checkpoint_source
 from stdit.training.checkpoint_writer import CheckpointWriter
 from stdit.training.config import CheckpointConfig, parse_train
 from stdit.training.run_folder import lock_run_folder

@@ -30,7 +30,7 @@ SAMPLE = lambda argv: parse(SampleConfig, argv)  # noqa: E731
         (parse_train, "--num_workers", "--data.workers"),
         (parse_train, "--gradient_accumulation_steps", "--trainer.micro_batch_size"),
         (parse_train, "--mixed_precision", "--trainer.precision"),
-        (parse_train, "--gradient_checkpointing", "--trainer.activation_checkpointing"),
+        (parse_train, "--gradient_checkpointing", "--memory.activations"),
         (parse_train, "--checkpointing_steps", "--checkpoint.every"),
         (parse_train, "--resume_from_checkpoint", "--resume"),
         (parse_train, "--pretrained_model_name_or_path", "--init_from"),

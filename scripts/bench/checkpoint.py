@@ -83,8 +83,8 @@ class State:
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.full_like(parameter, 1e-3)
-        self.optimizer.step(1.0)
-        self.ema.update(self.model, 0)
+        self.optimizer.step()
+        self.ema.update(0)
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         return time.perf_counter() - begin

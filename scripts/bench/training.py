@@ -109,8 +109,7 @@ def build_trainer(session: Any, config: TrainConfig) -> Any:
         autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False),
     )
     model = copy.deepcopy(components.model)
-    if config.trainer.activation_checkpointing:
-        model.enable_gradient_checkpointing()
+    model.set_activations(config.memory.block_activations(len(model.blocks)))
     return Trainer(
         model,
         components.flow,
@@ -120,6 +119,7 @@ def build_trainer(session: Any, config: TrainConfig) -> Any:
         config.optimizer,
         config.ema,
         config.seed,
+        memory=config.memory,
     )
 
 

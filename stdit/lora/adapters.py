@@ -85,6 +85,9 @@ def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEF
             ),
             name,
         )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft gives them the dtype of the layer
+            parameter.data = parameter.data.float()
 
 
 def load_adapter(

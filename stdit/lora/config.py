@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stdit.errors import UserError
 from stdit.hashing import hash_file
@@ -13,6 +14,8 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of files that are not read: reading one can run anything."""
 
+BaseDtype = Literal["fp32", "bf16", "int8", "nf4"]
+"""How the weights that an adapter is trained on are kept; nf4: 4-bit normal floats."""
 TARGETS = {
     "attention": r"^blocks\..*attn\.",
     "mlp": r"^blocks\..*\.mlp\.",

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,19 @@ def read_adapter(path: Path) -> AdapterFile:
 
 
 def base_hash(model: STDiT) -> str:
-    """Return a hash of a model's weights in float32, whatever file they came from; adapters do not count."""
-    facts = [
-        f"{name.replace('.base_layer', '')} {list(tensor.shape)} {hash_tensor(tensor.detach().float().cpu())}"
+    """Return the hash of a model's weights, whatever file they came from; adapters do not count."""
+    return hash_of_weights(
+        (name.replace(".base_layer", ""), tensor)
         for name, tensor in model.state_dict().items()
         if ".lora_" not in name
+    )
+
+
+def hash_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of weights in float32, in any order."""
+    facts = [
+        f"{name} {list(tensor.shape)} {hash_tensor(tensor.detach().float().cpu())}"
+        for name, tensor in weights
     ]
     return hash_bytes("\n".join(sorted(facts)).encode())
 

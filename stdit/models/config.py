@@ -10,6 +10,9 @@ from stdit.errors import UserError
 SettingValue = bool | int | float | str | Sequence[int] | Sequence[str]
 """Of a field of `STDiTConfig`."""
 
+Activations = Literal["keep", "recompute", "offload"]
+"""What a block keeps for its backward pass: all activations, its input alone, or all of them in CPU memory."""
+
 _MAX_SIZE = 10_000_000
 """Larger sizes are typing errors."""
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from math import prod
-from typing import Literal
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.stdit import STDiT
-from stdit.parallel.sequence.planner import FLOAT32_BYTES, Workload
+from stdit.parallel.sequence.planner import FLOAT32_BYTES, Saved, Workload
 from stdit.parallel.sequence.sharding import block_shard_axes
 
 
@@ -22,7 +21,7 @@ def batch_load(
     clips: int,
     element_size: int = FLOAT32_BYTES,
     micro_batch_size: int | None = None,
-    saved: Literal["blocks", "inputs", "nothing"] = "blocks",
+    saved: tuple[Saved, ...] | Saved = "keep",
 ) -> Workload:
     """Return the workload of a model with a batch of clips whose latents are (T, H, W); see `Workload`."""
     return Workload(

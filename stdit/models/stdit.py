@@ -11,6 +11,7 @@ E width of the text states, F frames of the modulation (T, or 1 where all frames
 import copy
 import inspect
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
 from math import prod
@@ -29,12 +30,14 @@ from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
+from torch.utils.checkpoint import checkpoint
 
 from stdit.checkpoint_files import seal_folder, verify_if_sealed
 from stdit.errors import UserError
 from stdit.models import opensora
+from stdit.models.activations import offloaded
 from stdit.models.attention import CrossAttention, SelfAttention
-from stdit.models.config import SettingValue, STDiTConfig, token_grid
+from stdit.models.config import Activations, SettingValue, STDiTConfig, token_grid
 from stdit.models.embeddings import (
     CaptionEmbedder,
     Mlp,
@@ -44,6 +47,7 @@ from stdit.models.embeddings import (
     sincos,
     spatial_positions,
 )
+from stdit.models.low_bit import low_bit_layers, make_low_bit
 from stdit.parallel.sequence.group import ONE_RANK, Group
 from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding, block_shard_axes
 
@@ -71,6 +75,7 @@ class STDiTBlock(nn.Module):
     """
 
     shard: ClassVar[ShardAxis]
+    activations: Activations = "keep"
 
     def __init__(self, config: STDiTConfig, cross_attention: bool, conv: type[nn.Conv1d | nn.Conv2d]) -> None:
         super().__init__()
@@ -336,10 +341,16 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         """Return a model with the same settings and adapters that uses ``tensors``, without a copy."""
         with torch.device("meta"):
             model: STDiT = STDiT.from_config(self.config)
+            make_low_bit(model, low_bit_layers(self))
             for name, settings in getattr(self, "peft_config", {}).items():
                 model.add_adapter(copy.deepcopy(settings), name)
         model.load_state_dict(tensors, assign=True)
         return model
+
+    def set_activations(self, activations: Sequence[Activations]) -> None:
+        """Choose what each block, in running order, keeps of its activations for the backward pass."""
+        for block, kept in zip(self.blocks, activations, strict=True):
+            block.activations = kept
 
     def compile_blocks(self, **options: object) -> None:
         """Compile every block in place by ``torch.compile``, which takes the ``options``."""
@@ -446,10 +457,16 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         x: Tensor,
         modulation: Tensor,
     ) -> Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            out: Tensor = self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
-        else:
+        out: Tensor
+        if not torch.is_grad_enabled():
             out = block(x, y, mask, modulation, grid)
+        elif self.gradient_checkpointing:
+            out = self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
+        elif block.activations == "recompute":
+            out = checkpoint(block, x, y, mask, modulation, grid, use_reentrant=False)
+        else:
+            with offloaded(block) if block.activations == "offload" else nullcontext():
+                out = block(x, y, mask, modulation, grid)
         return out
 
     def token_sharding(self, group: Group, latent_frames: int, height: int, width: int) -> TokenSharding:

@@ -1,90 +1,18 @@
-"""Find and load a pipeline: from a run folder, one of its checkpoints, or an exported pipeline."""
+"""Load a pipeline: from a checkpoint of a run, or an exported one. Imports torch where it is needed."""
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import META, newest_whole, read_json, read_meta, step_of, verify, verify_if_sealed
+from stdit.checkpoint_files import read_json, read_meta
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes, hash_file
-from stdit.pipelines.bundled import bundled_folder
 from stdit.pipelines.config import check_recorded
+from stdit.pipelines.sources import MODEL_INDEX, WEIGHTS, CheckpointSource, find_checkpoint_source
 from stdit.registry import Registry
 
-MODEL_INDEX = "model_index.json"
-WEIGHTS = ".safetensors"
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CheckpointSource:
-    """Location of the weights: an exported pipeline, or a checkpoint of a run."""
-
-    path: Path
-    run: Path | None
-    """The run folder that contains it, if any."""
-    is_pipeline: bool
-
-
-def find_checkpoint_source(checkpoint: str | Path | None, ema: bool = True) -> CheckpointSource:
-    """Find out what ``checkpoint`` names, and verify that it is complete. Loads no weights and imports no torch.
-
-    A run folder stands for its newest complete checkpoint, or its pipeline if that is at least as new and ``ema`` is
-    true: a pipeline has averaged weights alone. Of a pipeline only the small files are verified here, if it has a
-    manifest: components verify themselves when they are loaded. None stands for the model that comes with stdit.
-
-    Raises:
-        UserError: if there is nothing to sample from, or it is damaged.
-    """
-    if checkpoint is None:
-        return _exported_source(bundled_folder(), None, ema)
-    if not str(checkpoint):
-        raise UserError(
-            "no checkpoint: give --checkpoint a run folder (outputs/NAME) or a pipeline folder, or leave it out for "
-            "the model that comes with stdit."
-        )
-    path = Path(checkpoint)
-    if not path.exists():
-        raise UserError(
-            f"checkpoint {path}: there is no such folder. Give a run (outputs/NAME), a checkpoint, or a "
-            "pipeline folder."
-        )
-    if (path / MODEL_INDEX).is_file():
-        verify_if_sealed(path, _is_small)
-        run = path.parent if (path.parent / "config.yaml").is_file() else None
-        return _exported_source(path, run, ema)
-    if step_of(path) is not None or is_checkpoint(path):
-        verify(path, needed=_weights(ema))
-        return CheckpointSource(path, path.parent.parent, False)
-    newest, passed_over = newest_whole(path / "checkpoints", needed=_weights(ema))
-    for reason in passed_over:
-        logger.warning("skipped checkpoint: %s", reason)
-    exported = path / "pipeline"
-    if has_pipeline := (exported / MODEL_INDEX).is_file():
-        verify_if_sealed(exported, _is_small)
-    if has_pipeline and (
-        newest is None or (ema and (pipeline_step(exported) or 0) >= (step_of(newest) or 0))
-    ):
-        return _exported_source(exported, path, ema)
-    if newest is None:
-        raise UserError(
-            f"checkpoint {path} holds neither a complete checkpoint (checkpoints/step-...) nor a pipeline: "
-            + (f"{passed_over[0]}" if passed_over else "train first, or give another folder.")
-        )
-    return CheckpointSource(newest, path, False)
-
-
-def _exported_source(folder: Path, run: Path | None, ema: bool) -> CheckpointSource:
-    """Return the source of a pipeline folder. Raises UserError if other weights than its only ones are asked for."""
-    if not ema:
-        raise UserError(
-            f"checkpoint {folder} is an exported pipeline, whose only weights are the averaged ones, but ema = false "
-            "asks for others: give a checkpoint of the run, or leave ema out."
-        )
-    return CheckpointSource(folder, run, True)
 
 
 def load_pipeline(
@@ -122,49 +50,6 @@ def load_pipeline(
             pipe.register_modules(text_encoder=_stored(text_states))
         return pipe, _hash_of([*map(hash_file, weights)])
     return _from_checkpoint(source, ema, text_states)
-
-
-def find_initial_weights(init_from: str) -> Path:
-    """Return the model folder or checkpoint with the weights of ``init_from``. Raises UserError if there is none."""
-    folder = Path(init_from)
-    weights = "diffusion_pytorch_model.safetensors"
-    if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
-        return folder
-    try:
-        source = find_checkpoint_source(folder)
-    except UserError as error:
-        raise UserError(f"init_from = {init_from}: {error}") from None
-    return source.path / "transformer" if source.is_pipeline else source.path
-
-
-def read_initial_model(source: str) -> Any:
-    """Read the model of ``init_from``: a run, checkpoint, pipeline or model folder. Raises UserError."""
-    from stdit.codecs.loading import explain_load_errors, local_weights
-    from stdit.models.stdit import STDiT
-
-    folder = find_initial_weights(source)
-    if is_checkpoint(folder):
-        return load_transformer(folder, read_meta(folder), ema=True)[0]
-    with explain_load_errors("init_from", local_weights(folder)):
-        return STDiT.from_pretrained(folder, use_safetensors=True)
-
-
-def read_base(source: str, merge: Sequence[str]) -> tuple[Any, str]:
-    """Read the model that an adapter is trained on; return it and the hash of its weights.
-
-    Args:
-        source: as ``init_from``.
-        merge: adapters that are merged into it first, FILE[:weight].
-
-    Raises:
-        UserError: if it or an adapter cannot be read, or they do not fit.
-    """
-    from stdit.lora.config import parse_lora
-    from stdit.lora.files import base_hash, merge_adapters
-
-    model = read_initial_model(source)
-    merge_adapters(model, [parse_lora(text) for text in merge])
-    return model, base_hash(model)
 
 
 def load_codec(source: CheckpointSource) -> Any:
@@ -211,29 +96,11 @@ def check_text_states(folder: str, texts: Iterable[str], source: CheckpointSourc
     stored.check(texts)
 
 
-def pipeline_step(folder: Path) -> int | None:
-    """Return the training step that an exported pipeline records."""
-    return read_json(folder / MODEL_INDEX, "a pipeline").get("step")
-
-
-def _weights(ema: bool) -> Any:
-    """Return a filter for the files that sampling reads; the optimizer's need not be complete."""
-    return lambda name: name.startswith("model/") or (ema and name.startswith("ema/"))
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is a checkpoint of a run: the components of pipelines have manifests, too."""
-    return (folder / META).is_file() and (folder / "model").is_dir()
-
-
-def _is_small(name: str) -> bool:
-    return not name.endswith(WEIGHTS)
-
-
 def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | None) -> tuple[Any, str]:
     from stdit.diffusion.config import PREDICTIONS, FlowConfig
     from stdit.diffusion.scheduler import RectifiedFlow
     from stdit.pipelines.pipeline import STDiTPipeline
+    from stdit.pipelines.weights import load_transformer
 
     run, meta = _run_of(source), read_meta(source.path)
     transformer, used = load_transformer(source.path, meta, ema)
@@ -259,58 +126,6 @@ def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | Non
         **meta.get("pipeline", {}),
     )
     return pipe, weights_hash(meta, used)
-
-
-def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:
-    """Load the STDiT of a verified checkpoint; return it and the folder of its weights, ema or model.
-
-    A checkpoint of an adapter gives its base with the adapter merged into it.
-    """
-    from stdit.lora.adapters import merge_adapter
-    from stdit.models.opensora import stdit_names
-    from stdit.models.stdit import STDiT
-    from stdit.parallel.processes.parameters import trained_state
-    from stdit.parallel.processes.storage import StoredTensors
-
-    has_average = any(name.startswith("ema/") for name in meta["files"])
-    if ema and not has_average:
-        logger.warning("checkpoint %s has no averaged weights: using the model's own", folder)
-    used = "ema" if ema and has_average else "model"
-    if "model/config.json" not in meta["files"]:
-        raise UserError(f"checkpoint {folder} lacks model/config.json: use another checkpoint.")
-    if "adapter" in meta:
-        transformer = _load_base(folder, meta)
-        StoredTensors(folder / used).read_into(trained_state(transformer))
-        merge_adapter(transformer)
-    else:
-        transformer = STDiT.from_config(STDiT.load_config(folder / "model"))
-        StoredTensors(folder / used, stdit_names(transformer.config)).read_into(transformer.state_dict())
-    return transformer.eval(), used
-
-
-def _load_base(folder: Path, meta: dict[str, Any]) -> Any:
-    """Return the base of a checkpoint's adapter, and in it an adapter whose weights are still to be read.
-
-    Raises:
-        UserError: if it is missing, or has other weights than in training.
-    """
-    from peft import LoraConfig as PeftConfig
-
-    base = meta["base"]
-    if not Path(base["path"]).exists():
-        raise UserError(
-            f"checkpoint {folder}: holds an adapter, and {base['path']}, whose weights it was trained on, is no "
-            "more: put it there again, or sample from a copy of it with --lora and the adapter."
-        )
-    model, found = read_base(base["path"], base["merge"])
-    if found != base["hash"]:
-        raise UserError(
-            f"checkpoint {folder}: its adapter was trained on the weights {base['hash']}, but {base['path']} has "
-            f"{found}: put the former there again, or give the adapter by --lora, with --lora_other_base."
-        )
-    model.requires_grad_(False)
-    model.add_adapter(PeftConfig(**meta["adapter"]), "default")
-    return model
 
 
 def weights_hash(meta: dict[str, Any], part: str) -> str:

@@ -13,16 +13,10 @@ import stdit
 from stdit.pipelines.bundled import describe_origin
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import describe_finished, describe_others
-from stdit.pipelines.loading import (
-    CheckpointSource,
-    check_text_states,
-    find_checkpoint_source,
-    load_codec,
-    load_pipeline,
-    pipeline_settings,
-)
+from stdit.pipelines.loading import check_text_states, load_codec, load_pipeline, pipeline_settings
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.sizes import size_multiple
+from stdit.pipelines.sources import CheckpointSource, find_checkpoint_source
 from stdit.pipelines.untrained import warn_of_untrained
 from stdit.pipelines.writer import VideoWriter, check_writable
 

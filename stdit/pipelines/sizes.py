@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, resolve_size
 from stdit.pipelines.config import PIPELINE_DEFAULTS, SampleConfig
-from stdit.pipelines.loading import find_checkpoint_source, load_codec, model_settings, pipeline_settings
+from stdit.pipelines.loading import load_codec, model_settings, pipeline_settings
+from stdit.pipelines.sources import find_checkpoint_source
 
 if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec

@@ -2,12 +2,13 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -27,16 +28,16 @@ from stdit.lora.adapters import add_adapter
 from stdit.lora.config import find_adapter_file
 from stdit.lora.files import begin_with
 from stdit.models.config import STDiTConfig, token_grid
-from stdit.models.size import count_on_meta
 from stdit.models.stdit import STDiT
-from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
+from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import format_gib
-from stdit.pipelines.loading import find_initial_weights, is_checkpoint, read_base, read_initial_model
+from stdit.pipelines.sources import find_initial_weights, is_checkpoint
+from stdit.pipelines.weights import open_initial_weights, read_base
 from stdit.training.config import TrainConfig
 from stdit.training.experiment import experiment_key
 from stdit.training.lineage import CLIPS, Resumed, lineage, resume
-from stdit.training.optim import count_matrices
 from stdit.training.unused import unused_settings
+from stdit.training.weight_memory import WeightCounts
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,11 @@ class RunComponents(RunInputs):
 
 
 def build_components(
-    config: TrainConfig, checkpoint: Path | None, processes: int, memory: int
+    config: TrainConfig,
+    checkpoint: Path | None,
+    processes: int,
+    memory: int,
+    fit: Callable[[RunInputs], RunInputs] = lambda inputs: inputs,
 ) -> RunComponents:
     """Build all components of a run on the CPU.
 
@@ -100,18 +105,19 @@ def build_components(
             the weights of ``init_from`` if that is set.
         processes: number of processes that train together.
         memory: bytes that each of them may use.
+        fit: chooses settings of ``memory`` and ``lora`` before the model is built.
 
     Raises:
         UserError: for data, weights or settings that cannot be used, or a model that does not fit in memory.
     """
-    inputs = build_inputs(config, checkpoint)
+    inputs = fit(build_inputs(config, checkpoint))
     if config.lora.rank is not None:
         model, base = build_adapted_model(inputs.config)
         return RunComponents(**vars(inputs), model=model, base=base)
     _check_model_fits(inputs.config, processes, memory)
     model = build_model(inputs.config)
     if checkpoint is None and config.init_from is not None:
-        _copy_weights(model, read_initial_model(config.init_from), config.init_from)
+        open_initial_weights(config.init_from).copy_to(model)
     return RunComponents(**vars(inputs), model=model)
 
 
@@ -159,33 +165,14 @@ def _tokens_per_clip(config: TrainConfig, codec: VideoCodec, bucket: Bucket) -> 
     return prod(token_grid(latents, config.model.patch_size))
 
 
-class ModelSize(NamedTuple):
-    """Number of parameters of a model that need not be built."""
-
-    parameters: int
-    in_muon: int
-    """Parameters that Muon trains: it keeps one number for each, where AdamW keeps two."""
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> "ModelSize":
-        """Count the parameters of the model of these settings."""
-        in_muon = count_on_meta(config.model, count_matrices) if config.optimizer.name == "muon" else 0
-        return cls(count_on_meta(config.model), in_muon)
-
-    def state_bytes(self, processes: int, sharded: bool) -> int:
-        """Return the bytes of weights, gradients, optimizer state and average in each of the processes."""
-        every, saved = (state_bytes(count, processes, sharded) for count in self)
-        return every - saved // STATES_PER_WEIGHT
-
-
 def _check_model_fits(config: TrainConfig, processes: int, memory: int) -> None:
     """Raise UserError if the training state of the model alone exceeds the memory of a process."""
-    size = ModelSize.of(config)
-    state = size.state_bytes(processes, config.parallel.shard_parameters)
+    counts = WeightCounts.of(config)
+    state = sum(counts.bytes(config, processes, not runs_on_cpu(config.trainer.device)).values())
     if state > memory:
         raise UserError(
             f"model.depth = {config.model.depth} and model.hidden_size = {config.model.hidden_size} make "
-            f"{size.parameters:,} parameters, of which a process holds {format_gib(state)} GiB (weights, gradients, "
+            f"{counts.weights:,} parameters, of which a process holds {format_gib(state)} GiB (weights, gradients, "
             f"optimizer, average), but it has {format_gib(memory)} GiB: lower them, divide it among processes "
             "(parallel.shard_parameters), or set parallel.memory_gib if it has more"
         )
@@ -221,8 +208,7 @@ def build_model(config: TrainConfig) -> STDiT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = STDiT(**asdict(config.model))
-    if config.trainer.activation_checkpointing:
-        model.enable_gradient_checkpointing()
+    model.set_activations(config.memory.block_activations(len(model.blocks)))
     return model
 
 
@@ -274,27 +260,12 @@ def build_adapted_model(config: TrainConfig) -> tuple[STDiT, str]:
         UserError: if the base or an adapter cannot be read, or they do not fit.
     """
     assert config.init_from is not None
-    model, base = read_base(config.init_from, config.lora.merge)
+    model, base = read_base(config.init_from, config.lora.merge, config.lora.base_dtype)
     add_adapter(model, config.lora, config.seed)
     if config.lora.init_from is not None:
         begin_with(model, find_adapter_file(Path(config.lora.init_from)))
-    if config.trainer.activation_checkpointing:
-        model.enable_gradient_checkpointing()
+    model.set_activations(config.memory.block_activations(len(model.blocks)))
     return model, base
-
-
-def _copy_weights(model: STDiT, other: STDiT, source: str) -> None:
-    weights = other.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    odd = [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]
-    if odd:
-        raise UserError(
-            f"init_from = {source}: its model is a different one: {len(odd)} weights differ, such as {odd[0]}, "
-            f"{found.get(odd[0], 'absent')} there and {shapes.get(odd[0], 'absent')} here. Use its settings "
-            "(model.*, codec.*, text_encoder.*), or leave init_from out."
-        )
-    model.load_state_dict(weights)
 
 
 def clips_hash(plan: BatchPlan) -> str:

@@ -18,8 +18,9 @@ from stdit.data.clip_list import ClipList
 from stdit.errors import UserError, listed
 from stdit.hashing import hash_file
 from stdit.pipelines.bundled import BUNDLED, ORIGIN
-from stdit.pipelines.loading import CheckpointSource, find_checkpoint_source, load_pipeline
+from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
+from stdit.pipelines.sources import CheckpointSource, find_checkpoint_source
 from stdit.pipelines.untrained import words_of
 from stdit.training.disk import folders_beside, replace_folder
 from stdit.training.lineage import CLIP_LIST

@@ -59,9 +59,10 @@ class CodecTrainer:
         loss = error.abs().mean() + 2 * error.square().mean()
         loss.backward()
         clip_grad_norm_(codec.parameters(), 1.0)
-        self.optimizer.step(learning_rate_factor(config.optimizer, step, config.steps))
+        self.optimizer.set_factor(learning_rate_factor(config.optimizer, step, config.steps))
+        self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(codec, step)
+        self.ema.update(step)
         return loss.item()
 
     def save(self, file: Path, done: int) -> None:

@@ -10,12 +10,13 @@ from stdit.codecs.config import CODECS, CodecConfig, TextEncoderConfig
 from stdit.data.config import DataConfig
 from stdit.diffusion.config import FlowConfig
 from stdit.errors import UserError
-from stdit.lora.config import LoRAConfig, parse_lora
+from stdit.lora.config import BaseDtype, LoRAConfig, parse_lora
 from stdit.models.config import STDiTConfig
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.pipelines.config import VideoSettings, check_seed
 from stdit.registry import Registry
 from stdit.settings import parse
+from stdit.training.memory_config import MemoryConfig, check_memory
 
 OPTIMIZERS: Registry[Any] = Registry(
     "optimizer.name", {"adamw": "stdit.training.optim:build_adamw", "muon": "stdit.training.optim:build_muon"}
@@ -71,8 +72,6 @@ class TrainerConfig:
     block_norms_every: int | None = None
     """Steps between lines of metrics.jsonl with norms of weights, gradients and updates of each block; such a step
     keeps a copy of the weights in memory."""
-    activation_checkpointing: bool = False
-    """Compute activations twice rather than keep them: less memory, a third more time."""
     compile: bool = False
     """Compile the blocks with torch.compile: slow to start, and worth it on GPUs, and for long runs on CPUs, where it
     needs a C++ compiler."""
@@ -146,7 +145,7 @@ class EMAConfig:
     """Exponential moving average of the weights."""
 
     decay: float = 0.999
-    """Share of the average that each step keeps; 0 keeps the latest weights only."""
+    """Share of the average that each step keeps; 0: none, which saves its memory; the latest weights are used."""
     warmup: bool = True
     """Keep less in early steps: min(decay, (1 + step) / (10 + step))."""
 
@@ -243,6 +242,9 @@ class TrackerConfig:
 class LoRATrainingConfig(LoRAConfig):
     """The adapter that is trained, and what it begins with."""
 
+    base_dtype: BaseDtype = "fp32"
+    """How the weights of init_from are kept, which are not trained: in bf16 or, of the linear layers in the blocks,
+    rounded to 8 or 4 bits (nf4: normal floats, QLoRA); these need precision bf16, and 8 and 4 bits need torchao."""
     init_from: str | None = None
     """Adapter to begin with, of the same rank and targets: a file, or a folder with one."""
     merge: list[str] = field(default_factory=list)
@@ -269,10 +271,13 @@ class TrainConfig:
     imports: list[str] = field(default_factory=list)
     """Module of your own to import, with its register_... calls (stdit.codecs.register_codec and others); may be
     repeated."""
-    dry_run: bool | Literal["steps", "sp"] = False
+    fit: float | None = None
+    """GiB that each process may use: choose the settings of memory and lora.base_dtype that are fastest and fit, as
+    estimated; those that you give stay."""
+    dry_run: bool | Literal["steps", "sp", "memory"] = False
     """true: print what the run would train on and the memory it needs, write NAME.clips.csv (which clip goes to which
     bucket, and why) beside the run folder, and stop. steps: also do a few steps, and tell the time of all. sp: also
-    compare values of parallel.sp."""
+    compare values of parallel.sp; memory: also compare settings that save memory."""
     model: STDiTConfig = field(default_factory=STDiTConfig)
     """The transformer."""
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -289,6 +294,8 @@ class TrainConfig:
     """Number of steps, arithmetic and device."""
     parallel: TrainingParallelConfig = field(default_factory=TrainingParallelConfig)
     """Several processes."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What is kept, and where, to save memory."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and learning rate schedule."""
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -322,6 +329,9 @@ class TrainConfig:
                 f"lora.dropout = {self.lora.dropout}: what it drops is not yet a function of seed and step, so that "
                 "a run could not be resumed exactly: leave it out."
             )
+        check_memory(self)
+        if self.fit is not None and not 0 < self.fit < math.inf:
+            raise UserError(f"fit = {self.fit}: must be a number of GiB above 0, such as 24")
         for path in (*self.lora.merge, *([] if self.lora.init_from is None else [self.lora.init_from])):
             parse_lora(path)
         self.data.validate()

@@ -1,13 +1,13 @@
 """Estimate the memory of each process for a way to share the work, and choose ``parallel.sp`` from it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from stdit.data.buckets import Bucket
 from stdit.models.size import batch_load, tensor_bytes
+from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import (
-    FLOAT32_BYTES,
     ParallelDims,
     SpChoice,
     Workload,
@@ -16,7 +16,13 @@ from stdit.parallel.sequence.planner import (
     divisors,
     idle_warning,
 )
-from stdit.training.build import ModelSize, RunInputs
+from stdit.parallel.sequence.sharding import micro_batches
+from stdit.training.build import RunInputs
+from stdit.training.config import TrainConfig
+from stdit.training.weight_memory import BF16, FP32, WeightCounts
+
+LIBRARIES = 700 * 2**20
+"""Of PyTorch and the other libraries in a process, as measured."""
 
 
 @dataclass
@@ -25,10 +31,21 @@ class MemoryEstimate:
 
     inputs: RunInputs
 
+    def of(self, config: TrainConfig) -> "MemoryEstimate":
+        """Return an estimate for other settings of ``memory`` and ``lora``, which change no numbers of weights."""
+        other = MemoryEstimate(replace(self.inputs, config=config))
+        other.counts, other.frozen = self.counts, self.frozen
+        return other
+
     @cached_property
-    def size(self) -> ModelSize:
-        """Number of parameters of the model."""
-        return ModelSize.of(self.inputs.config)
+    def counts(self) -> WeightCounts:
+        """Numbers of weights of the model."""
+        return WeightCounts.of(self.inputs.config)
+
+    @cached_property
+    def on_gpu(self) -> bool:
+        """Whether the memory is that of a GPU."""
+        return not runs_on_cpu(self.inputs.config.trainer.device)
 
     @cached_property
     def frozen(self) -> int:
@@ -45,15 +62,18 @@ class MemoryEstimate:
     @cached_property
     def loads(self) -> dict[Bucket, Workload]:
         """Workload of a batch of each bucket."""
-        trainer = self.inputs.config.trainer
+        config, trainer = self.inputs.config, self.inputs.config.trainer
+        kept = config.memory.block_activations(2 * config.model.depth)
+        if not self.on_gpu:  # the memory to which they would be offloaded is this one
+            kept = ["keep" if mode == "offload" else mode for mode in kept]
         return {
             bucket: batch_load(
-                self.inputs.config.model,
+                config.model,
                 self.latent_shape(bucket),
                 bucket.batch_size,
-                element_size=2 if trainer.precision == "bf16" else FLOAT32_BYTES,
+                element_size=BF16 if trainer.precision == "bf16" else FP32,
                 micro_batch_size=trainer.micro_batch_size,
-                saved="inputs" if trainer.activation_checkpointing else "blocks",
+                saved=tuple(kept),
             )
             for bucket, _ in self.buckets
         }
@@ -62,39 +82,47 @@ class MemoryEstimate:
         """Return (T, H, W) of the latents of a clip of a bucket."""
         return self.inputs.codec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
 
-    def constant_bytes(self, split: ParallelDims) -> dict[str, int]:
-        """Return the bytes that a process always needs, by what they hold."""
-        config = self.inputs.config
-        estimate = {
-            "weights, gradients, optimizer, average": self.size.state_bytes(
-                split.processes, config.parallel.shard_parameters
-            ),
-            "codec and text encoder": self.frozen,
-        }
-        if config.trainer.precision == "bf16" and not config.trainer.activation_checkpointing:
-            estimate["weights in bf16"] = 2 * self.size.parameters  # saved by layers for the backward pass
+    def memory(self, split: ParallelDims, load: Workload | None = None) -> dict[str, int]:
+        """Return the most bytes of a process, by what they hold, in a step on a batch; None: the largest one."""
+        if load is None:
+            load = max(self.loads.values(), key=lambda one: activation_bytes(one, split))
+        config, counts = self.inputs.config, self.counts
+        held = counts.bytes(config, split.processes, self.on_gpu)
+        gradients = held.pop("gradients")
+        activations = activation_bytes(load, split) + self._rounded_weights(load)
+        if len(micro_batches(split.clips(load), 0, load.micro_batch_size)) == 1:
+            gradients = max(0, gradients - activations)  # as the ones come, the others go
+        held |= {"activations": activations, "gradients beside them": gradients}
+        held["codec and text encoder"] = self.frozen
         if config.data.cache == "memory":
-            views = config.data.augmented_views * (1 + config.data.flip)
-            estimate["encoded clips"] = sum(
-                clips
-                * views
-                * FLOAT32_BYTES
-                * self.inputs.codec.channels
-                * math.prod(self.latent_shape(bucket))
-                for bucket, clips in self.buckets
-            )
-        return estimate
+            held["encoded clips"] = self._encoded_clips()
+        if not self.on_gpu:
+            held["libraries"] = LIBRARIES
+            whole = FP32 * counts.trained + self.frozen + LIBRARIES
+            held["more to build the model"] = max(0, whole - sum(held.values()))
+        return {name: size for name, size in held.items() if size}
 
-    def total(self, load: Workload, split: ParallelDims) -> int:
-        """Return the bytes of a process during a step on a batch."""
-        return sum(self.constant_bytes(split).values()) + activation_bytes(load, split)
+    def total(self, split: ParallelDims, load: Workload | None = None) -> int:
+        """Return the most bytes of a process during a step on a batch; None: the largest one."""
+        return sum(self.memory(split, load).values())
 
-    def memory(self, split: ParallelDims) -> dict[str, int]:
-        """Return the bytes of a process, by what they hold, for the batch that needs most."""
-        return {
-            **self.constant_bytes(split),
-            "activations": max(activation_bytes(load, split) for load in self.loads.values()),
-        }
+    def _rounded_weights(self, load: Workload) -> int:
+        """Return the bytes of weights in bf16 that layers save for the backward pass, beside those in fp32."""
+        config, counts = self.inputs.config, self.counts
+        stored = config.memory.weights if config.lora.rank is None else config.lora.base_dtype
+        if config.trainer.precision != "bf16" or stored != "fp32":
+            return 0
+        kept = [mode == "keep" for mode in load.saved]
+        return BF16 * counts.weights * sum(kept) // len(kept)
+
+    def _encoded_clips(self) -> int:
+        """Return the bytes of the latents that ``data.cache = memory`` keeps."""
+        data, codec = self.inputs.config.data, self.inputs.codec
+        views = data.augmented_views * (1 + data.flip)
+        return sum(
+            clips * views * FP32 * codec.channels * math.prod(self.latent_shape(bucket))
+            for bucket, clips in self.buckets
+        )
 
     def valid_sp(self, processes: int) -> list[int]:
         """Return the values of sp for which each of the processes has a part of every batch."""
@@ -104,9 +132,7 @@ class MemoryEstimate:
     def choose_sp(self, processes: int, memory: int) -> SpChoice:
         """Choose ``parallel.sp`` for a number of processes that may each use ``memory`` bytes."""
         degrees = self.valid_sp(processes)
-        return choose_sp(
-            {sp: sum(self.memory(ParallelDims(processes, sp)).values()) for sp in degrees}, memory
-        )
+        return choose_sp({sp: self.total(ParallelDims(processes, sp)) for sp in degrees}, memory)
 
     def warnings(self, split: ParallelDims) -> list[str]:
         """Return warnings about ranks that would be idle."""

@@ -4,16 +4,22 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from xxhash import xxh3_64_intdigest
 
 from stdit.errors import UserError
 from stdit.parallel.processes.parameters import distribute_like, full_tensor, trained_parameters
+from stdit.parallel.processes.storage import StoredTensor
 from stdit.training.config import OPTIMIZERS, OptimizerConfig
+from stdit.training.low_bit_adamw import STORED, build_low_bit_adamw, read_moment, stored_tensors
+from stdit.training.master_weights import MasterWeights, build_master_weights
 from stdit.training.matmul import matmul_precision
+from stdit.training.memory_config import MemoryConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(?:attn|cross_attn|mlp)\.(\w+)\.weight")
@@ -31,6 +37,11 @@ def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> floa
     progress = min(max((step - (steps - length)) / length, 0.0), 1.0)  # 0 before the fall, 1 at the end
     fall = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return rise * (config.final_share + (1 - config.final_share) * fall)
+
+
+def rounding_seed(seed: int, step: int) -> int:
+    """Return the seed of what is rounded at random in ``step``."""
+    return xxh3_64_intdigest(f"{seed} {step}".encode()) >> 1
 
 
 def split_parameters(model: nn.Module) -> tuple[dict[str, int], list[str]]:
@@ -55,10 +66,18 @@ def count_matrices(model: nn.Module) -> int:
     return sum(model.get_parameter(name).numel() for name in split_parameters(model)[0])
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> "Optimizers":
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, memory: MemoryConfig | None = None
+) -> "Optimizers":
     """Build the optimizer that a config names, over all parameters of ``model`` that are trained."""
-    built = OPTIMIZERS.get(config.name)(model, config)
-    return Optimizers(trained_parameters(model), built if isinstance(built, list) else [built])
+    memory = memory or MemoryConfig()
+    masters = build_master_weights(model, memory)
+    model = model if masters is None else masters
+    if memory.weights == "bf16" or memory.optimizer_state != "fp32":
+        built = build_low_bit_adamw(_groups(model, list(trained_parameters(model))), config, memory)
+    else:
+        built = OPTIMIZERS.get(config.name)(model, config)
+    return Optimizers(trained_parameters(model), built if isinstance(built, list) else [built], masters)
 
 
 def register_optimizer(
@@ -107,13 +126,9 @@ def muon_and_adamw(model: nn.Module, config: OptimizerConfig, matrices: dict[str
 
 
 def _adamw(model: nn.Module, names: list[str], config: OptimizerConfig) -> Optimizer:
-    """Build AdamW over some parameters; only matrices get weight decay."""
-    named = trained_parameters(model)
-    decayed = [named[name] for name in names if named[name].ndim >= 2]
-    plain = [named[name] for name in names if named[name].ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    """Build AdamW over some parameters."""
     return AdamW(
-        [group for group in groups if group["params"]],
+        _groups(model, names),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -122,20 +137,53 @@ def _adamw(model: nn.Module, names: list[str], config: OptimizerConfig) -> Optim
     )
 
 
+def _groups(model: nn.Module, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Return groups of parameters for AdamW: only matrices get weight decay."""
+    parameters = [trained_parameters(model)[name] for name in names]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class Optimizers:
     """Several optimizers over one model, as one; its state is a flat dict of tensors by parameter name."""
 
-    def __init__(self, named_parameters: dict[str, nn.Parameter], optimizers: list[Optimizer]) -> None:
-        self.named_parameters = named_parameters
+    def __init__(
+        self,
+        named_parameters: dict[str, nn.Parameter],
+        optimizers: list[Optimizer],
+        masters: MasterWeights | None = None,
+    ) -> None:
+        self.named_parameters, self.masters = named_parameters, masters
         self.optimizers = optimizers
-        self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.base_rates = [
+            [float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers
+        ]
+        self._owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+        self._numbers = {p: number for number, p in enumerate(named_parameters.values())}
 
-    def step(self, factor: float) -> None:
-        """Take one step at ``factor`` times the learning rates."""
+    def step(self, seed: int = 0) -> None:
+        """Take one step; ``seed`` is that of random rounding."""
+        with nullcontext() if self.masters is None else self.masters.updating():
+            for optimizer in self.optimizers:
+                _seeded_step(optimizer, seed)
+
+    def set_factor(self, factor: float) -> None:
+        """Set the learning rates to ``factor`` times those of the settings."""
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            optimizer.step()
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate * factor)
+                else:
+                    group["lr"] = rate * factor
+
+    def step_one(self, parameter: nn.Parameter, seed: int = 0) -> None:
+        """Take a step with one parameter of the model, the only one that has a gradient."""
+        updated = parameter if self.masters is None else self.masters.of[parameter]
+        with nullcontext() if self.masters is None else self.masters.updating([parameter]):
+            _seeded_step(self._owners[updated], seed + self._numbers[updated])
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -143,38 +191,63 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, Tensor]:
         """``<parameter>.<quantity>`` to tensor, such as ``t_block.1.bias.exp_avg``."""
-        return {f"{name}.{key}": value for name, state in self._states() for key, value in state.items()}
+        return {
+            key: tensor
+            for name, state in self._states()
+            for quantity, value in state.items()
+            for key, tensor in stored_tensors(f"{name}.{quantity}", value)
+        }
 
-    def like(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Return an empty state of these shapes; tensors as large as their parameter are placed like it."""
-        return {key: self._room(key, shape) for key, shape in shapes.items()}
+    def like(self, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+        """Return an empty state like a stored one; tensors as large as their parameter are placed like it."""
+        return {key: self._room(key, *found) for key, found in stored.items()}
 
-    def _room(self, key: str, shape: torch.Size) -> Tensor:
-        parameter = self.named_parameters.get(key.rpartition(".")[0])
-        if parameter is None:
-            raise UserError(f"the optimizer's state has {key}, but this model has no such weight")
+    def _room(self, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        parameter = self.named_parameters[self._split(key)[0]]
         if parameter.shape == shape:
-            return torch.empty_like(parameter, requires_grad=False)
-        return torch.empty(shape, device=parameter.device)
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return torch.empty(shape, dtype=dtype, device=parameter.device)
+
+    def _split(self, key: str) -> tuple[str, str, str]:
+        """Split a key into parameter, quantity, and the part of a rounded one. Raises UserError."""
+        rest, part = key, ""
+        if key.endswith(tuple(f".{one}" for one in STORED)):
+            rest, _, part = key.rpartition(".")
+        name, _, quantity = rest.rpartition(".")
+        if name not in self.named_parameters:
+            raise UserError(f"the optimizer's state has {key}, but this model has no such weight")
+        return name, quantity, part
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Replace the state by one from `state_dict`; its tensors are not copied."""
-        owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
-        states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        """Replace the state by one from `state_dict`; its tensors are not copied, unless they are rounded anew."""
+        states: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
         for key, value in tensors.items():
-            name, _, quantity = key.rpartition(".")
-            states[name][quantity] = value
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
-        for name, state in states.items():
-            parameter = self.named_parameters[name]
-            owners[parameter].state[parameter] = state
+            name, quantity, part = self._split(key)
+            states[name][quantity][part] = value
+        for name, parameter in self.named_parameters.items():
+            before = self._owners[parameter].state.pop(parameter, {})
+            state = {
+                quantity: read_moment(parts, parameter, quantity, before.get(quantity))
+                for quantity, parts in states[name].items()
+            }
+            if state:
+                self._owners[parameter].state[parameter] = state
 
     def _states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, parameter in self.named_parameters.items():
             for optimizer in self.optimizers:
                 if parameter in optimizer.state:
                     yield name, optimizer.state[parameter]
+
+
+def _seeded_step(optimizer: Optimizer, seed: int) -> None:
+    """Let an optimizer take a step whose random rounding is a function of a seed; on CPUs without compiling it."""
+    device = optimizer.param_groups[0]["params"][0].device
+    on_cpu = device.type == "cpu"
+    stance = torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()
+    with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type), stance:
+        torch.manual_seed(seed)
+        optimizer.step()
 
 
 class Muon(Optimizer):

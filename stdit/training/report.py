@@ -22,6 +22,7 @@ from stdit.parallel.sequence.planner import (
 )
 from stdit.training.build import RunComponents, RunInputs, build_inputs, compare_with_checkpoint
 from stdit.training.config import TrainConfig
+from stdit.training.fit import choice_lines, fitted
 from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.run_folder import find_start
 
@@ -35,7 +36,7 @@ def report_of(config: TrainConfig, processes: int) -> str:
     """Return the report of a run on a number of processes, without starting it; write the table of its clips."""
     accelerator = None if runs_on_cpu(config.trainer.device) else torch.accelerator.current_accelerator()
     memory = memory_of_process(accelerator or torch.device("cpu"), config.parallel.memory_gib)
-    inputs = build_inputs(config, dry_run=True)
+    inputs = fitted(build_inputs(config, dry_run=True), processes)
     table = config.run_folder.with_name(f"{config.run_folder.name}.clips.csv")
     write_placements(inputs.plan.assignment, table)
     shown = report(inputs, processes, memory, compare_sp=config.dry_run == "sp" or processes > 1)
@@ -70,7 +71,7 @@ def report(inputs: RunInputs, processes: int, memory: int, compare_sp: bool = Tr
     split = _asked_split(estimate, processes, memory)
     worlds = _WORLD_SIZES if processes == 1 else (processes,)
     lines = [
-        f"model: {estimate.size.parameters:,} parameters ({config.model.depth} x 2 blocks, width "
+        f"model: {estimate.counts.weights:,} parameters ({config.model.depth} x 2 blocks, width "
         f"{config.model.hidden_size})",
         f"data: {inputs.plan.assignment.kept} clips",
         inputs.plan.report(),
@@ -82,6 +83,7 @@ def report(inputs: RunInputs, processes: int, memory: int, compare_sp: bool = Tr
         *(_sharing_lines(estimate, worlds, memory) if compare_sp else ()),
         *estimate.warnings(split),
         *([""] if compare_sp else []),
+        *([*choice_lines(inputs, split), ""] if config.dry_run == "memory" else []),
         _memory_line(estimate.memory(split), split, memory),
         f"run folder: {config.run_folder}",
     ]
@@ -132,7 +134,7 @@ def _row(estimate: MemoryEstimate, load: Workload, split: ParallelDims) -> str:
     if split.dp > load.clips:
         return "".join(f" {cell:>10}" for cell in cells) + f"   cannot split a batch of {load.clips}"
     traffic = max(sum(estimate_traffic(load, split, rank)[:2]) for rank in range(split.processes))
-    memory = estimate.total(load, split)
+    memory = estimate.total(split, load)
     cells += [_range(split.frames(load)), _range(split.patches(load)), f"{balance(load, split):.2f}"]
     return "".join(f" {cell:>10}" for cell in [*cells, f"{traffic / 1e6:,.1f}", format_gib(memory)])
 

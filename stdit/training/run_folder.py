@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from stdit.checkpoint_files import META
 from stdit.errors import UserError
-from stdit.pipelines.loading import find_initial_weights
+from stdit.pipelines.sources import find_initial_weights
 from stdit.settings import to_yaml
 from stdit.training.checkpoint import find_checkpoint
 from stdit.training.config import TrainConfig

@@ -86,7 +86,7 @@ class Sampler:
 
     def _averaged(self) -> dict[str, Tensor]:
         """Return all weights, those that are trained averaged."""
-        return {**self.components.model.state_dict(), **self.ema.state_dict()}
+        return {**self.components.model.state_dict(), **self.ema.weights()}
 
     def _write_adapter(self, weights: dict[str, Tensor]) -> Path:
         target, model = self.folder / "lora", self.components.model.with_weights(weights)
@@ -102,7 +102,7 @@ class Sampler:
 
     def _exported_step(self) -> int | None:
         """Return the step of the pipeline in the run folder; None if there is none."""
-        from stdit.pipelines.loading import MODEL_INDEX, pipeline_step
+        from stdit.pipelines.sources import MODEL_INDEX, pipeline_step
 
         folder = self.folder / "pipeline"
         try:

@@ -18,7 +18,9 @@ from stdit.parallel.sequence.planner import ParallelDims
 from stdit.training.batches import Batches, build_batches
 from stdit.training.build import build_components
 from stdit.training.config import TrainConfig
+from stdit.training.fit import fitted
 from stdit.training.lineage import unneeded
+from stdit.training.memory_config import check_processes
 from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.recorder import Recorder
 from stdit.training.report import start_line
@@ -96,6 +98,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
         with watching(build_watchdog(mesh, config.parallel)) as watchdog:
             # Checks that need no data: before anything is written or loaded.
             mesh.check_same("the configuration", str(config))
+            check_processes(config.memory, mesh.world_size)
             if config.parallel.sp != "auto":
                 mesh.check_batch_sizes(config.data.largest_batch_size())
 
@@ -106,7 +109,13 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             # This also refuses a model whose weights do not fit in memory, before it is built.
             memory = memory_of_process(device, config.parallel.memory_gib)
             components = mesh.on_all_ranks(
-                lambda: build_components(config, checkpoint, mesh.world_size, memory)
+                lambda: build_components(
+                    config,
+                    checkpoint,
+                    mesh.world_size,
+                    memory,
+                    lambda inputs: fitted(inputs, mesh.world_size),
+                )
             )
             mesh.check_same("the experiment", str(components.experiment))
 
@@ -137,6 +146,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
                 config.ema,
                 config.seed,
                 config.parallel.shard_parameters,
+                components.config.memory,
             )
 
             # Saver: loads the checkpoint into the trainer. From here on, closing gives a save in progress some time.

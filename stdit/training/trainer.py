@@ -27,8 +27,10 @@ from stdit.parallel.processes.storage import StoredTensors
 from stdit.training.block_norms import BlockNorms
 from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
 from stdit.training.ema import EMA
+from stdit.training.fused_backward import FusedBackward, GradientNorm
 from stdit.training.matmul import MatmulChoice, choose_precision, matmul_precision, matmul_rate
-from stdit.training.optim import build_optimizer, learning_rate_factor
+from stdit.training.memory_config import MemoryConfig
+from stdit.training.optim import build_optimizer, learning_rate_factor, rounding_seed
 from stdit.training.spikes import SpikeGuard, mean_level
 from stdit.training.system import ProgressBar
 
@@ -50,8 +52,10 @@ class Trainer:
         ema: EMAConfig,
         seed: int,
         shard_parameters: bool = False,
+        memory: MemoryConfig | None = None,
     ) -> None:
         self.config, self.optimizer_config, self.seed = config, optimizer, seed
+        memory = memory or MemoryConfig()
         self.chosen_matmul: MatmulChoice | None = None
         self.kept_matmul: dict[str, Any] | None = None
         """State of the choice in the checkpoint that the run resumed from."""
@@ -60,10 +64,15 @@ class Trainer:
         self.accelerator, self.mesh, self.flow = accelerator, mesh, flow
         if config.compile:
             model.compile_blocks()  # type: ignore[operator]
+        if memory.weights != "fp32":
+            for parameter in trained_parameters(model).values():
+                parameter.data = parameter.data.to(torch.bfloat16)
         self.model, self.network = model, (shard_model if shard_parameters else replicate_model)(model, mesh)
         self.parameters = list(trained_parameters(model).values())
-        self.optimizer = build_optimizer(model, optimizer)
-        self.ema = EMA(model, ema)
+        self.optimizer = build_optimizer(model, optimizer, memory)
+        self.masters = self.optimizer.masters
+        self.ema = EMA(model if self.masters is None else self.masters, ema)
+        self.fused = FusedBackward(self.parameters) if memory.fused_backward else None
         self.nonfinite_in_a_row = 0
         self.batch_splits = mesh.dp
         """A batch is split into at least this many parts, over ranks and then over the micro-batches of each."""
@@ -111,14 +120,20 @@ class Trainer:
         factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
         if step in self.spikes.excluded_steps:
             return {**self._line(None, None, factor), "excluded": True}
-        part, own_levels = self.accumulate(batch)
-        norms = BlockNorms(self.model, self.mesh) if self._measures_block_norms(step) else None
-        loss, gradient_norm, levels = self._exchange_and_clip(part, own_levels)
+        self.optimizer.set_factor(factor)
+        norms = None
+        if self.fused is not None:
+            part, own_levels, norm = self._measure_fused(batch)
+        else:
+            part, own_levels = self.accumulate(batch)
+            norms = BlockNorms(self.model, self.mesh) if self._measures_block_norms(step) else None
+            norm = full_tensor(clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        loss, gradient_norm, levels = self._exchange(part, own_levels, norm)
         finite = math.isfinite(loss) and math.isfinite(gradient_norm)
         spike = finite and self.spikes.enabled and self.spikes.is_spike(mean_level(levels), loss)
         if finite and not spike:
-            self.optimizer.step(factor)
-            self.ema.update(self.model, step)
+            self._update(batch, norm)
+            self.ema.update(step)
         self.optimizer.zero_grad()
         self._count(step, finite)
         if spike:
@@ -165,8 +180,45 @@ class Trainer:
             total += loss.detach()
         return total, levels
 
-    def _exchange_and_clip(self, part: Tensor, levels: Tensor) -> tuple[float, float, list[float]]:
-        """Return the loss and the gradient's norm, and noise levels if the spike guard needs them; clip gradients.
+    @property
+    def _in_one_pass(self) -> bool:
+        """Whether each weight can be updated before the gradients of the others are known."""
+        return math.isinf(self.config.max_grad_norm) and not self.spikes.enabled
+
+    def _measure_fused(self, batch: EncodedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `accumulate` does, and the gradient's norm; no gradients stay.
+
+        If clipping and the spike guard need no second pass, weights are updated, but for those whose own gradient is
+        not finite.
+        """
+        assert self.fused is not None
+        found = GradientNorm(self.parameters)
+
+        def measure(parameter: nn.Parameter) -> None:
+            own = found.add(parameter)
+            if self._in_one_pass and own.isfinite():
+                self.optimizer.step_one(parameter, rounding_seed(self.seed, batch.step))
+
+        with self.fused.handling(measure):
+            return *self.accumulate(batch), found.total()
+
+    def _update(self, batch: EncodedBatch, norm: Tensor) -> None:
+        """Update all weights with the gradients of ``batch``, of that norm, unless they have been."""
+        if self.fused is None:
+            self.optimizer.step(rounding_seed(self.seed, batch.step))
+        elif not self._in_one_pass:
+            share = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
+
+            def clip_and_update(parameter: nn.Parameter) -> None:
+                assert parameter.grad is not None
+                parameter.grad.mul_(share)
+                self.optimizer.step_one(parameter, rounding_seed(self.seed, batch.step))
+
+            with self.fused.handling(clip_and_update):
+                self.accumulate(batch)
+
+    def _exchange(self, part: Tensor, levels: Tensor, norm: Tensor) -> tuple[float, float, list[float]]:
+        """Return the loss and the gradient's norm, and noise levels if the spike guard needs them.
 
         Ranks exchange one message, and the CPU waits once for the device.
         """
@@ -174,7 +226,6 @@ class Trainer:
             levels = levels[:0]
         own = torch.cat([part[None], levels.to(part.device, non_blocking=True)])
         sums = self.exchange.reduce(own)
-        norm = full_tensor(clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         loss, *rest = torch.cat([sums[:1] / self.mesh.world_size, sums[1:], norm[None]]).tolist()
         self.exchange.receive(rest[len(levels) : -1])
         return loss, rest[-1], rest[: len(levels)]
@@ -229,9 +280,10 @@ class Trainer:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return weights, averages and optimizer state, by name; of sharded tensors, this rank's shard."""
+        masters = {} if self.masters is None else self.masters.state_dict()
         return {
-            "model": trained_state(self.model),
-            "ema": self.ema.state_dict(),
+            "model": {**trained_state(self.model), **masters},
+            **({"ema": self.ema.average} if self.ema.average else {}),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -243,11 +295,17 @@ class Trainer:
         """
         rename = stdit_names(self.model.config)  # type: ignore[arg-type]
         stored = StoredTensors(checkpoint / "optimizer", rename)
-        state = {**self.state(), "optimizer": self.optimizer.like(stored.shapes())}
-        stored.read_into(state["optimizer"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for part in ("model", "ema"):
-            StoredTensors(checkpoint / part, rename).read_into(state[part])
+        state = self.state()
+        moments = self.optimizer.like(stored.tensors())
+        stored.read_into(moments)
+        self.optimizer.load_state_dict(moments)
+        StoredTensors(checkpoint / "model", rename).read_into(state["model"])
+        if self.masters is not None:
+            self.masters.write_back()
+        if (checkpoint / "ema").is_dir() and self.ema.average:
+            StoredTensors(checkpoint / "ema", rename).read_into(self.ema.average)
+        else:
+            self.ema.begin()
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
         self.batch_splits = max(self.mesh.dp, meta["batch_splits"])
         self.spikes.load(meta.get("spikes", {}))

@@ -27,16 +27,11 @@ from stdit.errors import UserError
 from stdit.hashing import read_sealed, sealed_json
 from stdit.models.stdit import STDiT
 from stdit.pipelines.config import PIPELINE_DEFAULTS
-from stdit.pipelines.loading import (
-    find_checkpoint_source,
-    load_codec,
-    load_transformer,
-    model_settings,
-    pipeline_settings,
-    pipeline_step,
-)
+from stdit.pipelines.loading import load_codec, model_settings, pipeline_settings
 from stdit.pipelines.requests import Request, check_requests
+from stdit.pipelines.sources import find_checkpoint_source, pipeline_step
 from stdit.pipelines.video_io import write_gif, write_mp4
+from stdit.pipelines.weights import load_transformer
 from stdit.training.checkpoint import find_checkpoint
 from stdit.training.config import TrainConfig
 from stdit.training.experiment import experiment_key

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from stdit.checkpoint_files import write_manifest
 from stdit.errors import UserError
 from stdit.pipelines.config import check_recorded
-from stdit.pipelines.loading import find_checkpoint_source, load_pipeline, pipeline_settings
+from stdit.pipelines.loading import load_pipeline, pipeline_settings
 from stdit.pipelines.pipeline import STDiTPipeline
+from stdit.pipelines.sources import find_checkpoint_source
 from tests.pipelines.tiny import tiny_model, write_run
 
 
@@ -187,7 +188,7 @@ def test_weights_of_another_model(pipe, tmp_path):
     config = checkpoint / "model" / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 16'))
     from stdit.checkpoint_files import read_meta
-    from stdit.pipelines.loading import load_transformer
+    from stdit.pipelines.weights import load_transformer
 
     with pytest.raises(UserError, match="tensors differ"):
         load_transformer(checkpoint, read_meta(checkpoint), ema=True)

@@ -199,7 +199,7 @@ def test_the_error_of_a_thread_is_raised_when_waiting_for_it(
 def test_a_state_without_tensors_is_read_as_one(tmp_path: Path) -> None:
     """The optimizer has none if all steps were skipped."""
     folder = save(folder_of(tmp_path), 1)
-    assert StoredTensors(folder / "optimizer").shapes() == {}
+    assert StoredTensors(folder / "optimizer").tensors() == {}
 
 
 class Planted:

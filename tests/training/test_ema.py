@@ -15,7 +15,7 @@ def test_average_follows_the_formula() -> None:
     for step in range(20):
         with torch.no_grad():
             model.weight.add_(torch.randn(3, 3))
-        ema.update(model, step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
     torch.testing.assert_close(ema.state_dict()["weight"], expected)
@@ -25,7 +25,7 @@ def test_average_follows_the_formula() -> None:
 def test_half_precision_weights_have_float32_averages() -> None:
     model = nn.Linear(2, 2).to(torch.bfloat16)
     ema = EMA(model, EMAConfig())
-    ema.update(model, 0)
+    ema.update(0)
     assert {tensor.dtype for tensor in ema.state_dict().values()} == {torch.float32}
 
 

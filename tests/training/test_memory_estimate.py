@@ -14,7 +14,9 @@ from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.report import report
 from tests.training.tiny import tiny_settings
 
-WEIGHTS = "weights, gradients, optimizer, average"
+
+def state(estimate: MemoryEstimate, split: ParallelDims) -> int:
+    return sum(estimate.counts.bytes(estimate.inputs.config, split.processes, False).values())
 
 
 @pytest.fixture
@@ -32,39 +34,34 @@ def estimate_of(argv: list[str]) -> MemoryEstimate:
     return MemoryEstimate(build_inputs(parse_train(argv), dry_run=True))
 
 
-def total(estimate: MemoryEstimate, split: ParallelDims) -> int:
-    return sum(estimate.memory(split).values())
-
-
 def test_memory_falls_with_sp(settings: list[str]) -> None:
     estimate = estimate_of(settings)
     one, two, four = (estimate.memory(ParallelDims(4, sp)) for sp in (1, 2, 4))
     assert one["activations"] == 2 * two["activations"] == 4 * four["activations"]
-    assert one[WEIGHTS] == four[WEIGHTS]
-    adamw = estimate_of([*settings, "--optimizer.name", "adamw"]).memory(ParallelDims(4, 1))
-    assert adamw[WEIGHTS] == 20 * estimate.size.parameters > one[WEIGHTS]
-    sharded = estimate_of([*settings, "--parallel.shard_parameters", "true"])
-    assert sharded.memory(ParallelDims(4, 2))[WEIGHTS] == pytest.approx(one[WEIGHTS] / 4, abs=20)
-    assert sharded.memory(ParallelDims(1, 1))[WEIGHTS] == one[WEIGHTS]
-    checkpointing = estimate_of([*settings, "--trainer.activation_checkpointing", "true"]).memory(
-        ParallelDims(4, 1)
+    adamw = estimate_of([*settings, "--optimizer.name", "adamw"])
+    assert (
+        state(adamw, ParallelDims(4, 1)) == 20 * estimate.counts.trained > state(estimate, ParallelDims(4, 1))
     )
-    assert checkpointing["activations"] < one["activations"]
+    sharded = estimate_of([*settings, "--parallel.shard_parameters", "true"])
+    whole = state(estimate, ParallelDims(1, 1))
+    assert state(sharded, ParallelDims(4, 2)) == pytest.approx(whole / 4, abs=20)
+    assert state(sharded, ParallelDims(1, 1)) == whole
+    recomputing = estimate_of([*settings, "--memory.activations", "recompute"]).memory(ParallelDims(4, 1))
+    assert recomputing["activations"] < one["activations"]
     bf16 = estimate_of([*settings, "--trainer.precision", "bf16"]).memory(ParallelDims(4, 1))
-    assert bf16["activations"] < one["activations"]
-    assert bf16["weights in bf16"] == 2 * estimate.size.parameters
+    assert bf16["activations"] - 2 * estimate.counts.trained < one["activations"]
 
 
 def test_sharing_a_whole_share_of_the_batch_saves_nothing(settings: list[str]) -> None:
     """Twice as many ranks share twice as many clips."""
     estimate = estimate_of([*settings, "--trainer.micro_batch_size", "null"])
-    assert total(estimate, ParallelDims(2, 1)) == total(estimate, ParallelDims(2, 2))
+    assert estimate.total(ParallelDims(2, 1)) == estimate.total(ParallelDims(2, 2))
 
 
 def test_choose_sp_follows_memory_and_batches(settings: list[str]) -> None:
     estimate = estimate_of(settings)
     assert estimate.valid_sp(4) == [2, 4], "a batch of 2 cannot be split into 4"
-    two, four = (total(estimate, ParallelDims(4, sp)) for sp in (2, 4))
+    two, four = (estimate.total(ParallelDims(4, sp)) for sp in (2, 4))
     assert two > four
     for memory, expected in (
         (two, (2, True)),
@@ -78,7 +75,7 @@ def test_choose_sp_follows_memory_and_batches(settings: list[str]) -> None:
 
 def test_the_report_compares_values_of_sp(settings: list[str]) -> None:
     estimate = estimate_of(settings)
-    memory = total(estimate, ParallelDims(2, 2))
+    memory = estimate.total(ParallelDims(2, 2))
     shown = report(estimate.inputs, 1, memory)
     assert "parallel.sp = auto, 2 processes: 2, the smallest of 1, 2 that fits" in shown
     assert "parallel.sp = auto, 8 processes: 4, the smallest of 4, 8 that fits" in shown

@@ -21,7 +21,7 @@ def trainer(**settings: Any) -> Trainer:
 
 def gradients(one: Trainer, step: int) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
-    one.optimizer.step = lambda factor: seen.update(  # type: ignore[method-assign]
+    one.optimizer.step = lambda seed: seen.update(  # type: ignore[method-assign]
         {name: p.grad.clone() for name, p in one.model.named_parameters() if p.grad is not None}
     )
     one.step(tiny_batch(step))

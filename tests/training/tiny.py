@@ -16,6 +16,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.video_io import write_mp4
 from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
+from stdit.training.memory_config import MemoryConfig
 from stdit.training.trainer import Trainer
 from tests.codecs.tiny import save_tiny_bert
 
@@ -36,6 +37,8 @@ def tiny_trainer(
     optimizer: OptimizerConfig,
     mesh: Mesh = ALONE,
     shard_parameters: bool = False,
+    memory: MemoryConfig | None = None,
+    ema: float = 0.9,
     **settings: Any,
 ) -> Trainer:
     """Return a trainer for `tiny_batch`; ``settings`` are those of `TrainerConfig`."""
@@ -48,9 +51,10 @@ def tiny_trainer(
         mesh,
         config,
         optimizer,
-        EMAConfig(decay=0.9),
+        EMAConfig(decay=ema),
         seed=1,
         shard_parameters=shard_parameters,
+        memory=memory,
     )
 
 

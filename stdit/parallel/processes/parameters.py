@@ -18,10 +18,6 @@ from torch.distributed import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.sequence.planner import FLOAT32_BYTES
-
-STATES_PER_WEIGHT = 5
-"""Values kept for each weight: itself, its gradient, AdamW's two moments, its average (EMA)."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +119,3 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor) and tensor.shape == like.shape:
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor
-
-
-def state_bytes(parameter_count: int, ranks: int, sharded: bool) -> int:
-    """Return the bytes of weights, gradients, AdamW's moments and EMA on one rank, in float32.
-
-    Replicated, a rank keeps all of them; sharded, 1/N (arXiv:1910.02054, figure 1).
-    """
-    own = -(-parameter_count // ranks) if sharded else parameter_count
-    return STATES_PER_WEIGHT * FLOAT32_BYTES * own

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,13 @@ def write_chunks(folder: Path, chunks: StateChunks, rank: int, ranks: int) -> li
     return files
 
 
+class StoredTensor(NamedTuple):
+    """A full tensor in files."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class StoredTensors:
     """The tensors in the safetensors files of one folder, such as ``checkpoint/ema``; reads no pickle.
 
@@ -138,16 +145,17 @@ class StoredTensors:
                 raise ValueError(f"the chunks of {name} do not make up a full tensor")
         return reader, metadata
 
-    def shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of the full tensors, by name."""
+    def tensors(self) -> "dict[str, StoredTensor]":
+        """Return shape and dtype of the full tensors, by name."""
         stored = _tensors(self._metadata)
-        return {name: stored[there].size for name, there in self._stored_names.items()}
+        return {
+            name: StoredTensor(stored[there].size, stored[there].properties.dtype)
+            for name, there in self._stored_names.items()
+        }
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill tensors in place, full or this rank's shards; their names and shapes must be the stored ones."""
-        from torch.distributed.checkpoint import DefaultLoadPlanner
-
-        stored = self.shapes()
+        stored = {name: found.shape for name, found in self.tensors().items()}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         odd = [name for name in {**shapes, **stored} if shapes.get(name) != stored.get(name)]
         if odd:
@@ -156,9 +164,20 @@ class StoredTensors:
                 f"{self.folder} is not of this model: {len(odd)} tensors differ, such as {odd[0]}, {there} there and "
                 f"{here} here. Use another checkpoint."
             )
+        self._read({self._stored_names[name]: tensor for name, tensor in tensors.items()})
+
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and full tensor of each, read one after the other: they are not in memory together."""
+        for name, found in self.tensors().items():
+            tensor = torch.empty(found.shape, dtype=found.dtype)
+            self._read({self._stored_names[name]: tensor})
+            yield name, tensor
+
+    def _read(self, by_stored_name: dict[str, Tensor]) -> None:
+        from torch.distributed.checkpoint import DefaultLoadPlanner
+
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with self._reading():
-            by_stored_name = {self._stored_names[name]: tensor for name, tensor in tensors.items()}
             planner.set_up_planner(by_stored_name, self._metadata, is_coordinator=True)
             plan = planner.create_local_plan()
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)

@@ -23,6 +23,10 @@ def format_gib(size: int) -> str:
     return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:.3g}"
 
 
+Saved = Literal["keep", "recompute", "offload", "nothing"]
+"""For the backward pass: all activations, the input alone, all but in other memory, or nothing (sampling)."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """A batch of videos, and what the model does with each."""
@@ -43,9 +47,8 @@ class Workload:
     """Bytes of one value."""
     micro_batch_size: int | None = None
     """Clips of a rank in one pass, at most; None: its whole share of the batch."""
-    saved: Literal["blocks", "inputs", "nothing"] = "blocks"
-    """Saved for backward: all activations of the blocks, only their inputs (activation checkpointing), or nothing
-    (sampling)."""
+    saved: tuple[Saved, ...] | Saved = "keep"
+    """What each block, or all, save for the backward pass."""
 
     @cached_property
     def blocks(self) -> Counter[ShardAxis]:
@@ -148,7 +151,8 @@ def estimate_traffic(load: Workload, dims: ParallelDims, rank: int) -> TrafficEs
 def activation_bytes(load: Workload, dims: ParallelDims) -> int:
     """Estimate the peak bytes of activations on a rank: the first, which has the largest share of everything.
 
-    The constants were counted (`tests/parallel/sequence/test_planner.py`) in blocks with cross-attention and an MLP
+    Blocks that save nothing of their own, or only their inputs, need room for one at a time. The constants were
+    counted (`tests/parallel/sequence/test_planner.py`) in blocks with cross-attention and an MLP
     four times as wide. For each token and unit of width, a block saves 112 bytes in float32, and 68 under autocast to
     bfloat16, which leaves the norms in float32. SDPA saves no attention matrix, except on a CPU for rows of few
     tokens, where it is small. While a block is recomputed, gradients add half of that. Without a backward pass, a
@@ -159,14 +163,12 @@ def activation_bytes(load: Workload, dims: ParallelDims) -> int:
         "time": max(dims.frames(load)) * load.patches,
         "space": load.frames * max(dims.patches(load)),
     }
-    in_all_blocks = sum(count * tokens[axis] for axis, count in load.blocks.items())
-    in_a_block = max(tokens.values())
+    modes = (load.saved,) * len(load.shard_axes) if isinstance(load.saved, str) else load.saved
     block = 22 * load.element_size + 6 * FLOAT32_BYTES
-    per_width = {
-        "blocks": block * in_all_blocks,
-        "inputs": load.element_size * in_all_blocks + 3 * block // 2 * in_a_block,
-        "nothing": 12 * load.element_size * in_a_block,
-    }[load.saved]
+    for_each = {"keep": block, "recompute": load.element_size, "offload": 0, "nothing": 0}
+    at_once = {"keep": 0, "recompute": 3 * block // 2, "offload": block, "nothing": 12 * load.element_size}
+    saved = sum(for_each[mode] * tokens[axis] for mode, axis in zip(modes, load.shard_axes, strict=True))
+    per_width = saved + max(at_once[mode] for mode in modes) * max(tokens.values())
     return min(load.micro_batch_size or clips, clips) * load.width * per_width
 
 

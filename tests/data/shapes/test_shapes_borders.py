@@ -10,7 +10,7 @@ import pytest
 from stdit.data.shapes.build import write_video
 from stdit.data.shapes.checker import patch_borders
 from stdit.data.shapes.render import PLAIN, render
-from stdit.pipelines.loading import find_checkpoint_source
+from stdit.pipelines.sources import find_checkpoint_source
 from tests.data.shapes.clips import BASE, LARGE, SMALL, encoded, run_script, scenes
 from tests.pipelines.tiny import tiny_pipeline
 

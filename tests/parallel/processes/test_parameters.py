@@ -3,17 +3,9 @@ import torch
 from torch import nn
 
 from stdit.parallel.processes.mesh import Mesh
-from stdit.parallel.processes.parameters import replicate_model, shard_model, state_bytes
+from stdit.parallel.processes.parameters import replicate_model, shard_model
 from stdit.parallel.sequence.group import Group
 from tests.parallel.ranks import run_on_ranks
-
-
-@pytest.mark.parametrize(
-    "ranks, sharded, expected",
-    [(1, False, 200), (4, False, 200), (1, True, 200), (5, True, 40), (4, True, 60)],
-)
-def test_state_is_replicated_or_sharded(ranks: int, sharded: bool, expected: int) -> None:
-    assert state_bytes(10, ranks, sharded) == expected
 
 
 @pytest.mark.parametrize("distribute", [replicate_model, shard_model])

@@ -147,13 +147,13 @@ def test_weights_beyond_counting() -> None:
 
 
 @pytest.mark.parametrize(
-    "kept, dtype", [("blocks", F32), ("blocks", BF16), ("inputs", F32), ("inputs", BF16), ("nothing", F32)]
+    "kept, dtype", [("keep", F32), ("keep", BF16), ("recompute", F32), ("recompute", BF16), ("nothing", F32)]
 )
 def test_activation_bytes_are_close_to_those_counted(kept: Any, dtype: torch.dtype) -> None:
     """Compare with the peak bytes of a pass of 2 clips; under autocast, autograd saves the rounded weights, too."""
     settings = {"depth": 4, "hidden_size": 32}
     model = make_model(F32, **settings)
-    if kept == "inputs":
+    if kept == "recompute":
         model.enable_gradient_checkpointing()
     x, _, t, _, condition = make_batch(4, 32, 32, 2, False, F32)
     if kept == "nothing":
@@ -168,7 +168,7 @@ def test_activation_bytes_are_close_to_those_counted(kept: Any, dtype: torch.dty
     counted = {str(kind): size for kind, size in tracker.get_tracker_snapshot("peak")[x.device].items()}
     config = STDiTConfig(**{**BASE, **settings})
     load = batch_load(config, x.shape[2:], len(x), element_size=dtype.itemsize, saved=kept)
-    rounded = 2 * parameter_count(model) if (kept, dtype) == ("blocks", BF16) else 0
+    rounded = 2 * parameter_count(model) if (kept, dtype) == ("keep", BF16) else 0
     found = counted["_MemRefType.ACT"] + counted["_MemRefType.TEMP"] - rounded
     assert activation_bytes(load, ParallelDims(1, 1)) == pytest.approx(found, rel=0.1)
 
@@ -178,7 +178,7 @@ def test_activations_by_hand() -> None:
     split, width = ParallelDims(6, 3), 2 * 8  # of 2 clips
     in_all_blocks, in_a_block = 2 * (2 * 10 + 4 * 6), 4 * 6
     assert activation_bytes(LOAD, split) == width * 112 * in_all_blocks
-    checkpointing, sampling = replace(LOAD, saved="inputs"), replace(LOAD, saved="nothing")
+    checkpointing, sampling = replace(LOAD, saved="recompute"), replace(LOAD, saved="nothing")
     assert activation_bytes(checkpointing, split) == width * (4 * in_all_blocks + 168 * in_a_block)
     assert activation_bytes(sampling, split) == width * 48 * in_a_block
     assert activation_bytes(replace(LOAD, micro_batch_size=1), split) * 2 == activation_bytes(LOAD, split)

@@ -1,0 +1,87 @@
+"""Memory of weights, gradients, optimizer and average in training."""
+
+from dataclasses import replace
+from math import ceil
+from typing import NamedTuple
+
+from torch import nn
+
+from stdit.lora.adapters import linear_layers, target_layers
+from stdit.models.size import count_on_meta, meta_model
+from stdit.training.config import TrainConfig
+from stdit.training.low_bit_adamw import BLOCKS
+from stdit.training.optim import count_matrices
+
+FP32, BF16 = 4, 2
+MOMENT_BYTES = {"fp32": 4.0, **{name: int(name[0]) / 8 + FP32 / size for name, size in BLOCKS.items()}}
+"""Of a value of one moment of AdamW, with its part of a scale."""
+BASE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
+"""Of a frozen weight in the linear layers of the blocks; others are fp32 or bf16."""
+
+
+class WeightCounts(NamedTuple):
+    """Numbers of weights of a model that need not be built."""
+
+    trained: int
+    largest: int
+    """Of the largest trained tensor."""
+    in_muon: int
+    """Those that Muon trains: it keeps one number for each, where AdamW keeps two."""
+    in_blocks: int
+    """Those in linear layers of the blocks, which are rounded in a base of 8 or 4 bits."""
+    frozen: int
+    """All that are not trained."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "WeightCounts":
+        """Count the weights of a run. Raises UserError if an adapter does not fit the model."""
+        weights = count_on_meta(config.model)
+        if config.lora.rank is not None:
+            model = meta_model(config.model)
+            layers = linear_layers(model)
+            sizes = [
+                _adapter_sizes(layers[name], config) for name in target_layers(model, config.lora.targets)
+            ]
+            in_blocks = sum(
+                layer.weight.numel() for name, layer in layers.items() if name.startswith("blocks.")
+            )
+            return cls(sum(map(sum, sizes)), max(map(max, sizes)), 0, in_blocks, weights)
+        in_muon = count_on_meta(config.model, count_matrices) if config.optimizer.name == "muon" else 0
+        return cls(weights, _largest(config), in_muon, 0, 0)
+
+    @property
+    def weights(self) -> int:
+        """All of them."""
+        return self.trained + self.frozen
+
+    def bytes(self, config: TrainConfig, processes: int, on_gpu: bool) -> dict[str, int]:
+        """Return the bytes in each of the processes, by what they hold; on a GPU, without what is offloaded."""
+        memory = config.memory
+        share = 1 / processes if config.parallel.shard_parameters else 1.0
+        width = FP32 if memory.weights == "fp32" else BF16
+        has_master = memory.weights == "bf16_master"
+        here = not (on_gpu and memory.offload_optimizer)
+        moments = (2 * self.trained - self.in_muon) * MOMENT_BYTES[memory.optimizer_state]
+        gradients = self.largest if memory.fused_backward else self.trained
+        base = BASE_BYTES[config.lora.base_dtype]
+        other = FP32 if config.lora.base_dtype == "fp32" else BF16
+        found = {
+            "weights": width * self.trained,
+            "frozen weights": base * self.in_blocks + other * (self.frozen - self.in_blocks),
+            "gradients": (FP32 if has_master and here else width) * gradients,
+            "optimizer": here * (moments + FP32 * has_master * self.trained),
+            "average": here * FP32 * self.trained * (config.ema.decay > 0),
+        }
+        return {name: ceil(share * size) for name, size in found.items()}
+
+
+def _adapter_sizes(layer: nn.Linear, config: TrainConfig) -> list[int]:
+    """Return the numbers of weights of the tensors that an adapter of a layer has."""
+    rank = config.lora.rank or 0
+    return [rank * layer.in_features, rank * layer.out_features, layer.out_features * config.lora.dora]
+
+
+def _largest(config: TrainConfig) -> int:
+    """Return the weights of the largest tensor: blocks are alike, so that of a shallow model."""
+    model = meta_model(replace(config.model, depth=1))
+    return max(parameter.numel() for parameter in model.parameters())
