@@ -93,17 +93,28 @@ def load_adapter(
     settings: Mapping[str, Any] | None,
     name: str,
     pipeline: Any = None,
+    where: str = "",
 ) -> None:
     """Add an adapter with these weights, by peft's names, beside those that there are.
 
     Args:
         settings: peft's; None: alpha is the rank.
         pipeline: of the model, whose offloading then goes on.
+        where: its file, for messages.
+
+    Raises:
+        UserError: if peft or diffusers refuse it, such as for a setting that this version of peft does not have.
     """
     metadata, training = None if settings is None else dict(settings), model.training
-    model.load_lora_adapter(
-        dict(weights), prefix=None, adapter_name=name, metadata=metadata, _pipeline=pipeline
-    )
+    try:
+        model.load_lora_adapter(
+            dict(weights), prefix=None, adapter_name=name, metadata=metadata, _pipeline=pipeline
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"lora {where or name}: peft cannot load it ({error.__cause__ or error}): save it again with the peft "
+            "that is installed here, or install the one that wrote it."
+        ) from error
     model.train(training)  # peft's layers begin in training mode, with their dropout
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stdit.errors import UserError
 from stdit.hashing import hash_file
+from stdit.lora.header import read_header
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """Name of the file in a folder, as diffusers has it."""
@@ -75,20 +76,36 @@ class LoRASpec:
         return "lora_" + self.hash.partition(":")[2][:16]
 
 
-def parse_lora(text: str) -> LoRASpec:
-    """Parse ``FILE`` or ``FILE:WEIGHT``; FILE may be a folder with an adapter.
-
-    Raises:
-        UserError: if there is no such file, it is a pickle, or the weight is not finite.
-    """
+def split_lora(text: str, where: str = "") -> tuple[str, float]:
+    """Split ``FILE`` or ``FILE:WEIGHT``. Raises UserError, beginning with ``where``, if it is neither."""
     path, colon, number = text.rpartition(":")
     try:
         weight = float(number) if colon else 1.0
     except ValueError:  # a colon in the name
         path, weight = text, 1.0
+    path = path if colon else text
+    if not path.strip():
+        raise UserError(f"{where}lora = {text!r}: names no file: give FILE or FILE:WEIGHT, or leave it out.")
     if not math.isfinite(weight):
-        raise UserError(f"lora = {text}: the weight must be a finite number, such as 0.8.")
-    file = find_adapter_file(Path(path if colon else text))
+        raise UserError(f"{where}lora = {text}: the weight must be a finite number, such as 0.8.")
+    return path, weight
+
+
+def parse_lora(text: str, where: str = "") -> LoRASpec:
+    """Parse ``FILE`` or ``FILE:WEIGHT``; FILE may be a folder with an adapter, whose header is checked.
+
+    Args:
+        where: begins messages.
+
+    Raises:
+        UserError: if there is no such file, it is a pickle, `read_header` refuses it, or the weight is not finite.
+    """
+    path, weight = split_lora(text, where)
+    try:
+        file = find_adapter_file(Path(path))
+        read_header(file)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
     return LoRASpec(file, weight, hash_file(file))
 
 
@@ -109,7 +126,7 @@ def find_adapter_file(path: Path) -> Path:
         raise UserError(f"lora {path}: this folder {what}.")
     if not path.is_file():
         raise UserError(f"lora {path}: there is no such file or folder.")
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise UserError(
             f"lora {path}: is a pickle, and reading one can run anything: use a copy in safetensors."
         )

@@ -2,15 +2,13 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,18 +23,10 @@ from stdit.lora.adapters import (
     merge_adapter,
 )
 from stdit.lora.config import ADAPTER_FILE, LoRASpec, find_adapter_file
-from stdit.lora.names import from_other_names
+from stdit.lora.header import BASE_HASH, SETTINGS, read_header
+from stdit.lora.names import PEFT_PREFIXES, from_other_names, own_weights
 from stdit.models.stdit import STDiT
 from stdit.umask import apply_umask
-
-PREFIX = "transformer."
-"""Of all names in a file: the component of the pipeline that they belong to."""
-BASE_HASH = "stdit_base"
-"""Key of the header for the hash of the weights that the adapter was trained on."""
-
-
-_PEFT = re.compile(r"(?!diffusion_model\.|lora_unet_).+\.lora_([AB]\.weight|magnitude_vector)")
-"""A name that peft gives, with or without the prefix."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +46,13 @@ def write_adapter(
 ) -> Path:
     """Write a file, or the usual one in a folder; return the file."""
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-    header = {"format": "pt"}
+    header, prefix = {"format": "pt"}, PEFT_PREFIXES[0]
     if settings is not None:
-        packed = {f"{PREFIX}{key}": value for key, value in settings.items()}
-        header[LORA_ADAPTER_METADATA_KEY] = json.dumps(packed, indent=2, sort_keys=True)
+        packed = {f"{prefix}{key}": value for key, value in settings.items()}
+        header[SETTINGS] = json.dumps(packed, indent=2, sort_keys=True)
     if base_hash is not None:
         header[BASE_HASH] = base_hash
-    write_tensors(file, {f"{PREFIX}{name}": tensor for name, tensor in weights.items()}, header)
+    write_tensors(file, {f"{prefix}{name}": tensor for name, tensor in weights.items()}, header)
     return file
 
 
@@ -83,31 +73,20 @@ def read_adapter(path: Path) -> AdapterFile:
     """Read a file, or that of a folder; also one with the names of kohya's scripts or of ComfyUI.
 
     Raises:
-        UserError: it is missing, a pickle, damaged, or no file of an adapter.
+        UserError: it is missing, a pickle, damaged, no file of an adapter, or has a value that is not finite.
     """
     file = find_adapter_file(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        settings = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "null"))
-    except (SafetensorError, OSError, ValueError) as error:
+    header = read_header(file)
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(
-            f"lora {file}: cannot be read ({error}): it is damaged, or no safetensors."
-        ) from error
-    if not any(".lora_" in name for name in tensors):
-        raise UserError(
-            f"lora {file}: has no weights of an adapter, but {len(tensors)} tensors such as "
-            f"{', '.join(list(tensors)[:2]) or 'none'}."
+            f"lora {file}: {len(odd)} of its tensors have values that are NaN or infinite, such as {odd[0]}: its "
+            "training failed, or it is damaged: use an earlier one."
         )
-    if isinstance(settings, dict):
-        settings = {key.removeprefix(PREFIX): value for key, value in settings.items()}
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    if all(_PEFT.fullmatch(name) for name in plain):
-        weights = plain
-    else:
-        weights, settings = from_other_names(tensors)
-    return AdapterFile(weights, settings, header.get(BASE_HASH))
+    if not header.of_peft:
+        return AdapterFile(*from_other_names(tensors), header.base_hash)
+    return AdapterFile(own_weights(tensors), header.settings, header.base_hash)
 
 
 def base_hash(model: STDiT) -> str:
@@ -131,7 +110,7 @@ def check_fits(adapter: AdapterFile, model: STDiT, where: str) -> None:
             odd.append(f"{layer}: no such layer")
         elif kind == "A.weight" and tensor.shape[1] != expected.in_features:
             odd.append(f"{layer}: takes {expected.in_features} channels, not {tensor.shape[1]}")
-        elif kind == "B.weight" and tensor.shape[0] != expected.out_features:
+        elif kind != "A.weight" and tensor.shape[0] != expected.out_features:
             odd.append(f"{layer}: gives {expected.out_features} channels, not {tensor.shape[0]}")
     if odd := list(dict.fromkeys(odd)):
         raise UserError(
@@ -167,7 +146,7 @@ def read_adapters(loras: Sequence[LoRASpec], model: STDiT, any_base: bool = True
 def merge_adapters(model: STDiT, loras: Sequence[LoRASpec], any_base: bool = True) -> None:
     """Merge adapters into a model's weights. Raises as `read_adapters` does, before the model changes."""
     for lora, adapter in zip(loras, read_adapters(loras, model, any_base), strict=True):
-        load_adapter(model, adapter.weights, adapter.settings, lora.name)
+        load_adapter(model, adapter.weights, adapter.settings, lora.name, where=str(lora.file))
         merge_adapter(model, lora.weight, lora.name)
 
 

@@ -21,7 +21,7 @@ def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = T
     loaded = getattr(model, "peft_config", {})
     missing = list({lora.name: lora for lora in loras if lora.name not in loaded}.values())
     for lora, adapter in zip(missing, read_adapters(missing, model, any_base), strict=True):
-        load_adapter(model, adapter.weights, adapter.settings, lora.name, pipe)
+        load_adapter(model, adapter.weights, adapter.settings, lora.name, pipe, str(lora.file))
     if loras:
         pipe.enable_lora()
         pipe.set_adapters([lora.name for lora in loras], [lora.weight for lora in loras])
