@@ -133,6 +133,7 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             UserError: for a VAE of an unknown class, or a model that does not fit ``text``.
         """
         super().__init__()
+        self._wrapped: dict[str, Any] = {}
         if isinstance(vae, VideoCodec):
             vae = vae.component()
         if isinstance(text_encoder, TextEncoder):
@@ -160,7 +161,6 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         VideoSettings(**defaults).check()
         self.register_to_config(**defaults, **recorded)
         self.mesh, self.video_processor = Mesh(), VideoProcessor()
-        self._wrapped: dict[str, tuple[Any, Any]] = {}
         self._guidance_scale: float = self.config["guidance_scale"]
         self._attention_kwargs: dict[str, Any] | None = None
         self._interrupt, self._current_timestep, self._num_timesteps = False, None, 0
@@ -194,11 +194,15 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     def _wrap(self, name: str, wrap: Callable[..., Any], *components: Any) -> Any:
         """Return ``wrap(*components)``, made once for the same components."""
-        of, wrapped = self._wrapped.get(name, (None, None))
-        if of is None or any(one is not other for one, other in zip(of, components, strict=True)):
-            wrapped = wrap(*components)
-            self._wrapped[name] = components, wrapped
-        return wrapped
+        if name not in self._wrapped:
+            self._wrapped[name] = wrap(*components)
+        return self._wrapped[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; if it is a component that is wrapped, let go of the one before."""
+        if name in ("vae", "text_encoder", "tokenizer"):
+            self._wrapped.clear()
+        super().__setattr__(name, value)
 
     @property
     def flow(self) -> FlowObjective:

@@ -1,5 +1,7 @@
 """Arguments that pipelines of diffusers have: states instead of prompts, noise, several videos, callbacks."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,15 @@ def test_a_prompt_without_a_text_encoder(tmp_path: Path) -> None:
     pipe.text_encoder = pipe.tokenizer = None
     with pytest.raises(UserError, match="no text_encoder: pass prompt_embeds instead of a prompt"):
         sample(pipe, "a red circle")
+
+
+def test_a_text_encoder_that_is_taken_out_is_let_go(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path)
+    encoder = weakref.ref(pipe.text_encoder)
+    sample(pipe, "a red circle")
+    pipe.text_encoder = pipe.tokenizer = None
+    gc.collect()
+    assert encoder() is None
 
 
 @pytest.mark.parametrize("both", [False, True])
