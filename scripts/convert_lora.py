@@ -50,12 +50,12 @@ def merge(loras: list[LoRASpec], base: Path, output: Path, any_base: bool) -> st
 
     if (base / "config.json").is_file():
         model = STDiT.from_pretrained(base)
-        merge_adapters(model, loras, any_base)
+        merge_adapters(model, loras, any_base, "--other_base")
         with replace_folder(f"model {output}", output, parents=True) as aside:
             model.save_pretrained(aside)
     else:
         pipe, _ = load_pipeline(base)
-        merge_adapters(pipe.transformer, loras, any_base)
+        merge_adapters(pipe.transformer, loras, any_base, "--other_base")
         with replace_folder(f"pipeline {output}", output, parents=True) as aside:
             pipe.save_pretrained(aside)
     return f"{output}: {base} with " + " and ".join(f"{lora.weight:g} x {lora.file}" for lora in loras)

@@ -52,12 +52,8 @@ def target_layers(model: STDiT, targets: str) -> list[str]:
     return found
 
 
-def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEFAULT) -> None:
-    """Freeze a model, and add an adapter to it that changes nothing yet and can be trained.
-
-    Args:
-        config: with a rank.
-        seed: of its random weights; torch's global random state does not change.
+def check_targets(model: STDiT, config: LoRAConfig) -> list[str]:
+    """Return the names of the layers that get an adapter; the model may be on the meta device.
 
     Raises:
         UserError: if the targets name no layer, or the rank is above the width of one.
@@ -71,6 +67,21 @@ def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEF
                 f"lora.rank = {config.rank}: is above {width}, the rank of {target} itself: use at most {width}, or "
                 "other lora.targets."
             )
+    return targets
+
+
+def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEFAULT) -> None:
+    """Freeze a model, and add an adapter to it that changes nothing yet and can be trained.
+
+    Args:
+        config: with a rank.
+        seed: of its random weights; torch's global random state does not change.
+
+    Raises:
+        UserError: as `check_targets`.
+    """
+    assert config.rank is not None
+    targets = check_targets(model, config)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

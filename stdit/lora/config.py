@@ -109,6 +109,19 @@ def parse_lora(text: str, where: str = "") -> LoRASpec:
     return LoRASpec(file, weight, hash_file(file))
 
 
+def find_initial_adapter(text: str) -> Path:
+    """Return the file of ``lora.init_from``, whose header is checked. Raises UserError also if it has a weight."""
+    path, _ = split_lora(text)
+    if path != text and not Path(text).exists():
+        raise UserError(
+            f"lora.init_from = {text}: cannot have a weight, since training begins with the adapter as it is: give "
+            f"{path}; or merge it, with a weight, by lora.merge."
+        )
+    file = find_adapter_file(Path(text))
+    read_header(file)
+    return file
+
+
 def find_adapter_file(path: Path) -> Path:
     """Return the file of a path that is one, or of a folder that has one.
 

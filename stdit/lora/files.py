@@ -119,11 +119,27 @@ def check_fits(adapter: AdapterFile, model: STDiT, where: str) -> None:
         )
 
 
-def read_adapters(loras: Sequence[LoRASpec], model: STDiT, any_base: bool = True) -> list[AdapterFile]:
+def check_base(adapter: AdapterFile, found: str, where: str, flag: str) -> None:
+    """Raise UserError, naming the flag that allows it, if an adapter says that it was trained on other weights.
+
+    Args:
+        found: the hash of the weights.
+    """
+    if adapter.base_hash not in (None, found):
+        raise UserError(
+            f"lora {where}: was trained on the weights {adapter.base_hash}, and the checkpoint has {found}: use the "
+            f"checkpoint that it was trained on, or add {flag} to use it here."
+        )
+
+
+def read_adapters(
+    loras: Sequence[LoRASpec], model: STDiT, any_base: bool = True, flag: str = "--lora_other_base"
+) -> list[AdapterFile]:
     """Read adapters for a model, which does not change.
 
     Args:
         any_base: also those that say that they were trained on other weights.
+        flag: that sets ``any_base``, for messages.
 
     Raises:
         UserError: if one cannot be read, or is of another architecture or base.
@@ -135,24 +151,31 @@ def read_adapters(loras: Sequence[LoRASpec], model: STDiT, any_base: bool = True
         return adapters
     found = base_hash(model)
     for lora, adapter in zip(loras, adapters, strict=True):
-        if adapter.base_hash not in (None, found):
-            raise UserError(
-                f"lora {lora.file}: was trained on the weights {adapter.base_hash}, and the checkpoint has {found}: "
-                "sample from the checkpoint that it was trained on, or add --lora_other_base to use it here."
-            )
+        check_base(adapter, found, str(lora.file), flag)
     return adapters
 
 
-def merge_adapters(model: STDiT, loras: Sequence[LoRASpec], any_base: bool = True) -> None:
+def merge_adapters(
+    model: STDiT, loras: Sequence[LoRASpec], any_base: bool = True, flag: str = "--lora_other_base"
+) -> None:
     """Merge adapters into a model's weights. Raises as `read_adapters` does, before the model changes."""
-    for lora, adapter in zip(loras, read_adapters(loras, model, any_base), strict=True):
+    for lora, adapter in zip(loras, read_adapters(loras, model, any_base, flag), strict=True):
         load_adapter(model, adapter.weights, adapter.settings, lora.name, where=str(lora.file))
         merge_adapter(model, lora.weight, lora.name)
 
 
-def begin_with(model: STDiT, file: Path) -> None:
-    """Give the adapter that is trained the weights of a file. Raises UserError if they are of another kind."""
+def begin_with(model: STDiT, file: Path, base: str | None) -> None:
+    """Give the adapter that is trained the weights of a file.
+
+    Args:
+        base: hash of the weights that it must have been trained on; None: any.
+
+    Raises:
+        UserError: if it is of another kind or base.
+    """
     adapter, own = read_adapter(file), adapter_weights(model)
+    if base is not None:
+        check_base(adapter, base, str(file), "--lora.other_base")
     odd = [name for name in {**own, **adapter.weights} if _shape(own, name) != _shape(adapter.weights, name)]
     if odd:
         raise UserError(

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stdit.checkpoint_files import META, newest_whole, read_json, read_meta, step_of, verify, verify_if_sealed
 from stdit.errors import UserError
@@ -139,22 +139,38 @@ def find_initial_weights(init_from: str) -> Path:
 
 def read_initial_model(source: str) -> Any:
     """Read the model of ``init_from``: a run, checkpoint, pipeline or model folder. Raises UserError."""
+    return _read_model(find_initial_weights(source))
+
+
+def _read_model(folder: Path) -> Any:
+    """Read the model of a checkpoint or model folder."""
     from stdit.codecs.loading import explain_load_errors, local_weights
     from stdit.models.stdit import STDiT
 
-    folder = find_initial_weights(source)
     if is_checkpoint(folder):
         return load_transformer(folder, read_meta(folder), ema=True)[0]
     with explain_load_errors("init_from", local_weights(folder)):
         return STDiT.from_pretrained(folder, use_safetensors=True)
 
 
-def read_base(source: str, merge: Sequence[str]) -> tuple[Any, str]:
-    """Read the model that an adapter is trained on; return it and the hash of its weights.
+class AdapterBase(NamedTuple):
+    """The model that an adapter is trained on, as checkpoints record it."""
+
+    hash: str
+    """Of its weights, with merged adapters."""
+    path: str
+    """Absolute; of a checkpoint or model folder, not of a run, which may have a newer one tomorrow."""
+    merge: list[str]
+    """Adapters that are merged into it first, FILE:weight, with absolute paths."""
+
+
+def read_base(source: str, merge: Sequence[str], any_base: bool = True) -> tuple[Any, AdapterBase]:
+    """Read the model that an adapter is trained on, and say what it is.
 
     Args:
         source: as ``init_from``.
         merge: adapters that are merged into it first, FILE[:weight].
+        any_base: also those that say that they were trained on other weights.
 
     Raises:
         UserError: if it or an adapter cannot be read, or they do not fit.
@@ -162,9 +178,11 @@ def read_base(source: str, merge: Sequence[str]) -> tuple[Any, str]:
     from stdit.lora.config import parse_lora
     from stdit.lora.files import base_hash, merge_adapters
 
-    model = read_initial_model(source)
-    merge_adapters(model, [parse_lora(text) for text in merge])
-    return model, base_hash(model)
+    folder, loras = find_initial_weights(source).resolve(), [parse_lora(text) for text in merge]
+    model = _read_model(folder)
+    merge_adapters(model, loras, any_base, "--lora.other_base")
+    merged = [f"{lora.file.resolve()}:{lora.weight!r}" for lora in loras]
+    return model, AdapterBase(base_hash(model), str(folder), merged)
 
 
 def load_codec(source: CheckpointSource) -> Any:
@@ -303,10 +321,10 @@ def _load_base(folder: Path, meta: dict[str, Any]) -> Any:
             "more: put it there again, or sample from a copy of it with --lora and the adapter."
         )
     model, found = read_base(base["path"], base["merge"])
-    if found != base["hash"]:
+    if found.hash != base["hash"]:
         raise UserError(
             f"checkpoint {folder}: its adapter was trained on the weights {base['hash']}, but {base['path']} has "
-            f"{found}: put the former there again, or give the adapter by --lora, with --lora_other_base."
+            f"{found.hash}: put the former there again, or give the adapter by --lora, with --lora_other_base."
         )
     model.requires_grad_(False)
     model.add_adapter(PeftConfig(**meta["adapter"]), "default")
