@@ -90,6 +90,24 @@ def test_a_killed_run_is_the_same(
     assert same_state(*runs)
 
 
+def test_a_killed_run_with_dropout_is_the_same(
+    again: Callable[..., list[str]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--lora.dropout", "0.5", "--validation.loss_every", "2")
+    assert do(again("--name", "whole", *flags)) == 0
+    with monkeypatch.context() as patch:
+        kill_in(patch, 3)
+        with pytest.raises(RuntimeError, match="killed"):
+            do(again("--name", "killed", *flags))
+    assert do(again("--name", "killed", *flags)) == 0
+    whole, killed, without = (
+        folder / "outputs" / name / "checkpoints" / "step-00000004"
+        for folder, name in ((tmp_path, "whole"), (tmp_path, "killed"), (trained, "lora"))
+    )
+    assert same_state(whole, killed) and not same_state(whole, without)
+    assert read_meta(whole)["adapter"]["lora_dropout"] == 0, "what is made of it drops nothing"
+
+
 def test_an_adapter_goes_on_and_lies_on_top_of_others(
     again: Callable[..., list[str]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from stdit.errors import UserError, listed
 from stdit.lora.config import BLOCK_KINDS, TARGETS, LoRAConfig
+from stdit.lora.dropout import add_dropout
 from stdit.models.stdit import STDiT
 
 DEFAULT = "default"
 """Name of the adapter that is trained."""
 _LISTED = 12
+_IN_BLOCKS = re.compile(r"blocks\.")
+"""Layers whose input begins with the samples: there is dropout in these."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -56,7 +59,7 @@ def check_targets(model: STDiT, config: LoRAConfig) -> list[str]:
     """Return the names of the layers that get an adapter; the model may be on the meta device.
 
     Raises:
-        UserError: if the targets name no layer, or the rank is above the width of one.
+        UserError: if the targets name no layer, or none for the dropout, or the rank is above the width of one.
     """
     assert config.rank is not None
     layers, targets = linear_layers(model), target_layers(model, config.targets)
@@ -67,6 +70,11 @@ def check_targets(model: STDiT, config: LoRAConfig) -> list[str]:
                 f"lora.rank = {config.rank}: is above {width}, the rank of {target} itself: use at most {width}, or "
                 "other lora.targets."
             )
+    if config.dropout and not any(_IN_BLOCKS.match(target) for target in targets):
+        raise UserError(
+            f"lora.dropout = {config.dropout}: is for layers in the blocks, and lora.targets = {config.targets!r} "
+            "has none: leave it out."
+        )
     return targets
 
 
@@ -90,12 +98,13 @@ def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEF
                 r=config.rank,
                 lora_alpha=config.rank if config.alpha is None else config.alpha,  # type: ignore[arg-type]
                 target_modules=targets,
-                lora_dropout=config.dropout,
                 use_dora=config.dora,
                 use_rslora=config.rslora,
             ),
             name,
         )
+    if config.dropout:
+        add_dropout(model, [target for target in targets if _IN_BLOCKS.match(target)], config.dropout, name)
 
 
 def load_adapter(

@@ -36,7 +36,8 @@ class LoRAConfig:
     """Linear layers that have one: attention, mlp, blocks (both), spatial or temporal (those of such blocks: temporal
     ones are a motion LoRA), or a regular expression that is found in their names."""
     dropout: float = 0.0
-    """Share of an adapter's input values that is dropped in training."""
+    """Share of the input channels of layers in the blocks that their adapters do not see in training: others in each
+    sample and step, and the same ones in all tokens of a sample."""
     dora: bool = False
     """Learn the length of each row of a layer's weights apart from its direction (Liu et al. 2024,
     arXiv:2402.09353)."""

@@ -105,6 +105,10 @@ def test_targets() -> None:
         (dict(rank=0), "lora.rank = 0: must be at least 1"),
         (dict(alpha=-1.0), "lora.alpha = -1.0: must be positive"),
         (dict(dropout=1.0), "lora.dropout = 1.0"),
+        (
+            dict(dropout=0.1, targets="final_layer"),
+            "lora.dropout = 0.1: is for layers in the blocks, and lora.targets",
+        ),
         (dict(targets="("), "lora.targets = '\\('.* nor a regular expression"),
     ],
 )
