@@ -19,6 +19,22 @@ SETTINGS = "lora_adapter_metadata"
 """Key of the header for peft's settings, as JSON: diffusers' ``LORA_ADAPTER_METADATA_KEY``."""
 BASE_HASH = "stdit_base"
 """Key of the header for the hash of the weights that the adapter was trained on."""
+_USED = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+)
+_NO_EFFECT = (
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout "
+    "exclude_modules layers_to_transform layers_pattern megatron_core loftq_config eva_config corda_config "
+    "lora_ga_config qalora_group_size runtime_config ensure_weight_tying"
+).split()
+"""Settings that a trained adapter of linear layers does not need. peft would import what ``megatron_core`` names."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _OF_PEFT = ("adapter_model.safetensors", "adapter_config.json")
 """What peft itself writes: its settings are in a file beside that of the weights."""
@@ -44,7 +60,7 @@ class AdapterHeader:
     of_peft: bool
     """Whether all names are peft's."""
     settings: dict[str, Any] | None
-    """peft's; None: the file does not have them."""
+    """peft's, but only those that matter here; None: the file does not have them."""
     base_hash: str | None
     """Of the weights that it was trained on, if the file has it."""
 
@@ -79,6 +95,8 @@ def read_header(file: Path) -> AdapterHeader:
         of_peft = all(is_of_peft(entry.name) for entry in entries)
         if of_peft and settings is not None:
             _check_settings(settings, layers)
+            used = {name: settings[name] for name in _USED if settings.get(name) is not None}
+            settings = {**used, "target_modules": sorted(layers)}  # those that have weights
         _check_dora(layers)
     except UserError as error:
         raise UserError(f"lora {file}: {error}") from None
@@ -108,9 +126,10 @@ def _check_layer(layer: str, kinds: Mapping[str, _Entry]) -> None:
                 "both matrices: save the adapter again, or remove the rest of this layer."
             )
     for kind, entry in kinds.items():
-        if kind != "alpha" and entry.dtype not in _FLOATS:
+        allowed = (*_FLOATS, "I64", "I32") if kind == "alpha" else _FLOATS
+        if entry.dtype not in allowed:
             raise UserError(
-                f"{entry.name} has the dtype {entry.dtype}: must be one of {', '.join(_FLOATS)}: save it so."
+                f"{entry.name} has the dtype {entry.dtype}: must be one of {', '.join(allowed)}: save it so."
             )
     for kind, letters in _SHAPES.items():
         if len(kinds[kind].shape) != 2 or 0 in kinds[kind].shape:
@@ -170,13 +189,21 @@ def _check_settings(settings: Mapping[str, Any], layers: Mapping[str, Mapping[st
                 f"its settings have {name} = {settings.get(name)!r:.80}: {rule}: save the adapter again."
             )
 
+    for name in settings.keys() - {*_USED, *_NO_EFFECT, "init_lora_weights"}:
+        check(name, settings[name] in (None, False, "none", [], {}), "this kind of adapter is not supported")
+    began = settings.get("init_lora_weights")
+    check(
+        "init_lora_weights",
+        began in (None, True, False, "gaussian"),
+        "it begins with a change of the model itself",
+    )
     check("peft_type", settings.get("peft_type", "LORA") == "LORA", "must be LORA")
     check("r", _is_number(settings.get("r")), "must be the rank, a number")
     check("lora_alpha", _is_number(settings.get("lora_alpha")), "must be a finite number")
     for name in ("use_dora", "use_rslora"):
         check(name, isinstance(settings.get(name, False), bool), "must be true or false")
     for name in ("rank_pattern", "alpha_pattern"):
-        patterns = settings.get(name) or {}
+        patterns = {} if settings.get(name) is None else settings[name]
         right = isinstance(patterns, dict) and all(map(_is_number, patterns.values()))
         check(
             name,

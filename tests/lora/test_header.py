@@ -126,6 +126,12 @@ def test_tensors_that_are_no_adapter(dora: bool, change: Any, message: str, tmp_
         ({"use_rslora": 1}, "use_rslora = 1: must be true or false"),
         ({"target_modules": ["attn.proj"]}, "must name blocks.0.attn.qkv, of which there are weights"),
         ({"target_modules": 3}, "target_modules = 3: must be names of layers"),
+        ({"lora_bias": True}, "lora_bias = True: this kind of adapter is not supported"),
+        ({"of_the_future": 1}, "of_the_future = 1: this kind of adapter is not supported"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights = 'pissa': it begins with a change of the model itself",
+        ),
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA': must be LORA"),
     ],
 )
@@ -136,11 +142,21 @@ def test_settings_that_are_not_of_the_tensors(change: Any, message: str, tmp_pat
         parse_lora(write(tmp_path, weights, odd))
 
 
-def test_a_setting_that_peft_does_not_have(tmp_path: Path) -> None:
+def test_a_module_that_a_file_names_is_not_imported(tmp_path: Path) -> None:
     weights, settings = content()
-    found = read_adapter(Path(write(tmp_path, weights, {**settings, "of_the_future": 1})))
+    odd = {"megatron_config": {}, "megatron_core": "of_a_stranger", "lora_dropout": 0.5}
+    found = read_adapter(Path(write(tmp_path, weights, {**settings, **odd})))
+    assert found.settings is not None and not found.settings.keys() & odd.keys()
+    with pytest.raises(UserError, match="megatron_config = {'a': 1}: this kind of adapter is not supported"):
+        read_adapter(Path(write(tmp_path, weights, {**settings, "megatron_config": {"a": 1}})))
+
+
+def test_what_peft_refuses(tmp_path: Path) -> None:
+    weights, settings = content()
+    found = read_adapter(Path(write(tmp_path, weights, settings)))
+    assert found.settings is not None
     with pytest.raises(UserError, match="lora FILE: peft cannot load it .*of_the_future"):
-        load_adapter(base_model(), found.weights, found.settings, "a", where="FILE")
+        load_adapter(base_model(), found.weights, {**found.settings, "of_the_future": 1}, "a", where="FILE")
 
 
 @pytest.mark.parametrize(
