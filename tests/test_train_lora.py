@@ -17,6 +17,8 @@ from stdit.lora.files import base_hash, read_adapter
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.requests import Request
 from stdit.pipelines.runner import sample_videos
+from tests.lora.tiny import write_random_adapter
+from tests.pipelines.tiny import tiny_model
 from tests.test_resume_changed import kill_in
 from tests.test_train import do, same_state
 from tests.training.tiny import tiny_settings
@@ -217,8 +219,17 @@ def test_what_is_refused(again: Callable[..., list[str]], flags: list[Any], mess
     [
         (["--lora.rank", "99"], "lora.rank = 99: is above 32"),
         (["--lora.targets", "to_q"], "no linear layer has such a name"),
+        (["--lora.merge", "[other.safetensors]"], "lora other.safetensors: is of another architecture"),
     ],
 )
-def test_a_dry_run_refuses_it_too(again: Callable[..., list[str]], flags: list[Any], message: str) -> None:
+def test_a_dry_run_refuses_it_too(
+    again: Callable[..., list[str]],
+    flags: list[Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_random_adapter(tmp_path / "other.safetensors", tiny_model())
     with pytest.raises(UserError, match=message):
         do(again(*flags, "--dry_run", "true"))

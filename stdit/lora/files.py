@@ -99,22 +99,22 @@ def base_hash(model: STDiT) -> str:
     return hash_bytes("\n".join(sorted(facts)).encode())
 
 
-def check_fits(adapter: AdapterFile, model: STDiT, where: str) -> None:
-    """Raise UserError, listing what does not fit, unless an adapter is one of this model."""
+def check_fits(file: Path, model: STDiT) -> None:
+    """Raise UserError, listing what does not fit, unless a file is of this model, which may have no weights."""
     layers = linear_layers(model)
     odd = []
-    for name, tensor in adapter.weights.items():
+    for name, shape in read_header(file).shapes.items():
         layer, _, kind = name.rpartition(".lora_")
         expected = layers.get(layer)
         if expected is None:
             odd.append(f"{layer}: no such layer")
-        elif kind == "A.weight" and tensor.shape[1] != expected.in_features:
-            odd.append(f"{layer}: takes {expected.in_features} channels, not {tensor.shape[1]}")
-        elif kind != "A.weight" and tensor.shape[0] != expected.out_features:
-            odd.append(f"{layer}: gives {expected.out_features} channels, not {tensor.shape[0]}")
+        elif kind == "A.weight" and shape[1] != expected.in_features:
+            odd.append(f"{layer}: takes {expected.in_features} channels, not {shape[1]}")
+        elif kind != "A.weight" and shape[0] != expected.out_features:
+            odd.append(f"{layer}: gives {expected.out_features} channels, not {shape[0]}")
     if odd := list(dict.fromkeys(odd)):
         raise UserError(
-            f"lora {where}: is of another architecture: {len(odd)} of its layers do not fit "
+            f"lora {file}: is of another architecture: {len(odd)} of its layers do not fit "
             f"({listed(odd[:4], len(odd))}): use one that was trained on this model."
         )
 
@@ -144,9 +144,9 @@ def read_adapters(
     Raises:
         UserError: if one cannot be read, or is of another architecture or base.
     """
+    for lora in loras:
+        check_fits(lora.file, model)
     adapters = [read_adapter(lora.file) for lora in loras]
-    for lora, adapter in zip(loras, adapters, strict=True):
-        check_fits(adapter, model, str(lora.file))
     if any_base or all(adapter.base_hash is None for adapter in adapters):
         return adapters
     found = base_hash(model)

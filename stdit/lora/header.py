@@ -59,6 +59,8 @@ class AdapterHeader:
 
     of_peft: bool
     """Whether all names are peft's."""
+    shapes: dict[str, list[int]]
+    """Of the weights, by peft's names."""
     settings: dict[str, Any] | None
     """peft's, but only those that matter here; None: the file does not have them."""
     base_hash: str | None
@@ -100,7 +102,13 @@ def read_header(file: Path) -> AdapterHeader:
         _check_dora(layers)
     except UserError as error:
         raise UserError(f"lora {file}: {error}") from None
-    return AdapterHeader(of_peft, settings, metadata.get(BASE_HASH))
+    shapes = {
+        f"{layer}.{kind}": entry.shape
+        for layer, kinds in layers.items()
+        for kind, entry in kinds.items()
+        if kind != "alpha"
+    }
+    return AdapterHeader(of_peft, shapes, settings, metadata.get(BASE_HASH))
 
 
 def _by_layer(entries: list[_Entry]) -> dict[str, dict[str, _Entry]]:

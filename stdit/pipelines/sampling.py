@@ -19,6 +19,7 @@ from stdit.pipelines.loading import (
     find_checkpoint_source,
     load_codec,
     load_pipeline,
+    model_settings,
     pipeline_settings,
 )
 from stdit.pipelines.requests import Request, check_requests, plan_requests
@@ -55,7 +56,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     # torch is imported from here on.
     from stdit.parallel.processes.device import join_processes
     from stdit.parallel.processes.mesh import build_mesh
-    from stdit.pipelines.loras import use_loras
+    from stdit.pipelines.loras import check_loras, use_loras
     from stdit.pipelines.runner import sample_rounds
 
     device = join_processes(config.device, config.parallel.timeout)
@@ -64,13 +65,13 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     folder = _output_folder(config, source)
     mesh.on_main(lambda: check_writable(folder))
 
+    loras = list(dict.fromkeys(lora for request in requests for lora in request.loras))
+    if loras:
+        mesh.on_all_ranks(lambda: check_loras(loras, model_settings(source)))
     pipe, weights = mesh.on_all_ranks(lambda: load_pipeline(source, config.ema, config.text_states))
     mesh.on_all_ranks(lambda: pipe.prompt_encoder.check(texts))
     mesh.check_same("the model", weights)
-    loras = list(dict.fromkeys(lora for request in requests for lora in request.loras))
-    mesh.on_all_ranks(
-        lambda: use_loras(pipe, loras, config.lora_other_base)
-    )  # raises before anything is made
+    mesh.on_all_ranks(lambda: use_loras(pipe, loras, config.lora_other_base))  # before anything is made
     pipe.to(device).transformer.to(_dtype(config.dtype))
     if config.resolution is not None:  # named sizes depend on the codec and the patch size
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))

@@ -24,8 +24,8 @@ from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
 from stdit.lora.adapters import add_adapter, check_targets
-from stdit.lora.config import find_initial_adapter
-from stdit.lora.files import begin_with
+from stdit.lora.config import find_initial_adapter, parse_lora
+from stdit.lora.files import begin_with, check_fits
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.size import count_on_meta, meta_model
 from stdit.models.stdit import STDiT
@@ -128,7 +128,9 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
         logger.warning(line)
     if config.lora.rank is not None:
         config = replace(config, model=base_settings(config))
-        check_targets(meta_model(config.model), config.lora)
+        check_targets(base := meta_model(config.model), config.lora)
+        for text in config.lora.merge:
+            check_fits(parse_lora(text).file, base)
     index = None if dry_run else config.run_folder / "clips"
     plan = build_plan(config.data, config.seed, index, remembered(config.data))
     resumed = None

@@ -83,6 +83,18 @@ def test_on_the_command_line(pipe: STDiTPipeline, tmp_path: Path, monkeypatch: p
             sample_main(monkeypatch, *flags[:-1], empty)
 
 
+def test_another_architecture_is_refused_before_the_model_loads(
+    pipe: STDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.save_pretrained(tmp_path / "saved")
+    file = write_random_adapter(tmp_path / "a.safetensors", tiny_model(mlp_ratio=2.0))
+    monkeypatch.setattr("stdit.pipelines.sampling.load_pipeline", None)
+    with pytest.raises(
+        UserError, match="is of another architecture: .* do not fit .*fc1: gives 64 channels, not 32"
+    ):
+        sample_main(monkeypatch, "--checkpoint", tmp_path / "saved", "--prompt", "a", "--lora", file)
+
+
 @pytest.mark.parametrize("value", ["", ":0.5", [" "], ["a.safetensors", ""]])
 def test_an_empty_name_in_a_prompts_file(value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would stand for the folder, and the one adapter in it."""
