@@ -14,7 +14,8 @@ from pathlib import Path
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.lora.config import LoRASpec, parse_lora
-from stdit.training.disk import replace_folder
+from stdit.pipelines.writer import check_writable
+from stdit.training.disk import disk_errors, replace_folder
 
 FORMATS = ("peft", "kohya", "comfyui")
 
@@ -26,7 +27,8 @@ def convert(source: Path, target: str, output: Path) -> str:
 
     adapter = read_adapter(source)
     if target == "peft":
-        file = write_adapter(output, adapter.weights, adapter.settings, adapter.base_hash)
+        with disk_errors(f"adapter {output}", output):  # which is new
+            file = write_adapter(output, adapter.weights, adapter.settings, adapter.base_hash)
         return f"{file}: {len(adapter.weights)} weights with the names of peft"
     if adapter.settings is None:
         raise UserError(
@@ -35,7 +37,8 @@ def convert(source: Path, target: str, output: Path) -> str:
         )
     weights = to_other_names(adapter.weights, adapter.settings, "kohya" if target == "kohya" else "comfyui")
     file = output if output.suffix == ".safetensors" else output / f"{target}.safetensors"
-    write_tensors(file, weights, {"format": "pt"})
+    with disk_errors(f"adapter {output}", output):
+        write_tensors(file, weights, {"format": "pt"})
     return f"{file}: {len(weights)} weights with the names of {target}"
 
 
@@ -47,12 +50,12 @@ def merge(loras: list[LoRASpec], base: Path, output: Path, any_base: bool) -> st
 
     if (base / "config.json").is_file():
         model = STDiT.from_pretrained(base)
-        merge_adapters(model, loras, any_base)
+        merge_adapters(model, loras, any_base, "--other_base")
         with replace_folder(f"model {output}", output, parents=True) as aside:
             model.save_pretrained(aside)
     else:
         pipe, _ = load_pipeline(base)
-        merge_adapters(pipe.transformer, loras, any_base)
+        merge_adapters(pipe.transformer, loras, any_base, "--other_base")
         with replace_folder(f"pipeline {output}", output, parents=True) as aside:
             pipe.save_pretrained(aside)
     return f"{output}: {base} with " + " and ".join(f"{lora.weight:g} x {lora.file}" for lora in loras)
@@ -72,6 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     if (args.to is None) == (args.merge_into is None):
         raise UserError("give --to or --merge_into: one of them.")
+    check_writable(args.output.absolute().parent)
     if args.output.exists():
         raise UserError(f"output {args.output}: exists already: remove it, or choose another name.")
     loras = [parse_lora(source) for source in args.sources]

@@ -29,5 +29,5 @@ __getattr__ = lazy_getattr(
     },
 )
 for _library in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-    logging.getLogger(_library).setLevel(logging.ERROR)  # else torchao warns of what it lacks whenever it is installed
+    logging.getLogger(_library).setLevel(logging.ERROR)  # of what torchao lacks
 offer_classes()

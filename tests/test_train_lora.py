@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stdit.checkpoint_files import read_meta
 from stdit.errors import UserError
 from stdit.lora.config import parse_lora
 from stdit.lora.files import base_hash, read_adapter
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.requests import Request
 from stdit.pipelines.runner import sample_videos
+from tests.lora.tiny import write_random_adapter
+from tests.pipelines.tiny import tiny_model
 from tests.test_resume_changed import kill_in
 from tests.test_train import do, same_state
 from tests.training.tiny import tiny_settings
@@ -89,17 +92,78 @@ def test_a_killed_run_is_the_same(
     assert same_state(*runs)
 
 
-def test_an_adapter_goes_on_and_lies_on_top_of_others(
-    again: Callable[..., list[str]], trained: Path, tmp_path: Path
+def test_a_killed_run_with_dropout_is_the_same(
+    again: Callable[..., list[str]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = str(trained / "outputs" / "lora" / "lora")
+    flags = ("--lora.dropout", "0.5", "--validation.loss_every", "2")
+    assert do(again("--name", "whole", *flags)) == 0
+    with monkeypatch.context() as patch:
+        kill_in(patch, 3)
+        with pytest.raises(RuntimeError, match="killed"):
+            do(again("--name", "killed", *flags))
+    assert do(again("--name", "killed", *flags)) == 0
+    whole, killed, without = (
+        folder / "outputs" / name / "checkpoints" / "step-00000004"
+        for folder, name in ((tmp_path, "whole"), (tmp_path, "killed"), (trained, "lora"))
+    )
+    assert same_state(whole, killed) and not same_state(whole, without)
+    assert read_meta(whole)["adapter"]["lora_dropout"] == 0, "what is made of it drops nothing"
+
+
+def test_an_adapter_goes_on_and_lies_on_top_of_others(
+    again: Callable[..., list[str]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    file = "outputs/lora/lora"
     flags = again("--lora.init_from", file, "--lora.merge", f"['{file}:0.5']", "--trainer.steps", "1")
-    assert do(flags) == 0
+    with pytest.raises(
+        UserError, match="was trained on the weights .* or add --lora.other_base to use it here"
+    ):
+        do(flags)
+    assert do([*flags, "--lora.other_base"]) == 0
     found = read_adapter(tmp_path / "outputs" / "lora" / "lora")
     assert found.base_hash != read_adapter(Path(file)).base_hash
-    assert load_pipeline(tmp_path / "outputs" / "lora")[0].transformer.config.depth == 1
     with pytest.raises(UserError, match="is another kind of adapter: .* differ"):
         do(again("--name", "other", "--lora.init_from", file, "--lora.rank", "3"))
+    monkeypatch.chdir(tmp_path)  # what it is trained on is recorded with absolute paths
+    assert load_pipeline(tmp_path / "outputs" / "lora")[0].transformer.config.depth == 1
+
+
+def test_what_it_began_with_is_not_needed_to_resume(
+    again: Callable[..., list[str]], trained: Path, tmp_path: Path
+) -> None:
+    file = shutil.copytree(trained / "outputs" / "lora" / "lora", tmp_path / "first")
+    flags = again("--lora.init_from", str(file))
+    assert do([*flags, "--trainer.steps", "2"]) == 0
+    shutil.rmtree(file)
+    assert do(flags) == 0
+
+
+def test_the_base_is_the_checkpoint_and_its_run_may_train_on(
+    again: Callable[..., list[str]], trained: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(trained / "outputs" / "tiny", tmp_path / "outputs" / "tiny")
+    shutil.rmtree(base / "pipeline")  # as while it trains
+    flags = again("--init_from", str(base))
+    assert do([*flags, "--trainer.steps", "2"]) == 0
+    assert do([*tiny_settings(tmp_path), "--trainer.steps", "4"]) == 0
+    shutil.rmtree(base / "pipeline")
+    assert do(flags) == 0
+    meta = read_meta(tmp_path / "outputs" / "lora" / "checkpoints" / "step-00000004")
+    assert meta["base"]["path"] == str(base / "checkpoints" / "step-00000002")
+    assert load_pipeline(tmp_path / "outputs" / "lora")[1] != load_pipeline(base)[1]
+
+
+def test_adapters_cannot_be_switched_on_or_off_in_a_run(
+    again: Callable[..., list[str]], trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "outputs", tmp_path / "outputs")
+    with pytest.raises(
+        UserError, match="step-00000004 holds an adapter, but lora.rank is not set: go back to"
+    ):
+        do([*tiny_settings(tmp_path), "--name", "lora", "--resume_changed"])
+    with pytest.raises(UserError, match="step-00000002 holds no adapter, but lora.rank is set: go back to"):
+        do(again("--name", "tiny", "--resume_changed"))
 
 
 def test_a_changed_base_is_refused(again: Callable[..., list[str]], trained: Path, tmp_path: Path) -> None:
@@ -130,8 +194,42 @@ def test_a_changed_base_is_refused(again: Callable[..., list[str]], trained: Pat
         (["--text_encoder.max_length", "13"], "reads at most 12 tokens"),
         (["--codec", "{name: pca, stride: [1, 2, 2], channels: 4}"], "codec gives latents of 4 channels"),
         (["--lora.merge", "[none.safetensors]"], "there is no such file or folder"),
+        (["--lora.init_from", "none.safetensors"], "there is no such file or folder"),
+        (
+            ["--lora.init_from", "none.safetensors:0.5"],
+            "lora.init_from = none.safetensors:0.5: cannot have a weight",
+        ),
+        (
+            ["--optimizer.name", "muon"],
+            "optimizer.name = muon: is for the matrices of a whole model, .* adamw",
+        ),
+        (
+            ["--parallel.memory_gib", "1e-6"],
+            "the model in init_from = .* parameters, of which a process holds .* GiB",
+        ),
     ],
 )
 def test_what_is_refused(again: Callable[..., list[str]], flags: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         do(again(*flags))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lora.rank", "99"], "lora.rank = 99: is above 32"),
+        (["--lora.targets", "to_q"], "no linear layer has such a name"),
+        (["--lora.merge", "[other.safetensors]"], "lora other.safetensors: is of another architecture"),
+    ],
+)
+def test_a_dry_run_refuses_it_too(
+    again: Callable[..., list[str]],
+    flags: list[Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_random_adapter(tmp_path / "other.safetensors", tiny_model())
+    with pytest.raises(UserError, match=message):
+        do(again(*flags, "--dry_run", "true"))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,11 +69,10 @@ def main() -> None:
             write_model(folder / "model", preset)
         print(f"{'case':<24}{'GiB':>8}{'foreseen':>10}{'ratio':>7}{'s/step':>9}", flush=True)
         for case in cases:
-            figures.append(measure(case, folder, preset, args.steps))
+            figures.append(found := measure(case, folder, preset, args.steps))
             print(
-                "{case:<24}{gib:8.2f}{foreseen_gib:10.2f}{ratio:7.2f}{step_seconds:9.1f}".format(
-                    **figures[-1]
-                ),
+                f"{case:<24}{found['gib']:8.2f}{found['foreseen_gib']:10.2f}{found['ratio']:7.2f}"
+                f"{found['step_seconds']:9.1f}",
                 flush=True,
             )
     finally:
@@ -105,7 +105,7 @@ def random_model(preset: str) -> STDiT:
     return model
 
 
-def measure(case: str, folder: Path, preset: Path, steps: int) -> dict[str, object]:
+def measure(case: str, folder: Path, preset: Path, steps: int) -> dict[str, Any]:
     """Do a run of a case; return its figures."""
     bucket = {"num_frames": 51, "fps": 24, "resolution": "144p", "aspect_ratio": "16:9", "batch_size": 1}
     command = [

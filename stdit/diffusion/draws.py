@@ -3,8 +3,10 @@
 A resumed run therefore needs no saved random state, and every split of the batch over ranks draws the same numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -14,11 +16,12 @@ from stdit.diffusion.conditioning import MASK_STRATEGIES
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
+from stdit.lora.dropout import ChannelDropout
 
 
-def sample_generator(seed: int, step: int, index: int) -> Generator:
-    """Return the generator of sample ``index`` of the global batch of ``step``."""
-    state = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0]
+def sample_generator(seed: int, step: int, index: int, *more: int) -> Generator:
+    """Return the generator of sample ``index`` of the global batch of ``step``; ``more`` numbers: another one."""
+    state = np.random.SeedSequence([seed, step, index, *more]).generate_state(1, np.uint64)[0]
     return Generator().manual_seed(int(state))
 
 
@@ -68,6 +71,30 @@ def draw_batch(
         t.append(sample_t * ~masks[-1] if flow.config.conditioning else sample_t[None])
         noise.append(torch.randn(latent_shape, generator=generator))
     return TrainingDraws(torch.stack(t), torch.stack(noise), torch.stack(masks), torch.stack(drop))
+
+
+@contextmanager
+def dropped_channels(
+    dropouts: Mapping[str, ChannelDropout], seed: int, step: int, indices: Sequence[int], device: torch.device
+) -> Iterator[None]:
+    """Let adapters drop channels of the samples ``indices`` of the global batch of ``step``, in a block.
+
+    It must hold the backward pass, too, which may compute activations again.
+
+    Args:
+        dropouts: of the model's adapters, by name.
+    """
+    for name, dropout in dropouts.items():
+        rows = [
+            torch.rand(dropout.channels, generator=sample_generator(seed, step, index, crc32(name.encode())))
+            for index in indices
+        ]
+        dropout.factors = (torch.stack(rows) >= dropout.share).float().to(device) / (1 - dropout.share)
+    try:
+        yield
+    finally:
+        for dropout in dropouts.values():
+            dropout.factors = None
 
 
 def _draw_condition_mask(config: FlowConfig, frames: int, generator: Generator) -> Tensor:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from stdit.errors import UserError, listed
 from stdit.lora.config import BLOCK_KINDS, TARGETS, LoRAConfig
+from stdit.lora.dropout import add_dropout
 from stdit.models.stdit import STDiT
 
 DEFAULT = "default"
 """Name of the adapter that is trained."""
 _LISTED = 12
+_IN_BLOCKS = re.compile(r"blocks\.")
+"""Layers whose input begins with the samples: there is dropout in these."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -52,15 +55,11 @@ def target_layers(model: STDiT, targets: str) -> list[str]:
     return found
 
 
-def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEFAULT) -> None:
-    """Freeze a model, and add an adapter to it that changes nothing yet and can be trained.
-
-    Args:
-        config: with a rank.
-        seed: of its random weights; torch's global random state does not change.
+def check_targets(model: STDiT, config: LoRAConfig) -> list[str]:
+    """Return the names of the layers that get an adapter; the model may be on the meta device.
 
     Raises:
-        UserError: if the targets name no layer, or the rank is above the width of one.
+        UserError: if the targets name no layer, or none for the dropout, or the rank is above the width of one.
     """
     assert config.rank is not None
     layers, targets = linear_layers(model), target_layers(model, config.targets)
@@ -71,6 +70,26 @@ def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEF
                 f"lora.rank = {config.rank}: is above {width}, the rank of {target} itself: use at most {width}, or "
                 "other lora.targets."
             )
+    if config.dropout and not any(_IN_BLOCKS.match(target) for target in targets):
+        raise UserError(
+            f"lora.dropout = {config.dropout}: is for layers in the blocks, and lora.targets = {config.targets!r} "
+            "has none: leave it out."
+        )
+    return targets
+
+
+def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEFAULT) -> None:
+    """Freeze a model, and add an adapter to it that changes nothing yet and can be trained.
+
+    Args:
+        config: with a rank.
+        seed: of its random weights; torch's global random state does not change.
+
+    Raises:
+        UserError: as `check_targets`.
+    """
+    assert config.rank is not None
+    targets = check_targets(model, config)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,7 +98,6 @@ def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEF
                 r=config.rank,
                 lora_alpha=config.rank if config.alpha is None else config.alpha,  # type: ignore[arg-type]
                 target_modules=targets,
-                lora_dropout=config.dropout,
                 use_dora=config.dora,
                 use_rslora=config.rslora,
             ),
@@ -88,6 +106,8 @@ def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEF
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft gives them the dtype of the layer
             parameter.data = parameter.data.float()
+    if config.dropout:
+        add_dropout(model, [target for target in targets if _IN_BLOCKS.match(target)], config.dropout, name)
 
 
 def load_adapter(
@@ -96,17 +116,28 @@ def load_adapter(
     settings: Mapping[str, Any] | None,
     name: str,
     pipeline: Any = None,
+    where: str = "",
 ) -> None:
     """Add an adapter with these weights, by peft's names, beside those that there are.
 
     Args:
         settings: peft's; None: alpha is the rank.
         pipeline: of the model, whose offloading then goes on.
+        where: its file, for messages.
+
+    Raises:
+        UserError: if peft or diffusers refuse it, such as for a setting that this version of peft does not have.
     """
     metadata, training = None if settings is None else dict(settings), model.training
-    model.load_lora_adapter(
-        dict(weights), prefix=None, adapter_name=name, metadata=metadata, _pipeline=pipeline
-    )
+    try:
+        model.load_lora_adapter(
+            dict(weights), prefix=None, adapter_name=name, metadata=metadata, _pipeline=pipeline
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"lora {where or name}: peft cannot load it ({error.__cause__ or error}): save it again with the peft "
+            "that is installed here, or install the one that wrote it."
+        ) from error
     model.train(training)  # peft's layers begin in training mode, with their dropout
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from stdit.errors import UserError
 from stdit.hashing import hash_file
+from stdit.lora.header import read_header
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """Name of the file in a folder, as diffusers has it."""
@@ -38,7 +39,8 @@ class LoRAConfig:
     """Linear layers that have one: attention, mlp, blocks (both), spatial or temporal (those of such blocks: temporal
     ones are a motion LoRA), or a regular expression that is found in their names."""
     dropout: float = 0.0
-    """Share of an adapter's input values that is dropped in training."""
+    """Share of the input channels of layers in the blocks that their adapters do not see in training: others in each
+    sample and step, and the same ones in all tokens of a sample."""
     dora: bool = False
     """Learn the length of each row of a layer's weights apart from its direction (Liu et al. 2024,
     arXiv:2402.09353)."""
@@ -78,21 +80,50 @@ class LoRASpec:
         return "lora_" + self.hash.partition(":")[2][:16]
 
 
-def parse_lora(text: str) -> LoRASpec:
-    """Parse ``FILE`` or ``FILE:WEIGHT``; FILE may be a folder with an adapter.
-
-    Raises:
-        UserError: if there is no such file, it is a pickle, or the weight is not finite.
-    """
+def split_lora(text: str, where: str = "") -> tuple[str, float]:
+    """Split ``FILE`` or ``FILE:WEIGHT``. Raises UserError, beginning with ``where``, if it is neither."""
     path, colon, number = text.rpartition(":")
     try:
         weight = float(number) if colon else 1.0
     except ValueError:  # a colon in the name
         path, weight = text, 1.0
+    path = path if colon else text
+    if not path.strip():
+        raise UserError(f"{where}lora = {text!r}: names no file: give FILE or FILE:WEIGHT, or leave it out.")
     if not math.isfinite(weight):
-        raise UserError(f"lora = {text}: the weight must be a finite number, such as 0.8.")
-    file = find_adapter_file(Path(path if colon else text))
+        raise UserError(f"{where}lora = {text}: the weight must be a finite number, such as 0.8.")
+    return path, weight
+
+
+def parse_lora(text: str, where: str = "") -> LoRASpec:
+    """Parse ``FILE`` or ``FILE:WEIGHT``; FILE may be a folder with an adapter, whose header is checked.
+
+    Args:
+        where: begins messages.
+
+    Raises:
+        UserError: if there is no such file, it is a pickle, `read_header` refuses it, or the weight is not finite.
+    """
+    path, weight = split_lora(text, where)
+    try:
+        file = find_adapter_file(Path(path))
+        read_header(file)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
     return LoRASpec(file, weight, hash_file(file))
+
+
+def find_initial_adapter(text: str) -> Path:
+    """Return the file of ``lora.init_from``, whose header is checked. Raises UserError also if it has a weight."""
+    path, _ = split_lora(text)
+    if path != text and not Path(text).exists():
+        raise UserError(
+            f"lora.init_from = {text}: cannot have a weight, since training begins with the adapter as it is: give "
+            f"{path}; or merge it, with a weight, by lora.merge."
+        )
+    file = find_adapter_file(Path(text))
+    read_header(file)
+    return file
 
 
 def find_adapter_file(path: Path) -> Path:
@@ -112,7 +143,7 @@ def find_adapter_file(path: Path) -> Path:
         raise UserError(f"lora {path}: this folder {what}.")
     if not path.is_file():
         raise UserError(f"lora {path}: there is no such file or folder.")
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise UserError(
             f"lora {path}: is a pickle, and reading one can run anything: use a copy in safetensors."
         )

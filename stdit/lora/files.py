@@ -2,15 +2,13 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,18 +23,10 @@ from stdit.lora.adapters import (
     merge_adapter,
 )
 from stdit.lora.config import ADAPTER_FILE, LoRASpec, find_adapter_file
-from stdit.lora.names import from_other_names
+from stdit.lora.header import BASE_HASH, SETTINGS, read_header
+from stdit.lora.names import PEFT_PREFIXES, from_other_names, own_weights
 from stdit.models.stdit import STDiT
 from stdit.umask import apply_umask
-
-PREFIX = "transformer."
-"""Of all names in a file: the component of the pipeline that they belong to."""
-BASE_HASH = "stdit_base"
-"""Key of the header for the hash of the weights that the adapter was trained on."""
-
-
-_PEFT = re.compile(r"(?!diffusion_model\.|lora_unet_).+\.lora_([AB]\.weight|magnitude_vector)")
-"""A name that peft gives, with or without the prefix."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +46,13 @@ def write_adapter(
 ) -> Path:
     """Write a file, or the usual one in a folder; return the file."""
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-    header = {"format": "pt"}
+    header, prefix = {"format": "pt"}, PEFT_PREFIXES[0]
     if settings is not None:
-        packed = {f"{PREFIX}{key}": value for key, value in settings.items()}
-        header[LORA_ADAPTER_METADATA_KEY] = json.dumps(packed, indent=2, sort_keys=True)
+        packed = {f"{prefix}{key}": value for key, value in settings.items()}
+        header[SETTINGS] = json.dumps(packed, indent=2, sort_keys=True)
     if base_hash is not None:
         header[BASE_HASH] = base_hash
-    write_tensors(file, {f"{PREFIX}{name}": tensor for name, tensor in weights.items()}, header)
+    write_tensors(file, {f"{prefix}{name}": tensor for name, tensor in weights.items()}, header)
     return file
 
 
@@ -83,31 +73,20 @@ def read_adapter(path: Path) -> AdapterFile:
     """Read a file, or that of a folder; also one with the names of kohya's scripts or of ComfyUI.
 
     Raises:
-        UserError: it is missing, a pickle, damaged, or no file of an adapter.
+        UserError: it is missing, a pickle, damaged, no file of an adapter, or has a value that is not finite.
     """
     file = find_adapter_file(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        settings = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "null"))
-    except (SafetensorError, OSError, ValueError) as error:
+    header = read_header(file)
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(
-            f"lora {file}: cannot be read ({error}): it is damaged, or no safetensors."
-        ) from error
-    if not any(".lora_" in name for name in tensors):
-        raise UserError(
-            f"lora {file}: has no weights of an adapter, but {len(tensors)} tensors such as "
-            f"{', '.join(list(tensors)[:2]) or 'none'}."
+            f"lora {file}: {len(odd)} of its tensors have values that are NaN or infinite, such as {odd[0]}: its "
+            "training failed, or it is damaged: use an earlier one."
         )
-    if isinstance(settings, dict):
-        settings = {key.removeprefix(PREFIX): value for key, value in settings.items()}
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    if all(_PEFT.fullmatch(name) for name in plain):
-        weights = plain
-    else:
-        weights, settings = from_other_names(tensors)
-    return AdapterFile(weights, settings, header.get(BASE_HASH))
+    if not header.of_peft:
+        return AdapterFile(*from_other_names(tensors), header.base_hash)
+    return AdapterFile(own_weights(tensors), header.settings, header.base_hash)
 
 
 def base_hash(model: STDiT) -> str:
@@ -128,60 +107,83 @@ def hash_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     return hash_bytes("\n".join(sorted(facts)).encode())
 
 
-def check_fits(adapter: AdapterFile, model: STDiT, where: str) -> None:
-    """Raise UserError, listing what does not fit, unless an adapter is one of this model."""
+def check_fits(file: Path, model: STDiT) -> None:
+    """Raise UserError, listing what does not fit, unless a file is of this model, which may have no weights."""
     layers = linear_layers(model)
     odd = []
-    for name, tensor in adapter.weights.items():
+    for name, shape in read_header(file).shapes.items():
         layer, _, kind = name.rpartition(".lora_")
         expected = layers.get(layer)
         if expected is None:
             odd.append(f"{layer}: no such layer")
-        elif kind == "A.weight" and tensor.shape[1] != expected.in_features:
-            odd.append(f"{layer}: takes {expected.in_features} channels, not {tensor.shape[1]}")
-        elif kind == "B.weight" and tensor.shape[0] != expected.out_features:
-            odd.append(f"{layer}: gives {expected.out_features} channels, not {tensor.shape[0]}")
+        elif kind == "A.weight" and shape[1] != expected.in_features:
+            odd.append(f"{layer}: takes {expected.in_features} channels, not {shape[1]}")
+        elif kind != "A.weight" and shape[0] != expected.out_features:
+            odd.append(f"{layer}: gives {expected.out_features} channels, not {shape[0]}")
     if odd := list(dict.fromkeys(odd)):
         raise UserError(
-            f"lora {where}: is of another architecture: {len(odd)} of its layers do not fit "
+            f"lora {file}: is of another architecture: {len(odd)} of its layers do not fit "
             f"({listed(odd[:4], len(odd))}): use one that was trained on this model."
         )
 
 
-def read_adapters(loras: Sequence[LoRASpec], model: STDiT, any_base: bool = True) -> list[AdapterFile]:
+def check_base(adapter: AdapterFile, found: str, where: str, flag: str) -> None:
+    """Raise UserError, naming the flag that allows it, if an adapter says that it was trained on other weights.
+
+    Args:
+        found: the hash of the weights.
+    """
+    if adapter.base_hash not in (None, found):
+        raise UserError(
+            f"lora {where}: was trained on the weights {adapter.base_hash}, and the checkpoint has {found}: use the "
+            f"checkpoint that it was trained on, or add {flag} to use it here."
+        )
+
+
+def read_adapters(
+    loras: Sequence[LoRASpec], model: STDiT, any_base: bool = True, flag: str = "--lora_other_base"
+) -> list[AdapterFile]:
     """Read adapters for a model, which does not change.
 
     Args:
         any_base: also those that say that they were trained on other weights.
+        flag: that sets ``any_base``, for messages.
 
     Raises:
         UserError: if one cannot be read, or is of another architecture or base.
     """
+    for lora in loras:
+        check_fits(lora.file, model)
     adapters = [read_adapter(lora.file) for lora in loras]
-    for lora, adapter in zip(loras, adapters, strict=True):
-        check_fits(adapter, model, str(lora.file))
     if any_base or all(adapter.base_hash is None for adapter in adapters):
         return adapters
     found = base_hash(model)
     for lora, adapter in zip(loras, adapters, strict=True):
-        if adapter.base_hash not in (None, found):
-            raise UserError(
-                f"lora {lora.file}: was trained on the weights {adapter.base_hash}, and the checkpoint has {found}: "
-                "sample from the checkpoint that it was trained on, or add --lora_other_base to use it here."
-            )
+        check_base(adapter, found, str(lora.file), flag)
     return adapters
 
 
-def merge_adapters(model: STDiT, loras: Sequence[LoRASpec], any_base: bool = True) -> None:
+def merge_adapters(
+    model: STDiT, loras: Sequence[LoRASpec], any_base: bool = True, flag: str = "--lora_other_base"
+) -> None:
     """Merge adapters into a model's weights. Raises as `read_adapters` does, before the model changes."""
-    for lora, adapter in zip(loras, read_adapters(loras, model, any_base), strict=True):
-        load_adapter(model, adapter.weights, adapter.settings, lora.name)
+    for lora, adapter in zip(loras, read_adapters(loras, model, any_base, flag), strict=True):
+        load_adapter(model, adapter.weights, adapter.settings, lora.name, where=str(lora.file))
         merge_adapter(model, lora.weight, lora.name)
 
 
-def begin_with(model: STDiT, file: Path) -> None:
-    """Give the adapter that is trained the weights of a file. Raises UserError if they are of another kind."""
+def begin_with(model: STDiT, file: Path, base: str | None) -> None:
+    """Give the adapter that is trained the weights of a file.
+
+    Args:
+        base: hash of the weights that it must have been trained on; None: any.
+
+    Raises:
+        UserError: if it is of another kind or base.
+    """
     adapter, own = read_adapter(file), adapter_weights(model)
+    if base is not None:
+        check_base(adapter, base, str(file), "--lora.other_base")
     odd = [name for name in {**own, **adapter.weights} if _shape(own, name) != _shape(adapter.weights, name)]
     if odd:
         raise UserError(

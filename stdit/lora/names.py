@@ -6,21 +6,24 @@
 | ComfyUI | ``diffusion_model.blocks.0.attn.qkv.lora_down.weight`` | ``...lora_up.weight`` | ``....alpha`` |
 | kohya | ``lora_unet_blocks_0_attn_qkv.lora_down.weight`` | ``...lora_up.weight`` | ``....alpha`` |
 
-The two others scale by alpha / r, and have DoRA's lengths as ``dora_scale [d_out 1]``.
+The two others scale by alpha / r, and have DoRA's lengths as ``dora_scale [d_out 1]``. Imports no torch.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from stdit.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 AdapterFormat = Literal["kohya", "comfyui"]
 PREFIXES: dict[AdapterFormat, str] = {"kohya": "lora_unet_", "comfyui": "diffusion_model."}
+PEFT_PREFIXES = ("transformer.", "base_model.model.")
+"""Of names in files of diffusers, and of those that peft itself writes."""
+_PEFT = re.compile(r"(?!diffusion_model\.|lora_unet_).+\.lora_([AB]\.weight|magnitude_vector)")
 _KINDS = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
@@ -35,8 +38,8 @@ _WORDS = (
 
 
 def to_other_names(
-    weights: Mapping[str, Tensor], settings: Mapping[str, Any], target: AdapterFormat
-) -> dict[str, Tensor]:
+    weights: Mapping[str, "Tensor"], settings: Mapping[str, Any], target: AdapterFormat
+) -> dict[str, "Tensor"]:
     """Rename the weights of an adapter, and add the scale of each layer.
 
     Args:
@@ -46,6 +49,8 @@ def to_other_names(
     Raises:
         UserError: for a kind of weight that the other program does not have.
     """
+    import torch
+
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         layer, kind = _split(name)
@@ -59,27 +64,43 @@ def to_other_names(
     return renamed
 
 
-def from_other_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights by peft's names, and the settings that their scales mean.
+def is_of_peft(name: str) -> bool:
+    """Return whether peft gives this name to a weight, with or without a prefix; scales are then in the header."""
+    return _PEFT.fullmatch(name) is not None
+
+
+def own_name(name: str) -> tuple[str, str]:
+    """Return our name of the layer of a weight, and peft's of its kind, such as ``lora_A.weight``, or ``alpha``.
 
     Raises:
         UserError: for a name of another kind.
     """
-    weights: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
-    ranks: dict[str, int] = {}
+    layer, kind = _split(name)
+    if kind != "alpha" and kind not in _OTHER_KINDS:
+        raise UserError(f"{name}: is no weight of an adapter in the format of peft, ComfyUI or kohya.")
+    return _own_layer(layer), _OTHER_KINDS.get(kind, kind)
+
+
+def own_weights(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return weights by peft's names, without scales. Raises as `own_name` does."""
+    weights = {}
     for name, tensor in tensors.items():
-        layer, kind = _split(name)
-        own = _own_layer(layer)
-        if kind == "alpha":
-            alphas[own] = float(tensor)
-        elif kind in _OTHER_KINDS:
-            there = _OTHER_KINDS[kind]
-            weights[f"{own}.{there}"] = tensor.flatten() if there == "lora_magnitude_vector" else tensor
-            if there == "lora_A.weight":
-                ranks[own] = tensor.shape[0]
-        else:
-            raise UserError(f"{name}: is no weight of an adapter in the format of peft, ComfyUI or kohya.")
+        layer, kind = own_name(name)
+        if kind != "alpha":
+            weights[f"{layer}.{kind}"] = tensor.flatten() if kind == "lora_magnitude_vector" else tensor
+    return weights
+
+
+def from_other_names(tensors: Mapping[str, "Tensor"]) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """Return weights by peft's names, and the settings that their scales mean. Raises as `own_name` does."""
+    weights = own_weights(tensors)
+    ranks = {
+        name.removesuffix(".lora_A.weight"): tensor.shape[0]
+        for name, tensor in weights.items()
+        if name.endswith(".lora_A.weight")
+    }
+    named = {own_name(name): tensor for name, tensor in tensors.items()}
+    alphas = {layer: float(tensor) for (layer, kind), tensor in named.items() if kind == "alpha"}
     rank = max(ranks.values(), key=list(ranks.values()).count)
     scales = {layer: alphas.get(layer, float(ranks[layer])) for layer in ranks}
     alpha = max(scales.values(), key=list(scales.values()).count)
@@ -87,8 +108,8 @@ def from_other_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {layer: found for layer, found in ranks.items() if found != rank},
-        "alpha_pattern": {layer: found for layer, found in scales.items() if found != alpha},
+        "rank_pattern": {f"^{layer}": found for layer, found in ranks.items() if found != rank},
+        "alpha_pattern": {f"^{layer}": found for layer, found in scales.items() if found != alpha},
         "target_modules": sorted(ranks),
         "use_dora": any(name.endswith("lora_magnitude_vector") for name in weights),
     }
@@ -110,13 +131,18 @@ def _own_layer(layer: str) -> str:
         for word in _WORDS:
             plain = re.sub(rf"(?<![a-z]){word}(?![a-z])", word.replace("_", "-"), plain)
         return plain.replace("_", ".").replace("-", "_")
-    for prefix in (PREFIXES["comfyui"], "transformer."):
+    for prefix in (PREFIXES["comfyui"], *PEFT_PREFIXES):
         layer = layer.removeprefix(prefix)
     return layer
 
 
+def of_layer(patterns: Mapping[str, Any], layer: str, usual: Any) -> Any:
+    """Return the value of the first pattern that the name of a layer ends with, as peft's ``get_pattern_key``."""
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
+    return next(found, usual)
+
+
 def _alpha_of(layer: str, rank: int, settings: Mapping[str, Any]) -> float:
     """Return the alpha with which alpha / rank is the scale of a layer."""
-    pattern = {key.lstrip("^"): value for key, value in settings.get("alpha_pattern", {}).items()}
-    alpha = pattern.get(layer, settings.get("lora_alpha", rank))
+    alpha = of_layer(settings.get("alpha_pattern") or {}, layer, settings.get("lora_alpha", rank))
     return float(alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)

@@ -26,7 +26,6 @@ from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
@@ -47,6 +46,7 @@ from stdit.models.embeddings import (
     sincos,
     spatial_positions,
 )
+from stdit.models.lora_scale import scale_loras
 from stdit.models.low_bit import low_bit_layers, make_low_bit
 from stdit.parallel.sequence.group import ONE_RANK, Group
 from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding, block_shard_axes
@@ -357,7 +357,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         for block in self.blocks:
             block.compile(**options)
 
-    @apply_lora_scale("attention_kwargs")  # type: ignore[untyped-decorator]
+    @scale_loras
     def forward(
         self,
         hidden_states: Tensor,

@@ -101,6 +101,8 @@ def is_readable_json(path: Path) -> bool:
 def compared(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata that equal videos share, in JSON's types, with the size that was generated."""
     values = json.loads(json.dumps({name: metadata[name] for name in metadata if name not in _NOT_COMPARED}))
+    for lora in values.get("loras", []):  # known by its hash, too
+        lora.pop("file", None)
     return values | values.pop("padded_from", {})
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stdit.diffusion.flow import FlowObjective
 from stdit.diffusion.guidance import rescale_guidance, sample_moments, standard_deviation
+from stdit.errors import UserError
 from stdit.models.stdit import STDiT
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.group import Group
@@ -40,9 +41,21 @@ class GuidedModel:
         names = ("negative_prompt_embeds", "prompt_embeds") if self.guided else ("prompt_embeds",)
         return dict(zip(names, self.text["encoder_hidden_states"].chunk(len(names)), strict=True))
 
-    def set_embeds(self, named: Mapping[str, Any]) -> None:
-        """Replace the text states by other ones of the same shape."""
-        self.text["encoder_hidden_states"] = torch.cat([named[name] for name in self.embeds()])
+    def set_embeds(self, changed: Mapping[str, Tensor]) -> None:
+        """Replace some of the text states, by the names in `embeds`, by other ones of the same shape.
+
+        Raises:
+            UserError: for negative prompts of which one is the null caption, which has no states.
+        """
+        if "negative_prompt_embeds" in changed and "drop_caption" in self.text:
+            raise UserError(
+                "callback_on_step_end returned negative_prompt_embeds, but a negative prompt of this call is the "
+                "null caption, which they would not replace: call with negative_prompt (such as an empty text) or "
+                "negative_prompt_embeds for all prompts."
+            )
+        self.text["encoder_hidden_states"] = torch.cat(
+            [changed.get(name, own) for name, own in self.embeds().items()]
+        )
 
     def velocity(self, x_t: Tensor, t: Tensor, scale: float) -> Tensor:
         """Return ``v_uncond + g (v_cond - v_uncond)`` (Ho & Salimans 2022, arXiv:2207.12598, equation 6).

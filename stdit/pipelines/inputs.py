@@ -1,9 +1,10 @@
 """Inputs of a call of the pipeline: one value per prompt, noise, and conditioning frames as latents.
 
-Letters: B prompts, C channels, T latent frames, H height, W width.
+Letters: B prompts, C channels, T latent frames, H height, W width, L text tokens, E width of the text states.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,97 @@ def for_each_prompt(value: Any, count: int, name: str) -> list[Any]:
     if len(value) != count:
         raise UserError(f"{len(value)} values of {name} for {count} prompts: pass one, or one per prompt.")
     return list(value)
+
+
+def check_embeds(named: Mapping[str, Any], prompts: int | None, width: int, longest: int) -> int:
+    """Return B; raise UserError unless the text states of a call are ``[B L E]``, and their masks ``[B L]``.
+
+    Args:
+        named: by the names of the call's arguments; None: not given.
+        prompts: B; None: that of prompt_embeds.
+        width: E.
+        longest: the largest L.
+    """
+    for kind in ("prompt", "negative_prompt"):
+        embeds, mask = named[f"{kind}_embeds"], named[f"{kind}_attention_mask"]
+        if embeds is None:
+            if mask is not None:
+                raise UserError(
+                    f"{kind}_attention_mask without {kind}_embeds, whose mask it is: pass both, or a {kind}."
+                )
+            continue
+        _check_tensor(f"{kind}_embeds", embeds, 3)
+        prompts = prompts or max(1, len(embeds))
+        if embeds.shape != (prompts, embeds.shape[1], width) or not 1 <= embeds.shape[1] <= longest:
+            raise UserError(
+                f"{kind}_embeds {list(embeds.shape)}: must be [{prompts}, L, {width}] (prompts, at most {longest} "
+                "tokens, width of the text states)."
+            )
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]:
+            raise UserError(
+                f"{kind}_attention_mask {_shape(mask)}: must be {list(embeds.shape[:2])}, as {kind}_embeds."
+            )
+    assert prompts is not None
+    return prompts
+
+
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    """Raise UserError unless the noise of a call has the shape ``[B V, C, T, H, W]``, and is finite."""
+    _check_tensor("latents", latents, len(shape))
+    if latents.shape != shape:
+        raise UserError(
+            f"latents {list(latents.shape)}: must be {list(shape)} (videos, channels, latent frames, rows, columns)."
+        )
+
+
+def _check_tensor(name: str, value: Any, dimensions: int) -> None:
+    if not isinstance(value, Tensor) or value.ndim != dimensions or not value.is_floating_point():
+        raise UserError(
+            f"{name} {_shape(value)}: must be a tensor of floating-point numbers with {dimensions} dimensions."
+        )
+    if not value.isfinite().all():
+        raise UserError(f"{name} {_shape(value)}: has values that are NaN or infinite: pass finite numbers.")
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def changes_of_callback(returned: Any, given: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """Return the tensors that a callback has replaced.
+
+    Args:
+        returned: by the callback.
+        given: the tensors that there are.
+        names: those that a callback may name.
+
+    Raises:
+        UserError: for another name or shape, or a tensor that there is not.
+    """
+    if returned is not None and not isinstance(returned, Mapping):
+        raise UserError(
+            f"callback_on_step_end returned a {type(returned).__name__}: must be a dictionary or None."
+        )
+    changed: dict[str, Tensor] = {}
+    for name, value in (returned or {}).items():
+        own = given.get(name)
+        if name not in names:
+            raise UserError(f"callback_on_step_end returned {name!r}: may only name {', '.join(names)}.")
+        if value is own:
+            continue
+        if own is None:
+            raise UserError(
+                f"callback_on_step_end returned {name}, which a call without guidance does not have: call with a "
+                "guidance_scale other than 1, or leave it out."
+            )
+        if not isinstance(value, Tensor) or value.shape != own.shape:
+            raise UserError(
+                f"callback_on_step_end returned {name} {_shape(value)}: must be {list(own.shape)}, as what it got."
+            )
+        changed[name] = value.to(own)
+    return changed
 
 
 def conditions_of_prompts(image: Any, conditions: Any, count: int) -> list[list[FrameCondition]]:

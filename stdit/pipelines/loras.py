@@ -1,11 +1,23 @@
 """The adapters of a pipeline: load those that videos need, and switch between them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 from stdit.lora.adapters import load_adapter
 from stdit.lora.config import LoRASpec
-from stdit.lora.files import read_adapters
+from stdit.lora.files import check_fits, read_adapters
+from stdit.models.config import STDiTConfig
+from stdit.models.size import meta_model
 from stdit.pipelines.pipeline import STDiTPipeline
+
+
+def check_loras(loras: Sequence[LoRASpec], settings: Mapping[str, Any]) -> None:
+    """Raise UserError unless adapters are of the architecture of a model with these settings; nothing is loaded."""
+    names = [field.name for field in fields(STDiTConfig) if field.name in settings]
+    model = meta_model(STDiTConfig(**{name: settings[name] for name in names}))
+    for lora in loras:
+        check_fits(lora.file, model)
 
 
 def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = True) -> None:
@@ -21,7 +33,7 @@ def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = T
     loaded = getattr(model, "peft_config", {})
     missing = list({lora.name: lora for lora in loras if lora.name not in loaded}.values())
     for lora, adapter in zip(missing, read_adapters(missing, model, any_base), strict=True):
-        load_adapter(model, adapter.weights, adapter.settings, lora.name, pipe)
+        load_adapter(model, adapter.weights, adapter.settings, lora.name, pipe, str(lora.file))
     if loras:
         pipe.enable_lora()
         pipe.set_adapters([lora.name for lora in loras], [lora.weight for lora in loras])

@@ -49,6 +49,9 @@ from stdit.pipelines.config import (
 from stdit.pipelines.guided_model import GuidedModel
 from stdit.pipelines.images import Image
 from stdit.pipelines.inputs import (
+    changes_of_callback,
+    check_embeds,
+    check_latents,
     check_noise_levels,
     conditions_of_prompts,
     draw_noise,
@@ -133,6 +136,7 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             UserError: for a VAE of an unknown class, or a model that does not fit ``text``.
         """
         super().__init__()
+        self._wrapped: dict[str, Any] = {}
         if isinstance(vae, VideoCodec):
             vae = vae.component()
         if isinstance(text_encoder, TextEncoder):
@@ -160,7 +164,6 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         VideoSettings(**defaults).check()
         self.register_to_config(**defaults, **recorded)
         self.mesh, self.video_processor = Mesh(), VideoProcessor()
-        self._wrapped: dict[str, tuple[Any, Any]] = {}
         self._guidance_scale: float = self.config["guidance_scale"]
         self._attention_kwargs: dict[str, Any] | None = None
         self._interrupt, self._current_timestep, self._num_timesteps = False, None, 0
@@ -194,11 +197,15 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     def _wrap(self, name: str, wrap: Callable[..., Any], *components: Any) -> Any:
         """Return ``wrap(*components)``, made once for the same components."""
-        of, wrapped = self._wrapped.get(name, (None, None))
-        if of is None or any(one is not other for one, other in zip(of, components, strict=True)):
-            wrapped = wrap(*components)
-            self._wrapped[name] = components, wrapped
-        return wrapped
+        if name not in self._wrapped:
+            self._wrapped[name] = wrap(*components)
+        return self._wrapped[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; if it is a component that is wrapped, let go of the one before."""
+        if name in ("vae", "text_encoder", "tokenizer"):
+            self._wrapped.clear()
+        super().__setattr__(name, value)
 
     @property
     def flow(self) -> FlowObjective:
@@ -207,7 +214,7 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call in progress, or of the last one; a callback may change ``_guidance_scale``."""
+        """Of the call in progress, or of the last one; a callback may change ``_guidance_scale`` of a guided call."""
         return self._guidance_scale
 
     @property
@@ -318,7 +325,8 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             latents: the noise to begin with, ``[B V, C, T', H', W']``, instead of noise from the generators.
             prompt_embeds: text states ``[B L E]`` instead of prompts, as `encode_prompt` returns them.
             prompt_attention_mask: their mask ``[B L]``; None: all are tokens.
-            negative_prompt_embeds, negative_prompt_attention_mask: likewise, instead of negative prompts.
+            negative_prompt_embeds, negative_prompt_attention_mask: likewise, instead of negative prompts, for all
+                prompts.
             image: the first frame, for all prompts or one per prompt: a PIL image; an array ``[H W 3]``, uint8 or in
                 [0, 1]; or a tensor ``[3 H W]`` in [-1, 1]. Resized and cropped to the video's size.
             conditions: conditioning frames, for all prompts or a list per prompt; later ones overwrite earlier ones.
@@ -327,10 +335,12 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             attention_kwargs: for the model; its ``scale`` is that of all LoRAs.
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": ...})`` after each step;
                 tensors in the dictionary that it returns replace those of the pipeline, but for conditioning frames.
-                To end the call with the latents of this step, it sets ``pipe._interrupt = True``.
+                To end the call with the latents of this step, it sets ``pipe._interrupt = True``. It may set
+                ``pipe._guidance_scale`` for the later steps, but not from 1 to another: a call that begins without
+                guidance has no negative prompts.
             callback_on_step_end_tensor_inputs: names of the tensors passed to the callback: latents, prompt_embeds,
                 negative_prompt_embeds.
-            max_sequence_length: largest number of tokens of a prompt; None: that of the text encoder.
+            max_sequence_length: largest number of tokens of a prompt that is encoded; None: that of the text encoder.
             settings: ``num_frames``, ``height``, ``width``, ``fps``, ``num_inference_steps``, ``guidance_scale`` and
                 the other fields of `VideoSettings`; one that is missing or None is the pipeline's (``pipe.config``).
 
@@ -343,16 +353,20 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """
         own = video_settings(STDiTPipeline.__call__, settings)
         video = own.resolved(self.config)
-        self.check_inputs(
+        count = self.check_inputs(
             prompt,
+            negative_prompt,
             video,
             output_type,
             callback_on_step_end_tensor_inputs,
-            prompt_embeds,
             num_videos_per_prompt,
+            max_sequence_length,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        count = len(prompt_embeds if prompts is None else prompts)  # type: ignore[arg-type]
         negatives = for_each_prompt(negative_prompt, count, "negative_prompt")
         own.check_used(video, None)
         frame_conditions = repeated(conditions_of_prompts(image, conditions, count), num_videos_per_prompt)
@@ -361,11 +375,8 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
         device = self._execution_device
         shape = (self.codec.channels, *self.codec.latent_shape(num_frames, height, width))  # [C T H W]
-        if latents is not None and latents.shape != (len(generators), *shape):
-            raise UserError(
-                f"latents {list(latents.shape)}: must be {[len(generators), *shape]} (videos, channels, latent "
-                "frames, rows, columns)."
-            )
+        if latents is not None:
+            check_latents(latents, (len(generators), *shape))
         shift = self.flow.size_shift(shape[1], height, width) if video["shift"] is None else video["shift"]
         set_flow_timesteps(self.scheduler, int(video["num_inference_steps"]), shift, device)
         sigmas = self.scheduler.sigmas.to(device)
@@ -438,26 +449,48 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     def check_inputs(
         self,
         prompt: Any,
+        negative_prompt: Any,
         settings: dict[str, Any],
         output_type: str,
         callback_inputs: Sequence[str],
-        prompt_embeds: Tensor | None = None,
-        num_videos_per_prompt: int = 1,
-    ) -> None:
-        """Raise UserError if an argument of a call breaks its rule."""
+        num_videos_per_prompt: int,
+        max_sequence_length: int | None,
+        **embeds: Tensor | None,
+    ) -> int:
+        """Return the number of prompts; raise UserError if an argument of a call breaks its rule.
+
+        Args:
+            settings: complete settings of the call.
+            embeds: text states and their masks, by the names of the call's arguments.
+        """
         VideoSettings(**settings).check()
-        if (prompt is None) == (prompt_embeds is None):
+        states = embeds["prompt_embeds"]
+        if (prompt is None) == (states is None):
             raise UserError(
-                f"prompt = {prompt!r:.80}, prompt_embeds = {'None' if prompt_embeds is None else 'a tensor'}: pass "
-                "one of them."
+                f"prompt = {prompt!r:.80}, prompt_embeds = {'None' if states is None else 'a tensor'}: pass one of "
+                "them."
             )
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if prompt is not None and not (
             isinstance(prompts, Sequence) and prompts and all(isinstance(text, str) for text in prompts)
         ):
             raise UserError(f"prompt = {prompt!r}: must be a caption or a list of at least one.")
-        if num_videos_per_prompt < 1:
-            raise UserError(f"num_videos_per_prompt = {num_videos_per_prompt}: must be at least 1.")
+        if negative_prompt is not None and embeds["negative_prompt_embeds"] is not None:
+            raise UserError(
+                f"negative_prompt = {negative_prompt!r:.80}, negative_prompt_embeds = a tensor: pass one of them."
+            )
+        if max_sequence_length is not None and prompt is None and negative_prompt is None:
+            raise UserError(
+                f"max_sequence_length = {max_sequence_length} would have no effect: prompt_embeds are encoded "
+                "already: give it to encode_prompt."
+            )
+        model = self.transformer.config
+        count = None if prompts is None else len(prompts)
+        count = check_embeds(embeds, count, model.caption_channels, model.model_max_length)
+        if not isinstance(num_videos_per_prompt, int) or num_videos_per_prompt < 1:
+            raise UserError(
+                f"num_videos_per_prompt = {num_videos_per_prompt!r}: must be a whole number, at least 1."
+            )
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type = {output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}.")
         if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
@@ -465,6 +498,7 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: may only name "
                 f"{self._callback_tensor_inputs}."
             )
+        return count
 
     def encode_prompt(
         self,
@@ -482,12 +516,14 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Encode what of prompts and negative prompts is not given as states.
 
         Args:
+            negative_prompt: None, for all or in a list: the learned null caption.
             do_classifier_free_guidance: whether negative prompts are used.
 
         Returns:
             text states ``[B V, L, E]`` and mask ``[B V, L]`` of the prompts, and those of the negative prompts: None
-            without guidance, or if all of them are the learned null caption. Where some are, the row has the states
-            of the prompt.
+            without guidance, or if all of them are the learned null caption, which has no states. Where only some
+            are, their rows have the states of an empty text: a call with these as ``negative_prompt_embeds`` is
+            guided by that; one with the negative prompts themselves by the null caption.
 
         Raises:
             UserError: if prompts are given and there is no text encoder, or max_sequence_length is too large.
@@ -607,11 +643,19 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             sample = self.scheduler.step(away, timestep, sample, return_dict=False)[0]
             shown = torch.where(free, sample, latents)
             if callback is not None:
-                tensors: dict[str, Any] = {"latents": shown, **model.embeds()}
-                asked: dict[str, Any] = {name: tensors.get(name) for name in callback_inputs}
-                tensors |= callback(self, index, timestep, asked) or {}
-                model.set_embeds(tensors)
-                sample = torch.where(free, tensors["latents"], sample)
+                given, guidance = {"latents": shown, **model.embeds()}, self._guidance_scale
+                asked: dict[str, Any] = {name: given.get(name) for name in callback_inputs}
+                returned = callback(self, index, timestep, asked)
+                changed = changes_of_callback(returned, given, self._callback_tensor_inputs)
+                if not model.guided and self._guidance_scale not in (guidance, 1):
+                    raise UserError(
+                        f"callback_on_step_end set _guidance_scale from {guidance} to {self._guidance_scale}, but "
+                        "this call began without guidance, and has no negative prompts: begin with another "
+                        "guidance_scale than 1."
+                    )
+                sample = torch.where(free, changed.pop("latents", shown), sample)
+                if changed:
+                    model.set_embeds(changed)
                 shown = torch.where(free, sample, latents)
             if self._interrupt:
                 break

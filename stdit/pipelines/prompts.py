@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
+from stdit.lora.config import split_lora
 from stdit.pipelines.config import PromptSettings, check_seed
 from stdit.suggestions import nearest_name
 
@@ -107,6 +108,8 @@ def _resolve_paths(folder: Path, line: PromptLine, where: str) -> None:
         paths = [path.strip() for path in line.reference_path.split(";")]
         line.reference_path = ";".join(_path_inside(folder, path, where) for path in paths if path)
     line.condition = [_path_inside(folder, text, where) for text in line.condition]
+    for text in line.lora:
+        split_lora(text, where)  # an empty name would become that of the folder
     line.lora = [_path_inside(folder, text, where) for text in line.lora]
 
 

@@ -103,7 +103,7 @@ def _plan_line(
     segments = Segments(count, prompt.overlap, bool(prompt.loop))
     segments.check(where, prompts)
     conditions = [parse_frame_condition(text) for text in prompt.condition]
-    loras = tuple(parse_lora(text) for text in prompt.lora)
+    loras = tuple(parse_lora(text, where) for text in prompt.lora)
     if settings.num_frames is not None and segments.has_known_length:
         total = segments.total_frames(settings.num_frames)
         for condition in conditions:

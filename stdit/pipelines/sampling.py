@@ -13,7 +13,13 @@ import stdit
 from stdit.pipelines.bundled import describe_origin
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import describe_finished, describe_others
-from stdit.pipelines.loading import check_text_states, load_codec, load_pipeline, pipeline_settings
+from stdit.pipelines.loading import (
+    check_text_states,
+    load_codec,
+    load_pipeline,
+    model_settings,
+    pipeline_settings,
+)
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.sizes import size_multiple
 from stdit.pipelines.sources import CheckpointSource, find_checkpoint_source
@@ -49,7 +55,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     # torch is imported from here on.
     from stdit.parallel.processes.device import join_processes
     from stdit.parallel.processes.mesh import build_mesh
-    from stdit.pipelines.loras import use_loras
+    from stdit.pipelines.loras import check_loras, use_loras
     from stdit.pipelines.runner import sample_rounds
 
     device = join_processes(config.device, config.parallel.timeout)
@@ -58,13 +64,13 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     folder = _output_folder(config, source)
     mesh.on_main(lambda: check_writable(folder))
 
+    loras = list(dict.fromkeys(lora for request in requests for lora in request.loras))
+    if loras:
+        mesh.on_all_ranks(lambda: check_loras(loras, model_settings(source)))
     pipe, weights = mesh.on_all_ranks(lambda: load_pipeline(source, config.ema, config.text_states))
     mesh.on_all_ranks(lambda: pipe.prompt_encoder.check(texts))
     mesh.check_same("the model", weights)
-    loras = list(dict.fromkeys(lora for request in requests for lora in request.loras))
-    mesh.on_all_ranks(
-        lambda: use_loras(pipe, loras, config.lora_other_base)
-    )  # raises before anything is made
+    mesh.on_all_ranks(lambda: use_loras(pipe, loras, config.lora_other_base))  # before anything is made
     pipe.to(device).transformer.to(_dtype(config.dtype))
     if config.resolution is not None:  # named sizes depend on the codec and the patch size
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -119,23 +119,40 @@ def _weights_of(model: STDiT, source: str) -> InitialWeights:
     )
 
 
-def read_base(source: str, merge: Sequence[str], dtype: BaseDtype = "fp32") -> tuple[STDiT, str]:
-    """Read the model that an adapter is trained on; return it and the hash of its weights.
+class AdapterBase(NamedTuple):
+    """The model that an adapter is trained on, as checkpoints record it."""
+
+    hash: str
+    """Of its weights, with merged adapters, before they are rounded."""
+    path: str
+    """Absolute; of a checkpoint or model folder, not of a run, which may have a newer one tomorrow."""
+    merge: list[str]
+    """Adapters that are merged into it first, FILE:weight, with absolute paths."""
+
+
+def read_base(
+    source: str, merge: Sequence[str], any_base: bool = True, dtype: BaseDtype = "fp32"
+) -> tuple[STDiT, AdapterBase]:
+    """Read the model that an adapter is trained on, and say what it is.
 
     Args:
         source: as ``init_from``.
         merge: adapters that are merged into it first, FILE[:weight]; it is then read in fp32.
-        dtype: of its weights, as in `InitialWeights.frozen_model`; the hash is that before they are rounded.
+        any_base: also those that say that they were trained on other weights.
+        dtype: of its weights, as in `InitialWeights.frozen_model`.
 
     Raises:
         UserError: if it or an adapter cannot be read, or they do not fit.
     """
-    initial = open_initial_weights(source)
-    if merge:
+    folder, loras = find_initial_weights(source).resolve(), [parse_lora(text) for text in merge]
+    initial = open_initial_weights(str(folder))
+    if loras:
         model, _ = initial.frozen_model("fp32")
-        merge_adapters(model, [parse_lora(text) for text in merge])
+        merge_adapters(model, loras, any_base, "--lora.other_base")
         initial = _weights_of(model, source)
-    return initial.frozen_model(dtype)
+    model, found = initial.frozen_model(dtype)
+    merged = [f"{lora.file.resolve()}:{lora.weight!r}" for lora in loras]
+    return model, AdapterBase(found, str(folder), merged)
 
 
 def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:
@@ -178,10 +195,10 @@ def _load_base(folder: Path, meta: dict[str, Any]) -> Any:
             "more: put it there again, or sample from a copy of it with --lora and the adapter."
         )
     model, found = read_base(base["path"], base["merge"])
-    if found != base["hash"]:
+    if found.hash != base["hash"]:
         raise UserError(
             f"checkpoint {folder}: its adapter was trained on the weights {base['hash']}, but {base['path']} has "
-            f"{found}: put the former there again, or give the adapter by --lora, with --lora_other_base."
+            f"{found.hash}: put the former there again, or give the adapter by --lora, with --lora_other_base."
         )
     model.requires_grad_(False)
     model.add_adapter(PeftConfig(**meta["adapter"]), "default")

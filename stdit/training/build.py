@@ -24,15 +24,16 @@ from stdit.data.clip_list import ClipList
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
-from stdit.lora.adapters import add_adapter
-from stdit.lora.config import find_adapter_file
-from stdit.lora.files import begin_with
+from stdit.lora.adapters import add_adapter, check_targets
+from stdit.lora.config import find_initial_adapter, parse_lora
+from stdit.lora.files import begin_with, check_fits
 from stdit.models.config import STDiTConfig, token_grid
+from stdit.models.size import meta_model
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import format_gib
 from stdit.pipelines.sources import find_initial_weights, is_checkpoint
-from stdit.pipelines.weights import open_initial_weights, read_base
+from stdit.pipelines.weights import AdapterBase, open_initial_weights, read_base
 from stdit.training.config import TrainConfig
 from stdit.training.experiment import experiment_key
 from stdit.training.lineage import CLIPS, Resumed, lineage, resume
@@ -61,8 +62,8 @@ class RunComponents(RunInputs):
     """Components of a run."""
 
     model: STDiT
-    base: str | None = None
-    """Hash of the weights that an adapter is trained on."""
+    base: AdapterBase | None = None
+    """The weights that an adapter is trained on."""
 
     def to(self, device: torch.device) -> None:
         """Move codec and text encoder to a device; the trainer moves the model."""
@@ -77,7 +78,7 @@ class RunComponents(RunInputs):
             CLIPS: clips_hash(self.plan),
             "codec's weights": self.codec.fingerprint(),
             "text encoder's weights": self.text_encoder.fingerprint(),
-            **({} if self.base is None else {"base's weights": self.base}),
+            **({} if self.base is None else {"base's weights": self.base.hash}),
         }
 
     @cached_property
@@ -112,7 +113,8 @@ def build_components(
     """
     inputs = fit(build_inputs(config, checkpoint))
     if config.lora.rank is not None:
-        model, base = build_adapted_model(inputs.config)
+        _check_base_fits(inputs.config, processes, memory)
+        model, base = build_adapted_model(inputs.config, inputs.resumed)
         return RunComponents(**vars(inputs), model=model, base=base)
     _check_model_fits(inputs.config, processes, memory)
     model = build_model(inputs.config)
@@ -127,6 +129,9 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
         logger.warning(line)
     if config.lora.rank is not None:
         config = replace(config, model=base_settings(config))
+        check_targets(base := meta_model(config.model), config.lora)
+        for text in config.lora.merge:
+            check_fits(parse_lora(text).file, base)
     index = None if dry_run else config.run_folder / "clips"
     plan = build_plan(config.data, config.seed, index, remembered(config.data))
     resumed = None
@@ -175,6 +180,20 @@ def _check_model_fits(config: TrainConfig, processes: int, memory: int) -> None:
             f"{counts.weights:,} parameters, of which a process holds {format_gib(state)} GiB (weights, gradients, "
             f"optimizer, average), but it has {format_gib(memory)} GiB: lower them, divide it among processes "
             "(parallel.shard_parameters), or set parallel.memory_gib if it has more"
+        )
+
+
+def _check_base_fits(config: TrainConfig, processes: int, memory: int) -> None:
+    """Raise UserError if the weights of an adapter's base alone exceed the memory of a process."""
+    counts = WeightCounts.of(config)
+    size = counts.bytes(config, processes, not runs_on_cpu(config.trainer.device))["frozen weights"]
+    if size > memory:
+        raise UserError(
+            f"the model in init_from = {config.init_from} has {counts.frozen:,} parameters, of which a process holds "
+            f"{format_gib(size)} GiB, but it has {format_gib(memory)} GiB: use a smaller one, keep it in fewer bits "
+            "(lora.base_dtype), divide it among processes (parallel.shard_parameters), or set parallel.memory_gib "
+            "if it "
+            "has more"
         )
 
 
@@ -253,17 +272,26 @@ def _check_base_takes(base: STDiTConfig, needed: STDiTConfig) -> None:
         )
 
 
-def build_adapted_model(config: TrainConfig) -> tuple[STDiT, str]:
-    """Return the model of ``init_from`` with a new adapter, which alone is trained, and the hash of the base.
+def build_adapted_model(config: TrainConfig, resumed: Resumed | None) -> tuple[STDiT, AdapterBase]:
+    """Return the model of ``init_from`` with a new adapter, which alone is trained, and what the base is.
+
+    Args:
+        resumed: the checkpoint that the run resumes from. If ``init_from`` has not changed since, the base is the one
+            that it records: a run in ``init_from`` may have newer weights now.
 
     Raises:
         UserError: if the base or an adapter cannot be read, or they do not fit.
     """
     assert config.init_from is not None
-    model, base = read_base(config.init_from, config.lora.merge, config.lora.base_dtype)
+    source = config.init_from
+    if resumed is not None and resumed.meta.get("config", {}).get("init_from") == source:
+        recorded = resumed.meta["base"]["path"]
+        source = recorded if Path(recorded).exists() else source
+    model, base = read_base(source, config.lora.merge, config.lora.other_base, config.lora.base_dtype)
     add_adapter(model, config.lora, config.seed)
-    if config.lora.init_from is not None:
-        begin_with(model, find_adapter_file(Path(config.lora.init_from)))
+    if resumed is None and config.lora.init_from is not None:
+        file = find_initial_adapter(config.lora.init_from)
+        begin_with(model, file, None if config.lora.other_base else base.hash)
     model.set_activations(config.memory.block_activations(len(model.blocks)))
     return model, base
 

@@ -249,6 +249,8 @@ class LoRATrainingConfig(LoRAConfig):
     """Adapter to begin with, of the same rank and targets: a file, or a folder with one."""
     merge: list[str] = field(default_factory=list)
     """Adapters to merge into the weights of init_from first, FILE[:weight], repeatable: to train on top of them."""
+    other_base: bool = False
+    """Also begin with, or merge, adapters that were trained on other weights than init_from."""
 
 
 @dataclass
@@ -324,16 +326,16 @@ class TrainConfig:
                 f"lora.rank = {self.lora.rank}: an adapter needs the model that it is for: add init_from, a run, a "
                 "checkpoint, or a pipeline or model folder."
             )
-        if self.lora.dropout:
+        if self.lora.rank is not None and self.optimizer.name == "muon":
             raise UserError(
-                f"lora.dropout = {self.lora.dropout}: what it drops is not yet a function of seed and step, so that "
-                "a run could not be resumed exactly: leave it out."
+                "optimizer.name = muon: is for the matrices of a whole model, and would leave all of an adapter's to "
+                "AdamW: set --optimizer.name adamw."
             )
         check_memory(self)
         if self.fit is not None and not 0 < self.fit < math.inf:
             raise UserError(f"fit = {self.fit}: must be a number of GiB above 0, such as 24")
-        for path in (*self.lora.merge, *([] if self.lora.init_from is None else [self.lora.init_from])):
-            parse_lora(path)
+        for text in self.lora.merge:
+            parse_lora(text)
         self.data.validate()
         built_in = CODECS.module(self.codec.name) is None  # a user's codec may know the variance, too
         if self.flow.prediction == "residual" and built_in and self.codec.name not in ("pca", "tiny"):

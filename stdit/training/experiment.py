@@ -22,6 +22,7 @@ FREE = {
     "data.max_skipped_share",
     "lora.init_from",
     "lora.merge",
+    "lora.other_base",
     "model.in_channels",
     "model.caption_channels",
     "model.model_max_length",

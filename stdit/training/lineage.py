@@ -59,6 +59,14 @@ def check_can_resume(checkpoint: Path, experiment: Mapping[str, Any]) -> dict[st
                 f"checkpoint {checkpoint}: {META} has no valid {key}: use another checkpoint, or delete this folder "
                 "to resume from the one before it."
             )
+    had, has = ("lora.rank" in one for one in (meta["experiment"], experiment))
+    if had != has:
+        holds, asks = ("an adapter", "lora.rank is not set") if had else ("no adapter", "lora.rank is set")
+        hint = "" if had else f" (and train an adapter on its weights by --init_from {checkpoint})"
+        raise UserError(
+            f"checkpoint {checkpoint} holds {holds}, but {asks}: go back to its settings, or choose another "
+            f"--name{hint}."
+        )
     found = [
         f"{change} ({FIXED[start]})"
         for key, change in _differences(meta["experiment"], experiment)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from stdit.checkpoint_files import META
 from stdit.errors import UserError
+from stdit.lora.config import find_initial_adapter
 from stdit.pipelines.sources import find_initial_weights
 from stdit.settings import to_yaml
 from stdit.training.checkpoint import find_checkpoint
@@ -64,7 +65,7 @@ def find_start(config: TrainConfig) -> Path | None:
     """Return the checkpoint from which a run resumes; None: it starts at step 0. Print what is to know about it.
 
     Raises:
-        UserError: if its checkpoints are of another model, or ``init_from`` has no weights.
+        UserError: if its checkpoints are of another model, or ``init_from`` or ``lora.init_from`` has no weights.
     """
     folder = config.run_folder
     checkpoint, skipped = find_checkpoint(config.resume, folder / "checkpoints")
@@ -76,6 +77,8 @@ def find_start(config: TrainConfig) -> Path | None:
         weights = find_initial_weights(config.init_from)
         if not (weights / META).is_file():
             print(f"init_from: {weights} has no {META}: a damaged file would not be noticed", flush=True)
+    if checkpoint is None and config.lora.init_from is not None:
+        find_initial_adapter(config.lora.init_from)
     if (folder / "pipeline").exists() and not any((folder / "checkpoints").glob("step-*")):
         raise UserError(
             f"{folder} has a trained pipeline, but no checkpoint to resume from: choose another --name (and "

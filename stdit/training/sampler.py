@@ -11,6 +11,7 @@ from stdit.lora.adapters import adapter_settings, adapter_weights
 from stdit.lora.files import write_adapter
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import full_tensor, gather_full_tensors
+from stdit.pipelines.weights import AdapterBase
 from stdit.training.build import RunComponents
 from stdit.training.disk import replace_folder
 from stdit.training.ema import EMA
@@ -76,9 +77,9 @@ class Sampler:
         The run of an adapter writes its file to ``lora/`` instead. An older one is replaced only when the new one is
         whole. Return the folder.
         """
-        if self.components.base is not None:
+        if (base := self.components.base) is not None:
             average = gather_full_tensors(self._averaged(), self.mesh)
-            return self.mesh.on_main(lambda: self._write_adapter(average))
+            return self.mesh.on_main(lambda: self._write_adapter(average, base))
         if self.mesh.on_main(self._exported_step) != step:
             average = gather_full_tensors(self._averaged(), self.mesh)
             self.mesh.on_main(lambda: self._write_pipeline(step, average))
@@ -88,10 +89,10 @@ class Sampler:
         """Return all weights, those that are trained averaged."""
         return {**self.components.model.state_dict(), **self.ema.weights()}
 
-    def _write_adapter(self, weights: dict[str, Tensor]) -> Path:
+    def _write_adapter(self, weights: dict[str, Tensor], base: AdapterBase) -> Path:
         target, model = self.folder / "lora", self.components.model.with_weights(weights)
         with replace_folder(f"adapter {target}", target) as aside:
-            write_adapter(aside, adapter_weights(model), adapter_settings(model), self.components.base)
+            write_adapter(aside, adapter_weights(model), adapter_settings(model), base.hash)
         return target
 
     def _write_pipeline(self, step: int, weights: dict[str, Tensor]) -> None:

@@ -153,11 +153,10 @@ class Saver:
 
     def _adapter_meta(self) -> dict[str, Any]:
         """Return what makes a model of an adapter: its settings, and where its base was; nothing for other runs."""
-        if self.components.base is None:
+        base = self.components.base
+        if base is None:
             return {}
-        where = str(Path(str(self.config.init_from)).resolve())
-        base = {"hash": self.components.base, "path": where, "merge": self.config.lora.merge}
-        return {"adapter": adapter_settings(self.components.model), "base": base}
+        return {"adapter": adapter_settings(self.components.model), "base": base._asdict()}
 
     def _write_more(self, folder: Path) -> None:
         """Write what a checkpoint has beside tensors of the trainer, on the main rank."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from stdit.data.batch import EncodedBatch
-from stdit.diffusion.draws import TrainingDraws, draw_batch
+from stdit.diffusion.draws import TrainingDraws, draw_batch, dropped_channels
 from stdit.diffusion.flow import FlowObjective, frame_weights
 from stdit.errors import UserError
+from stdit.lora.dropout import dropouts_of
 from stdit.models.opensora import stdit_names
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import (
@@ -69,6 +70,7 @@ class Trainer:
                 parameter.data = parameter.data.to(torch.bfloat16)
         self.model, self.network = model, (shard_model if shard_parameters else replicate_model)(model, mesh)
         self.parameters = list(trained_parameters(model).values())
+        self.dropouts = dropouts_of(model)
         self.optimizer = build_optimizer(model, optimizer, memory)
         self.masters = self.optimizer.masters
         self.ema = EMA(model if self.masters is None else self.masters, ema)
@@ -172,7 +174,8 @@ class Trainer:
             draws = draw_batch(self.flow, self.seed, batch.step, indices, shape, *size)  # type: ignore[arg-type]
             if self.mesh.sp.rank == 0:  # ranks that share samples must not add up their levels
                 levels[indices.start : indices.stop] = draws.t.amax(dim=1)  # conditioning frames have level 0
-            with nullcontext() if number == len(micro_batches) - 1 else self.network.no_sync():
+            dropped = dropped_channels(self.dropouts, self.seed, batch.step, indices, self.accelerator.device)
+            with dropped, nullcontext() if number == len(micro_batches) - 1 else self.network.no_sync():
                 # Ranks average their gradients, and each has a part of the sum: hence the factor.
                 factor = counts * self.mesh.world_size / batch.batch_size
                 loss = self.sample_losses(batch.rows(rows), draws).sum() * factor

@@ -1,5 +1,6 @@
 """The readers of files that programs write: checkpoints, weights, states, pipelines, caches, videos and pictures."""
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,11 @@ from stdit.data.config import DataConfig
 from stdit.data.decoding.decode import DecodeError, decode_clip, probe
 from stdit.errors import UserError
 from stdit.hashing import read_sealed, sealed_json
+from stdit.lora.adapters import adapter_settings, adapter_weights, add_adapter, load_adapter
+from stdit.lora.config import LoRAConfig, parse_lora
+from stdit.lora.files import check_fits, read_adapter
+from stdit.lora.header import SETTINGS
+from stdit.lora.names import to_other_names
 from stdit.models.stdit import STDiT
 from stdit.pipelines.config import PIPELINE_DEFAULTS
 from stdit.pipelines.loading import load_codec, model_settings, pipeline_settings
@@ -114,6 +120,28 @@ def weights_reader() -> Reader:
         )
 
     return Reader(changed_safetensors(weights), read, cost=20)
+
+
+def adapter_reader() -> Reader:
+    """Adapters: changed files, and changed settings in the header."""
+    base = STDiT(depth=1, hidden_size=8, num_heads=1, in_channels=1, caption_channels=4, model_max_length=2)
+    model = copy.deepcopy(base)
+    add_adapter(model, LoRAConfig(rank=2))
+    weights, settings = adapter_weights(model), adapter_settings(model)
+    kohya = save(to_other_names(weights, settings, "kohya"))
+
+    def with_settings(text: bytes) -> bytes:
+        return save(weights, {SETTINGS: text.decode(errors="replace")})
+
+    def read(data: bytes, folder: Path) -> None:
+        (folder / "a.safetensors").write_bytes(data)
+        file = parse_lora(str(folder / "a.safetensors")).file
+        check_fits(file, base)
+        adapter = read_adapter(file)
+        load_adapter(copy.deepcopy(base), adapter.weights, adapter.settings, "a")
+
+    files = changed_safetensors(with_settings(json.dumps(settings).encode())) | changed_safetensors(kohya)
+    return Reader(files | as_json(changed_tree([settings])).map(with_settings), read, cost=20)
 
 
 class _Ones(TextEncoder):

@@ -347,5 +347,6 @@ def readers() -> dict[str, Reader]:
         "resolution": Reader(_size_by_name(), lambda names, _: resolve_size(*names)),
         "checkpoint meta": files.checkpoint_meta_reader(),
         "weights": files.weights_reader(),
+        "adapter": files.adapter_reader(),
         "text states": files.text_states_reader(),
     }

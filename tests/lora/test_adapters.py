@@ -105,6 +105,10 @@ def test_targets() -> None:
         (dict(rank=0), "lora.rank = 0: must be at least 1"),
         (dict(alpha=-1.0), "lora.alpha = -1.0: must be positive"),
         (dict(dropout=1.0), "lora.dropout = 1.0"),
+        (
+            dict(dropout=0.1, targets="final_layer"),
+            "lora.dropout = 0.1: is for layers in the blocks, and lora.targets",
+        ),
         (dict(targets="("), "lora.targets = '\\('.* nor a regular expression"),
     ],
 )
@@ -171,13 +175,13 @@ def test_a_model_with_adapters_is_saved_without_them_or_merged(tmp_path: Path) -
 
 def test_an_adapter_of_another_architecture(tmp_path: Path) -> None:
     model = adapted()
-    write_adapter(tmp_path, adapter_weights(model), adapter_settings(model), None)
+    file = write_adapter(tmp_path, adapter_weights(model), adapter_settings(model), None)
     other = base_model(depth=1, mlp_ratio=2.0)
     with pytest.raises(
         UserError, match=r"another architecture: .* layers do not fit \(.*fc1: gives 32 channels"
     ):
-        check_fits(read_adapter(tmp_path), other, str(tmp_path))
-    check_fits(read_adapter(tmp_path), base_model(), "")
+        check_fits(file, other)
+    check_fits(file, base_model())
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

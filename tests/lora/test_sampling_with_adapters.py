@@ -76,8 +76,73 @@ def test_on_the_command_line(pipe: STDiTPipeline, tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "other").glob("*"))
     sample_main(monkeypatch, *flags, "--lora_other_base", "--output", tmp_path / "other")
     assert len(list((tmp_path / "other").glob("*.mp4"))) == 1
-    with pytest.raises(UserError, match="there is no such file or folder"):
+    with pytest.raises(UserError, match="prompt 0: lora none.safetensors: there is no such file or folder"):
         sample_main(monkeypatch, *flags[:-1], "none.safetensors")
+    for empty in ("", ":0.5"):
+        with pytest.raises(UserError, match=f"prompt 0: lora = '{empty}': names no file"):
+            sample_main(monkeypatch, *flags[:-1], empty)
+
+
+def test_another_architecture_is_refused_before_the_model_loads(
+    pipe: STDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.save_pretrained(tmp_path / "saved")
+    file = write_random_adapter(tmp_path / "a.safetensors", tiny_model(mlp_ratio=2.0))
+    monkeypatch.setattr("stdit.pipelines.sampling.load_pipeline", None)
+    with pytest.raises(
+        UserError, match="is of another architecture: .* do not fit .*fc1: gives 64 channels, not 32"
+    ):
+        sample_main(monkeypatch, "--checkpoint", tmp_path / "saved", "--prompt", "a", "--lora", file)
+
+
+@pytest.mark.parametrize("value", ["", ":0.5", [" "], ["a.safetensors", ""]])
+def test_an_empty_name_in_a_prompts_file(value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would stand for the folder, and the one adapter in it."""
+    write_random_adapter(tmp_path / "a.safetensors", tiny_model())
+    file = tmp_path / "p.jsonl"
+    file.write_text(
+        "".join(json.dumps(one) + "\n" for one in ({"prompt": "a"}, {"prompt": "b", "lora": value}))
+    )
+    with pytest.raises(UserError, match=f"{file}, prompt 2: lora = .*: names no file"):
+        sample_main(monkeypatch, "--prompts", file)
+
+
+def test_a_wrong_adapter_in_a_prompts_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"damaged")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "lora": "a.safetensors"}\n')
+    with pytest.raises(UserError, match=f"prompt 1: lora {tmp_path / 'a.safetensors'}: cannot be read"):
+        sample_main(monkeypatch, "--prompts", tmp_path / "p.jsonl")
+
+
+def test_a_video_is_finished_whatever_folder_its_adapter_lies_in(
+    pipe: STDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pipe.save_pretrained(tmp_path / "saved")
+    file = write_random_adapter(tmp_path / "a.safetensors", pipe.transformer)
+    flags = ["--checkpoint", tmp_path / "saved", "--prompt", "a", "--output", tmp_path / "out", "--lora"]
+    sample_main(monkeypatch, *flags, file)
+    moved = file.rename(tmp_path / "b.safetensors")
+    sample_main(monkeypatch, *flags, moved)
+    assert "the video is finished already" in capsys.readouterr().out
+    sample_main(monkeypatch, *flags, f"{moved}:0.5")
+    other = write_random_adapter(tmp_path / "c.safetensors", pipe.transformer, targets="spatial")
+    sample_main(monkeypatch, *flags, other)
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 3
+
+
+def test_a_scale_of_0_leaves_the_weights_as_they_were(pipe: STDiTPipeline, tmp_path: Path) -> None:
+    def latents(**more: Any) -> Any:
+        generator = torch.Generator().manual_seed(1)
+        return pipe("a", generator=generator, output_type="latent", **more).frames
+
+    base = latents()
+    pipe.load_lora_weights(str(write_random_adapter(tmp_path / "a", pipe.transformer)), adapter_name="a")
+    pipe.set_adapters("a", 0.3)
+    expected = latents()
+    assert torch.equal(latents(attention_kwargs={"scale": 0}), base)
+    assert torch.equal(latents(), expected)
+    assert not torch.equal(latents(attention_kwargs={"scale": 0.7}), expected)
+    assert torch.equal(latents(), expected)
 
 
 def test_the_base_is_known_whatever_file_it_came_from(pipe: STDiTPipeline, tmp_path: Path) -> None:

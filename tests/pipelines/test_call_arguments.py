@@ -1,5 +1,7 @@
 """Arguments that pipelines of diffusers have: states instead of prompts, noise, several videos, callbacks."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,15 @@ def test_a_prompt_without_a_text_encoder(tmp_path: Path) -> None:
         sample(pipe, "a red circle")
 
 
+def test_a_text_encoder_that_is_taken_out_is_let_go(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path)
+    encoder = weakref.ref(pipe.text_encoder)
+    sample(pipe, "a red circle")
+    pipe.text_encoder = pipe.tokenizer = None
+    gc.collect()
+    assert encoder() is None
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_one_of_prompt_and_states_is_needed(pipe: STDiTPipeline, both: bool) -> None:
     states = states_of(pipe, "a") if both else {}
@@ -86,8 +97,11 @@ def test_several_videos_of_each_prompt(pipe: STDiTPipeline) -> None:
         torch.testing.assert_close(found[index], alone[0], atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="2 values of generator for 4 prompts"):
         sample(pipe, PROMPTS, (1, 2), num_videos_per_prompt=2)
-    with pytest.raises(UserError, match="num_videos_per_prompt = 0: must be at least 1"):
-        sample(pipe, PROMPTS, (), num_videos_per_prompt=0)
+    for number in (0, 1.5, "2"):
+        with pytest.raises(
+            UserError, match=f"num_videos_per_prompt = {number!r}: must be a whole number, at least"
+        ):
+            sample(pipe, PROMPTS, (), num_videos_per_prompt=number)
 
 
 def test_longest_prompt(pipe: STDiTPipeline) -> None:
@@ -136,3 +150,98 @@ def test_a_callback_changes_text_and_guidance(pipe: STDiTPipeline) -> None:
         assert pipe.guidance_scale == scale and pipe.do_classifier_free_guidance == (scale != 1)
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found[0], sample(pipe, "a red circle", **more), atol=1e-4)
+
+
+STATES, MASK = torch.zeros(1, 5, 16), torch.ones(1, 5)
+NAN = torch.full((1, 3, 4, 8, 8), float("nan"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(prompt_embeds=STATES[0]), r"prompt_embeds \[5, 16\]: must be a tensor of .* with 3 dimensions"),
+        (dict(prompt_embeds=[STATES]), "prompt_embeds list: must be a tensor of floating-point numbers"),
+        (dict(prompt_embeds=STATES.long()), "must be a tensor of floating-point numbers"),
+        (dict(prompt_embeds=STATES[:0]), r"prompt_embeds \[0, 5, 16\]: must be \[1, L, 16\]"),
+        (
+            dict(prompt_embeds=STATES[:, :, :8]),
+            r"\[1, 5, 8\]: must be \[1, L, 16\] .prompts, at most 128 tokens",
+        ),
+        (dict(prompt_embeds=torch.zeros(1, 129, 16)), r"\[1, 129, 16\]: must be \[1, L, 16\]"),
+        (dict(prompt_embeds=STATES / 0), "prompt_embeds .*: has values that are NaN or infinite"),
+        (
+            dict(prompt_embeds=STATES, prompt_attention_mask=MASK[:, :4]),
+            r"mask \[1, 4\]: must be \[1, 5\], as",
+        ),
+        (dict(prompt="a", prompt_attention_mask=MASK), "prompt_attention_mask without prompt_embeds"),
+        (
+            dict(prompt="a", negative_prompt_attention_mask=MASK),
+            "negative_prompt_attention_mask without negative",
+        ),
+        (dict(prompt=["a", "b"], negative_prompt_embeds=STATES), r"\[1, 5, 16\]: must be \[2, L, 16\]"),
+        (
+            dict(prompt="a", negative_prompt="b", negative_prompt_embeds=STATES),
+            "negative_prompt = 'b', negative_prompt_embeds = a tensor: pass one of them",
+        ),
+        (
+            dict(prompt_embeds=STATES, max_sequence_length=4),
+            "max_sequence_length = 4 would have no effect: .* give it to encode_prompt",
+        ),
+        (dict(prompt="a", latents=NAN), "latents .*: has values that are NaN or infinite"),
+        (dict(prompt="a", latents=NAN.numpy()), "latents ndarray: must be a tensor"),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    pipe: STDiTPipeline, arguments: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(STDiTPipeline, "encode_prompt", None)  # refused before anything is computed
+    with pytest.raises(UserError, match=message):
+        pipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    "returned, more, message",
+    [
+        (
+            {"latent": STATES},
+            {},
+            "'latent': may only name latents, prompt_embeds, negative_prompt_embeds",
+        ),
+        ([STATES], {}, "a list: must be a dictionary or None"),
+        ({"latents": STATES}, {}, r"latents \[1, 5, 16\]: must be \[1, 3, 4, 8, 8\], as what it got"),
+        ({"prompt_embeds": None}, {}, "prompt_embeds NoneType: must be"),
+        (
+            {"negative_prompt_embeds": STATES},
+            dict(guidance_scale=1.0),
+            ".*a call without guidance does not have",
+        ),
+    ],
+)
+def test_what_a_callback_may_not_return(pipe: STDiTPipeline, returned: Any, more: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"callback_on_step_end returned {message}"):
+        pipe("a", callback_on_step_end=lambda *_: returned, **more)
+
+
+def test_a_callback_cannot_replace_the_null_caption(pipe: STDiTPipeline) -> None:
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    more: dict[str, Any] = dict(callback_on_step_end_tensor_inputs=names)
+
+    def change(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"negative_prompt_embeds": tensors["negative_prompt_embeds"] + 1}
+
+    assert sample(pipe, "a", negative_prompt="b", callback_on_step_end=change, **more).isfinite().all()
+    with pytest.raises(UserError, match="a negative prompt of this call is the null caption"):
+        sample(pipe, "a", callback_on_step_end=change, **more)
+    found = sample(pipe, "a", callback_on_step_end=lambda pipe, step, timestep, tensors: tensors, **more)
+    assert torch.equal(found, sample(pipe, "a")), "what it got may be returned"
+
+
+def test_guidance_cannot_begin_in_a_call(pipe: STDiTPipeline) -> None:
+    def raised(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
+        pipe._guidance_scale = 3.0
+
+    with pytest.raises(
+        UserError, match="set _guidance_scale from 1.0 to 3.0, but this call began without guidance"
+    ):
+        sample(pipe, "a", guidance_scale=1.0, callback_on_step_end=raised)
+    assert sample(pipe, "a", guidance_scale=2.0, callback_on_step_end=raised).isfinite().all()

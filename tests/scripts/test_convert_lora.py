@@ -91,3 +91,28 @@ def test_what_is_refused(
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
     assert convert(monkeypatch, file, "--merge_into", tmp_path / "base", "--other_base", *new) == 0
+
+
+@pytest.mark.parametrize("flags", [("--to", "kohya"), ("--merge_into", "base")])
+def test_a_place_that_cannot_be_written(
+    flags: tuple[str, str],
+    pipe: STDiTPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write_random_adapter(tmp_path / "a.safetensors", pipe.transformer)
+    pipe.transformer.save_pretrained(tmp_path / "base")
+    before = sorted(tmp_path.iterdir())
+    assert convert(monkeypatch, file, *flags, "--output", file / "new") == 2
+    assert f"output {file} cannot be written (" in capsys.readouterr().err
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stdit.lora.files.save_file", full)
+    monkeypatch.setattr(STDiT, "save_pretrained", full)
+    assert convert(monkeypatch, file, *flags, "--output", tmp_path / "new") == 2
+    assert "could not be written ([Errno 28] No space left on device)" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before

@@ -22,7 +22,9 @@ import train
 from stdit.data.config import BucketConfig
 from stdit.data.manifest.config import SourceConfig
 from stdit.hashing import hash_file
+from stdit.pipelines.loading import read_initial_model
 from stdit.training.config import TrainConfig
+from tests.lora.tiny import write_random_adapter
 from tests.settings.observe import (
     Change,
     Outcome,
@@ -51,7 +53,7 @@ BEFORE = ("--output_dir", "before", "--name", "run")
 """A run of the other settings, of 3 steps."""
 
 
-LORA = ("--init_from", "before/run", "--lora.rank", "2")
+LORA = ("--init_from", "before/run", "--lora.rank", "2", "--optimizer.name", "adamw")
 
 
 def bucket(text: str) -> list[str]:
@@ -74,6 +76,7 @@ CHANGES = {
     "lora.rslora": Change(["--lora.rslora"], LORA),
     "lora.init_from": Change(["--lora.init_from", "absent"], LORA),
     "lora.merge": Change(["--lora.merge", "[absent]"], LORA),
+    "lora.other_base": Change(["--lora.other_base"], [*LORA, "--lora.merge", "[other.safetensors]"]),
     "imports": Change(["--import", "no_such_module"]),
     "model.hidden_size": Change(["--model.hidden_size", "64"]),
     "model.num_heads": Change(["--model.num_heads", "4"]),
@@ -204,7 +207,7 @@ WANDB_CALLS: dict[str, Callable[..., Any] | None] = {
     "stdit.training.tracking.WandB.log": Mock(),
 }
 """Only with wandb, which is slow to import."""
-INPUTS = ("clips", "bert", "before", "clips.csv", "damaged.csv")
+INPUTS = ("clips", "bert", "before", "clips.csv", "damaged.csv", "other.safetensors")
 VOLATILE = ("second", "share", "memory", "time", "bytes", "mfu")
 """Parts of names in metrics.jsonl that differ from run to run."""
 
@@ -227,6 +230,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[s
         patch.setattr(sys, "argv", ["train.py", *base, *BEFORE])
         AcceleratorState._reset_state(True)
         assert train.main() == 0
+        write_random_adapter(folder / "other.safetensors", read_initial_model("before/run"), "xxh3:0")
 
     @cache
     def run(flags: tuple[str, ...]) -> Outcome:

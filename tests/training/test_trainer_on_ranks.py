@@ -45,6 +45,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"checkpointing": True},
     "compiled": {"compiled": True, "depth": 1},
     "adapter": {"lora": LoRAConfig(rank=3, targets="blocks")},
+    "adapter with dropout, checkpointing": {
+        "lora": LoRAConfig(rank=3, targets="blocks", dropout=0.3),
+        "checkpointing": True,
+    },
     "chunks, checkpointing, no clipping": {"chunks": 2, "checkpointing": True, "max_grad_norm": float("inf")},
 }
 
