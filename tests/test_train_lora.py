@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,9 +14,13 @@ from safetensors.torch import load_file
 from stdit.errors import UserError
 from stdit.lora.config import parse_lora
 from stdit.lora.files import base_hash, read_adapter
+from stdit.pipelines.contact_sheet import read_contents
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.requests import Request
 from stdit.pipelines.runner import sample_videos
+from stdit.pipelines.video_io import read_frames, write_mp4
+from stdit.training.sampler import Sampler
+from stdit.training.step_sheet import write_step_sheet
 from tests.test_resume_changed import kill_in
 from tests.test_train import do, same_state
 from tests.training.tiny import tiny_settings
@@ -61,7 +66,51 @@ def test_checkpoints_hold_the_adapter_alone(trained: Path) -> None:
         4.0,
     )
     assert all(tensor.abs().max() > 0 for tensor in adapter.weights.values())
-    assert list((run / "samples").rglob("*.mp4"))
+
+
+def video_of(run: Path, where: str) -> np.ndarray:
+    return read_frames(run / "samples" / where / "00-a-red-square.mp4")
+
+
+def test_validation_shows_videos_with_and_without_the_adapter(trained: Path, tmp_path: Path) -> None:
+    run, sources = trained / "outputs" / "lora", {"base": "tiny", "step-00000004": "lora"}
+    for where, source in sources.items():
+        pipe, _ = load_pipeline(trained / "outputs" / source)
+        ((_, frames),) = sample_videos(pipe, [Request("a red square", 0)])
+        write_mp4(tmp_path / "sampled.mp4", frames, 8)
+        difference = video_of(run, where).astype(int) - read_frames(tmp_path / "sampled.mp4")
+        assert np.abs(difference).max() <= 2, where
+    assert not np.array_equal(video_of(run, "base"), video_of(run, "step-00000004"))
+    with PIL.Image.open(run / "samples" / "step-00000004" / "sheet.png") as sheet:
+        with PIL.Image.open(run / "samples" / "base" / "sheet.png") as base:
+            assert sheet.width == 2 * base.width + 24
+    contents = read_contents(write_step_sheet(run, tmp_path / "steps.png"))
+    assert contents == [{"prompt": "a red square", "seed": 0, "steps": [4]}]
+    with PIL.Image.open(tmp_path / "steps.png") as sheet:
+        assert sheet.width == 2 * 130, "the base, and the step"
+
+
+def test_videos_without_the_adapter_are_made_once(
+    again: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    original = Sampler._sample
+
+    def sample(self: Sampler, pipe: Any) -> list[Any]:
+        made.append(1)
+        return original(self, pipe)
+
+    monkeypatch.setattr(Sampler, "_sample", sample)
+    flags = again("--validation.prompts", "[a red square]", "--validation.every", "2")
+    counts = []
+    for more in (["--trainer.steps", "2"], [], ["--trainer.steps", "5", "--validation.seed", "1"]):
+        assert do([*flags, *more]) == 0
+        counts.append(len(made))
+    assert counts == [2, 3, 5], "the first and the last time, when the seed is another"
+    assert (
+        do(again("--name", "alone", "--validation.prompts", "[a]", "--validation.compare_base", "false")) == 0
+    )
+    assert len(made) == 6 and not (tmp_path / "outputs" / "alone" / "samples" / "base").exists()
 
 
 def test_the_run_samples_as_its_base_with_the_file(trained: Path) -> None:

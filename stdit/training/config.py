@@ -196,6 +196,8 @@ class ValidationConfig(VideoSettings):
     """Steps between validations; the last step has one, too."""
     seed: int = 0
     """Seed of every video."""
+    compare_base: bool = True
+    """With lora.rank: also make each video without the adapter, once, and show it beside that with it."""
     loss_every: int | None = None
     """Steps between measurements of the validation loss: at fixed noise levels, with fixed noise, of fixed clips."""
     loss_manifest: str | None = None

@@ -54,6 +54,11 @@ RULES: tuple[Rule, ...] = (
     ),
     ("validation.every validation.seed", "validation.prompts", lambda c: bool(c.validation.prompts)),
     (
+        "validation.compare_base",
+        "lora.rank with validation.prompts",
+        lambda c: c.lora.rank is not None and bool(c.validation.prompts),
+    ),
+    (
         "validation.guidance_schedule",
         "a validation.guidance_scale other than 1",
         lambda c: c.validation.guidance_scale != 1,

@@ -144,6 +144,7 @@ CHANGES = {
     "validation.prompts": Change(VIDEO),
     "validation.every": Change(["--validation.every", "1"], VIDEO),
     "validation.seed": Change(["--validation.seed", "1"], VIDEO),
+    "validation.compare_base": Change(["--validation.compare_base", "false"], [*VIDEO, *LORA]),
     "validation.loss_manifest": Change(["--validation.loss_manifest", "absent"], LOSS),
     "validation.loss_clips": Change(["--validation.loss_clips", "1"], LOSS),
     "validation.loss_levels": Change(["--validation.loss_levels", "1"], LOSS),
