@@ -30,6 +30,7 @@ init_from: pretrained_model_name_or_path pretrained load_from ckpt ckpt_path mod
 tracker.name: report_to log_with wandb tensorboard
 tracker.project: tracker_project_name wandb_project log_tracker_name
 validation.prompts: validation_prompt validation_prompts sample_prompts
+validation.patience: early_stopping_patience early_stopping
 validation.every: validation_steps validation_epochs sample_every_n_steps eval_every
 ema.decay: ema_decay
 flow.conditioning: mask_ratios

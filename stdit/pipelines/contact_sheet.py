@@ -25,13 +25,6 @@ _CONTENTS = "contents"
 """Name of the text in the PNG that says what is on it."""
 
 
-def write_sheet(
-    path: Path, videos: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8, tile: int = 128
-) -> None:
-    """Write a contact sheet: one `sheet_row` per video."""
-    write_rows(path, [sheet_row(*pair, columns, tile) for pair in zip(videos, captions, strict=True)])
-
-
 def sheet_row(frames: np.ndarray, caption: str, columns: int = 8, tile: int = 128) -> PIL.Image.Image:
     """Draw a caption above ``columns`` frames spread evenly over a video.
 

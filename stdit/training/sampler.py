@@ -43,14 +43,14 @@ class Sampler:
         self.pipeline_settings, self.tracker = pipeline_settings, tracker
         self.config = components.config
 
-    def is_due(self, step: int) -> bool:
-        """Return whether to make validation videos after ``step`` steps."""
+    def is_due(self, step: int, is_over: bool) -> bool:
+        """Return whether to make validation videos after ``step`` steps, of which the last is one if ``is_over``."""
         validation = self.config.validation
-        return bool(validation.prompts) and self.config.trainer.is_due(step, validation.every)
+        return bool(validation.prompts) and (is_over or self.config.trainer.is_due(step, validation.every))
 
-    def catch_up(self, start_step: int) -> None:
+    def catch_up(self, start_step: int, is_over: bool) -> None:
         """Make the validation videos of the resumed step, if the run ended between saving it and making them."""
-        if start_step and self.is_due(start_step):
+        if start_step and self.is_due(start_step, is_over):
             if not self.mesh.on_main(self._samples(start_step).exists):
                 self.validate(start_step)
 

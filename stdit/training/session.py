@@ -51,15 +51,16 @@ class Session:
     """The clips of the validation loss; None if it is off."""
 
     def remaining_batches(self) -> Iterator[EncodedBatch]:
-        """Yield the batches from the first step to the last; after a rollback, again from its step."""
+        """Yield the batches from the first step to the last, or to an early stop; after a rollback, from its step."""
+        early = self.saver.early_stopping
         first: int | None = self.saver.start_step
-        while first is not None:
+        while first is not None and not early.is_over:
             self.rollback.step = None
             iterator = iter(self.batches(first, self.config.trainer.steps))
             for step in range(first, self.config.trainer.steps):
                 self.watchdog.phase(f"step {step}, waiting for data")
                 yield next(iterator)
-                if self.rollback.step is not None:
+                if self.rollback.step is not None or early.is_over:
                     break
             first = self.rollback.step
 
@@ -70,6 +71,7 @@ class Session:
             return {}
         found = self.held_out.measure(self.trainer)
         self.saver.checkpoints.record_loss(step, found["validation_loss"])
+        self.saver.early_stopping.record(step, found["validation_loss"])
         return found
 
 

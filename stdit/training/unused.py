@@ -53,6 +53,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.validation.loss_every is not None,
     ),
     ("validation.every validation.seed", "validation.prompts", lambda c: bool(c.validation.prompts)),
+    ("validation.min_improvement", "validation.patience", lambda c: c.validation.patience is not None),
     (
         "validation.compare_base",
         "lora.rank with validation.prompts",

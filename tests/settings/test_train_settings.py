@@ -144,6 +144,12 @@ CHANGES = {
     "validation.prompts": Change(VIDEO),
     "validation.every": Change(["--validation.every", "1"], VIDEO),
     "validation.seed": Change(["--validation.seed", "1"], VIDEO),
+    "validation.patience": Change(
+        ["--validation.patience", "1"], [*LOSS, "--validation.min_improvement", "0.9"]
+    ),
+    "validation.min_improvement": Change(
+        ["--validation.min_improvement", "0.9"], [*LOSS, "--validation.patience", "1"]
+    ),
     "validation.compare_base": Change(["--validation.compare_base", "false"], [*VIDEO, *LORA]),
     "validation.loss_manifest": Change(["--validation.loss_manifest", "absent"], LOSS),
     "validation.loss_clips": Change(["--validation.loss_clips", "1"], LOSS),
