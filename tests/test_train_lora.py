@@ -11,22 +11,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stdit.data.batch import EncodedBatch
 from stdit.errors import UserError
 from stdit.lora.config import parse_lora
 from stdit.lora.files import base_hash, read_adapter
+from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.contact_sheet import read_contents
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.requests import Request
 from stdit.pipelines.runner import sample_videos
+from stdit.pipelines.sampling import sample_to_files
 from stdit.pipelines.video_io import read_frames, write_mp4
 from stdit.training.sampler import Sampler
 from stdit.training.step_sheet import write_step_sheet
+from stdit.training.trainer import Trainer
 from tests.test_resume_changed import kill_in
 from tests.test_train import do, same_state
 from tests.training.tiny import tiny_settings
 
 LORA = ["--name", "lora", "--lora.rank", "2", "--lora.alpha", "4", "--optimizer.name", "adamw"]
 LORA += ["--trainer.steps", "4", "--optimizer.lr", "0.01"]
+
+ADD = "add it for what that was trained on"
+LAST = "step-00000004"
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +191,49 @@ def test_a_changed_base_is_refused(again: Callable[..., list[str]], trained: Pat
 def test_what_is_refused(again: Callable[..., list[str]], flags: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         do(again(*flags))
+
+
+def test_a_trigger_word_is_in_the_captions_and_missed_in_prompts(
+    again: Callable[..., list[str]],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: set[str] = set()
+    original = Trainer.step
+
+    def step(self: Trainer, batch: EncodedBatch) -> dict[str, Any]:
+        seen.update(batch.captions)
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    flags = again("--data.trigger", "sks", "--validation.prompts", "[a red square, a sks square]")
+    assert do(flags) == 0
+    assert seen == {f"sks the red square moves {side}" for side in ("left", "right")}
+    run = tmp_path / "outputs" / "lora"
+    assert read_adapter(run / "lora").trigger == "sks"
+    assert f'--checkpoint {run} --prompt "sks ..."' in capsys.readouterr().out
+    hint = 'prompt "a red square": it lacks "sks", the trigger word of'
+    assert [line for line in caplog.messages if "lacks" in line] == [f"{hint} data.trigger: {ADD}"]
+
+    base, file = trained / "outputs" / "tiny", run / "lora" / "pytorch_lora_weights.safetensors"
+    for source, lora, whose in ((base, f"{run / 'lora'}:0.5", file), (run, None, run / "checkpoints" / LAST)):
+        for prompt in ("a red square", "a sks square"):
+            caplog.clear()
+            config = SampleConfig(
+                checkpoint=str(source),
+                prompt=[prompt],
+                lora=[lora] if lora else [],
+                num_inference_steps=1,
+                output=str(tmp_path / "videos"),
+            )
+            sample_to_files(config)
+            hints = [line for line in caplog.messages if "lacks" in line]
+            assert hints == ([] if "sks" in prompt else [f"{hint} {whose}: {ADD}"])
+
+    with pytest.raises(
+        UserError, match='"sks the red square moves right" -> "the red .*data.trigger sks -> null'
+    ):
+        do([*flags[:-4], *flags[-2:]])

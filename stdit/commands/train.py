@@ -85,5 +85,5 @@ def loop(session: "Session") -> int:
                 session.sampler.validate(done)
     phase(f"step {done}, export")
     exported = session.sampler.export(done)
-    print(end_lines(exported, saver.start_step, done, steps, early))
+    print(end_lines(exported, saver.start_step, done, session.config, early))
     return signals.exit_code

@@ -11,6 +11,7 @@ from stdit.data.config import DataConfig
 from stdit.data.decoding.decode import DecodeError
 from stdit.data.manifest.clips import Clip
 from stdit.data.manifest.reading import Skipped, clip_warnings, read_sources
+from stdit.data.manifest.triggers import clips_with_trigger
 from stdit.data.plan import BatchPlan
 from stdit.data.skips import SkipTally
 
@@ -22,6 +23,7 @@ def build_assignment(config: DataConfig, seed: int = 0, index: Path | None = Non
     """Read the manifest and sort its clips into the buckets. Raises UserError."""
     config.validate()
     clips, skipped = read_sources(config.all_sources(), config.caption_scores, index)
+    clips = clips_with_trigger(clips, config.trigger)
     buckets = [Bucket.from_config(bucket) for bucket in config.multiplied_buckets()]
     assignment = assign_clips(
         clips, buckets, seed, config.allow_upscale, skipped, config.bucket_choice, config.max_crop

@@ -121,6 +121,9 @@ class DataConfig:
     """Several sets of clips, each with manifest, root and weight, instead of manifest and root."""
     caption_scores: list[Literal["aesthetic", "motion", "camera"]] = field(default_factory=list)
     """Columns to append to the captions of clips that have them, in Open-Sora's words: "aesthetic score: 6.5."."""
+    trigger: str | None = None
+    """Trigger word, such as sks, that prompts then use for what the clips show: it is put into each caption, where
+    that has {trigger}, else before it. Captions that have it already stay as they are."""
     buckets: list[BucketConfig] = field(default_factory=lambda: [BucketConfig()])
     """Sizes to train on; a clip goes to one that it can fill: see bucket_choice."""
     batch_multiplier: int = 1
@@ -192,6 +195,11 @@ class DataConfig:
             )
         for source in self.sources:
             source.validate()
+        if self.trigger is not None and (not self.trigger or self.trigger != self.trigger.strip()):
+            raise UserError(
+                f"data.trigger = {self.trigger!r}: must be a word or phrase without spaces around it, such as sks; "
+                "for none, leave it out"
+            )
         if not self.buckets:
             raise UserError(
                 "data.buckets is empty: give at least one, with num_frames, fps, height, width, batch_size"

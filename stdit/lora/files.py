@@ -33,6 +33,8 @@ PREFIX = "transformer."
 """Of all names in a file: the component of the pipeline that they belong to."""
 BASE_HASH = "stdit_base"
 """Key of the header for the hash of the weights that the adapter was trained on."""
+TRIGGER = "modelspec.trigger_phrase"
+"""Key of the header for the trigger word of its training, as in Stability AI's model metadata standard."""
 
 
 _PEFT = re.compile(r"(?!diffusion_model\.|lora_unet_).+\.lora_([AB]\.weight|magnitude_vector)")
@@ -49,14 +51,20 @@ class AdapterFile:
     """peft's; None: the file does not have them."""
     base_hash: str | None
     """Of the weights that it was trained on, if the file has it."""
+    trigger: str | None = None
+    """The trigger word of its training, if it had one."""
 
 
 def write_adapter(
-    path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any] | None, base_hash: str | None
+    path: Path,
+    weights: Mapping[str, Tensor],
+    settings: Mapping[str, Any] | None,
+    base_hash: str | None,
+    trigger: str | None = None,
 ) -> Path:
     """Write a file, or the usual one in a folder; return the file."""
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-    header = {"format": "pt"}
+    header = trigger_header(trigger)
     if settings is not None:
         packed = {f"{PREFIX}{key}": value for key, value in settings.items()}
         header[LORA_ADAPTER_METADATA_KEY] = json.dumps(packed, indent=2, sort_keys=True)
@@ -64,6 +72,17 @@ def write_adapter(
         header[BASE_HASH] = base_hash
     write_tensors(file, {f"{PREFIX}{name}": tensor for name, tensor in weights.items()}, header)
     return file
+
+
+def trigger_header(trigger: str | None) -> dict[str, str]:
+    """Return the header of a file with a trigger word, or without one."""
+    return {"format": "pt", **({} if trigger is None else {TRIGGER: trigger})}
+
+
+def read_trigger(file: Path) -> str | None:
+    """Return the trigger word in the header of a file that can be read, if there is one."""
+    with safe_open(file, framework="pt") as opened:
+        return (opened.metadata() or {}).get(TRIGGER)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
@@ -107,7 +126,7 @@ def read_adapter(path: Path) -> AdapterFile:
         weights = plain
     else:
         weights, settings = from_other_names(tensors)
-    return AdapterFile(weights, settings, header.get(BASE_HASH))
+    return AdapterFile(weights, settings, header.get(BASE_HASH), header.get(TRIGGER))
 
 
 def base_hash(model: STDiT) -> str:

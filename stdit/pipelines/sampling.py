@@ -23,7 +23,7 @@ from stdit.pipelines.loading import (
 )
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.sizes import size_multiple
-from stdit.pipelines.untrained import warn_of_untrained
+from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
 from stdit.pipelines.writer import VideoWriter, check_writable
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         check_text_states(config.text_states, texts, source)
 
     # torch is imported from here on.
+    from stdit.lora.files import read_trigger
     from stdit.parallel.processes.device import join_processes
     from stdit.parallel.processes.mesh import build_mesh
     from stdit.pipelines.loras import use_loras
@@ -80,6 +81,10 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         if origin := describe_origin(source.path):
             print(origin, flush=True)
         warn_of_untrained(requests, pipe.config, pipe.flow.config.conditioning)
+        warn_of_missing_trigger([r.prompt for r in requests], pipe.config["trigger"], str(source.path))
+        for lora in loras:
+            prompts = [r.prompt for r in requests if lora in r.loras and lora.weight]
+            warn_of_missing_trigger(prompts, read_trigger(lora.file), str(lora.file))
         if "mp4" in config.formats():
             _warn_if_padded(pipe, requests)
 

@@ -32,6 +32,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.processes.parameters import STATES_PER_WEIGHT, state_bytes
 from stdit.parallel.sequence.planner import format_gib
 from stdit.pipelines.loading import find_initial_weights, is_checkpoint, read_base, read_initial_model
+from stdit.pipelines.untrained import warn_of_missing_trigger
 from stdit.training.config import TrainConfig
 from stdit.training.experiment import experiment_key
 from stdit.training.lineage import CLIPS, Resumed, lineage, resume
@@ -141,6 +142,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     texts = plan.assignment.clips.texts
     captions = (texts[index] for members in plan.assignment.members for index in members.tolist())
     text_encoder.check(chain(captions, config.validation.prompts))
+    warn_of_missing_trigger(config.validation.prompts, config.data.trigger, "data.trigger")
     plan = plan.sized(lambda bucket: _tokens_per_clip(config, codec, bucket))
     flow = FlowObjective(config.flow, variance)
     resolved = resolved_config(config, codec, text_encoder)

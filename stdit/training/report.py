@@ -157,14 +157,14 @@ def start_line(components: RunComponents) -> str:
     return f"{components.config.run_folder}: {count:,} parameters, {components.plan.assignment.kept} clips"
 
 
-def end_lines(exported: Path, start_step: int, done: int, steps: int, early: EarlyStopping) -> str:
+def end_lines(exported: Path, start_step: int, done: int, config: TrainConfig, early: EarlyStopping) -> str:
     """Return the last lines of a run: what was trained, and how to sample from it.
 
     Args:
         exported: the folder of the pipeline or adapter.
-        start_step: at which it began; ``done``: at which it ended, of ``steps``.
+        start_step: at which it began; ``done``: at which it ended.
     """
-    run = exported.parent
+    run, steps = exported.parent, config.trainer.steps
     lines = [f"trained for {done} steps: {exported} is written"]
     if start_step > steps:
         lines = [
@@ -174,7 +174,10 @@ def end_lines(exported: Path, start_step: int, done: int, steps: int, early: Ear
     elif early.is_over and done < steps:
         lines = [f"stopped at step {done} of {steps}: {early}", *lines]
     sample = f"{as_started('python sample.py')} --checkpoint {run}"
-    lines.append(f'Sample: {sample} --prompt "..."')
+    prompt = "..." if config.data.trigger is None else f"{config.data.trigger} ..."
+    lines.append(f'Sample: {sample} --prompt "{prompt}"')
     if early.best_step not in (None, done):
-        lines.append(f'From the best step: {sample}/checkpoints/step-{early.best_step:08d} --prompt "..."')
+        lines.append(
+            f'From the best step: {sample}/checkpoints/step-{early.best_step:08d} --prompt "{prompt}"'
+        )
     return "\n".join(lines)

@@ -124,7 +124,10 @@ class Sampler:
     def _write_adapter(self, weights: dict[str, Tensor]) -> Path:
         target, model = self.folder / "lora", self.components.model.with_weights(weights)
         with replace_folder(f"adapter {target}", target) as aside:
-            write_adapter(aside, adapter_weights(model), adapter_settings(model), self.components.base)
+            trigger = self.config.data.trigger
+            write_adapter(
+                aside, adapter_weights(model), adapter_settings(model), self.components.base, trigger
+            )
         return target
 
     def _write_pipeline(self, step: int, weights: dict[str, Tensor]) -> None:

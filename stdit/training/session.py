@@ -142,7 +142,9 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             )
 
             # Saver: loads the checkpoint into the trainer. From here on, closing gives a save in progress some time.
-            pipeline_settings = pipeline_settings_of(config.validation, components.plan.assignment)
+            pipeline_settings = pipeline_settings_of(
+                config.validation, components.plan.assignment, config.data.trigger
+            )
             saver = mesh.main_first(lambda: Saver(folder, components, trainer, pipeline_settings, checkpoint))
             saver.exchange_flags(signals)
 

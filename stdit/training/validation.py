@@ -18,7 +18,9 @@ BASE_SAMPLES = "base"
 """Folder of the validation videos of an adapter's base, beside those of the steps."""
 
 
-def pipeline_settings_of(config: ValidationConfig, assignment: "Assignment") -> dict[str, Any]:
+def pipeline_settings_of(
+    config: ValidationConfig, assignment: "Assignment", trigger: str | None = None
+) -> dict[str, Any]:
     """Return the pipeline's settings: those of the config, the rest from the bucket with the most clips.
 
     ``trained_sizes`` lists all buckets that have clips.
@@ -32,7 +34,7 @@ def pipeline_settings_of(config: ValidationConfig, assignment: "Assignment") -> 
     trained = [
         size | {"clips": count} for size, count in zip(sizes, assignment.clip_counts, strict=True) if count
     ]
-    return {**sizes[members.index(max(members))], **given, "trained_sizes": trained}
+    return {**sizes[members.index(max(members))], **given, "trained_sizes": trained, "trigger": trigger}
 
 
 def make_samples(

@@ -98,6 +98,7 @@ CHANGES = {
     "data.root": Change(["--data.root", "absent"]),
     "data.sources": Change(["--data.sources", "[{manifest: absent}]"]),
     "data.caption_scores": Change(["--data.caption_scores", "[motion]"], ["--text_encoder.max_length", "40"]),
+    "data.trigger": Change(["--data.trigger", "sks"]),
     "data.buckets": Change(bucket(f"{BUCKET}, batch_size: 3")),
     "data.allow_upscale": Change(
         ["--data.allow_upscale"], bucket("num_frames: 4, height: 16, width: 16, fps: 8")
