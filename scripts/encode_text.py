@@ -98,6 +98,8 @@ def training_texts(configs: Sequence[str]) -> list[str]:
         manifests.append(config.validation.loss_manifest)
     for manifest in manifests:
         found += read_captions(manifest, data.caption_scores, data.trigger)
+    if data.regularisation.manifest is not None:
+        found += read_captions(data.regularisation.manifest, data.caption_scores)
     return found
 
 

@@ -19,6 +19,8 @@ trainer.max_grad_norm: gradient_clipping grad_clip clip_grad_norm
 trainer.activation_checkpointing: gradient_checkpointing grad_checkpoint
 data.buckets: train_batch_size batch_size bs resolution num_frames height width fps bucket_config
 data.manifest: dataset dataset_config data_path data_dir train_data_dir instance_data_dir
+data.regularisation.manifest: reg_data_dir class_data_dir regularization
+data.regularisation.share: prior_loss_weight
 data.trigger: trigger_word instance_prompt caption_prefix trigger_phrase
 data.root: data_root video_root
 data.workers: num_workers dataloader_num_workers max_data_loader_n_workers

@@ -33,6 +33,11 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.flow.timestep_sampling == "logit_normal",
     ),
     ("lora.*", "lora.rank", lambda c: c.lora.rank is not None),
+    (
+        "data.regularisation.root data.regularisation.share",
+        "data.regularisation.manifest",
+        lambda c: c.data.regularisation.manifest is not None,
+    ),
     ("data.cache_dir", "data.cache = disk or memory", lambda c: c.data.cache != "none"),
     ("optimizer.muon_*", "optimizer.name = muon", lambda c: c.optimizer.name != "adamw"),
     (

@@ -98,6 +98,13 @@ CHANGES = {
     "data.root": Change(["--data.root", "absent"]),
     "data.sources": Change(["--data.sources", "[{manifest: absent}]"]),
     "data.caption_scores": Change(["--data.caption_scores", "[motion]"], ["--text_encoder.max_length", "40"]),
+    "data.regularisation.manifest": Change(["--data.regularisation.manifest", "absent"]),
+    "data.regularisation.root": Change(
+        ["--data.regularisation.root", "absent"], ["--data.regularisation.manifest", "clips/manifest.csv"]
+    ),
+    "data.regularisation.share": Change(
+        ["--data.regularisation.share", "0.9"], ["--data.regularisation.manifest", "clips/manifest.csv"]
+    ),
     "data.trigger": Change(["--data.trigger", "sks"]),
     "data.buckets": Change(bucket(f"{BUCKET}, batch_size: 3")),
     "data.allow_upscale": Change(
