@@ -3,13 +3,14 @@
     python scripts/encode_text.py --output text --encoder.name t5 --encoder.path T5_FOLDER \
         --captions clips/manifest.csv --captions prompts.txt
     python scripts/encode_text.py --output text --encoder.name t5 --encoder.path T5_FOLDER --training mine.yaml
-    python train.py --config ... --text_encoder.name stored --text_encoder.path text
+    python train.py --config mine.yaml --text_encoder.name stored --text_encoder.path text
     python sample.py --checkpoint ... --prompts prompts.txt --text_states text
 
 --captions takes manifests (all that data.manifest takes) and files of prompts, with their negative prompts and
-segment prompts. --training takes config files of train.py, and encodes all that it reads: the captions of its clips
-(with data.trigger and data.caption_scores), of data.regularisation and of validation.loss_manifest, and
-validation.prompts. Captions that the folder already has are not encoded again.
+segment prompts. --training takes config files and settings of train.py, such as data.manifest=clips/manifest.csv, and
+encodes all texts that the training reads: the captions of its clips (with data.trigger and data.caption_scores), of
+data.regularisation and of validation.loss_manifest, and validation.prompts. Captions that the folder already has are
+not encoded again.
 """
 
 import csv
@@ -40,7 +41,8 @@ class EncodeConfig:
     trigger: str | None = None
     """data.trigger of that training, likewise."""
     training: list[str] = field(default_factory=list)
-    """Config files of a training, repeatable (later ones win): encode all texts that it reads."""
+    """Config files of a training, and settings NAME=VALUE, repeatable (later ones win): encode all texts that it
+    reads."""
     encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """The text encoder."""
     store: Literal["fp32", "bf16"] = "bf16"
@@ -87,11 +89,15 @@ def main() -> None:
     print(f"{config.output}: {done} captions encoded, {len(texts) - done} existed already")
 
 
-def training_texts(configs: Sequence[str]) -> list[str]:
-    """Return all texts that a training reads. Raises UserError."""
+def training_texts(given: Sequence[str]) -> list[str]:
+    """Return all texts that a training reads, with these config files and settings NAME=VALUE. Raises UserError."""
     from stdit.training.config import parse_train
 
-    config = parse_train([argument for file in configs for argument in ("--config", file)])
+    argv = []
+    for one in given:
+        name, is_setting, value = one.partition("=")
+        argv += [f"--{name}", value] if is_setting else ["--config", one]
+    config = parse_train(argv)
     data, found = config.data, list(config.validation.prompts)
     manifests = [source.manifest for source in data.all_sources()]
     if config.validation.loss_manifest is not None:
