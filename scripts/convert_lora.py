@@ -22,13 +22,15 @@ FORMATS = ("peft", "kohya", "comfyui")
 
 def convert(source: Path, target: str, output: Path) -> str:
     """Write an adapter with the names of ``target``; return a summary."""
-    from stdit.lora.files import read_adapter, write_adapter, write_tensors
+    from stdit.lora.files import read_adapter, trigger_header, write_adapter, write_tensors
     from stdit.lora.names import to_other_names
 
     adapter = read_adapter(source)
     if target == "peft":
         with disk_errors(f"adapter {output}", output):  # which is new
-            file = write_adapter(output, adapter.weights, adapter.settings, adapter.base_hash)
+            file = write_adapter(
+                output, adapter.weights, adapter.settings, adapter.base_hash, adapter.trigger
+            )
         return f"{file}: {len(adapter.weights)} weights with the names of peft"
     if adapter.settings is None:
         raise UserError(
@@ -38,7 +40,7 @@ def convert(source: Path, target: str, output: Path) -> str:
     weights = to_other_names(adapter.weights, adapter.settings, "kohya" if target == "kohya" else "comfyui")
     file = output if output.suffix == ".safetensors" else output / f"{target}.safetensors"
     with disk_errors(f"adapter {output}", output):
-        write_tensors(file, weights, {"format": "pt"})
+        write_tensors(file, weights, trigger_header(adapter.trigger))
     return f"{file}: {len(weights)} weights with the names of {target}"
 
 

@@ -2,12 +2,15 @@
 
     python scripts/encode_text.py --output text --encoder.name t5 --encoder.path T5_FOLDER \
         --captions clips/manifest.csv --captions prompts.txt
-    python train.py --config ... --text_encoder.name stored --text_encoder.path text
+    python scripts/encode_text.py --output text --encoder.name t5 --encoder.path T5_FOLDER --training mine.yaml
+    python train.py --config mine.yaml --text_encoder.name stored --text_encoder.path text
     python sample.py --checkpoint ... --prompts prompts.txt --text_states text
 
 --captions takes manifests (all that data.manifest takes) and files of prompts, with their negative prompts and
-segment prompts. Captions that the folder already has are not encoded again. Training needs the captions of its clips
-and validation.prompts.
+segment prompts. --training takes config files and settings of train.py, such as data.manifest=clips/manifest.csv, and
+encodes all texts that the training reads: the captions of its clips (with data.trigger and data.caption_scores), of
+data.regularisation and of validation.loss_manifest, and validation.prompts. Captions that the folder already has are
+not encoded again.
 """
 
 import csv
@@ -34,7 +37,12 @@ class EncodeConfig:
     captions: list[str] = field(default_factory=list)
     """Manifests and files of prompts, one flag each."""
     caption_scores: list[Literal["aesthetic", "motion", "camera"]] = field(default_factory=list)
-    """data.caption_scores of the training that will read the states."""
+    """data.caption_scores of the training that will read the states, for the manifests among captions."""
+    trigger: str | None = None
+    """data.trigger of that training, likewise."""
+    training: list[str] = field(default_factory=list)
+    """Config files of a training, and settings NAME=VALUE, repeatable (later ones win): encode all texts that it
+    reads."""
     encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """The text encoder."""
     store: Literal["fp32", "bf16"] = "bf16"
@@ -45,15 +53,25 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if self.encoder.name == "stored":
             raise UserError("encoder.name = stored: name an encoder that computes states, such as t5.")
+        for name in ("caption_scores", "trigger"):
+            if getattr(self, name) and not self.captions:
+                raise UserError(
+                    f"{name} = {getattr(self, name)}: is for captions; that of --training is in its config."
+                )
 
 
 def main() -> None:
     config = parse(EncodeConfig, doc=__doc__)
-    if not config.output or not config.captions:
-        raise UserError("--output FOLDER and at least one --captions FILE are needed: see --help.")
-    texts = list(
-        dict.fromkeys(text for file in config.captions for text in read_captions(file, config.caption_scores))
-    )
+    if not config.output or not (config.captions or config.training):
+        raise UserError("--output FOLDER, and --captions FILE or --training CONFIG are needed: see --help.")
+    texts = [
+        text
+        for file in config.captions
+        for text in read_captions(file, config.caption_scores, config.trigger)
+    ]
+    if config.training:
+        texts += training_texts(config.training)
+    texts = list(dict.fromkeys(texts))
 
     from tqdm import tqdm
 
@@ -71,19 +89,45 @@ def main() -> None:
     print(f"{config.output}: {done} captions encoded, {len(texts) - done} existed already")
 
 
-def read_captions(file: str | Path, caption_scores: Sequence[str] = ()) -> list[str]:
-    """Return all texts of a manifest or a file of prompts. Raises UserError."""
+def training_texts(given: Sequence[str]) -> list[str]:
+    """Return all texts that a training reads, with these config files and settings NAME=VALUE. Raises UserError."""
+    from stdit.training.config import parse_train
+
+    argv = []
+    for one in given:
+        name, is_setting, value = one.partition("=")
+        argv += [f"--{name}", value] if is_setting else ["--config", one]
+    config = parse_train(argv)
+    data, found = config.data, list(config.validation.prompts)
+    manifests = [source.manifest for source in data.all_sources()]
+    if config.validation.loss_manifest is not None:
+        manifests.append(config.validation.loss_manifest)
+    for manifest in manifests:
+        found += read_captions(manifest, data.caption_scores, data.trigger)
+    if data.regularisation.manifest is not None:
+        found += read_captions(data.regularisation.manifest, data.caption_scores)
+    return found
+
+
+def read_captions(
+    file: str | Path, caption_scores: Sequence[str] = (), trigger: str | None = None
+) -> list[str]:
+    """Return all texts of a manifest, as in training, or of a file of prompts. Raises UserError."""
     from stdit.data.manifest.archives import is_archive
     from stdit.data.manifest.reading import read_texts
+    from stdit.data.manifest.triggers import with_trigger
     from stdit.pipelines.prompts import read_prompts
 
     path = Path(file)
-    if is_archive(str(file)):
-        return read_texts(file, caption_scores)
-    if not path.exists():
+    if not path.exists() and not is_archive(str(file)):
         raise UserError(f"captions {path}: there is no such file or folder.")
-    if path.is_dir() or path.suffix.lower() == ".parquet" or "text" in _columns(path):
-        return read_texts(path, caption_scores)
+    if (
+        is_archive(str(file))
+        or path.is_dir()
+        or path.suffix.lower() == ".parquet"
+        or "text" in _columns(path)
+    ):
+        return list(with_trigger(read_texts(file, caption_scores), trigger))
     lines = read_prompts(path)
     return [
         text for line in lines for text in (line.prompt, line.negative_prompt, *line.segment_prompts) if text

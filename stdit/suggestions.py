@@ -23,6 +23,9 @@ lora.rank: network_dim lora_rank lora_r
 lora.alpha: network_alpha lora_alpha
 data.buckets: train_batch_size batch_size bs resolution num_frames height width fps bucket_config
 data.manifest: dataset dataset_config data_path data_dir train_data_dir instance_data_dir
+data.regularisation.manifest: reg_data_dir class_data_dir regularization
+data.regularisation.share: prior_loss_weight
+data.trigger: trigger_word instance_prompt caption_prefix trigger_phrase
 data.root: data_root video_root
 data.workers: num_workers dataloader_num_workers max_data_loader_n_workers
 data.cache: cache_latents precompute_conditions
@@ -34,6 +37,7 @@ init_from: pretrained_model_name_or_path pretrained load_from ckpt ckpt_path mod
 tracker.name: report_to log_with wandb tensorboard
 tracker.project: tracker_project_name wandb_project log_tracker_name
 validation.prompts: validation_prompt validation_prompts sample_prompts
+validation.patience: early_stopping_patience early_stopping
 validation.every: validation_steps validation_epochs sample_every_n_steps eval_every
 ema.decay: ema_decay
 flow.conditioning: mask_ratios

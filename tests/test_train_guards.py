@@ -8,8 +8,10 @@ from torch import Tensor
 
 from stdit.checkpoint_files import read_meta
 from stdit.data.batch import EncodedBatch
+from stdit.pipelines.loading import find_checkpoint_source
 from stdit.training.spikes import SpikeGuard
 from stdit.training.trainer import Trainer
+from tests.test_resume_changed import kill_in
 from tests.test_train import Settings, do, metrics, numbers, same_state, settings  # noqa: F401
 
 FLAGS = {
@@ -94,3 +96,47 @@ def test_validation_loss_and_block_norms_are_in_the_metrics(
     assert {step: resumed[step] for step in (1, 3, 4)} == {
         line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line
     }
+
+
+def test_a_run_whose_validation_loss_does_not_fall_ends_at_the_same_step_after_a_kill(
+    settings: Settings,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = {"validation__loss_every": 1, "validation__patience": 3, "validation__min_improvement": 0.99}
+    flags |= {"trainer__steps": 9, "checkpoint__every": 2, "checkpoint__keep_last": 1}
+    flags |= {"validation__prompts": "[a]", "validation__num_inference_steps": 1}
+    runs = [tmp_path / "outputs" / name for name in ("straight", "killed")]
+    assert do(settings(name="straight", **flags)) == 0
+    said = capsys.readouterr().out
+    assert (
+        "stopped at step 4 of 9: the validation loss has not fallen by 0.99 of itself in validation.pat"
+        in said
+    )
+    assert f"trained for 4 steps: {runs[0] / 'pipeline'} is written\nSample: python" in said
+    assert (
+        f"From the best step: python sample.py --checkpoint {runs[0]}/checkpoints/step-00000001 --pr" in said
+    )
+    with monkeypatch.context() as patch:
+        kill_in(patch, 3)
+        with pytest.raises(RuntimeError, match="killed"):
+            do(settings(name="killed", **flags))
+    assert do(settings(name="killed", **flags)) == 0
+    assert do(settings(name="killed", **flags)) == 0, "nothing is left to train"
+    assert numbers(runs[0]) == numbers(runs[1]) and len(numbers(runs[1])) == 4
+    for run in runs:
+        assert {path.name for path in (run / "checkpoints").glob("step-*")} == {
+            "step-00000001",
+            "step-00000004",
+        }
+        assert [path.name for path in (run / "samples").iterdir()] == ["step-00000004"]
+        assert find_checkpoint_source(run).path == run / "pipeline"
+    assert same_state(*(run / "checkpoints" / "step-00000004" for run in runs))
+    capsys.readouterr()
+    flags |= {"validation__patience": 5}
+    assert do(settings(name="killed", **flags)) == 0
+    assert "stopped at step 6 of 9" in capsys.readouterr().out
+    flags |= {"validation__loss_levels": 2}  # another loss, which is not compared with the best before
+    assert do(settings(name="killed", **flags)) == 0
+    assert "trained for 9 steps" in capsys.readouterr().out

@@ -6,17 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from stdit.checkpoint_files import read_meta
+from stdit.data.batch import EncodedBatch
 from stdit.errors import UserError
 from stdit.lora.config import parse_lora
 from stdit.lora.files import base_hash, read_adapter
+from stdit.pipelines.config import SampleConfig
+from stdit.pipelines.contact_sheet import read_contents
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.requests import Request
 from stdit.pipelines.runner import sample_videos
+from stdit.pipelines.sampling import sample_to_files
+from stdit.pipelines.video_io import read_frames, write_mp4
+from stdit.training.sampler import Sampler
+from stdit.training.step_sheet import write_step_sheet
+from stdit.training.trainer import Trainer
 from tests.lora.tiny import write_random_adapter
 from tests.pipelines.tiny import tiny_model
 from tests.test_resume_changed import kill_in
@@ -25,6 +34,9 @@ from tests.training.tiny import tiny_settings
 
 LORA = ["--name", "lora", "--lora.rank", "2", "--lora.alpha", "4", "--optimizer.name", "adamw"]
 LORA += ["--trainer.steps", "4", "--optimizer.lr", "0.01"]
+
+ADD = "add it for what that was trained on"
+LAST = "step-00000004"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,51 @@ def test_checkpoints_hold_the_adapter_alone(trained: Path) -> None:
         4.0,
     )
     assert all(tensor.abs().max() > 0 for tensor in adapter.weights.values())
-    assert list((run / "samples").rglob("*.mp4"))
+
+
+def video_of(run: Path, where: str) -> np.ndarray:
+    return read_frames(run / "samples" / where / "00-a-red-square.mp4")
+
+
+def test_validation_shows_videos_with_and_without_the_adapter(trained: Path, tmp_path: Path) -> None:
+    run, sources = trained / "outputs" / "lora", {"base": "tiny", "step-00000004": "lora"}
+    for where, source in sources.items():
+        pipe, _ = load_pipeline(trained / "outputs" / source)
+        ((_, frames),) = sample_videos(pipe, [Request("a red square", 0)])
+        write_mp4(tmp_path / "sampled.mp4", frames, 8)
+        difference = video_of(run, where).astype(int) - read_frames(tmp_path / "sampled.mp4")
+        assert np.abs(difference).max() <= 2, where
+    assert not np.array_equal(video_of(run, "base"), video_of(run, "step-00000004"))
+    with PIL.Image.open(run / "samples" / "step-00000004" / "sheet.png") as sheet:
+        with PIL.Image.open(run / "samples" / "base" / "sheet.png") as base:
+            assert sheet.width == 2 * base.width + 24
+    contents = read_contents(write_step_sheet(run, tmp_path / "steps.png"))
+    assert contents == [{"prompt": "a red square", "seed": 0, "steps": [4]}]
+    with PIL.Image.open(tmp_path / "steps.png") as sheet:
+        assert sheet.width == 2 * 130, "the base, and the step"
+
+
+def test_videos_without_the_adapter_are_made_once(
+    again: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    original = Sampler._sample
+
+    def sample(self: Sampler, pipe: Any) -> list[Any]:
+        made.append(1)
+        return original(self, pipe)
+
+    monkeypatch.setattr(Sampler, "_sample", sample)
+    flags = again("--validation.prompts", "[a red square]", "--validation.every", "2")
+    counts = []
+    for more in (["--trainer.steps", "2"], [], ["--trainer.steps", "5", "--validation.seed", "1"]):
+        assert do([*flags, *more]) == 0
+        counts.append(len(made))
+    assert counts == [2, 3, 5], "the first and the last time, when the seed is another"
+    assert (
+        do(again("--name", "alone", "--validation.prompts", "[a]", "--validation.compare_base", "false")) == 0
+    )
+    assert len(made) == 6 and not (tmp_path / "outputs" / "alone" / "samples" / "base").exists()
 
 
 def test_the_run_samples_as_its_base_with_the_file(trained: Path) -> None:
@@ -233,3 +289,49 @@ def test_a_dry_run_refuses_it_too(
     write_random_adapter(tmp_path / "other.safetensors", tiny_model())
     with pytest.raises(UserError, match=message):
         do(again(*flags, "--dry_run", "true"))
+
+
+def test_a_trigger_word_is_in_the_captions_and_missed_in_prompts(
+    again: Callable[..., list[str]],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: set[str] = set()
+    original = Trainer.step
+
+    def step(self: Trainer, batch: EncodedBatch) -> dict[str, Any]:
+        seen.update(batch.captions)
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    flags = again("--data.trigger", "sks", "--validation.prompts", "[a red square, a sks square]")
+    assert do(flags) == 0
+    assert seen == {f"sks the red square moves {side}" for side in ("left", "right")}
+    run = tmp_path / "outputs" / "lora"
+    assert read_adapter(run / "lora").trigger == "sks"
+    assert f'--checkpoint {run} --prompt "sks ..."' in capsys.readouterr().out
+    hint = 'prompt "a red square": it lacks "sks", the trigger word of'
+    assert [line for line in caplog.messages if "lacks" in line] == [f"{hint} data.trigger: {ADD}"]
+
+    base, file = trained / "outputs" / "tiny", run / "lora" / "pytorch_lora_weights.safetensors"
+    for source, lora, whose in ((base, f"{run / 'lora'}:0.5", file), (run, None, run / "checkpoints" / LAST)):
+        for prompt in ("a red square", "a sks square"):
+            caplog.clear()
+            config = SampleConfig(
+                checkpoint=str(source),
+                prompt=[prompt],
+                lora=[lora] if lora else [],
+                num_inference_steps=1,
+                output=str(tmp_path / "videos"),
+            )
+            sample_to_files(config)
+            hints = [line for line in caplog.messages if "lacks" in line]
+            assert hints == ([] if "sks" in prompt else [f"{hint} {whose}: {ADD}"])
+
+    with pytest.raises(
+        UserError, match='"sks the red square moves right" -> "the red .*data.trigger sks -> null'
+    ):
+        do([*flags[:-4], *flags[-2:]])

@@ -61,7 +61,8 @@ class StoredTextEncoder(TextEncoder):
         if missing := [text for text in texts if text not in self]:
             raise UserError(
                 f"{self.folder} has no states of {len(missing)} captions, such as {missing[0]!r}: add them with "
-                f"scripts/encode_text.py --output {self.folder}, and the same encoder."
+                f"scripts/encode_text.py --output {self.folder}, the same encoder and, for a training, "
+                "--training with its config file, or --caption_scores and --trigger as there."
             )
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,9 @@ def loop(session: "Session") -> int:
     from stdit.training.system import progress_bar
 
     steps, phase = session.config.trainer.steps, session.watchdog.phase
-    signals, saver = session.signals, session.saver
-    session.sampler.catch_up(saver.start_step)
+    signals, saver, early = session.signals, session.saver, session.saver.early_stopping
+    done = saver.start_step
+    session.sampler.catch_up(done, early.is_over)
     signals.finish_step = True
     with progress_bar(saver.start_step, steps, session.mesh.is_main) as bar:
         for batch in session.remaining_batches():
@@ -73,14 +74,16 @@ def loop(session: "Session") -> int:
                 continue
             if saver.is_due(done, signals):
                 phase(f"step {done}, saving")
-                saved = saver.save(done, at_once=signals.stop_signal is not None or done == steps)
+                saved = saver.save(
+                    done, at_once=signals.stop_signal is not None or early.is_over or done == steps
+                )
             if signals.stop_signal:
                 bar.write(f"{signals}: {saved} is saved; run the same command again to resume")
                 return signals.exit_code
-            if session.sampler.is_due(done):
+            if session.sampler.is_due(done, early.is_over):
                 phase(f"step {done}, validation")
                 session.sampler.validate(done)
-    phase(f"step {steps}, export")
-    pipeline = session.sampler.export(max(saver.start_step, steps))
-    print(end_lines(pipeline, saver.start_step, steps))
+    phase(f"step {done}, export")
+    exported = session.sampler.export(done)
+    print(end_lines(exported, saver.start_step, done, session.config, early))
     return signals.exit_code

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -44,6 +44,8 @@ class Assignment:
     """Oddities of the manifest, for people."""
     seed: int = 0
     """Of the draws for keep_probability."""
+    regularisation: np.ndarray | None = None
+    """For each of `clips` whether it is one of data.regularisation, bool [N]; None: none is."""
 
     @property
     def used_buckets(self) -> list[Bucket]:
@@ -72,6 +74,38 @@ class Assignment:
         """Return how often each clip of a bucket is drawn per epoch, float64; None if each is drawn once."""
         weights = self.clips.weight[self.members[bucket]]
         return None if (weights == 1).all() else weights
+
+    def is_regularisation(self, places: np.ndarray) -> np.ndarray:
+        """Return for places in `clips` whether the clip is one of data.regularisation, bool."""
+        return np.zeros(len(places), bool) if self.regularisation is None else self.regularisation[places]
+
+    def with_regularisation(self, own: int, share: float) -> "Assignment":
+        """Return the assignment with all but the first clips of the manifests as regularisation.
+
+        Args:
+            own: number of clips, before they were split into windows, that are none.
+            share: of the others in an epoch, which determines their weight.
+
+        Raises:
+            UserError: if one of the two kinds has no clip in a bucket.
+        """
+        count = len(self.clips)
+        starts = np.ones(count, bool) if self.window_index is None else self.window_index == 0
+        regularisation = np.cumsum(starts) > own
+        kept = np.concatenate(self.members)
+        mixed, weights = regularisation[kept], self.clips.weight.copy()
+        for kind, name in ((~mixed, "data.manifest"), (mixed, "data.regularisation")):
+            if not kind.any():
+                raise UserError(
+                    "\n".join(
+                        [
+                            f"{name}: no bucket takes one of its clips, so that its share is none",
+                            *self.exclusions(),
+                        ]
+                    )
+                )
+        weights[regularisation] = share / (1 - share) * weights[kept[~mixed]].sum() / mixed.sum()
+        return replace(self, clips=replace(self.clips, weight=weights), regularisation=regularisation)
 
     def draws_per_epoch(self, bucket: int) -> int:
         """Return how many clips a bucket draws per epoch: the rounded sum of its weights, at least 1."""
@@ -140,6 +174,7 @@ class Assignment:
         """Return a line per data root with its number of clips and draws; empty for one root without weights."""
         members = np.concatenate(self.members)
         roots, weights = self.clips.root[members], self.clips.weight[members]
+        mixed = self.is_regularisation(members)
         what, lines = "clips" if self.window_index is None else "windows", []
         for place in np.unique(roots).tolist():
             chosen = weights[roots == place]
@@ -147,6 +182,11 @@ class Assignment:
             weight = f"{least:g}" if least == most else f"{least:g} to {most:g}"
             where = f"{len(chosen)} {what} from {without_secrets(str(self.clips.roots[place]))}"
             lines.append(f"{where}, weight {weight}: {chosen.sum():.0f} draws per epoch")
+        if mixed.any():
+            part = weights[mixed].sum()
+            lines.append(
+                f"{mixed.sum()} of them are of data.regularisation: {part:.1f} of {weights.sum():.1f} draws"
+            )
         return [] if len(lines) == 1 and (weights == 1).all() else lines
 
     def exclusions(self) -> list[str]:

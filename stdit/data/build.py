@@ -9,8 +9,10 @@ from stdit.data.buckets import Bucket
 from stdit.data.clip_tensors import middle_window
 from stdit.data.config import DataConfig
 from stdit.data.decoding.decode import DecodeError
-from stdit.data.manifest.clips import Clip
+from stdit.data.manifest.clips import Clip, Clips
+from stdit.data.manifest.config import SourceConfig
 from stdit.data.manifest.reading import Skipped, clip_warnings, read_sources
+from stdit.data.manifest.triggers import clips_with_trigger
 from stdit.data.plan import BatchPlan
 from stdit.data.skips import SkipTally
 
@@ -22,11 +24,17 @@ def build_assignment(config: DataConfig, seed: int = 0, index: Path | None = Non
     """Read the manifest and sort its clips into the buckets. Raises UserError."""
     config.validate()
     clips, skipped = read_sources(config.all_sources(), config.caption_scores, index)
+    clips, own = clips_with_trigger(clips, config.trigger), len(clips)
+    if (mixed := config.regularisation).manifest is not None:
+        source = SourceConfig(mixed.manifest, mixed.root)
+        more, excluded = read_sources([source], config.caption_scores, index and index / "regularisation")
+        clips, skipped = Clips.concatenate([clips, clips_with_trigger(more, None)]), skipped + excluded
     buckets = [Bucket.from_config(bucket) for bucket in config.multiplied_buckets()]
     assignment = assign_clips(
         clips, buckets, seed, config.allow_upscale, skipped, config.bucket_choice, config.max_crop
     )
-    return replace(assignment, warnings=clip_warnings(clips))
+    assignment = replace(assignment, warnings=clip_warnings(clips))
+    return assignment if len(clips) == own else assignment.with_regularisation(own, mixed.share)
 
 
 def build_plan(

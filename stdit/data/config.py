@@ -8,7 +8,7 @@ from typing import Literal
 
 from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.data.decoding.media import is_url
-from stdit.data.manifest.config import SourceConfig
+from stdit.data.manifest.config import RegularisationConfig, SourceConfig
 from stdit.errors import UserError
 
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p", "1080p")
@@ -119,8 +119,13 @@ class DataConfig:
     """Folder (or URL) that paths are relative to; no file outside it is opened; default: the manifest's folder."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Several sets of clips, each with manifest, root and weight, instead of manifest and root."""
+    regularisation: RegularisationConfig = field(default_factory=RegularisationConfig)
+    """Clips beside those of the manifest or the sources, mixed in at a fixed share."""
     caption_scores: list[Literal["aesthetic", "motion", "camera"]] = field(default_factory=list)
     """Columns to append to the captions of clips that have them, in Open-Sora's words: "aesthetic score: 6.5."."""
+    trigger: str | None = None
+    """Trigger word, such as sks, that prompts then use for what the clips show: it is put into each caption, where
+    that has {trigger}, else before it. Captions that have it already stay as they are."""
     buckets: list[BucketConfig] = field(default_factory=lambda: [BucketConfig()])
     """Sizes to train on; a clip goes to one that it can fill: see bucket_choice."""
     batch_multiplier: int = 1
@@ -165,6 +170,10 @@ class DataConfig:
         """Return `sources`, or the one source of `manifest` and `root`."""
         return self.sources or [SourceConfig(self.manifest, self.root)]
 
+    def with_manifest(self, manifest: str, root: str | None = None) -> "DataConfig":
+        """Return the settings with the clips of another manifest alone."""
+        return replace(self, manifest=manifest, root=root, sources=[], regularisation=RegularisationConfig())
+
     def multiplied_buckets(self) -> list[BucketConfig]:
         """Return the buckets with `batch_multiplier` applied."""
         return [bucket.multiplied(self.batch_multiplier) for bucket in self.buckets]
@@ -192,6 +201,12 @@ class DataConfig:
             )
         for source in self.sources:
             source.validate()
+        self.regularisation.validate()
+        if self.trigger is not None and (not self.trigger or self.trigger != self.trigger.strip()):
+            raise UserError(
+                f"data.trigger = {self.trigger!r}: must be a word or phrase without spaces around it, such as sks; "
+                "for none, leave it out"
+            )
         if not self.buckets:
             raise UserError(
                 "data.buckets is empty: give at least one, with num_frames, fps, height, width, batch_size"

@@ -143,7 +143,8 @@ class BatchPlan:
             return members
         if k not in self._drawn_cache or self._drawn_cache[k][0] != epoch:
             rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, DRAW_STREAM, k]))
-            self._drawn_cache[k] = (epoch, members[_systematic_sample(weights, self._draws[k], rng)])
+            mixed = self.assignment.is_regularisation(members)
+            self._drawn_cache[k] = (epoch, members[_systematic_sample(weights, self._draws[k], rng, mixed)])
         return self._drawn_cache[k][1]
 
     def _permutation(self, length: int, epoch: int, stream: int) -> np.ndarray:
@@ -154,12 +155,18 @@ class BatchPlan:
         return self._cache[stream][1]
 
 
-def _systematic_sample(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def _systematic_sample(
+    weights: np.ndarray, count: int, rng: np.random.Generator, kind: np.ndarray
+) -> np.ndarray:
     """Draw `count` indices in proportion to weights: each index its expected number of times, rounded down or up.
 
     Systematic sampling: shares are laid end to end in random order, and sampled at equal distances.
+
+    Args:
+        kind: of each index, bool: both kinds together are drawn as often as expected, too, rounded down or up.
     """
     order = rng.permutation(len(weights))
+    order = order[np.argsort(kind[order], kind="stable")]
     ends = np.cumsum(weights[order])
     points = (np.arange(count) + rng.random()) * (ends[-1] / count)
     return order[np.minimum(np.searchsorted(ends, points, side="right"), len(order) - 1)]

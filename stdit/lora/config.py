@@ -12,6 +12,8 @@ from stdit.lora.header import read_header
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """Name of the file in a folder, as diffusers has it."""
+NAME_PREFIX = "lora_"
+"""Of the names of adapters for sampling in a model."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of files that are not read: reading one can run anything."""
 
@@ -77,7 +79,7 @@ class LoRASpec:
     @property
     def name(self) -> str:
         """Name of the adapter in a model: that of its content."""
-        return "lora_" + self.hash.partition(":")[2][:16]
+        return NAME_PREFIX + self.hash.partition(":")[2][:16]
 
 
 def split_lora(text: str, where: str = "") -> tuple[str, float]:

@@ -23,7 +23,7 @@ from stdit.lora.adapters import (
     merge_adapter,
 )
 from stdit.lora.config import ADAPTER_FILE, LoRASpec, find_adapter_file
-from stdit.lora.header import BASE_HASH, SETTINGS, read_header
+from stdit.lora.header import BASE_HASH, SETTINGS, TRIGGER, read_header
 from stdit.lora.names import PEFT_PREFIXES, from_other_names, own_weights
 from stdit.models.stdit import STDiT
 from stdit.umask import apply_umask
@@ -39,14 +39,20 @@ class AdapterFile:
     """peft's; None: the file does not have them."""
     base_hash: str | None
     """Of the weights that it was trained on, if the file has it."""
+    trigger: str | None = None
+    """The trigger word of its training, if it had one."""
 
 
 def write_adapter(
-    path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any] | None, base_hash: str | None
+    path: Path,
+    weights: Mapping[str, Tensor],
+    settings: Mapping[str, Any] | None,
+    base_hash: str | None,
+    trigger: str | None = None,
 ) -> Path:
     """Write a file, or the usual one in a folder; return the file."""
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-    header, prefix = {"format": "pt"}, PEFT_PREFIXES[0]
+    header, prefix = trigger_header(trigger), PEFT_PREFIXES[0]
     if settings is not None:
         packed = {f"{prefix}{key}": value for key, value in settings.items()}
         header[SETTINGS] = json.dumps(packed, indent=2, sort_keys=True)
@@ -54,6 +60,11 @@ def write_adapter(
         header[BASE_HASH] = base_hash
     write_tensors(file, {f"{prefix}{name}": tensor for name, tensor in weights.items()}, header)
     return file
+
+
+def trigger_header(trigger: str | None) -> dict[str, str]:
+    """Return the header of a file with a trigger word, or without one."""
+    return {"format": "pt", **({} if trigger is None else {TRIGGER: trigger})}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
@@ -85,8 +96,8 @@ def read_adapter(path: Path) -> AdapterFile:
             "training failed, or it is damaged: use an earlier one."
         )
     if not header.of_peft:
-        return AdapterFile(*from_other_names(tensors), header.base_hash)
-    return AdapterFile(own_weights(tensors), header.settings, header.base_hash)
+        return AdapterFile(*from_other_names(tensors), header.base_hash, header.trigger)
+    return AdapterFile(own_weights(tensors), header.settings, header.base_hash, header.trigger)
 
 
 def base_hash(model: STDiT) -> str:

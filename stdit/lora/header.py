@@ -19,6 +19,8 @@ SETTINGS = "lora_adapter_metadata"
 """Key of the header for peft's settings, as JSON: diffusers' ``LORA_ADAPTER_METADATA_KEY``."""
 BASE_HASH = "stdit_base"
 """Key of the header for the hash of the weights that the adapter was trained on."""
+TRIGGER = "modelspec.trigger_phrase"
+"""Key of the header for the trigger word of its training, as in Stability AI's model metadata standard."""
 _USED = (
     "peft_type",
     "r",
@@ -65,6 +67,8 @@ class AdapterHeader:
     """peft's, but only those that matter here; None: the file does not have them."""
     base_hash: str | None
     """Of the weights that it was trained on, if the file has it."""
+    trigger: str | None
+    """Trigger word of its training, if the file has one."""
 
 
 def read_header(file: Path) -> AdapterHeader:
@@ -108,7 +112,7 @@ def read_header(file: Path) -> AdapterHeader:
         for kind, entry in kinds.items()
         if kind != "alpha"
     }
-    return AdapterHeader(of_peft, shapes, settings, metadata.get(BASE_HASH))
+    return AdapterHeader(of_peft, shapes, settings, metadata.get(BASE_HASH), metadata.get(TRIGGER))
 
 
 def _by_layer(entries: list[_Entry]) -> dict[str, dict[str, _Entry]]:

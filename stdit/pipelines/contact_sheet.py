@@ -19,15 +19,10 @@ from stdit.pipelines.video_io import atomic_write, check_frames, spread
 
 _GAP = 2
 """Pixels between pictures."""
+_APART = 24
+"""Pixels between sheets that are side by side."""
 _CONTENTS = "contents"
 """Name of the text in the PNG that says what is on it."""
-
-
-def write_sheet(
-    path: Path, videos: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8, tile: int = 128
-) -> None:
-    """Write a contact sheet: one `sheet_row` per video."""
-    write_rows(path, [sheet_row(*pair, columns, tile) for pair in zip(videos, captions, strict=True)])
 
 
 def sheet_row(frames: np.ndarray, caption: str, columns: int = 8, tile: int = 128) -> PIL.Image.Image:
@@ -63,6 +58,17 @@ def picture_row(
     for column, label in enumerate(below):
         draw_lines(draw, column * (cell[0] + _GAP) + 2, top + cell[1], [label])
     return row
+
+
+def side_by_side(pictures: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
+    """Return sheets, or rows of them, next to each other."""
+    width = sum(picture.width for picture in pictures) + _APART * (len(pictures) - 1)
+    joined = PIL.Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        joined.paste(picture, (left, 0))
+        left += picture.width + _APART
+    return joined
 
 
 def write_rows(

@@ -5,9 +5,6 @@ from pathlib import Path
 
 from stdit.errors import UserError
 
-_APART = 24
-"""Pixels between two sheets."""
-
 
 def write_joined_sheet(sheets: Sequence[Path], output: Path) -> None:
     """Write contact sheets side by side as one PNG, each below its path; an older one is replaced.
@@ -20,7 +17,13 @@ def write_joined_sheet(sheets: Sequence[Path], output: Path) -> None:
     """
     import PIL.Image
 
-    from stdit.pipelines.contact_sheet import check_replaceable, picture_row, read_contents, write_rows
+    from stdit.pipelines.contact_sheet import (
+        check_replaceable,
+        picture_row,
+        read_contents,
+        side_by_side,
+        write_rows,
+    )
     from stdit.pipelines.writer import check_writable, created_folder
 
     check_replaceable(output)
@@ -42,11 +45,5 @@ def write_joined_sheet(sheets: Sequence[Path], output: Path) -> None:
         except (OSError, SyntaxError, ValueError) as error:  # as Pillow has it
             raise UserError(f"{file} is damaged ({error}): delete it, and run sample.py again.") from error
         named.append(picture_row([picture], str(path), 1))
-    width = sum(sheet.width for sheet in named) + _APART * (len(named) - 1)
-    joined = PIL.Image.new("RGB", (width, max(sheet.height for sheet in named)), "white")
-    left = 0
-    for sheet in named:
-        joined.paste(sheet, (left, 0))
-        left += sheet.width + _APART
     with created_folder(output.absolute().parent):
-        write_rows(output, [joined], contents)
+        write_rows(output, [side_by_side(named)], contents)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from stdit.lora.adapters import load_adapter
-from stdit.lora.config import LoRASpec
+from stdit.lora.config import NAME_PREFIX, LoRASpec
 from stdit.lora.files import check_fits, read_adapters
 from stdit.models.config import STDiTConfig
 from stdit.models.size import meta_model
@@ -23,6 +23,8 @@ def check_loras(loras: Sequence[LoRASpec], settings: Mapping[str, Any]) -> None:
 def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = True) -> None:
     """Let a pipeline use these adapters with their weights, and no others; those that it lacks are loaded.
 
+    Without any, adapters that came otherwise, such as the one that is trained, stay in use.
+
     Args:
         any_base: also load adapters that say that they were trained on other weights.
 
@@ -37,5 +39,5 @@ def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = T
     if loras:
         pipe.enable_lora()
         pipe.set_adapters([lora.name for lora in loras], [lora.weight for lora in loras])
-    elif getattr(model, "peft_config", {}):
+    elif any(name.startswith(NAME_PREFIX) for name in loaded):
         pipe.disable_lora()

@@ -107,6 +107,7 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         trained_sizes: Sequence[dict[str, Any]] | None = None,
         lineage: Sequence[dict[str, Any]] | None = None,
         vocabulary: str | None = None,
+        trigger: str | None = None,
         **settings: Any,
     ) -> None:
         """Assemble a pipeline. A component may be None as long as no call needs it.
@@ -128,6 +129,7 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 experiment before and after.
             vocabulary: the words, in lower case and with spaces between them, of the captions that the model was
                 trained on.
+            trigger: the word in all of these captions that prompts use for what the clips show.
             settings: the fields of `VideoSettings`: defaults of a call, such as the size that the model was trained
                 on, and sampling settings that suit it.
 
@@ -159,6 +161,7 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             "trained_sizes": [dict(size) for size in trained_sizes] if trained_sizes else None,
             "lineage": [dict(change) for change in lineage] if lineage else None,
             "vocabulary": vocabulary,
+            "trigger": trigger,
         }
         defaults = own.resolved(PIPELINE_DEFAULTS)
         VideoSettings(**defaults).check()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import stdit
+from stdit.lora.header import read_header
 from stdit.pipelines.bundled import describe_origin
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import describe_finished, describe_others
@@ -23,7 +24,7 @@ from stdit.pipelines.loading import (
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.sizes import size_multiple
 from stdit.pipelines.sources import CheckpointSource, find_checkpoint_source
-from stdit.pipelines.untrained import warn_of_untrained
+from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
 from stdit.pipelines.writer import VideoWriter, check_writable
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         if origin := describe_origin(source.path):
             print(origin, flush=True)
         warn_of_untrained(requests, pipe.config, pipe.flow.config.conditioning)
+        warn_of_missing_trigger([r.prompt for r in requests], pipe.config["trigger"], str(source.path))
+        for lora in loras:
+            prompts = [r.prompt for r in requests if lora in r.loras and lora.weight]
+            warn_of_missing_trigger(prompts, read_header(lora.file).trigger, str(lora.file))
         if "mp4" in config.formats():
             _warn_if_padded(pipe, requests)
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from stdit.data.manifest.triggers import has_trigger
 from stdit.errors import listed
 from stdit.pipelines.requests import Request
 
@@ -44,6 +45,20 @@ def warn_of_conditioning(conditioned: bool, conditioning: Mapping[str, float]) -
         logger.warning(
             "the model was trained without conditioning frames (flow.conditioning): it may ignore them"
         )
+
+
+def warn_of_missing_trigger(prompts: Iterable[str], trigger: str | None, whose: str) -> None:
+    """Log a hint for each prompt without the trigger word of a training.
+
+    Args:
+        whose: what has the word, such as the file of an adapter.
+    """
+    for prompt in dict.fromkeys(prompts):
+        if trigger is not None and not has_trigger(prompt, trigger):
+            logger.warning(
+                'prompt "%.80s": it lacks "%s", the trigger word of %s: add it for what that was trained on',
+                *(prompt, trigger, whose),
+            )
 
 
 def _warn_of_words(requests: Iterable[Request], vocabulary: Collection[str]) -> None:

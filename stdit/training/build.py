@@ -33,6 +33,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import format_gib
 from stdit.pipelines.sources import find_initial_weights, is_checkpoint
+from stdit.pipelines.untrained import warn_of_missing_trigger
 from stdit.pipelines.weights import AdapterBase, open_initial_weights, read_base
 from stdit.training.config import TrainConfig
 from stdit.training.experiment import experiment_key
@@ -152,6 +153,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     texts = plan.assignment.clips.texts
     captions = (texts[index] for members in plan.assignment.members for index in members.tolist())
     text_encoder.check(chain(captions, config.validation.prompts))
+    warn_of_missing_trigger(config.validation.prompts, config.data.trigger, "data.trigger")
     plan = plan.sized(lambda bucket: _tokens_per_clip(config, codec, bucket))
     flow = FlowObjective(config.flow, variance)
     resolved = resolved_config(config, codec, text_encoder)

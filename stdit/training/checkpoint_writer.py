@@ -47,6 +47,8 @@ class CheckpointWriter:
         """Of the last save: how long training stopped for it, and waited for the save before it."""
         self.losses = _read_losses(folder / _LOSSES_FILE)
         """Validation losses by step."""
+        self.best_step: int | None = None
+        """A step whose checkpoint stays, for ``validation.patience``."""
         if mesh.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for aside in folder.glob("step-*.tmp"):
@@ -154,7 +156,7 @@ class CheckpointWriter:
     def prune(self) -> None:
         """Remove old checkpoints, on the main rank. The newest whole one, verified by reading it, always stays."""
         folders = {step: path for path in self.folder.glob("step-*") if (step := step_of(path)) is not None}
-        old = folders.keys() - steps_to_keep(folders, self.config, dict(self.losses))
+        old = folders.keys() - steps_to_keep(folders, self.config, dict(self.losses)) - {self.best_step}
         if old:
             old -= {next((step for step in sorted(folders, reverse=True) if is_whole(folders[step])), None)}
         for step in sorted(old):

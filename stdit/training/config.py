@@ -195,6 +195,8 @@ class ValidationConfig(VideoSettings):
     """Steps between validations; the last step has one, too."""
     seed: int = 0
     """Seed of every video."""
+    compare_base: bool = True
+    """With lora.rank: also make each video without the adapter, once, and show it beside that with it."""
     loss_every: int | None = None
     """Steps between measurements of the validation loss: at fixed noise levels, with fixed noise, of fixed clips."""
     loss_manifest: str | None = None
@@ -203,16 +205,30 @@ class ValidationConfig(VideoSettings):
     """Most clips of each bucket in the validation loss."""
     loss_levels: int = 4
     """Noise levels of each clip in the validation loss: quantiles of the levels in training."""
+    patience: int | None = None
+    """End the run when this many measurements of the validation loss in a row were not better than the best before
+    them, whose checkpoint is saved and kept."""
+    min_improvement: float = 0.0
+    """Share of the best validation loss by which another must be lower to be better, for patience."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError(f"validation.every = {self.every}: must be at least 1; for none, give no prompts")
         if any(not prompt.strip() for prompt in self.prompts):
             raise UserError("validation.prompts has an empty prompt: write it, or delete it")
-        for name in ("loss_every", "loss_clips", "loss_levels"):
+        for name in ("loss_every", "loss_clips", "loss_levels", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"validation.{name} = {value}: must be at least 1")
+        if self.patience is not None and self.loss_every is None:
+            raise UserError(
+                f"validation.patience = {self.patience}: it waits for the validation loss, which is not measured: "
+                "set validation.loss_every, such as 100, and validation.loss_manifest, clips that are not trained on"
+            )
+        if not 0 <= self.min_improvement < 1:
+            raise UserError(
+                f"validation.min_improvement = {self.min_improvement}: must be at least 0 and below 1, such as 0.01"
+            )
         check_seed(self.seed, "validation.")
         self.check("validation.")
 

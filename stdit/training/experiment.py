@@ -18,6 +18,8 @@ FREE = {
     "data.root",
     "data.cache_dir",
     "data.sources",
+    "data.regularisation.manifest",
+    "data.regularisation.root",
     "data.workers",
     "data.max_skipped_share",
     "lora.init_from",

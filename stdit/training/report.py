@@ -22,6 +22,7 @@ from stdit.parallel.sequence.planner import (
 )
 from stdit.training.build import RunComponents, RunInputs, build_inputs, compare_with_checkpoint
 from stdit.training.config import TrainConfig
+from stdit.training.early_stopping import EarlyStopping
 from stdit.training.fit import choice_lines, fitted
 from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.run_folder import find_start
@@ -158,13 +159,27 @@ def start_line(components: RunComponents) -> str:
     return f"{components.config.run_folder}: {count:,} parameters, {components.plan.assignment.kept} clips"
 
 
-def end_lines(pipeline: Path, start_step: int, steps: int) -> str:
-    """Return the last lines of a run that began at ``start_step``: what was trained, and how to sample from it."""
-    run = pipeline.parent
-    done = f"trained for {steps} steps: {pipeline} is written"
+def end_lines(exported: Path, start_step: int, done: int, config: TrainConfig, early: EarlyStopping) -> str:
+    """Return the last lines of a run: what was trained, and how to sample from it.
+
+    Args:
+        exported: the folder of the pipeline or adapter.
+        start_step: at which it began; ``done``: at which it ended.
+    """
+    run, steps = exported.parent, config.trainer.steps
+    lines = [f"trained for {done} steps: {exported} is written"]
     if start_step > steps:
-        done = (
+        lines = [
             f"{run} has {start_step} steps already, and trainer.steps = {steps}: nothing to train. For a run of "
             f"{steps} steps choose another --name"
+        ]
+    elif early.is_over and done < steps:
+        lines = [f"stopped at step {done} of {steps}: {early}", *lines]
+    sample = f"{as_started('python sample.py')} --checkpoint {run}"
+    prompt = "..." if config.data.trigger is None else f"{config.data.trigger} ..."
+    lines.append(f'Sample: {sample} --prompt "{prompt}"')
+    if early.best_step not in (None, done):
+        lines.append(
+            f'From the best step: {sample}/checkpoints/step-{early.best_step:08d} --prompt "{prompt}"'
         )
-    return f'{done}\nSample: {as_started("python sample.py")} --checkpoint {run} --prompt "..."'
+    return "\n".join(lines)

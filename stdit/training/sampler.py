@@ -11,12 +11,13 @@ from stdit.lora.adapters import adapter_settings, adapter_weights
 from stdit.lora.files import write_adapter
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import full_tensor, gather_full_tensors
+from stdit.pipelines.finished import difference
 from stdit.pipelines.weights import AdapterBase
 from stdit.training.build import RunComponents
 from stdit.training.disk import replace_folder
 from stdit.training.ema import EMA
 from stdit.training.tracking import Tracker
-from stdit.training.validation import make_samples, write_samples
+from stdit.training.validation import BASE_SAMPLES, make_samples, sample_files, write_samples
 
 
 class Sampler:
@@ -43,30 +44,62 @@ class Sampler:
         self.pipeline_settings, self.tracker = pipeline_settings, tracker
         self.config = components.config
 
-    def is_due(self, step: int) -> bool:
-        """Return whether to make validation videos after ``step`` steps."""
+    def is_due(self, step: int, is_over: bool) -> bool:
+        """Return whether to make validation videos after ``step`` steps, of which the last is one if ``is_over``."""
         validation = self.config.validation
-        return bool(validation.prompts) and self.config.trainer.is_due(step, validation.every)
+        return bool(validation.prompts) and (is_over or self.config.trainer.is_due(step, validation.every))
 
-    def catch_up(self, start_step: int) -> None:
+    def catch_up(self, start_step: int, is_over: bool) -> None:
         """Make the validation videos of the resumed step, if the run ended between saving it and making them."""
-        if start_step and self.is_due(start_step):
+        if start_step and self.is_due(start_step, is_over):
             if not self.mesh.on_main(self._samples(start_step).exists):
                 self.validate(start_step)
 
     def validate(self, step: int) -> None:
         """Write videos of the validation prompts, sampled by all ranks with the averages after ``step`` steps."""
         pipe = self._pipeline(step, {name: full_tensor(t) for name, t in self._averaged().items()})
-        validation = self.config.validation
-        videos = make_samples(pipe, validation.prompts, validation.seed, self.mesh)
-        self.mesh.on_main(lambda: self._write_samples(videos, pipe.config, step))
+        base = self._base_videos(pipe)
+        videos = self._sample(pipe)
+        self.mesh.on_main(lambda: self._write_samples(videos, pipe.config, step, base))
 
-    def _write_samples(self, videos: list[Any], settings: dict[str, Any], step: int) -> None:
-        config, folder = self.config.validation, self._samples(step)
+    def _sample(self, pipe: Any) -> list[Any]:
+        validation = self.config.validation
+        return make_samples(pipe, validation.prompts, validation.seed, self.mesh)
+
+    def _base_videos(self, pipe: Any) -> Path | None:
+        """Return the folder of the videos that the model makes without the adapter; None: they are not compared.
+
+        They do not change, so they are made at the first validation only.
+        """
+        if self.components.base is None or not self.config.validation.compare_base:
+            return None
+        folder = self.folder / "samples" / BASE_SAMPLES
+        files = self._files(pipe.config, {"base_hash": self.components.base})
+        if self.mesh.on_main(lambda: any(difference(folder / name, facts) for name, facts in files.items())):
+            pipe.disable_lora()
+            videos = self._sample(pipe)
+            pipe.enable_lora()
+            self.mesh.on_main(lambda: self._write_base(videos, files, folder))
+        return folder
+
+    def _files(self, settings: dict[str, Any], origin: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return sample_files(settings, self.config.validation.prompts, self.config.validation.seed, origin)
+
+    def _write_base(self, videos: list[Any], files: dict[str, dict[str, Any]], folder: Path) -> None:
         with replace_folder(f"samples {folder}", folder) as aside:
-            names = write_samples(videos, settings, config.prompts, config.seed, aside)
-        *videos, sheet = (folder / name for name in names)
-        self.tracker.log_videos(videos, config.prompts, sheet, step)
+            write_samples(videos, files, aside)
+
+    def _write_samples(
+        self, videos: list[Any], settings: dict[str, Any], step: int, base: Path | None
+    ) -> None:
+        folder, prompts = self._samples(step), self.config.validation.prompts
+        files = self._files(settings, {"checkpoint_step": step, "lineage": settings["lineage"] or []})
+        with replace_folder(f"samples {folder}", folder) as aside:
+            write_samples(videos, files, aside, base)
+        shown = {folder / name: prompt for name, prompt in zip(files, prompts, strict=True)}
+        if base is not None:
+            shown |= {base / name: f"{prompt} (base)" for name, prompt in zip(files, prompts, strict=True)}
+        self.tracker.log_videos(list(shown), list(shown.values()), folder / "sheet.png", step)
 
     def _samples(self, step: int) -> Path:
         return self.folder / "samples" / f"step-{step:08d}"
@@ -92,7 +125,8 @@ class Sampler:
     def _write_adapter(self, weights: dict[str, Tensor], base: AdapterBase) -> Path:
         target, model = self.folder / "lora", self.components.model.with_weights(weights)
         with replace_folder(f"adapter {target}", target) as aside:
-            write_adapter(aside, adapter_weights(model), adapter_settings(model), base.hash)
+            trigger = self.config.data.trigger
+            write_adapter(aside, adapter_weights(model), adapter_settings(model), base.hash, trigger)
         return target
 
     def _write_pipeline(self, step: int, weights: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from stdit.lora.adapters import adapter_settings
 from stdit.settings import plain
 from stdit.training.build import RunComponents
 from stdit.training.checkpoint_writer import CheckpointWriter
+from stdit.training.early_stopping import EarlyStopping
 from stdit.training.lineage import CLIP_LIST, check_can_resume, same_batches
 from stdit.training.requests import NoRequests, RequestFiles
 from stdit.training.stop_signals import StopSignals
@@ -19,6 +20,8 @@ from stdit.training.trainer import Trainer
 
 STOP_OR_SAVE = "stop or save"
 """Name of the saver's flags in the exchange of a step."""
+LOSS_CLIPS = ("loss_manifest", "loss_clips", "loss_levels")
+"""Settings of the validation that say what its loss is measured on."""
 LONG_WAIT = 1.0
 """Print a message if a save waited longer than this many seconds for the one before."""
 
@@ -51,6 +54,7 @@ class Saver:
         self.checkpoints = CheckpointWriter(
             folder / "checkpoints", self.config.checkpoint, self.mesh, self.config.parallel.timeout
         )
+        self.early_stopping = EarlyStopping(self.config.validation)
         self.start_step = 0 if checkpoint is None else self.load(checkpoint)
         if components.resumed is not None:
             print(components.resumed)
@@ -67,7 +71,13 @@ class Saver:
         """Load the trainer's state and return its step. Raises UserError if it is of another model."""
         meta = check_can_resume(checkpoint, self.experiment)
         step: int = meta["step"]
-        if not same_batches(meta["experiment"], self.experiment):
+        same = same_batches(meta["experiment"], self.experiment)
+        before = meta.get("config", {}).get("validation", {})
+        comparable = same and all(
+            before.get(name) == getattr(self.config.validation, name) for name in LOSS_CLIPS
+        )
+        self.early_stopping.load(meta.get("early_stopping", {}) if comparable else {})
+        if not same:
             # Later steps have other batches than the spikes had.
             spikes = meta.get("spikes", {})
             excluded = [other for other in spikes.get("excluded_steps", []) if other < step]
@@ -106,8 +116,10 @@ class Saver:
         if failed:
             self.checkpoints.wait()
         stops = signals.stop_signal is not None
+        early = self.early_stopping
         checkpoint, is_due = self.config.checkpoint, self.config.trainer.is_due
         kept = checkpoint.keep_every is not None and is_due(step, checkpoint.keep_every)
+        kept |= early.is_over or early.best_step == step
         return bool(save) or stops or kept or is_due(step, checkpoint.every)
 
     def save(self, step: int, at_once: bool) -> Path:
@@ -128,6 +140,7 @@ class Saver:
             "spikes": self.trainer.spikes.state(),
             "batch_splits": self.trainer.batch_splits,
             "matmul_precision": self.trainer.matmul_state(),
+            "early_stopping": self.early_stopping.state(),
             "validation_loss": self.checkpoints.losses.get(step),
             **self._adapter_meta(),
             "versions": {
@@ -136,6 +149,7 @@ class Saver:
                 "python": platform.python_version(),
             },
         }
+        self.checkpoints.best_step = self.early_stopping.best_step
         folder = self.checkpoints.save(
             step,
             self.trainer.state(),

@@ -53,15 +53,16 @@ class Session:
     """The clips of the validation loss; None if it is off."""
 
     def remaining_batches(self) -> Iterator[EncodedBatch]:
-        """Yield the batches from the first step to the last; after a rollback, again from its step."""
+        """Yield the batches from the first step to the last, or to an early stop; after a rollback, from its step."""
+        early = self.saver.early_stopping
         first: int | None = self.saver.start_step
-        while first is not None:
+        while first is not None and not early.is_over:
             self.rollback.step = None
             iterator = iter(self.batches(first, self.config.trainer.steps))
             for step in range(first, self.config.trainer.steps):
                 self.watchdog.phase(f"step {step}, waiting for data")
                 yield next(iterator)
-                if self.rollback.step is not None:
+                if self.rollback.step is not None or early.is_over:
                     break
             first = self.rollback.step
 
@@ -72,6 +73,7 @@ class Session:
             return {}
         found = self.held_out.measure(self.trainer)
         self.saver.checkpoints.record_loss(step, found["validation_loss"])
+        self.saver.early_stopping.record(step, found["validation_loss"])
         return found
 
 
@@ -150,7 +152,9 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             )
 
             # Saver: loads the checkpoint into the trainer. From here on, closing gives a save in progress some time.
-            pipeline_settings = pipeline_settings_of(config.validation, components.plan.assignment)
+            pipeline_settings = pipeline_settings_of(
+                config.validation, components.plan.assignment, config.data.trigger
+            )
             saver = mesh.main_first(lambda: Saver(folder, components, trainer, pipeline_settings, checkpoint))
             saver.exchange_flags(signals)
 

@@ -1,10 +1,11 @@
-"""Contact sheet across training: a row for each validation prompt, a column for each step."""
+"""Contact sheet across training: a row for each validation prompt, a column for each step, and one for the base."""
 
 from pathlib import Path
 from typing import Any
 
 from stdit.checkpoint_files import step_of
 from stdit.errors import UserError
+from stdit.training.validation import BASE_SAMPLES
 
 
 def write_step_sheet(run: Path, output: Path | None = None, columns: int = 8, frames: int = 1) -> Path:
@@ -28,15 +29,17 @@ def write_step_sheet(run: Path, output: Path | None = None, columns: int = 8, fr
     check_writable(output.absolute().parent)
     folders = _folders_of_steps(run)
     steps = [sorted(folders)[index] for index in spread(len(folders), columns)]
-    videos = {step: _videos(folders[step]) for step in steps}
+    base = run / "samples" / BASE_SAMPLES
+    shown = {"base": base} if base.is_dir() else {}
+    shown |= {f"step {step}": folders[step] for step in steps}
+    videos = {label: _videos(folder) for label, folder in shown.items()}
     # The prompts of the last step come first, in their order; older ones of a resumed run follow.
-    names = dict.fromkeys(name for step in reversed(steps) for name in videos[step])
+    names = dict.fromkeys(name for label in reversed(videos) for name in videos[label])
     rows = []
     for prompt, seed in names:
-        files = [videos[step].get((prompt, seed)) for step in steps]
+        files = [videos[label].get((prompt, seed)) for label in videos]
         pictures = [None if file is None else _picture(file, frames) for file in files]
-        labels = [f"step {step}" for step in steps]
-        rows.append(picture_row(pictures, f"{prompt}  (seed {seed})", len(steps), labels))
+        rows.append(picture_row(pictures, f"{prompt}  (seed {seed})", len(videos), list(videos)))
     contents = [{"prompt": prompt, "seed": seed, "steps": steps} for prompt, seed in names]
     with created_folder(output.absolute().parent):
         write_rows(output, rows, contents)

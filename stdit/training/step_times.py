@@ -169,7 +169,7 @@ def _temporary_run(config: TrainConfig) -> Iterator[TrainConfig]:
             dry_run=False,
             # Read and encode each batch: what the cache would save is told from the same steps.
             data=replace(config.data, cache="none", augmented_views=1),
-            validation=replace(config.validation, prompts=[], loss_every=None),
+            validation=replace(config.validation, prompts=[], loss_every=None, patience=None),
             tracker=TrackerConfig(),
         )
     finally:

@@ -33,6 +33,11 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.flow.timestep_sampling == "logit_normal",
     ),
     ("lora.*", "lora.rank", lambda c: c.lora.rank is not None),
+    (
+        "data.regularisation.root data.regularisation.share",
+        "data.regularisation.manifest",
+        lambda c: c.data.regularisation.manifest is not None,
+    ),
     ("data.cache_dir", "data.cache = disk or memory", lambda c: c.data.cache != "none"),
     ("optimizer.muon_*", "optimizer.name = muon", lambda c: c.optimizer.name != "adamw"),
     (
@@ -53,6 +58,12 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.validation.loss_every is not None,
     ),
     ("validation.every validation.seed", "validation.prompts", lambda c: bool(c.validation.prompts)),
+    ("validation.min_improvement", "validation.patience", lambda c: c.validation.patience is not None),
+    (
+        "validation.compare_base",
+        "lora.rank with validation.prompts",
+        lambda c: c.lora.rank is not None and bool(c.validation.prompts),
+    ),
     (
         "validation.guidance_schedule",
         "a validation.guidance_scale other than 1",

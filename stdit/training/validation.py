@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
 
+BASE_SAMPLES = "base"
+"""Folder of the validation videos of an adapter's base, beside those of the steps."""
 
-def pipeline_settings_of(config: ValidationConfig, assignment: "Assignment") -> dict[str, Any]:
+
+def pipeline_settings_of(
+    config: ValidationConfig, assignment: "Assignment", trigger: str | None = None
+) -> dict[str, Any]:
     """Return the pipeline's settings: those of the config, the rest from the bucket with the most clips.
 
     ``trained_sizes`` lists all buckets that have clips.
@@ -29,7 +34,7 @@ def pipeline_settings_of(config: ValidationConfig, assignment: "Assignment") -> 
     trained = [
         size | {"clips": count} for size, count in zip(sizes, assignment.clip_counts, strict=True) if count
     ]
-    return {**sizes[members.index(max(members))], **given, "trained_sizes": trained}
+    return {**sizes[members.index(max(members))], **given, "trained_sizes": trained, "trigger": trigger}
 
 
 def make_samples(
@@ -44,27 +49,47 @@ def make_samples(
     return [frames for _, frames in sample_videos(pipe, requests, mesh=mesh)]
 
 
-def write_samples(
-    videos: Sequence["np.ndarray"], config: Mapping[str, Any], prompts: Sequence[str], seed: int, folder: Path
-) -> list[str]:
-    """Write the videos of `make_samples`, and a contact sheet, into an empty folder.
+def sample_files(
+    config: Mapping[str, Any], prompts: Sequence[str], seed: int, origin: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the names of the mp4 files of `make_samples`, each with the metadata inside it.
 
     Args:
         config: settings of the pipeline.
-
-    Returns:
-        names of the mp4 files, in the order of the prompts, and of the sheet.
+        origin: facts about the weights.
     """
-    from stdit.pipelines.contact_sheet import write_sheet
-    from stdit.pipelines.video_io import write_mp4
     from stdit.pipelines.writer import slug
 
-    names = []
-    for index, (frames, prompt) in enumerate(zip(videos, prompts, strict=True)):
-        settings = {name: config[name] for name in VIDEO_SETTINGS}
-        origin = {"checkpoint_step": config["step"], "lineage": config["lineage"] or []}
-        metadata = {"prompt": prompt, "seed": seed, **settings, **origin}
-        names.append(f"{index:02d}-{slug(prompt)}.mp4")
-        write_mp4(folder / names[-1], frames, config["fps"], metadata)
-    write_sheet(folder / "sheet.png", videos, prompts)
-    return [*names, "sheet.png"]
+    settings = {name: config[name] for name in VIDEO_SETTINGS}
+    return {
+        f"{index:02d}-{slug(prompt)}.mp4": {"prompt": prompt, "seed": seed, **settings, **origin}
+        for index, prompt in enumerate(prompts)
+    }
+
+
+def write_samples(
+    videos: Sequence["np.ndarray"],
+    files: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    base: Path | None = None,
+) -> None:
+    """Write the videos of `make_samples`, and a contact sheet ``sheet.png``, into an empty folder.
+
+    Args:
+        files: of `sample_files`.
+        base: folder with the same files of the model without the adapter, which the sheet shows on the left.
+    """
+    from stdit.pipelines.contact_sheet import sheet_row, side_by_side, write_rows
+    from stdit.pipelines.video_io import read_frames, write_mp4
+
+    rows = []
+    for frames, (name, metadata) in zip(videos, files.items(), strict=True):
+        write_mp4(folder / name, frames, metadata["fps"], dict(metadata))
+        prompt = metadata["prompt"]
+        if base is None:
+            rows.append(sheet_row(frames, prompt))
+        else:
+            without = sheet_row(read_frames(base / name), f"{prompt}  (base)")
+            adapted = sheet_row(frames, f"{prompt}  (step {metadata['checkpoint_step']})")
+            rows.append(side_by_side([without, adapted]))
+    write_rows(folder / "sheet.png", rows)

@@ -128,7 +128,7 @@ class ValidationLoss:
         self.config, self.inputs, self.mesh = config.validation, inputs, mesh
         self.assignment = inputs.plan.assignment
         if self.config.loss_manifest is not None:
-            data = replace(config.data, manifest=self.config.loss_manifest, root=None, sources=[])
+            data = config.data.with_manifest(self.config.loss_manifest)
             self.assignment = build_plan(data, config.seed, known=remembered(data)).assignment
         self.chosen = mesh.on_main(lambda: readable_clips(self.assignment, self.config.loss_clips))
         captions = [self.assignment.clips[index].text for index in chain.from_iterable(self.chosen)]
@@ -193,11 +193,14 @@ class ValidationLoss:
 
 
 def readable_clips(assignment: Assignment, limit: int) -> list[list[int]]:
-    """Return the first ``limit`` readable clips of each bucket. Raises UserError if there are none."""
+    """Return the first ``limit`` readable clips of each bucket, but for those of data.regularisation.
+
+    Raises UserError if there are none.
+    """
     chosen: list[list[int]] = []
     for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
         chosen.append([])
-        for index in sorted(int(member) for member in members):
+        for index in members[~assignment.is_regularisation(members)].tolist():
             if len(chosen[-1]) == limit:
                 break
             try:

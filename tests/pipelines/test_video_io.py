@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from stdit.errors import UserError
-from stdit.pipelines.contact_sheet import write_sheet
+from stdit.pipelines.contact_sheet import sheet_row, write_rows
 from stdit.pipelines.video_io import (
     is_whole_video,
     read_frames,
@@ -90,7 +90,8 @@ def test_gif(tmp_path):
 
 
 def test_sheet_enlarges_small_videos(tmp_path):
-    write_sheet(tmp_path / "sheet.png", [clip(16), clip(3), clip(2, 300, 500)], ["one", "two " * 80, "圆"])
+    shown = ((clip(16), "one"), (clip(3), "two " * 80), (clip(2, 300, 500), "圆"))
+    write_rows(tmp_path / "sheet.png", [sheet_row(*one) for one in shown])
     with PIL.Image.open(tmp_path / "sheet.png") as image:
         assert image.width >= 8 * 4 * 32
         assert image.height >= 4 * 32 * 2
@@ -131,7 +132,7 @@ folder = Path(sys.argv[1])
 for write in (
     lambda: video_io.write_mp4(folder / "a.mp4", noise, 8),
     lambda: video_io.write_gif(folder / "a.gif", noise, 8),
-    lambda: contact_sheet.write_sheet(folder / "a.png", [noise], ["noise"]),
+    lambda: contact_sheet.write_rows(folder / "a.png", [contact_sheet.sheet_row(noise, "noise")]),
     lambda: video_io.write_json_atomic(folder / "a.json", {"a": "x" * 5000}),
 ):
     try:

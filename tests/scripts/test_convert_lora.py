@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scripts.convert_lora import main
-from stdit.lora.files import base_hash
+from stdit.lora.files import base_hash, read_adapter, write_adapter
 from stdit.models.stdit import STDiT
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
@@ -38,11 +38,14 @@ def test_there_and_back(
     target: str, pipe: STDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_random_adapter(tmp_path / "a.safetensors", pipe.transformer)
+    adapter = read_adapter(source)
+    write_adapter(source, adapter.weights, adapter.settings, None, "sks")
     there, back = tmp_path / f"{target}.safetensors", tmp_path / "back"
     assert convert(monkeypatch, source, "--to", target, "--output", there) == 0
     assert convert(monkeypatch, there, "--to", "peft", "--output", back) == 0
     found, expected = load_file(back / "pytorch_lora_weights.safetensors"), load_file(source)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert [read_adapter(file).trigger for file in (there, back)] == ["sks", "sks"]
     pipe.load_lora_weights(str(source), adapter_name="a")
     first = sample(pipe)
     pipe.delete_adapters("a")

@@ -2,13 +2,17 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scripts.encode_text import read_captions
+from scripts.encode_text import read_captions, training_texts
+from stdit.codecs.transformers_text import TransformersTextEncoder
 from stdit.errors import UserError
+from stdit.training.build import STDiT
 from tests import warm
-from tests.training.tiny import tiny_settings
+from tests.test_train import do
+from tests.training.tiny import save_clips, tiny_settings
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -83,3 +87,74 @@ def test_captions_are_those_of_training_and_what_cannot_be_read_is_named(tmp_pat
         read_captions(table)
     with pytest.raises(UserError, match="absent.csv: there is no such file"):
         read_captions(tmp_path / "absent.csv")
+
+
+def test_training_never_has_the_encoder_with_all_texts_of_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With videos, losses, a trigger word, regularisation clips, and an adapter."""
+    settings, text = tiny_settings(tmp_path), str(tmp_path / "text")
+    for name, caption in (("others", "a blue ball"), ("held_out", "a {trigger} ball")):
+        clips = save_clips(tmp_path / name, 2)
+        clips.write_text(f"path,text\nclip-0.mp4,{caption}\nclip-1.mp4,{caption}\n")
+    training = {
+        "data.trigger": "sks",
+        "data.regularisation.manifest": str(tmp_path / "others" / "manifest.csv"),
+        "validation.prompts": "[sks waits]",
+        "validation.loss_manifest": str(tmp_path / "held_out" / "manifest.csv"),
+        "validation.loss_every": "2",
+    }
+    given = [f"--training={name}={value}" for name, value in training.items()]
+    encoder = [
+        "--encoder.name",
+        "auto",
+        "--encoder.path",
+        str(tmp_path / "bert"),
+        "--encoder.max_length",
+        "12",
+    ]
+    result = call("scripts/encode_text.py", "--output", text, *encoder, "--training", settings[1], *given)
+    assert result.returncode == 0, result.stderr
+    assert "5 captions encoded" in result.stdout
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the text encoder is loaded")
+
+    flags = [*settings, "--text_encoder", f"{{name: stored, path: {text}}}", "--trainer.steps", "2"]
+    flags += [part for name, value in training.items() for part in (f"--{name}", value)]
+    flags += ["--validation.num_inference_steps", "1", "--validation.guidance_scale", "2"]
+    adapter = ["--name", "lora", "--lora.rank", "2", "--init_from", str(tmp_path / "outputs" / "tiny")]
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersTextEncoder, "__init__", fail)
+        patch.setattr(TransformersTextEncoder, "from_config", fail)
+        assert do(flags) == 0
+        assert do([*flags, *adapter, "--data.cache", "disk"]) == 0
+        assert len(list((tmp_path / "outputs" / "lora" / "samples").rglob("*.mp4"))) == 2
+        patch.setattr(STDiT, "__init__", fail)
+        with pytest.raises(
+            UserError, match="no states of 1 captions, such as 'sks runs'.*--training with its"
+        ):
+            do([*flags, "--name", "other", "--validation.prompts", "[sks runs]"])
+
+
+def test_settings_and_files_of_a_training_win_in_their_order(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)[1]
+    (tmp_path / "more.yaml").write_text("validation: {prompts: [a]}\ndata: {trigger: one}\n")
+    found = training_texts(
+        [settings, str(tmp_path / "more.yaml"), "data.trigger=two", "validation.prompts=[b]"]
+    )
+    assert {*found} == {"b", "two the red square moves left", "two the red square moves right"}
+    with pytest.raises(UserError, match="data.triggr"):
+        training_texts([settings, "data.triggr=two"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "text"], "--captions FILE or --training CONFIG are needed"),
+        (["--output", "text", "--training", "a.yaml", "--trigger", "sks"], "trigger = sks: is for captions"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags: list[str], message: str, tmp_path: Path) -> None:
+    result = call("scripts/encode_text.py", *flags)
+    assert result.returncode == 2 and message in result.stderr

@@ -101,6 +101,14 @@ CHANGES = {
     "data.root": Change(["--data.root", "absent"]),
     "data.sources": Change(["--data.sources", "[{manifest: absent}]"]),
     "data.caption_scores": Change(["--data.caption_scores", "[motion]"], ["--text_encoder.max_length", "40"]),
+    "data.regularisation.manifest": Change(["--data.regularisation.manifest", "absent"]),
+    "data.regularisation.root": Change(
+        ["--data.regularisation.root", "absent"], ["--data.regularisation.manifest", "clips/manifest.csv"]
+    ),
+    "data.regularisation.share": Change(
+        ["--data.regularisation.share", "0.9"], ["--data.regularisation.manifest", "clips/manifest.csv"]
+    ),
+    "data.trigger": Change(["--data.trigger", "sks"]),
     "data.buckets": Change(bucket(f"{BUCKET}, batch_size: 3")),
     "data.allow_upscale": Change(
         ["--data.allow_upscale"], bucket("num_frames: 4, height: 16, width: 16, fps: 8")
@@ -147,6 +155,13 @@ CHANGES = {
     "validation.prompts": Change(VIDEO),
     "validation.every": Change(["--validation.every", "1"], VIDEO),
     "validation.seed": Change(["--validation.seed", "1"], VIDEO),
+    "validation.patience": Change(
+        ["--validation.patience", "1"], [*LOSS, "--validation.min_improvement", "0.9"]
+    ),
+    "validation.min_improvement": Change(
+        ["--validation.min_improvement", "0.9"], [*LOSS, "--validation.patience", "1"]
+    ),
+    "validation.compare_base": Change(["--validation.compare_base", "false"], [*VIDEO, *LORA]),
     "validation.loss_manifest": Change(["--validation.loss_manifest", "absent"], LOSS),
     "validation.loss_clips": Change(["--validation.loss_clips", "1"], LOSS),
     "validation.loss_levels": Change(["--validation.loss_levels", "1"], LOSS),

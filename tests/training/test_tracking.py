@@ -6,7 +6,7 @@ import pytest
 from accelerate import PartialState
 
 from stdit.errors import UserError
-from stdit.pipelines.contact_sheet import write_sheet
+from stdit.pipelines.contact_sheet import sheet_row, write_rows
 from stdit.pipelines.video_io import write_mp4
 from stdit.training.config import TrackerConfig
 from stdit.training.tracking import TRACKERS, MetricsFile, Tracker, build_tracker
@@ -84,7 +84,7 @@ def track(name: str, run: Path, config: TrackerConfig) -> None:
     PartialState(cpu=True)  # a run has an Accelerator by then
     video = np.zeros((4, 16, 16, 3), dtype=np.uint8)
     write_mp4(run / "a.mp4", video, 8)
-    write_sheet(run / "sheet.png", [video], ["a prompt"])
+    write_rows(run / "sheet.png", [sheet_row(video, "a prompt")])
     tracker = TRACKERS[name](config, run, {"model": {"depth": 2}, "seed": 0})
     assert isinstance(tracker, Tracker)
     tracker.log({"train/loss": 0.5, "train/skipped": False}, step=0)

@@ -12,9 +12,10 @@ def test_default_sizes_are_those_of_the_bucket_with_the_most_clips() -> None:
     buckets = [Bucket(1, 64, 64, 8.0), Bucket(16, 32, 48, 8.0), Bucket(4, 8, 8, 8.0)]
     assignment = Assignment([], buckets, [np.arange(2), np.arange(5), np.arange(0)], [])
     config = ValidationConfig(num_inference_steps=7, guidance_scale=2.0, fps=4.0)
-    assert pipeline_settings_of(config, assignment) == {
+    assert pipeline_settings_of(config, assignment, "sks") == {
         "num_frames": 16, "height": 32, "width": 48, "fps": 4.0,
         "num_inference_steps": 7, "guidance_scale": 2.0,
+        "trigger": "sks",
         "trained_sizes": [
             {"num_frames": 1, "height": 64, "width": 64, "fps": 8.0, "clips": 2},
             {"num_frames": 16, "height": 32, "width": 48, "fps": 8.0, "clips": 5},

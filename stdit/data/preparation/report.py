@@ -4,7 +4,6 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from PIL import Image
 
@@ -126,7 +125,7 @@ def _charts(source: Table, types: Mapping[str, str]) -> list[str]:
 
 def _buckets(task: Task, table: Table, data: DataConfig, seed: int) -> str:
     """Return the table of clips per bucket of a training, and of those that none takes, with the reason."""
-    data = replace(data, manifest=task.source, root=table.root, sources=[])
+    data = data.with_manifest(task.source, table.root)
     try:
         text = build_assignment(data, seed).table()
         if any(bucket.max_tokens for bucket in data.buckets):
