@@ -22,7 +22,7 @@ import train
 from stdit.data.config import BucketConfig
 from stdit.data.manifest.config import SourceConfig
 from stdit.hashing import hash_file
-from stdit.pipelines.loading import read_initial_model
+from stdit.pipelines.weights import read_base
 from stdit.training.config import TrainConfig
 from tests.lora.tiny import write_random_adapter
 from tests.settings.observe import (
@@ -77,6 +77,17 @@ CHANGES = {
     "lora.init_from": Change(["--lora.init_from", "absent"], LORA),
     "lora.merge": Change(["--lora.merge", "[absent]"], LORA),
     "lora.other_base": Change(["--lora.other_base"], [*LORA, "--lora.merge", "[other.safetensors]"]),
+    "lora.base_dtype": Change(["--lora.base_dtype", "bf16"], [*LORA, "--trainer.precision", "bf16"]),
+    "memory.weights": Change(["--memory.weights", "bf16_master"], ["--trainer.precision", "bf16"]),
+    "memory.optimizer_state": Change(["--memory.optimizer_state", "8bit"], ["--optimizer.name", "adamw"]),
+    "memory.offload_optimizer": Change(
+        ["--memory.offload_optimizer"], ["--parallel.shard_parameters"]
+    ),  # on a CPU it changes nothing
+    "memory.fused_backward": Change(
+        ["--memory.fused_backward"], ["--trainer.micro_batch_size", "1"]
+    ),  # which it must not change: see tests/training/test_memory.py
+    "memory.activations": Change(["--memory.activations", "recompute 9"]),
+    "fit": Change(["--fit", "0.001"]),
     "imports": Change(["--import", "no_such_module"]),
     "model.hidden_size": Change(["--model.hidden_size", "64"]),
     "model.num_heads": Change(["--model.num_heads", "4"]),
@@ -245,7 +256,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[s
         patch.setattr(sys, "argv", ["train.py", *base, *BEFORE])
         AcceleratorState._reset_state(True)
         assert train.main() == 0
-        write_random_adapter(folder / "other.safetensors", read_initial_model("before/run"), "xxh3:0")
+        write_random_adapter(folder / "other.safetensors", read_base("before/run", [])[0], "xxh3:0")
 
     @cache
     def run(flags: tuple[str, ...]) -> Outcome:
