@@ -96,14 +96,8 @@ class Assignment:
         mixed, weights = regularisation[kept], self.clips.weight.copy()
         for kind, name in ((~mixed, "data.manifest"), (mixed, "data.regularisation")):
             if not kind.any():
-                raise UserError(
-                    "\n".join(
-                        [
-                            f"{name}: no bucket takes one of its clips, so that its share is none",
-                            *self.exclusions(),
-                        ]
-                    )
-                )
+                rule = f"{name}: no bucket takes one of its clips, so that they cannot have their share"
+                raise UserError("\n".join([rule, *self.exclusions()]))
         weights[regularisation] = share / (1 - share) * weights[kept[~mixed]].sum() / mixed.sum()
         return replace(self, clips=replace(self.clips, weight=weights), regularisation=regularisation)
 

@@ -129,9 +129,9 @@ def unneeded(resume_changed: bool, init_from: str | None, resumed: Resumed | Non
 
 
 def same_batches(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether two experiments have the same batch in each step."""
-    keys = {key for key in (*one, *other) if key in ("seed", CLIPS) or key.startswith("data.")}
-    return all(one.get(key) == other.get(key) for key in keys)
+    """Return whether two experiments have the same batch in each step; a setting that one lacks is newer than it."""
+    keys = {key for key in one.keys() & other.keys() if key in ("seed", CLIPS) or key.startswith("data.")}
+    return all(one[key] == other[key] for key in keys)
 
 
 def _hash(experiment: Mapping[str, Any]) -> str:

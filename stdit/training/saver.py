@@ -73,9 +73,9 @@ class Saver:
         step: int = meta["step"]
         same = same_batches(meta["experiment"], self.experiment)
         before = meta.get("config", {}).get("validation", {})
-        comparable = same and all(
-            before.get(name) == getattr(self.config.validation, name) for name in LOSS_CLIPS
-        )
+        now = plain(self.config.validation)
+        # The losses of other clips are not compared with those before.
+        comparable = same and all(before.get(name) == now[name] for name in LOSS_CLIPS)
         self.early_stopping.load(meta.get("early_stopping", {}) if comparable else {})
         if not same:
             # Later steps have other batches than the spikes had.
