@@ -285,7 +285,7 @@ def draw_prompt_sets(
     if not world.new:  # too few clips to teach it with many words
         sets["paraphrase"] = prompts("paraphrase", held_out, 3)
         sets["paraphrase_strict"] = prompts("paraphrase_strict", held_out, 3)
-    sample = _varied(held_out, 8)
+    sample = _varied(held_out, min(8, len(held_out)))
     if world.relations:
         pairs = _spread(split_combinations(seed, world, pairs=True)[1], RELATION_PROMPTS, seed)
         sets["relations"] = prompts("relations", pairs, 1)

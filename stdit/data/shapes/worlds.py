@@ -49,7 +49,7 @@ class World:
     from which the objects stay inside the frame, and nowhere else."""
     inside: bool = False
     new: str = ""
-    """A value that all clips show, with half of all combinations: the world is that of a model which learns it."""
+    """A value that all clips show: the world is that of a model which learns it."""
 
     @property
     def attributes(self) -> dict[str, tuple[str, ...]]:
@@ -161,7 +161,7 @@ def split_combinations(
 
     A Latin design holds out a quarter: every value has a number, in an order drawn by the seed, and the numbers of a
     combination that is held out add up to a multiple of four. Every pair of values of two attributes still occurs in
-    training. Of the combinations with a new value, which are a plane of that cube, it holds out half.
+    training; with a new value, which all combinations have, every other value.
     """
     rng = np.random.default_rng([seed, 1])
     shapes, colours, motions, relations = (
@@ -189,5 +189,4 @@ def split_combinations(
         ]
     if world.new:
         combos = [(n, combo) for n, combo in combos if world.new in combo]
-    period = 2 if world.new else 4
-    return tuple(c for n, c in combos if n % period), tuple(c for n, c in combos if n % period == 0)
+    return tuple(c for n, c in combos if n % 4), tuple(c for n, c in combos if n % 4 == 0)

@@ -14,8 +14,8 @@ MIN_FRAMES = 3
 MIN_TRAVEL = 3.5
 MAX_DRIFT = 0.4
 """Maximum sideways part of a movement, as a fraction of it."""
-MIN_DIAGONAL = 0.6
-"""Minimum ratio of the two parts of a diagonal movement."""
+MIN_DIAGONAL = 0.45
+"""Minimum ratio of the two parts of a diagonal movement; from 0.41 on it is nearer to the diagonal than to a side."""
 MIN_SCALING = 1.4
 """Minimum ratio of the radii at the ends of a clip that grows or shrinks."""
 MIN_STEADINESS = 0.9
