@@ -17,7 +17,8 @@ import pytest
 from stdit.data.shapes.build import ShapesConfig, build
 
 ROOT = Path(__file__).parents[1]
-MOTION = "--name diagonal --lora.targets temporal --lora.rank 64 --trainer.steps 800 --optimizer.lr 1.2e-2 --data.sources".split()
+MOTION = "--name diagonal --lora.targets temporal --lora.rank 64 --trainer.steps 800".split()
+MOTION += ["--optimizer.lr", "1.2e-2", "--data.sources"]
 MOTION += ["[{manifest: data/diagonal/manifest.csv}, {manifest: data/known/manifest.csv, weight: 0.05}]"]
 
 
