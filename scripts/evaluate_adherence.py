@@ -6,6 +6,7 @@
     python scripts/evaluate_adherence.py
     python scripts/evaluate_adherence.py --checkpoint outputs/i2v --conditioning first last
     python scripts/evaluate_adherence.py --codec outputs/tiny --prompts data/shapes64/prompts_heldout.csv
+    python scripts/evaluate_adherence.py --checkpoint outputs/quickstart --lora outputs/ring/lora:0.8
 
 --videos scores what sample.py wrote: every .mp4 with its prompt in the .json beside it. --checkpoint samples every
 prompt of the prompt files itself, and scores what an .mp4 would show, too. --codec scores clips that are rendered
@@ -17,6 +18,8 @@ video has this size, or a codec with --size 64, the prompts of world 64 (of data
 
 Prompt files (columns prompt,shape,colour,motion,background) say what is expected.
 Those of world 64 also have the columns relation,other_shape,other_colour, empty for one object; two have no motion.
+Shapes and motions are told apart from those of the first world that has all values of a file. --world names another:
+with --world ring, prompts of world 32 count as wrong if their object looks more like a ring.
 
 The scores are, per prompt file, n (videos) and the share of them, from 0 to 1, in which each attribute is right.
 "strict" and "lenient": all are right, shapes by the strict or the lenient rule of data/shapes/checker, and no object
@@ -30,16 +33,18 @@ its prompt, and "kept" is the share in which these frames come out unchanged: wi
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stdit.cli import add_import, import_modules, run, script_parser
 from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.data.shapes.prompt_files import read_expected
+from stdit.data.shapes.worlds import WORLDS
 from stdit.errors import UserError
 from stdit.evaluation.prompts import default_prompts
 from stdit.evaluation.scores import judge, mean_scores, print_table
+from stdit.lora.config import LoRASpec, parse_lora
 from stdit.parallel.processes.device import find_device
 from stdit.pipelines.config import PIPELINE_DEFAULTS, VideoSettings, check_seed
 from stdit.pipelines.loading import load_codec, load_pipeline, pipeline_settings
@@ -61,7 +66,7 @@ SAMPLING = {
 DEFAULTS = {"seed": 0, "batch_size": 16, "device": "auto"}
 LIMITED = ("batch_size", "num_frames", "size", "conditioning_frames")
 """Flags that are numbers from 1 to `MAX_DIMENSION`."""
-OF_A_MODEL = ("conditioning", "conditioning_frames", *SAMPLING)
+OF_A_MODEL = ("lora", "conditioning", "conditioning_frames", *SAMPLING)
 CHANGES = ("num_frames", "size", *OF_A_MODEL)
 """Flags that change how a model's videos are made, and so its scores: the file of scores records them."""
 UNUSED = {"codec": ("batch_size", *OF_A_MODEL), "videos": ("batch_size", *CHANGES, "seed", "device")}
@@ -88,6 +93,17 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--codec", type=Path, metavar="DIR", help="folder of a codec")
     parser.add_argument(
         "--prompts", type=Path, nargs="+", metavar="CSV", help="prompt files; default: see above"
+    )
+    parser.add_argument(
+        "--world",
+        choices=list(WORLDS),
+        help="what videos may show, of the prompt files; default: the first world with their columns and values",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="adapter for the checkpoint, as for sample.py; repeatable",
     )
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for scores and all verdicts")
     parser.add_argument(
@@ -133,6 +149,9 @@ def parse_args() -> argparse.Namespace:
         raise UserError(
             f"patch = {args.patch}: must be at least 2 pixels, and is for --videos: a checkpoint says it itself"
         )
+    if args.world and not args.prompts:
+        raise UserError("--world has no effect without --prompts: add them")
+    args.loras = [parse_lora(text) for text in args.lora or ()]
     if args.output:
         check_output_file(args.output, "scores.json")
     args.changed = {name: value for name in CHANGES if (value := getattr(args, name)) is not None}
@@ -159,10 +178,19 @@ def height(args: argparse.Namespace, recorded: Mapping[str, Any]) -> int:
     return int(args.size or 0) if args.codec else int(recorded.get("height", 0))
 
 
-def load(source: CheckpointSource, device: str) -> tuple[Any, str, tuple[int, int]]:
-    """Load the pipeline; return it, the hash of its weights, and height and width of its patches in pixels."""
+def load(
+    source: CheckpointSource, loras: Sequence[LoRASpec], device: str
+) -> tuple[Any, str, tuple[int, int]]:
+    """Load the pipeline; return it, the hash of its weights, and height and width of its patches in pixels.
+
+    Raises:
+        UserError: as `load_pipeline`, or an adapter is of another architecture or base.
+    """
+    from stdit.pipelines.loras import use_loras
+
     on = find_device(device)
     pipe, weights = load_pipeline(source)
+    use_loras(pipe, loras, any_base=False)
     pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     (_, *stride), (_, *tokens) = pipe.codec.stride, pipe.transformer.config.patch_size
@@ -174,7 +202,7 @@ def main() -> None:
     source = None if args.videos or args.codec else find_checkpoint_source(args.checkpoint)
     recorded = pipeline_settings(source) if source else {}
     world, expected = (
-        read_expected(args.prompts)
+        read_expected(args.prompts, WORLDS.get(args.world))
         if args.prompts
         else default_prompts(bool(args.videos), height(args, recorded))
     )
@@ -199,7 +227,7 @@ def main() -> None:
         conditioned = args.conditioning and conditioned_frames(
             load_codec(source), args.num_frames, args.conditioning, args.conditioning_frames
         )
-        pipe, weights, patch = load(source, args.device)
+        pipe, weights, patch = load(source, args.loras, args.device)
         warn_of_conditioning(bool(conditioned), pipe.flow.config.conditioning)
         videos = sampled_videos(
             pipe,

@@ -3,9 +3,11 @@
     python scripts/make_shapes.py --output data/shapes
     python scripts/make_shapes.py --output data/shapes --num_clips 500 --seed 1
     python scripts/make_shapes.py --output data/shapes64 --world 64
+    python scripts/make_shapes.py --output data/ring --world ring
 
 --world 64 has more shapes, colours, motions and backgrounds, and pairs of shapes with a relation, at 64x64 pixels.
-Its values and those of world 32 are in stdit/data/shapes/worlds.py.
+--world ring and --world diagonal are 60 clips that all show a new shape, or a new motion, to teach it to a model of
+world 32 (stdit/lora/README.md). The values of all worlds are in stdit/data/shapes/worlds.py.
 
 A second run with the same settings reuses the files; one with other settings replaces them, and says so. Nothing else
 in the folder is touched.

@@ -222,6 +222,17 @@ def test_adapters_cannot_be_switched_on_or_off_in_a_run(
         do(again("--name", "tiny", "--resume_changed"))
 
 
+def test_the_codec_of_the_base_is_not_fitted_again(tmp_path: Path) -> None:
+    codec = ["--codec.name", "pca", "--codec.stride", "[2, 4, 4]", "--codec.channels", "8"]
+    base = str(tmp_path / "outputs" / "tiny")
+    assert do([*tiny_settings(tmp_path), *codec, "--trainer.steps", "1"]) == 0
+    manifest = tmp_path / "clips" / "manifest.csv"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:2]))
+    assert do([*tiny_settings(tmp_path), *codec, *LORA, "--init_from", base, "--trainer.steps", "1"]) == 0
+    fitted = [next((tmp_path / "outputs" / run / "codec").glob("*.safetensors")) for run in ("tiny", "lora")]
+    assert fitted[0].read_bytes() == fitted[1].read_bytes()
+
+
 def test_a_changed_base_is_refused(again: Callable[..., list[str]], trained: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     pipe, _ = load_pipeline(trained / "outputs" / "tiny")

@@ -153,7 +153,8 @@ class TemporalBlock(STDiTBlock):
         return super().forward(hidden_states, y, y_mask, modulation, grid)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        rows = rearrange(x, "B T S D -> (B S) T D")
+        # Contiguous: else PyTorch multiplies by a copy of each weight for every row, if the weight is frozen.
+        rows = rearrange(x, "B T S D -> (B S) T D").contiguous()
         attended: Tensor = self.attn(rows, grid.angles)
         return rearrange(attended, "(B S) T D -> B T S D", B=x.shape[0])
 

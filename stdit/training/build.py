@@ -15,6 +15,7 @@ import torch
 from stdit.checkpoint_files import read_json, read_meta
 from stdit.codecs import build_codec, build_text_encoder
 from stdit.codecs.base import VideoCodec
+from stdit.codecs.config import CodecConfig
 from stdit.codecs.text import TextEncoder
 from stdit.data.buckets import Bucket
 from stdit.data.build import build_plan
@@ -129,7 +130,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     for line in unused_settings(config):
         logger.warning(line)
     if config.lora.rank is not None:
-        config = replace(config, model=base_settings(config))
+        config = replace(config, model=base_settings(config), codec=base_codec(config))
         check_targets(base := meta_model(config.model), config.lora)
         for text in config.lora.merge:
             check_fits(parse_lora(text).file, base)
@@ -254,6 +255,19 @@ def base_settings(config: TrainConfig) -> STDiTConfig:
             f"adapter cannot change that: set --flow.prediction {trained}."
         )
     return STDiTConfig(**{f.name: recorded[f.name] for f in fields(STDiTConfig) if f.name in recorded})
+
+
+def base_codec(config: TrainConfig) -> CodecConfig:
+    """Return the settings of the codec, with the copy in the run of ``init_from`` unless they name another folder.
+
+    One that is fitted to data would be fitted to other clips than the model knows.
+    """
+    assert config.init_from is not None
+    run = find_initial_weights(config.init_from).absolute().parents[1]
+    saved = run / "codec"
+    if config.codec.path is None and saved.is_dir() and (run / "config.yaml").is_file():
+        return replace(config.codec, path=str(saved))
+    return config.codec
 
 
 def _check_base_takes(base: STDiTConfig, needed: STDiTConfig) -> None:

@@ -29,7 +29,7 @@ from stdit.training.run_folder import lock_run_folder, write_run_files
 from stdit.training.sampler import Sampler
 from stdit.training.saver import Saver
 from stdit.training.stop_signals import StopSignals
-from stdit.training.system import prepare_process
+from stdit.training.system import keep_freed_memory, prepare_process
 from stdit.training.trainer import Trainer
 from stdit.training.validation import pipeline_settings_of
 from stdit.training.validation_loss import ValidationLoss, validation_loss_of
@@ -157,6 +157,10 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             )
             saver = mesh.main_first(lambda: Saver(folder, components, trainer, pipeline_settings, checkpoint))
             saver.exchange_flags(signals)
+
+            # Only now: what loading has freed is returned to the system, since weights would lie between it for good.
+            if device.type == "cpu" and config.trainer.keep_freed_memory:
+                keep_freed_memory()
 
             # Recorder: cuts off the metrics of steps after that checkpoint. The files that describe the run come
             # first: a run that was refused above has changed none of them.

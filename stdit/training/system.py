@@ -66,8 +66,6 @@ def prepare_process(config: TrainerConfig, timeout: float) -> "Accelerator":
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
         logging.getLogger("stdit").setLevel(logging.ERROR)
-    if accelerator.device.type == "cpu" and config.keep_freed_memory:
-        keep_freed_memory()
     return accelerator
 
 

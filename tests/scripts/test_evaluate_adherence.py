@@ -20,6 +20,7 @@ from stdit.data.shapes.scenes import Scene
 from stdit.data.shapes.worlds import WORLDS, sample_scene
 from stdit.errors import UserError
 from tests.data.shapes.clips import BASE, FEW, read, run_script
+from tests.lora.tiny import write_random_adapter
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,8 @@ def test_evaluate_rejects_bad_input(case: str, built: Path, tmp_path: Path) -> N
 def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from tests.pipelines.tiny import tiny_pipeline
 
-    tiny_pipeline(tmp_path).save_pretrained(tmp_path / "run" / "pipeline")
+    pipe = tiny_pipeline(tmp_path)
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
     few = tmp_path / "prompts_few.csv"
     few.write_text("".join((built / "prompts_paraphrase.csv").read_text().splitlines(keepends=True)[:6]))
     settings = ("--num_frames", "4", "--size", "32", "--num_inference_steps", "2", "--batch_size", "2")
@@ -129,6 +131,16 @@ def test_evaluate_samples_a_checkpoint(built: Path, tmp_path: Path, caplog: pyte
     )  # random weights
     assert outputs[0] == outputs[1]
     assert outputs[0]["changed_settings"] == {"num_frames": 4, "size": 32, "num_inference_steps": 2}
+
+    file = write_random_adapter(tmp_path / "lora", pipe.transformer)
+    flags = ("--lora", f"{file}:0.5", "--world", "ring", "--output", tmp_path / "adapted.json")
+    done = evaluate("--checkpoint", tmp_path / "run", "--prompts", few, *settings, *flags)
+    assert done.returncode == 0, done.stderr
+    adapted = json.loads((tmp_path / "adapted.json").read_text())
+    assert adapted["changed_settings"]["lora"] == [f"{file}:0.5"]
+    write_random_adapter(file, pipe.transformer, base_hash="xxh3:0")
+    done = evaluate("--checkpoint", tmp_path / "run", "--prompts", few, *settings, *flags)
+    assert done.returncode == 2 and "was trained on the weights xxh3:0" in done.stderr
 
     conditioned = (
         "--conditioning",
@@ -235,6 +247,9 @@ def test_evaluate_knows_world_64_by_its_prompts(prompts64: Path, tmp_path: Path)
         (["--codec", "codec", "--guidance_scale", "2"], "--guidance_scale has no effect with --codec"),
         (["--codec", "codec", "--conditioning", "first"], "--conditioning has no effect with --codec"),
         (["--conditioning_frames", "4"], "--conditioning_frames has no effect without --conditioning"),
+        (["--codec", "codec", "--lora", "lora"], "--lora has no effect with --codec"),
+        (["--lora", "absent"], "lora absent: there is no such file"),
+        (["--world", "ring"], "--world has no effect without --prompts: add them"),
         (["--output", "."], "output . is a folder: name a file, such as scores.json"),
     ],
 )

@@ -219,7 +219,7 @@ SEVERAL_PROCESSES = {"parallel.heartbeat_timeout", "parallel.timeout"}
 CALLS: dict[str, Callable[..., Any] | None] = {
     "torch.set_num_threads": Mock(),
     "torch.set_float32_matmul_precision": Mock(),
-    "stdit.training.system.keep_freed_memory": None,
+    "stdit.training.session.keep_freed_memory": None,
     "stdit.models.stdit.STDiT.compile_blocks": Mock(),
     "stdit.models.stdit.STDiT.enable_gradient_checkpointing": None,
     "stdit.training.system.runs_on_cpu": None,

@@ -281,13 +281,11 @@ def draw_prompt_sets(
         texts = frozenset(draw_clip(index, config)[1] for index in indices)
     prompts = partial(draw_prompts, seed=seed, avoid=texts, world=world)
     train, held_out = split_combinations(seed, world)
-    sets = {
-        "heldout": prompts("heldout", held_out, 3),
-        "paraphrase": prompts("paraphrase", held_out, 3),
-        "paraphrase_strict": prompts("paraphrase_strict", held_out, 3),
-        "seen": prompts("seen", train, 1),
-    }
-    sample = _varied(held_out, 8)
+    sets = {"heldout": prompts("heldout", held_out, 3), "seen": prompts("seen", train, 1)}
+    if not world.new:  # too few clips to teach it with many words
+        sets["paraphrase"] = prompts("paraphrase", held_out, 3)
+        sets["paraphrase_strict"] = prompts("paraphrase_strict", held_out, 3)
+    sample = _varied(held_out, min(8, len(held_out)))
     if world.relations:
         pairs = _spread(split_combinations(seed, world, pairs=True)[1], RELATION_PROMPTS, seed)
         sets["relations"] = prompts("relations", pairs, 1)

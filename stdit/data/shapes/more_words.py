@@ -1,4 +1,7 @@
-"""Words for the values that only world 64 has; see words.py."""
+"""Words for the values that only world 64 has, or that are new in a small world; see words.py.
+
+A value that is new has a few names that share one word, by which it is learned.
+"""
 
 from stdit.data.shapes.words import Words, colour_names, split
 
@@ -6,6 +9,8 @@ MORE_PLAIN_WORDS: Words = {
     "shape": {
         "star": split("star, star shape, five-pointed star, filled star, solid star, star sign"),
         "heart": split("heart, heart shape, love heart, filled heart, solid heart, heart sign"),
+        # not "ring": it is a word for circles in world 32, with which a model may have been trained
+        "ring": split("hoop, hoop shape, round hoop, hoop object"),
     },
     "colour": {name: colour_names(name) for name in ("cyan", "pink")},
     "motion": {
@@ -13,6 +18,11 @@ MORE_PLAIN_WORDS: Words = {
             "turns|turning, rotates|rotating, turns|turning around, turns|turning on the spot, "
             "rotates|rotating in place, turns|turning about its middle, keeps|keeping turning, "
             "keeps|keeping rotating, turns|turning steadily, rotates|rotating slowly, turns|turning like a wheel"
+        ),
+        "diagonal": split(
+            "moves|moving diagonally, slides|sliding diagonally, goes|going diagonally, "
+            "travels|travelling diagonally, shifts|shifting diagonally, glides|gliding diagonally, "
+            "heads|heading diagonally"
         ),
         "bounce": split(
             "bounces|bouncing, bounces|bouncing up and down, bounces|bouncing on the floor, "

@@ -22,11 +22,14 @@ Expected = dict[str, Any]
 """A prompt: its text, its attributes, and the name of its set."""
 
 
-def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
+def read_expected(files: list[Path], world: World | None = None) -> tuple[World, list[Expected]]:
     """Read the prompts of all files; each file is a set, named like it without "prompts_".
 
+    Args:
+        world: the world that they belong to; None: the one that their columns and values tell.
+
     Returns:
-        The world that their columns belong to, and the prompts.
+        The world, and the prompts.
 
     Raises:
         UserError: for files that cannot be read, of two worlds, or of one name; and for what no clip can show.
@@ -38,11 +41,12 @@ def read_expected(files: list[Path]) -> tuple[World, list[Expected]]:
                 f"{first} and {second} are two sets of one name: give only one of them, or rename it"
             )
     sets = {path: _read_rows(path) for path in files}
-    worlds = {path: _world(path, rows) for path, rows in sets.items()}
+    worlds = {path: _world(path, rows, world) for path, rows in sets.items()}
     world = worlds[files[0]]
     if other := next((path for path in files if worlds[path] is not world), None):
         raise UserError(
-            f"{files[0]} is of world {world.name} and {other} of world {worlds[other].name}: score them one by one"
+            f"{files[0]} is of world {world.name} and {other} of world {worlds[other].name}: score them one by one, "
+            "or name one world that has both"
         )
     expected = []
     for path, rows in sets.items():
@@ -73,11 +77,16 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path} is not a CSV in UTF-8 ({error}): save it as one") from error
 
 
-def _world(path: Path, rows: list[dict[str, str]]) -> World:
-    """Return the largest world whose columns a file has. Raises UserError if there is none."""
+def _world(path: Path, rows: list[dict[str, str]], asked: World | None) -> World:
+    """Return the world with most of the columns of a file, and of several the first that has its values.
+
+    Raises:
+        UserError: if there is none.
+    """
+    candidates = [asked] if asked else WORLDS.values()
     found = [
         world
-        for world in WORLDS.values()
+        for world in candidates
         if rows and all(row.get(name) is not None for row in rows for name in world.attributes)
     ]
     if not found or any(not row.get("prompt") for row in rows):
@@ -86,7 +95,14 @@ def _world(path: Path, rows: list[dict[str, str]]) -> World:
         raise UserError(
             f"{path} must be a CSV with rows, and with the columns {columns} (world 64: and {more})"
         )
-    return found[-1]
+    most = max(len(world.attributes) for world in found)
+    found = [world for world in found if len(world.attributes) == most]
+    fitting = (
+        world
+        for world in found
+        if all(row[name] in values for row in rows for name, values in world.attributes.items())
+    )
+    return next(fitting, found[0])
 
 
 def _check_objects(path: Path, row: dict[str, str]) -> None:
@@ -108,7 +124,8 @@ def _combo(row: Expected) -> Combo:
 def _combinations(world: World) -> frozenset[Combo]:
     """Return all combinations that clips of a world show."""
     kinds = (False, True) if world.relations else (False,)
-    parts = [part for pairs in kinds for part in split_combinations(world=world, pairs=pairs)]
+    whole = replace(world, new="")
+    parts = [part for pairs in kinds for part in split_combinations(world=whole, pairs=pairs)]
     return frozenset(combo for part in parts for combo in part)
 
 

@@ -25,6 +25,8 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "up": (0.0, -1.0),
     "down": (0.0, 1.0),
 }
+DIAGONAL = (0.8, 0.8)
+"""Of the scene's travel, right and down."""
 SCALES: dict[str, tuple[float, float]] = {"grow": (0.6, 1.3), "shrink": (1.3, 0.6)}
 """Radius of the first and last frame, as a multiple of the scene's radius."""
 TURN = 180.0
@@ -125,6 +127,7 @@ def _round(radius: float, scene: Scene, progress: Array) -> Path:
 
 PATHS: dict[str, Callable[[Scene, Array], Path]] = {
     **{name: _straight(*way) for name, way in DIRECTIONS.items()},
+    "diagonal": _straight(*DIAGONAL),
     "bounce": _bounce,
     "circling": lambda scene, progress: _round(CIRCLE_RADIUS * scene.travel, scene, progress),
 }

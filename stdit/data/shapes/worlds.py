@@ -1,7 +1,9 @@
 """The worlds of the embedded data set: what their clips may show, the draw of scenes, and the held-out combinations.
 
-32   one shape on a plain background, 32x32 pixels: small enough for the quickstart
-64   more shapes, colours, motions and backgrounds, and two shapes with a relation; 64x64 pixels
+32       one shape on a plain background, 32x32 pixels: small enough for the quickstart
+64       more shapes, colours, motions and backgrounds, and two shapes with a relation; 64x64 pixels
+ring       world 32 and a new shape, which all clips show: to teach it to a model of world 32
+diagonal   world 32 and a new motion, likewise
 """
 
 from collections.abc import Sequence
@@ -46,6 +48,8 @@ class World:
     """The start lies within this distance of the centre on either axis; with `inside`, of the middle of all places
     from which the objects stay inside the frame, and nowhere else."""
     inside: bool = False
+    new: str = ""
+    """A value that all clips show: the world is that of a model which learns it."""
 
     @property
     def attributes(self) -> dict[str, tuple[str, ...]]:
@@ -92,6 +96,23 @@ WORLDS = {
         inside=True,
     ),
 }
+WORLDS["ring"] = replace(
+    WORLDS["32"],
+    name="ring",
+    num_clips=60,
+    shapes=(*WORLDS["32"].shapes, "ring"),
+    travel=7.0,
+    radius=8.6,  # a hole that is as wide as a latent of the codec "tiny"
+    start_range=4.0,
+    new="ring",
+)
+WORLDS["diagonal"] = replace(
+    WORLDS["32"],
+    name="diagonal",
+    num_clips=60,
+    motions=(*WORLDS["32"].motions, "diagonal"),
+    new="diagonal",
+)
 
 
 def make_scene(combo: Combo, background: str) -> Scene:
@@ -140,7 +161,7 @@ def split_combinations(
 
     A Latin design holds out a quarter: every value has a number, in an order drawn by the seed, and the numbers of a
     combination that is held out add up to a multiple of four. Every pair of values of two attributes still occurs in
-    training.
+    training; with a new value, which all combinations have, every other value.
     """
     rng = np.random.default_rng([seed, 1])
     shapes, colours, motions, relations = (
@@ -166,4 +187,6 @@ def split_combinations(
             for m in world.motions
             if m != "turn" or s in SYMMETRY
         ]
+    if world.new:
+        combos = [(n, combo) for n, combo in combos if world.new in combo]
     return tuple(c for n, c in combos if n % 4), tuple(c for n, c in combos if n % 4 == 0)

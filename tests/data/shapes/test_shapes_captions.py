@@ -16,11 +16,14 @@ from stdit.data.shapes.captions import (
     paraphrase,
 )
 from stdit.data.shapes.scenes import Scene
+from stdit.data.shapes.worlds import WORLDS
 from tests.data.shapes.clips import BASE, LARGE, scenes, unseen_names, words
 
 PAIR = Scene(
     "star", "orange", "", "dark to light", relation="orbits", other_shape="heart", other_colour="pink"
 )
+
+NEW = {world.new for world in WORLDS.values() if world.new}
 
 
 def test_captions_are_deterministic_and_vary() -> None:
@@ -34,6 +37,7 @@ def test_captions_are_deterministic_and_vary() -> None:
 def test_every_value_has_many_words() -> None:
     for name, options in SEEN.items():
         least = 12 if name != "relation" else 11
+        options = {value: wordings for value, wordings in options.items() if value not in NEW}
         assert all(len(set(wordings)) >= least for wordings in options.values())
         known = getattr(LARGE, name + "s")
         assert list(options) == list(known) or name == "motion" and set(options) == set(known)
@@ -42,6 +46,14 @@ def test_every_value_has_many_words() -> None:
     assert {"shape", "colour", "motion"} <= set(UNSEEN)
     for seen, unseen in ((TEMPLATES, UNSEEN_TEMPLATES), (PAIR_TEMPLATES, UNSEEN_PAIR_TEMPLATES)):
         assert len(seen) >= 20 and not set(seen) & set(unseen)
+
+
+def test_the_names_of_a_new_value_share_a_word_of_its_own() -> None:
+    for options in SEEN.values():
+        for new in NEW & set(options):
+            (shared,) = set.intersection(*map(words, options[new]))
+            others = (phrase for value, phrases in options.items() if value != new for phrase in phrases)
+            assert not any(shared in words(phrase) for phrase in others)
 
 
 def test_no_phrase_names_two_values() -> None:

@@ -7,12 +7,15 @@ import numpy as np
 
 from stdit.data.shapes.checker.objects import Track
 from stdit.data.shapes.outlines import Array
+from stdit.data.shapes.scenes import DIAGONAL
 from stdit.data.shapes.worlds import World
 
 MIN_FRAMES = 3
 MIN_TRAVEL = 3.5
 MAX_DRIFT = 0.4
 """Maximum sideways part of a movement, as a fraction of it."""
+MIN_DIAGONAL = 0.45
+"""Minimum ratio of the two parts of a diagonal movement; from 0.41 on it is nearer to the diagonal than to a side."""
 MIN_SCALING = 1.4
 """Minimum ratio of the radii at the ends of a clip that grows or shrinks."""
 MIN_STEADINESS = 0.9
@@ -55,6 +58,8 @@ def find_motion(track: Track, world: World) -> tuple[str | None, str]:
         return "circling", ""
     if "bounce" in world.motions and scaling < MIN_SCALING and _bounces(track):
         return "bounce", ""
+    if "diagonal" in world.motions and scaling < MIN_SCALING and _goes_down_right(track, dx, dy):
+        return "diagonal", ""
     if travel >= MIN_TRAVEL:
         along = track.x if abs(dx) > abs(dy) else track.y
         if drift > MAX_DRIFT * travel or steadiness(along) < MIN_STEADINESS or scaling > MIN_SCALING:
@@ -124,6 +129,12 @@ def _circles(track: Track) -> bool:
     (cx, cy, c), *_ = np.linalg.lstsq(equations, x**2 + y**2, rcond=None)
     radius = np.sqrt(max(0.0, c + cx**2 + cy**2))
     return radius >= MIN_CIRCLE_RADIUS and _rounds(x - cx, y - cy)
+
+
+def _goes_down_right(track: Track, dx: float, dy: float) -> bool:
+    """Return whether an object that moved by (dx, dy) went right and down alike, steadily."""
+    steady = min(steadiness(track.x), steadiness(track.y)) >= MIN_STEADINESS
+    return steady and min(dx, dy) >= max(MIN_TRAVEL * DIAGONAL[0], MIN_DIAGONAL * max(dx, dy))
 
 
 def _bounces(track: Track) -> bool:

@@ -1,0 +1,85 @@
+"""Worlds with a new value: their few clips, their prompts, and how the checker tells the value from the others."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stdit.data.shapes.build import ShapesConfig, build, draw_clip, draw_prompt_sets
+from stdit.data.shapes.checker import check, score
+from stdit.data.shapes.outlines import coverage
+from stdit.data.shapes.prompt_files import read_expected
+from stdit.data.shapes.render import COLOURS, render
+from stdit.data.shapes.worlds import WORLDS, World, sample_scene, split_combinations
+from stdit.errors import UserError
+from tests.data.shapes.clips import SMALL, counts, encoded, read, scenes
+
+NEW = [world for world in WORLDS.values() if world.new]
+new_worlds = pytest.mark.parametrize("world", NEW, ids=[world.name for world in NEW])
+
+
+@new_worlds
+@counts(10, 200)
+def test_the_checker_knows_the_new_value(world: World, tmp_path: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    combos = sum(split_combinations(0, world), ())
+    shown = [sample_scene(rng, combos, world) for _ in range(count)]
+    for scene in shown:
+        frames = encoded(render(scene), tmp_path / "clip.mp4")
+        assert score(frames, scene.attributes, world)["strict"], scene
+        assert not score(frames, scene.attributes, SMALL)["lenient"], scene
+
+
+@new_worlds
+@counts(10, 300)
+def test_the_checker_still_knows_the_others(world: World, count: int) -> None:
+    for scene in scenes(count, seed=5):
+        assert score(render(scene), scene.attributes, world)["strict"], scene
+
+
+@pytest.mark.parametrize(
+    ("form", "seen"), [("thick ring", "ring"), ("thin ring", "ring"), ("circle", "circle")]
+)
+def test_a_ring_has_a_hole_of_any_size(form: str, seen: str) -> None:
+    place = np.full(16, 16.0)
+    alpha = coverage(form, place, place + np.linspace(-4, 4, 16), np.full(16, 8.0), 32, 32)
+    frames = (alpha[..., None] * np.array(COLOURS["red"])).astype(np.uint8)
+    assert check(frames, WORLDS["ring"]).shape_lenient == seen
+
+
+@new_worlds
+def test_all_clips_show_it_and_prompts_ask_for_other_pairs(world: World) -> None:
+    config = ShapesConfig.of(world.name)
+    shown = {draw_clip(index, config)[0].combo for index in range(config.num_clips)}
+    assert config.num_clips == 60 and all(world.new in combo for combo in shown)
+    sets = draw_prompt_sets(config)
+    assert set(sets) == {"heldout", "seen", "sample"} and len(sets["heldout"]) >= 18
+    asked = {(row["shape"], row["colour"], row["motion"]) for row in sets["heldout"]}
+    assert not shown & asked and all(world.new in combo for combo in asked)
+    for colour in world.colours:
+        assert any(colour in combo for combo in shown) and any(colour in combo for combo in asked)
+
+
+def test_prompt_files_tell_the_world_by_their_values(tmp_path: Path) -> None:
+    header = "prompt,shape,colour,motion,background\n"
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    old.write_text(f"{header}a,circle,red,up,black\n")
+    new.write_text(f"{header}a,ring,red,up,black\n")
+    assert read_expected([old])[0] is SMALL and read_expected([new])[0] is WORLDS["ring"]
+    with pytest.raises(UserError, match="one by one, or name one world that has both"):
+        read_expected([old, new])
+    world, expected = read_expected([old, new], WORLDS["ring"])
+    assert world is WORLDS["ring"] and [row["shape"] for row in expected] == ["circle", "ring"]
+    with pytest.raises(UserError, match="shape = ring: must be one of circle, square"):
+        read_expected([new], SMALL)
+
+
+def test_it_is_built_like_the_others(tmp_path: Path) -> None:
+    build(tmp_path / "ring", ShapesConfig.of("ring", num_clips=2), workers=1)
+    assert [row["shape"] for row in read(tmp_path / "ring" / "manifest.csv")] == ["ring", "ring"]
+    assert sorted(path.name for path in (tmp_path / "ring").glob("prompts*")) == [
+        "prompts.txt",
+        "prompts_heldout.csv",
+        "prompts_sample.csv",
+        "prompts_seen.csv",
+    ]
