@@ -63,6 +63,24 @@ def test_losses_are_those_of_one_process(
     check_results(run.with_name(name), run)
 
 
+@pytest.mark.gpu
+def test_losses_on_gpus_are_those_of_one_process(alone: Any) -> None:
+    """On one GPU, also resumed half way; and with NCCL on two, by frames and by samples."""
+    settings, expected, run = alone
+    runs = {"gpu": (1, 1), "gpu-dp": (2, 1), "gpu-sp": (2, 2)}
+    for name, (ranks, sp) in runs.items():
+        if ranks > torch.cuda.device_count():
+            pytest.skip("NCCL needs two GPUs")
+        flags = [*settings, "--name", name, "--parallel.sp", str(sp), "--trainer.device", "auto"]
+        for steps in (STEPS // 2, STEPS):
+            code, _, errors = launch("train.py", ranks, [*flags, "--trainer.steps", str(steps)], "torchrun")
+            assert code == 0, errors
+        found = metrics(run.with_name(name))
+        assert [line["loss"] for line in found] == pytest.approx(
+            [line["loss"] for line in expected], rel=1e-3
+        )
+
+
 def test_sp_auto_is_chosen(alone: Any) -> None:
     """A batch of one clip must be shared, even if only the weights fit in memory and the clip has one frame."""
     settings, _, run = alone

@@ -30,7 +30,7 @@ def repeated_states(states: Tensor, mask: Tensor | None, times: int) -> tuple[Te
     """Return states ``[B V, L, E]`` and mask ``[B V, L]``; without a mask all are tokens."""
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    return states.repeat_interleave(times, 0), mask.bool().repeat_interleave(times, 0)
+    return states.repeat_interleave(times, 0), mask.to(states.device, torch.bool).repeat_interleave(times, 0)
 
 
 def text_rows(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stdit.errors import UserError
 from stdit.pipelines.pipeline import STDiTPipeline
+from stdit.pipelines.text_rows import repeated_states
 from tests.pipelines.tiny import tiny_pipeline
 
 PROMPTS = ["a red circle", "a blue square moves"]
@@ -245,3 +246,8 @@ def test_guidance_cannot_begin_in_a_call(pipe: STDiTPipeline) -> None:
     ):
         sample(pipe, "a", guidance_scale=1.0, callback_on_step_end=raised)
     assert sample(pipe, "a", guidance_scale=2.0, callback_on_step_end=raised).isfinite().all()
+
+
+def test_a_mask_goes_to_the_device_of_its_states() -> None:
+    states, mask = repeated_states(torch.empty(2, 3, 4, device="meta"), torch.ones(2, 3), 2)
+    assert mask.device == states.device and mask.dtype == torch.bool
