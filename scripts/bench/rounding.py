@@ -18,12 +18,13 @@ from torch import Tensor
 
 from scripts.arguments import positive_int
 from stdit.cli import run, script_parser
+from stdit.lora.config import BaseDtype
 from stdit.pipelines.bundled import bundled_folder
 from stdit.pipelines.inputs import draw_noise
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.weights import read_base
 
-DTYPES = ("fp32", "bf16", "int8", "nf4")
+DTYPES: tuple[BaseDtype, ...] = ("fp32", "bf16", "int8", "nf4")
 TIMESTEPS = (100.0, 500.0, 900.0)
 PROMPTS = [
     "a red circle moving to the right on a black background",
@@ -75,7 +76,7 @@ def measure(
                 for seed in range(count)
             ]
         )
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     for dtype in DTYPES[1:]:
         errors = (videos[dtype] - videos["fp32"]).square().flatten(1).mean(1)  # of each video
         figures[dtype] = {

@@ -101,6 +101,11 @@ def open_initial_weights(source: str) -> InitialWeights:
     if of_run and "adapter" in (meta := read_meta(folder)):
         return _weights_of(load_transformer(folder, meta, ema=True)[0], source)
     recorded = read_json((folder / "model" if of_run else folder) / "config.json", "a model")
+    if "quantization_config" in recorded:
+        raise UserError(
+            f"init_from = {source}: its weights are quantised, and a training begins with those that they were made "
+            "of: give that model, and --lora.base_dtype int8 or nf4 for an adapter on rounded weights."
+        )
     settings = STDiTConfig(**{f.name: recorded[f.name] for f in fields(STDiTConfig) if f.name in recorded})
     if of_run:
         files = folder / weights_folder(folder, meta, ema=True)
