@@ -68,6 +68,9 @@ class VideoCodec(ModelMixin):
     latent_frame_group: int = 1
     """The number of latent frames (after the first, if causal) is a multiple of this."""
 
+    use_slicing: bool = False
+    """It encodes and decodes one video at a time: see `enable_slicing`."""
+
     latent_variance: Tensor | None
     """Variance [C] of the latents over the data, where it is known."""
 
@@ -93,6 +96,31 @@ class VideoCodec(ModelMixin):
     def component(self) -> ModelMixin:
         """Return what a pipeline has as its ``vae``: this, or the VAE that it wraps."""
         return self
+
+    def enable_slicing(self) -> None:
+        """Encode and decode the videos of a batch one after the other, which needs less memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode the videos of a batch at once, as at first."""
+        self.use_slicing = False
+
+    def enable_tiling(self, **options: Any) -> None:
+        """Encode and decode overlapping tiles of each frame, which needs less memory; only large VAEs can.
+
+        Args:
+            options: sizes of tiles, as the VAE of diffusers takes them.
+
+        Raises:
+            UserError: if this codec has no tiles.
+        """
+        raise UserError(
+            f"codec {self.name}: cannot work in tiles, and needs little memory as it is: leave enable_tiling out, or "
+            "use enable_slicing or fewer frames."
+        )
+
+    def disable_tiling(self) -> None:
+        """Encode and decode whole frames, as at first."""
 
     def whole(self) -> "VideoCodec":
         """Return the whole codec, loaded again if its encoder was released."""
@@ -134,6 +162,10 @@ class VideoCodec(ModelMixin):
             return video
         return F.pad(video, (0, columns, 0, rows, 0, frames), mode="replicate")
 
+    def forward(self, compute: Callable[..., Tensor], *values: Any) -> Tensor:
+        """Return ``compute(*values)``: what offloads weights and buffers only sees calls of ``forward``."""
+        return compute(*values)
+
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Encode videos, deterministically, to normalised latents.
@@ -151,8 +183,11 @@ class VideoCodec(ModelMixin):
         """
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ValueError(f"a video is a float tensor [B 3 T H W], not {video.dtype} {list(video.shape)}")
+        if self.use_slicing and len(video) > 1:
+            return torch.cat([self.encode(one) for one in video.split(1)])
         self._restore_encoder()
-        return self._encode(self.pad_video(video.to(self.device, torch.float32))).float().contiguous()
+        latents: Tensor = self(self._encode, self.pad_video(video.to(self.device, torch.float32)))
+        return latents.float().contiguous()
 
     def encode_span(self, video: Tensor, start: int, num_frames: int) -> tuple[int, Tensor]:
         """Encode frames [B 3 T H W] of a longer video of ``num_frames``, beginning at its frame ``start``.
@@ -192,12 +227,14 @@ class VideoCodec(ModelMixin):
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             shape = list(latents.shape)
             raise ValueError(f"latents of {self.name} are [B {self.channels} T H W], not {shape}")
+        if self.use_slicing and len(latents) > 1:
+            return torch.cat([self.decode(one, num_frames, height, width) for one in latents.split(1)])
         whole = self.pixel_shape(*latents.shape[2:])
         wanted = (num_frames, height, width)
         size = [have if want is None else want for want, have in zip(wanted, whole, strict=True)]
         if any(want > have for want, have in zip(size, whole, strict=True)):
             raise ValueError(f"these latents decode to {whole} frames, rows and columns, fewer than {size}")
-        video = self._decode_frames(latents.to(self.device, torch.float32), size[0])
+        video = self(self._decode_frames, latents.to(self.device, torch.float32), size[0])
         return video[..., : size[1], : size[2]].float().clamp(-1, 1)
 
     def fingerprint(self) -> str:

@@ -63,6 +63,12 @@ class DiffusersCodec(VideoCodec):
     def component(self) -> ModelMixin:
         return self if self._released else self.vae
 
+    def enable_tiling(self, **options: Any) -> None:
+        self.vae.enable_tiling(**options)
+
+    def disable_tiling(self) -> None:
+        self.vae.disable_tiling()
+
     def saved_settings(self) -> dict[str, Any]:
         return {"dtype": dtype_name(self.dtype)}
 

@@ -49,6 +49,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         UserError: an option of diffusers with a value that cannot be honoured.
     """
     for name, value in options.items():
+        if name == "quantization_config":
+            raise UserError(
+                "quantization_config: codecs and text encoders of stdit cannot be quantised: name only the other "
+                "components in the pipeline's quant_mapping or components_to_quantize."
+            )
         if name not in _DIFFUSERS_OPTIONS:
             raise TypeError(f"from_pretrained() got an unexpected keyword argument {name!r}")
         if value not in _DIFFUSERS_OPTIONS[name]:

@@ -1,7 +1,5 @@
 """Where modules compute whose weights may be elsewhere: the offloading of accelerate and diffusers."""
 
-from typing import Any
-
 import torch
 from diffusers.models.modeling_utils import get_parameter_device
 from torch import nn
@@ -15,9 +13,3 @@ def execution_device(module: nn.Module) -> torch.device:
             return torch.device(device)
     found: torch.device = get_parameter_device(module)
     return found
-
-
-def onload(module: Any) -> None:
-    """Move an offloaded component to its device; the hook of `enable_model_cpu_offload` only sees ``forward``."""
-    if hasattr(module, "_hf_hook"):
-        module._hf_hook.pre_forward(module)

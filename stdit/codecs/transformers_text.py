@@ -85,6 +85,10 @@ class TransformersTextEncoder(TextEncoder):
         """Captions cut at `max_length` so far; the first time is logged."""
 
     @torch.no_grad()
+    def forward(self, **inputs: Any) -> Any:
+        """Call the model: what offloads weights only sees calls of ``forward``."""
+        return self.model(**inputs)
+
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         if not texts:
             raise ValueError("encode() needs at least one text")
@@ -104,8 +108,8 @@ class TransformersTextEncoder(TextEncoder):
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
         if self.layers is None:
-            return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+            return self(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        output = self(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
         return torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:

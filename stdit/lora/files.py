@@ -168,6 +168,11 @@ def read_adapters(
     adapters = [read_adapter(lora.file) for lora in loras]
     if any_base or all(adapter.base_hash is None for adapter in adapters):
         return adapters
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            f"lora {loras[0].file}: says on which weights it was trained, which cannot be compared with the "
+            f"quantised ones of this model: add {flag} to use it here."
+        )
     found = base_hash(model)
     for lora, adapter in zip(loras, adapters, strict=True):
         check_base(adapter, found, str(lora.file), flag)

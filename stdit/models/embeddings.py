@@ -120,11 +120,12 @@ class CaptionEmbedder(nn.Module):
         self.y_proj = Mlp(caption_channels, dim, dim)
         self.y_embedding = nn.Parameter(torch.empty(max_length, caption_channels))
 
-    def null(self, states: Tensor) -> Tensor:
-        """Return the null caption's states, ``[L E]``, in the length and dtype of ``states [B L E]``."""
-        return self.y_embedding[: states.shape[1]].to(states.dtype)
+    def forward(self, states: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Project ``[B L E] -> [B L D]``; where ``drop [B]`` is true, the null caption instead.
 
-    def forward(self, states: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Project ``[B L E] -> [B L D]``; where ``drop [B]`` is true, of the null caption."""
+        Returns:
+            that; and the null caption's states ``[L E]``: an offloaded weight has no values outside ``forward``.
+        """
+        null = self.y_embedding[: states.shape[1]].to(states.dtype)
         y = self.y_proj(states)
-        return y if drop is None else torch.where(drop[:, None, None], self.y_proj(self.null(states)), y)
+        return (y if drop is None else torch.where(drop[:, None, None], self.y_proj(null), y)), null

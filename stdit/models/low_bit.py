@@ -74,6 +74,20 @@ class _FrozenProduct(torch.autograd.Function):
         return gradient @ full_weight(weight, gradient.dtype), None, None
 
 
+def layers_to_round(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that a rounded model has in 8 or 4 bits: of all blocks but the last.
+
+    No later block evens out the error of the last one, which is most of the whole: see stdit/models/README.md.
+    """
+    blocks = list(model.blocks.named_children())[:-1]  # type: ignore[operator,union-attr]
+    return [
+        f"blocks.{number}.{name}"
+        for number, block in blocks
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
 def make_low_bit(model: nn.Module, names: Iterable[str]) -> None:
     """Replace linear layers by low-bit ones on the meta device, whose weights are then to be set."""
     for name in names:

@@ -424,7 +424,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
 
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         states = encoder_hidden_states.to(dtype)
-        y = self.y_embedder(states, drop_caption)  # [B L D]
+        y, null = self.y_embedder(states, drop_caption)  # [B L D], [L E]
 
         frames = timestep[:, None] if timestep.ndim == 1 else timestep  # [B F]
         own = hidden_states.dtype
@@ -432,8 +432,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         if self.pooled_embedder is not None:
             pooled = masked_mean(states, mask)  # [B E]
             if drop_caption is not None:
-                null = masked_mean(self.y_embedder.null(states), mask)
-                pooled = torch.where(drop_caption[:, None], null, pooled)
+                pooled = torch.where(drop_caption[:, None], masked_mean(null, mask), pooled)
             t = t + self.pooled_embedder(pooled)[:, None]
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
 

@@ -1,6 +1,6 @@
 """The components of a pipeline: what wraps those of diffusers and transformers, and what reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,36 @@ def wrap_text_encoder(text_encoder: Any, tokenizer: Any, settings: Mapping[str, 
             f"text_encoder is a {type(text_encoder).__name__}, but tokenizer is None: pass that too."
         )
     return TransformersTextEncoder("auto", tokenizer, text_encoder, **settings)
+
+
+def check_quantisation(config: Any, components: Collection[str]) -> None:
+    """Raise UserError if diffusers' config names a component that there is not, or one of another library's kind."""
+    mapping = getattr(config, "quant_mapping", None) or {}
+    named = list(mapping or getattr(config, "components_to_quantize", None) or [])
+    if unknown := sorted(set(named) - set(components)):
+        raise UserError(
+            f"quantization_config names {', '.join(unknown)}: the pipeline has {', '.join(sorted(components))}."
+        )
+    for name, needed in (("transformer", "diffusers"), ("text_encoder", "transformers")):
+        given = type(mapping.get(name))
+        if name in mapping and not given.__module__.startswith(f"{needed}."):
+            raise UserError(
+                f"quantization_config: that of {name} is a {given.__module__}.{given.__name__}: use the class of "
+                f"that name in {needed}."
+            )
+
+
+def check_can_be_saved(components: Mapping[str, Any]) -> None:
+    """Raise UserError if a component is quantised in a way that its library cannot save."""
+    for name, component in components.items():
+        quantizer: Any = getattr(component, "hf_quantizer", None)
+        saves = getattr(quantizer, "is_serializable", True)
+        if not (saves() if callable(saves) else saves):
+            raise UserError(
+                f"save_pretrained: {name} is quantised by a {type(quantizer.quantization_config).__name__}, and "
+                f"{type(quantizer).__module__.split('.')[0]} cannot save it: save the pipeline without, and quantise "
+                "it when it is loaded."
+            )
 
 
 def verify_pipeline(folder: Path, index: str) -> bool:

@@ -23,7 +23,6 @@ from stdit.checkpoint_files import META, read_json, seal_folder
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.config import CODECS
 from stdit.codecs.loading import quiet
-from stdit.codecs.placement import onload
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.config import FlowConfig, flow_config, flow_settings
 from stdit.diffusion.flow import FlowObjective, per_frame
@@ -34,7 +33,14 @@ from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.sharding import TokenSharding
 from stdit.pipelines.bundled import bundled_folder
-from stdit.pipelines.components import OWN_BASES, verify_pipeline, wrap_text_encoder, wrap_vae
+from stdit.pipelines.components import (
+    OWN_BASES,
+    check_can_be_saved,
+    check_quantisation,
+    verify_pipeline,
+    wrap_text_encoder,
+    wrap_vae,
+)
 from stdit.pipelines.conditions import FrameCondition, load_frames
 from stdit.pipelines.config import (
     PIPELINE_DEFAULTS,
@@ -213,7 +219,12 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     @property
     def flow(self) -> FlowObjective:
         """The objective of the training, with the variance of this pipeline's latents."""
-        return FlowObjective(self._flow_config, self.codec.latent_variance)
+        flow: FlowObjective = self._wrap("flow", self._make_flow)
+        return flow
+
+    def _make_flow(self) -> FlowObjective:
+        variance = self.codec.latent_variance  # copied: an offloaded codec has no values between calls
+        return FlowObjective(self._flow_config, None if variance is None else variance.clone())
 
     @property
     def guidance_scale(self) -> float:
@@ -252,6 +263,7 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """
         if self.transformer is not None:
             self.transformer.check_has_no_adapters()  # before anything is written
+        check_can_be_saved(self.components)
         for name, base in OWN_BASES.items():
             if isinstance(getattr(self, name), base):
                 self.register_to_config(**{name: ("stdit", base.__name__)})
@@ -271,12 +283,15 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 that of all components, but codecs of stdit compute in fp32.
 
         Raises:
-            UserError: if the folder holds no pipeline, or a damaged one.
+            UserError: if the folder holds no pipeline, or a damaged one; for a quantisation of components that there
+                are not.
             TypeError: for a keyword that is almost a setting.
         """
         given = pretrained_model_name_or_path
         source = bundled_folder() if given is None else given
         check_keywords(cls.from_pretrained, options.keys() - inspect.signature(cls).parameters.keys())
+        if (quantisation := options.get("quantization_config")) is not None:
+            check_quantisation(quantisation, cls._get_signature_keys(cls)[0])
         if given is None or Path(given).is_dir():
             folder = Path(source)
             if not verify_pipeline(folder, cls.config_name):
@@ -541,7 +556,6 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         )
         if texts := [*prompts, *negatives]:
             encoder = self._prompt_encoder_for(max_sequence_length)
-            onload(self.text_encoder)
             states, mask = (tensor.to(device) for tensor in encode_texts(encoder, texts))
             if prompts:
                 prompt_embeds, prompt_attention_mask = states[:count], mask[:count]
@@ -600,7 +614,6 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             for condition in of_video:
                 condition = condition.resolved(num_frames, fps)
                 video = load_frames(condition, fps, height, width)[None]  # [1 3 T H W]
-                onload(self.vae)
                 start, _ = condition.span(num_frames)
                 first, encoded = self.codec.encode_span(video.to(latents.device), start, num_frames)
                 place = slice(first, first + encoded.shape[2])
@@ -708,7 +721,6 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
         Each rank decodes its own frames if the codec can decode them alone, else all of them.
         """
-        onload(self.vae)
         # A later part of causal latents would be decoded as if it began with the first frame.
         alone = self.codec.independent_frames and not self.codec.causal_first_frame
         if not alone:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import stdit
+from stdit.errors import UserError
 from stdit.lora.header import read_header
 from stdit.pipelines.bundled import describe_origin
 from stdit.pipelines.config import SampleConfig
@@ -28,8 +29,7 @@ from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
 from stdit.pipelines.writer import VideoWriter, check_writable
 
 if TYPE_CHECKING:
-    import torch
-
+    from stdit.models.stdit import STDiT
     from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
 
@@ -72,7 +72,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh.on_all_ranks(lambda: pipe.prompt_encoder.check(texts))
     mesh.check_same("the model", weights)
     mesh.on_all_ranks(lambda: use_loras(pipe, loras, config.lora_other_base))  # before anything is made
-    pipe.to(device).transformer.to(_dtype(config.dtype))
+    _cast(pipe.to(device).transformer, config.dtype)
     if config.resolution is not None:  # named sizes depend on the codec and the patch size
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     mesh = _share(pipe, requests, config, mesh)
@@ -151,7 +151,14 @@ def _warn_if_padded(pipe: "STDiTPipeline", requests: Iterable[Request]) -> None:
             )
 
 
-def _dtype(name: str) -> "torch.dtype":
+def _cast(transformer: "STDiT", name: str) -> None:
+    """Give a model the precision of ``dtype``. Raises UserError if it is quantised, and computes in another one."""
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if not getattr(transformer, "is_quantized", False):
+        transformer.to(dtype)
+    elif transformer.dtype != dtype:
+        raise UserError(
+            f"dtype = {name}: the transformer is quantised and computes in {transformer.dtype}: set dtype to that."
+        )

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from stdit.checkpoint_files import read_json, read_meta, verify_if_sealed
 from stdit.errors import UserError
-from stdit.lora.adapters import linear_layers, merge_adapter
+from stdit.lora.adapters import merge_adapter
 from stdit.lora.config import BaseDtype, parse_lora
 from stdit.lora.files import hash_of_weights, merge_adapters
 from stdit.models.config import STDiTConfig
-from stdit.models.low_bit import make_low_bit, round_weight
+from stdit.models.low_bit import layers_to_round, make_low_bit, round_weight
 from stdit.models.opensora import stdit_names
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.parameters import trained_state
@@ -61,14 +61,14 @@ class InitialWeights:
         """Return a model of these weights that is not trained, and their hash.
 
         Args:
-            dtype: of the weights; int8 and nf4 are for the linear layers of the blocks, beside which all is bf16.
+            dtype: of the weights; int8 and nf4 are for the layers of `layers_to_round`, beside which all is bf16.
         """
         with torch.device("meta"):
             model = STDiT(**asdict(self.settings))
         self.check_fits(model)
         rounded = set()
         if dtype in ("int8", "nf4"):
-            rounded = {name for name in linear_layers(model) if name.startswith("blocks.")}
+            rounded = set(layers_to_round(model))
             make_low_bit(model, rounded)
 
         def kept(layer: str, name: str, tensor: Tensor) -> Tensor:
@@ -101,6 +101,11 @@ def open_initial_weights(source: str) -> InitialWeights:
     if of_run and "adapter" in (meta := read_meta(folder)):
         return _weights_of(load_transformer(folder, meta, ema=True)[0], source)
     recorded = read_json((folder / "model" if of_run else folder) / "config.json", "a model")
+    if "quantization_config" in recorded:
+        raise UserError(
+            f"init_from = {source}: its weights are quantised, and a training begins with those that they were made "
+            "of: give that model, and --lora.base_dtype int8 or nf4 for an adapter on rounded weights."
+        )
     settings = STDiTConfig(**{f.name: recorded[f.name] for f in fields(STDiTConfig) if f.name in recorded})
     if of_run:
         files = folder / weights_folder(folder, meta, ema=True)

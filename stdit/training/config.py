@@ -259,8 +259,9 @@ class LoRATrainingConfig(LoRAConfig):
     """The adapter that is trained, and what it begins with."""
 
     base_dtype: BaseDtype = "fp32"
-    """How the weights of init_from are kept, which are not trained: in bf16 or, of the linear layers in the blocks,
-    rounded to 8 or 4 bits (nf4: normal floats, QLoRA); these need precision bf16, and 8 and 4 bits need torchao."""
+    """How the weights of init_from are kept, which are not trained: in bf16 or, of the linear layers in all blocks
+    but the last, rounded to 8 or 4 bits (nf4: normal floats, QLoRA). These need precision bf16, 8 and 4 bits also
+    torchao."""
     init_from: str | None = None
     """Adapter to begin with, of the same rank and targets: a file, or a folder with one."""
     merge: list[str] = field(default_factory=list)

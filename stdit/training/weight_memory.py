@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from stdit.lora.adapters import linear_layers, target_layers
+from stdit.models.low_bit import layers_to_round
 from stdit.models.size import count_on_meta, meta_model
 from stdit.training.config import TrainConfig
 from stdit.training.low_bit_adamw import BLOCKS
@@ -16,7 +17,7 @@ FP32, BF16 = 4, 2
 MOMENT_BYTES = {"fp32": 4.0, **{name: int(name[0]) / 8 + FP32 / size for name, size in BLOCKS.items()}}
 """Of a value of one moment of AdamW, with its part of a scale."""
 BASE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
-"""Of a frozen weight in the linear layers of the blocks; others are fp32 or bf16."""
+"""Of a frozen weight that is rounded; others are fp32 or bf16."""
 
 
 class WeightCounts(NamedTuple):
@@ -27,8 +28,8 @@ class WeightCounts(NamedTuple):
     """Of the largest trained tensor."""
     in_muon: int
     """Those that Muon trains: it keeps one number for each, where AdamW keeps two."""
-    in_blocks: int
-    """Those in linear layers of the blocks, which are rounded in a base of 8 or 4 bits."""
+    rounded: int
+    """Those that a base of 8 or 4 bits has rounded."""
     frozen: int
     """All that are not trained."""
 
@@ -42,10 +43,8 @@ class WeightCounts(NamedTuple):
             sizes = [
                 _adapter_sizes(layers[name], config) for name in target_layers(model, config.lora.targets)
             ]
-            in_blocks = sum(
-                layer.weight.numel() for name, layer in layers.items() if name.startswith("blocks.")
-            )
-            return cls(sum(map(sum, sizes)), max(map(max, sizes)), 0, in_blocks, weights)
+            rounded = sum(layers[name].weight.numel() for name in layers_to_round(model))
+            return cls(sum(map(sum, sizes)), max(map(max, sizes)), 0, rounded, weights)
         in_muon = count_on_meta(config.model, count_matrices) if config.optimizer.name == "muon" else 0
         return cls(weights, _largest(config), in_muon, 0, 0)
 
@@ -67,7 +66,7 @@ class WeightCounts(NamedTuple):
         other = FP32 if config.lora.base_dtype == "fp32" else BF16
         found = {
             "weights": width * self.trained,
-            "frozen weights": base * self.in_blocks + other * (self.frozen - self.in_blocks),
+            "frozen weights": base * self.rounded + other * (self.frozen - self.rounded),
             "gradients": (FP32 if has_master and here else width) * gradients,
             "optimizer": here * (moments + FP32 * has_master * self.trained),
             "average": here * FP32 * self.trained * (config.ema.decay > 0),

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from stdit.errors import UserError
 from stdit.lora.adapters import adapter_weights, add_adapter, linear_layers
 from stdit.lora.config import LoRAConfig
-from stdit.models.low_bit import LowBitLinear, full_weight, low_bit_layers, make_low_bit, round_weight
+from stdit.models.low_bit import (
+    LowBitLinear,
+    full_weight,
+    layers_to_round,
+    low_bit_layers,
+    make_low_bit,
+    round_weight,
+)
 from stdit.models.stdit import STDiT
 from tests.parallel.sequence.test_sharding import make_batch, make_model
 
@@ -67,7 +74,10 @@ def test_a_model_with_rounded_blocks(kind: Any, error: float) -> None:
     """Its output is close, an adapter on it is trained, and copies around other weights have the same blocks."""
     model = make_model(torch.float32, depth=2, hidden_size=64).requires_grad_(False)
     x, _, t, _, condition = make_batch(3, 6, 6, 2, False, torch.float32)
-    names = [name for name in linear_layers(model) if name.startswith("blocks.")]
+    names = layers_to_round(model)
+    last = f"blocks.{len(model.blocks) - 1}."
+    of_blocks = [name for name in linear_layers(model) if name.startswith("blocks.")]
+    assert names == [name for name in of_blocks if not name.startswith(last)]
     other = copy.deepcopy(model)
     make_low_bit(other, names)
     for name in names:
