@@ -36,8 +36,14 @@ def setting_types(config_class: Any, prefix: str = "") -> Iterator[tuple[str, An
             yield from setting_types(hint, f"{prefix}{field.name}.")
 
 
-def check_key(key: str, known: dict[str, Any], dashes: str = "", where: str = "") -> None:
-    """Raise UserError naming the nearest key unless ``key`` is a setting (or an entry of a dict setting)."""
+def check_key(
+    key: str, known: dict[str, Any], dashes: str = "", where: str = "", elsewhere: Iterable[str] = ()
+) -> None:
+    """Raise UserError naming the nearest key unless ``key`` is a setting (or an entry of a dict setting).
+
+    Args:
+        elsewhere: settings of other groups, which may have been meant.
+    """
     if key in known or (dashes and key in OWN_FLAGS):
         return
     group = key.rpartition(".")[0]
@@ -47,7 +53,7 @@ def check_key(key: str, known: dict[str, Any], dashes: str = "", where: str = ""
         group = group.rpartition(".")[0]
     flags = [flag for flag in OWN_FLAGS if dashes and difflib.get_close_matches(key, [flag], 1, 0.75)]
     own = OWN_FLAGS if dashes else ()
-    nearest = same_meaning(key, [*known, *own]) or similar_name(key, [*known, *flags])
+    nearest = same_meaning(key, [*known, *own, *elsewhere]) or similar_name(key, [*known, *flags])
     hint = f"did you mean {dashes}{nearest}?" if nearest else "see --help for all settings."
     raise UserError(f"{where}{dashes}{key} is not a setting: {hint}")
 
@@ -85,7 +91,7 @@ def check_file(path: Path, config_class: Any, imports: Sequence[str]) -> None:
             f"--config {path}: it seems to be for another command, since this one has no setting "
             f"{listed(strange[:3], len(strange))}: give a file with settings of --help."
         )
-    _check_content(content, config_class, "", f"--config {path}: ")
+    _check_content(content, config_class, "", f"--config {path}: ", known)
 
 
 def _repeated_key(root: yaml.Node | None) -> str | None:
@@ -108,23 +114,26 @@ def _repeated_key(root: yaml.Node | None) -> str | None:
     return None
 
 
-def _check_content(content: dict[Any, Any], config_class: Any, prefix: str, where: str) -> None:
-    """Check the keys and nulls of a mapping against a dataclass."""
+def _check_content(
+    content: dict[Any, Any], config_class: Any, prefix: str, where: str, everything: Sequence[str]
+) -> None:
+    """Check the keys and nulls of a mapping against a dataclass; ``everything``: all settings there are."""
     known = dict(setting_types(config_class))
     for key, value in content.items():
-        check_key(f"{prefix}{key}", {prefix + name: hint for name, hint in known.items()}, where=where)
+        here = {prefix + name: hint for name, hint in known.items()}
+        check_key(f"{prefix}{key}", here, where=where, elsewhere=everything)
         hint = known.get(str(key))
         item = group_in(hint)
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise UserError(f"{where}{prefix}{key} = {value}: must be a group of settings.")
-            _check_content(value, hint, f"{prefix}{key}.", where)
+            _check_content(value, hint, f"{prefix}{key}.", where, everything)
         elif value is None and hint is not None and type(None) not in typing.get_args(hint):
             raise UserError(f"{where}{prefix}{key} = null: must be {_describe(hint)}.")
         elif item is not None and isinstance(value, list):
             for index, entry in enumerate(value):
                 if isinstance(entry, dict):
-                    _check_content(entry, item, f"{prefix}{key}[{index}].", where)
+                    _check_content(entry, item, f"{prefix}{key}[{index}].", where, everything)
 
 
 def explain(message: str, known: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 python train.py --import scripts.bench.shapes_only --codec.name opensora_shapes --text_encoder.name t5_shapes ...
 """
 
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -34,6 +35,9 @@ class OpenSoraShapes(OpenSoraCodec):
 
     def saved_settings(self) -> dict[str, object]:
         return {}
+
+    def save(self, directory: Path) -> None:
+        pass
 
     def fingerprint(self) -> str:
         return self.name

@@ -78,6 +78,10 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 }
 """Signed distance to the outline of a shape of radius 1, negative inside. The shapes have similar areas."""
 
+FORMS = {"ring": ("ring", "thick ring", "thin ring")}
+"""Names of the outlines by which a shape is known, if it has several; those of clips are in `SHAPES`."""
+_OUTLINES = SHAPES | {"thick ring": _ring(0.3), "thin ring": _ring(0.65)}
+
 SYMMETRY: dict[str, int] = {"square": 4, "triangle": 3, "cross": 4, "star": 5, "heart": 1}
 """How many times a shape looks the same in a whole turn; a circle or a ring does not visibly turn."""
 
@@ -88,7 +92,7 @@ def coverage(
     """Return the share of every pixel that a shape covers, anti-aliased over one pixel: float32 [T H W] in [0, 1].
 
     Args:
-        shape: a name of `SHAPES`.
+        shape: a name of `SHAPES`, or of one of the `FORMS`.
         x, y, radius: centre and radius [T], in pixels of the frame that is drawn.
         angle: degrees [T] by which it is turned clockwise; None: upright.
     """
@@ -99,5 +103,5 @@ def coverage(
     if angle is not None:
         turned = np.radians(np.asarray(angle, np.float32))[:, None, None]
         u, v = u * np.cos(turned) + v * np.sin(turned), v * np.cos(turned) - u * np.sin(turned)
-    distance = SHAPES[shape](u, v) * radius
+    distance = _OUTLINES[shape](u, v) * radius
     return np.clip(0.5 - distance, 0.0, 1.0)

@@ -3,6 +3,7 @@
 Letters: T frames, H height, W width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,7 +12,7 @@ import numpy as np
 from stdit.data.shapes.checker.background import border
 from stdit.data.shapes.checker.motion import steady_sweep
 from stdit.data.shapes.checker.objects import MIN_AGREEMENT, MIN_AREA, Track, blur, sharpen
-from stdit.data.shapes.outlines import REACH, SYMMETRY, Array, coverage
+from stdit.data.shapes.outlines import FORMS, REACH, SYMMETRY, Array, coverage
 from stdit.data.shapes.worlds import World
 
 MIN_FIT = 0.9
@@ -50,7 +51,9 @@ def find_outline(track: Track, world: World, may_turn: bool = False) -> Outline:
     seen = track.at(whole)
     window = _Window.around(seen)
     angles = {name: _angles(window, name) if may_turn else None for name in world.shapes}
-    fits = np.stack([_fits(window, name, angles[name]) for name in world.shapes])  # [shapes T]
+    fits = np.stack(
+        [_best(window, FORMS.get(name, (name,)), angles[name]) for name in world.shapes]
+    )  # [shapes T]
     weight = seen.area / seen.area.sum()
     mean = fits @ weight
     second, best = np.argsort(mean)[-2:]
@@ -92,6 +95,11 @@ class _Window:
         part = track.alpha[frame, rows.clip(0, h - 1)[:, :, None], columns.clip(0, w - 1)[:, None]] * inside
         beyond = np.maximum(area - part.sum((1, 2)), 0.0)
         return cls(part.astype(np.float32), inside, beyond, x - left, y - top, area)
+
+
+def _best(window: _Window, forms: Sequence[str], angle: Array | None) -> Array:
+    """Return the intersection over union [T] with the form of a shape that fits best on average."""
+    return max((_fits(window, form, angle) for form in forms), key=lambda fit: fit.mean())
 
 
 def _fits(window: _Window, shape: str, angle: Array | None) -> Array:
