@@ -35,7 +35,8 @@ def replicate_model(model: nn.Module, mesh: Mesh) -> DistributedModel:
     model.to(mesh.device)
     if mesh.world_size == 1:
         return DistributedModel(model)
-    module = DistributedDataParallel(_WithUnusedParameter(model), find_unused_parameters=True)
+    # All ranks have built the same weights; frozen ones that are rounded could not be sent at the start.
+    module = DistributedDataParallel(_WithUnusedParameter(model), find_unused_parameters=True, init_sync=False)
     return DistributedModel(module, module.no_sync)
 
 
