@@ -195,6 +195,12 @@ class Trainer:
         not finite.
         """
         assert self.fused is not None
+        if self.micro_batch_size(batch.batch_size) is not None:
+            raise UserError(
+                f"memory.fused_backward: each batch of this run was split into {self.batch_splits} parts, whose "
+                "gradients "
+                "must be added up: resume without it, or on as many processes as before."
+            )
         found = GradientNorm(self.parameters)
 
         def measure(parameter: nn.Parameter) -> None:

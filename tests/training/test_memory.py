@@ -79,6 +79,15 @@ def test_fused_backward_holds_one_gradient_at_a_time() -> None:
     unclipped.step(tiny_batch(0))
 
 
+def test_fused_backward_is_for_whole_batches() -> None:
+    one = trainer(dict(fused_backward=True))
+    one.batch_splits = 2  # as after a resume from two processes
+    with pytest.raises(
+        UserError, match="memory.fused_backward: each batch of this run was split into 2 parts"
+    ):
+        one.step(tiny_batch(0))
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(max_grad_norm=float("inf"))])
 def test_fused_backward_skips_what_is_not_finite(settings: dict[str, Any]) -> None:
     one = trainer(dict(fused_backward=True), **settings)

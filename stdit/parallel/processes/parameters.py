@@ -36,7 +36,9 @@ def replicate_model(model: nn.Module, mesh: Mesh) -> DistributedModel:
     if mesh.world_size == 1:
         return DistributedModel(model)
     # All ranks have built the same weights; frozen ones that are rounded could not be sent at the start.
-    module = DistributedDataParallel(_WithUnusedParameter(model), find_unused_parameters=True, init_sync=False)
+    module = DistributedDataParallel(
+        _WithUnusedParameter(model), find_unused_parameters=True, init_sync=False
+    )
     return DistributedModel(module, module.no_sync)
 
 
