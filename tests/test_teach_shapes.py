@@ -50,7 +50,7 @@ def scores(folder: Path, world: str, *flags: str) -> dict[str, dict[str, float]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "flags"), [("ring", []), ("diagonal", MOTION)])
+@pytest.mark.parametrize(("world", "flags"), [("ring", ["--name", "ring"]), ("diagonal", MOTION)])
 def test_an_adapter_teaches_something_new_and_keeps_the_rest(
     world: str, flags: list[str], folder: Path
 ) -> None:

@@ -120,12 +120,15 @@ class CaptionEmbedder(nn.Module):
         self.y_proj = Mlp(caption_channels, dim, dim)
         self.y_embedding = nn.Parameter(torch.empty(max_length, caption_channels))
 
-    def forward(self, states: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, states: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Project ``[B L E] -> [B L D]``; where ``drop [B]`` is true, the null caption instead.
 
         Returns:
-            that; and the null caption's states ``[L E]``: an offloaded weight has no values outside ``forward``.
+            that; and with ``drop`` the null caption's states ``[L E]``: an offloaded weight has no values outside
+            ``forward``.
         """
+        y: Tensor = self.y_proj(states)
+        if drop is None:
+            return y, None
         null = self.y_embedding[: states.shape[1]].to(states.dtype)
-        y = self.y_proj(states)
-        return (y if drop is None else torch.where(drop[:, None, None], self.y_proj(null), y)), null
+        return torch.where(drop[:, None, None], self.y_proj(null), y), null

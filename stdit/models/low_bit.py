@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stdit.errors import UserError
+from stdit.errors import UserError, install_command
 
 LowBit = Literal["int8", "nf4"]
 """int8: a scale for each row; nf4: 4-bit normal floats (Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
@@ -30,7 +30,7 @@ def round_weight(weight: Tensor, kind: LowBit) -> Tensor:
         from torchao.quantization import Int8Tensor, NF4Tensor, PerRow
     except ImportError:
         raise UserError(
-            f"{kind} weights need torchao: install stdit[memory], or keep the weights in bf16."
+            f"{kind} weights need torchao: {install_command('memory')}, or keep them in bf16."
         ) from None
     weight = weight.to(torch.bfloat16)
     if kind == "int8":

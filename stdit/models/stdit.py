@@ -431,7 +431,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         t = (self.t_embedder(frames, own) + self.fps_embedder(fps, own)[:, None]).to(dtype)  # [B F D]
         if self.pooled_embedder is not None:
             pooled = masked_mean(states, mask)  # [B E]
-            if drop_caption is not None:
+            if drop_caption is not None and null is not None:
                 pooled = torch.where(drop_caption[:, None], masked_mean(null, mask), pooled)
             t = t + self.pooled_embedder(pooled)[:, None]
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]

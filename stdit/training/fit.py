@@ -7,7 +7,7 @@ from itertools import product
 from math import isinf
 from typing import Any
 
-from stdit.errors import UserError
+from stdit.errors import UserError, install_command
 from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import GIB, ParallelDims, format_gib
 from stdit.training.build import RunInputs
@@ -148,7 +148,7 @@ def _advice(config: TrainConfig) -> str:
     if config.ema.decay:
         ways.append("keep no average (ema.decay 0)")
     if find_spec("torchao") is None:
-        ways.append("install torchao (pip install 'stdit[memory]'), for weights and moments of 8 and 4 bits")
+        ways.append(f"install torchao ({install_command('memory')}), for weights and moments of 8 and 4 bits")
     ways.append(
         "train on smaller or shorter clips, or on fewer at once (data.buckets, trainer.micro_batch_size)"
     )

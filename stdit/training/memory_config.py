@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from stdit.errors import UserError
+from stdit.errors import UserError, install_command
 from stdit.models.config import Activations
 
 TORCHAO = {
@@ -102,7 +102,7 @@ def check_memory(config: Any) -> None:
                 "fp32."
             )
         if find_spec("torchao") is None:
-            raise UserError(f"{name} = {value}: needs torchao: pip install 'stdit[memory]'.")
+            raise UserError(f"{name} = {value}: needs torchao: {install_command('memory')}.")
     if config.parallel.shard_parameters:
         changed = {
             f"memory.{f.name}": getattr(memory, f.name) for f in fields(memory) if f.name != "activations"

@@ -107,5 +107,5 @@ def test_a_model_with_rounded_blocks(kind: Any, error: float) -> None:
 
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(UserError, match="int8 weights need torchao: install stdit"):
+    with pytest.raises(UserError, match="int8 weights need torchao: pip install"):
         round_weight(torch.ones(2, 2), "int8")

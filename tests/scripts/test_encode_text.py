@@ -123,7 +123,16 @@ def test_training_never_has_the_encoder_with_all_texts_of_its_settings(
     flags = [*settings, "--text_encoder", f"{{name: stored, path: {text}}}", "--trainer.steps", "2"]
     flags += [part for name, value in training.items() for part in (f"--{name}", value)]
     flags += ["--validation.num_inference_steps", "1", "--validation.guidance_scale", "2"]
-    adapter = ["--name", "lora", "--lora.rank", "2", "--init_from", str(tmp_path / "outputs" / "tiny")]
+    adapter = [
+        "--name",
+        "lora",
+        "--lora.rank",
+        "2",
+        "--optimizer.name",
+        "adamw",
+        "--init_from",
+        str(tmp_path / "outputs" / "tiny"),
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(TransformersTextEncoder, "__init__", fail)
         patch.setattr(TransformersTextEncoder, "from_config", fail)

@@ -85,7 +85,7 @@ CHANGES = {
     ),  # on a CPU it changes nothing
     "memory.fused_backward": Change(
         ["--memory.fused_backward"], ["--trainer.micro_batch_size", "1"]
-    ),  # which it must not change: see tests/training/test_memory.py
+    ),  # which it must not change: see tests/training/test_saving_memory.py
     "memory.activations": Change(["--memory.activations", "recompute 9"]),
     "fit": Change(["--fit", "0.001"]),
     "imports": Change(["--import", "no_such_module"]),

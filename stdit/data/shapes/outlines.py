@@ -80,7 +80,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 
 FORMS = {"ring": ("ring", "thick ring", "thin ring")}
 """Names of the outlines by which a shape is known, if it has several; those of clips are in `SHAPES`."""
-_OUTLINES = SHAPES | {"thick ring": _ring(0.3), "thin ring": _ring(0.65)}
+_FORMS = {"thick ring": _ring(0.3), "thin ring": _ring(0.65)}
 
 SYMMETRY: dict[str, int] = {"square": 4, "triangle": 3, "cross": 4, "star": 5, "heart": 1}
 """How many times a shape looks the same in a whole turn; a circle or a ring does not visibly turn."""
@@ -103,5 +103,5 @@ def coverage(
     if angle is not None:
         turned = np.radians(np.asarray(angle, np.float32))[:, None, None]
         u, v = u * np.cos(turned) + v * np.sin(turned), v * np.cos(turned) - u * np.sin(turned)
-    distance = _OUTLINES[shape](u, v) * radius
+    distance = (_FORMS.get(shape) or SHAPES[shape])(u, v) * radius
     return np.clip(0.5 - distance, 0.0, 1.0)

@@ -84,6 +84,6 @@ def test_evaluate_takes_the_patches_of_a_checkpoint(tmp_path: Path) -> None:
 
     pipe = tiny_pipeline(tmp_path)
     pipe.save_pretrained(tmp_path / "pipeline")
-    *_, patch = load(find_checkpoint_source(tmp_path / "pipeline"), "cpu")
+    *_, patch = load(find_checkpoint_source(tmp_path / "pipeline"), [], "cpu")
     stride, size = pipe.codec.stride, pipe.transformer.config.patch_size
     assert patch == (stride[1] * size[1], stride[2] * size[2]) and min(patch) > 1
