@@ -1,9 +1,9 @@
 """Settings of an STDiT. Imports no torch."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 from stdit.errors import UserError
 
@@ -56,6 +56,11 @@ class STDiTConfig:
     """Before each MLP, a depthwise convolution along the axes that the block attends over."""
     gate_init: float = 0.0
     """Mean of the initial gates of the residual branches."""
+
+    @classmethod
+    def read(cls, recorded: Mapping[str, Any]) -> Self:
+        """Read the settings among the entries of a config, such as that of a saved model."""
+        return cls(**{f.name: recorded[f.name] for f in fields(cls) if f.name in recorded})
 
     def __post_init__(self) -> None:
         for name in (

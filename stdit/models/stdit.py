@@ -516,9 +516,7 @@ def _settings_of_single_file(
 def _weights_of_single_file(config: dict[str, Any], checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a file of Open-Sora's, as `from_single_file` asks for them."""
     with torch.device("meta"):
-        model = STDiT(
-            **{name: config[name] for name in (f.name for f in fields(STDiTConfig)) if name in config}
-        )
+        model = STDiT(**asdict(STDiTConfig.read(config)))
     weights = opensora.to_stdit(checkpoint, model.config)
     opensora.check_keys(weights, model.state_dict(), opensora.opensora_names(model.config))
     return weights

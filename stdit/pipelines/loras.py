@@ -1,7 +1,6 @@
 """The adapters of a pipeline: load those that videos need, and switch between them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from stdit.lora.adapters import load_adapter
@@ -14,8 +13,7 @@ from stdit.pipelines.pipeline import STDiTPipeline
 
 def check_loras(loras: Sequence[LoRASpec], settings: Mapping[str, Any]) -> None:
     """Raise UserError unless adapters are of the architecture of a model with these settings; nothing is loaded."""
-    names = [field.name for field in fields(STDiTConfig) if field.name in settings]
-    model = meta_model(STDiTConfig(**{name: settings[name] for name in names}))
+    model = meta_model(STDiTConfig.read(settings))
     for lora in loras:
         check_fits(lora.file, model)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +106,7 @@ def open_initial_weights(source: str) -> InitialWeights:
             f"init_from = {source}: its weights are quantised, and a training begins with those that they were made "
             "of: give that model, and --lora.base_dtype int8 or nf4 for an adapter on rounded weights."
         )
-    settings = STDiTConfig(**{f.name: recorded[f.name] for f in fields(STDiTConfig) if f.name in recorded})
+    settings = STDiTConfig.read(recorded)
     if of_run:
         files = folder / weights_folder(folder, meta, ema=True)
     else:
@@ -118,9 +118,11 @@ def open_initial_weights(source: str) -> InitialWeights:
 
 def _weights_of(model: STDiT, source: str) -> InitialWeights:
     weights = model.state_dict()
-    settings = STDiTConfig(**{f.name: model.config[f.name] for f in fields(STDiTConfig)})
     return InitialWeights(
-        source, settings, {name: tensor.shape for name, tensor in weights.items()}, weights.items
+        source,
+        STDiTConfig.read(model.config),
+        {name: tensor.shape for name, tensor in weights.items()},
+        weights.items,
     )
 
 

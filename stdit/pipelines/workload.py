@@ -1,7 +1,7 @@
 """Memory of sampling, and the number of sequence-parallel ranks that it needs (``--parallel.sp auto``)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ class SamplingWorkload:
     def _loads(self, batch_size: int) -> Iterator[Workload]:
         """Yield the load of a batch of each video on the model; guidance on one rank doubles the batch."""
         transformer = self.pipe.transformer
-        model = STDiTConfig(**{field.name: transformer.config[field.name] for field in fields(STDiTConfig)})
+        model = STDiTConfig.read(transformer.config)
         for one in self.settings:
             shape = self.pipe.codec.latent_shape(one["num_frames"], one["height"], one["width"])
             guided = one["guidance_scale"] != 1 or guides_refinement(one)

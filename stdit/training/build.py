@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import prod
@@ -195,8 +195,7 @@ def _check_base_fits(config: TrainConfig, processes: int, memory: int) -> None:
             f"the model in init_from = {config.init_from} has {counts.frozen:,} parameters, of which a process holds "
             f"{format_gib(size)} GiB, but it has {format_gib(memory)} GiB: use a smaller one, keep it in fewer bits "
             "(lora.base_dtype), divide it among processes (parallel.shard_parameters), or set parallel.memory_gib "
-            "if it "
-            "has more"
+            "if it has more"
         )
 
 
@@ -254,7 +253,7 @@ def base_settings(config: TrainConfig) -> STDiTConfig:
             f"flow.prediction = {config.flow.prediction}: {config.init_from} was trained with {trained}, and an "
             f"adapter cannot change that: set --flow.prediction {trained}."
         )
-    return STDiTConfig(**{f.name: recorded[f.name] for f in fields(STDiTConfig) if f.name in recorded})
+    return STDiTConfig.read(recorded)
 
 
 def base_codec(config: TrainConfig) -> CodecConfig:

@@ -128,8 +128,7 @@ def fitted(inputs: RunInputs, processes: int) -> RunInputs:
         missing = least.size - int(config.fit * GIB)
         raise UserError(
             f"fit = {config.fit:g}: nothing fits: the least that this run needs is about {format_gib(least.size)} "
-            "GiB "
-            f"({least}), {format_gib(missing)} GiB more. {_advice(config)}"
+            f"GiB ({least}), {format_gib(missing)} GiB more. {_advice(config)}"
         )
     chosen = fitting[0]
     print(

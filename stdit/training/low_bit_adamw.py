@@ -5,6 +5,7 @@ A checkpoint has the codes and scales of the moments. They become moments of any
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +46,16 @@ def build_low_bit_adamw(
                 **{name: new_moment(parameter, name, memory.optimizer_state) for name in MOMENTS},
             }
     return optimizer
+
+
+@contextmanager
+def seeded_rounding(device: torch.device, seed: int) -> Iterator[None]:
+    """Let torchao's optimizers round by a seed in this context; on CPUs they are not compiled."""
+    on_cpu = device.type == "cpu"
+    stance = torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()
+    with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type), stance:
+        torch.manual_seed(seed)
+        yield
 
 
 def new_moment(parameter: Tensor, name: str, precision: str) -> Tensor:

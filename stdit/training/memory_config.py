@@ -66,14 +66,12 @@ class MemoryConfig:
 
 
 def check_memory(config: Any) -> None:
-    """Raise UserError for ways of a `TrainConfig` to save memory that do not go together, or need what is not "
-    "there."""
+    """Raise UserError for ways of a `TrainConfig` to save memory that do not go together, or lack a package."""
     memory, lora = config.memory, config.lora
     if lora.rank is None and lora.base_dtype != "fp32":
         raise UserError(
             f"lora.base_dtype = {lora.base_dtype}: rounds weights that are not trained, and without lora.rank all "
-            "are: "
-            "add lora.rank, or use memory.weights bf16 and memory.optimizer_state 8bit."
+            "are: add lora.rank, or use memory.weights bf16 and memory.optimizer_state 8bit."
         )
     if lora.rank is not None and memory.weights != "fp32":
         raise UserError(
@@ -83,8 +81,7 @@ def check_memory(config: Any) -> None:
     if lora.base_dtype in TORCHAO["lora.base_dtype"] and lora.dora:
         raise UserError(
             f"lora.dora and lora.base_dtype = {lora.base_dtype}: DoRA needs the length of each row of the weights: "
-            "use "
-            "bf16."
+            "use bf16."
         )
     settings = {
         "memory.weights": memory.weights,
@@ -115,16 +112,14 @@ def check_memory(config: Any) -> None:
             if value != usual.get(name):
                 raise UserError(
                     f"{name} = {value} and parallel.shard_parameters: are two ways to save the same memory, and do "
-                    "not "
-                    "work together: leave one of them out."
+                    "not work together: leave one of them out."
                 )
     if memory.fused_backward:
         for name in ("micro_batch_size", "block_norms_every"):
             if (value := getattr(config.trainer, name)) is not None:
                 raise UserError(
                     f"memory.fused_backward and trainer.{name} = {value}: no gradient is kept until the end of a "
-                    "step: "
-                    "leave one of them out."
+                    "step: leave one of them out."
                 )
 
 

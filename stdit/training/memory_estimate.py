@@ -8,6 +8,7 @@ from stdit.data.buckets import Bucket
 from stdit.models.size import batch_load, tensor_bytes
 from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import (
+    FLOAT32_BYTES,
     ParallelDims,
     SpChoice,
     Workload,
@@ -19,7 +20,7 @@ from stdit.parallel.sequence.planner import (
 from stdit.parallel.sequence.sharding import micro_batches
 from stdit.training.build import RunInputs
 from stdit.training.config import TrainConfig
-from stdit.training.weight_memory import BF16, FP32, WeightCounts
+from stdit.training.weight_memory import BFLOAT16_BYTES, WeightCounts
 
 LIBRARIES = 800 * 2**20
 """Bytes of PyTorch and the other libraries in a process on a CPU, measured after a step."""
@@ -73,7 +74,7 @@ class MemoryEstimate:
                 config.model,
                 self.latent_shape(bucket),
                 bucket.batch_size,
-                element_size=BF16 if trainer.precision == "bf16" else FP32,
+                element_size=BFLOAT16_BYTES if trainer.precision == "bf16" else FLOAT32_BYTES,
                 micro_batch_size=trainer.micro_batch_size,
                 saved=tuple(kept),
             )
@@ -101,7 +102,7 @@ class MemoryEstimate:
         if not self.on_gpu:
             held["gaps between them"] = math.ceil(GAPS * sum(held.values()))
             held["libraries"] = LIBRARIES
-            whole = FP32 * counts.trained + self.frozen + LIBRARIES
+            whole = FLOAT32_BYTES * counts.trained + self.frozen + LIBRARIES
             held["more to build the model"] = max(0, whole - sum(held.values()))
         return {name: size for name, size in held.items() if size}
 
@@ -116,14 +117,14 @@ class MemoryEstimate:
         if config.trainer.precision != "bf16" or stored != "fp32":
             return 0
         kept = [mode == "keep" for mode in load.saved]
-        return BF16 * counts.weights * sum(kept) // len(kept)
+        return BFLOAT16_BYTES * counts.weights * sum(kept) // len(kept)
 
     def _encoded_clips(self) -> int:
         """Return the bytes of the latents that ``data.cache = memory`` keeps."""
         data, codec = self.inputs.config.data, self.inputs.codec
         views = data.augmented_views * (1 + data.flip)
         return sum(
-            clips * views * FP32 * codec.channels * math.prod(self.latent_shape(bucket))
+            clips * views * FLOAT32_BYTES * codec.channels * math.prod(self.latent_shape(bucket))
             for bucket, clips in self.buckets
         )
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,13 @@ from stdit.errors import UserError
 from stdit.parallel.processes.parameters import distribute_like, full_tensor, trained_parameters
 from stdit.parallel.processes.storage import StoredTensor
 from stdit.training.config import OPTIMIZERS, OptimizerConfig
-from stdit.training.low_bit_adamw import STORED, build_low_bit_adamw, read_moment, stored_tensors
+from stdit.training.low_bit_adamw import (
+    STORED,
+    build_low_bit_adamw,
+    read_moment,
+    seeded_rounding,
+    stored_tensors,
+)
 from stdit.training.master_weights import MasterWeights, build_master_weights
 from stdit.training.matmul import matmul_precision
 from stdit.training.memory_config import MemoryConfig
@@ -73,11 +79,12 @@ def build_optimizer(
     memory = memory or MemoryConfig()
     masters = build_master_weights(model, memory)
     model = model if masters is None else masters
-    if memory.weights == "bf16" or memory.optimizer_state != "fp32":
-        built = build_low_bit_adamw(_groups(model, list(trained_parameters(model))), config, memory)
+    named = trained_parameters(model)
+    if rounds := memory.weights == "bf16" or memory.optimizer_state != "fp32":
+        built = build_low_bit_adamw(_groups(model, named), config, memory)
     else:
         built = OPTIMIZERS.get(config.name)(model, config)
-    return Optimizers(trained_parameters(model), built if isinstance(built, list) else [built], masters)
+    return Optimizers(named, built if isinstance(built, list) else [built], masters, rounds)
 
 
 def register_optimizer(
@@ -155,8 +162,9 @@ class Optimizers:
         named_parameters: dict[str, nn.Parameter],
         optimizers: list[Optimizer],
         masters: MasterWeights | None = None,
+        rounds: bool = False,
     ) -> None:
-        self.named_parameters, self.masters = named_parameters, masters
+        self.named_parameters, self.masters, self.rounds = named_parameters, masters, rounds
         self.optimizers = optimizers
         self.base_rates = [
             [float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers
@@ -166,9 +174,9 @@ class Optimizers:
 
     def step(self, seed: int = 0) -> None:
         """Take one step; ``seed`` is that of random rounding."""
-        with nullcontext() if self.masters is None else self.masters.updating():
+        with self._updating(seed):
             for optimizer in self.optimizers:
-                _seeded_step(optimizer, seed)
+                optimizer.step()
 
     def set_factor(self, factor: float) -> None:
         """Set the learning rates to ``factor`` times those of the settings."""
@@ -182,8 +190,19 @@ class Optimizers:
     def step_one(self, parameter: nn.Parameter, seed: int = 0) -> None:
         """Take a step with one parameter of the model, the only one that has a gradient."""
         updated = parameter if self.masters is None else self.masters.of[parameter]
-        with nullcontext() if self.masters is None else self.masters.updating([parameter]):
-            _seeded_step(self._owners[updated], seed + self._numbers[updated])
+        with self._updating(seed + self._numbers[updated], [parameter]):
+            self._owners[updated].step()
+
+    @contextmanager
+    def _updating(self, seed: int, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+        """In this context, optimizers have the gradients of these parameters of the model, None: of all."""
+        with ExitStack() as stack:
+            if self.masters is not None:
+                stack.enter_context(self.masters.updating(parameters))
+            if self.rounds:
+                device = next(iter(self.named_parameters.values())).device
+                stack.enter_context(seeded_rounding(device, seed))
+            yield
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -238,16 +257,6 @@ class Optimizers:
             for optimizer in self.optimizers:
                 if parameter in optimizer.state:
                     yield name, optimizer.state[parameter]
-
-
-def _seeded_step(optimizer: Optimizer, seed: int) -> None:
-    """Let an optimizer take a step whose random rounding is a function of a seed; on CPUs without compiling it."""
-    device = optimizer.param_groups[0]["params"][0].device
-    on_cpu = device.type == "cpu"
-    stance = torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()
-    with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type), stance:
-        torch.manual_seed(seed)
-        optimizer.step()
 
 
 class Muon(Optimizer):

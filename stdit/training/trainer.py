@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 
 from stdit.data.batch import EncodedBatch
 from stdit.diffusion.draws import TrainingDraws, draw_batch, dropped_channels
@@ -198,8 +198,7 @@ class Trainer:
         if self.micro_batch_size(batch.batch_size) is not None:
             raise UserError(
                 f"memory.fused_backward: each batch of this run was split into {self.batch_splits} parts, whose "
-                "gradients "
-                "must be added up: resume without it, or on as many processes as before."
+                "gradients must be added up: resume without it, or on as many processes as before."
             )
         found = GradientNorm(self.parameters)
 
@@ -216,11 +215,9 @@ class Trainer:
         if self.fused is None:
             self.optimizer.step(rounding_seed(self.seed, batch.step))
         elif not self._in_one_pass:
-            share = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
 
             def clip_and_update(parameter: nn.Parameter) -> None:
-                assert parameter.grad is not None
-                parameter.grad.mul_(share)
+                clip_grads_with_norm_(parameter, self.config.max_grad_norm, norm)
                 self.optimizer.step_one(parameter, rounding_seed(self.seed, batch.step))
 
             with self.fused.handling(clip_and_update):

@@ -9,12 +9,16 @@ from torch import nn
 from stdit.lora.adapters import linear_layers, target_layers
 from stdit.models.low_bit import layers_to_round
 from stdit.models.size import count_on_meta, meta_model
+from stdit.parallel.sequence.planner import FLOAT32_BYTES
 from stdit.training.config import TrainConfig
 from stdit.training.low_bit_adamw import BLOCKS
 from stdit.training.optim import count_matrices
 
-FP32, BF16 = 4, 2
-MOMENT_BYTES = {"fp32": 4.0, **{name: int(name[0]) / 8 + FP32 / size for name, size in BLOCKS.items()}}
+BFLOAT16_BYTES = 2
+MOMENT_BYTES = {
+    "fp32": 4.0,
+    **{name: int(name[0]) / 8 + FLOAT32_BYTES / size for name, size in BLOCKS.items()},
+}
 """Of a value of one moment of AdamW, with its part of a scale."""
 BASE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
 """Of a frozen weight that is rounded; others are fp32 or bf16."""
@@ -57,19 +61,19 @@ class WeightCounts(NamedTuple):
         """Return the bytes in each of the processes, by what they hold; on a GPU, without what is offloaded."""
         memory = config.memory
         share = 1 / processes if config.parallel.shard_parameters else 1.0
-        width = FP32 if memory.weights == "fp32" else BF16
+        width = FLOAT32_BYTES if memory.weights == "fp32" else BFLOAT16_BYTES
         has_master = memory.weights == "bf16_master"
         here = not (on_gpu and memory.offload_optimizer)
         moments = (2 * self.trained - self.in_muon) * MOMENT_BYTES[memory.optimizer_state]
         gradients = self.largest if memory.fused_backward else self.trained
         base = BASE_BYTES[config.lora.base_dtype]
-        other = FP32 if config.lora.base_dtype == "fp32" else BF16
+        other = FLOAT32_BYTES if config.lora.base_dtype == "fp32" else BFLOAT16_BYTES
         found = {
             "weights": width * self.trained,
             "frozen weights": base * self.rounded + other * (self.frozen - self.rounded),
-            "gradients": (FP32 if has_master and here else width) * gradients,
-            "optimizer": here * (moments + FP32 * has_master * self.trained),
-            "average": here * FP32 * self.trained * (config.ema.decay > 0),
+            "gradients": (FLOAT32_BYTES if has_master and here else width) * gradients,
+            "optimizer": here * (moments + FLOAT32_BYTES * has_master * self.trained),
+            "average": here * FLOAT32_BYTES * self.trained * (config.ema.decay > 0),
         }
         return {name: ceil(share * size) for name, size in found.items()}
 
