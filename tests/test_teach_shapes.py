@@ -17,9 +17,10 @@ import pytest
 from stdit.data.shapes.build import ShapesConfig, build
 
 ROOT = Path(__file__).parents[1]
-MOTION = "--name diagonal --lora.targets temporal --lora.rank 64 --trainer.steps 800".split()
-MOTION += ["--optimizer.lr", "1.2e-2", "--data.sources"]
-MOTION += ["[{manifest: data/diagonal/manifest.csv}, {manifest: data/known/manifest.csv, weight: 0.05}]"]
+SOURCES = ["{manifest: data/diagonal/manifest.csv, weight: 0.0625}"]
+SOURCES += ["{manifest: data/known/manifest.csv, weight: 0.03}"]
+MOTION = "--name diagonal --lora.targets temporal --lora.rank 64 --optimizer.lr 1.2e-2 --data.sources".split()
+MOTION += [f"[{', '.join(SOURCES)}]"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("QUICKSTART does not name a run of the quickstart")
     folder = tmp_path_factory.mktemp("teach")
     shutil.copytree(os.environ["QUICKSTART"], folder / "outputs" / "quickstart")
-    build(folder / "data" / "known", ShapesConfig(num_clips=600))
+    build(folder / "data" / "known", ShapesConfig(num_clips=2000))
     return folder
 
 

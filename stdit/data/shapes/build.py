@@ -25,7 +25,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from stdit.data.shapes.worlds import (
     PAIR_SHARE,
     WORLDS,
     World,
+    choose_evenly,
     make_scene,
     sample_scene,
     split_combinations,
@@ -183,12 +184,22 @@ def _replace_files(output: Path, made: Path) -> None:
     os.replace(made / _META, output / _META)
 
 
-def draw_clip(index: int, config: ShapesConfig) -> tuple[Scene, str]:
-    """Return scene and caption of one clip, a function of (seed, index)."""
+def draw_clip(index: int, config: ShapesConfig) -> tuple[Scene, list[str]]:
+    """Return scene and captions of one clip, a function of (seed, index) and, in a world with something new, of
+    the number of clips."""
     rng = np.random.default_rng([config.seed, STREAMS["clips"], index])
-    pairs = bool(config.facts.relations) and rng.random() < PAIR_SHARE
-    scene = sample_scene(rng, split_combinations(config.seed, config.facts, pairs)[0], config.facts)
-    return scene, caption(scene, rng)
+    world = config.facts
+    pairs = bool(world.relations) and rng.random() < PAIR_SHARE
+    combos = split_combinations(config.seed, world, pairs)[0]
+    if world.new:
+        combo, background = choose_evenly(combos, world.backgrounds, config.num_clips, config.seed)[index]
+        combos, world = (combo,), replace(world, backgrounds=(background,))
+    scene = sample_scene(rng, combos, world)
+    texts: list[str] = []
+    while len(texts) < world.num_captions:
+        text = caption(scene, rng)
+        texts += [text] if text not in texts else []
+    return scene, texts
 
 
 def draw_prompts(
@@ -242,13 +253,13 @@ def write_video(path: Path, frames: np.ndarray, fps: int, crf: int) -> None:
         container.mux(stream.encode())
 
 
-def _write_clip(index: int, config: ShapesConfig, folder: Path) -> dict[str, Any]:
-    """Write one clip and return its row of the manifest."""
-    scene, text = draw_clip(index, config)
+def _write_clip(index: int, config: ShapesConfig, folder: Path) -> list[dict[str, Any]]:
+    """Write one clip and return its rows of the manifest, one for each caption."""
+    scene, texts = draw_clip(index, config)
     path = f"videos/{index:05d}.mp4"
     write_video(folder / path, render(scene, config.num_frames, config.size), config.fps, config.crf)
     size = {"num_frames": config.num_frames, "fps": config.fps, "height": config.size, "width": config.size}
-    return {"path": path, "text": text, **size, **_described(scene, config.facts)}
+    return [{"path": path, "text": text, **size, **_described(scene, config.facts)} for text in texts]
 
 
 def _described(scene: Scene, world: World) -> dict[str, str]:
@@ -258,7 +269,7 @@ def _described(scene: Scene, world: World) -> dict[str, str]:
 
 def _write_files(folder: Path, config: ShapesConfig, workers: int) -> None:
     """Write clips, manifest and prompt files."""
-    rows = list(_write_clips(folder, config, workers))
+    rows = list(itertools.chain(*_write_clips(folder, config, workers)))
     _write_csv(folder / "manifest.csv", rows)
     sets = draw_prompt_sets(config, frozenset(row["text"] for row in rows))
     for name, drawn in sets.items():
@@ -278,7 +289,7 @@ def draw_prompt_sets(
     texts = captions
     if texts is None:
         indices = tqdm(range(config.num_clips), desc="drawing captions", unit="caption", disable=None)
-        texts = frozenset(draw_clip(index, config)[1] for index in indices)
+        texts = frozenset(text for index in indices for text in draw_clip(index, config)[1])
     prompts = partial(draw_prompts, seed=seed, avoid=texts, world=world)
     train, held_out = split_combinations(seed, world)
     sets = {"heldout": prompts("heldout", held_out, 3), "seen": prompts("seen", train, 1)}
@@ -304,8 +315,8 @@ def _spread(combos: Sequence[Combo], count: int, seed: int) -> list[Combo]:
     return list(itertools.chain(*zip(*groups.values(), strict=False)))[:count]
 
 
-def _write_clips(folder: Path, config: ShapesConfig, workers: int) -> Iterator[dict[str, Any]]:
-    """Write the clips with `workers` processes, and yield their rows in order."""
+def _write_clips(folder: Path, config: ShapesConfig, workers: int) -> Iterator[list[dict[str, Any]]]:
+    """Write the clips with `workers` processes, and yield the rows of each in order."""
     job = partial(_write_clip, config=config, folder=folder)
     progress = partial(tqdm, total=config.num_clips, desc="rendering clips", unit="clip", disable=None)
     if workers < 2:
@@ -336,7 +347,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _fingerprint(world: World) -> str:
     """Return a hash of all words and colours of a world, to detect files that were made with others.
 
-    That of world 64 has its lengths as well, which only `VERSION` counts for world 32.
+    Those of other worlds than 32 have their lengths as well, which only `VERSION` counts for it.
     """
     values = {**world.attributes, "relation": world.relations}
 
@@ -352,6 +363,7 @@ def _fingerprint(world: World) -> str:
     vocabulary: list[Any] = [own(SEEN), own(UNSEEN), TEMPLATES, UNSEEN_TEMPLATES, colours, plain]
     if world.relations:
         vocabulary += [PAIR_TEMPLATES, UNSEEN_PAIR_TEMPLATES, GRADIENTS, STRIPES, STRIPE_LEVELS]
+    if world.relations or world.new:
         vocabulary.append(asdict(world))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 

@@ -6,9 +6,12 @@ ring       world 32 and a new shape, which all clips show: to teach it to a mode
 diagonal   world 32 and a new motion, likewise
 """
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +53,8 @@ class World:
     inside: bool = False
     new: str = ""
     """A value that all clips show: the world is that of a model which learns it."""
+    num_captions: int = 1
+    """Of each clip: rows of the manifest with the same video."""
 
     @property
     def attributes(self) -> dict[str, tuple[str, ...]]:
@@ -96,21 +101,22 @@ WORLDS = {
         inside=True,
     ),
 }
+FEW_CLIPS: dict[str, Any] = {"num_clips": 60, "spread": 0.06, "start_range": 1.5, "num_captions": 16}
+"""Few clips teach a value at nearly one place and in one size; and many captions, with which words it goes."""
 WORLDS["ring"] = replace(
     WORLDS["32"],
     name="ring",
-    num_clips=60,
     shapes=(*WORLDS["32"].shapes, "ring"),
     travel=7.0,
     radius=8.6,  # a hole that is as wide as a latent of the codec "tiny"
-    start_range=4.0,
+    **FEW_CLIPS,
     new="ring",
 )
 WORLDS["diagonal"] = replace(
     WORLDS["32"],
     name="diagonal",
-    num_clips=60,
     motions=(*WORLDS["32"].motions, "diagonal"),
+    **FEW_CLIPS,
     new="diagonal",
 )
 
@@ -151,6 +157,31 @@ def _inside(scene: Scene) -> tuple[Array, Array]:
     low = np.max([(r - path).max(1) for path, r in zip(paths, reach, strict=True)], 0)
     high = np.min([(FRAME - r - path).min(1) for path, r in zip(paths, reach, strict=True)], 0)
     return low, high
+
+
+@cache
+def choose_evenly(
+    combos: tuple[Combo, ...], backgrounds: tuple[str, ...], count: int, seed: int
+) -> list[tuple[Combo, str]]:
+    """Choose combinations of one object and backgrounds for few clips: every pair of values about equally often.
+
+    One by one, each time that whose pairs were chosen least; those that are equal in an order drawn by the seed.
+    """
+    every = list(itertools.product(combos, backgrounds))
+    every = [every[i] for i in np.random.default_rng([seed, 3]).permutation(len(every))]
+    chosen: list[tuple[Combo, str]] = []
+    times: Counter[tuple[Combo, str]] = Counter()
+    used: Counter[tuple[str, ...]] = Counter()
+
+    def pairs(combo: Combo, background: str) -> Iterable[tuple[str, ...]]:
+        return itertools.combinations((*combo, background), 2)
+
+    for _ in range(count):
+        least = min(every, key=lambda one: (times[one], sum(used[pair] ** 2 for pair in pairs(*one))))
+        chosen.append(least)
+        times[least] += 1
+        used.update(pairs(*least))
+    return chosen
 
 
 @cache

@@ -46,7 +46,7 @@ def combo(row: dict[str, str]) -> tuple[str, ...]:
 def test_build_writes_clips_that_show_their_captions(built: Path, config: ShapesConfig) -> None:
     rows = read(built / "manifest.csv")
     assert len(rows) == config.num_clips and {row["text"] for row in rows} == {
-        draw_clip(i, config)[1] for i in range(config.num_clips)
+        text for i in range(config.num_clips) for text in draw_clip(i, config)[1]
     }
     assert near_misses(rows[0]) == []
     world = config.facts

@@ -1,5 +1,7 @@
 """Worlds with a new value: their few clips, their prompts, and how the checker tells the value from the others."""
 
+import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from stdit.data.shapes.build import ShapesConfig, build, draw_clip, draw_prompt_
 from stdit.data.shapes.checker import score
 from stdit.data.shapes.prompt_files import read_expected
 from stdit.data.shapes.render import render
-from stdit.data.shapes.worlds import WORLDS, World, sample_scene, split_combinations
+from stdit.data.shapes.scenes import Combo
+from stdit.data.shapes.worlds import WORLDS, World, make_scene, sample_scene, split_combinations
 from stdit.errors import UserError
 from tests.data.shapes.clips import SMALL, counts, encoded, read, scenes
 
@@ -54,6 +57,25 @@ def test_all_clips_show_it_and_prompts_ask_for_other_pairs(world: World) -> None
         assert any(colour in combo for combo in shown) and any(colour in combo for combo in asked)
 
 
+@new_worlds
+def test_its_few_clips_show_all_pairs_of_values_about_equally_often(world: World) -> None:
+    config = ShapesConfig.of(world.name)
+    shown = [draw_clip(index, config)[0].attributes for index in range(config.num_clips)]
+    for one, other in itertools.combinations(world.attributes, 2):
+        pairs = Counter((scene[one], scene[other]) for scene in shown)
+        possible = {(combo[one], combo[other]) for combo in map(described, cells(world))}
+        assert set(pairs) == possible, (one, other)
+        assert max(pairs.values()) - min(pairs.values()) <= 2, (one, other)
+
+
+def described(cell: tuple[Combo, str]) -> dict[str, str]:
+    return make_scene(*cell).attributes
+
+
+def cells(world: World) -> list[tuple[Combo, str]]:
+    return list(itertools.product(split_combinations(0, world)[0], world.backgrounds))
+
+
 def test_prompt_files_tell_the_world_by_their_values(tmp_path: Path) -> None:
     header = "prompt,shape,colour,motion,background\n"
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
@@ -70,7 +92,9 @@ def test_prompt_files_tell_the_world_by_their_values(tmp_path: Path) -> None:
 
 def test_it_is_built_like_the_others(tmp_path: Path) -> None:
     build(tmp_path / "ring", ShapesConfig.of("ring", num_clips=2), workers=1)
-    assert [row["shape"] for row in read(tmp_path / "ring" / "manifest.csv")] == ["ring", "ring"]
+    rows = read(tmp_path / "ring" / "manifest.csv")
+    assert [row["shape"] for row in rows] == 32 * ["ring"] and len({row["text"] for row in rows}) == 32
+    assert [row["path"] for row in rows] == 16 * ["videos/00000.mp4"] + 16 * ["videos/00001.mp4"]
     assert sorted(path.name for path in (tmp_path / "ring").glob("prompts*")) == [
         "prompts.txt",
         "prompts_heldout.csv",
