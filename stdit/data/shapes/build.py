@@ -198,7 +198,8 @@ def draw_clip(index: int, config: ShapesConfig) -> tuple[Scene, list[str]]:
     texts: list[str] = []
     while len(texts) < world.num_captions:
         text = caption(scene, rng)
-        texts += [text] if text not in texts else []
+        if text not in texts:
+            texts.append(text)
     return scene, texts
 
 
@@ -363,7 +364,7 @@ def _fingerprint(world: World) -> str:
     vocabulary: list[Any] = [own(SEEN), own(UNSEEN), TEMPLATES, UNSEEN_TEMPLATES, colours, plain]
     if world.relations:
         vocabulary += [PAIR_TEMPLATES, UNSEEN_PAIR_TEMPLATES, GRADIENTS, STRIPES, STRIPE_LEVELS]
-    if world.relations or world.new:
+    if world.name != "32":
         vocabulary.append(asdict(world))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 

@@ -11,7 +11,6 @@ from stdit.data.shapes.build import ShapesConfig, build, draw_clip, draw_prompt_
 from stdit.data.shapes.checker import score
 from stdit.data.shapes.prompt_files import read_expected
 from stdit.data.shapes.render import render
-from stdit.data.shapes.scenes import Combo
 from stdit.data.shapes.worlds import WORLDS, World, make_scene, sample_scene, split_combinations
 from stdit.errors import UserError
 from tests.data.shapes.clips import SMALL, counts, encoded, read, scenes
@@ -61,19 +60,13 @@ def test_all_clips_show_it_and_prompts_ask_for_other_pairs(world: World) -> None
 def test_its_few_clips_show_all_pairs_of_values_about_equally_often(world: World) -> None:
     config = ShapesConfig.of(world.name)
     shown = [draw_clip(index, config)[0].attributes for index in range(config.num_clips)]
+    cells = itertools.product(split_combinations(config.seed, world)[0], world.backgrounds)
+    every = [make_scene(*cell).attributes for cell in cells]
     for one, other in itertools.combinations(world.attributes, 2):
         pairs = Counter((scene[one], scene[other]) for scene in shown)
-        possible = {(combo[one], combo[other]) for combo in map(described, cells(world))}
+        possible = {(scene[one], scene[other]) for scene in every}
         assert set(pairs) == possible, (one, other)
         assert max(pairs.values()) - min(pairs.values()) <= 2, (one, other)
-
-
-def described(cell: tuple[Combo, str]) -> dict[str, str]:
-    return make_scene(*cell).attributes
-
-
-def cells(world: World) -> list[tuple[Combo, str]]:
-    return list(itertools.product(split_combinations(0, world)[0], world.backgrounds))
 
 
 def test_prompt_files_tell_the_world_by_their_values(tmp_path: Path) -> None:
