@@ -19,7 +19,7 @@ from stdit.data.shapes.build import ShapesConfig, build
 ROOT = Path(__file__).parents[1]
 SOURCES = ["{manifest: data/diagonal/manifest.csv, weight: 0.0625}"]
 SOURCES += ["{manifest: data/known/manifest.csv, weight: 0.03}"]
-MOTION = "--name diagonal --lora.targets temporal --lora.rank 64 --optimizer.lr 1.2e-2 --data.sources".split()
+MOTION = "--name diagonal --lora.targets temporal --optimizer.lr 1.2e-2 --data.sources".split()
 MOTION += [f"[{', '.join(SOURCES)}]"]
 
 

@@ -19,10 +19,10 @@ MORE_PLAIN_WORDS: Words = {
             "rotates|rotating in place, turns|turning about its middle, keeps|keeping turning, "
             "keeps|keeping rotating, turns|turning steadily, rotates|rotating slowly, turns|turning like a wheel"
         ),
+        # not "diagonally": a model of world 32 draws worse outlines at it, which a motion adapter cannot mend
         "diagonal": split(
-            "moves|moving diagonally, slides|sliding diagonally, goes|going diagonally, "
-            "travels|travelling diagonally, shifts|shifting diagonally, glides|gliding diagonally, "
-            "heads|heading diagonally"
+            "moves|moving obliquely, slides|sliding obliquely, goes|going obliquely, travels|travelling obliquely, "
+            "shifts|shifting obliquely, glides|gliding obliquely, heads|heading obliquely"
         ),
         "bounce": split(
             "bounces|bouncing, bounces|bouncing up and down, bounces|bouncing on the floor, "
