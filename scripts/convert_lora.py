@@ -22,7 +22,7 @@ FORMATS = ("peft", "kohya", "comfyui")
 
 def convert(source: Path, target: str, output: Path) -> str:
     """Write an adapter with the names of ``target``; return a summary."""
-    from stdit.lora.files import read_adapter, trigger_header, write_adapter, write_tensors
+    from stdit.lora.files import adapter_header, read_adapter, write_adapter, write_tensors
     from stdit.lora.names import to_other_names
 
     adapter = read_adapter(source)
@@ -40,7 +40,7 @@ def convert(source: Path, target: str, output: Path) -> str:
     weights = to_other_names(adapter.weights, adapter.settings, "kohya" if target == "kohya" else "comfyui")
     file = output if output.suffix == ".safetensors" else output / f"{target}.safetensors"
     with disk_errors(f"adapter {output}", output):
-        write_tensors(file, weights, trigger_header(adapter.trigger))
+        write_tensors(file, weights, adapter_header(adapter.base_hash, adapter.trigger))
     return f"{file}: {len(weights)} weights with the names of {target}"
 
 

@@ -18,6 +18,8 @@ from stdit.hashing import SEAL, hash_file, sealed_json, unseal
 META = "meta.json"
 FORMAT = 3
 """Version of the layout of folders that are written, and the only one that is read."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that are not read: reading one can run anything."""
 _SEALED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """Of the files that pipelines and their components consist of."""
 _CHECKPOINT_WAY_OUT = "use another checkpoint, or delete this folder to resume from the one before it"
@@ -73,6 +75,17 @@ def seal_folder(folder: Path, parts: Iterable[str] = ()) -> None:
     write_manifest(
         folder, {}, seal_files(folder, (path for path in files if path.suffix in _SEALED_SUFFIXES))
     )
+
+
+class Sealed:
+    """Base of classes that diffusers saves: what ``push_to_hub`` uploads has its manifest, too."""
+
+    def _seal(self, folder: Path) -> None:
+        seal_folder(folder)
+
+    def _upload_folder(self, working_dir: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+        self._seal(Path(working_dir))
+        return super()._upload_folder(working_dir, *args, **options)  # type: ignore[misc]
 
 
 def publish(aside: Path, folder: Path) -> None:

@@ -210,6 +210,15 @@ def test_the_base_is_the_checkpoint_and_its_run_may_train_on(
     assert load_pipeline(tmp_path / "outputs" / "lora")[1] != load_pipeline(base)[1]
 
 
+def test_a_run_resumes_whatever_its_settings_say_of_the_base(
+    again: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    flags = again("--model.depth", "7", "--trainer.precision", "bf16", "--lora.base_dtype")
+    assert do([*flags, "bf16", "--trainer.steps", "2"]) == 0
+    assert do([*flags, "fp32"]) == 0
+    assert load_pipeline(tmp_path / "outputs" / "lora")[0].transformer.config.depth == 1
+
+
 def test_adapters_cannot_be_switched_on_or_off_in_a_run(
     again: Callable[..., list[str]], trained: Path, tmp_path: Path
 ) -> None:

@@ -346,7 +346,7 @@ class VideoCodec(ModelMixin):
         Raises:
             UserError: not such a folder, damaged, or a codec of another class than `cls`.
         """
-        check_options(diffusers_options)
+        device = check_options(diffusers_options)
         directory = Path(pretrained_model_name_or_path)
         found, settings = read_component(directory / CODEC_FILE, "codec", CODECS, cls)
-        return found.load(directory, settings, dtype or torch_dtype)
+        return found.load(directory, settings, dtype or torch_dtype).to(device)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from stdit.checkpoint_files import read_json, verify_if_sealed
+from stdit.checkpoint_files import PICKLES, read_json, verify_if_sealed
 from stdit.errors import UserError
 from stdit.registry import Registry
 
@@ -24,12 +24,10 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 """Of the setting ``dtype``."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# What diffusers.pipelines passes to the `from_pretrained` of a model beside `torch_dtype`, and the values that change
-# nothing here.
+# What diffusers.pipelines passes to the `from_pretrained` of a model beside `torch_dtype` and `device_map`, and the
+# values that change nothing here.
 _DIFFUSERS_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "device_map": (None,),
     "max_memory": (None,),
     "offload_folder": (None,),
     "offload_state_dict": (None, False),
@@ -41,14 +39,20 @@ _DIFFUSERS_OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any]) -> torch.device:
     """Refuse keyword arguments of `from_pretrained` that would be silently ignored.
+
+    Returns:
+        the device of ``device_map``.
 
     Raises:
         TypeError: an option that diffusers does not pass.
         UserError: an option of diffusers with a value that cannot be honoured.
     """
+    place = options.get("device_map")
     for name, value in options.items():
+        if name == "device_map":
+            continue
         if name == "quantization_config":
             raise UserError(
                 "quantization_config: codecs and text encoders of stdit cannot be quantised: name only the other "
@@ -61,6 +65,15 @@ def check_options(options: Mapping[str, Any]) -> None:
                 f"{name}={value!r} is not supported for codecs and text encoders, which are read from "
                 f"safetensors into memory: leave {name} out"
             )
+    if isinstance(place, Mapping) and set(place) == {""}:
+        place = place[""]
+    try:
+        return torch.device("cpu" if place is None else place)
+    except (RuntimeError, TypeError):
+        raise UserError(
+            f"device_map={place!r} is not supported for codecs and text encoders, which are not divided: give one "
+            "device, or leave device_map out"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ def _check_folder(setting: str, folder: Path) -> None:
     read_json(folder / "config.json", "a model")
     if any(folder.glob("*.safetensors")):
         return
-    if pickles := sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern)):
+    if pickles := sorted(file.name for suffix in PICKLES for file in folder.glob(f"*{suffix}")):
         raise UserError(
             f"{setting}: {str(folder)!r} holds only pickled weights ({pickles[0]}), and reading a pickle can "
             f"run anything: use a copy in safetensors, or, if you trust it, load it with diffusers or "

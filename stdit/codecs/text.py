@@ -160,7 +160,7 @@ class TextEncoder(ModelMixin):
         Raises:
             UserError: not such a folder, damaged, or an encoder of another class than `cls`.
         """
-        check_options(diffusers_options)
+        device = check_options(diffusers_options)
         directory = Path(pretrained_model_name_or_path)
         found, settings = read_component(directory / TEXT_ENCODER_FILE, "text encoder", TEXT_ENCODERS, cls)
-        return found.load(directory, settings, dtype or torch_dtype)
+        return found.load(directory, settings, dtype or torch_dtype).to(device)

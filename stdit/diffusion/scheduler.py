@@ -8,6 +8,7 @@ import copy
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -17,7 +18,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from stdit.checkpoint_files import seal_folder, verify_if_sealed
+from stdit.checkpoint_files import Sealed, verify_if_sealed
 from stdit.diffusion.flow import shift_t
 from stdit.errors import UserError
 
@@ -31,7 +32,7 @@ class RectifiedFlowOutput(NamedTuple):
     """The sample at the next, lower noise level."""
 
 
-class RectifiedFlow(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
+class RectifiedFlow(Sealed, SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
     """Euler's method in equal steps of the noise level, shifted by size (Liu et al. 2022, arXiv:2209.03003).
 
     The names are those of diffusers' schedulers, which can take its place:
@@ -79,9 +80,13 @@ class RectifiedFlow(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             num_inference_steps: number of steps.
             sigmas: the noise levels of the steps before the shift, instead of equal ones; 0 follows the last.
             mu: logarithm of the shift r.
+
+        Raises:
+            ValueError: neither steps nor noise levels are given.
         """
         if sigmas is None:
-            assert num_inference_steps is not None, "set_timesteps needs num_inference_steps or sigmas"
+            if num_inference_steps is None:
+                raise ValueError("set_timesteps needs num_inference_steps or sigmas")
             sigmas = torch.linspace(1, 0, num_inference_steps + 1)[:-1]
         levels = torch.cat([torch.as_tensor(sigmas, dtype=torch.float32).cpu(), torch.zeros(1)])
         self.sigmas = shift_t(levels, math.exp(mu)).where(levels < 1, levels).to(device)  # 1 stays exactly 1
@@ -89,8 +94,13 @@ class RectifiedFlow(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         self.step_index = self.begin_index = None
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return x_sigma of data ``sample`` and ``noise`` ``[B ...]`` at ``timestep``, one or ``[B]``."""
-        assert noise is not None
+        """Return x_sigma of data ``sample`` and ``noise`` ``[B ...]`` at ``timestep``, one or ``[B]``.
+
+        Raises:
+            ValueError: there is no noise.
+        """
+        if noise is None:
+            raise ValueError("scale_noise needs noise")
         sigma = timestep.to(sample.device, sample.dtype) / self.config.num_train_timesteps
         return torch.lerp(sample, noise, sigma.view(-1, *[1] * (sample.ndim - 1)))
 
@@ -121,7 +131,7 @@ class RectifiedFlow(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffu
     ) -> None:
         """Write ``scheduler_config.json`` and a manifest; ``options`` are those of diffusers."""
         super().save_pretrained(save_directory, push_to_hub, **options)
-        seal_folder(Path(save_directory))
+        self._seal(Path(save_directory))
 
     @classmethod
     def from_pretrained(
@@ -160,22 +170,40 @@ def set_flow_timesteps(
 
 
 def check_flow_scheduler(scheduler: Any) -> None:
-    """Raise UserError unless a scheduler carries noise to data along the straight path, which is tried out."""
-    data, noise = torch.tensor([[0.5, -1.0]]), torch.tensor([[-2.0, 0.3]])
-    sample = noise
+    """Raise UserError unless a scheduler carries noise to data along the straight path, which is tried out.
+
+    One that draws new noise in each step is refused as well: its videos would depend on those in the same batch.
+    """
     if _claims_flow(scheduler):
-        trial = copy.deepcopy(scheduler)
-        trial.set_timesteps(4, **_shifted(trial, 4, 2.0))
-        sample = torch.lerp(data, noise, trial.sigmas[0])
+        if _reaches_data(scheduler, lambda sample, sigma: _NOISE - _DATA):
+            return
+        if _reaches_data(scheduler, lambda sample, sigma: (sample - _DATA) / sigma):
+            raise UserError(
+                f"scheduler {type(scheduler).__name__}: with its settings it draws new noise in each step, with "
+                "which a video would depend on the others of its batch: use one that draws none, such as "
+                "RectifiedFlow, or set algorithm_type='dpmsolver++' or stochastic_sampling=False."
+            )
+    raise UserError(
+        f"scheduler {type(scheduler).__name__}: with its settings it cannot do flow matching: use RectifiedFlow, "
+        "FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, or UniPCMultistepScheduler or "
+        "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_flow_sigmas=True, "
+        "prediction_type='flow_prediction')."
+    )
+
+
+_DATA, _NOISE = torch.tensor([[0.5, -1.0]]), torch.tensor([[-2.0, 0.3]])
+
+
+def _reaches_data(scheduler: Any, velocity: Callable[[Tensor, float], Tensor]) -> bool:
+    """Return whether a scheduler goes from noise to data; ``velocity`` is a function of x_sigma and sigma."""
+    trial = copy.deepcopy(scheduler)
+    trial.set_timesteps(4, **_shifted(trial, 4, 2.0))
+    sample = torch.lerp(_DATA, _NOISE, trial.sigmas[0])
+    with torch.random.fork_rng(devices=[]):
         for timestep in trial.timesteps:
-            sample = trial.step(noise - data, timestep, sample, return_dict=False)[0]
-    if not torch.allclose(sample, data, atol=1e-3):
-        raise UserError(
-            f"scheduler {type(scheduler).__name__}: with its settings it cannot do flow matching: use RectifiedFlow, "
-            "FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, or UniPCMultistepScheduler or "
-            "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_flow_sigmas=True, "
-            "prediction_type='flow_prediction')."
-        )
+            output = velocity(sample, float(timestep) / trial.config.num_train_timesteps)
+            sample = trial.step(output, timestep, sample, return_dict=False)[0]
+    return torch.allclose(sample, _DATA, atol=1e-3)
 
 
 def _claims_flow(scheduler: Any) -> bool:

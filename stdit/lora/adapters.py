@@ -141,9 +141,15 @@ def load_adapter(
     model.train(training)  # peft's layers begin in training mode, with their dropout
 
 
-def adapter_weights(model: STDiT, name: str = DEFAULT) -> dict[str, Tensor]:
-    """Return the weights of an adapter by peft's names, such as ``blocks.0.attn.qkv.lora_A.weight [r d_in]``."""
-    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name)
+def adapter_weights(
+    model: STDiT, name: str = DEFAULT, state: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the weights of an adapter by peft's names, such as ``blocks.0.attn.qkv.lora_A.weight [r d_in]``.
+
+    Args:
+        state: weights by the model's names to take instead of its own, such as averages.
+    """
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, state, adapter_name=name)
     return weights
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stdit.checkpoint_files import PICKLES
 from stdit.errors import UserError
 from stdit.hashing import hash_file
 from stdit.lora.header import read_header
@@ -14,8 +15,6 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """Name of the file in a folder, as diffusers has it."""
 NAME_PREFIX = "lora_"
 """Of the names of adapters for sampling in a model."""
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-"""Endings of files that are not read: reading one can run anything."""
 
 BaseDtype = Literal["fp32", "bf16", "int8", "nf4"]
 """How the weights that an adapter is trained on are kept; nf4: 4-bit normal floats."""

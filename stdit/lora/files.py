@@ -1,6 +1,7 @@
 """Files of adapters: safetensors with peft's names, and its settings and the base's hash in the header."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from stdit.lora.adapters import (
 )
 from stdit.lora.config import ADAPTER_FILE, LoRASpec, find_adapter_file
 from stdit.lora.header import BASE_HASH, SETTINGS, TRIGGER, read_header
-from stdit.lora.names import PEFT_PREFIXES, from_other_names, own_weights
+from stdit.lora.names import PEFT_PREFIXES, alpha_of, from_other_names, own_weights
 from stdit.models.stdit import STDiT
 from stdit.umask import apply_umask
 
@@ -52,19 +53,18 @@ def write_adapter(
 ) -> Path:
     """Write a file, or the usual one in a folder; return the file."""
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-    header, prefix = trigger_header(trigger), PEFT_PREFIXES[0]
+    header, prefix = adapter_header(base_hash, trigger), PEFT_PREFIXES[0]
     if settings is not None:
         packed = {f"{prefix}{key}": value for key, value in settings.items()}
         header[SETTINGS] = json.dumps(packed, indent=2, sort_keys=True)
-    if base_hash is not None:
-        header[BASE_HASH] = base_hash
     write_tensors(file, {f"{prefix}{name}": tensor for name, tensor in weights.items()}, header)
     return file
 
 
-def trigger_header(trigger: str | None) -> dict[str, str]:
-    """Return the header of a file with a trigger word, or without one."""
-    return {"format": "pt", **({} if trigger is None else {TRIGGER: trigger})}
+def adapter_header(base_hash: str | None, trigger: str | None) -> dict[str, str]:
+    """Return the header of a file in any format: the base that it was trained on and its trigger word, if known."""
+    found = {"format": "pt", BASE_HASH: base_hash, TRIGGER: trigger}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
@@ -98,6 +98,29 @@ def read_adapter(path: Path) -> AdapterFile:
     if not header.of_peft:
         return AdapterFile(*from_other_names(tensors), header.base_hash, header.trigger)
     return AdapterFile(own_weights(tensors), header.settings, header.base_hash, header.trigger)
+
+
+def read_other_format(
+    source: Any, name: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return weights and settings as diffusers has those of a pipeline, of a local file in another program's format.
+
+    Args:
+        source: a file or folder, or what else diffusers takes.
+        name: of the file in the folder.
+
+    Returns:
+        None: it is none, and for diffusers to read.
+
+    Raises:
+        UserError: as `read_adapter`.
+    """
+    path = Path(source, name or "") if isinstance(source, str | os.PathLike) else None
+    if path is None or path.suffix != ".safetensors" or not path.is_file() or read_header(path).of_peft:
+        return None
+    adapter, prefix = read_adapter(path), PEFT_PREFIXES[0]
+    weights = {f"{prefix}{name}": tensor for name, tensor in adapter.weights.items()}
+    return weights, {f"{prefix}{key}": value for key, value in (adapter.settings or {}).items()}
 
 
 def base_hash(model: STDiT) -> str:
@@ -184,8 +207,9 @@ def merge_adapters(
 ) -> None:
     """Merge adapters into a model's weights. Raises as `read_adapters` does, before the model changes."""
     for lora, adapter in zip(loras, read_adapters(loras, model, any_base, flag), strict=True):
-        load_adapter(model, adapter.weights, adapter.settings, lora.name, where=str(lora.file))
-        merge_adapter(model, lora.weight, lora.name)
+        if lora.weight:  # with 0 the weights stay as they are, bit for bit
+            load_adapter(model, adapter.weights, adapter.settings, lora.name, where=str(lora.file))
+            merge_adapter(model, lora.weight, lora.name)
 
 
 def begin_with(model: STDiT, file: Path, base: str | None) -> None:
@@ -207,11 +231,16 @@ def begin_with(model: STDiT, file: Path, base: str | None) -> None:
             f"{_shape(adapter.weights, odd[0])} there and {_shape(own, odd[0])} here: use its rank and targets."
         )
     here, there = adapter_settings(model), adapter.settings or {}
-    for name in ("lora_alpha", "use_rslora", "use_dora"):
-        if name in there and there[name] != here[name]:
+    for name, tensor in own.items():
+        layer, _, kind = name.partition(".lora_")
+        if kind != "A.weight":
+            continue
+        alphas = [alpha_of(layer, tensor.shape[0], settings) for settings in (there, here)]
+        if not math.isclose(*alphas, rel_tol=1e-6):
             raise UserError(
-                f"lora.init_from = {file}: has {name} = {there[name]}, and this run {here[name]}, with which it "
-                "would have another effect: use its alpha, rslora and dora."
+                f"lora.init_from = {file}: scales {layer} by {alphas[0]:g} / {tensor.shape[0]}, and this run by "
+                f"{alphas[1]:g} / {tensor.shape[0]}, with which it would have another effect: use its alpha and "
+                "rslora."
             )
     set_peft_model_state_dict(model, adapter.weights, DEFAULT)
 

@@ -60,7 +60,7 @@ def to_other_names(
         renamed[f"{there}.{_KINDS[kind]}"] = tensor[:, None] if kind == "lora_magnitude_vector" else tensor
         if kind == "lora_A.weight":
             rank = tensor.shape[0]
-            renamed[f"{there}.alpha"] = torch.tensor(_alpha_of(layer, rank, settings))
+            renamed[f"{there}.alpha"] = torch.tensor(alpha_of(layer, rank, settings))
     return renamed
 
 
@@ -142,7 +142,7 @@ def of_layer(patterns: Mapping[str, Any], layer: str, usual: Any) -> Any:
     return next(found, usual)
 
 
-def _alpha_of(layer: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """Return the alpha with which alpha / rank is the scale of a layer."""
+def alpha_of(layer: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """Return the alpha with which alpha / rank is the scale of a layer, by peft's settings."""
     alpha = of_layer(settings.get("alpha_pattern") or {}, layer, settings.get("lora_alpha", rank))
     return float(alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)

@@ -71,17 +71,27 @@ class _Processor:
         self._parallel_config = None  # diffusers looks for it
 
     def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, *visible: Tensor | None) -> Tensor:
-        """As `attention`, by the backend that is set for this layer, or by `diffusers.attention_backend` for all."""
+        """As `attention`, by the backend that is set for this layer, or by `diffusers.attention_backend` for all.
+
+        Captions have masks, which some backends refuse: the layer computes that itself.
+        """
         backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-        if self._attention_backend is None and backend == AttentionBackendName.NATIVE:
+        mask = visible[0] if visible else None
+        is_unset = self._attention_backend is None and backend == AttentionBackendName.NATIVE
+        if is_unset or (mask is not None and not _takes_masks(backend)):
             own: Tensor = attn.attend(q, k, v, *visible)
             return own
-        mask = visible[0] if visible else None
         if mask is not None:
             mask, v = see_nothing_safely(mask, v)
         rows = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [R N h d]
         out: Tensor = dispatch_attention_fn(*rows, attn_mask=mask, backend=backend)
         return out.transpose(1, 2)
+
+
+def _takes_masks(backend: str) -> bool:
+    """Return whether a backend of diffusers takes masks: of these families, only the kernels for varying lengths."""
+    name = str(AttentionBackendName(backend).value)
+    return "varlen" in name or not any(family in name for family in ("flash", "sage", "aiter", "xla"))
 
 
 class SelfAttentionProcessor(_Processor):

@@ -41,6 +41,7 @@ def round_weight(weight: Tensor, kind: LowBit) -> Tensor:
     return rounded
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it does not see the methods of torchao's tensors
 def full_weight(weight: Any, dtype: torch.dtype) -> Tensor:
     """Return a tensor of `round_weight` as a plain one of ``dtype``."""
     full: Tensor = (

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
 from torch.utils.checkpoint import checkpoint
 
-from stdit.checkpoint_files import seal_folder, verify_if_sealed
+from stdit.checkpoint_files import Sealed, verify_if_sealed
 from stdit.errors import UserError
 from stdit.models import opensora
 from stdit.models.activations import offloaded
@@ -103,7 +103,7 @@ class STDiTBlock(nn.Module):
             modulation: ``[B F 6 D]``.
         """
         x = hidden_states
-        table = self.scale_shift_table.to(x.dtype) + modulation
+        table = (self.scale_shift_table + modulation).to(x.dtype)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, :, :, None].unbind(2)  # each [B F 1 D]
         x = torch.addcmul(x, gate_a, self.self_attention(modulate(x, shift_a, scale_a), grid))
         if self.cross_attn is not None:
@@ -181,18 +181,19 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table.to(x.dtype) + t[:, :, None])[:, :, :, None].unbind(2)
+        shift, scale = (self.scale_shift_table + t[:, :, None]).to(x.dtype)[:, :, :, None].unbind(2)
         out: Tensor = self.linear(modulate(x, shift, scale))
         return out
 
 
-class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, FromOriginalModelMixin):  # type: ignore[misc]
+class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, FromOriginalModelMixin):  # type: ignore[misc]  # fmt: skip
     """A text-to-video diffusion transformer of any latent size; its settings are those of :class:`STDiTConfig`."""
 
     config_name = "config.json"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SpatialBlock", "TemporalBlock"]
     _repeated_blocks = ["SpatialBlock", "TemporalBlock"]
+    _keep_in_fp32_modules = ["scale_shift_table"]
 
     blocks: Sequence[STDiTBlock]
     """In the order in which they run."""
@@ -266,7 +267,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         """
         self.check_has_no_adapters()
         super().save_pretrained(save_directory, *args, **options)
-        seal_folder(Path(save_directory))
+        self._seal(Path(save_directory))
 
     def check_has_no_adapters(self) -> None:
         """Raise UserError if the model has adapters: its weights then have names that could not be read again."""

@@ -35,9 +35,9 @@ def wrap_vae(vae: Any, module: str | None = None) -> VideoCodec:
     Raises:
         UserError: for a class that is neither.
     """
+    vae = getattr(vae, "_orig_mod", vae)  # compiled
     if isinstance(vae, VideoCodec):
         return vae
-    vae = getattr(vae, "_orig_mod", vae)  # compiled
     CODECS.check(type(vae).__name__, [module] if module else [])
     return DiffusersCodec(vae)
 

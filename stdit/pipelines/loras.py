@@ -34,8 +34,8 @@ def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = T
     missing = list({lora.name: lora for lora in loras if lora.name not in loaded}.values())
     for lora, adapter in zip(missing, read_adapters(missing, model, any_base), strict=True):
         load_adapter(model, adapter.weights, adapter.settings, lora.name, pipe, str(lora.file))
-    if loras:
+    if used := [lora for lora in loras if lora.weight]:  # DoRA with weight 0 would still round
         pipe.enable_lora()
-        pipe.set_adapters([lora.name for lora in loras], [lora.weight for lora in loras])
-    elif any(name.startswith(NAME_PREFIX) for name in loaded):
+        pipe.set_adapters([lora.name for lora in used], [lora.weight for lora in used])
+    elif loras or any(name.startswith(NAME_PREFIX) for name in loaded):
         pipe.disable_lora()

@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from stdit.checkpoint_files import META, read_json, seal_folder
+from stdit.checkpoint_files import META, Sealed, read_json, seal_folder
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.config import CODECS
 from stdit.codecs.loading import quiet
@@ -28,6 +28,7 @@ from stdit.diffusion.config import FlowConfig, flow_config, flow_settings
 from stdit.diffusion.flow import FlowObjective, per_frame
 from stdit.diffusion.scheduler import set_flow_timesteps
 from stdit.errors import UserError
+from stdit.lora.files import read_other_format
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.collectives import all_gather
@@ -81,7 +82,7 @@ class STDiTPipelineOutput(BaseOutput):
     [0, 1]; or latents ``[B C T H W]``."""
 
 
-class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
+class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Generate videos from prompts, and from conditioning frames, with an STDiT.
 
     LoRAs are loaded and saved by diffusers' class for a pipeline with one transformer, whichever that is.
@@ -256,6 +257,18 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Whether the call in progress ends after this step; a callback sets ``_interrupt``."""
         return self._interrupt
 
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **options: Any) -> Any:
+        """Read an adapter for `load_lora_weights`, as diffusers does, or a local file of kohya's scripts or ComfyUI.
+
+        Raises:
+            UserError: such a file is damaged, or no adapter.
+        """
+        found = read_other_format(pretrained_model_name_or_path_or_dict, options.get("weight_name"))
+        if found is None:
+            return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **options)
+        return found if options.get("return_lora_metadata") else found[0]
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
         """Write the components, ``model_index.json`` and, last, a manifest of all; ``options`` are diffusers'.
 
@@ -269,7 +282,9 @@ class STDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 self.register_to_config(**{name: ("stdit", base.__name__)})
         with quiet("transformers"):  # progress bars of files
             super().save_pretrained(str(save_directory), *args, **options)
-        folder = Path(save_directory)
+        self._seal(Path(save_directory))
+
+    def _seal(self, folder: Path) -> None:
         seal_folder(folder, [name for name in self.components if (folder / name).is_dir()])
 
     @classmethod

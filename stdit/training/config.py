@@ -57,7 +57,8 @@ class TrainerConfig:
     micro_batch_size: int | None = None
     """Clips of a micro-batch of a process, over which gradients accumulate. None: its whole share of the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the model; weights, optimizer and loss stay in float32."""
+    """Arithmetic of the model; the loss stays in float32, and so do weights and optimizer, but for memory.* and
+    lora.base_dtype."""
     matmul_precision: Literal["highest", "fastest_exact", "fastest", "high", "medium"] = "highest"
     """Precision of float32 matrix products in the model, as in torch.set_float32_matmul_precision: high and medium
     use TF32 on GPUs; medium uses bfloat16 on CPUs with AMX, and on others a way that may be faster and is exact.
@@ -330,6 +331,11 @@ class TrainConfig:
     def run_folder(self) -> Path:
         """The folder that the run writes to."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def memory_gib(self) -> float | None:
+        """GiB that each process may use; None: what there is."""
+        return self.parallel.memory_gib if self.fit is None else self.fit
 
     def validate(self) -> None:
         """Raise UserError for settings that do not go together."""

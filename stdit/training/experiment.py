@@ -25,6 +25,7 @@ FREE = {
     "lora.init_from",
     "lora.merge",
     "lora.other_base",
+    "lora.base_dtype",
     "model.in_channels",
     "model.caption_channels",
     "model.model_max_length",
@@ -36,9 +37,10 @@ lead to. The sizes that the model takes from codec and text encoder follow from 
 def experiment_key(config: TrainConfig) -> dict[str, Any]:
     """Return the settings, by dotted name, that a run must keep to be the same experiment.
 
-    Its length, checkpoints, validation and tracker may change.
+    Its length, checkpoints, validation and tracker may change. The model of an adapter is that of ``init_from``,
+    which the hash of its weights identifies, whatever the settings ask for.
     """
-    groups = EXPERIMENT if config.lora.rank is None else (*EXPERIMENT, "lora")
+    groups = set(EXPERIMENT) if config.lora.rank is None else {*EXPERIMENT, "lora"} - {"model"}
     found = {
         key: value
         for group in groups

@@ -1,6 +1,6 @@
 """Choose what is kept in memory: ``--fit GIB`` takes the fastest choice that fits, ``--dry_run memory`` shows all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import product
@@ -45,16 +45,20 @@ class MemoryChoice:
         return " ".join(changed) or "all is kept in fp32"
 
 
-def memory_choices(inputs: RunInputs, split: ParallelDims) -> list[MemoryChoice]:
-    """Return all choices that a run has, the fastest first; settings that are not their defaults stay as they are."""
+def memory_choices(inputs: RunInputs, splits: Sequence[ParallelDims]) -> list[MemoryChoice]:
+    """Return all choices that a run has, the fastest first; settings that are not their defaults stay as they are.
+
+    Args:
+        splits: ways to share the work among the same number of processes; that which needs least counts.
+    """
     config = inputs.config
-    alternatives = dict(_alternatives(config, split.processes))
+    alternatives = dict(_alternatives(config, splits[0].processes))
     estimate = MemoryEstimate(inputs)
     found = []
     for values in product(*alternatives.values()):
         settings = dict(zip(alternatives, values, strict=True))
         changed = with_settings(config, settings)
-        size = estimate.of(changed).total(split)
+        size = min(map(estimate.of(changed).total, splits))
         found.append(MemoryChoice(settings, changed, size, _time(changed)))
     least = min(choice.time for choice in found)
     found = [replace(choice, time=choice.time / least) for choice in found]
@@ -72,7 +76,11 @@ def _alternatives(config: TrainConfig, processes: int) -> Iterator[tuple[str, li
     may_fuse = processes == 1 and one_pass and alone and not lora
     allowed: dict[str, list[Any]] = {
         "memory.activations": ["keep", "recompute", *(["offload"] if on_gpu else [])],
-        "memory.weights": ["fp32", *(["bf16"] if bf16 and adamw and torchao and alone and not lora else [])],
+        "memory.weights": [
+            "fp32",
+            *(["bf16"] if bf16 and adamw and torchao and alone and not lora else []),
+            *(["bf16_master"] if bf16 and on_gpu and alone and not lora else []),
+        ],
         "memory.optimizer_state": [
             "fp32",
             *(["8bit", "4bit"] if adamw and torchao and alone and not lora else []),
@@ -120,8 +128,7 @@ def fitted(inputs: RunInputs, processes: int) -> RunInputs:
     config = inputs.config
     if config.fit is None:
         return inputs
-    split = ParallelDims(processes, config.parallel.sp if isinstance(config.parallel.sp, int) else 1)
-    choices = memory_choices(inputs, split)
+    choices = memory_choices(inputs, MemoryEstimate(inputs).splits(processes))
     fitting = [choice for choice in choices if choice.size <= config.fit * GIB]
     if not fitting:
         least = min(choices, key=lambda choice: choice.size)
@@ -154,8 +161,8 @@ def _advice(config: TrainConfig) -> str:
     return "To need less: " + "; ".join(ways) + "."
 
 
-def choice_lines(inputs: RunInputs, split: ParallelDims) -> Iterator[str]:
+def choice_lines(inputs: RunInputs, processes: int) -> Iterator[str]:
     """Yield a table of all choices, the fastest first."""
     yield "memory GiB   time  settings"
-    for choice in memory_choices(inputs, split):
+    for choice in memory_choices(inputs, MemoryEstimate(inputs).splits(processes)):
         yield f"{format_gib(choice.size):>10} {choice.time:>6.2f}  {choice}"

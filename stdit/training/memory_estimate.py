@@ -6,7 +6,7 @@ from functools import cached_property
 
 from stdit.data.buckets import Bucket
 from stdit.models.size import batch_load, tensor_bytes
-from stdit.parallel.processes.mesh import runs_on_cpu
+from stdit.parallel.processes.mesh import check_divides, runs_on_cpu
 from stdit.parallel.sequence.planner import (
     FLOAT32_BYTES,
     ParallelDims,
@@ -22,10 +22,11 @@ from stdit.training.build import RunInputs
 from stdit.training.config import TrainConfig
 from stdit.training.weight_memory import BFLOAT16_BYTES, WeightCounts
 
-LIBRARIES = 800 * 2**20
-"""Bytes of PyTorch and the other libraries in a process on a CPU, measured after a step."""
-GAPS = 0.1
-"""Share that lies idle in the heap of a process on a CPU between what is used; measured with STDiT-XL/2."""
+LIBRARIES = 630 * 2**20
+"""Bytes of PyTorch and the other libraries in a process on a CPU, measured with STDiT-S/2."""
+GAPS, ROUNDED_GAPS = 0.05, 0.4
+"""Shares that lie idle in the heap of a process on a CPU between what is used, of all and of what has 8 or 4 bits;
+measured with STDiT-XL/2."""
 
 
 @dataclass
@@ -100,7 +101,8 @@ class MemoryEstimate:
         if config.data.cache == "memory":
             held["encoded clips"] = self._encoded_clips()
         if not self.on_gpu:
-            held["gaps between them"] = math.ceil(GAPS * sum(held.values()))
+            rounded = counts.rounded_bytes(config)
+            held["gaps between them"] = math.ceil(GAPS * sum(held.values()) + ROUNDED_GAPS * rounded)
             held["libraries"] = LIBRARIES
             whole = FLOAT32_BYTES * counts.trained + self.frozen + LIBRARIES
             held["more to build the model"] = max(0, whole - sum(held.values()))
@@ -132,6 +134,19 @@ class MemoryEstimate:
         """Return the values of sp for which each of the processes has a part of every batch."""
         smallest = min(bucket.batch_size for bucket in self.inputs.plan.assignment.used_buckets)
         return [sp for sp in divisors(processes) if processes // sp <= smallest]
+
+    def splits(self, processes: int) -> list[ParallelDims]:
+        """Return the ways that the settings allow to share the work; one process stands for ``parallel.sp`` of them.
+
+        Raises:
+            UserError: if ``parallel.sp`` does not divide the processes.
+        """
+        sp = self.inputs.config.parallel.sp
+        if sp == "auto":
+            return [ParallelDims(processes, degree) for degree in self.valid_sp(processes)]
+        processes = sp if processes == 1 else processes
+        check_divides({"sp": sp}, processes)
+        return [ParallelDims(processes, sp)]
 
     def choose_sp(self, processes: int, memory: int) -> SpChoice:
         """Choose ``parallel.sp`` for a number of processes that may each use ``memory`` bytes."""

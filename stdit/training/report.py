@@ -11,7 +11,7 @@ from stdit.data.plan import BatchPlan
 from stdit.data.preparation.placement import write_placements
 from stdit.errors import UserError
 from stdit.parallel.processes.memory import memory_of_process
-from stdit.parallel.processes.mesh import check_divides, runs_on_cpu
+from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import (
     ParallelDims,
     Workload,
@@ -36,7 +36,7 @@ _COLUMNS = ("processes", "sp", "dp", "frames", "patches", "balance", "sent MB", 
 def report_of(config: TrainConfig, processes: int) -> str:
     """Return the report of a run on a number of processes, without starting it; write the table of its clips."""
     accelerator = None if runs_on_cpu(config.trainer.device) else torch.accelerator.current_accelerator()
-    memory = memory_of_process(accelerator or torch.device("cpu"), config.parallel.memory_gib)
+    memory = memory_of_process(accelerator or torch.device("cpu"), config.memory_gib)
     inputs = fitted(build_inputs(config, dry_run=True), processes)
     table = config.run_folder.with_name(f"{config.run_folder.name}.clips.csv")
     write_placements(inputs.plan.assignment, table)
@@ -84,7 +84,7 @@ def report(inputs: RunInputs, processes: int, memory: int, compare_sp: bool = Tr
         *(_sharing_lines(estimate, worlds, memory) if compare_sp else ()),
         *estimate.warnings(split),
         *([""] if compare_sp else []),
-        *([*choice_lines(inputs, split), ""] if config.dry_run == "memory" else []),
+        *([*choice_lines(inputs, processes), ""] if config.dry_run == "memory" else []),
         _memory_line(estimate.memory(split), split, memory),
         f"run folder: {config.run_folder}",
     ]
@@ -92,14 +92,10 @@ def report(inputs: RunInputs, processes: int, memory: int, compare_sp: bool = Tr
 
 
 def _asked_split(estimate: MemoryEstimate, processes: int, memory: int) -> ParallelDims:
-    """Return how the settings share the work; a single process stands for ``parallel.sp`` of them."""
-    config = estimate.inputs.config.parallel
-    if config.sp == "auto":
+    """Return how the settings share the work, with ``parallel.sp = auto`` as it would be chosen."""
+    if estimate.inputs.config.parallel.sp == "auto":
         return ParallelDims(processes, estimate.choose_sp(processes, memory).sp)
-    if processes == 1:
-        return ParallelDims(config.sp, config.sp)
-    check_divides({"sp": config.sp}, processes)
-    return ParallelDims(processes, config.sp)
+    return estimate.splits(processes)[0]
 
 
 def _batch_lines(estimate: MemoryEstimate, split: ParallelDims) -> Iterator[str]:

@@ -74,7 +74,7 @@ class Sampler:
         if self.components.base is None or not self.config.validation.compare_base:
             return None
         folder = self.folder / "samples" / BASE_SAMPLES
-        files = self._files(pipe.config, {"base_hash": self.components.base})
+        files = self._files(pipe.config, {"base_hash": self.components.base.hash})
         if self.mesh.on_main(lambda: any(difference(folder / name, facts) for name, facts in files.items())):
             pipe.disable_lora()
             videos = self._sample(pipe)
@@ -111,8 +111,8 @@ class Sampler:
         whole. Return the folder.
         """
         if (base := self.components.base) is not None:
-            average = gather_full_tensors(self._averaged(), self.mesh)
-            return self.mesh.on_main(lambda: self._write_adapter(average, base))
+            adapter = gather_full_tensors(self.ema.weights(), self.mesh)
+            return self.mesh.on_main(lambda: self._write_adapter(adapter, base))
         if self.mesh.on_main(self._exported_step) != step:
             average = gather_full_tensors(self._averaged(), self.mesh)
             self.mesh.on_main(lambda: self._write_pipeline(step, average))
@@ -122,11 +122,11 @@ class Sampler:
         """Return all weights, those that are trained averaged."""
         return {**self.components.model.state_dict(), **self.ema.weights()}
 
-    def _write_adapter(self, weights: dict[str, Tensor], base: AdapterBase) -> Path:
-        target, model = self.folder / "lora", self.components.model.with_weights(weights)
+    def _write_adapter(self, trained: dict[str, Tensor], base: AdapterBase) -> Path:
+        target, model = self.folder / "lora", self.components.model
+        weights = adapter_weights(model, state=trained)
         with replace_folder(f"adapter {target}", target) as aside:
-            trigger = self.config.data.trigger
-            write_adapter(aside, adapter_weights(model), adapter_settings(model), base.hash, trigger)
+            write_adapter(aside, weights, adapter_settings(model), base.hash, self.config.data.trigger)
         return target
 
     def _write_pipeline(self, step: int, weights: dict[str, Tensor]) -> None:

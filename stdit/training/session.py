@@ -1,8 +1,8 @@
 """Start a training run: from its settings to a session that is ready for the first step.
 
 `start` is the only place that knows the order in which the parts of a run are made. It reads from top to bottom, and
-each part says what must be there before it. Training methods, adapters and ways to save memory would be made beside
-the objective and the model, in ``build.py``, and handed to the trainer here.
+each part says what must be there before it. Training methods would be made beside the objective and the model, in
+``build.py``, as adapters are, and handed to the trainer here.
 """
 
 from collections.abc import Iterator
@@ -109,7 +109,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
 
             # Components: batch plan, codec, text encoder, objective and model; on the CPU, each rank its own.
             # This also refuses a model whose weights do not fit in memory, before it is built.
-            memory = memory_of_process(device, config.parallel.memory_gib)
+            memory = memory_of_process(device, config.memory_gib)
             components = mesh.on_all_ranks(
                 lambda: build_components(
                     config,

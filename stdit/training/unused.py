@@ -9,6 +9,13 @@ from stdit.training.config import TrainConfig
 
 Rule = tuple[str, str, Callable[[TrainConfig], bool]]
 
+
+def _on_gpu(config: TrainConfig) -> bool:
+    from stdit.parallel.processes.mesh import runs_on_cpu
+
+    return not runs_on_cpu(config.trainer.device)
+
+
 RULES: tuple[Rule, ...] = (
     (
         "codec.stride codec.channels codec.fit_clips",
@@ -33,6 +40,8 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.flow.timestep_sampling == "logit_normal",
     ),
     ("lora.*", "lora.rank", lambda c: c.lora.rank is not None),
+    ("memory.offload_optimizer", "GPUs", _on_gpu),
+    ("memory.activations", "GPUs", lambda c: "offload" not in c.memory.activations or _on_gpu(c)),
     (
         "data.regularisation.root data.regularisation.share",
         "data.regularisation.manifest",

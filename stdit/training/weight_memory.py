@@ -57,6 +57,13 @@ class WeightCounts(NamedTuple):
         """All of them."""
         return self.trained + self.frozen
 
+    def rounded_bytes(self, config: TrainConfig) -> int:
+        """Return the bytes of the weights and moments that have 8 or 4 bits, in one process that has all of them."""
+        weights = 0.0 if config.lora.base_dtype in ("fp32", "bf16") else BASE_BYTES[config.lora.base_dtype]
+        state = config.memory.optimizer_state
+        moments = 0.0 if state == "fp32" else 2 * MOMENT_BYTES[state]
+        return ceil(weights * self.rounded + moments * self.trained)
+
     def bytes(self, config: TrainConfig, processes: int, on_gpu: bool) -> dict[str, int]:
         """Return the bytes in each of the processes, by what they hold; on a GPU, without what is offloaded."""
         memory = config.memory

@@ -53,8 +53,12 @@ def test_pipelines_save_and_load_components(
 def test_options_are_honoured_or_refused(tmp_path: Path) -> None:
     build_codec(CodecConfig()).save_pretrained(tmp_path)
     VideoCodec.from_pretrained(tmp_path, low_cpu_mem_usage=True, use_safetensors=True, device_map=None)
-    with pytest.raises(UserError, match="device_map='auto' is not supported"):
-        VideoCodec.from_pretrained(tmp_path, device_map="auto")
+    for place in ("meta", {"": "meta"}):
+        codec = VideoCodec.from_pretrained(tmp_path, device_map=place)
+        assert {tensor.device.type for tensor in codec.state_dict().values()} <= {"meta"}
+    for wrong in ("auto", {"decoder": "cpu"}):
+        with pytest.raises(UserError, match=f"device_map={wrong!r} is not supported"):
+            VideoCodec.from_pretrained(tmp_path, device_map=wrong)
     with pytest.raises(UserError, match="use_safetensors=False is not supported"):
         VideoCodec.from_pretrained(tmp_path, use_safetensors=False)
     with pytest.raises(TypeError, match="unexpected keyword argument 'torch_type'"):

@@ -117,3 +117,30 @@ def test_a_shift_that_a_scheduler_cannot_take_is_said(caplog: pytest.LogCaptureF
 def test_schedulers_that_cannot_do_flow_matching_are_refused(scheduler: Any) -> None:
     with pytest.raises(UserError, match=f"scheduler {type(scheduler).__name__}: .*cannot do flow matching"):
         set_flow_timesteps(scheduler, 4, 1.0)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        diffusers.FlowMatchLCMScheduler(),
+        diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="sde-dpmsolver++"
+        ),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_schedulers_that_draw_noise_are_refused_for_that(scheduler: Any) -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(
+        UserError, match=f"scheduler {type(scheduler).__name__}: .*draws new noise in each step"
+    ):
+        set_flow_timesteps(scheduler, 4, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_a_call_lacks_is_said() -> None:
+    with pytest.raises(ValueError, match="set_timesteps needs num_inference_steps or sigmas"):
+        RectifiedFlow().set_timesteps()
+    with pytest.raises(ValueError, match="scale_noise needs noise"):
+        RectifiedFlow().scale_noise(torch.zeros(1), torch.zeros(1))

@@ -11,7 +11,7 @@ import torch
 import sample
 from stdit.errors import UserError
 from stdit.lora.config import parse_lora
-from stdit.lora.files import base_hash
+from stdit.lora.files import base_hash, merge_adapters
 from stdit.pipelines.loras import use_loras
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.requests import Request
@@ -143,6 +143,25 @@ def test_a_scale_of_0_leaves_the_weights_as_they_were(pipe: STDiTPipeline, tmp_p
     assert torch.equal(latents(), expected)
     assert not torch.equal(latents(attention_kwargs={"scale": 0.7}), expected)
     assert torch.equal(latents(), expected)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_weight_0_is_the_model_without(dora: bool, pipe: STDiTPipeline, tmp_path: Path) -> None:
+    file = write_random_adapter(tmp_path / "a", pipe.transformer, dora=dora)
+
+    def latents(*weights: float) -> Any:
+        use_loras(pipe, [parse_lora(f"{file}:{weight}") for weight in weights])
+        return pipe("a", generator=torch.Generator().manual_seed(1), output_type="latent").frames
+
+    base, one = latents(), latents(1.0)
+    assert not torch.equal(one, base)
+    assert torch.equal(latents(0.0), base) and torch.equal(latents(1.0), one)
+    before = {
+        name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items() if "lora_" not in name
+    }
+    merge_adapters(pipe.transformer, [parse_lora(f"{file}:0")])
+    after = pipe.transformer.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_the_base_is_known_whatever_file_it_came_from(pipe: STDiTPipeline, tmp_path: Path) -> None:

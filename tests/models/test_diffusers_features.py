@@ -101,6 +101,18 @@ def test_a_caption_without_a_visible_token_adds_nothing_with_a_backend_too(dispa
     assert found.isfinite().all() and len(dispatched) == LAYERS
 
 
+@pytest.mark.parametrize("visible", [None, 3])
+def test_a_backend_that_takes_no_masks(visible: int | None, dispatched: list[str]) -> None:
+    model = tiny_model()
+    mask = None if visible is None else torch.arange(5)[None] < torch.tensor([[visible], [5]])
+    expected = sample(model, encoder_attention_mask=mask)
+    model.set_attention_backend("_native_flash")
+    found = sample(model, encoder_attention_mask=mask)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    masked = sum(name.endswith("cross_attn") for name, _ in model.named_modules())
+    assert 0 < masked < LAYERS and len(dispatched) == LAYERS - (masked if visible else 0)
+
+
 def test_processors_can_be_replaced() -> None:
     model = tiny_model()
     assert len(model.attn_processors) == LAYERS

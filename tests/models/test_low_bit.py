@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stdit.errors import UserError
 from stdit.lora.adapters import adapter_weights, add_adapter, linear_layers
 from stdit.lora.config import LoRAConfig
+from stdit.models.activations import offloaded
 from stdit.models.low_bit import (
     LowBitLinear,
     full_weight,
@@ -67,6 +68,23 @@ def test_output_and_gradient_are_those_of_the_rounded_weight(kind: Any, autocast
         tensor.is_floating_point() is False or type(tensor) is not Tensor or tensor.numel() < weight.numel()
         for tensor in saved
     ), "the full weight is not kept"
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_compiled_layer_whose_activations_are_offloaded(kind: Any) -> None:
+    layer, _ = rounded_layer(kind)
+    x, other = (torch.randn(2, 5, 48).requires_grad_() for _ in range(2))
+    other.data.copy_(x.data)
+    expected = layer(x)
+    expected.square().sum().backward()
+    compiled = torch.compile(layer, backend="aot_eager")
+    with offloaded(layer):
+        found = compiled(other)
+    found.square().sum().backward()
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(other.grad, x.grad)
+    with offloaded(layer):
+        assert torch.equal(layer(other), expected)
 
 
 @pytest.mark.parametrize("kind, error", [("int8", 0.02), ("nf4", 0.2)])

@@ -1,11 +1,14 @@
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import PushToHubMixin
 from safetensors.torch import load_file, save_file
 
-from stdit.checkpoint_files import write_manifest
+from stdit.checkpoint_files import verify, write_manifest
 from stdit.errors import UserError
 from stdit.pipelines.config import check_recorded
 from stdit.pipelines.loading import load_pipeline, pipeline_settings
@@ -215,6 +218,41 @@ def test_variants_shards_and_pickles_are_written_and_read_as_in_diffusers(pipe, 
     assert not list((tmp_path / "pickled" / "transformer").glob("*.safetensors"))
     again = load.from_pretrained(str(tmp_path / "pickled"))
     assert torch.equal(weight(again), weight(pipe))
+
+
+def test_a_device_for_all_components():
+    pipe = STDiTPipeline.from_pretrained(device_map="cpu")
+    assert pipe.device == torch.device("cpu")
+    assert pipe(
+        "a red star", num_inference_steps=1, refine_pairs=0, num_frames=5, output_type="np"
+    ).frames.any()
+
+
+def test_a_compiled_codec_is_known(pipe):
+    codec = pipe.codec
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    assert type(pipe.codec) is type(codec)
+
+
+@pytest.mark.parametrize("part", ["pipeline", "transformer", "scheduler"])
+def test_what_is_pushed_to_the_hub_has_its_manifest(pipe, tmp_path, monkeypatch, part):
+    uploaded = []
+
+    def upload(self, working_dir, *args, **options):
+        verify(Path(working_dir), kind="upload")
+        uploaded.append(Path(working_dir).name)
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_folder", upload)
+    repository = SimpleNamespace(repo_id="me/it")
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("a card"))
+    for module in ("pipelines.pipeline_utils", "models.modeling_utils", "configuration_utils"):
+        monkeypatch.setattr(f"diffusers.{module}.create_repo", lambda *args, **options: repository)
+    for module in ("pipelines.pipeline_utils", "models.modeling_utils"):
+        monkeypatch.setattr(f"diffusers.{module}.load_or_create_model_card", lambda *args, **options: None)
+        monkeypatch.setattr(f"diffusers.{module}.populate_model_card", lambda *args, **options: card)
+    pushed = pipe if part == "pipeline" else getattr(pipe, part)
+    pushed.save_pretrained(str(tmp_path / "it"), push_to_hub=True)
+    assert uploaded == ["it"]
 
 
 def test_a_pipeline_of_an_earlier_version_is_refused(pipe, tmp_path):

@@ -39,18 +39,21 @@ def test_there_and_back(
 ) -> None:
     source = write_random_adapter(tmp_path / "a.safetensors", pipe.transformer)
     adapter = read_adapter(source)
-    write_adapter(source, adapter.weights, adapter.settings, None, "sks")
+    write_adapter(source, adapter.weights, adapter.settings, "01ab", "sks")
     there, back = tmp_path / f"{target}.safetensors", tmp_path / "back"
     assert convert(monkeypatch, source, "--to", target, "--output", there) == 0
     assert convert(monkeypatch, there, "--to", "peft", "--output", back) == 0
     found, expected = load_file(back / "pytorch_lora_weights.safetensors"), load_file(source)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    assert [read_adapter(file).trigger for file in (there, back)] == ["sks", "sks"]
+    for file in (there, back):
+        assert (read_adapter(file).trigger, read_adapter(file).base_hash) == ("sks", "01ab")
     pipe.load_lora_weights(str(source), adapter_name="a")
     first = sample(pipe)
-    pipe.delete_adapters("a")
-    pipe.load_lora_weights(str(back), adapter_name="b")
-    assert torch.equal(sample(pipe), first)
+    for name, folder, file in (("b", back, None), ("c", tmp_path, there.name), ("d", there, None)):
+        pipe.unload_lora_weights()
+        assert not torch.equal(sample(pipe), first)
+        pipe.load_lora_weights(str(folder), weight_name=file, adapter_name=name)
+        assert torch.equal(sample(pipe), first)
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "model"])

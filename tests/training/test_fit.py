@@ -14,7 +14,7 @@ from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.report import report
 from tests.training.tiny import tiny_settings
 
-ALONE = ParallelDims(1, 1)
+ALONE = [ParallelDims(1, 1)]
 ADAMW = ("--optimizer.name", "adamw", "--model.hidden_size", "64", "--model.depth", "40")
 BF16 = (*ADAMW, "--trainer.precision", "bf16")
 
@@ -40,10 +40,10 @@ def test_the_choices_of_a_run(settings: list[str]) -> None:
     assert choices[0].size == max(choice.size for choice in choices)
     for choice in choices:
         estimate = MemoryEstimate(inputs([*settings, *BF16])).of(choice.config)
-        assert estimate.total(ALONE) == choice.size
+        assert estimate.total(*ALONE) == choice.size
     muon = memory_choices(inputs(settings), ALONE)
     assert values(muon, "memory.weights") == values(muon, "memory.optimizer_state") == {"fp32"}
-    two = memory_choices(inputs([*settings, *BF16]), ParallelDims(2, 2))
+    two = memory_choices(inputs([*settings, *BF16]), [ParallelDims(2, 2)])
     assert values(two, "memory.fused_backward") == {False}
     given = memory_choices(inputs([*settings, *BF16, "--memory.optimizer_state", "4bit"]), ALONE)
     assert values(given, "memory.optimizer_state") == {"4bit"}
@@ -60,6 +60,19 @@ def test_the_fastest_that_fits_is_chosen(settings: list[str], capsys: pytest.Cap
         assert capsys.readouterr().out.endswith(f"times the time: {expected}\n")
     plain = inputs([*settings, *BF16])
     assert fitted(plain, 1) is plain
+
+
+def test_sequence_parallel_runs_are_fitted_as_they_would_be_started(settings: list[str]) -> None:
+    two = (
+        min(choice.size for choice in memory_choices(inputs([*settings, *BF16]), [ParallelDims(2, 2)])) / GIB
+    )
+    flags = [*settings, *BF16, "--fit", str(two + 1e-4), "--parallel.sp"]
+    for processes, sp in ((1, "2"), (2, "2"), (2, "auto")):
+        fitted(inputs([*flags, sp]), processes)
+    with pytest.raises(UserError, match="parallel.sp = 2"):
+        fitted(inputs([*flags, "2"]), 3)
+    config = parse_train([*flags, "auto"])
+    assert config.memory_gib == config.fit
 
 
 def test_nothing_fits(settings: list[str]) -> None:
