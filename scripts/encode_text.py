@@ -79,7 +79,9 @@ def main() -> None:
     from stdit.codecs.loading import DTYPES
     from stdit.codecs.stored_text import store_text
     from stdit.parallel.processes.device import find_device
+    from stdit.pipelines.writer import check_writable
 
+    check_writable(Path(config.output))
     encoder = build_text_encoder(config.encoder).to(find_device(config.device))
     done = 0
     with tqdm(total=len(texts), unit="caption", disable=None) as bar:

@@ -66,7 +66,7 @@ SAMPLING = {
 DEFAULTS = {"seed": 0, "batch_size": 16, "device": "auto"}
 LIMITED = ("batch_size", "num_frames", "size", "conditioning_frames")
 """Flags that are numbers from 1 to `MAX_DIMENSION`."""
-OF_A_MODEL = ("lora", "conditioning", "conditioning_frames", *SAMPLING)
+OF_A_MODEL = ("lora", "lora_other_base", "conditioning", "conditioning_frames", *SAMPLING)
 CHANGES = ("num_frames", "size", *OF_A_MODEL)
 """Flags that change how a model's videos are made, and so its scores: the file of scores records them."""
 UNUSED = {"codec": ("batch_size", *OF_A_MODEL), "videos": ("batch_size", *CHANGES, "seed", "device")}
@@ -104,6 +104,12 @@ def parse_args() -> argparse.Namespace:
         action="append",
         metavar="FILE[:WEIGHT]",
         help="adapter for the checkpoint, as for sample.py; repeatable",
+    )
+    parser.add_argument(
+        "--lora_other_base",
+        action="store_true",
+        default=None,
+        help="use adapters that were trained on other weights",
     )
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for scores and all verdicts")
     parser.add_argument(
@@ -179,7 +185,7 @@ def height(args: argparse.Namespace, recorded: Mapping[str, Any]) -> int:
 
 
 def load(
-    source: CheckpointSource, loras: Sequence[LoRASpec], device: str
+    source: CheckpointSource, loras: Sequence[LoRASpec], device: str, any_base: bool = False
 ) -> tuple[Any, str, tuple[int, int]]:
     """Load the pipeline; return it, the hash of its weights, and height and width of its patches in pixels.
 
@@ -190,7 +196,7 @@ def load(
 
     on = find_device(device)
     pipe, weights = load_pipeline(source)
-    use_loras(pipe, loras, any_base=False)
+    use_loras(pipe, loras, any_base)
     pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     (_, *stride), (_, *tokens) = pipe.codec.stride, pipe.transformer.config.patch_size
@@ -227,7 +233,7 @@ def main() -> None:
         conditioned = args.conditioning and conditioned_frames(
             load_codec(source), args.num_frames, args.conditioning, args.conditioning_frames
         )
-        pipe, weights, patch = load(source, args.loras, args.device)
+        pipe, weights, patch = load(source, args.loras, args.device, bool(args.lora_other_base))
         warn_of_conditioning(bool(conditioned), pipe.flow.config.conditioning)
         videos = sampled_videos(
             pipe,

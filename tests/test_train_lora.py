@@ -268,6 +268,7 @@ def test_a_changed_base_is_refused(again: Callable[..., list[str]], trained: Pat
         (["--lora.targets", "to_q"], "no linear layer has such a name"),
         (["--flow.prediction", "sample"], "was trained with velocity, and an adapter cannot change that"),
         (["--text_encoder.max_length", "13"], "reads at most 12 tokens"),
+        (["--text_encoder.max_length", "11"], "was trained with another text encoder, or other settings"),
         (["--codec", "{name: pca, stride: [1, 2, 2], channels: 4}"], "codec gives latents of 4 channels"),
         (["--lora.merge", "[none.safetensors]"], "there is no such file or folder"),
         (["--lora.init_from", "none.safetensors"], "there is no such file or folder"),

@@ -174,9 +174,13 @@ def check_flow_scheduler(scheduler: Any) -> None:
 
     One that draws new noise in each step is refused as well: its videos would depend on those in the same batch.
     """
-    if _claims_flow(scheduler):
-        if _reaches_data(scheduler, lambda sample, sigma: _NOISE - _DATA):
+    failure = None
+    try:
+        if _claims_flow(scheduler) and _reaches_data(scheduler, lambda sample, sigma: _NOISE - _DATA):
             return
+    except Exception as error:  # whatever it finds wrong with its settings
+        failure = error
+    if failure is None and _claims_flow(scheduler):
         if _reaches_data(scheduler, lambda sample, sigma: (sample - _DATA) / sigma):
             raise UserError(
                 f"scheduler {type(scheduler).__name__}: with its settings it draws new noise in each step, with "
@@ -184,11 +188,12 @@ def check_flow_scheduler(scheduler: Any) -> None:
                 "RectifiedFlow, or set algorithm_type='dpmsolver++' or stochastic_sampling=False."
             )
     raise UserError(
-        f"scheduler {type(scheduler).__name__}: with its settings it cannot do flow matching: use RectifiedFlow, "
+        f"scheduler {type(scheduler).__name__}: with its settings it cannot do flow matching"
+        f"{'' if failure is None else f' ({failure})'}: use RectifiedFlow, "
         "FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, or UniPCMultistepScheduler or "
         "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_flow_sigmas=True, "
         "prediction_type='flow_prediction')."
-    )
+    ) from failure
 
 
 _DATA, _NOISE = torch.tensor([[0.5, -1.0]]), torch.tensor([[-2.0, 0.3]])

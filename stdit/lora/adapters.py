@@ -5,6 +5,7 @@ Letters: r rank, d_in and d_out the widths of a linear layer.
 
 import re
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,10 +42,11 @@ def target_layers(model: STDiT, targets: str) -> list[str]:
         UserError: if there is none; the message has those that exist.
     """
     layers = linear_layers(model)
-    if targets in BLOCK_KINDS:
-        patterns = model.block_patterns(targets)  # type: ignore[arg-type]
-    else:
-        patterns = [TARGETS.get(targets, targets)]
+    parts = targets.split("|")
+    patterns = [targets]
+    if set(parts) <= {*TARGETS, *BLOCK_KINDS}:
+        of_kinds = [model.block_patterns(part) for part in parts if part in BLOCK_KINDS]  # type: ignore[arg-type]
+        patterns = [*(TARGETS[part] for part in parts if part in TARGETS), *chain(*of_kinds)]
     found = [name for name in layers if any(re.search(pattern, name) for pattern in patterns)]
     if not found:
         kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in layers))

@@ -55,13 +55,20 @@ class LoRAConfig:
             raise UserError(f"lora.alpha = {self.alpha}: must be positive, such as the rank")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout = {self.dropout}: must be at least 0 and below 1")
-        if self.targets not in (*TARGETS, *BLOCK_KINDS):
+        names = (*TARGETS, *BLOCK_KINDS)
+        if not set(self.targets.split("|")) <= set(names):
+            named = set(re.split(r"[\[\]\"', |]+", self.targets)) & set(names)
+            if not self.targets or named:
+                raise UserError(
+                    f"lora.targets = {self.targets!r}: must be of the names {', '.join(names)}, joined by |, or a "
+                    "regular expression for the names of layers, such as mlp\\. instead of mlp."
+                )
             try:
                 re.compile(self.targets)
             except re.error as error:
                 raise UserError(
-                    f"lora.targets = {self.targets!r}: is neither {', '.join((*TARGETS, *BLOCK_KINDS))} nor a "
-                    f"regular expression ({error})"
+                    f"lora.targets = {self.targets!r}: is neither {', '.join(names)} nor a regular expression "
+                    f"({error})"
                 ) from None
 
 

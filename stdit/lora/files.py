@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stdit.checkpoint_files import PICKLES
 from stdit.errors import UserError, listed
 from stdit.hashing import hash_bytes, hash_tensor
 from stdit.lora.adapters import (
@@ -42,6 +44,12 @@ class AdapterFile:
     """Of the weights that it was trained on, if the file has it."""
     trigger: str | None = None
     """The trigger word of its training, if it had one."""
+
+    @property
+    def dora_layers(self) -> list[str]:
+        """Names of the layers whose lengths DoRA has learned."""
+        kind = ".lora_magnitude_vector"
+        return [name.removesuffix(kind) for name in self.weights if name.endswith(kind)]
 
 
 def write_adapter(
@@ -100,25 +108,39 @@ def read_adapter(path: Path) -> AdapterFile:
     return AdapterFile(own_weights(tensors), header.settings, header.base_hash, header.trigger)
 
 
-def read_other_format(
-    source: Any, name: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return weights and settings as diffusers has those of a pipeline, of a local file in another program's format.
+def local_adapter(source: Any, name: str | None = None) -> Path | None:
+    """Return the local file that `load_lora_weights` of diffusers is given; None: a dictionary, pickle or hub id.
 
     Args:
         source: a file or folder, or what else diffusers takes.
         name: of the file in the folder.
+    """
+    if not isinstance(source, str | os.PathLike) or not (path := Path(source, name or "")).exists():
+        return None
+    if path.is_dir():
+        path = find_adapter_file(path)
+    return None if path.suffix.lower() in PICKLES else path
 
-    Returns:
-        None: it is none, and for diffusers to read.
+
+def check_adapter(file: Path, model: STDiT, any_base: bool) -> None:
+    """Check a file that diffusers loads into a model. Raises UserError as `read_adapters` does.
+
+    The base is compared where it can be: its weights must be those in fp32 that were hashed.
+    """
+    known = not getattr(model, "is_quantized", False)
+    known = known and all(p.dtype == torch.float32 and not p.is_meta for p in model.parameters())
+    read_adapters([LoRASpec(file, 1.0, "")], model, any_base or not known, "other_base=True")
+
+
+def pipeline_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return weights and settings of a file of another program as diffusers has those of a pipeline; None: of peft.
 
     Raises:
         UserError: as `read_adapter`.
     """
-    path = Path(source, name or "") if isinstance(source, str | os.PathLike) else None
-    if path is None or path.suffix != ".safetensors" or not path.is_file() or read_header(path).of_peft:
+    if read_header(file).of_peft:
         return None
-    adapter, prefix = read_adapter(path), PEFT_PREFIXES[0]
+    adapter, prefix = read_adapter(file), PEFT_PREFIXES[0]
     weights = {f"{prefix}{name}": tensor for name, tensor in adapter.weights.items()}
     return weights, {f"{prefix}{key}": value for key, value in (adapter.settings or {}).items()}
 
@@ -155,8 +177,9 @@ def check_fits(file: Path, model: STDiT) -> None:
         elif kind != "A.weight" and shape[0] != expected.out_features:
             odd.append(f"{layer}: gives {expected.out_features} channels, not {shape[0]}")
     if odd := list(dict.fromkeys(odd)):
+        count = len({line.partition(":")[0] for line in odd})
         raise UserError(
-            f"lora {file}: is of another architecture: {len(odd)} of its layers do not fit "
+            f"lora {file}: is of another architecture: {count} of its layers do not fit "
             f"({listed(odd[:4], len(odd))}): use one that was trained on this model."
         )
 
@@ -205,8 +228,25 @@ def read_adapters(
 def merge_adapters(
     model: STDiT, loras: Sequence[LoRASpec], any_base: bool = True, flag: str = "--lora_other_base"
 ) -> None:
-    """Merge adapters into a model's weights. Raises as `read_adapters` does, before the model changes."""
-    for lora, adapter in zip(loras, read_adapters(loras, model, any_base, flag), strict=True):
+    """Merge adapters into a model's weights, which then compute what the model does with them.
+
+    Those with DoRA come first, since it measures the weights that it is added to.
+
+    Raises:
+        UserError: as `read_adapters`, or two with DoRA have a layer in common; before the model changes.
+    """
+    pairs = list(zip(loras, read_adapters(loras, model, any_base, flag), strict=True))
+    pairs.sort(key=lambda pair: not pair[1].dora_layers)
+    taken: dict[str, Path] = {}
+    for lora, adapter in pairs:
+        for layer in adapter.dora_layers if lora.weight else ():
+            if layer in taken:
+                raise UserError(
+                    f"lora {lora.file} and {taken[layer]} both change {layer} by DoRA, and cannot be merged into one "
+                    "weight: merge one of them, or train one on top of the other."
+                )
+            taken[layer] = lora.file
+    for lora, adapter in pairs:
         if lora.weight:  # with 0 the weights stay as they are, bit for bit
             load_adapter(model, adapter.weights, adapter.settings, lora.name, where=str(lora.file))
             merge_adapter(model, lora.weight, lora.name)

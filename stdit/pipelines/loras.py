@@ -34,8 +34,14 @@ def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = T
     missing = list({lora.name: lora for lora in loras if lora.name not in loaded}.values())
     for lora, adapter in zip(missing, read_adapters(missing, model, any_base), strict=True):
         load_adapter(model, adapter.weights, adapter.settings, lora.name, pipe, str(lora.file))
-    if used := [lora for lora in loras if lora.weight]:  # DoRA with weight 0 would still round
+    weights: dict[str, float] = {}
+    for lora in loras:  # one that is given twice counts twice
+        weights[lora.name] = weights.get(lora.name, 0.0) + lora.weight
+    if used := [name for name, weight in weights.items() if weight]:  # the lengths of DoRA have no weight
+        used.sort(
+            key=lambda name: not model.peft_config[name].use_dora
+        )  # it scales what comes before it, too
         pipe.enable_lora()
-        pipe.set_adapters([lora.name for lora in used], [lora.weight for lora in used])
+        pipe.set_adapters(used, [weights[name] for name in used])
     elif loras or any(name.startswith(NAME_PREFIX) for name in loaded):
         pipe.disable_lora()

@@ -28,7 +28,7 @@ from stdit.diffusion.config import FlowConfig, flow_config, flow_settings
 from stdit.diffusion.flow import FlowObjective, per_frame
 from stdit.diffusion.scheduler import set_flow_timesteps
 from stdit.errors import UserError
-from stdit.lora.files import read_other_format
+from stdit.lora.files import check_adapter, local_adapter, pipeline_state
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.sequence.collectives import all_gather
@@ -264,10 +264,27 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Raises:
             UserError: such a file is damaged, or no adapter.
         """
-        found = read_other_format(pretrained_model_name_or_path_or_dict, options.get("weight_name"))
-        if found is None:
+        file = local_adapter(pretrained_model_name_or_path_or_dict, options.get("weight_name"))
+        if file is None or (found := pipeline_state(file)) is None:
             return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **options)
         return found if options.get("return_lora_metadata") else found[0]
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: Any, *args: Any, other_base: bool = False, **options: Any
+    ) -> None:
+        """Load an adapter as diffusers does; a local file is checked first.
+
+        Args:
+            other_base: also one that says that it was trained on other weights. That is known where those of the
+                transformer are in fp32.
+
+        Raises:
+            UserError: the file is damaged, no adapter, or of another architecture or base.
+        """
+        file = local_adapter(pretrained_model_name_or_path_or_dict, options.get("weight_name"))
+        if file is not None:
+            check_adapter(file, self.transformer, other_base)
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **options)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
         """Write the components, ``model_index.json`` and, last, a manifest of all; ``options`` are diffusers'.
@@ -311,7 +328,14 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             folder = Path(source)
             if not verify_pipeline(folder, cls.config_name):
                 logger.warning("pipeline %s has no %s: a damaged file would not be noticed", folder, META)
-            check_recorded(read_json(folder / cls.config_name, "a pipeline"), f"{folder / cls.config_name}: ")
+            recorded = read_json(folder / cls.config_name, "a pipeline")
+            check_recorded(recorded, f"{folder / cls.config_name}: ")
+            own = [name for name in OWN_BASES if (recorded.get(name) or [None])[0] == "stdit"]
+            if options.get("device_map") == "balanced" and own:
+                raise UserError(
+                    f"device_map = balanced: diffusers cannot measure {' and '.join(own)} of stdit: give one device, "
+                    "or call enable_model_cpu_offload()."
+                )
         pipe: Self = super().from_pretrained(str(source), **options)
         return pipe
 
@@ -394,6 +418,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             callback_on_step_end_tensor_inputs,
             num_videos_per_prompt,
             max_sequence_length,
+            attention_kwargs,
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
             negative_prompt_embeds=negative_prompt_embeds,
@@ -454,29 +479,38 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             latents = torch.stack([draw_noise(shape, one) for one in generators])
         noise = latents.to(device, torch.float32)
         conditioned, max_noise_level = self.prepare_conditions(noise, frame_conditions, video, sigmas)
-        latents = self.denoise(
-            sharding.split(conditioned, dim=2),
-            sharding.split(noise, dim=2),
-            max_noise_level,
-            model,
-            scale_of_step,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        if (pairs := int(video["refine_pairs"])) and not self._interrupt:
-            level = max_noise_level.clamp(max=float(video["refine_level"]))
-            noises = (
-                sharding.split(torch.stack([draw_noise(shape, one) for one in generators]).to(device), dim=2)
-                for _ in self.progress_bar(range(pairs))
+        try:
+            latents = self.denoise(
+                sharding.split(conditioned, dim=2),
+                sharding.split(noise, dim=2),
+                max_noise_level,
+                model,
+                scale_of_step,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
             )
-            latents = self.refine(latents, noises, level, model, float(video["refine_guidance_scale"]))
-        if output_type == "latent":
-            frames = sharding.gather(latents, 2, shape[1])
-        else:
-            pixels = self.decode_latents(latents, sharding, shape[1], num_frames, height, width)
-            frames = self.video_processor.postprocess_video(pixels, output_type=output_type)
-        self._current_timestep = None
-        self.maybe_free_model_hooks()
+            if (pairs := int(video["refine_pairs"])) and not self._interrupt:
+                level = max_noise_level.clamp(max=float(video["refine_level"]))
+                noises = (
+                    sharding.split(
+                        torch.stack([draw_noise(shape, one) for one in generators]).to(device), dim=2
+                    )
+                    for _ in self.progress_bar(range(pairs))
+                )
+                latents = self.refine(latents, noises, level, model, float(video["refine_guidance_scale"]))
+            if output_type == "latent":
+                frames = sharding.gather(latents, 2, shape[1])
+            else:
+                pixels = self.decode_latents(latents, sharding, shape[1], num_frames, height, width)
+                if not pixels.isfinite().all():
+                    raise UserError(
+                        "the videos have values that are NaN or infinite: lower the weights of the adapters, or "
+                        "compute in fp32."
+                    )
+                frames = self.video_processor.postprocess_video(pixels, output_type=output_type)
+        finally:  # also after an error in a callback: caches and offloaded parts begin anew
+            self._current_timestep = None
+            self.maybe_free_model_hooks()
         return STDiTPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def check_inputs(
@@ -488,6 +522,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         callback_inputs: Sequence[str],
         num_videos_per_prompt: int,
         max_sequence_length: int | None,
+        attention_kwargs: Mapping[str, Any] | None = None,
         **embeds: Tensor | None,
     ) -> int:
         """Return the number of prompts; raise UserError if an argument of a call breaks its rule.
@@ -516,6 +551,10 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise UserError(
                 f"max_sequence_length = {max_sequence_length} would have no effect: prompt_embeds are encoded "
                 "already: give it to encode_prompt."
+            )
+        if odd := set(attention_kwargs or ()) - {"scale"}:
+            raise UserError(
+                f"attention_kwargs has {', '.join(sorted(odd))}: may only have scale, that of all LoRAs."
             )
         model = self.transformer.config
         count = None if prompts is None else len(prompts)

@@ -33,7 +33,7 @@ from stdit.models.size import meta_model
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import format_gib
-from stdit.pipelines.sources import find_initial_weights, is_checkpoint
+from stdit.pipelines.sources import MODEL_INDEX, find_initial_weights, is_checkpoint, pipeline_step
 from stdit.pipelines.untrained import warn_of_missing_trigger
 from stdit.pipelines.weights import AdapterBase, open_initial_weights, read_base
 from stdit.training.config import TrainConfig
@@ -158,6 +158,8 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     plan = plan.sized(lambda bucket: _tokens_per_clip(config, codec, bucket))
     flow = FlowObjective(config.flow, variance)
     resolved = resolved_config(config, codec, text_encoder)
+    if config.lora.rank is not None:
+        _check_trained_with(config, codec, text_encoder)
     return RunInputs(resolved, plan, codec, text_encoder, flow, resumed)
 
 
@@ -285,6 +287,25 @@ def _check_base_takes(base: STDiTConfig, needed: STDiTConfig) -> None:
             f"text_encoder.max_length = {needed.model_max_length}: the model in init_from reads at most "
             f"{base.model_max_length} tokens: set that."
         )
+
+
+def _check_trained_with(config: TrainConfig, codec: VideoCodec, text_encoder: TextEncoder) -> None:
+    """Raise UserError if the base of an adapter is of a run with another codec or text encoder."""
+    assert config.init_from is not None
+    folder = find_initial_weights(config.init_from)
+    if not is_checkpoint(folder):  # the pipeline of a run has its last checkpoint beside it
+        step = pipeline_step(folder.parent) if (folder.parent / MODEL_INDEX).is_file() else None
+        folder = folder.parents[1] / "checkpoints" / f"step-{step or 0:08d}"
+    if not is_checkpoint(folder):
+        return
+    trained = read_meta(folder).get("experiment", {})
+    for group, component in (("codec", codec), ("text encoder", text_encoder)):
+        known = trained.get(f"{group}'s weights")
+        if known is not None and known != component.fingerprint():
+            raise UserError(
+                f"the model in init_from = {config.init_from} was trained with another {group}, or other settings of "
+                f"it: use the {group.replace(' ', '_')}.* settings of its training."
+            )
 
 
 def build_adapted_model(config: TrainConfig, resumed: Resumed | None) -> tuple[STDiT, AdapterBase]:

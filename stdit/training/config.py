@@ -293,7 +293,7 @@ class TrainConfig:
     repeated."""
     fit: float | None = None
     """GiB that each process may use: choose the settings of memory and lora.base_dtype that are fastest and fit, as
-    estimated; those that you give stay."""
+    estimated; those that are not their defaults stay."""
     dry_run: bool | Literal["steps", "sp", "memory"] = False
     """true: print what the run would train on and the memory it needs, write NAME.clips.csv (which clip goes to which
     bucket, and why) beside the run folder, and stop. steps: also do a few steps, and tell the time of all. sp: also

@@ -52,7 +52,7 @@ def memory_choices(inputs: RunInputs, splits: Sequence[ParallelDims]) -> list[Me
         splits: ways to share the work among the same number of processes; that which needs least counts.
     """
     config = inputs.config
-    alternatives = dict(_alternatives(config, splits[0].processes))
+    alternatives = dict(_alternatives(inputs, splits[0].processes))
     estimate = MemoryEstimate(inputs)
     found = []
     for values in product(*alternatives.values()):
@@ -67,13 +67,15 @@ def memory_choices(inputs: RunInputs, splits: Sequence[ParallelDims]) -> list[Me
     )
 
 
-def _alternatives(config: TrainConfig, processes: int) -> Iterator[tuple[str, list[Any]]]:
+def _alternatives(inputs: RunInputs, processes: int) -> Iterator[tuple[str, list[Any]]]:
     """Yield the names of settings, and the values that each may have in this run."""
+    config, resumed = inputs.config, inputs.resumed
     memory, lora, on_gpu = config.memory, config.lora.rank is not None, not runs_on_cpu(config.trainer.device)
     bf16, adamw = config.trainer.precision == "bf16", config.optimizer.name == "adamw"
     alone, torchao = not config.parallel.shard_parameters, find_spec("torchao") is not None
     one_pass = config.trainer.micro_batch_size is None and config.trainer.block_norms_every is None
-    may_fuse = processes == 1 and one_pass and alone and not lora
+    whole = resumed is None or resumed.meta["batch_splits"] == 1
+    may_fuse = processes == 1 and one_pass and whole and alone and not lora
     allowed: dict[str, list[Any]] = {
         "memory.activations": ["keep", "recompute", *(["offload"] if on_gpu else [])],
         "memory.weights": [

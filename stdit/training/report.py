@@ -24,6 +24,7 @@ from stdit.training.build import RunComponents, RunInputs, build_inputs, compare
 from stdit.training.config import TrainConfig
 from stdit.training.early_stopping import EarlyStopping
 from stdit.training.fit import choice_lines, fitted
+from stdit.training.memory_config import check_processes
 from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.run_folder import find_start
 
@@ -37,7 +38,11 @@ def report_of(config: TrainConfig, processes: int) -> str:
     """Return the report of a run on a number of processes, without starting it; write the table of its clips."""
     accelerator = None if runs_on_cpu(config.trainer.device) else torch.accelerator.current_accelerator()
     memory = memory_of_process(accelerator or torch.device("cpu"), config.memory_gib)
-    inputs = fitted(build_inputs(config, dry_run=True), processes)
+    check_processes(config.memory, processes)
+    inputs = build_inputs(config, dry_run=True)
+    if config.dry_run == "memory":  # also if none of them fits
+        print(*choice_lines(inputs, processes), "", sep="\n")
+    inputs = fitted(inputs, processes)
     table = config.run_folder.with_name(f"{config.run_folder.name}.clips.csv")
     write_placements(inputs.plan.assignment, table)
     shown = report(inputs, processes, memory, compare_sp=config.dry_run == "sp" or processes > 1)
@@ -84,7 +89,6 @@ def report(inputs: RunInputs, processes: int, memory: int, compare_sp: bool = Tr
         *(_sharing_lines(estimate, worlds, memory) if compare_sp else ()),
         *estimate.warnings(split),
         *([""] if compare_sp else []),
-        *([*choice_lines(inputs, processes), ""] if config.dry_run == "memory" else []),
         _memory_line(estimate.memory(split), split, memory),
         f"run folder: {config.run_folder}",
     ]

@@ -144,3 +144,13 @@ def test_what_a_call_lacks_is_said() -> None:
         RectifiedFlow().set_timesteps()
     with pytest.raises(ValueError, match="scale_noise needs noise"):
         RectifiedFlow().scale_noise(torch.zeros(1), torch.zeros(1))
+
+
+def test_what_a_scheduler_finds_wrong_is_in_the_message() -> None:
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        RectifiedFlow().config, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    with pytest.raises(
+        UserError, match=r"EulerDiscreteScheduler: .*cannot do flow matching \(.*\): use RectifiedFlow"
+    ):
+        set_flow_timesteps(scheduler, 4, 1.0)

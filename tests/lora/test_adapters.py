@@ -20,7 +20,7 @@ from stdit.lora.adapters import (
     target_layers,
 )
 from stdit.lora.config import LoRAConfig
-from stdit.lora.files import check_fits, read_adapter, write_adapter
+from stdit.lora.files import base_hash, check_fits, read_adapter, write_adapter
 from stdit.lora.names import AdapterFormat, from_other_names, to_other_names
 from stdit.models.stdit import STDiT
 from tests.lora.tiny import add_random_adapter
@@ -98,6 +98,17 @@ def test_targets() -> None:
         target_layers(model, "to_q")
 
 
+def test_several_named_targets_and_what_is_none() -> None:
+    model = base_model()
+    both = target_layers(model, "attention|temporal")
+    assert set(both) == {*target_layers(model, "attention"), *target_layers(model, "temporal")}
+    for wrong in ("", '["attention","mlp"]', "attention, mlp", "attention|to_q"):
+        with pytest.raises(
+            UserError, match="lora.targets = .*: must be of the names attention, .* joined by"
+        ):
+            LoRAConfig(rank=2, targets=wrong)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -120,9 +131,10 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize("settings", KINDS)
 def test_diffusers_loads_the_file(settings: dict[str, Any], tmp_path: Path) -> None:
     model = adapted(**settings)
-    file = write_adapter(tmp_path, adapter_weights(model), adapter_settings(model), "xxh3:1")
+    known = base_hash(model)
+    file = write_adapter(tmp_path, adapter_weights(model), adapter_settings(model), known)
     found = read_adapter(tmp_path)
-    assert found.base_hash == "xxh3:1" and found.settings is not None and found.settings["lora_alpha"] == 6.0
+    assert found.base_hash == known and found.settings is not None and found.settings["lora_alpha"] == 6.0
     assert all(torch.equal(found.weights[name], value) for name, value in adapter_weights(model).items())
     pipe = tiny_pipeline(tmp_path)
     pipe.transformer = base_model()

@@ -145,6 +145,51 @@ def test_a_scale_of_0_leaves_the_weights_as_they_were(pipe: STDiTPipeline, tmp_p
     assert torch.equal(latents(), expected)
 
 
+def test_an_adapter_that_is_given_twice_counts_twice(pipe: STDiTPipeline, tmp_path: Path) -> None:
+    file = write_random_adapter(tmp_path / "a", pipe.transformer)
+    for twice in ((f"{file}", f"{file}:0.5"), (f"{file}:0.5", f"{file}")):
+        ((found,), (expected,)) = (videos(pipe, one) for one in (twice, (f"{file}:1.5",)))
+        assert np.array_equal(found, expected)
+
+
+def test_merged_adapters_of_several_kinds_equal_unmerged_ones(pipe: STDiTPipeline, tmp_path: Path) -> None:
+    plain = write_random_adapter(tmp_path / "a", pipe.transformer)
+    dora = write_random_adapter(tmp_path / "b", pipe.transformer, dora=True)
+    specs = [parse_lora(f"{plain}:0.5"), parse_lora(str(dora))]
+    use_loras(pipe, specs)
+    expected = latents_of(pipe)
+    pipe.unload_lora_weights()
+    with pytest.raises(UserError, match=r"both change blocks\.\d.* by DoRA"):
+        merge_adapters(pipe.transformer, [specs[1], parse_lora(f"{dora}:0.3")])
+    merge_adapters(pipe.transformer, specs)
+    torch.testing.assert_close(latents_of(pipe), expected, atol=1e-5, rtol=1e-5)
+
+
+def latents_of(pipe: STDiTPipeline) -> torch.Tensor:
+    found: torch.Tensor = pipe("a", generator=torch.Generator().manual_seed(1), output_type="latent").frames
+    return found
+
+
+def test_python_checks_local_files_too(pipe: STDiTPipeline, tmp_path: Path) -> None:
+    other = write_random_adapter(tmp_path / "other", tiny_model(hidden_size=64))
+    with pytest.raises(UserError, match="is of another architecture"):
+        pipe.load_lora_weights(other)
+    foreign = write_random_adapter(tmp_path / "foreign", pipe.transformer, base_hash="sha256:1")
+    with pytest.raises(UserError, match="was trained on the weights sha256:1, .* add other_base=True"):
+        pipe.load_lora_weights(foreign)
+    assert not getattr(pipe.transformer, "peft_config", {})
+    pipe.load_lora_weights(foreign, other_base=True)
+    pipe.unload_lora_weights()
+    pipe.transformer.to(torch.bfloat16)  # of these weights nothing is known
+    pipe.load_lora_weights(foreign.parent, weight_name=foreign.name)
+
+
+def test_values_that_overflow_are_not_written_as_a_video(pipe: STDiTPipeline, tmp_path: Path) -> None:
+    file = write_random_adapter(tmp_path / "a", pipe.transformer)
+    with pytest.raises(UserError, match="NaN or infinite: lower the weights of the adapters"):
+        videos(pipe, (f"{file}:1e39",))
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_weight_0_is_the_model_without(dora: bool, pipe: STDiTPipeline, tmp_path: Path) -> None:
     file = write_random_adapter(tmp_path / "a", pipe.transformer, dora=dora)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
 from stdit.errors import UserError
@@ -251,3 +252,16 @@ def test_guidance_cannot_begin_in_a_call(pipe: STDiTPipeline) -> None:
 def test_a_mask_goes_to_the_device_of_its_states() -> None:
     states, mask = repeated_states(torch.empty(2, 3, 4, device="meta"), torch.ones(2, 3), 2)
     assert mask.device == states.device and mask.dtype == torch.bool
+
+
+def test_a_call_that_fails_leaves_no_cache_behind(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path)
+
+    def fails(*args: Any) -> Any:
+        raise KeyError("of the callback")
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(KeyError, match="of the callback"):
+        sample(pipe, PROMPTS, (1, 2), callback_on_step_end=fails)
+    assert pipe.current_timestep is None
+    sample(pipe, "a")

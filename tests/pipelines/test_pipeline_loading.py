@@ -14,7 +14,7 @@ from stdit.pipelines.config import check_recorded
 from stdit.pipelines.loading import load_pipeline, pipeline_settings
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.sources import find_checkpoint_source
-from tests.pipelines.tiny import tiny_model, write_run
+from tests.pipelines.tiny import tiny_model, tiny_pipeline, write_run
 
 
 @pytest.fixture
@@ -223,12 +223,17 @@ def test_variants_shards_and_pickles_are_written_and_read_as_in_diffusers(pipe, 
 def test_a_device_for_all_components():
     pipe = STDiTPipeline.from_pretrained(device_map="cpu")
     assert pipe.device == torch.device("cpu")
+    with pytest.raises(UserError, match="device_map = balanced: diffusers cannot measure"):
+        STDiTPipeline.from_pretrained(device_map="balanced")
+    with pytest.raises(UserError, match="attention_kwargs has scael: may only have scale"):
+        pipe("a red star", attention_kwargs={"scael": 1})
     assert pipe(
         "a red star", num_inference_steps=1, refine_pairs=0, num_frames=5, output_type="np"
     ).frames.any()
 
 
-def test_a_compiled_codec_is_known(pipe):
+def test_a_compiled_codec_is_known(tmp_path):
+    pipe = tiny_pipeline(tmp_path)
     codec = pipe.codec
     pipe.vae = torch.compile(pipe.vae, backend="eager")
     assert type(pipe.codec) is type(codec)

@@ -248,6 +248,7 @@ def test_evaluate_knows_world_64_by_its_prompts(prompts64: Path, tmp_path: Path)
         (["--codec", "codec", "--conditioning", "first"], "--conditioning has no effect with --codec"),
         (["--conditioning_frames", "4"], "--conditioning_frames has no effect without --conditioning"),
         (["--codec", "codec", "--lora", "lora"], "--lora has no effect with --codec"),
+        (["--codec", "codec", "--lora_other_base"], "--lora_other_base has no effect with --codec"),
         (["--lora", "absent"], "lora absent: there is no such file"),
         (["--world", "ring"], "--world has no effect without --prompts: add them"),
         (["--output", "."], "output . is a folder: name a file, such as scores.json"),

@@ -1,5 +1,6 @@
 """``--fit GIB`` and ``--dry_run memory``: which ways to save memory a run has, and which is chosen."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from stdit.parallel.sequence.planner import GIB, ParallelDims
 from stdit.training.build import build_inputs
 from stdit.training.config import parse_train
 from stdit.training.fit import MemoryChoice, fitted, memory_choices
+from stdit.training.lineage import Resumed
 from stdit.training.memory_estimate import MemoryEstimate
-from stdit.training.report import report
+from stdit.training.report import report_of
 from tests.training.tiny import tiny_settings
 
 ALONE = [ParallelDims(1, 1)]
@@ -85,8 +87,19 @@ def test_nothing_fits(settings: list[str]) -> None:
             parse_train([*settings, "--fit", wrong])
 
 
-def test_the_report_compares_them(settings: list[str]) -> None:
-    shown = report(inputs([*settings, *BF16, "--dry_run", "memory"]), 1, GIB, compare_sp=False).splitlines()
+def test_gradients_are_kept_where_a_batch_is_split(settings: list[str]) -> None:
+    plain = inputs([*settings, *BF16])
+    for splits, fused in ((1, {False, True}), (2, {False})):
+        resumed = Resumed(Path("step-1"), {"batch_splits": splits}, [])
+        found = memory_choices(replace(plain, resumed=resumed), ALONE)
+        assert values(found, "memory.fused_backward") == fused
+
+
+def test_the_report_compares_them(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*settings, *BF16, "--dry_run", "memory"]
+    with pytest.raises(UserError, match="nothing fits"):
+        report_of(parse_train([*flags, "--fit", "0.01"]), 1)
+    shown = capsys.readouterr().out.splitlines()
     start = shown.index("memory GiB   time  settings")
     assert shown[start + 1].endswith("  1.00  all is kept in fp32")
     assert any("--memory.activations recompute --memory.weights bf16" in line for line in shown[start:])
