@@ -297,6 +297,11 @@ def test_what_is_refused(again: Callable[..., list[str]], flags: list[Any], mess
         (["--lora.rank", "99"], "lora.rank = 99: is above 32"),
         (["--lora.targets", "to_q"], "no linear layer has such a name"),
         (["--lora.merge", "[other.safetensors]"], "lora other.safetensors: is of another architecture"),
+        (["--lora.init_from", "other.safetensors"], "lora.init_from = other.safetensors: is another kind"),
+        (
+            ["--validation.loss_every", "2", "--validation.loss_manifest", "none.csv"],
+            "validation.loss_manifest = none.csv: there is no such file",
+        ),
     ],
 )
 def test_a_dry_run_refuses_it_too(

@@ -132,17 +132,19 @@ def check_adapter(file: Path, model: STDiT, any_base: bool) -> None:
     read_adapters([LoRASpec(file, 1.0, "")], model, any_base or not known, "other_base=True")
 
 
-def pipeline_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return weights and settings of a file of another program as diffusers has those of a pipeline; None: of peft.
+def pipeline_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None] | None:
+    """Return weights and settings of a file as diffusers has those of a pipeline; None: it has these names already.
 
     Raises:
         UserError: as `read_adapter`.
     """
-    if read_header(file).of_peft:
-        return None
-    adapter, prefix = read_adapter(file), PEFT_PREFIXES[0]
-    weights = {f"{prefix}{name}": tensor for name, tensor in adapter.weights.items()}
-    return weights, {f"{prefix}{key}": value for key, value in (adapter.settings or {}).items()}
+    prefix = PEFT_PREFIXES[0]
+    with safe_open(file, framework="pt") as opened:
+        if all(name.startswith(prefix) for name in opened.keys()):
+            return None
+    adapter = read_adapter(file)
+    settings = adapter.settings and {f"{prefix}{key}": value for key, value in adapter.settings.items()}
+    return {f"{prefix}{name}": tensor for name, tensor in adapter.weights.items()}, settings
 
 
 def base_hash(model: STDiT) -> str:
@@ -252,18 +254,13 @@ def merge_adapters(
             merge_adapter(model, lora.weight, lora.name)
 
 
-def begin_with(model: STDiT, file: Path, base: str | None) -> None:
-    """Give the adapter that is trained the weights of a file.
-
-    Args:
-        base: hash of the weights that it must have been trained on; None: any.
+def check_kind(model: STDiT, file: Path) -> AdapterFile:
+    """Return the adapter of a file, if the one that is trained can take its weights; the model may have none.
 
     Raises:
-        UserError: if it is of another kind or base.
+        UserError: if it is of another kind.
     """
     adapter, own = read_adapter(file), adapter_weights(model)
-    if base is not None:
-        check_base(adapter, base, str(file), "--lora.other_base")
     odd = [name for name in {**own, **adapter.weights} if _shape(own, name) != _shape(adapter.weights, name)]
     if odd:
         raise UserError(
@@ -282,6 +279,21 @@ def begin_with(model: STDiT, file: Path, base: str | None) -> None:
                 f"{alphas[1]:g} / {tensor.shape[0]}, with which it would have another effect: use its alpha and "
                 "rslora."
             )
+    return adapter
+
+
+def begin_with(model: STDiT, file: Path, base: str | None) -> None:
+    """Give the adapter that is trained the weights of a file.
+
+    Args:
+        base: hash of the weights that it must have been trained on; None: any.
+
+    Raises:
+        UserError: if it is of another kind or base.
+    """
+    adapter = check_kind(model, file)
+    if base is not None:
+        check_base(adapter, base, str(file), "--lora.other_base")
     set_peft_model_state_dict(model, adapter.weights, DEFAULT)
 
 

@@ -22,12 +22,13 @@ from stdit.data.build import build_plan
 from stdit.data.cache.codec_fitting import fit_codec
 from stdit.data.cache.keys import remembered
 from stdit.data.clip_list import ClipList
+from stdit.data.manifest.archives import is_archive
 from stdit.data.plan import BatchPlan
 from stdit.diffusion.flow import FlowObjective
 from stdit.errors import UserError
 from stdit.lora.adapters import add_adapter, check_targets
 from stdit.lora.config import find_initial_adapter, parse_lora
-from stdit.lora.files import begin_with, check_fits
+from stdit.lora.files import begin_with, check_fits, check_kind
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.size import meta_model
 from stdit.models.stdit import STDiT
@@ -129,11 +130,20 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     """Build all components but the model; ``dry_run`` does not fit the codec. Raises as `build_components` does."""
     for line in unused_settings(config):
         logger.warning(line)
+    if config.validation.loss_every is not None and (manifest := config.validation.loss_manifest) is not None:
+        if not is_archive(manifest) and not Path(manifest).exists():
+            raise UserError(
+                f"validation.loss_manifest = {manifest}: there is no such file or folder: correct it."
+            )
     if config.lora.rank is not None:
         config = replace(config, model=base_settings(config), codec=base_codec(config))
         check_targets(base := meta_model(config.model), config.lora)
         for text in config.lora.merge:
             check_fits(parse_lora(text).file, base)
+        first = None if checkpoint is not None else config.lora.init_from
+        if first is not None and Path(first).exists():  # it need not be there to resume
+            add_adapter(base, config.lora)
+            check_kind(base, find_initial_adapter(first))
     index = None if dry_run else config.run_folder / "clips"
     plan = build_plan(config.data, config.seed, index, remembered(config.data))
     resumed = None

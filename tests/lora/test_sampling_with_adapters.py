@@ -184,6 +184,16 @@ def test_python_checks_local_files_too(pipe: STDiTPipeline, tmp_path: Path) -> N
     pipe.load_lora_weights(foreign.parent, weight_name=foreign.name)
 
 
+def test_the_file_of_a_model_alone_is_loaded_into_a_pipeline(pipe: STDiTPipeline, tmp_path: Path) -> None:
+    file = write_random_adapter(tmp_path / "a", pipe.transformer)
+    pipe.load_lora_weights(file)
+    expected = latents_of(pipe)
+    pipe.transformer.save_lora_adapter(tmp_path / "b", adapter_name="default_0")
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "b")
+    assert torch.equal(latents_of(pipe), expected)
+
+
 def test_values_that_overflow_are_not_written_as_a_video(pipe: STDiTPipeline, tmp_path: Path) -> None:
     file = write_random_adapter(tmp_path / "a", pipe.transformer)
     with pytest.raises(UserError, match="NaN or infinite: lower the weights of the adapters"):
