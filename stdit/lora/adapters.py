@@ -4,6 +4,7 @@ Letters: r rank, d_in and d_out the widths of a linear layer.
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -93,8 +94,11 @@ def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEF
     assert config.rank is not None
     targets = check_targets(model, config)
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.filterwarnings(
+            "ignore", message="TorchaoLoraLinear"
+        )  # it is not merged into rounded weights
         model.add_adapter(
             PeftConfig(
                 r=config.rank,
@@ -161,8 +165,11 @@ def adapter_settings(model: STDiT, name: str = DEFAULT) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 
 
-def merge_adapter(model: STDiT, weight: float = 1.0, name: str = DEFAULT) -> None:
+def merge_adapter(model: STDiT, weight: float = 1.0, name: str = DEFAULT, where: str = "") -> None:
     """Add ``weight`` times what an adapter adds to the weights of its layers, and remove it.
+
+    Args:
+        where: its file, for messages.
 
     Raises:
         UserError: if a weight is then not finite.
@@ -171,7 +178,7 @@ def merge_adapter(model: STDiT, weight: float = 1.0, name: str = DEFAULT) -> Non
     try:
         model.fuse_lora(lora_scale=weight, safe_fusing=True, adapter_names=[name])
     except ValueError as error:
-        raise UserError(f"the adapter {name} at weight {weight} cannot be merged: {error}") from error
+        raise UserError(f"lora {where or name} cannot be merged with weight {weight:g}: {error}") from error
     model.delete_adapters(name)
     if not getattr(model, "peft_config", None):
         model.unload_lora()

@@ -93,9 +93,10 @@ def split_lora(text: str, where: str = "") -> tuple[str, float]:
     path, colon, number = text.rpartition(":")
     try:
         weight = float(number) if colon else 1.0
-    except ValueError:  # a colon in the name
+    except ValueError:
+        colon, weight = "", 1.0
+    if not colon or Path(text).exists():  # a colon in the name
         path, weight = text, 1.0
-    path = path if colon else text
     if not path.strip():
         raise UserError(f"{where}lora = {text!r}: names no file: give FILE or FILE:WEIGHT, or leave it out.")
     if not math.isfinite(weight):
@@ -117,7 +118,9 @@ def parse_lora(text: str, where: str = "") -> LoRASpec:
         file = find_adapter_file(Path(path))
         read_header(file)
     except UserError as error:
-        raise UserError(f"{where}{error}") from None
+        name, colon, number = path.rpartition(":")
+        hint = f" ({number!r} is no number to be a weight.)" if colon and Path(name).exists() else ""
+        raise UserError(f"{where}{error}{hint}") from None
     return LoRASpec(file, weight, hash_file(file))
 
 

@@ -251,7 +251,7 @@ def merge_adapters(
     for lora, adapter in pairs:
         if lora.weight:  # with 0 the weights stay as they are, bit for bit
             load_adapter(model, adapter.weights, adapter.settings, lora.name, where=str(lora.file))
-            merge_adapter(model, lora.weight, lora.name)
+            merge_adapter(model, lora.weight, lora.name, str(lora.file))
 
 
 def check_kind(model: STDiT, file: Path) -> AdapterFile:

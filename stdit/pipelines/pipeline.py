@@ -552,14 +552,14 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"max_sequence_length = {max_sequence_length} would have no effect: prompt_embeds are encoded "
                 "already: give it to encode_prompt."
             )
-        if odd := set(attention_kwargs or ()) - {"scale"}:
+        if odd := [name for name in attention_kwargs or () if name != "scale"]:
             raise UserError(
-                f"attention_kwargs has {', '.join(sorted(odd))}: may only have scale, that of all LoRAs."
+                f"attention_kwargs has {', '.join(map(str, odd))}: may only have scale, that of all LoRAs."
             )
         model = self.transformer.config
         count = None if prompts is None else len(prompts)
         count = check_embeds(embeds, count, model.caption_channels, model.model_max_length)
-        if not isinstance(num_videos_per_prompt, int) or num_videos_per_prompt < 1:
+        if type(num_videos_per_prompt) is not int or num_videos_per_prompt < 1:
             raise UserError(
                 f"num_videos_per_prompt = {num_videos_per_prompt!r}: must be a whole number, at least 1."
             )

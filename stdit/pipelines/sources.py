@@ -7,6 +7,7 @@ from typing import Any
 
 from stdit.checkpoint_files import META, newest_whole, read_json, step_of, verify, verify_if_sealed
 from stdit.errors import UserError
+from stdit.lora.config import ADAPTER_FILE
 from stdit.pipelines.bundled import bundled_folder
 
 MODEL_INDEX = "model_index.json"
@@ -48,6 +49,11 @@ def find_checkpoint_source(checkpoint: str | Path | None, ema: bool = True) -> C
         raise UserError(
             f"checkpoint {path}: there is no such folder. Give a run (outputs/NAME), a checkpoint, or a "
             "pipeline folder."
+        )
+    if (path / ADAPTER_FILE).is_file() or (path.is_file() and path.suffix == WEIGHTS):
+        raise UserError(
+            f"checkpoint {path}: is an adapter: give it by --lora, beside the checkpoint of its model, or give its "
+            "run (outputs/NAME)."
         )
     if (path / MODEL_INDEX).is_file():
         verify_if_sealed(path, _is_small)

@@ -40,7 +40,9 @@ def experiment_key(config: TrainConfig) -> dict[str, Any]:
     Its length, checkpoints, validation and tracker may change. The model of an adapter is that of ``init_from``,
     which the hash of its weights identifies, whatever the settings ask for.
     """
-    groups = set(EXPERIMENT) if config.lora.rank is None else {*EXPERIMENT, "lora"} - {"model"}
+    groups = [
+        name for name in (*EXPERIMENT, "lora") if name != ("lora" if config.lora.rank is None else "model")
+    ]
     found = {
         key: value
         for group in groups
