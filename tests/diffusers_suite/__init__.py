@@ -12,7 +12,8 @@ What of them does not apply, and why:
 - Text encoder LoRAs (6 skipped tests of LoraTesterMixin): the pipeline has none, like Wan's.
 
 With diffusers 0.42.1 and the tests of 2026-08-23, on a machine without an accelerator, 149 tests pass on STDiT, with
-``pred_sigma`` and without, and 143 on Wan; 20 and 27 fail, 43 are skipped. On every mixin STDiT passes at least as many.
+``pred_sigma`` and without, and 143 on Wan; 20 and 27 fail, 43 are skipped. On every mixin STDiT passes at least as
+many.
 
 What fails on a machine without an accelerator, for Wan and for STDiT alike: offloading by streams, offloading of
 models and of layers to the CPU, and loading a LoRA into a pipeline with CPU offload.
