@@ -205,9 +205,8 @@ def _reaches_data(scheduler: Any, velocity: Callable[[Tensor, float], Tensor]) -
     trial.set_timesteps(4, **_shifted(trial, 4, 2.0))
     sample = torch.lerp(_DATA, _NOISE, trial.sigmas[0])
     with torch.random.fork_rng(devices=[]):
-        for timestep in trial.timesteps:
-            output = velocity(sample, float(timestep) / trial.config.num_train_timesteps)
-            sample = trial.step(output, timestep, sample, return_dict=False)[0]
+        for timestep, sigma in zip(trial.timesteps, trial.sigmas.tolist(), strict=False):  # 0 follows
+            sample = trial.step(velocity(sample, sigma), timestep, sample, return_dict=False)[0]
     return torch.allclose(sample, _DATA, atol=1e-3)
 
 
