@@ -174,19 +174,20 @@ def check_flow_scheduler(scheduler: Any) -> None:
 
     One that draws new noise in each step is refused as well: its videos would depend on those in the same batch.
     """
-    failure = None
+    failure, draws_noise = None, False
     try:
-        if _claims_flow(scheduler) and _reaches_data(scheduler, lambda sample, sigma: _NOISE - _DATA):
+        claims = _claims_flow(scheduler)
+        if claims and _reaches_data(scheduler, lambda sample, sigma: _NOISE - _DATA):
             return
+        draws_noise = claims and _reaches_data(scheduler, lambda sample, sigma: (sample - _DATA) / sigma)
     except Exception as error:  # whatever it finds wrong with its settings
         failure = error
-    if failure is None and _claims_flow(scheduler):
-        if _reaches_data(scheduler, lambda sample, sigma: (sample - _DATA) / sigma):
-            raise UserError(
-                f"scheduler {type(scheduler).__name__}: with its settings it draws new noise in each step, with "
-                "which a video would depend on the others of its batch: use one that draws none, such as "
-                "RectifiedFlow, or set algorithm_type='dpmsolver++' or stochastic_sampling=False."
-            )
+    if draws_noise:
+        raise UserError(
+            f"scheduler {type(scheduler).__name__}: with its settings it draws new noise in each step, with "
+            "which a video would depend on the others of its batch: use one that draws none, such as "
+            "RectifiedFlow, or set algorithm_type='dpmsolver++' or stochastic_sampling=False."
+        )
     raise UserError(
         f"scheduler {type(scheduler).__name__}: with its settings it cannot do flow matching"
         f"{'' if failure is None else f' ({failure})'}: use RectifiedFlow, "

@@ -96,9 +96,8 @@ def add_adapter(model: STDiT, config: LoRAConfig, seed: int = 0, name: str = DEF
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        warnings.filterwarnings(
-            "ignore", message="TorchaoLoraLinear"
-        )  # it is not merged into rounded weights
+        # peft warns that it cannot be merged into rounded weights, which is never done.
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear")
         model.add_adapter(
             PeftConfig(
                 r=config.rank,

@@ -38,9 +38,8 @@ def use_loras(pipe: STDiTPipeline, loras: Sequence[LoRASpec], any_base: bool = T
     for lora in loras:  # one that is given twice counts twice
         weights[lora.name] = weights.get(lora.name, 0.0) + lora.weight
     if used := [name for name, weight in weights.items() if weight]:  # the lengths of DoRA have no weight
-        used.sort(
-            key=lambda name: not model.peft_config[name].use_dora
-        )  # it scales what comes before it, too
+        # DoRA first: it scales what comes before it, too.
+        used.sort(key=lambda name: not model.peft_config[name].use_dora)
         pipe.enable_lora()
         pipe.set_adapters(used, [weights[name] for name in used])
     elif loras or any(name.startswith(NAME_PREFIX) for name in loaded):

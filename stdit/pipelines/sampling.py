@@ -157,8 +157,8 @@ def _cast(transformer: "STDiT", name: str) -> None:
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if not getattr(transformer, "is_quantized", False):
-        for name, parameter in transformer.named_parameters():
-            if not set(transformer._keep_in_fp32_modules) & set(name.split(".")):  # as from_pretrained
+        for path, parameter in transformer.named_parameters():
+            if not set(transformer._keep_in_fp32_modules) & set(path.split(".")):  # as from_pretrained
                 parameter.data = parameter.data.to(dtype)
     elif transformer.dtype != dtype:
         raise UserError(
