@@ -1,8 +1,9 @@
 """Encode captions and prompts once, so that training and sampling need not load the text encoder.
 
-    python scripts/encode_text.py --output text --encoder.name t5 --encoder.path T5_FOLDER \
+    python scripts/encode_text.py --output text --text_encoder.name t5 --text_encoder.path T5_FOLDER \
         --captions clips/manifest.csv --captions prompts.txt
-    python scripts/encode_text.py --output text --encoder.name t5 --encoder.path T5_FOLDER --training mine.yaml
+    python scripts/encode_text.py --output text --text_encoder.name t5 --text_encoder.path T5_FOLDER \
+        --training mine.yaml
     python train.py --config mine.yaml --text_encoder.name stored --text_encoder.path text
     python sample.py --checkpoint ... --prompts prompts.txt --text_states text
 
@@ -43,7 +44,7 @@ class EncodeConfig:
     training: list[str] = field(default_factory=list)
     """Config files of a training, and settings NAME=VALUE, repeatable (later ones win): encode all texts that it
     reads."""
-    encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """The text encoder."""
     store: Literal["fp32", "bf16"] = "bf16"
     """Precision of the states on disk."""
@@ -51,8 +52,8 @@ class EncodeConfig:
     """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        if self.encoder.name == "stored":
-            raise UserError("encoder.name = stored: name an encoder that computes states, such as t5.")
+        if self.text_encoder.name == "stored":
+            raise UserError("text_encoder.name = stored: name an encoder that computes states, such as t5.")
         for name in ("caption_scores", "trigger"):
             if getattr(self, name) and not self.captions:
                 raise UserError(
@@ -82,7 +83,7 @@ def main() -> None:
     from stdit.pipelines.writer import check_writable
 
     check_writable(Path(config.output))
-    encoder = build_text_encoder(config.encoder).to(find_device(config.device))
+    encoder = build_text_encoder(config.text_encoder).to(find_device(config.device))
     done = 0
     with tqdm(total=len(texts), unit="caption", disable=None) as bar:
         for count in store_text(encoder, texts, Path(config.output), DTYPES[config.store]):

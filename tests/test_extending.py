@@ -184,8 +184,8 @@ def test_a_users_module_trains_and_samples(
 def test_states_of_a_users_text_encoder_are_stored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "my_letters.py").write_text(TEXT_ENCODER)
     (folder / "prompts.txt").write_text("a red ball\n")
-    flags = ["--output", "text", "--captions", "prompts.txt", "--encoder.name", "letters"]
-    flags += ["--encoder.path", "null"]
+    flags = ["--output", "text", "--captions", "prompts.txt", "--text_encoder.name", "letters"]
+    flags += ["--text_encoder.path", "null"]
     with pytest.raises(UserError, match=r"must be one of .*--import MODULE"):
         call(encode_text.main, monkeypatch, *flags)
     call(encode_text.main, monkeypatch, *flags, "--import", "my_letters")

@@ -27,8 +27,8 @@ def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
     )
     text = str(tmp_path / "text")
     encode = [
-        *("scripts/encode_text.py", "--output", text, "--encoder.name", "auto", "--store", "fp32"),
-        *("--encoder.path", str(tmp_path / "bert"), "--encoder.max_length", "12"),
+        *("scripts/encode_text.py", "--output", text, "--text_encoder.name", "auto", "--store", "fp32"),
+        *("--text_encoder.path", str(tmp_path / "bert"), "--text_encoder.max_length", "12"),
         *("--captions", str(tmp_path / "clips" / "manifest.csv")),
     ]
     result = call(*encode)
@@ -56,7 +56,14 @@ def test_train_and_sample_without_the_encoder(tmp_path: Path) -> None:
         "sample.py", "--checkpoint", str(runs / "without"), "--prompt", "grey", "--output", str(tmp_path)
     )
     assert result.returncode == 0, result.stderr
-    other = [*encode[:-1], str(prompts), "--encoder.max_length", "9", "--output", str(tmp_path / "other")]
+    other = [
+        *encode[:-1],
+        str(prompts),
+        "--text_encoder.max_length",
+        "9",
+        "--output",
+        str(tmp_path / "other"),
+    ]
     assert call(*other).returncode == 0
     checkpoint = ["--checkpoint", str(runs / "with" / "checkpoints" / "step-00000002")]
     result = call(
@@ -106,11 +113,11 @@ def test_training_never_has_the_encoder_with_all_texts_of_its_settings(
     }
     given = [f"--training={name}={value}" for name, value in training.items()]
     encoder = [
-        "--encoder.name",
+        "--text_encoder.name",
         "auto",
-        "--encoder.path",
+        "--text_encoder.path",
         str(tmp_path / "bert"),
-        "--encoder.max_length",
+        "--text_encoder.max_length",
         "12",
     ]
     result = call("scripts/encode_text.py", "--output", text, *encoder, "--training", settings[1], *given)

@@ -63,11 +63,13 @@ def find_shards(pattern: str) -> list[str]:
             matches = sorted(_remote_matches(name) if is_url(name) else glob.glob(name, recursive=True))
             if not matches:
                 raise UserError(
-                    f"manifest {name} matches no file: correct the path (data.manifest in training)"
+                    f"manifest {name} matches no file: correct the path (a setting of data or validation in training)"
                 )
             found += matches
         elif not is_url(name) and not os.path.isfile(name):
-            raise UserError(f"manifest {name} does not exist: correct the path (data.manifest in training)")
+            raise UserError(
+                f"manifest {name} does not exist: correct the path (a setting of data or validation in training)"
+            )
         else:
             found.append(name)
     if len(found) > MAX_SHARDS:

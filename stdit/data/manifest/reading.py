@@ -202,7 +202,9 @@ def open_rows(manifest: str, root: str | None) -> tuple[Iterator[Rows], str]:
         )
     path = Path(manifest)
     if not path.exists():
-        raise UserError(f"manifest {manifest} does not exist: correct the path (data.manifest in training)")
+        raise UserError(
+            f"manifest {manifest} does not exist: correct the path (a setting of data or validation in training)"
+        )
     root = root or os.path.realpath(path if path.is_dir() else path.parent)
     return read_rows(path, Path(root)), root
 
