@@ -41,6 +41,7 @@ CASES = {
     "full-fp32": f"{FULL}",
     "full-fused": f"{FULL} --memory.fused_backward true",
     "full-8bit": f"{FULL} --memory.optimizer_state 8bit",
+    "full-4bit": f"{FULL} --memory.optimizer_state 4bit",
     "full-bf16": f"{FULL} --memory.weights bf16",
     "full-bf16-8bit": f"{FULL} --memory.weights bf16 --memory.optimizer_state 8bit",
     "full-bf16-8bit-fused": f"{FULL} --memory.weights bf16 --memory.optimizer_state 8bit --memory.fused_backward "

@@ -1,24 +1,32 @@
 """Choose what is kept in memory: ``--fit GIB`` takes the fastest choice that fits, ``--dry_run memory`` shows all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import product
-from math import isinf
+from math import isinf, prod
 from typing import Any
 
 from stdit.errors import UserError, install_command
 from stdit.parallel.processes.mesh import runs_on_cpu
-from stdit.parallel.sequence.planner import GIB, ParallelDims, format_gib
+from stdit.parallel.sequence.planner import GIB, format_gib
 from stdit.training.build import RunInputs
 from stdit.training.config import TrainConfig
 from stdit.training.memory_config import MemoryConfig
 from stdit.training.memory_estimate import MemoryEstimate
 
-PASSES = {"keep": 3.0, "recompute": 4.0, "offload": 3.0}
-"""Forward passes that a step takes: a backward pass counts as two."""
-SLOWER = {"offload": 1.3, "int8": 1.1, "nf4": 1.3, "8bit": 1.1, "4bit": 1.2, True: 1.2}
-"""Rough factors of the time of a step: copies to the CPU and back, and rounding."""
+PASSES = {"keep": 3.0, "recompute": 4.0, "offload": 4.0}
+"""Forward passes that a step takes, by what its blocks keep: a backward pass counts as two, copies as one."""
+SLOWER = {
+    "memory.weights bf16": 1.1,
+    "memory.optimizer_state 8bit": 1.75,
+    "memory.optimizer_state 4bit": 1.45,
+    "memory.offload_optimizer True": 1.2,
+    "lora.base_dtype int8": 1.03,
+    "lora.base_dtype nf4": 1.1,
+}
+"""Factors of the time of a step, measured by ``scripts/bench/memory.py --model B`` on two cores of an Intel Xeon. Of
+a GPU nothing was measured: that of ``offload_optimizer`` is a guess, and updates in few bits may cost less there."""
 ROUNDING = {"bf16": 1, "8bit": 1, "int8": 1, "4bit": 2, "nf4": 2}
 """How much a choice rounds: of equally fast ones, that which rounds least is taken."""
 
@@ -45,21 +53,23 @@ class MemoryChoice:
         return " ".join(changed) or "all is kept in fp32"
 
 
-def memory_choices(inputs: RunInputs, splits: Sequence[ParallelDims]) -> list[MemoryChoice]:
+def memory_choices(inputs: RunInputs, processes: int) -> list[MemoryChoice]:
     """Return all choices that a run has, the fastest first; settings that are not their defaults stay as they are.
 
-    Args:
-        splits: ways to share the work among the same number of processes; that which needs least counts.
+    Of the ways to share the work among the processes, that which needs least counts.
+
+    Raises:
+        UserError: if ``parallel.sp`` does not divide the processes.
     """
-    config = inputs.config
+    config, estimate = inputs.config, MemoryEstimate(inputs)
+    splits = estimate.splits(processes)
     alternatives = dict(_alternatives(inputs, splits[0].processes))
-    estimate = MemoryEstimate(inputs)
     found = []
     for values in product(*alternatives.values()):
         settings = dict(zip(alternatives, values, strict=True))
         changed = with_settings(config, settings)
         size = min(map(estimate.of(changed).total, splits))
-        found.append(MemoryChoice(settings, changed, size, _time(changed)))
+        found.append(MemoryChoice(settings, changed, size, _time(changed, settings)))
     least = min(choice.time for choice in found)
     found = [replace(choice, time=choice.time / least) for choice in found]
     return sorted(
@@ -109,16 +119,14 @@ def with_settings(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     )
 
 
-def _time(config: TrainConfig) -> float:
-    """Return the time of a step, roughly, in forward passes."""
+def _time(config: TrainConfig, settings: Mapping[str, Any]) -> float:
+    """Return the time of a step with these settings, roughly, in forward passes."""
     memory, modes = config.memory, config.memory.block_activations(2 * config.model.depth)
-    time = sum(PASSES[mode] * SLOWER.get(mode, 1.0) for mode in modes) / len(modes)
+    time = sum(PASSES[mode] for mode in modes) / len(modes)
     needs_norm = not isinf(config.trainer.max_grad_norm) or config.trainer.spike.factor is not None
     if memory.fused_backward and needs_norm:
         time *= 2
-    for value in (memory.optimizer_state, memory.offload_optimizer, config.lora.base_dtype):
-        time *= SLOWER.get(value, 1.0)
-    return time
+    return time * prod(SLOWER.get(f"{name} {value}", 1.0) for name, value in settings.items())
 
 
 def fitted(inputs: RunInputs, processes: int) -> RunInputs:
@@ -130,7 +138,7 @@ def fitted(inputs: RunInputs, processes: int) -> RunInputs:
     config = inputs.config
     if config.fit is None:
         return inputs
-    choices = memory_choices(inputs, MemoryEstimate(inputs).splits(processes))
+    choices = memory_choices(inputs, processes)
     fitting = [choice for choice in choices if choice.size <= config.fit * GIB]
     if not fitting:
         least = min(choices, key=lambda choice: choice.size)
@@ -166,5 +174,5 @@ def _advice(config: TrainConfig) -> str:
 def choice_lines(inputs: RunInputs, processes: int) -> Iterator[str]:
     """Yield a table of all choices, the fastest first."""
     yield "memory GiB   time  settings"
-    for choice in memory_choices(inputs, MemoryEstimate(inputs).splits(processes)):
+    for choice in memory_choices(inputs, processes):
         yield f"{format_gib(choice.size):>10} {choice.time:>6.2f}  {choice}"

@@ -16,7 +16,6 @@ from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.report import report_of
 from tests.training.tiny import tiny_settings
 
-ALONE = [ParallelDims(1, 1)]
 ADAMW = ("--optimizer.name", "adamw", "--model.hidden_size", "64", "--model.depth", "40")
 BF16 = (*ADAMW, "--trainer.precision", "bf16")
 
@@ -35,26 +34,26 @@ def values(choices: list[MemoryChoice], name: str) -> set[Any]:
 
 
 def test_the_choices_of_a_run(settings: list[str]) -> None:
-    choices = memory_choices(inputs([*settings, *BF16]), ALONE)
+    choices = memory_choices(inputs([*settings, *BF16]), 1)
     assert len(choices) == 2 * 2 * 3 * 2
     assert str(choices[0]) == "all is kept in fp32" and choices[0].time == 1
     assert [choice.time for choice in choices] == sorted(choice.time for choice in choices)
     assert choices[0].size == max(choice.size for choice in choices)
     for choice in choices:
         estimate = MemoryEstimate(inputs([*settings, *BF16])).of(choice.config)
-        assert estimate.total(*ALONE) == choice.size
-    muon = memory_choices(inputs(settings), ALONE)
+        assert estimate.total(ParallelDims(1, 1)) == choice.size
+    muon = memory_choices(inputs(settings), 1)
     assert values(muon, "memory.weights") == values(muon, "memory.optimizer_state") == {"fp32"}
-    two = memory_choices(inputs([*settings, *BF16]), [ParallelDims(2, 2)])
+    two = memory_choices(inputs([*settings, *BF16, "--parallel.sp", "2"]), 2)
     assert values(two, "memory.fused_backward") == {False}
-    given = memory_choices(inputs([*settings, *BF16, "--memory.optimizer_state", "4bit"]), ALONE)
+    given = memory_choices(inputs([*settings, *BF16, "--memory.optimizer_state", "4bit"]), 1)
     assert values(given, "memory.optimizer_state") == {"4bit"}
-    sharded = memory_choices(inputs([*settings, *BF16, "--parallel.shard_parameters"]), ALONE)
+    sharded = memory_choices(inputs([*settings, *BF16, "--parallel.shard_parameters"]), 1)
     assert len(sharded) == 2, "activations alone"
 
 
 def test_the_fastest_that_fits_is_chosen(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    choices = memory_choices(inputs([*settings, *BF16]), ALONE)
+    choices = memory_choices(inputs([*settings, *BF16]), 1)
     for wanted in (choices[0].size, (choices[0].size + choices[-1].size) // 2, min(c.size for c in choices)):
         found = fitted(inputs([*settings, *BF16, "--fit", str(wanted / GIB)]), 1)
         expected = next(choice for choice in choices if choice.size <= wanted)
@@ -66,7 +65,8 @@ def test_the_fastest_that_fits_is_chosen(settings: list[str], capsys: pytest.Cap
 
 def test_sequence_parallel_runs_are_fitted_as_they_would_be_started(settings: list[str]) -> None:
     two = (
-        min(choice.size for choice in memory_choices(inputs([*settings, *BF16]), [ParallelDims(2, 2)])) / GIB
+        min(choice.size for choice in memory_choices(inputs([*settings, *BF16, "--parallel.sp", "2"]), 2))
+        / GIB
     )
     flags = [*settings, *BF16, "--fit", str(two + 1e-4), "--parallel.sp"]
     for processes, sp in ((1, "2"), (2, "2"), (2, "auto")):
@@ -91,7 +91,7 @@ def test_gradients_are_kept_where_a_batch_is_split(settings: list[str]) -> None:
     plain = inputs([*settings, *BF16])
     for splits, fused in ((1, {False, True}), (2, {False})):
         resumed = Resumed(Path("step-1"), {"batch_splits": splits}, [])
-        found = memory_choices(replace(plain, resumed=resumed), ALONE)
+        found = memory_choices(replace(plain, resumed=resumed), 1)
         assert values(found, "memory.fused_backward") == fused
 
 
