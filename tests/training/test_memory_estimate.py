@@ -12,6 +12,7 @@ from stdit.training.config import parse_train
 from stdit.training.experiment import experiment_key
 from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.report import report
+from stdit.training.weight_memory import WeightCounts
 from tests.training.tiny import tiny_settings
 
 
@@ -32,6 +33,18 @@ def settings(tmp_path: Path) -> list[str]:
 
 def estimate_of(argv: list[str]) -> MemoryEstimate:
     return MemoryEstimate(build_inputs(parse_train(argv), dry_run=True))
+
+
+@pytest.mark.parametrize("targets", ["attention", "blocks", "temporal"])
+def test_an_adapter_of_rank_16_needs_little_for_gradients_and_optimizer(targets: str) -> None:
+    """In STDiT-XL/2 at most 2% of what training all weights needs."""
+    preset = ["--config", "models/XL-2", "--data.manifest", "clips.csv"]
+    adapter = ["--init_from", "outputs/xl", "--lora.rank", "16", "--lora.targets", targets]
+    found = []
+    for config in (parse_train(preset), parse_train([*preset, *adapter])):
+        held = WeightCounts.of(config).bytes(config, 1, False)
+        found.append(held["gradients"] + held["optimizer"])
+    assert 0 < found[1] <= 0.02 * found[0]
 
 
 def test_memory_falls_with_sp(settings: list[str]) -> None:
