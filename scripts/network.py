@@ -1,4 +1,4 @@
-"""Networks for ranks that a script starts: loopback, or two namespaces joined by a link of limited rate.
+"""Networks for ranks that a script starts: loopback, or namespaces joined by links of limited rate.
 
 A limited link needs Linux, root, and the commands ip and tc (package iproute2).
 """
@@ -17,6 +17,14 @@ PACKET_BYTES = 9000
 TCP_BUFFER = "4096 16777216 33554432"
 """Smallest, initial and largest TCP buffer in bytes, as large as on hosts of clusters; with small buffers gloo's two
 directions wait for each other."""
+TCP = (
+    f"tcp_rmem={TCP_BUFFER}",
+    f"tcp_wmem={TCP_BUFFER}",
+    "tcp_congestion_control=reno",
+    "tcp_slow_start_after_idle=0",
+)
+"""Settings of the namespaces. Networks of clusters lose no packets and have no slow start; bbr, the default of some
+systems, all but stops a connection for 0.2 s every ten seconds to measure it."""
 
 
 class Network(NamedTuple):
@@ -32,42 +40,48 @@ LOOPBACK = Network("loopback", [], {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFN
 
 
 class NoLinkError(Exception):
-    """This machine cannot join two namespaces by a link of limited rate; the message says why."""
+    """This machine cannot join namespaces by links of limited rate; the message says why."""
 
 
 @contextmanager
-def limited_link(rate: str) -> Iterator[Network]:
-    """Make two network namespaces, joined by a pair of virtual Ethernet devices that each send at most ``rate``.
+def limited_link(rate: str, ranks: int = 2) -> Iterator[Network]:
+    """Make a network namespace for each rank, joined by a switch; each sends and receives at most ``rate``.
 
     Raises:
         NoLinkError: if this machine cannot do that.
         UserError: if ``rate`` is not such as "200mbit".
     """
     burst = max(
-        128 * 1024, megabits(rate) * 125
-    )  # bytes that may pass at once: those of a millisecond, or more
+        4 * PACKET_BYTES, megabits(rate) * 125
+    )  # bytes that may pass at once: of a millisecond, or more
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
         raise NoLinkError("it needs Linux, root, and the commands ip and tc (package iproute2)")
-    spaces = [f"stdit-{os.getpid()}-{end}" for end in "ab"]
+    switch = f"stdit-{os.getpid()}-switch"
+    spaces = [f"stdit-{os.getpid()}-{rank}" for rank in range(ranks)]
+    queue = "1s"  # long enough that no packet is lost
+    shape = ["root", "tbf", "rate", rate, "burst", str(burst), "latency", queue]
     try:
-        for space in spaces:
+        for space in (switch, *spaces):
             _run("ip", "netns", "add", space)
-        ends = [["link0", "netns", space] for space in spaces]
-        _run("ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
-        for number, space in enumerate(spaces, 1):
-            _run("ip", "-n", space, "address", "add", f"10.77.0.{number}/24", "dev", "link0")
-            for device in ("lo", "link0"):
-                _run("ip", "-n", space, "link", "set", device, "up")
-            _run("ip", "-n", space, "link", "set", "link0", "mtu", str(PACKET_BYTES))
-            for way in ("tcp_rmem", "tcp_wmem"):
-                _run("ip", "netns", "exec", space, "sysctl", "-qw", f"net.ipv4.{way}={TCP_BUFFER}")
-            shape = ["tbf", "rate", rate, "burst", str(burst), "latency", "50ms"]
-            _run("tc", "-n", space, "qdisc", "add", "dev", "link0", "root", *shape)
+        _run("ip", "-n", switch, "link", "add", "bridge0", "type", "bridge")
+        _run("ip", "-n", switch, "link", "set", "bridge0", "mtu", str(PACKET_BYTES), "up")
+        for rank, space in enumerate(spaces):
+            port = f"port{rank}"
+            pair = f"link add link0 netns {space} type veth peer name {port} netns {switch}"
+            _run("ip", *pair.split())
+            _run("ip", "-n", space, "address", "add", f"10.77.0.{rank + 1}/24", "dev", "link0")
+            _run("ip", "-n", space, "link", "set", "lo", "up")
+            for at, device in ((space, "link0"), (switch, port)):
+                _run("ip", "-n", at, "link", "set", device, "mtu", str(PACKET_BYTES), "up")
+                _run("tc", "-n", at, "qdisc", "add", "dev", device, *shape)
+            _run("ip", "-n", switch, "link", "set", port, "master", "bridge0")
+            for setting in TCP:
+                _run("ip", "netns", "exec", space, "sysctl", "-qw", f"net.ipv4.{setting}")
         prefixes = [["ip", "netns", "exec", space] for space in spaces]
         _run(*prefixes[0], "true")
         yield Network(rate, prefixes, {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "link0"})
     finally:
-        for space in spaces:  # the devices are removed with them
+        for space in (*spaces, switch):  # the devices are removed with them
             subprocess.run(["ip", "netns", "delete", space], stderr=subprocess.DEVNULL)
 
 
