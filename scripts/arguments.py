@@ -1,6 +1,7 @@
 """Types of command line arguments that several scripts have."""
 
 import argparse
+from pathlib import Path
 
 
 def positive_int(text: str) -> int:
@@ -8,3 +9,13 @@ def positive_int(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return int(text)
+
+
+def output_file(text: str) -> Path:
+    """Read the path of a file to write, whose folder must exist."""
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text}: must be a file in a folder that exists: make {path.parent} first"
+        )
+    return path

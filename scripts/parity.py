@@ -82,7 +82,7 @@ def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple
     shape = (int(batch.height[0]), int(batch.width[0]))
     draws = draw_batch(flow, config.seed, 0, range(size), tuple(x.shape[1:]), *shape).to(x.device)  # type: ignore[arg-type]
     x_t = flow.scale_model_input(flow.add_noise(x, draws.noise, draws.t), draws.t)
-    sharding: TokenSharding = model.token_sharding(mesh.sp, *x.shape[2:])
+    sharding: TokenSharding = model.token_sharding(mesh.sp, *x.shape[2:], size)
     there = batch.to(x.device)
     condition = {
         "timestep": 1000 * draws.t,

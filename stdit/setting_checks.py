@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from stdit.errors import UserError, listed
-from stdit.suggestions import nearest_name, same_meaning, similar_name
+from stdit.suggestions import REPLACED, nearest_name, same_meaning, similar_name
 
 OWN_FLAGS = ("help", "config", "print_config", "import")
 """Flags of every command that takes settings."""
@@ -55,6 +55,7 @@ def check_key(
     own = OWN_FLAGS if dashes else ()
     nearest = same_meaning(key, [*known, *own, *elsewhere]) or similar_name(key, [*known, *flags])
     hint = f"did you mean {dashes}{nearest}?" if nearest else "see --help for all settings."
+    hint = REPLACED.get(key, hint)
     raise UserError(f"{where}{dashes}{key} is not a setting: {hint}")
 
 

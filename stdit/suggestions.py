@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterator, Sequence
 
+REPLACED = {"model.block_order": "model.blocks replaces it: 'S T' for alternate, 'S T T S' for paired."}
+"""What to write instead of settings that there were before."""
+
 ALIASES = """
 optimizer.lr: learning_rate base_lr
 optimizer.name: optimizer_type optim
@@ -46,6 +49,7 @@ flow.shift: discrete_flow_shift flow_shift
 parallel.sp: sp_size sequence_parallel_size ulysses_degree ulysses_size context_parallel_size cp_degree ring_degree
 parallel.shard_parameters: fsdp zero_stage
 parallel.cfg: cfg_parallel use_cfg_parallel
+parallel.grid: usp_degree ring_size
 checkpoint: pretrained_model_name_or_path ckpt ckpt_path ckpt_dir model model_path load_from
 num_inference_steps: steps num_steps infer_steps num_sampling_steps sampling_steps sample_steps
 guidance_scale: cfg_scale cfg guidance embedded_cfg_scale

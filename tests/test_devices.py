@@ -52,8 +52,11 @@ def agree(found: Any, expected: Any, atol: float = 1e-4) -> None:
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "paired": dict(block_order="paired"),
+    "paired": dict(blocks="S T T S"),
     "cross-attention in spatial blocks": dict(cross_attention="spatial"),
+    "joint": dict(blocks="S T J", mlp_conv=True),
+    "linear": dict(blocks="S L", mlp_conv=True),
+    "linear, causal": dict(blocks="L", linear_causal=True),
     "pooled_text": dict(pooled_text=True),
     "frame_positions": dict(frame_positions=True),
     "mlp_conv": dict(mlp_conv=True),

@@ -64,7 +64,7 @@ def test_a_folder_on_disk_hides_no_name(elsewhere: Path) -> None:
         ("models/XL", "did you mean models/XL-2 or "),
         ("240p-2s", "did you mean sample/240p-2s or "),
         ("models", "choose models/"),
-        ("mine.yaml", "its names begin with buckets/, codecs/, models/, sample/, train/."),
+        ("own.yaml", "its names begin with buckets/, codecs/, models/, sample/, train/."),
     ],
 )
 def test_an_unknown_name_lists_the_nearest(name: str, hint: str) -> None:

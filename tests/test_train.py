@@ -452,6 +452,14 @@ def test_starting_from_the_weights_of_another_run(settings: Settings, tmp_path: 
     assert numbers(runs[0]) == numbers(runs[1]) == numbers(runs[2]) != numbers(first)[:1]
     with pytest.raises(UserError, match="its model is a different one"):
         do(settings(name="deep", init_from=first, model__depth=2))
+    with pytest.raises(
+        UserError, match=r"has model.blocks = S T, and this one T S: .* Set --model.blocks 'S T'"
+    ):
+        do(settings(name="turned", init_from=first, model__blocks="T S"))
+    assert do(settings(name="linear", trainer__steps=1, model__blocks="S L")) == 0
+    linear = tmp_path / "outputs" / "linear"
+    with pytest.raises(UserError, match="has model.linear_causal = false, and this one true: "):
+        do(settings(name="causal", init_from=linear, model__blocks="S L", model__linear_causal=True))
 
 
 @pytest.mark.parametrize("name", sorted(TINY_VAES))

@@ -43,20 +43,21 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
 
 
 @pytest.mark.parametrize(
-    "ranks, sp, launcher, sharded",
+    "ranks, split, launcher, sharded",
     [
-        (2, 1, "torchrun", "false"),
-        (2, 2, "accelerate", "false"),
-        (4, 2, "warm", "true"),
-        (3, 3, "warm", "false"),
+        (2, ["--parallel.sp", "1"], "torchrun", "false"),
+        (2, ["--parallel.sp", "2"], "accelerate", "false"),
+        (4, ["--parallel.grid", "[1, 2]"], "warm", "true"),
+        (4, ["--parallel.grid", "[2, 2]"], "warm", "false"),
+        (3, ["--parallel.sp", "3"], "warm", "false"),
     ],
 )
 def test_losses_are_those_of_one_process(
-    alone: Any, ranks: int, sp: int, launcher: str, sharded: str
+    alone: Any, ranks: int, split: list[str], launcher: str, sharded: str
 ) -> None:
     settings, expected, run = alone
-    name = f"{launcher}-{ranks}-{sp}"
-    settings = [*settings, "--name", name, "--parallel.sp", str(sp), "--parallel.shard_parameters", sharded]
+    name = f"{launcher}-{ranks}-{sharded}"
+    settings = [*settings, "--name", name, *split, "--parallel.shard_parameters", sharded]
     code, _, errors = launch("train.py", ranks, settings, launcher)
     assert code == 0, errors
     check_losses(run.with_name(name), expected)
@@ -99,7 +100,7 @@ def test_sp_auto_is_chosen(alone: Any) -> None:
     assert code == 0, errors
     assert output.count("parallel.sp = auto, 2 processes: 2, which needs least, and none of 2 fits") == 1
     assert output.count("warning: it will probably run out of memory") == 1
-    assert output.count("has 1 frame of tokens: in spatial blocks, rank 1 of each 2 will idle") == 1
+    assert output.count("has 1 frame of 6 tokens: in some blocks, rank 1") == 1
     assert len(metrics(run.with_name("chosen"))) == 2
     assert "sp: auto" in (run.with_name("chosen") / "config.yaml").read_text()
 
@@ -114,11 +115,11 @@ def test_dry_run_prints_once(alone: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", ["false", "true"])
-def test_compiled_blocks_give_the_same_losses(alone: Any, sharded: str) -> None:
+@pytest.mark.parametrize("grid, sharded", [("[2, 1]", "false"), ("[1, 2]", "true")])
+def test_compiled_blocks_give_the_same_losses(alone: Any, grid: str, sharded: str) -> None:
     settings, expected, run = alone
     name = f"compiled-{sharded}"
-    flags = ["--trainer.compile", "true", "--parallel.sp", "2", "--parallel.shard_parameters", sharded]
+    flags = ["--trainer.compile", "true", "--parallel.grid", grid, "--parallel.shard_parameters", sharded]
     code, _, errors = launch("train.py", 2, [*settings, "--name", name, *flags])
     assert code == 0, errors
     check_losses(run.with_name(name), expected)
@@ -151,8 +152,8 @@ def check_results(run: Path, expected: Path) -> None:
 def test_a_run_resumes_with_another_split(alone: Any) -> None:
     settings, expected, run = alone
     settings = [*settings, "--name", "moved"]
-    for ranks, sp, sharded, steps in ((2, 2, "true", 10), (3, 1, "true", STEPS)):
-        split = ["--parallel.sp", str(sp), "--parallel.shard_parameters", sharded]
+    for ranks, grid, steps in ((2, "[1, 2]", 10), (3, "[1, 1]", STEPS)):
+        split = ["--parallel.grid", grid, "--parallel.shard_parameters", "true"]
         code, _, errors = launch("train.py", ranks, [*settings, *split, "--trainer.steps", str(steps)])
         assert code == 0, errors
     check_losses(run.with_name("moved"), expected)
@@ -162,6 +163,11 @@ def test_a_run_resumes_with_another_split(alone: Any) -> None:
     "ranks, flags, message",
     [
         (2, ["--parallel.sp", "3"], "parallel.sp = 3, but 2 processes were started: start a multiple of 3"),
+        (
+            4,
+            ["--parallel.grid", "[3, 2]"],
+            "parallel.grid = [3, 2], of 6 ranks, but 4 processes were started: start a multiple of 6",
+        ),
         (4, [], "batch_size = 3, but 4 processes with parallel.sp = 1 split each batch into 4 / 1 = 4 parts"),
         (2, ["--data.manifest", "missing.csv"], "missing.csv"),
         (2, ["--modle.depth", "3"], "--modle.depth is not a setting"),

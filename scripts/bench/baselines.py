@@ -5,18 +5,23 @@ needs. Bytes that a rank sends in the forward pass of a pair of blocks, with M t
 
 - ulysses: 4 M/N (N-1)/N: temporal attention exchanges frames for heads (arXiv:2309.14509, section 3.2).
 - ulysses-all: 8 M/N (N-1)/N: spatial attention as well, as if the tokens were one sequence.
+- usp: as ulysses-all, but where ranks outnumber heads, in parts of U ranks, and keys and values of temporal attention
+  go round a ring of these parts: 8 M/N (U-1)/U + 2 M/N (N/U-1) (arXiv:2405.07719).
 - ring: 2 M (N-1)/N: keys and values of temporal attention go round a ring (arXiv:2310.01889, section 3).
 - megatron: 8 M (N-1)/N: every rank gathers all tokens, for its share of heads and of the MLP's hidden columns
   (arXiv:2205.05198, section 4.2.2). Cross-attention is not split: that would add 4 M (N-1)/N.
+- lasp-ring: N - 1 states for a linear block, one after the other round a ring (LASP, arXiv:2404.02882), which the
+  model's own blocks send at once, as LASP-2 does.
 
-Backward sends the same, for ring twice that. Activation checkpointing repeats the exchanges of forward, which are all
-inside the blocks. Every rank holds all weights; the mean of their gradients over ranks is the gradient.
+Backward sends the same, a ring of keys and values twice that. Activation checkpointing repeats the exchanges of
+forward, which are all inside the blocks. Every rank holds all weights; the mean of their gradients over ranks is the
+gradient.
 
 Letters: B batch, T frames, S patches of a frame, D width, N ranks; R rows of independent attention, h heads,
 n tokens of a row, d channels of a head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,24 +33,39 @@ from torch.nn.functional import linear
 from stdit.errors import UserError
 from stdit.parallel.sequence.collectives import all_gather, all_to_all, reduce_scatter, ring_send
 from stdit.parallel.sequence.group import Group
-from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding, even_sizes
+from stdit.parallel.sequence.layouts import even_sizes
+from stdit.parallel.sequence.sharding import TokenShard, TokenSharding
+from stdit.parallel.sequence.stages import Stage, ulysses_size
+from stdit.parallel.sequence.usp import attend_over, ring_attention
 
 
 class FrameSharding(TokenSharding):
     """Tokens that stay sharded along time from the first block to the last."""
 
-    def switch(self, x: Tensor, source: ShardAxis, target: ShardAxis) -> Tensor:
-        return x
+    def stages(self, kinds: str) -> list[Stage]:
+        return [Stage(kind, "time", kind == "L") for kind in kinds]
 
-    def per_frame(self, values: Tensor, shard: ShardAxis) -> Tensor:
-        return super().per_frame(values, "time")
+    def shard(self, stage: Stage) -> TokenShard | None:
+        return RingShard(self, stage) if stage.reaches_others else None
+
+    def part(self, size: int) -> "FrameSharding":
+        """Return the sharding over the ``size`` neighbouring ranks that this one is among, of their frames alone."""
+        begin = self.group.rank // size * size
+        ranks = range(begin, begin + size)
+        frames = sum(self.frames_per_rank[rank] for rank in ranks)
+        return FrameSharding(self.group.part(tuple(ranks)), frames, self.patches, self.patch_frames)
+
+    @property
+    def frames_per_rank(self) -> list[int]:
+        """Frames of each rank."""
+        return even_sizes(self.frames, self.group.size)
 
     def sizes(self, length: int, frames: int) -> list[int]:
         """Return each rank's share of an axis of ``length`` that has ``frames`` frames."""
         return [length // frames * share for share in self.frames_per_rank]
 
     @property
-    def own(self) -> int:
+    def own_frames(self) -> int:
         """Number of frames of this rank."""
         return self.frames_per_rank[self.group.rank]
 
@@ -72,7 +92,13 @@ def apply_baseline(model: Any, method: str, sharding: TokenSharding) -> TokenSha
             f"{method} on {ranks} ranks, but there are {sharding.frames} frames of tokens, and each rank needs one: "
             f"use at most {sharding.frames} ranks"
         )
-    if method != "ring" and heads < ranks:
+    known = "SL" if method == "lasp-ring" else "ST"
+    if odd := sorted(set(model.kinds) - set(known)):
+        raise UserError(
+            f"{method} with model.blocks = {model.config.blocks!r}: it has no way to share blocks of kind "
+            f"{', '.join(odd)}, only {' and '.join(known)}: leave them out"
+        )
+    if method not in ("ring", "usp", "lasp-ring") and heads < ranks:
         raise UserError(
             f"{method} on {ranks} ranks, but the model has {heads} heads, and each rank needs one: use at most "
             f"{heads} ranks, or more model.num_heads"
@@ -82,22 +108,20 @@ def apply_baseline(model: Any, method: str, sharding: TokenSharding) -> TokenSha
             f"{method} with model.mlp_conv: its temporal convolution needs frames of other ranks, which only DSP "
             "exchanges; leave mlp_conv out"
         )
-    group = replace(
-        sharding.group, chunks=1
-    )  # nothing is exchanged between stages, so there is nothing to overlap
+    group = replace(sharding.group, chunks=1)  # nothing is exchanged between blocks that could overlap
     staying = FrameSharding(group, sharding.frames, sharding.patches, sharding.patch_frames)
     BASELINES[method](model, staying)
     return staying
 
 
-def blocks_sharded_along(axis: ShardAxis, model: Any) -> list[Any]:
-    """Return the model's spatial blocks (time) or its temporal blocks (space)."""
-    return [block for block in model.blocks if block.shard == axis]
+def blocks_of_kind(kind: str, model: Any) -> list[Any]:
+    """Return the model's spatial (S) or temporal blocks (T)."""
+    return [block for block in model.blocks if block.kind == kind]
 
 
 def ulysses(model: Any, sharding: FrameSharding) -> None:
     """Let temporal attention see all frames, with a share of the heads; spatial attention is unchanged."""
-    for block in blocks_sharded_along("space", model):
+    for block in blocks_of_kind("T", model):
         block.attn.register_forward_pre_hook(partial(_own_angles, sharding))
         block.attn.attend = partial(_attend_with_own_heads, block.attn.attend, sharding, 2)
 
@@ -105,22 +129,36 @@ def ulysses(model: Any, sharding: FrameSharding) -> None:
 def ulysses_all(model: Any, sharding: FrameSharding) -> None:
     """Let every attention see all frames, with a share of the heads."""
     ulysses(model, sharding)
-    for block in blocks_sharded_along("time", model):
+    for block in blocks_of_kind("S", model):
         block.attn.attend = partial(_attend_with_own_heads, block.attn.attend, sharding, 0)
 
 
 def ring(model: Any, sharding: FrameSharding) -> None:
     """Let keys and values of temporal attention go round the ranks."""
-    for block in blocks_sharded_along("space", model):
+    for block in blocks_of_kind("T", model):
         block.attn.register_forward_pre_hook(partial(_own_angles, sharding))
-        block.attn.attend = partial(_RingAttention.apply, sharding.group, sharding.frames_per_rank)
+        block.attn.attend = partial(ring_attention, sharding.group, sharding.frames_per_rank)
+
+
+def usp(model: Any, sharding: FrameSharding) -> None:
+    """Let every attention see all frames, by Ulysses in as many ranks as there are heads, and a ring of these parts.
+
+    Spatial attention has all tokens of a frame in a part, so it needs no ring.
+    """
+    part = sharding.part(ulysses_size(sharding.group.size, model.config.num_heads))
+    for block in blocks_of_kind("S", model):
+        block.attn.attend = partial(_attend_with_own_heads, block.attn.attend, part, 0)
+    for block in blocks_of_kind("T", model):
+        block.attn.register_forward_pre_hook(partial(_own_angles, sharding))
+        over = partial(attend_over, sharding.group, sharding.frames_per_rank, block.attn.attend)
+        block.attn.attend = over
 
 
 def megatron(model: Any, sharding: FrameSharding) -> None:
     """Let self-attention and MLP see all tokens, with a share of the heads and of the hidden columns."""
     heads = even_sizes(model.config.num_heads, sharding.group.size)
     for block in model.blocks:
-        frames_axis = 0 if block.shard == "time" else 1
+        frames_axis = 0 if block.kind == "S" else 1
         channels = [share * block.attn.qkv.in_features // block.attn.num_heads for share in heads]
         _split_columns(block.attn, block.attn.qkv, block.attn.proj, channels, sharding, frames_axis)
         block.attn.num_heads = heads[sharding.group.rank]
@@ -128,15 +166,63 @@ def megatron(model: Any, sharding: FrameSharding) -> None:
         _split_columns(block.mlp, block.mlp.fc1, block.mlp.fc2, columns, sharding, 1)
 
 
+def lasp_ring(model: Any, sharding: FrameSharding) -> None:
+    """Let states of linear attention go round the ranks: `RingShard` sends them."""
+
+
+class RingShard(TokenShard):
+    """Whole frames of a linear block, whose states go from rank to rank."""
+
+    def sum_states(self, states: Tensor, causal: bool) -> Tensor:
+        ranks, group = range(self.sharding.group.size), self.sharding.group
+        if not causal:
+            return ring_sum(states.sum(0, keepdim=True), group, [ranks] * len(ranks))
+        states = states.cumsum(0)
+        return states + ring_sum(states[-1:], group, [range(rank) for rank in ranks])
+
+
+def ring_sum(x: Tensor, group: Group, sources: Sequence[Sequence[int]]) -> Tensor:
+    """As `stdit.parallel.sequence.collectives.sum_over`, by N - 1 sends, each of what arrived in the one before."""
+    result: Tensor = _RingSum.apply(x, group, sources)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _RingSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, sources: Sequence[Sequence[int]]) -> Tensor:
+        ranks = range(group.size)
+        ctx.group, ctx.takers = (
+            group,
+            [[taker for taker in ranks if rank in sources[taker]] for rank in ranks],
+        )
+        return _ring_sum(x, group, sources)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _ring_sum(grad, ctx.group, ctx.takers), None, None
+
+
+def _ring_sum(x: Tensor, group: Group, sources: Sequence[Sequence[int]]) -> Tensor:
+    total = torch.zeros_like(x)
+    for step in range(group.size):
+        if (group.rank - step) % group.size in sources[group.rank]:
+            total += x
+        if step + 1 < group.size:
+            x = ring_send(x, group, 0, len(x))()
+    return total
+
+
 BASELINES: dict[str, Callable[[Any, FrameSharding], None]] = {
     "ulysses": ulysses,
     "ulysses-all": ulysses_all,
+    "usp": usp,
     "ring": ring,
     "megatron": megatron,
+    "lasp-ring": lasp_ring,
 }
 
 
-def _own_angles(sharding: TokenSharding, _: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _own_angles(sharding: FrameSharding, _: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Pass the rotary angles of this rank's frames instead of all."""
     x, angles = args
     return x, angles.split(sharding.frames_per_rank)[sharding.group.rank]
@@ -154,70 +240,10 @@ def _attend_with_own_heads(
 
     Two all-to-alls: one of q, k and v, one of the result (arXiv:2309.14509, section 3.2).
     """
-    heads, sizes = even_sizes(q.shape[1], sharding.group.size), sharding.sizes(q.shape[axis], sharding.own)
+    heads = even_sizes(q.shape[1], sharding.group.size)
+    sizes = sharding.sizes(q.shape[axis], sharding.own_frames)
     q, k, v = all_to_all(torch.stack([q, k, v]), sharding.group, 2, heads, axis + 1, sizes)
     return all_to_all(attend(q, k, v), sharding.group, axis, sizes, 1, heads)
-
-
-class _RingAttention(torch.autograd.Function):
-    """Attention ``[R h n d]`` of this rank's queries to the keys and values of all ranks, one rank's at a time.
-
-    Results are combined by their log-sum-exp (arXiv:2310.01889, section 3); gradients are those of FlashAttention-2
-    (arXiv:2307.08691, algorithm 2). Scores are computed in float32 or wider.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, group: Group, sizes: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        kv = torch.stack([k, v])
-        scaled = _wide(q) * q.shape[-1] ** -0.5
-        out, lse = torch.zeros_like(scaled), scaled.new_full((*q.shape[:-1], 1), -torch.inf)
-        for part in _go_round(kv, group, sizes):
-            keys, values = _wide(part)
-            scores = scaled @ keys.mT  # [R h n m]
-            joined = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
-            out = out * (lse - joined).exp() + (scores - joined).exp() @ values
-            lse = joined
-        ctx.group, ctx.sizes = group, sizes
-        ctx.save_for_backward(q, kv, out, lse)
-        return out.to(q.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, kv, out, lse = ctx.saved_tensors
-        group, scale = ctx.group, q.shape[-1] ** -0.5
-        scaled, grad = _wide(q) * scale, _wide(grad)
-        inner = (grad * out).sum(-1, keepdim=True)
-        grad_q = torch.zeros_like(scaled)
-        arriving: Callable[[], Tensor] | None = None
-        for step, part in enumerate(_go_round(kv, group, ctx.sizes)):
-            keys, values = _wide(part)
-            weights = (scaled @ keys.mT - lse).exp()  # [R h n m]
-            grad_scores = weights * (grad @ values.mT - inner)
-            grad_q += grad_scores @ keys * scale
-            grad_kv = torch.stack([grad_scores.mT @ scaled, weights.mT @ grad]).to(kv.dtype)
-            if step == 0:
-                own = grad_kv  # stays here until the others' sum has gone round
-                continue
-            if arriving is not None:
-                grad_kv += arriving()
-            arriving = ring_send(grad_kv, group, 3, ctx.sizes[(group.rank - step - 1) % group.size])
-        if arriving is not None:
-            own += arriving()
-        return None, None, grad_q.to(q.dtype), own[0], own[1]
-
-
-def _go_round(x: Tensor, group: Group, sizes: list[int]) -> Iterator[Tensor]:
-    """Yield this rank's ``x [2 R h n d]``, then those of the previous ranks; the next is in transit meanwhile."""
-    for step in range(1, group.size):
-        arriving = ring_send(x, group, 3, sizes[(group.rank - step) % group.size])
-        yield x
-        x = arriving()
-    yield x
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Convert to float32, unless it is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _split_columns(
@@ -230,12 +256,12 @@ def _split_columns(
 
     def gather_frames(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *rest = args
-        return all_gather(x, group, frames_axis, sharding.sizes(x.shape[frames_axis], sharding.own)), *rest
+        sizes = sharding.sizes(x.shape[frames_axis], sharding.own_frames)
+        return all_gather(x, group, frames_axis, sizes), *rest
 
     def scatter_sum(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return reduce_scatter(
-            output, group, frames_axis, sharding.sizes(output.shape[frames_axis], sharding.frames)
-        )
+        sizes = sharding.sizes(output.shape[frames_axis], sharding.frames)
+        return reduce_scatter(output, group, frames_axis, sizes)
 
     module.register_forward_pre_hook(gather_frames)
     module.register_forward_hook(scatter_sum)

@@ -34,7 +34,9 @@ from stdit.diffusion.flow import FlowObjective, frame_weights
 from stdit.models.stdit import STDiT
 from stdit.parallel.sequence import collectives
 from stdit.parallel.sequence.group import Group, Traffic
-from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding
+from stdit.parallel.sequence.layouts import Grid, Layout
+from stdit.parallel.sequence.sharding import TokenSharding
+from stdit.parallel.sequence.stages import Speeds, Stage
 
 CAPTION = {"caption_channels": 64, "model_max_length": 16}
 
@@ -50,7 +52,10 @@ def main() -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group = Group.of(dist.group.WORLD) if ranks > 1 else Group()  # type: ignore[arg-type]
     rows = [row for frames in settings["frames"] for row in measure(settings, frames, group, device)]
-    figures: dict[str, Any] = {"rows": rows, "mbit_per_s": exchange_rate(device) if ranks > 1 else None}
+    figures: dict[str, Any] = {
+        "rows": rows,
+        **(exchange_speed(device) if ranks > 1 else {"mbit_per_s": None}),
+    }
     if ranks == 1:
         figures["overhead"] = overhead(Step("dsp", settings, settings["frames"][0], group, device), settings)
     if rank == 0:
@@ -67,13 +72,19 @@ class Step:
     ) -> None:
         torch.manual_seed(0)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
-        order = "paired" if method == "dsp-paired" else "alternate"
-        model = STDiT(**settings["model"], **CAPTION, block_order=order, pred_sigma=False)
+        blocks = "S T T S" if method == "dsp-paired" else settings["blocks"]
+        model = STDiT(**settings["model"], **CAPTION, blocks=blocks, pred_sigma=False)
         self.model = model.to(device, dtype)
         chunks = settings["overlap_chunks"] if method == "dsp-overlap" else 1
-        self.group = replace(group, chunks=chunks, traffic=Traffic())
+        self.group = replace(
+            group,
+            chunks=chunks,
+            grid=grid_of(method, group.size),
+            speeds=Speeds(*settings["speeds"]),
+            traffic=Traffic(),
+        )
         size = (frames, settings["height"], settings["width"])
-        self.sharding = self.model.token_sharding(self.group, *size)
+        self.sharding = self.model.token_sharding(self.group, *size, settings["batch"])
         if method in BASELINES:
             self.sharding = apply_baseline(self.model, method, self.sharding)
 
@@ -82,6 +93,7 @@ class Step:
         self.t = torch.full((batch, 1), 0.5, device=device, dtype=dtype)
         x_t = self.flow.add_noise(x, noise, self.t)
         self.x, self.noise, self.x_t = (self.sharding.split(whole, dim=2) for whole in (x, noise, x_t))
+        self.parts = self.sharding.grid.space  # ranks that compute the same loss
         weight = frame_weights(torch.zeros(batch, frames, dtype=torch.bool, device=device))
         self.weight = self.sharding.split(weight, dim=1)
         ones = torch.ones(batch, device=device, dtype=dtype)
@@ -103,10 +115,18 @@ class Step:
         """Return the loss of this rank's frames."""
         self.model.zero_grad()
         output = self.model(self.x_t, **self.condition, sharding=sharding or self.sharding).sample
-        return self.flow.loss(output, self.x, self.noise, self.x_t, self.t, self.weight).mean()
+        return self.flow.loss(output, self.x, self.noise, self.x_t, self.t, self.weight).mean() / self.parts
 
     def __call__(self, sharding: TokenSharding | None = None) -> None:
         self.forward(sharding).backward()
+
+
+def grid_of(method: str, ranks: int) -> Grid | None:
+    """Return the grid of ``grid 2x2``, that of DSP for other methods, and None for ``grid auto``."""
+    name, _, sizes = method.partition(" ")
+    if name != "grid":
+        return Grid(ranks, 1)
+    return None if sizes == "auto" else Grid(*map(int, sizes.split("x")))
 
 
 def measure(
@@ -121,8 +141,10 @@ def measure(
     times: dict[tuple[str, bool], list[float]] = {
         (name, local): [] for name in steps for local in (False, True)
     }
+    order = list(times.items())
     for _ in range(settings["warmup"] + settings["steps"]):
-        for (name, local), taken in times.items():
+        order = [*order[1:], order[0]]  # so that none always begins
+        for (name, local), taken in order:
             with without_exchange() if local else nullcontext():
                 taken.append(timed(steps[name], device))
     for name, row in rows.items():
@@ -187,13 +209,15 @@ def without_exchange() -> Iterator[None]:
 class DirectSharding(TokenSharding):
     """Calls the stages of the model one after the other, and does nothing else."""
 
-    def switch(self, x: Tensor, source: ShardAxis, target: ShardAxis) -> Tensor:
+    def switch(self, x: Tensor, source: Layout, target: Layout) -> Tensor:
         return x
 
     def run_then_switch(
-        self, stage: Any, x: Tensor, values: Tensor, shard: ShardAxis, following: ShardAxis
+        self, run: Any, x: Tensor, values: Tensor, stage: Stage, following: Stage | None = None
     ) -> Tensor:
-        return stage(x, values)
+        return run(x, values)
+
+    run_last = run_then_switch
 
 
 def overhead(step: Step, settings: dict[str, Any]) -> float:
@@ -236,12 +260,14 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def exchange_rate(device: torch.device) -> float:
-    """Return the Mbit/s that a rank sends in all-to-alls of 1 MB to each other rank."""
-    x, taken = torch.ones(250_000 * dist.get_world_size(), device=device), []
-    for _ in range(4):
-        taken.append(timed(lambda: dist.all_to_all_single(torch.empty_like(x), x), device))
-    return 8 * (dist.get_world_size() - 1) / slowest_median(taken[1:])
+def exchange_speed(device: torch.device) -> dict[str, float]:
+    """Return the microseconds of an empty exchange, and the Mbit/s that a rank sends in one of 1 MB to each other."""
+    others, medians = dist.get_world_size() - 1, []
+    for count in (1, 250_000):
+        x = torch.ones(count * (others + 1), device=device)
+        taken = [timed(lambda x=x: dist.all_to_all_single(torch.empty_like(x), x), device) for _ in range(8)]  # type: ignore[misc]
+        medians.append(slowest_median(taken[1:]))
+    return {"latency_us": 1e6 * medians[0], "mbit_per_s": 8 * others / (medians[1] - medians[0])}
 
 
 def slowest_median(seconds: list[float]) -> float:

@@ -39,7 +39,7 @@ from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.training.config import parse_train
 
-SPLITS = ["1x1", "2x1", "1x2", "2x2", "4x1", "2x1:sharded"]
+SPLITS = ["1x1", "2x1", "1x2", "1x1x2", "2x2", "1x2x2", "4x1", "2x1:sharded"]
 TINY = """
 data: {{manifest: {clips}/manifest.csv, buckets: [{{num_frames: 4, height: 32, width: 32, fps: 8, batch_size: 4}}]}}
 text_encoder: {{name: stored, path: {text}}}
@@ -106,7 +106,10 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--launcher", default="warm", help="warm, torchrun, python, or a command with {ranks} in it"
     )
     parser.add_argument(
-        "--splits", nargs="+", default=SPLITS, help=f"DPxSP or DPxSP:sharded ({' '.join(SPLITS)})"
+        "--splits",
+        nargs="+",
+        default=SPLITS,
+        help=f"DPxSP or DPxTIMExSPACE, perhaps :sharded ({' '.join(SPLITS)})",
     )
     parser.add_argument(
         "--limit", type=float, default=240, help="seconds for a job to make progress, or to end (240)"

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
@@ -41,33 +42,39 @@ CLONE_NEWNET = 0x40000000  # setns(2)
 
 @dataclass(frozen=True)
 class Split:
-    """How the processes of a job share the work: dp x sp, parameters sharded or not."""
+    """How the processes of a job share the work: dp x sp or dp x grid, parameters sharded or not."""
 
     dp: int
-    sp: int
+    sp: tuple[int, ...]
+    """Ranks that share a video; or their grid, in time and in space."""
     sharded: bool = False
 
     @property
     def ranks(self) -> int:
-        return self.dp * self.sp
+        return self.dp * prod(self.sp)
 
     @property
     def flags(self) -> list[str]:
         """Arguments of ``train.py``."""
-        return ["--parallel.sp", str(self.sp), "--parallel.shard_parameters", str(self.sharded).lower()]
+        is_grid = len(self.sp) > 1
+        sharing = ["--parallel.grid", str(list(self.sp))] if is_grid else ["--parallel.sp", str(self.sp[0])]
+        return [*sharing, "--parallel.shard_parameters", str(self.sharded).lower()]
 
     def __str__(self) -> str:
-        return f"{self.dp}x{self.sp}" + (":sharded" if self.sharded else "")
+        return "x".join(map(str, (self.dp, *self.sp))) + (":sharded" if self.sharded else "")
 
 
 def parse_split(text: str) -> Split:
-    """Read ``DPxSP`` or ``DPxSP:sharded``. Raises UserError."""
+    """Read ``DPxSP`` or ``DPxTIMExSPACE``, with or without ``:sharded``. Raises UserError."""
     sizes, _, suffix = text.partition(":")
     numbers = sizes.split("x")
-    valid = len(numbers) == 2 and all(n.isdecimal() and int(n) > 0 for n in numbers)
+    valid = len(numbers) in (2, 3) and all(n.isdecimal() and int(n) > 0 for n in numbers)
     if not valid or text != f"{sizes}:sharded" and text != sizes:
-        raise UserError(f"--splits {text}: must be DPxSP or DPxSP:sharded, such as 2x1 or 2x2:sharded")
-    return Split(int(numbers[0]), int(numbers[1]), bool(suffix))
+        raise UserError(
+            f"--splits {text}: must be DPxSP or DPxTIMExSPACE, and :sharded or nothing, such as 2x1, 1x2x2 or "
+            "2x2:sharded"
+        )
+    return Split(int(numbers[0]), tuple(map(int, numbers[1:])), bool(suffix))
 
 
 class Job(Protocol):

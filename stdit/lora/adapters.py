@@ -15,7 +15,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from stdit.errors import UserError, listed
-from stdit.lora.config import BLOCK_KINDS, TARGETS, LoRAConfig
+from stdit.lora.config import BLOCK_TARGETS, TARGETS, LoRAConfig
 from stdit.lora.dropout import add_dropout
 from stdit.models.stdit import STDiT
 
@@ -45,15 +45,15 @@ def target_layers(model: STDiT, targets: str) -> list[str]:
     layers = linear_layers(model)
     parts = targets.split("|")
     patterns = [targets]
-    if set(parts) <= {*TARGETS, *BLOCK_KINDS}:
-        of_kinds = [model.block_patterns(part) for part in parts if part in BLOCK_KINDS]  # type: ignore[arg-type]
+    if set(parts) <= {*TARGETS, *BLOCK_TARGETS}:
+        of_kinds = [model.block_patterns(part) for part in parts if part in BLOCK_TARGETS]  # type: ignore[arg-type]
         patterns = [*(TARGETS[part] for part in parts if part in TARGETS), *chain(*of_kinds)]
     found = [name for name in layers if any(re.search(pattern, name) for pattern in patterns)]
     if not found:
         kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in layers))
         raise UserError(
             f"lora.targets = {targets!r}: no linear layer has such a name. There are: "
-            f"{listed(kinds[: 2 * _LISTED], len(kinds))}; and the names {', '.join((*TARGETS, *BLOCK_KINDS))}."
+            f"{listed(kinds[: 2 * _LISTED], len(kinds))}; and the names {', '.join((*TARGETS, *BLOCK_TARGETS))}."
         )
     return found
 

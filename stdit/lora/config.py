@@ -10,6 +10,7 @@ from stdit.checkpoint_files import PICKLES
 from stdit.errors import UserError
 from stdit.hashing import hash_file
 from stdit.lora.header import read_header
+from stdit.models.config import BLOCK_KINDS
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """Name of the file in a folder, as diffusers has it."""
@@ -23,8 +24,8 @@ TARGETS = {
     "mlp": r"^blocks\..*\.mlp\.",
     "blocks": r"^blocks\.",
 }
-"""Named targets: regular expressions, found in the names of linear layers. See also `BLOCK_KINDS`."""
-BLOCK_KINDS = ("spatial", "temporal")
+"""Named targets: regular expressions, found in the names of linear layers. See also `BLOCK_TARGETS`."""
+BLOCK_TARGETS = tuple(BLOCK_KINDS.values())
 """Targets that are all linear layers in the blocks of this kind."""
 
 
@@ -55,7 +56,7 @@ class LoRAConfig:
             raise UserError(f"lora.alpha = {self.alpha}: must be positive, such as the rank")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout = {self.dropout}: must be at least 0 and below 1")
-        names = (*TARGETS, *BLOCK_KINDS)
+        names = (*TARGETS, *BLOCK_TARGETS)
         if not set(self.targets.split("|")) <= set(names):
             named = set(re.split(r"[\[\]\"', |]+", self.targets)) & set(names)
             if not self.targets or named:

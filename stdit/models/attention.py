@@ -4,6 +4,7 @@ Letters: R rows that attend independently, N queries and L keys of a row, h head
 batch.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from stdit.models.embeddings import rotate
+from stdit.parallel.sequence.sharding import TokenShard
+from stdit.parallel.sequence.usp import in_full_precision
 
 FEW_SCORES = 128 * 128
 """Up to this many pairs of a query and a key, PyTorch's flash kernel for CPUs is slower than batched matrix products
@@ -97,12 +100,16 @@ def _takes_masks(backend: str) -> bool:
 class SelfAttentionProcessor(_Processor):
     """Attention among the tokens of each row."""
 
-    def __call__(self, attn: "SelfAttention", x: Tensor, angles: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, attn: "SelfAttention", x: Tensor, angles: Tensor | None = None, shard: TokenShard | None = None
+    ) -> Tensor:
         q, k, v = rearrange(attn.qkv(x), "R N (three h d) -> three R h N d", three=3, h=attn.num_heads)
         q, k = attn.q_norm(q), attn.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        out: Tensor = attn.proj(rearrange(self.attend(attn, q, k, v), "R h N d -> R N (h d)"))
+        attend = partial(self.attend, attn)
+        attended = attend(q, k, v) if shard is None else shard.attend(attend, q, k, v)
+        out: Tensor = attn.proj(rearrange(attended, "R h N d -> R N (h d)"))
         return out
 
 
@@ -118,7 +125,10 @@ class CrossAttentionProcessor(_Processor):
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]  # diffusers has no types
-    """Attention among the N tokens of each row of ``x [R N D]``, with optional QK norm and rotary positions."""
+    """Attention among the N tokens of each row of ``x [R N D]``, with optional QK norm and rotary positions.
+
+    With ``shard``, other ranks have the rest of each row.
+    """
 
     is_cross_attention = False
     _supports_qkv_fusion = False  # they are one matrix anyway
@@ -135,9 +145,59 @@ class SelfAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]  # d
         self.attend = attention  # scripts/bench/baselines.py replaces it
         self.processor = SelfAttentionProcessor()
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        out: Tensor = self.processor(self, x, angles)
+    def forward(self, x: Tensor, angles: Tensor | None = None, shard: TokenShard | None = None) -> Tensor:
+        out: Tensor = self.processor(self, x, angles, shard)
         return out
+
+
+class LinearAttention(nn.Module):
+    """Attention whose weights are products of features, in a time that grows with the number of tokens.
+
+    The features are the positive parts of queries and keys, which rotary positions turn in the numerator alone
+    (SANA-Video, Chen et al. 2025, arXiv:2509.24695, section 3.2). Of keys and values only a state of
+    ``d (d + 1)`` numbers a head is needed, so that of tokens on several ranks only these travel (LASP-2, Sun et al.
+    2025, arXiv:2502.07563). The denominator is the sum of weights plus 1, so that a token without any feature gets
+    zeros.
+
+    Args:
+        causal: a token sees no later frames. A sampler that makes frame after frame has to keep only the sum of the
+            states of those before.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, angles: Tensor, shard: TokenShard | None = None) -> Tensor:
+        """Attend among the tokens ``[B T S D]``, and those of other ranks.
+
+        Args:
+            angles: of rotary positions, ``[T S d/2]``.
+        """
+        heads = rearrange(self.qkv(x), "B T S (three h d) -> three B h T S d", three=3, h=self.num_heads)
+        q, k, v = heads
+        q, k = self.q_norm(q).relu(), self.k_norm(k).relu()
+        with in_full_precision(x.device):
+            q, k, v = (each.to(torch.promote_types(x.dtype, torch.float32)) for each in (q, k, v))
+            out = self._attend(q, k, v, angles, shard)
+        projected: Tensor = self.proj(rearrange(out.to(x.dtype), "B h T S d -> B T S (h d)"))
+        return projected
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, shard: TokenShard | None) -> Tensor:
+        products = torch.einsum("bhtsd,bhtse->tbhde", rotate(k, angles), v)
+        states = torch.cat([products, rearrange(k.sum(3), "b h t d -> t b h d 1")], -1)  # of each frame
+        if shard is not None:
+            states = shard.sum_states(states, self.causal)
+        else:
+            states = states.cumsum(0) if self.causal else states.sum(0, keepdim=True)
+        products, keys = states.split([v.shape[-1], 1], -1)  # [T or 1, B h d d], [T or 1, B h d 1]
+        attended = rotate(q, angles) @ rearrange(products, "t b h d e -> b h t d e")
+        result: Tensor = attended / (q @ rearrange(keys, "t b h d one -> b h t d one") + 1)
+        return result
 
 
 class CrossAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]  # diffusers has no types

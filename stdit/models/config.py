@@ -13,6 +13,8 @@ SettingValue = bool | int | float | str | Sequence[int] | Sequence[str]
 Activations = Literal["keep", "recompute", "offload"]
 """What a block keeps for its backward pass: all activations, its input alone, or all of them in CPU memory."""
 
+BLOCK_KINDS = {"S": "spatial", "T": "temporal", "J": "joint", "L": "linear"}
+"""Letters of a pattern of blocks."""
 _MAX_SIZE = 10_000_000
 """Larger sizes are typing errors."""
 
@@ -22,7 +24,7 @@ class STDiTConfig:
     """The defaults are Open-Sora v1.2's STDiT3-XL/2; presets lie in ``configs/models``."""
 
     depth: int = 28
-    """Number of spatial blocks, and of temporal blocks."""
+    """Half the number of blocks: with the pattern S T, that of spatial blocks, and of temporal blocks."""
     hidden_size: int = 1152
     """Width D of the tokens."""
     num_heads: int = 16
@@ -44,25 +46,41 @@ class STDiTConfig:
     """RMS-normalise queries and keys per head."""
     input_sq_size: int = 512
     """Edge in pixels of the square picture whose spatial positions are not scaled."""
-    block_order: Literal["alternate", "paired"] = "alternate"
-    """alternate: S T S T (Open-Sora); paired: S T T S, which needs half of the all-to-alls of DSP."""
+    blocks: str = "S T"
+    """Pattern of the blocks, repeated up to their number: S attends among the patches of each frame, T among the
+    frames of each patch, J among all tokens, L among all tokens by linear attention, whose time grows with their
+    number alone. S T is Open-Sora's; S T T S needs half of the all-to-alls of DSP."""
+    linear_causal: bool = False
+    """L blocks see no later frames, as a sampler needs that makes one frame after another."""
     cross_attention: Literal["all", "spatial"] = "all"
-    """Blocks that attend to the caption."""
+    """Blocks that attend to the caption; spatial: all but the temporal ones."""
     pooled_text: bool = False
     """Add the mean of the caption's states to the timestep embedding."""
     frame_positions: bool = False
     """Add sine-cosine positions of the frames: with rotary ones alone, frames of equal content look the same."""
     mlp_conv: bool = False
-    """Before each MLP, a depthwise convolution along the axes that the block attends over."""
+    """Before each MLP, a depthwise convolution over neighbours along the axes that the block attends over."""
     gate_init: float = 0.0
     """Mean of the initial gates of the residual branches."""
 
     @classmethod
     def read(cls, recorded: Mapping[str, Any]) -> Self:
         """Read the settings among the entries of a config, such as that of a saved model."""
+        recorded = with_current_names(recorded)
         return cls(**{f.name: recorded[f.name] for f in fields(cls) if f.name in recorded})
 
     def __post_init__(self) -> None:
+        written, letters = self.blocks, "".join(self.blocks.split())
+        repeats = (letters[:length] for length in range(1, len(letters)) if len(letters) % length == 0)
+        self.blocks = " ".join(
+            next((part for part in repeats if part * (len(letters) // len(part)) == letters), letters)
+        )
+        if not letters or (unknown := sorted(set(letters) - set(BLOCK_KINDS))):
+            kinds = ", ".join(f"{letter} ({kind})" for letter, kind in BLOCK_KINDS.items())
+            what = f"{unknown[0]!r} is no kind of block" if letters else "it names no block"
+            raise UserError(
+                f"model.blocks = {written!r}: {what}: write a pattern of {kinds}, in capitals, such as S T"
+            )
         for name in (
             "depth",
             "hidden_size",
@@ -94,9 +112,33 @@ class STDiTConfig:
             raise UserError(f"model.mlp_ratio = {self.mlp_ratio}: must be positive")
 
     @property
+    def kinds(self) -> str:
+        """Letters of all blocks, in the order in which they run."""
+        pattern = self.blocks.replace(" ", "")
+        return (pattern * (2 * self.depth))[: 2 * self.depth]
+
+    @property
     def out_channels(self) -> int:
         """Channels of the output."""
         return self.in_channels * (2 if self.pred_sigma else 1)
+
+
+def with_current_names(recorded: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return recorded settings with ``blocks`` instead of ``block_order``, which it was before.
+
+    Args:
+        prefix: of the names.
+
+    Raises:
+        UserError: if it is none of the orders that there were.
+    """
+    found = dict(recorded)
+    if (order := found.pop(f"{prefix}block_order", None)) is not None:
+        patterns = {"alternate": "S T", "paired": "S T T S"}
+        if order not in patterns:
+            raise UserError(f"{prefix}block_order = {order!r}: must be one of {', '.join(patterns)}")
+        found[f"{prefix}blocks"] = patterns[order]
+    return found
 
 
 def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int]:

@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from stdit.parallel.sequence.layouts import Span
+
 
 def inverse_frequencies(dim: int, base: float, device: torch.device) -> Tensor:
     """Return ``base^(-2i / dim)`` for i < dim / 2, in float32.
@@ -51,6 +53,22 @@ def spatial_positions(rows: int, columns: int, dim: int, area: Tensor, input_sq_
 def rotary_angles(frames: int, dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
     """Return the angles of rotary positions -> ``[T dim/2]`` (Su et al. 2021, arXiv:2104.09864, equation 15)."""
     return torch.arange(frames, device=device)[:, None] * inverse_frequencies(dim, base, device)
+
+
+def joint_angles(frames: Span, patches: Span, columns: int, dim: int, device: torch.device) -> Tensor:
+    """Return the angles of rotary positions in three axes, for some frames and patches -> ``[T S dim/2]``.
+
+    A third of the pairs of channels is for rows, a third for columns, and the rest for frames.
+    """
+    pairs = dim // 6
+    patch = torch.arange(patches.begin, patches.end, device=device)
+    frame = torch.arange(frames.begin, frames.end, device=device)
+    axes = (
+        frame[:, None, None] * inverse_frequencies(dim - 4 * pairs, 10000.0, device),
+        (patch // columns)[None, :, None] * inverse_frequencies(2 * pairs, 10000.0, device),
+        (patch % columns)[None, :, None] * inverse_frequencies(2 * pairs, 10000.0, device),
+    )
+    return torch.cat([angles.expand(len(frame), len(patch), -1) for angles in axes], -1)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

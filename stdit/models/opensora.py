@@ -6,8 +6,9 @@ conversion back.
 """
 
 import pickle
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from stdit.checkpoint_files import read_json
 from stdit.errors import UserError
-from stdit.models.config import SettingValue, STDiTConfig
-from stdit.parallel.sequence.sharding import block_shard_axes
+from stdit.models.config import BLOCK_KINDS, SettingValue, STDiTConfig
 
 ROTARY = "rope.freqs"
 """The only tensor of a checkpoint that is not a weight, ``[head size / 2]``."""
@@ -146,9 +146,9 @@ def opensora_names(settings: Mapping[str, SettingValue]) -> Callable[[str], str]
 
 def _block_names(settings: Mapping[str, SettingValue]) -> dict[str, str]:
     """Return STDiT3's name of each block by its name in an STDiT: ``blocks.1`` is ``temporal_blocks.0``."""
-    kinds = {"time": "spatial_blocks", "space": "temporal_blocks"}
-    axes = block_shard_axes(cast(int, settings["depth"]), cast(str, settings["block_order"]))
-    return {f"blocks.{index}": f"{kinds[axis]}.{axes[:index].count(axis)}" for index, axis in enumerate(axes)}
+    kinds = STDiTConfig.read(settings).kinds
+    lists = {letter: f"{kind}_blocks" for letter, kind in BLOCK_KINDS.items()}
+    return {f"blocks.{i}": f"{lists[kind]}.{kinds[:i].count(kind)}" for i, kind in enumerate(kinds)}
 
 
 def _replace_block(blocks: Mapping[str, str], name: str) -> str:
@@ -156,6 +156,10 @@ def _replace_block(blocks: Mapping[str, str], name: str) -> str:
     index, _, rest = rest.partition(".")
     block = blocks.get(f"{list_name}.{index}")
     return name if block is None else f"{block}.{rest}"
+
+
+def _as_flag(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
 
 
 def to_opensora(
@@ -169,6 +173,7 @@ def to_opensora(
     Raises:
         UserError: if the model uses an option that STDiT3 does not have, or Open-Sora would misread its output.
     """
+    settings = asdict(STDiTConfig.read(settings))
     own = {
         f"model.{f.name}": (settings[f.name], f.default)
         for f in fields(STDiTConfig)
@@ -178,7 +183,7 @@ def to_opensora(
         own["flow.prediction"] = (prediction, "velocity")
     if own:
         used = ", ".join(f"{name.removeprefix('model.')} = {value}" for name, (value, _) in own.items())
-        flags = " ".join(f"--{name} {str(default).lower()}" for name, (_, default) in own.items())
+        flags = " ".join(f"--{name} {_as_flag(default)}" for name, (_, default) in own.items())
         raise UserError(
             f"this model has {used}, which Open-Sora's STDiT3 does not know: its code would compute something else "
             f"from the same weights, so other keys would not help. Train a model with {flags} to convert it."

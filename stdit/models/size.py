@@ -12,7 +12,6 @@ from stdit.errors import UserError
 from stdit.models.config import STDiTConfig, token_grid
 from stdit.models.stdit import STDiT
 from stdit.parallel.sequence.planner import FLOAT32_BYTES, Saved, Workload
-from stdit.parallel.sequence.sharding import block_shard_axes
 
 
 def batch_load(
@@ -28,11 +27,15 @@ def batch_load(
         clips,
         *token_grid(latent_shape, config.patch_size),
         width=config.hidden_size,
-        shard_axes=tuple(block_shard_axes(config.depth, config.block_order)),
+        kinds=config.kinds,
+        head_size=config.hidden_size // config.num_heads,
+        columns=-(-latent_shape[2] // config.patch_size[2]),
         out_features=prod(config.patch_size) * config.out_channels,
         element_size=element_size,
         micro_batch_size=micro_batch_size,
         saved=saved,
+        convolves=config.mlp_conv,
+        causal=config.linear_causal,
     )
 
 
@@ -47,13 +50,20 @@ def tensor_bytes(*modules: nn.Module) -> int:
 
 
 def count_on_meta(config: STDiTConfig, count: Callable[[STDiT], int] = parameter_count) -> int:
-    """Return ``count`` of a model of any depth, extrapolated from depths 1 and 2, since all blocks are equal.
+    """Return ``count`` of a model of any depth, from that of a few blocks, since all of a kind are equal.
 
     Raises:
         UserError: if a single weight would have more bytes than torch can count.
     """
+    kinds = config.kinds
+    few = "".join(sorted(set(kinds)) * 2)
+
+    def count_few(kinds: str) -> int:
+        return count(meta_model(replace(config, depth=len(kinds) // 2, blocks=kinds)))
+
     try:
-        one, two = (count(meta_model(replace(config, depth=depth))) for depth in (1, 2))
+        base = count_few(few)
+        more = {kind: count_few(few + 2 * kind) - base for kind in set(kinds)}  # of two such blocks
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -61,7 +71,7 @@ def count_on_meta(config: STDiTConfig, count: Callable[[STDiT], int] = parameter
             f"a weight of this model would exceed 2^63 bytes: lower model.hidden_size = {config.hidden_size}, "
             f"model.mlp_ratio = {config.mlp_ratio:g}, or model.patch_size = {list(config.patch_size)}"
         ) from None
-    return one + (config.depth - 1) * (two - one)
+    return base + sum((kinds.count(kind) - 2) * two for kind, two in more.items()) // 2
 
 
 def training_flops(

@@ -1,4 +1,4 @@
-"""STDiT: a diffusion transformer that attends over space and over time in turn.
+"""STDiT: a diffusion transformer whose blocks attend over space, over time or over both, in any pattern.
 
 The architecture is that of Open-Sora v1.2's STDiT3 (Zheng et al. 2024, arXiv:2412.20404) with adaLN-single
 (PixArt-alpha, Chen et al. 2023, arXiv:2310.00426, section 2.3). Modules have Open-Sora's names, but all blocks are in
@@ -17,31 +17,38 @@ from functools import partial
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, pad
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from stdit.checkpoint_files import Sealed, verify_if_sealed
 from stdit.errors import UserError
 from stdit.models import opensora
 from stdit.models.activations import offloaded
-from stdit.models.attention import CrossAttention, SelfAttention
-from stdit.models.config import Activations, SettingValue, STDiTConfig, token_grid
+from stdit.models.blocks import BLOCK_CLASSES, FinalLayer, STDiTBlock, TokenGrid
+from stdit.models.config import (
+    BLOCK_KINDS,
+    Activations,
+    SettingValue,
+    STDiTConfig,
+    token_grid,
+    with_current_names,
+)
 from stdit.models.embeddings import (
     CaptionEmbedder,
     Mlp,
     PatchEmbed3D,
     ScalarEmbedder,
+    joint_angles,
     rotary_angles,
     sincos,
     spatial_positions,
@@ -49,141 +56,9 @@ from stdit.models.embeddings import (
 from stdit.models.lora_scale import scale_loras
 from stdit.models.low_bit import low_bit_layers, make_low_bit
 from stdit.parallel.sequence.group import ONE_RANK, Group
-from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding, block_shard_axes
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without parameters, then ``x * (1 + scale) + shift`` (Peebles & Xie 2023, arXiv:2212.09748)."""
-    return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
-
-
-class TokenGrid(NamedTuple):
-    """Positions of the tokens."""
-
-    columns: int
-    """Patches in a row of a frame."""
-    angles: Tensor
-    """Rotary angles of all frames, ``[T dim/2]``."""
-
-
-class STDiTBlock(nn.Module):
-    """Self-attention, cross-attention and MLP on ``[B T S D]``.
-
-    A subclass defines which tokens attend to each other; everything else acts on each token by itself, so a block
-    also runs on a part of the tensor along the axis ``shard``. Each has a ``forward`` of its own, since torch.compile
-    counts how often the same code is compiled again.
-    """
-
-    shard: ClassVar[ShardAxis]
-    activations: Activations = "keep"
-
-    def __init__(self, config: STDiTConfig, cross_attention: bool, conv: type[nn.Conv1d | nn.Conv2d]) -> None:
-        super().__init__()
-        dim = config.hidden_size
-        self.attn = SelfAttention(dim, config.num_heads, config.qk_norm)
-        self.cross_attn = CrossAttention(dim, config.num_heads) if cross_attention else None
-        self.mlp_conv = conv(dim, dim, 3, padding=1, groups=dim, bias=False) if config.mlp_conv else None
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim)
-        self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
-
-    def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        raise NotImplementedError
-
-    def convolve_neighbours(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        """Add a depthwise convolution over the neighbours of each token, if the model has one."""
-        raise NotImplementedError
-
-    def forward(
-        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
-    ) -> Tensor:
-        """One block (PixArt-alpha, figure 4) on tokens ``[B T S D]``.
-
-        Args:
-            y: caption ``[B L D]``.
-            modulation: ``[B F 6 D]``.
-        """
-        x = hidden_states
-        table = (self.scale_shift_table + modulation).to(x.dtype)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, :, :, None].unbind(2)  # each [B F 1 D]
-        x = torch.addcmul(x, gate_a, self.self_attention(modulate(x, shift_a, scale_a), grid))
-        if self.cross_attn is not None:
-            x = x + self.cross_attn(x.flatten(1, 2), y, y_mask).view_as(x)
-        return torch.addcmul(
-            x, gate_m, self.mlp(self.convolve_neighbours(modulate(x, shift_m, scale_m), grid))
-        )
-
-
-class SpatialBlock(STDiTBlock):
-    """Attention among the patches of each frame."""
-
-    shard = "time"
-
-    def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
-        super().__init__(config, cross_attention, nn.Conv2d)
-
-    def forward(
-        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
-    ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid)
-
-    def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        rows = rearrange(x, "B T S D -> (B T) S D")
-        attended: Tensor = self.attn(rows)
-        return rearrange(attended, "(B T) S D -> B T S D", B=x.shape[0])
-
-    def convolve_neighbours(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        if self.mlp_conv is None:
-            return x
-        frames = rearrange(x, "B T (H W) D -> (B T) D H W", W=grid.columns)
-        mixed: Tensor = self.mlp_conv(frames)
-        return x + rearrange(mixed, "(B T) D H W -> B T (H W) D", B=x.shape[0])
-
-
-class TemporalBlock(STDiTBlock):
-    """Attention among the frames of each patch, with rotary positions."""
-
-    shard = "space"
-
-    def __init__(self, config: STDiTConfig, cross_attention: bool = True) -> None:
-        super().__init__(config, cross_attention, nn.Conv1d)
-
-    def forward(
-        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
-    ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid)
-
-    def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        # Contiguous: else PyTorch multiplies by a copy of each weight for every row, if the weight is frozen.
-        rows = rearrange(x, "B T S D -> (B S) T D").contiguous()
-        attended: Tensor = self.attn(rows, grid.angles)
-        return rearrange(attended, "(B S) T D -> B T S D", B=x.shape[0])
-
-    def convolve_neighbours(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        if self.mlp_conv is None:
-            return x
-        lines = rearrange(x, "B T S D -> (B S) D T")
-        mixed: Tensor = self.mlp_conv(lines)
-        return x + rearrange(mixed, "(B S) D T -> B T S D", B=x.shape[0])
-
-
-for block_class in (SpatialBlock, TemporalBlock):  # not by register(), which imports all models of diffusers
-    TransformerBlockRegistry._registry[block_class] = TransformerBlockMetadata(
-        return_hidden_states_index=0, _cls=block_class
-    )
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and a linear map from tokens to the values of their patch; ``t [B F D]``."""
-
-    def __init__(self, dim: int, out_features: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(dim, out_features)
-        self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table + t[:, :, None]).to(x.dtype)[:, :, :, None].unbind(2)
-        out: Tensor = self.linear(modulate(x, shift, scale))
-        return out
+from stdit.parallel.sequence.layouts import Layout, Span
+from stdit.parallel.sequence.sharding import TokenSharding
+from stdit.parallel.sequence.stages import Costs, Stage, choose_grid, first_layout
 
 
 class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, FromOriginalModelMixin):  # type: ignore[misc]  # fmt: skip
@@ -191,8 +66,8 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
 
     config_name = "config.json"
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SpatialBlock", "TemporalBlock"]
-    _repeated_blocks = ["SpatialBlock", "TemporalBlock"]
+    _no_split_modules = [block_class.__name__ for block_class in BLOCK_CLASSES.values()]
+    _repeated_blocks = _no_split_modules
     _keep_in_fp32_modules = ["scale_shift_table"]
 
     blocks: Sequence[STDiTBlock]
@@ -214,11 +89,15 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         self.pooled_embedder = Mlp(config.caption_channels, dim, dim) if config.pooled_text else None
         everywhere = config.cross_attention == "all"
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            SpatialBlock(config) if axis == "time" else TemporalBlock(config, everywhere)
-            for axis in block_shard_axes(config.depth, config.block_order)
+            BLOCK_CLASSES[kind](config, everywhere or kind != "T")  # type: ignore[call-arg]
+            for kind in config.kinds
         )
         self.final_layer = FinalLayer(dim, prod(config.patch_size) * self.out_channels)
         self.initialize_weights()
+
+    def __getattr__(self, name: str) -> Any:
+        """Find the module ``blocks`` before the setting of that name, of which diffusers would warn."""
+        return nn.Module.__getattr__(self, name) if name == "blocks" else super().__getattr__(name)
 
     @classmethod
     def from_opensora(
@@ -258,6 +137,11 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         if options.get("config") is None:
             options.setdefault("original_config", {})
         return super().from_single_file(pretrained_model_link_or_path_or_dict, **options)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> Any:
+        """Return the settings in a recorded config, for diffusers."""
+        return super().extract_init_dict(with_current_names(config_dict), **options)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:
         """Write config, weights and a manifest into a folder; ``options`` are those of diffusers.
@@ -323,7 +207,7 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
                 block.scale_shift_table[[2, 5]] += self.config.gate_init
             if block.mlp_conv is not None:
                 nn.init.normal_(block.mlp_conv.weight, std=0.1)
-            if self.config.gate_init == 0 and isinstance(block, TemporalBlock):
+            if self.config.gate_init == 0 and block.kind != "S":
                 for name, parameter in block.named_parameters():
                     if name.endswith(("proj.weight", "mlp.fc2.weight")):
                         nn.init.zeros_(parameter)
@@ -334,10 +218,18 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         for name in list(state_dict):
             state_dict[rename(name)] = state_dict.pop(name)
 
-    def block_patterns(self, kind: Literal["spatial", "temporal"]) -> list[str]:
-        """Return a regular expression for each block of a kind, found in the names of its modules and weights."""
-        wanted = SpatialBlock if kind == "spatial" else TemporalBlock
-        return [rf"\bblocks\.{i}\." for i, block in enumerate(self.blocks) if isinstance(block, wanted)]
+    @property
+    def kinds(self) -> str:
+        """Letters of the blocks, in the order in which they run."""
+        return "".join(block.kind for block in self.blocks)
+
+    def block_patterns(self, kind: str) -> list[str]:
+        """Return a regular expression for each block of a kind, found in the names of its modules and weights.
+
+        Args:
+            kind: spatial, temporal, joint or linear.
+        """
+        return [rf"\bblocks\.{i}\." for i, block in enumerate(self.blocks) if BLOCK_KINDS[block.kind] == kind]
 
     def with_weights(self, tensors: dict[str, Tensor]) -> "STDiT":
         """Return a model with the same settings and adapters that uses ``tensors``, without a copy."""
@@ -377,7 +269,7 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         """Predict the target of the diffusion objective (such as the velocity) from noisy latents.
 
         Args:
-            hidden_states: noisy latents ``[B C T H W]``, of any size; with ``sharding``, this rank's frames of them.
+            hidden_states: noisy latents ``[B C T H W]``, of any size; with ``sharding``, those of this rank's row.
             timestep: 1000 times the noise level t, ``[B]``, ``[B 1]``, or one for each latent frame ``[B T]`` (0: a
                 conditioning frame).
             encoder_hidden_states: text states ``[B L E]``, L at most ``model_max_length``.
@@ -406,22 +298,17 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         frames_here, rows, columns = -(-T // pt), -(-H // ph), -(-W // pw)
         padded = pad(hidden_states, (0, columns * pw - W, 0, rows * ph - H, 0, frames_here * pt - T))
 
-        x = self.x_embedder(padded)  # [B T S D], of this rank's frames
+        stages = sharding.stages(self.kinds)
+        first = first_layout(stages[0])
+        x = self._embed(padded, sharding, first, columns)  # [B T_n S_n D]
         dtype = x.dtype
-        x = (
-            x
-            + spatial_positions(rows, columns, x.shape[-1], height * width, self.config.input_sq_size).to(
-                dtype
-            )[:, None]
-        )
+        place = spatial_positions(rows, columns, x.shape[-1], height * width, self.config.input_sq_size)
+        begin, end = sharding.own(first).patches
+        x = x + place[:, begin:end].to(dtype)[:, None]
         if self.config.frame_positions:
-            positions = sincos(torch.arange(sharding.frames, device=x.device), x.shape[-1])[
-                None, :, None
-            ]  # [1 T 1 D]
-            x = x + sharding.per_frame(positions, "time").to(dtype)
-        grid = TokenGrid(
-            columns, rotary_angles(sharding.frames, x.shape[-1] // self.config.num_heads, x.device)
-        )
+            positions = sincos(torch.arange(sharding.frames, device=x.device), x.shape[-1])  # [T D]
+            x = x + sharding.per_frame(positions[None, :, None], first).to(dtype)
+        grids = self._token_grids(stages, sharding, columns, x.device)
 
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         states = encoder_hidden_states.to(dtype)
@@ -437,17 +324,47 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
             t = t + self.pooled_embedder(pooled)[:, None]
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
 
-        shard_axes = [block.shard for block in self.blocks]
-        x = sharding.switch(x, "time", shard_axes[0])
-        for block, following in zip(self.blocks, [*shard_axes[1:], shard_axes[-1]], strict=True):
-            stage = partial(self._run_block, block, y, mask, grid)
-            x = sharding.run_then_switch(stage, x, modulation, block.shard, following)
-        x = sharding.run_then_switch(self.final_layer, x, t, shard_axes[-1], "time")
+        x = sharding.switch(x, first, stages[0].layout)
+        for block, stage, following in zip(self.blocks, stages, [*stages[1:], stages[-1]], strict=True):
+            run = partial(self._run_block, block, y, mask, grids[stage])
+            x = sharding.run_then_switch(run, x, modulation, stage, following)
+        x = sharding.run_last(self.final_layer, x, t, stages[-1])
         x = rearrange(
             x, "B T (H W) (pt ph pw C) -> B C (T pt) (H ph) (W pw)", H=rows, W=columns, pt=pt, ph=ph, pw=pw
         )
         sample = x[:, :, :T, :H, :W]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _embed(self, latents: Tensor, sharding: TokenSharding, layout: Layout, columns: int) -> Tensor:
+        """Return this rank's tokens ``[B T_n S_n D]`` of the latents of its row, padded to whole patches."""
+        own, row = sharding.own(layout), sharding.row_tokens[sharding.group.rank]
+        if sharding.group.size == 1 or own == row:
+            embedded: Tensor = self.x_embedder(latents)
+            return embedded
+        pt, ph, _ = self.config.patch_size
+        frames = own.frames.within(row.frames)
+        rows = Span(own.patches.begin // columns, -(-own.patches.end // columns))
+        part = latents[:, :, frames.start * pt : frames.stop * pt, rows.begin * ph : rows.end * ph]
+        embedded = self.x_embedder(part)
+        return embedded[:, :, own.patches.within(Span(rows.begin * columns, rows.end * columns))]
+
+    def _token_grids(
+        self,
+        stages: Sequence[Stage],
+        sharding: TokenSharding,
+        columns: int,
+        device: torch.device,
+    ) -> dict[Stage, TokenGrid]:
+        """Return the positions of this rank's tokens for each kind of block and layout."""
+        head_size = self.config.hidden_size // self.config.num_heads
+        along_time = rotary_angles(sharding.frames, head_size, device)
+        grids = {}
+        for stage in dict.fromkeys(stages):
+            angles = along_time
+            if stage.kind in "JL":
+                angles = joint_angles(*sharding.own(stage.layout), columns, head_size, device)
+            grids[stage] = TokenGrid(columns, angles, sharding.shard(stage))
+        return grids
 
     def _run_block(
         self,
@@ -470,10 +387,21 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
                 out = block(x, y, mask, modulation, grid)
         return out
 
-    def token_sharding(self, group: Group, latent_frames: int, height: int, width: int) -> TokenSharding:
-        """Return how a group shards latents of ``latent_frames``, and height and width in latents."""
-        patch = self.config.patch_size
-        return TokenSharding(group, *token_grid((latent_frames, height, width), patch), patch[0])
+    def token_sharding(
+        self, group: Group, latent_frames: int, height: int, width: int, clips: int = 1
+    ) -> TokenSharding:
+        """Return how a group shards latents of ``latent_frames``, and height and width in latents.
+
+        Its ranks divide time and space as its ``grid`` says, or as is fastest for batches of ``clips``.
+        """
+        config = self.config
+        frames, patches = token_grid((latent_frames, height, width), config.patch_size)
+        halo = -(-width // config.patch_size[2]) + 1 if config.mlp_conv else 0
+        costs = Costs.of(
+            config.hidden_size, config.num_heads, group.speeds, clips, halo, config.linear_causal
+        )
+        grid = group.grid or choose_grid(group.size, frames, patches, self.kinds, costs)
+        return TokenSharding(group, frames, patches, config.patch_size[0], grid, costs)
 
     def _check(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, sharding: TokenSharding

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from stdit.parallel.processes.parameters import full_tensor, local_tensor
     from stdit.parallel.processes.watchdog import Watchdog, build_watchdog
     from stdit.parallel.sequence.group import Group
-    from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding
+    from stdit.parallel.sequence.layouts import Grid
+    from stdit.parallel.sequence.sharding import TokenSharding
 
 __all__ = [
     "Group",
     "Mesh",
     "ParallelConfig",
     "SamplingParallelConfig",
-    "ShardAxis",
+    "Grid",
     "TokenSharding",
     "TrainingParallelConfig",
     "Watchdog",
@@ -37,7 +38,7 @@ __getattr__ = lazy_getattr(
     {
         "Group": "stdit.parallel.sequence.group",
         "Mesh": "stdit.parallel.processes.mesh",
-        "ShardAxis": "stdit.parallel.sequence.sharding",
+        "Grid": "stdit.parallel.sequence.layouts",
         "TokenSharding": "stdit.parallel.sequence.sharding",
         "Watchdog": "stdit.parallel.processes.watchdog",
         "build_mesh": "stdit.parallel.processes.mesh",

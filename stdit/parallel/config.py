@@ -14,6 +14,15 @@ class ParallelConfig:
     sp: int | Literal["auto"] = 1
     """Ranks that share each video (sequence-parallel); the rest of the processes split the batch in training. auto:
     the smallest that fits in memory."""
+    grid: Literal["auto"] | tuple[int, int] = "auto"
+    """How these ranks divide each video: the number of parts in time, and in space, such as [4, 2]. It sets sp.
+    auto: as is fastest for the frames and patches of each bucket or video."""
+    link_gbit: float | None = None
+    """Gbit/s that a rank can send to others, for the choice of the grid; none: 3,200, as by NVLink (CPUs: 8)."""
+    latency_us: float | None = None
+    """Microseconds that an exchange takes besides, likewise; none: 20 (CPUs: 500)."""
+    tflops: float | None = None
+    """TFLOP/s that a rank reaches, likewise; none: 400 (CPUs: 0.1)."""
     memory_gib: float | None = None
     """GiB of memory that a process may use, for estimates. None: all of its GPU, or its share of the machine's."""
     overlap_chunks: int = 1
@@ -26,8 +35,22 @@ class ParallelConfig:
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise UserError(f"parallel.{name} = {value}: must be at least 1")
-        if self.memory_gib is not None and not 0 < self.memory_gib < inf:
-            raise UserError(f"parallel.memory_gib = {self.memory_gib}: must be positive")
+        if self.grid != "auto":
+            self.grid = (self.grid[0], self.grid[1])
+            shown = list(self.grid)
+            if min(self.grid) < 1:
+                raise UserError(f"parallel.grid = {shown}: must be two numbers of parts, each at least 1")
+            ranks = self.grid[0] * self.grid[1]
+            if self.sp not in (1, "auto", ranks):
+                raise UserError(
+                    f"parallel.grid = {shown}: has {ranks} ranks, but parallel.sp = {self.sp}: leave sp out, or "
+                    f"let the two numbers multiply to {self.sp}"
+                )
+            self.sp = ranks
+        for name in ("link_gbit", "latency_us", "tflops", "memory_gib"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise UserError(f"parallel.{name} = {value}: must be positive; leave it out for the default")
         if not self.timeout > 0:
             raise UserError(f"parallel.timeout = {self.timeout}: must be positive")
 

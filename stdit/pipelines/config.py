@@ -321,8 +321,13 @@ class SampleConfig(PromptSettings):
                 f"resolution = {self.resolution} without an aspect_ratio: add --aspect_ratio (width:height), such "
                 "as 16:9 or 1:1."
             )
+        chooses_grid = self.parallel.sp != 1 and self.parallel.grid == "auto"
         for name, need, has_it in (
             ("overlap_chunks", "parallel.sp above 1", self.parallel.sp != 1),
+            *(
+                (name, "parallel.sp above 1 without parallel.grid", chooses_grid)
+                for name in ("link_gbit", "latency_us", "tflops")
+            ),
             ("memory_gib", "parallel.sp = auto", self.parallel.sp == "auto"),
         ):
             value = getattr(self.parallel, name)

@@ -79,7 +79,7 @@ class GuidedModel:
         if not self.guidance_rescale:
             return velocity
         of_rank = torch.stack([sample_moments(conditional), sample_moments(velocity)])[None]
-        ranks = self.sharding.group
+        ranks = self.sharding.column_group
         sums = all_gather(of_rank, ranks, 0, [1] * ranks.size).sum(0)  # over all frames
         before, after = (standard_deviation(one) for one in sums)
         return rescale_guidance(velocity, before, after, self.guidance_rescale)

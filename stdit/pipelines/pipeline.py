@@ -464,7 +464,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         }
         if attention_kwargs is not None:
             shared["attention_kwargs"] = attention_kwargs
-        sharding = self.transformer.token_sharding(self.mesh.sp, *shape[1:])
+        rows = len(generators) * (2 if guided and self.mesh.cfg.size == 1 else 1)
+        sharding = self.transformer.token_sharding(self.mesh.sp, *shape[1:], rows)
         model = GuidedModel(
             self.transformer,
             self.flow,
@@ -782,10 +783,10 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         frames = None if alone else num_frames
         pixels = torch.cat([self.codec.decode(one[None], frames, height, width) for one in latents])
         if alone:
-            per_rank = [
-                count * self.codec.stride[0] for count in sharding.latent_frames_per_rank(latent_frames)
+            per_row = [
+                count * self.codec.stride[0] for count in sharding.latent_frames_per_row(latent_frames)
             ]
-            pixels = all_gather(pixels, sharding.group, 2, per_rank)
+            pixels = all_gather(pixels, sharding.column_group, 2, per_row)
         return pixels[:, :, :num_frames].float()
 
 

@@ -132,8 +132,8 @@ def _share(pipe: "STDiTPipeline", requests: list[Request], config: SampleConfig,
     mesh = resolve_sp(mesh, config.parallel, lambda: workload.choose_sp(mesh.world_size, memory))
     pipe.share(mesh)
     if mesh.is_main:
-        for warning in workload.idle_warnings(mesh.sp.size, mesh.world_size):
-            logger.warning(warning)
+        for line in workload.grid_lines(mesh.sp.size, mesh.world_size):
+            print(line)
     else:
         pipe.set_progress_bar_config(disable=True)
     return mesh

@@ -39,7 +39,17 @@ class InitialWeights:
     """Yields names and tensors."""
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raise UserError unless these are the weights of a model, by name and shape."""
+        """Raise UserError unless these are the weights of a model, by kind of block, name and shape."""
+        for name in ("blocks", "linear_causal") if isinstance(model, STDiT) else ():
+            there, here = (
+                value if name == "blocks" else str(value).lower()
+                for value in (getattr(self.settings, name), getattr(model.config, name))
+            )
+            if there != here and (name == "blocks" or "L" in self.settings.blocks):
+                raise UserError(
+                    f"init_from = {self.source}: its model has model.{name} = {there}, and this one {here}: the same "
+                    f"weights would compute something else. Set --model.{name} '{there}', or leave init_from out."
+                )
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: tuple(shape) for name, shape in self.shapes.items()}
         odd = [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]

@@ -1,18 +1,20 @@
 """Memory of sampling, and the number of sequence-parallel ranks that it needs (``--parallel.sp auto``)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from stdit.models.config import STDiTConfig
 from stdit.models.size import batch_load, tensor_bytes
+from stdit.parallel.processes.mesh import parallel_dims
 from stdit.parallel.sequence.planner import (
     ParallelDims,
     SpChoice,
     Workload,
     activation_bytes,
     choose_sp,
+    describe_grid,
     divisors,
     idle_warning,
 )
@@ -34,32 +36,43 @@ class SamplingWorkload:
     def choose_sp(self, world_size: int, memory: int) -> SpChoice:
         """Choose how many ranks share a video if each has ``memory`` bytes.
 
-        As few as memory allows, but enough that no rank is without a video, as far as the videos have frames.
+        As few as memory allows, but enough that no rank is without a video.
         """
         ranks = world_size // self.config.parallel.cfg
         degrees = divisors(ranks)
         spread = next(sp for sp in degrees if ranks // sp <= len(self.settings))
-        longest = max(load.frames for load in self._loads(1))
-        least = min(spread, max(sp for sp in degrees if sp <= longest))
-        return choose_sp({sp: self.memory(ParallelDims(ranks, sp)) for sp in degrees if sp >= least}, memory)
+        return choose_sp({sp: self.memory(self._split(ranks, sp)) for sp in degrees if sp >= spread}, memory)
 
-    def idle_warnings(self, sp: int, world_size: int) -> list[str]:
-        """Return a warning if ranks idle because a video has fewer frames than ranks."""
-        shortest = min(self._loads(1), key=lambda load: load.frames)
-        return idle_warning(
-            "a video", shortest.frames, ParallelDims(world_size // self.config.parallel.cfg, sp)
-        )
+    def _split(self, ranks: int, sp: int) -> ParallelDims:
+        return parallel_dims(self.config.parallel, ranks, sp, self.pipe.mesh.device.type == "cpu")
+
+    def grid_lines(self, sp: int, world_size: int) -> list[str]:
+        """Return how the ranks of a video divide those of each size, and warnings about idle ranks."""
+        if sp == 1:
+            return []
+        split = self._split(world_size // self.config.parallel.cfg, sp)
+        alone = replace(split, processes=sp)
+        lines: dict[str, None] = {}
+        for one, load in zip(self.settings, self._loads(self._batch_size(split)), strict=True):
+            size = f"{one['num_frames']}x{one['height']}x{one['width']}"
+            lines[f"parallel.grid of {size}: {describe_grid(load, alone)}"] = None
+            lines |= dict.fromkeys(idle_warning(f"a video of {size}", load, alone))
+        return list(lines)
 
     def memory(self, split: ParallelDims) -> int:
         """Estimate the bytes per rank: weights, activations of one block, and pixels; not those in the codec."""
         pipe = self.pipe
-        batch_size = min(self.config.batch_size, ceil(len(self.settings) / split.dp))
+        batch_size = self._batch_size(split)
         pixels = max(one["num_frames"] * one["height"] * one["width"] for one in self.settings)
         weights = tensor_bytes(pipe.transformer, pipe.codec, pipe.prompt_encoder)
         activations = max(
-            activation_bytes(load, ParallelDims(split.sp, split.sp)) for load in self._loads(batch_size)
+            activation_bytes(load, replace(split, processes=split.sp)) for load in self._loads(batch_size)
         )
         return weights + activations + batch_size * 3 * 4 * pixels
+
+    def _batch_size(self, split: ParallelDims) -> int:
+        """Return how many videos a group of ranks makes at once."""
+        return min(self.config.batch_size, ceil(len(self.settings) / split.dp))
 
     def _loads(self, batch_size: int) -> Iterator[Workload]:
         """Yield the load of a batch of each video on the model; guidance on one rank doubles the batch."""

@@ -10,6 +10,7 @@ from stdit.checkpoint_files import META, read_meta
 from stdit.data.clip_list import ClipList
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes
+from stdit.models.config import with_current_names
 
 CLIP_LIST = "clips.safetensors.gz"
 """File of a checkpoint: the clips that its run trained on."""
@@ -59,6 +60,7 @@ def check_can_resume(checkpoint: Path, experiment: Mapping[str, Any]) -> dict[st
                 f"checkpoint {checkpoint}: {META} has no valid {key}: use another checkpoint, or delete this folder "
                 "to resume from the one before it."
             )
+    meta["experiment"] = with_current_names(meta["experiment"], "model.")
     had, has = ("lora.rank" in one for one in (meta["experiment"], experiment))
     if had != has:
         holds, asks = ("an adapter", "lora.rank is not set") if had else ("no adapter", "lora.rank is set")
@@ -74,9 +76,11 @@ def check_can_resume(checkpoint: Path, experiment: Mapping[str, Any]) -> dict[st
         if key.startswith(start)
     ]
     if found:
+        same = meta["experiment"].get("model.blocks") == experiment.get("model.blocks")
+        weights = f" and start from its weights by --init_from {checkpoint}, if they have the same shapes"
         raise UserError(
             f"checkpoint {checkpoint} cannot be resumed with {'; '.join(found)}. Go back to its settings, or choose "
-            f"another --name and start from its weights by --init_from {checkpoint}, if they have the same shapes."
+            f"another --name{weights if same else ''}."
         )
     return meta
 

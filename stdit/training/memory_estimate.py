@@ -6,7 +6,7 @@ from functools import cached_property
 
 from stdit.data.buckets import Bucket
 from stdit.models.size import batch_load, tensor_bytes
-from stdit.parallel.processes.mesh import check_divides, runs_on_cpu
+from stdit.parallel.processes.mesh import check_divides, parallel_dims, runs_on_cpu
 from stdit.parallel.sequence.planner import (
     FLOAT32_BYTES,
     ParallelDims,
@@ -14,6 +14,7 @@ from stdit.parallel.sequence.planner import (
     Workload,
     activation_bytes,
     choose_sp,
+    describe_grid,
     divisors,
     idle_warning,
 )
@@ -143,17 +144,27 @@ class MemoryEstimate:
         """
         sp = self.inputs.config.parallel.sp
         if sp == "auto":
-            return [ParallelDims(processes, degree) for degree in self.valid_sp(processes)]
+            return [self.split(processes, degree) for degree in self.valid_sp(processes)]
         processes = sp if processes == 1 else processes
-        check_divides({"sp": sp}, processes)
-        return [ParallelDims(processes, sp)]
+        check_divides(self.inputs.config.parallel, {"sp": sp}, processes)
+        return [self.split(processes, sp)]
+
+    def split(self, processes: int, sp: int) -> ParallelDims:
+        """Return how processes share the work with a value of sp."""
+        return parallel_dims(self.inputs.config.parallel, processes, sp, not self.on_gpu)
 
     def choose_sp(self, processes: int, memory: int) -> SpChoice:
         """Choose ``parallel.sp`` for a number of processes that may each use ``memory`` bytes."""
         degrees = self.valid_sp(processes)
-        return choose_sp({sp: self.total(ParallelDims(processes, sp)) for sp in degrees}, memory)
+        return choose_sp({sp: self.total(self.split(processes, sp)) for sp in degrees}, memory)
 
     def warnings(self, split: ParallelDims) -> list[str]:
-        """Return warnings about ranks that would be idle."""
-        bucket, load = min(self.loads.items(), key=lambda item: item[1].frames)
-        return idle_warning(f"a clip of {bucket}", load.frames, split)
+        """Return how the ranks of a video divide those of each bucket, and warnings about idle ranks."""
+        if split.sp == 1:
+            return []
+        lines = [
+            f"parallel.grid of {bucket}: {describe_grid(load, split)}" for bucket, load in self.loads.items()
+        ]
+        for bucket, load in self.loads.items():
+            lines += idle_warning(f"a clip of {bucket}", load, split)
+        return lines

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ from stdit.parallel.sequence.planner import (
     Workload,
     balance,
     divisors,
-    estimate_traffic,
     format_gib,
 )
+from stdit.parallel.sequence.stages import grids
+from stdit.parallel.sequence.traffic import estimate_traffic
 from stdit.training.build import RunComponents, RunInputs, build_inputs, compare_with_checkpoint
 from stdit.training.config import TrainConfig
 from stdit.training.early_stopping import EarlyStopping
@@ -31,7 +33,7 @@ from stdit.training.run_folder import find_start
 MIB = 2**20
 _WORLD_SIZES = (1, 2, 4, 8)
 """Numbers of processes to compare if a single one was started."""
-_COLUMNS = ("processes", "sp", "dp", "frames", "patches", "balance", "sent MB", "memory GiB")
+_COLUMNS = ("processes", "sp", "dp", "grid", "frames", "patches", "balance", "sent MB", "memory GiB")
 
 
 def report_of(config: TrainConfig, processes: int) -> str:
@@ -77,8 +79,8 @@ def report(inputs: RunInputs, processes: int, memory: int, compare_sp: bool = Tr
     split = _asked_split(estimate, processes, memory)
     worlds = _WORLD_SIZES if processes == 1 else (processes,)
     lines = [
-        f"model: {estimate.counts.weights:,} parameters ({config.model.depth} x 2 blocks, width "
-        f"{config.model.hidden_size})",
+        f"model: {estimate.counts.weights:,} parameters ({config.model.depth} x 2 blocks, "
+        f"{config.model.blocks}, width {config.model.hidden_size})",
         f"data: {inputs.plan.assignment.kept} clips",
         inputs.plan.report(),
         "",
@@ -98,7 +100,7 @@ def report(inputs: RunInputs, processes: int, memory: int, compare_sp: bool = Tr
 def _asked_split(estimate: MemoryEstimate, processes: int, memory: int) -> ParallelDims:
     """Return how the settings share the work, with ``parallel.sp = auto`` as it would be chosen."""
     if estimate.inputs.config.parallel.sp == "auto":
-        return ParallelDims(processes, estimate.choose_sp(processes, memory).sp)
+        return estimate.split(processes, estimate.choose_sp(processes, memory).sp)
     return estimate.splits(processes)[0]
 
 
@@ -125,18 +127,25 @@ def _sharing_lines(estimate: MemoryEstimate, worlds: Sequence[int], memory: int)
         yield "".join(f" {name:>10}" for name in _COLUMNS)
         for processes in worlds:
             for sp in divisors(processes):
-                yield _row(estimate, load, ParallelDims(processes, sp))
+                split = estimate.split(processes, sp)
+                chosen = split.grid_of(load)
+                for grid in [split.grid] if split.grid else grids(sp):
+                    mark = " *" if sp > 1 and grid == chosen else ""
+                    yield _row(estimate, load, replace(split, grid=grid)) + mark
+        yield "  * the fastest grid of these ranks, by what parallel.link_gbit, latency_us and tflops say"
     for processes in worlds:
         yield f"parallel.sp = auto, {processes} processes: {estimate.choose_sp(processes, memory)}"
 
 
 def _row(estimate: MemoryEstimate, load: Workload, split: ParallelDims) -> str:
-    cells: list[object] = [split.processes, split.sp, split.dp]
+    cells: list[object] = [split.processes, split.sp, split.dp, str(split.grid_of(load))]
     if split.dp > load.clips:
         return "".join(f" {cell:>10}" for cell in cells) + f"   cannot split a batch of {load.clips}"
     traffic = max(sum(estimate_traffic(load, split, rank)[:2]) for rank in range(split.processes))
     memory = estimate.total(split, load)
-    cells += [_range(split.frames(load)), _range(split.patches(load)), f"{balance(load, split):.2f}"]
+    tokens = split.tokens(load, "grid")
+    cells += [_range([each.frames.size for each in tokens]), _range([each.patches.size for each in tokens])]
+    cells.append(f"{balance(load, split):.2f}")
     return "".join(f" {cell:>10}" for cell in [*cells, f"{traffic / 1e6:,.1f}", format_gib(memory)])
 
 

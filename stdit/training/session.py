@@ -14,7 +14,6 @@ from stdit.data.batch import EncodedBatch
 from stdit.parallel.processes.memory import memory_of_process
 from stdit.parallel.processes.mesh import Mesh, build_mesh, resolve_sp
 from stdit.parallel.processes.watchdog import Watchdog, build_watchdog, watching
-from stdit.parallel.sequence.planner import ParallelDims
 from stdit.training.batches import Batches, build_batches
 from stdit.training.build import build_components
 from stdit.training.config import TrainConfig
@@ -132,7 +131,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
 
             # What the user should know before the run takes hours.
             notes = [*components.plan.assignment.exclusions(), *components.plan.notes]
-            notes += estimate.warnings(ParallelDims(mesh.world_size, mesh.sp.size))
+            notes += estimate.warnings(estimate.split(mesh.world_size, mesh.sp.size))
             notes += [str(held_out)] if held_out else []
             notes += unneeded(config.resume_changed, config.init_from, components.resumed)
             print(start_line(components), *notes, sep="\n", flush=True)

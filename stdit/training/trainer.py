@@ -254,7 +254,7 @@ class Trainer:
         batch, draws = batch.to(device, non_blocking=True), draws.to(device)
         x = batch.latents
         x_t = self.flow.add_noise(x, draws.noise, draws.t)
-        sharding = self.model.token_sharding(self.mesh.sp, *x.shape[2:])  # type: ignore[operator]
+        sharding = self.model.token_sharding(self.mesh.sp, *x.shape[2:], len(x))  # type: ignore[operator]
         x, noise, x_t = (sharding.split(value, dim=2) for value in (x, draws.noise, x_t))
         t, weight = (sharding.split(value, dim=1) for value in (draws.t, frame_weights(draws.condition_mask)))
         with self.accelerator.autocast():
@@ -270,7 +270,8 @@ class Trainer:
                 sharding=sharding,
                 return_dict=False,
             )[0]
-        return self.flow.loss(output, x, noise, x_t, t, weight)
+        # The ranks of a row have the same frames, of which each counts a share.
+        return self.flow.loss(output, x, noise, x_t, t, weight) / sharding.grid.space
 
     def _count(self, step: int, finite: bool) -> None:
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1

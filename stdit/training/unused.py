@@ -59,7 +59,13 @@ RULES: tuple[Rule, ...] = (
         "trainer.spike.factor",
         lambda c: c.trainer.spike.factor is not None,
     ),
+    ("model.linear_causal", "L in model.blocks", lambda c: "L" in c.model.blocks),
     ("parallel.overlap_chunks", "parallel.sp above 1", lambda c: c.parallel.sp != 1),
+    (
+        "parallel.link_gbit parallel.latency_us parallel.tflops",
+        "parallel.sp above 1, and parallel.grid = auto",
+        lambda c: c.parallel.sp != 1 and c.parallel.grid == "auto",
+    ),
     ("checkpoint.keep_best", "validation.loss_every", lambda c: c.validation.loss_every is not None),
     (
         "validation.loss_manifest validation.loss_clips validation.loss_levels",

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from stdit.models import attention as module
-from stdit.models.attention import attention
+from stdit.models.attention import LinearAttention, attention
+from stdit.models.embeddings import joint_angles, rotate
 from stdit.models.stdit import STDiT, masked_mean
+from stdit.parallel.sequence.layouts import Span
 
 VISIBLE = torch.tensor([[True, True, False], [False, False, False]])
 PATHS = pytest.mark.parametrize("few", [4096, 0], ids=["products", "kernel"])
@@ -28,6 +30,44 @@ def test_attention_to_no_token_is_zero_and_has_no_gradient(few: int, monkeypatch
     for tensor in (q, k, v):
         assert tensor.grad is not None and tensor.grad.isfinite().all()
         assert not tensor.grad[1].any() and tensor.grad[0].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_linear_attention_is_that_of_its_kernel(causal: bool) -> None:
+    """Weights are products of features, turned by their positions, over the sum of the products as they are."""
+    torch.manual_seed(0)
+    (B, T, S, h, d), tokens = (2, 3, 4, 2, 6), 12
+    layer = LinearAttention(h * d, h, qk_norm=True, causal=causal).double()
+    x = torch.randn(B, T, S, h * d, dtype=torch.float64)
+    angles = joint_angles(Span(0, T), Span(0, S), 2, d, x.device)
+    q, k, v = layer.qkv(x).view(B, tokens, 3, h, d).permute(2, 0, 3, 1, 4)  # each [B h tokens d]
+    q, k = layer.q_norm(q).relu(), layer.k_norm(k).relu()
+    frame = torch.arange(tokens) // S
+    seen = frame[:, None] >= frame if causal else torch.ones(tokens, tokens, dtype=torch.bool)
+    turned = [rotate(each, angles.flatten(0, 1)) for each in (q, k)]
+    weights = turned[0] @ turned[1].mT * seen / (1 + (q @ k.mT * seen).sum(-1, keepdim=True))
+    expected = layer.proj((weights @ v).transpose(1, 2).reshape(B, T, S, h * d))
+    torch.testing.assert_close(layer(x, angles), expected)
+
+
+def test_causal_linear_attention_can_stream() -> None:
+    """Frames see the sum of the states of earlier ones, whose size does not grow: no later frame changes them."""
+    torch.manual_seed(0)
+    layer = LinearAttention(12, 2, qk_norm=True, causal=True).double()
+    x = torch.randn(2, 5, 4, 12, dtype=torch.float64)
+    angles = joint_angles(Span(0, 5), Span(0, 4), 2, 6, x.device)
+    whole = layer(x, angles)
+    carried = torch.zeros(())
+
+    class Stream:
+        def sum_states(self, states: Tensor, causal: bool) -> Tensor:
+            nonlocal carried
+            assert causal and states.shape == (1, 2, 2, 6, 7)
+            carried = carried + states
+            return carried
+
+    frames = [layer(x[:, t : t + 1], angles[t : t + 1], Stream()) for t in range(5)]
+    torch.testing.assert_close(torch.cat(frames, 1), whole)
 
 
 def test_the_mean_of_no_token_is_zero() -> None:

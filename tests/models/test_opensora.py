@@ -92,9 +92,16 @@ def test_converting_to_opensora_and_back_is_exact(case: str, dtype: torch.dtype,
     assert dict(STDiT.from_opensora(tmp_path).config) == dict(model.config)
 
 
-@pytest.mark.parametrize("order, there", [("alternate", "temporal_blocks.1"), ("paired", "spatial_blocks.1")])
-def test_names_of_blocks(order: str, there: str) -> None:
-    settings = {"depth": 3, "block_order": order}
+@pytest.mark.parametrize(
+    "settings, there",
+    [
+        ({"blocks": "S T"}, "temporal_blocks.1"),
+        ({"blocks": "S T T S"}, "spatial_blocks.1"),
+        ({"block_order": "paired"}, "spatial_blocks.1"),  # as older checkpoints have it
+    ],
+)
+def test_names_of_blocks(settings: dict[str, Any], there: str) -> None:
+    settings = {"depth": 3, **settings}
     assert opensora_names(settings)("blocks.3.attn.qkv.weight") == f"{there}.attn.qkv.weight"
     assert stdit_names(settings)(f"{there}.attn.qkv.weight.exp_avg") == "blocks.3.attn.qkv.weight.exp_avg"
     for name in ("t_block.1.bias", "blocks.0.attn.qkv.weight", "spatial_blocks.3.mlp.fc1.bias"):
@@ -126,8 +133,8 @@ def test_from_single_file(state: State, dtype: torch.dtype | None, tmp_path: Pat
 
 
 def test_a_model_with_options_that_opensora_lacks_is_refused(state: State) -> None:
-    model = STDiT.from_opensora(state, block_order="paired", gate_init=0.5)
-    with pytest.raises(UserError, match="this model has block_order = paired, which Open-Sora"):
+    model = STDiT.from_opensora(state, blocks="S T T S", gate_init=0.5)
+    with pytest.raises(UserError, match="this model has blocks = S T T S, which Open-Sora"):
         to_opensora(model.state_dict(), model.config)
 
 

@@ -10,18 +10,21 @@ from torch import Tensor
 
 from stdit.codecs.tiny import PACKAGED
 from stdit.errors import UserError
+from stdit.models.blocks import TokenGrid
 from stdit.models.config import STDiTConfig
-from stdit.models.stdit import STDiT, TemporalBlock, TokenGrid
+from stdit.models.stdit import STDiT
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {
     "tiny": 1_546_176,
+    "linear": 1_684_416,
+    "joint": 1_684_416,
     "S": 61_150_880,
     "B": 236_970_272,
     "XL-2": 1_208_872_736,
     "3B-2": 3_183_440_336,
 }
-"""As in the table of stdit/models/README.md; tiny with the quickstart's codec and text encoder."""
+"""As in the table of stdit/models/README.md; the first three with the quickstart's codec and text encoder."""
 
 
 def small(**settings) -> STDiT:
@@ -56,13 +59,14 @@ def test_parameters_of_presets(name: str) -> None:
     table = (ROOT / "stdit" / "models" / "README.md").read_text()
     rows = (line for line in table.splitlines() if line.startswith(f"| `{name}`"))
     (row,) = (row for row in rows if f"| {PARAMETERS[name]:,} |" in row)
-    if name == "tiny":
+    if name in ("tiny", "linear", "joint"):
         quickstart = yaml.safe_load((ROOT / "configs" / "train" / "quickstart.yaml").read_text())
         channels = json.loads((PACKAGED / "codec.json").read_text())["channels"]
         assert quickstart["codec"] == {"name": "tiny"}
         width = 384 * len(quickstart["text_encoder"]["layers"])
-        assert quickstart["model"] == settings
-        assert f"{channels} latent channels, text of width {width}" in row
+        own = {"tiny": {}, "linear": {"blocks": "S L"}, "joint": {"blocks": "S J"}}
+        assert {**quickstart["model"], **own[name]} == settings
+        assert f"{channels} latent channels, text of width {width}" in row or name != "tiny"
         settings |= {"in_channels": channels, "caption_channels": width, "model_max_length": 64}
     with torch.device("meta"):
         model = STDiT(**settings)
@@ -70,7 +74,7 @@ def test_parameters_of_presets(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"block_order": "paired", "cross_attention": "spatial", "pooled_text": True}]
+    "settings", [{}, {"blocks": "S T T S", "cross_attention": "spatial", "pooled_text": True}]
 )
 def test_equal_timesteps_of_frames_are_one_timestep(settings: dict) -> None:
     model, batch = small(**settings), inputs()
@@ -152,11 +156,18 @@ def test_frame_positions_distinguish_equal_frames(frame_positions: bool) -> None
 
 
 def test_block_orders() -> None:
-    def kinds(order: str) -> str:
-        return "".join("T" if isinstance(b, TemporalBlock) else "S" for b in small(block_order=order).blocks)
-
-    assert kinds("alternate") == "STSTST"
-    assert kinds("paired") == "STTSST"
+    assert small().kinds == "STSTST"
+    assert small(blocks="STTS").kinds == small(blocks="S T T S").kinds == "STTSST"
+    assert small(blocks="S T J", depth=2).kinds == "STJS"
+    assert small(blocks="S T S T").config.blocks == "S T" and small(blocks="S T S").config.blocks == "S T S"
+    model = small(blocks="S L T J", depth=2)
+    names = [type(block).__name__ for block in model.blocks]
+    assert names == ["SpatialBlock", "LinearBlock", "TemporalBlock", "JointBlock"]
+    assert model.block_patterns("joint") == [r"\bblocks\.3\."]
+    with pytest.raises(UserError, match=r"model.blocks = 'S X': 'X' is no kind of block: .* L \(linear\)"):
+        small(blocks="S X")
+    with pytest.raises(UserError, match="model.blocks = ' ': it names no block"):
+        small(blocks=" ")
 
 
 @pytest.mark.parametrize("how", ["checkpointing", "compile"])
@@ -188,7 +199,7 @@ def test_compiled_by_inductor_is_the_same() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    model, batch = small(pooled_text=True, block_order="paired"), inputs()
+    model, batch = small(pooled_text=True, blocks="S T T S"), inputs()
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "config.json",
@@ -196,7 +207,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         "meta.json",
     ]
     again = STDiT.from_pretrained(tmp_path)
-    assert again.config.block_order == "paired"
+    assert again.config.blocks == "S T T S"
     torch.testing.assert_close(again(**batch).sample, model(**batch).sample, atol=0, rtol=0)
 
 

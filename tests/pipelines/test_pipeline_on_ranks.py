@@ -1,5 +1,6 @@
 """Videos made on several ranks against those of one."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-def compare(group: Group, sp: int, cfg: int, folder: Path) -> None:
-    mesh = build_mesh(SamplingParallelConfig(sp=sp, cfg=cfg), torch.device("cpu"))
+def compare(group: Group, grid: tuple[int, int], cfg: int, folder: Path) -> None:
+    mesh = build_mesh(SamplingParallelConfig(grid=grid, cfg=cfg), torch.device("cpu"))
     pipe = STDiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     for name, arguments in CALLS.items():
@@ -74,14 +75,22 @@ def compare(group: Group, sp: int, cfg: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "sp, cfg, codec", [(2, 1, "AutoencoderKLWan"), (1, 2, "pixel"), (2, 2, "pixel"), (3, 1, "pixel")]
+    "grid, cfg, codec",
+    [
+        ((2, 1), 1, "AutoencoderKLWan"),
+        ((1, 1), 2, "pixel"),
+        ((2, 1), 2, "pixel"),
+        ((3, 1), 1, "pixel"),
+        ((1, 2), 2, "pixel"),
+        ((2, 2), 1, "pixel"),
+    ],
 )
-def test_equals_one_process(tmp_path: Path, sp: int, cfg: int, codec: str) -> None:
+def test_equals_one_process(tmp_path: Path, grid: tuple[int, int], cfg: int, codec: str) -> None:
     config = CodecConfig(name=codec)
     if codec != "pixel":
         config = CodecConfig(name=codec, path=str(save_tiny_vae(codec, tmp_path / "vae")))
     tiny_pipeline(tmp_path, build_codec(config)).save_pretrained(tmp_path / "pipeline")
-    run_on_ranks(sp * cfg, compare, sp, cfg, tmp_path / "pipeline")
+    run_on_ranks(prod(grid) * cfg, compare, grid, cfg, tmp_path / "pipeline")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +124,10 @@ def test_command_writes_the_files_of_one_process(
     assert code == 0, errors
     code, alone, errors = launch("sample.py", 1, [*common, "--output", str(tmp_path / "one")])
     assert code == 0, errors
-    assert output.replace("/many/", "/one/") == alone
+    lines = output.replace("/many/", "/one/").splitlines()
+    grids = [line for line in lines if line.startswith("parallel.grid of 4x8x8: ")]
+    assert len(grids) == (sp > 1)
+    assert [line for line in lines if line not in grids] == alone.splitlines()
     expected, found = videos(tmp_path / "one"), videos(tmp_path / "many")
     assert len(expected) == 3 and expected.keys() == found.keys()
     for name, video in expected.items():

@@ -31,8 +31,7 @@ def workload(pipe: Any, count: int, cfg: int = 1, batch_size: int = 1, **setting
         (3, 4, 1, 4, 2),  # two pairs of ranks
         (1, 4, 1, 4, 4),
         (1, 4, 2, 4, 2),
-        (1, 4, 1, 2, 2),  # two frames are not for four ranks
-        (1, 4, 1, 1, 1),
+        (1, 4, 1, 1, 4),  # of one frame each rank has some patches
     ],
 )
 def test_videos_are_spread_over_ranks_first(
@@ -57,7 +56,16 @@ def test_guidance_on_two_ranks_takes_less_memory(pipe: Any) -> None:
     assert workload(pipe, 2, guidance_scale=1.0, height=64, width=64).memory(split) == apart
 
 
-def test_idle_ranks_give_a_warning(pipe: Any) -> None:
-    assert workload(pipe, 1, num_frames=4).idle_warnings(4, 4) == []
-    (line,) = workload(pipe, 1, num_frames=2).idle_warnings(4, 4)
-    assert "a video has 2 frames of tokens: in spatial blocks, ranks 2 to 3 of each 4 will idle" in line
+def test_the_grid_is_described_and_idle_ranks_give_a_warning(pipe: Any) -> None:
+    small = workload(pipe, 1, num_frames=2)
+    assert small.grid_lines(1, 4) == []
+    grid, line = small.grid_lines(4, 4)
+    assert grid == "parallel.grid of 2x8x8: [4, 1], balance 0.67; blocks 2 S in time, 2 T in space"
+    assert (
+        "[4, 1], but a video of 2x8x8 has 2 frames of 4 tokens: in some blocks, ranks 2, 3 of each 4" in line
+    )
+    assert "fewer ranks or longer or larger videos" in line
+    small.config.parallel.latency_us = 0.01
+    assert len(small.grid_lines(4, 4)) == 1, "exchanges that take no time let another grid be faster"
+    _, line = workload(pipe, 2, num_frames=2, height=2, width=2).grid_lines(4, 4)
+    assert "a video of 2x2x2 has 2 frames of 1 token: in some blocks, ranks" in line and "will idle" in line

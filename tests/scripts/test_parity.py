@@ -8,9 +8,16 @@ from tests.launch import launch
 from tests.training.tiny import tiny_settings
 
 
-@pytest.mark.parametrize("ranks, sharded", [(4, "false"), (2, "true")])
-def test_parity(tmp_path: Path, ranks: int, sharded: str) -> None:
-    settings = [*tiny_settings(tmp_path), "--parallel.sp", "2", "--parallel.shard_parameters", sharded]
+@pytest.mark.parametrize(
+    "ranks, split, sharded",
+    [
+        (4, ["--parallel.sp", "2"], "false"),
+        (2, ["--parallel.sp", "2"], "true"),
+        (4, ["--parallel.grid", "[2, 2]", "--model.blocks", "S J L T"], "false"),
+    ],
+)
+def test_parity(tmp_path: Path, ranks: int, split: list[str], sharded: str) -> None:
+    settings = [*tiny_settings(tmp_path), *split, "--parallel.shard_parameters", sharded]
     code, output, errors = launch("scripts/parity.py", ranks, settings)
     assert code == 0, output + errors
     assert output.count("the numbers are those of one process") == 1

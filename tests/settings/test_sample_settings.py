@@ -70,6 +70,7 @@ CHANGES = {
     "text_states": Change(["--text_states", "states"]),
     "device": Change(["--device", "cpu"]),
     "parallel.sp": Change(["--parallel.sp", "2"]),
+    "parallel.grid": Change(["--parallel.grid", "[1, 2]"]),
     "parallel.memory_gib": Change(["--parallel.memory_gib", "1e-9"], ["--parallel.sp", "auto"]),
 }
 CALLS = {

@@ -188,6 +188,7 @@ CHANGES = {
     "tracker.timeout": Change(["--tracker.timeout", "5"], WANDB),
     "tracker.every": Change(["--tracker.every", "1"], WANDB),
     "parallel.sp": Change(["--parallel.sp", "2"]),
+    "parallel.grid": Change(["--parallel.grid", "[1, 2]"]),
     "parallel.memory_gib": Change(["--parallel.memory_gib", "1e-6"]),
 }
 INSIDE = {

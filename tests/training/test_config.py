@@ -78,6 +78,27 @@ def test_sampling_configs_are_right(path: Path) -> None:
         assert (config.resolution, config.num_frames) == (resolution, LENGTHS[length])
 
 
+def test_the_setting_that_patterns_replace_names_them() -> None:
+    with pytest.raises(UserError, match="'S T' for alternate, 'S T T S' for paired"):
+        parse_train([*GIVEN, "--model.block_order", "paired"])
+
+
+def test_a_grid_sets_sp() -> None:
+    config = parse_train([*GIVEN, "--parallel.grid", "[4, 2]"]).parallel
+    assert (config.sp, config.grid) == (8, (4, 2))
+    assert parse_train([*GIVEN, "--parallel.grid", "[1, 2]", "--parallel.sp", "2"]).parallel.sp == 2
+    for flags, message in (
+        (["[2, 2]", "--parallel.sp", "3"], "has 4 ranks, but parallel.sp = 3: leave sp out, or let the two"),
+        (["[0, 2]"], r"parallel.grid = \[0, 2\]: must be two numbers of parts"),
+        (["[2]"], "parallel.grid"),
+        (["auto", "--parallel.link_gbit", "0"], "parallel.link_gbit = 0.0: must be positive"),
+        (["auto", "--parallel.latency_us", "nan"], "parallel.latency_us = nan: must be a number"),
+        (["auto", "--parallel.tflops", "-1"], "parallel.tflops = -1.0: must be positive"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_train([*GIVEN, "--parallel.grid", *flags])
+
+
 def test_a_written_config_reads_back_the_same(tmp_path: Path) -> None:
     config = parse_train(
         [*GIVEN, "--name", "é", "--flow.conditioning.first", "0.2", "--trainer.max_grad_norm", ".inf"]

@@ -40,6 +40,13 @@ def test_what_cannot_change_is_named_with_the_reason(tmp_path: Path) -> None:
         assert f"--init_from {folder}" in str(refused.value)
 
 
+def test_older_names_of_settings_are_known(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, {"model.block_order": "paired", "seed": 0})
+    check_can_resume(folder, {"model.blocks": "S T T S", "seed": 0})
+    with pytest.raises(UserError, match="model.blocks S T T S -> S T "):
+        check_can_resume(folder, {"model.blocks": "S T", "seed": 0})
+
+
 @pytest.mark.parametrize("key", ["step", "experiment", "nonfinite_in_a_row", "batch_splits"])
 def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path, key: str) -> None:
     folder = checkpoint(tmp_path, {})

@@ -7,6 +7,7 @@ import pytest
 
 from stdit.errors import UserError
 from stdit.parallel.sequence.planner import GIB, ParallelDims
+from stdit.parallel.sequence.stages import grids
 from stdit.training.build import build_components, build_inputs
 from stdit.training.config import parse_train
 from stdit.training.experiment import experiment_key
@@ -97,10 +98,13 @@ def test_the_report_compares_values_of_sp(settings: list[str]) -> None:
         [str(n) for n in (processes, sp, processes // sp)]
         for processes, degrees in ((1, [1]), (2, [1, 2]), (4, [1, 2, 4]), (8, [1, 2, 4, 8]))
         for sp in degrees
+        for _ in grids(sp)
     ]
-    assert rows[2][3:6] == ["2", "32", "1.00"]
-    assert rows[3][3:] == "cannot split a batch of 2".split()
-    assert "0-1" in rows[-1][3]
+    assert " ".join(rows[2][3:8]) == "[2, 1] 2 64 1.00"
+    assert " ".join(rows[4][3:]) == "[1, 1] cannot split a batch of 2"
+    assert [" ".join(row[3:5]) for row in rows[-4:]] == ["[8, 1]", "[4, 2]", "[2, 4]", "[1, 8]"]
+    marked = [row[:2] for row in rows if row[-1] == "*"]
+    assert marked == [row[:2] for row in rows if row[3:5] == ["[1,", row[1] + "]"] and row[1] != "1"]
     started = report(estimate.inputs, 2, memory)
     assert {line[:11].strip() for line in started.splitlines() if line[:11].strip().isdigit()} == {"2"}
 
@@ -108,8 +112,9 @@ def test_the_report_compares_values_of_sp(settings: list[str]) -> None:
 @pytest.mark.parametrize(
     "flags, processes, message",
     [
-        (["--parallel.sp", "8"], 1, "in spatial blocks, ranks 4 to 7 of each 8 will idle"),
-        (["--parallel.sp", "8"], 8, "--parallel.sp 4 or longer videos waste less"),
+        (["--parallel.grid", "[8, 1]"], 1, "in some blocks, ranks 4, 5, 6, 7 of each 8 will idle"),
+        (["--parallel.grid", "[8, 1]"], 8, "fewer ranks or longer or larger videos waste less"),
+        (["--parallel.sp", "8"], 8, "at 8 fps: ["),
         (["--parallel.sp", "2"], 1, "MiB a process, of 2 (an estimate)"),
         (["--parallel.sp", "auto"], 4, "MiB a process, of 4 (an estimate)"),
         (["--model.depth", "100000"], 1, "MiB (an estimate): weights"),

@@ -49,12 +49,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "lora": LoRAConfig(rank=3, targets="blocks", dropout=0.3),
         "checkpointing": True,
     },
+    "joint and linear blocks in space": {"blocks": "S J L", "in_space": True, "checkpointing": True},
+    "compiled in space": {"blocks": "S L", "in_space": True, "compiled": True, "depth": 1},
+    "joint and temporal, compiled in space": {
+        "blocks": "J T",
+        "in_space": True,
+        "compiled": True,
+        "depth": 1,
+    },
     "chunks, checkpointing, no clipping": {"chunks": 2, "checkpointing": True, "max_grad_norm": float("inf")},
 }
 
 
-def mesh_of(sp: int, chunks: int = 1) -> Mesh:
-    return build_mesh(TrainingParallelConfig(sp=sp, overlap_chunks=chunks), torch.device("cpu"))
+def mesh_of(sp: int | tuple[int, int], chunks: int = 1, in_space: bool = False) -> Mesh:
+    grid = sp if isinstance(sp, tuple) else (1, sp) if in_space else (sp, 1)
+    return build_mesh(TrainingParallelConfig(grid=grid, overlap_chunks=chunks), torch.device("cpu"))
 
 
 def trainer(
@@ -64,12 +73,13 @@ def trainer(
     checkpointing: bool = False,
     compiled: bool = False,
     depth: int = 2,
+    blocks: str = "S T",
     max_grad_norm: float = 0.1,
     lora: LoRAConfig | None = None,
     **settings: Any,
 ) -> Trainer:
     """Return a trainer of a model, or of an adapter in it, in which no weight is zero."""
-    model = tiny_model(in_channels=3, depth=depth, patch_size=(1, 2, 2))
+    model = tiny_model(in_channels=3, depth=depth, blocks=blocks, patch_size=(1, 2, 2))
     if lora is not None:
         add_adapter(model, lora)
     with torch.no_grad():
@@ -116,10 +126,10 @@ def check(found: Trainer, expected: Trainer, what: str, tolerance: float, rate: 
         close(results[name], tensor, rate, f"{what}: {name}")
 
 
-def compare(group: Group, sp: int, names: list[str]) -> None:
+def compare(group: Group, sp: int | tuple[int, int], names: list[str]) -> None:
     for name in names:
         options = dict(OPTIONS[name])
-        mesh = mesh_of(sp, options.pop("chunks", 1))
+        mesh = mesh_of(sp, options.pop("chunks", 1), options.pop("in_space", False))
         alone = {key: value for key, value in options.items() if key not in ("compiled", "checkpointing")}
         for sharded in (False, True):
             torch.compiler.reset()
@@ -131,7 +141,8 @@ def compare(group: Group, sp: int, names: list[str]) -> None:
 
 
 def check_two_ranks(group: Group, sp: int, folder: Path) -> None:
-    compare(group, sp, [name for name in OPTIONS if name != "compiled" or sp == 2])  # compiling takes long
+    compiled = ("compiled", "compiled in space") if sp == 2 else ()  # they take long
+    compare(group, sp, [name for name in OPTIONS if name in compiled or "compiled" not in name])
     compare_bf16(sp)
     check_nonfinite_steps(sp)
     check_measurements(sp)
@@ -199,7 +210,7 @@ def check_memory(sp: int) -> None:
     ]
     mine = sum(tensor.to_local().nbytes for tensor in kept)  # type: ignore[union-attr]
     count = sum(p.numel() for p in one.parameters)
-    total = float(average(torch.tensor(float(mine)))) * one.mesh.world_size
+    total = float(average({"": torch.tensor(float(mine))})[""]) * one.mesh.world_size
     assert total == 20 * count  # weights, gradients, two moments and the average, in fp32
     assert mine == pytest.approx(total / one.mesh.world_size, rel=0.1)
 
@@ -287,7 +298,7 @@ def check_stop_signals() -> None:
     assert signals.stop_signal == signal.SIGTERM and signals.exit_code == 0
 
 
-def check_more_ranks(group: Group, sp: int, names: list[str], saved: Path) -> None:
+def check_more_ranks(group: Group, sp: int | tuple[int, int], names: list[str], saved: Path) -> None:
     """Compare the options, and resume a sharded checkpoint of two ranks, sharded and replicated."""
     compare(group, sp, names)
     for optimizer in (ADAMW, MUON):
@@ -327,6 +338,16 @@ def test_every_option_on_two_ranks_that_share_videos(tmp_path: Path) -> None:
     run_on_ranks(2, check_two_ranks, 2, tmp_path)
 
 
-@pytest.mark.parametrize("ranks, sp", [(4, 2), pytest.param(3, 3, marks=pytest.mark.slow)])
-def test_equals_one_process(ranks: int, sp: int, from_two: Path) -> None:
-    run_on_ranks(ranks, check_more_ranks, sp, ["AdamW", "Muon", "accumulation"], from_two)
+@pytest.mark.parametrize(
+    "ranks, sp, names",
+    [
+        (4, 2, ["AdamW", "Muon", "accumulation"]),
+        (4, (2, 2), ["accumulation", "joint and linear blocks in space"]),
+        pytest.param(3, 3, ["AdamW", "Muon", "accumulation"], marks=pytest.mark.slow),
+        pytest.param(
+            4, (2, 2), ["compiled in space", "joint and temporal, compiled in space"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_equals_one_process(ranks: int, sp: int | tuple[int, int], names: list[str], from_two: Path) -> None:
+    run_on_ranks(ranks, check_more_ranks, sp, names, from_two)

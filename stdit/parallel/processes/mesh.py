@@ -18,8 +18,10 @@ from torch import Tensor
 from stdit.errors import OtherRankError, UserError
 from stdit.parallel.config import ParallelConfig, SamplingParallelConfig
 from stdit.parallel.sequence.group import Group
-from stdit.parallel.sequence.planner import SpChoice
-from stdit.parallel.sequence.sharding import even_sizes, micro_batches
+from stdit.parallel.sequence.layouts import Grid, even_sizes
+from stdit.parallel.sequence.planner import ParallelDims, SpChoice
+from stdit.parallel.sequence.sharding import micro_batches
+from stdit.parallel.sequence.stages import Speeds
 
 _T = TypeVar("_T")
 
@@ -216,17 +218,38 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     if isinstance(config, SamplingParallelConfig):
         sizes = {"cfg": config.cfg, **sizes}
     if not dist.is_initialized():
-        check_divides(sizes, 1)
+        check_divides(config, sizes, 1)
         return Mesh(device=device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     world = Mesh(rank, world_size, device=device)
     world.check_same("parallel.*", str(config))
-    world.on_all_ranks(lambda: check_divides(sizes, world_size))
+    world.on_all_ranks(lambda: check_divides(config, sizes, world_size))
     shape = (world_size // prod(sizes.values()), *sizes.values())
     grid = dist.init_device_mesh(device.type, shape, mesh_dim_names=("dp", *sizes))
-    chunks = {"sp": config.overlap_chunks, "cfg": 1}
-    groups = {name: Group.of(grid.get_group(name), chunks[name]) for name, size in sizes.items() if size > 1}
-    return Mesh(rank, world_size, groups.get("sp", Group()), groups.get("cfg", Group()), device)
+    groups = {name: Group.of(grid.get_group(name)) for name, size in sizes.items() if size > 1}
+    sp = replace(
+        groups.get("sp", Group()),
+        chunks=config.overlap_chunks,
+        grid=None if config.grid == "auto" else Grid(*config.grid),
+        speeds=_speeds(config, device.type == "cpu"),
+    )
+    return Mesh(rank, world_size, sp, groups.get("cfg", Group()), device)
+
+
+def parallel_dims(config: ParallelConfig, processes: int, sp: int, on_cpu: bool) -> ParallelDims:
+    """Return how processes would share the work with a value of sp; raise no error if they cannot.
+
+    For another sp than that of the settings, the grid is as is fastest.
+    """
+    grid = None if config.grid == "auto" or config.grid[0] * config.grid[1] != sp else Grid(*config.grid)
+    return ParallelDims(processes, sp, config.overlap_chunks, grid, _speeds(config, on_cpu))
+
+
+def _speeds(config: ParallelConfig, on_cpu: bool) -> Speeds:
+    tflops, gbit, latency, value_bytes = (0.1, 8.0, 500.0, 4) if on_cpu else (400.0, 3200.0, 20.0, 2)
+    latency = latency if config.latency_us is None else config.latency_us
+    values = (config.link_gbit or gbit) * 1e9 / 8 / value_bytes  # per second
+    return Speeds((config.tflops or tflops) * 1e12 / values, latency / 1e6 * values, value_bytes)
 
 
 def resolve_sp(mesh: Mesh, config: ParallelConfig, choose: Callable[[], SpChoice]) -> Mesh:
@@ -244,12 +267,19 @@ def resolve_sp(mesh: Mesh, config: ParallelConfig, choose: Callable[[], SpChoice
     return build_mesh(replace(config, sp=choice.sp), mesh.device)
 
 
-def check_divides(sizes: dict[str, int], processes: int) -> None:
+def check_divides(config: ParallelConfig, sizes: dict[str, int], processes: int) -> None:
     """Raise UserError unless the number of processes is a multiple of the product of the group sizes."""
     needed = prod(sizes.values())
     if processes % needed:
-        flags = " and ".join(f"parallel.{name} = {size}" for name, size in sizes.items() if size > 1)
+        settings = {f"parallel.{name}": str(size) for name, size in sizes.items() if size > 1}
+        if config.grid != "auto" and sizes["sp"] > 1:
+            settings = {
+                "parallel.grid": f"{list(config.grid)}, of {settings.pop('parallel.sp')} ranks",
+                **settings,
+            }
+        grid_hint = "" if config.grid == "auto" else " (parallel.grid = auto suits any parallel.sp)"
+        flags = " and ".join(f"{name} = {value}" for name, value in settings.items())
         raise UserError(
             f"{flags}, but {processes} {'process was' if processes == 1 else 'processes were'} started: start a "
-            f"multiple of {needed} (torchrun --nproc_per_node {needed} ...), or lower the setting"
+            f"multiple of {needed} (torchrun --nproc_per_node {needed} ...), or lower the setting{grid_hint}"
         )

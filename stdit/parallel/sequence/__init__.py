@@ -1,10 +1,9 @@
 """Dynamic sequence parallelism: the tokens of one video sharded over a group of ranks (arXiv:2403.10266).
 
-`group` holds the ranks and counts their traffic, `collectives` has the differentiable exchanges, `sharding` maps
-tokens to ranks and switches the sharded axis, `planner` estimates traffic and memory and chooses sp.
-
-To extend: a T x S grid belongs in `sharding`; other ways to cover an axis that stays sharded (Ulysses, ring, LASP)
-become one module each here, built on `collectives`, with an entry in `planner`.
+`group` holds the ranks and counts their traffic, `layouts` says which rank has which tokens, `stages` in which layout
+each block runs, `collectives` has the differentiable exchanges, `sharding` moves tokens between layouts and reaches
+those of other ranks, with `usp` for attention; `traffic` counts what all this sends, `planner` estimates memory and
+chooses sp.
 """
 
 from typing import TYPE_CHECKING
@@ -14,13 +13,14 @@ from stdit.lazy import lazy_getattr
 if TYPE_CHECKING:
     from stdit.parallel.sequence.collectives import all_gather, all_to_all, reduce_scatter
     from stdit.parallel.sequence.group import Group, Traffic
+    from stdit.parallel.sequence.layouts import Grid
     from stdit.parallel.sequence.planner import ParallelDims, Workload, choose_sp
-    from stdit.parallel.sequence.sharding import ShardAxis, TokenSharding
+    from stdit.parallel.sequence.sharding import TokenSharding
 
 __all__ = [
     "Group",
     "ParallelDims",
-    "ShardAxis",
+    "Grid",
     "TokenSharding",
     "Traffic",
     "Workload",
@@ -35,7 +35,7 @@ __getattr__ = lazy_getattr(
     {
         "Group": "stdit.parallel.sequence.group",
         "ParallelDims": "stdit.parallel.sequence.planner",
-        "ShardAxis": "stdit.parallel.sequence.sharding",
+        "Grid": "stdit.parallel.sequence.layouts",
         "TokenSharding": "stdit.parallel.sequence.sharding",
         "Traffic": "stdit.parallel.sequence.group",
         "Workload": "stdit.parallel.sequence.planner",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
 from stdit.parallel.sequence.group import Group
+from stdit.parallel.sequence.layouts import Tokens
 
 
 def all_to_all(
@@ -55,77 +56,86 @@ class _AllToAll(torch.autograd.Function):
         return exchange.wait_cat(scatter_dim), None, None, None, None, None
 
 
-def all_to_all_pipelined(
-    chunks: Iterable[Tensor],
-    group: Group,
-    scatter_dim: int,
-    scatter_sizes: list[int],
-    gather_dim: int,
-    gather_sizes: list[list[int]],
+def redistribute(x: Tensor, group: Group, sources: Sequence[Tokens], targets: Sequence[Tokens]) -> Tensor:
+    """Give each rank the tokens of its target, from the ranks that have them.
+
+    The adjoint is the exchange in the other direction; the gradients of a token that several ranks got add up.
+
+    Args:
+        x: the tokens that this rank has, ``[B T_n S_n ...]``.
+        sources: tokens that each rank has; no two have the same.
+        targets: tokens that each rank gets, of all that there are.
+    """
+    if group.size == 1 or sources == targets:
+        return x
+    result: Tensor = _Redistribute.apply(x, group, sources, targets)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Redistribute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: Group, sources: Sequence[Tokens], targets: Sequence[Tokens]
+    ) -> Tensor:
+        ctx.args = group, targets, sources
+        return _place([_send_tokens(x, group, sources, targets)], targets[group.rank])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        group, sources, targets = ctx.args
+        return _place([_send_tokens(grad, group, sources, targets)], targets[group.rank]), None, None, None
+
+
+def redistribute_pipelined(
+    chunks: Iterable[Tensor], group: Group, sources: Sequence[Sequence[Tokens]], targets: Sequence[Tokens]
 ) -> Tensor:
-    """Do `all_to_all` in chunks along axis ``gather_dim``: one is in transit while the next is computed.
+    """Do `redistribute` in chunks: one is in transit while the next is computed.
 
     Backward sends the gradients of all chunks at once; the backward of a chunk starts when its gradient has arrived.
 
     Args:
         chunks: computed one after the other, as they are asked for; the same number on all ranks.
-        gather_sizes: for each rank, the length of axis ``gather_dim`` of each of its chunks.
+        sources: for each rank, the tokens of each of its chunks.
+        targets: tokens that each rank gets; no two get the same.
     """
-    exchange = _PipelinedAllToAll(group, scatter_dim, scatter_sizes, gather_dim, gather_sizes)
+    exchange = _PipelinedExchange(group, sources, targets)
     send = _SendChunk.apply
     tokens = [send(chunk, exchange, index) for index, chunk in enumerate(chunks)]  # type: ignore[no-untyped-call]
     result: Tensor = _JoinChunks.apply(exchange, *tokens)  # type: ignore[no-untyped-call]
     return result
 
 
-class _PipelinedAllToAll:
+class _PipelinedExchange:
     """The chunks in transit. Autograd sees only an empty token for each chunk; the data are exchanged here."""
 
-    def __init__(
-        self,
-        group: Group,
-        scatter_dim: int,
-        scatter_sizes: list[int],
-        gather_dim: int,
-        gather_sizes: list[list[int]],
-    ) -> None:
-        self.group, self.scatter_dim, self.scatter_sizes = group, scatter_dim, scatter_sizes
-        self.gather_dim, self.gather_sizes = gather_dim, gather_sizes
-        self.chunks: dict[int, AsyncAllToAll] = {}
-        self.gradients: dict[int, AsyncAllToAll] = {}
+    def __init__(self, group: Group, sources: Sequence[Sequence[Tokens]], targets: Sequence[Tokens]) -> None:
+        self.group, self.targets = group, targets
+        self.sources = [list(of_chunk) for of_chunk in zip(*sources, strict=True)]
+        self.chunks: dict[int, _TokenExchange] = {}
+        self.gradients: dict[int, _TokenExchange] = {}
 
     def send_chunk(self, index: int, chunk: Tensor) -> None:
         """Start to send one chunk of this rank, and to receive those of the other ranks."""
-        sizes = [of_rank[index] for of_rank in self.gather_sizes]
-        self.chunks[index] = _start_all_to_all(
-            chunk, self.group, self.scatter_dim, self.scatter_sizes, self.gather_dim, sizes
-        )
+        self.chunks[index] = _send_tokens(chunk, self.group, self.sources[index], self.targets)
 
     def join_chunks(self) -> Tensor:
-        """Wait for all chunks of all ranks, and concatenate them by rank and then by chunk."""
-        received = [self.chunks.pop(index).wait() for index in sorted(self.chunks)]
-        return torch.cat(
-            [part for of_rank in zip(*received, strict=True) for part in of_rank], self.gather_dim
-        )
+        """Wait for all chunks of all ranks, and put them together."""
+        chunks = [self.chunks.pop(index) for index in sorted(self.chunks)]
+        return _place(chunks, self.targets[self.group.rank])
 
     def send_gradients(self, grad: Tensor) -> None:
         """Start to return the gradients of all chunks; the last first, since autograd needs it first."""
-        sizes = [size for of_rank in self.gather_sizes for size in of_rank]
-        parts = grad.split(sizes, self.gather_dim)
-        count = len(self.gather_sizes[0])
-        for index in reversed(range(count)):
-            sent = parts[index::count]  # each rank gets the gradient of what it sent
-            shapes = _shapes(sent[self.group.rank], self.scatter_dim, self.scatter_sizes)
-            self.gradients[index] = AsyncAllToAll.start(sent, shapes, self.group)
+        for index in reversed(range(len(self.sources))):
+            self.gradients[index] = _send_tokens(grad, self.group, self.targets, self.sources[index])
 
     def wait_gradient(self, index: int) -> Tensor:
         """Return the gradient of one chunk once it has arrived."""
-        return self.gradients.pop(index).wait_cat(self.scatter_dim)
+        return _place([self.gradients.pop(index)], self.sources[index][self.group.rank])
 
 
 class _SendChunk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chunk: Tensor, exchange: _PipelinedAllToAll, index: int) -> Tensor:
+    def forward(ctx: Any, chunk: Tensor, exchange: _PipelinedExchange, index: int) -> Tensor:
         ctx.exchange, ctx.index = exchange, index
         exchange.send_chunk(index, chunk)
         return chunk.new_zeros(())
@@ -137,7 +147,7 @@ class _SendChunk(torch.autograd.Function):
 
 class _JoinChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: _PipelinedAllToAll, *tokens: Tensor) -> Tensor:
+    def forward(ctx: Any, exchange: _PipelinedExchange, *tokens: Tensor) -> Tensor:
         ctx.exchange, ctx.tokens = exchange, len(tokens)
         return exchange.join_chunks()
 
@@ -145,6 +155,37 @@ class _JoinChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.exchange.send_gradients(grad)
         return None, *(grad.new_zeros(()) for _ in range(ctx.tokens))
+
+
+def sum_over(x: Tensor, group: Group, sources: Sequence[Sequence[int]]) -> Tensor:
+    """Return the sum of the ``x`` of some ranks, in their order; rank r gets that of the ranks ``sources[r]``.
+
+    The adjoint sends each gradient to the ranks whose ``x`` it is of. Every rank must call this.
+    """
+    if group.size == 1:
+        return x if sources[0] else torch.zeros_like(x)
+    result: Tensor = _SumOver.apply(x, group, sources)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, sources: Sequence[Sequence[int]]) -> Tensor:
+        takers = [taker for taker in range(group.size) if group.rank in sources[taker]]
+        ctx.args = group, takers, sources[group.rank]
+        return _sum_over(x, group, sources[group.rank], takers)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _sum_over(grad, *ctx.args), None, None
+
+
+def _sum_over(x: Tensor, group: Group, sources: Sequence[int], takers: Sequence[int]) -> Tensor:
+    """Send ``x`` to some ranks, and return the sum of those of others."""
+    sent = [x if rank in takers else x[:0] for rank in range(group.size)]
+    shapes = [[*x.shape] if rank in sources else [0, *x.shape[1:]] for rank in range(group.size)]
+    received = AsyncAllToAll.start(sent, shapes, group, "sum_over").wait()
+    return sum((received[rank] for rank in sources), torch.zeros_like(x))
 
 
 def all_gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Tensor:
@@ -219,6 +260,40 @@ def _shapes(x: Tensor, dim: int, sizes: list[int]) -> list[list[int]]:
     return [[*x.shape[:dim], size, *x.shape[dim + 1 :]] for size in sizes]
 
 
+class _TokenExchange(NamedTuple):
+    """Tokens that are on their way to this rank."""
+
+    exchange: "AsyncAllToAll"
+    sources: Sequence[Tokens]
+
+
+def _send_tokens(
+    x: Tensor, group: Group, sources: Sequence[Tokens], targets: Sequence[Tokens]
+) -> _TokenExchange:
+    """Start to send the tokens of this rank that are in the targets of others, and to receive its own."""
+    own, wanted = sources[group.rank], targets[group.rank]
+    sent = [x[own.common(target).within(own)] for target in targets]
+    parts = (source.common(wanted) for source in sources)
+    shapes = [[x.shape[0], part.frames.size, part.patches.size, *x.shape[3:]] for part in parts]
+    return _TokenExchange(AsyncAllToAll.start(sent, shapes, group), sources)
+
+
+def _place(exchanges: Sequence[_TokenExchange], target: Tokens) -> Tensor:
+    """Wait for tokens, and return those of ``target``; tokens that come from several ranks are added up."""
+    places = [source.common(target) for exchange in exchanges for source in exchange.sources]
+    parts = [part for exchange in exchanges for part in exchange.exchange.wait()]
+    shape = (parts[0].shape[0], target.frames.size, target.patches.size, *parts[0].shape[3:])
+    if sum(place.size for place in places) == target.size:
+        out = parts[0].new_empty(shape)
+        for part, place in zip(parts, places, strict=True):
+            out[place.within(target)] = part
+        return out
+    out = parts[0].new_zeros(shape)
+    for part, place in zip(parts, places, strict=True):
+        out[place.within(target)] += part
+    return out
+
+
 class AsyncAllToAll(NamedTuple):
     """An all-to-all that has been started."""
 
@@ -236,7 +311,8 @@ class AsyncAllToAll(NamedTuple):
         in_sizes, out_sizes = [part.numel() for part in sent], [prod(shape) for shape in shapes]
         if not torch.compiler.is_compiling():
             group.traffic.add(collective, flat.nbytes - sent[group.rank].nbytes)
-        return cls(all_to_all_single(flat, out_sizes, in_sizes, group.name), shapes)  # type: ignore[arg-type]
+        received = all_to_all_single(flat, group.of_all(out_sizes), group.of_all(in_sizes), group.name)  # type: ignore[arg-type]
+        return cls(received, shapes)
 
     def wait(self) -> list[Tensor]:
         """Wait, and return the tensor of each rank."""

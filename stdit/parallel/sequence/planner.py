@@ -1,4 +1,4 @@
-"""Traffic, balance and memory of a batch whose videos are shared among ranks, and the choice of sp.
+"""Balance and memory of a batch whose videos are shared among ranks, and the choice of sp; see also `traffic`.
 
 Pure functions; they need no process group.
 
@@ -6,13 +6,12 @@ Letters: B clips, T frames of tokens, S tokens of a frame, D width, N ranks that
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from stdit.parallel.sequence.sharding import ShardAxis, even_sizes, micro_batches
+from stdit.parallel.sequence.layouts import Grid, Layout, Tokens, even_sizes
+from stdit.parallel.sequence.stages import Costs, Speeds, Stage, choose_grid, grids, plan_stages, ulysses_size
 
 GIB = 2**30
 FLOAT32_BYTES = 4
@@ -39,8 +38,12 @@ class Workload:
     """S."""
     width: int
     """D."""
-    shard_axes: tuple[ShardAxis, ...]
-    """Sharded axis of each block, in the order in which blocks run."""
+    kinds: str
+    """Letters of the blocks, in the order in which they run; see `stdit.models.config.BLOCK_KINDS`."""
+    head_size: int
+    """Channels of an attention head."""
+    columns: int
+    """Patches in a row of a frame."""
     out_features: int
     """Values per token that the last layer returns."""
     element_size: int = FLOAT32_BYTES
@@ -49,22 +52,10 @@ class Workload:
     """Clips of a rank in one pass, at most; None: its whole share of the batch."""
     saved: tuple[Saved, ...] | Saved = "keep"
     """What each block, or all, save for the backward pass."""
-
-    @cached_property
-    def blocks(self) -> Counter[ShardAxis]:
-        """Number of blocks by sharded axis."""
-        return Counter(self.shard_axes)
-
-    @cached_property
-    def switches(self) -> Counter[tuple[ShardAxis, int]]:
-        """Number of switches in a forward pass, by target axis and values per token; the last carries the output."""
-        stages: tuple[ShardAxis, ...] = ("time", *self.shard_axes, "time")
-        widths = [self.width] * len(self.shard_axes) + [self.out_features]
-        return Counter(
-            (target, width)
-            for (source, target), width in zip(pairwise(stages), widths, strict=True)
-            if source != target
-        )
+    convolves: bool = False
+    """Whether MLPs see the neighbours of a token (``model.mlp_conv``)."""
+    causal: bool = False
+    """Whether linear blocks see no later frames."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +68,10 @@ class ParallelDims:
     """Ranks that share each video."""
     chunks: int = 1
     """Chunks in which a block's output is sent (``parallel.overlap_chunks``)."""
+    grid: Grid | None = None
+    """How those ranks divide time and space; None: as is fastest for a video."""
+    speeds: Speeds = Speeds()
+    """What a rank computes and sends, for that choice."""
 
     @property
     def dp(self) -> int:
@@ -87,13 +82,24 @@ class ParallelDims:
         """Return the clips of each data-parallel rank."""
         return even_sizes(load.clips, self.dp)
 
-    def frames(self, load: Workload) -> list[int]:
-        """Return the frames of each rank of a video while time is sharded."""
-        return even_sizes(load.frames, self.sp)
+    def grid_of(self, load: Workload) -> Grid:
+        """Return how the ranks of a video divide time and space."""
+        return self.grid or choose_grid(self.sp, load.frames, load.patches, load.kinds, self._costs(load))
 
-    def patches(self, load: Workload) -> list[int]:
-        """Return the patches of each rank of a video while space is sharded."""
-        return even_sizes(load.patches, self.sp)
+    def stages(self, load: Workload) -> Sequence[Stage]:
+        """Return in which layout each block runs."""
+        costs = self._costs(load)
+        return plan_stages(self.grid_of(load), load.frames, load.patches, load.kinds, costs).stages
+
+    def _costs(self, load: Workload) -> Costs:
+        most = max(self.clips(load))
+        clips = max(1, min(load.micro_batch_size or most, most))
+        heads, halo = load.width // load.head_size, load.columns + 1 if load.convolves else 0
+        return Costs.of(load.width, heads, self.speeds, clips, halo, load.causal)
+
+    def tokens(self, load: Workload, layout: Layout) -> list[Tokens]:
+        """Return the tokens of each rank of a video in a layout."""
+        return self.grid_of(load).tokens(layout, load.frames, load.patches)
 
 
 def divisors(number: int) -> list[int]:
@@ -101,75 +107,50 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def balance(load: Workload, dims: ParallelDims) -> float:
+def balance(load: Workload, dims: ParallelDims, kinds: str = "") -> float:
     """Return the mean tokens of a rank over those of the busiest rank, for which the others wait; 1.0 is even.
 
-    Spatial blocks take as long as the largest share of frames, temporal blocks as the largest share of patches.
+    Args:
+        kinds: letters of the blocks that count; empty: all.
     """
-    busiest = max(dims.frames(load)) * load.patches + load.frames * max(dims.patches(load))
-    tokens = 2 * load.clips * load.frames * load.patches
+    counts = Counter(stage.layout for stage in dims.stages(load) if not kinds or stage.kind in kinds)
+    busiest = sum(
+        count * max(each.size for each in dims.tokens(load, layout)) for layout, count in counts.items()
+    )
+    tokens = counts.total() * load.clips * load.frames * load.patches
     return tokens / (dims.processes * max(dims.clips(load)) * busiest)
 
 
-class TrafficEstimate(NamedTuple):
-    """What one rank sends to the ranks that share its videos, in one step."""
-
-    forward: int
-    """Bytes."""
-    backward: int
-    """Bytes."""
-    calls: int
-    """All-to-alls, forward and backward."""
-
-
-def estimate_traffic(load: Workload, dims: ParallelDims, rank: int) -> TrafficEstimate:
-    """Return exactly what one rank of ``dims.processes`` sends in a step (arXiv:2403.10266, section 3).
-
-    In a switch to space it sends, of its T_n frames, the patches of the other ranks; in a switch to time, of its S_n
-    patches, their frames. Backward returns what forward received.
-    """
-    dp_rank, sp_rank = divmod(rank, dims.sp)
-    T, S = dims.frames(load), dims.patches(load)
-    tokens = {
-        "space": T[sp_rank] * (load.patches - S[sp_rank]),
-        "time": S[sp_rank] * (load.frames - T[sp_rank]),
-    }
-    sharded = {"space": max(T), "time": max(S)}  # length of the axis that is sharded before the switch
-    other: dict[ShardAxis, ShardAxis] = {"space": "time", "time": "space"}
-    forward = backward = chunks = 0
-    for (target, width), count in load.switches.items():
-        forward += count * width * tokens[target]
-        backward += count * width * tokens[other[target]]
-        chunks += count * min(dims.chunks, sharded[target])
-    batch_sizes = dims.clips(load)
-    own = micro_batches(batch_sizes, dp_rank, load.micro_batch_size)
-    clips = [len(range(batch_sizes[dp_rank])[samples]) for samples, _ in own]
-    size = sum(clips) * load.element_size
-    return TrafficEstimate(size * forward, size * backward, 2 * len(clips) * chunks if dims.sp > 1 else 0)
-
-
 def activation_bytes(load: Workload, dims: ParallelDims) -> int:
-    """Estimate the peak bytes of activations on a rank: the first, which has the largest share of everything.
+    """Estimate the peak bytes of activations on the rank with most tokens.
 
     Blocks that save nothing of their own, or only their inputs, need room for one at a time. The constants were
     counted (`tests/parallel/sequence/test_planner.py`) in blocks with cross-attention and an MLP
     four times as wide. For each token and unit of width, a block saves 112 bytes in float32, and 68 under autocast to
-    bfloat16, which leaves the norms in float32. SDPA saves no attention matrix, except on a CPU for rows of few
-    tokens, where it is small. While a block is recomputed, gradients add half of that. Without a backward pass, a
-    block holds 12 values.
+    bfloat16, which leaves the norms in float32; linear attention 20 more, since it computes in float32. SDPA saves no
+    attention matrix, except on a CPU for rows of few tokens, where it is small. While a block is recomputed,
+    gradients add half of that. Without a backward pass, a block holds 12 values.
     """
     clips = max(dims.clips(load))
-    tokens: dict[ShardAxis, int] = {
-        "time": max(dims.frames(load)) * load.patches,
-        "space": load.frames * max(dims.patches(load)),
+    stages = dims.stages(load)
+    busiest = {
+        layout: max(each.size for each in dims.tokens(load, layout))
+        for layout in {stage.layout for stage in stages}
     }
-    modes = (load.saved,) * len(load.shard_axes) if isinstance(load.saved, str) else load.saved
-    block = 22 * load.element_size + 6 * FLOAT32_BYTES
-    for_each = {"keep": block, "recompute": load.element_size, "offload": 0, "nothing": 0}
-    at_once = {"keep": 0, "recompute": 3 * block // 2, "offload": block, "nothing": 12 * load.element_size}
-    saved = sum(for_each[mode] * tokens[axis] for mode, axis in zip(modes, load.shard_axes, strict=True))
-    per_width = saved + max(at_once[mode] for mode in modes) * max(tokens.values())
-    return min(load.micro_batch_size or clips, clips) * load.width * per_width
+    modes = (load.saved,) * len(load.kinds) if isinstance(load.saved, str) else load.saved
+    saved = most = 0
+    for stage, mode in zip(stages, modes, strict=True):
+        block = 22 * load.element_size + (11 if stage.kind == "L" else 6) * FLOAT32_BYTES
+        for_each = {"keep": block, "recompute": load.element_size, "offload": 0, "nothing": 0}
+        at_once = {
+            "keep": 0,
+            "recompute": 3 * block // 2,
+            "offload": block,
+            "nothing": 12 * load.element_size,
+        }
+        saved += for_each[mode] * busiest[stage.layout]
+        most = max(most, at_once[mode] * max(busiest.values()))
+    return min(load.micro_batch_size or clips, clips) * load.width * (saved + most)
 
 
 class SpChoice(NamedTuple):
@@ -204,14 +185,42 @@ def choose_sp(needs: Mapping[int, int], available: int) -> SpChoice:
     )
 
 
-def idle_warning(what: str, frames: int, dims: ParallelDims) -> list[str]:
-    """Return a warning if ``what`` has fewer frames of tokens than ranks share it, so that some ranks idle."""
-    if frames >= dims.sp:
+def describe_grid(load: Workload, dims: ParallelDims) -> str:
+    """Describe how the ranks of a video divide it, and in which layout each kind of block runs."""
+    grid = dims.grid_of(load)
+    counts = Counter(dims.stages(load))
+    blocks = [f"{count} {_describe_stage(stage, grid, load)}" for stage, count in counts.items()]
+    return f"{grid}, balance {balance(load, dims):.2f}; blocks {', '.join(blocks)}"
+
+
+def _describe_stage(stage: Stage, grid: Grid, load: Workload) -> str:
+    where = f"{stage.kind} in {stage.layout}"
+    if not stage.reaches_others or stage.kind == "L":
+        return where
+    heads, ranks = load.width // load.head_size, grid.space if stage.kind == "S" else grid.size
+    if (parts := ulysses_size(ranks, heads)) == ranks:
+        return where
+    return f"{where} ({heads} heads for {ranks} ranks: Ulysses in {parts}, and a ring of {ranks // parts})"
+
+
+def idle_warning(what: str, load: Workload, dims: ParallelDims) -> list[str]:
+    """Return a warning if some ranks have none of the tokens of ``what`` in some blocks, and idle there."""
+    layouts = {stage.layout for stage in dims.stages(load)}
+    empty = [[each.size == 0 for each in dims.tokens(load, layout)] for layout in layouts]
+    idle = [rank for rank in range(dims.sp) if any(of_layout[rank] for of_layout in empty)]
+    if not idle:
         return []
-    fitting = max(n for n in divisors(dims.processes) if n <= frames)
-    idle = f"ranks {frames} to {dims.sp - 1}" if frames < dims.sp - 1 else f"rank {frames}"
+    several = "ranks " + ", ".join(map(str, idle)) if len(idle) > 1 else f"rank {idle[0]}"
+    best = max(grids(dims.sp), key=lambda grid: balance(load, replace(dims, grid=grid)))
+    is_better = balance(load, replace(dims, grid=best)) > balance(load, dims)
+    way_out = f"--parallel.grid '{best}'" if is_better else "fewer ranks"
+    tokens = f"{_counted(load.frames, 'frame')} of {_counted(load.patches, 'token')}"
     return [
-        f"warning: parallel.sp = {dims.sp}, but {what} has {frames} {'frame' if frames == 1 else 'frames'} of "
-        f"tokens: in spatial blocks, {idle} of each {dims.sp} will idle. The result is correct; "
-        f"--parallel.sp {fitting} or longer videos waste less"
+        f"warning: parallel.grid = {dims.grid_of(load)}, but {what} has {tokens}: in some "
+        f"blocks, {several} of each {dims.sp} will idle. The result is correct; {way_out} or longer or larger videos "
+        "waste less"
     ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,6 +1,7 @@
-"""The planner's estimates against counted traffic and memory."""
+"""The planner's estimates against counted memory, and what it chooses."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,95 +13,39 @@ from stdit.models.config import STDiTConfig
 from stdit.models.size import batch_load, count_on_meta, parameter_count
 from stdit.models.stdit import STDiT
 from stdit.parallel.config import ParallelConfig
-from stdit.parallel.processes.mesh import build_mesh
-from stdit.parallel.sequence.group import Group
+from stdit.parallel.processes.mesh import parallel_dims
+from stdit.parallel.sequence.layouts import Grid
 from stdit.parallel.sequence.planner import (
     ParallelDims,
     Workload,
     activation_bytes,
     balance,
     choose_sp,
+    describe_grid,
     divisors,
-    estimate_traffic,
     format_gib,
+    idle_warning,
 )
-from stdit.parallel.sequence.sharding import block_shard_axes
-from tests.parallel.ranks import run_on_ranks
-from tests.parallel.sequence.test_sharding import BASE, make_batch, make_model, run
+from stdit.parallel.sequence.stages import Speeds
+from tests.parallel.sequence.test_sharding import BASE, make_batch, make_model
 
 GIB = 2**30
 F32, BF16 = torch.float32, torch.bfloat16
-CASES = {
-    "even": ((4, 4, 8), 4, "alternate", False, F32, 1),
-    "odd": ((5, 5, 6), 3, "paired", True, F32, 1),
-    "odd, patches of two frames": ((5, 6, 6), 3, "alternate", True, BF16, 1),
-    "in chunks": ((5, 5, 6), 2, "alternate", False, F32, 3),
-    "one frame": ((1, 6, 6), 2, "alternate", True, F32, 1),
-    "fewer frames than ranks": ((3, 5, 7), 3, "paired", False, BF16, 1),
-    "fewer frames than ranks, in chunks": ((2, 6, 6), 5, "paired", False, F32, 2),
-    "fewer patches than ranks": ((3, 2, 2), 2, "alternate", False, BF16, 1),
-}
-"""Latent frames, rows and columns; clips; order of blocks; checkpointing; dtype; chunks."""
+LOAD = Workload(clips=4, frames=6, patches=10, width=8, kinds="STST", head_size=4, columns=5, out_features=5)
 
 
-def check_traffic(_: Group) -> None:
-    """Run a step of each case with sp 2 and 4, in micro-batches of two clips."""
-    for sp in (2, 4):
-        mesh = build_mesh(ParallelConfig(sp=sp), torch.device("cpu"))
-        assert mesh.sp.size == sp
-        for name, (shape, clips, order, checkpointing, dtype, chunks) in CASES.items():
-            patch = (2, 2, 2) if "two frames" in name else (1, 2, 2)
-            settings = {"depth": 3, "block_order": order, "patch_size": patch}
-            model = make_model(F32, **settings)
-            if checkpointing:
-                model.enable_gradient_checkpointing()
-            group = replace(mesh.sp, chunks=chunks)
-            group.traffic.clear()
-            for rows, _ in mesh.micro_batches(clips, 2):
-                batch = make_batch(*shape, len(mesh.sample_range(clips)[rows]), False, F32)
-                with torch.autocast("cpu", BF16, enabled=dtype == BF16):
-                    run(model, model.token_sharding(group, *shape), *batch)
-            load = batch_load(
-                STDiTConfig(**{**BASE, **settings}),
-                shape,
-                clips,
-                element_size=dtype.itemsize,
-                micro_batch_size=2,
-            )
-            expected = estimate_traffic(load, ParallelDims(mesh.world_size, sp, chunks), mesh.rank)
-            what = f"{name}, {sp} ranks, rank {mesh.rank}"
-            assert group.traffic.bytes["all_to_all"] == expected.forward + expected.backward, what
-            assert group.traffic.calls["all_to_all"] == expected.calls, what
-
-
-def test_traffic_is_that_counted() -> None:
-    run_on_ranks(4, check_traffic)
-
-
-LOAD = Workload(
-    clips=4, frames=6, patches=10, width=8, shard_axes=tuple(block_shard_axes(2, "alternate")), out_features=5
-)
-
-
-def test_bytes_by_hand() -> None:
-    """3 ranks have 2 frames each, and 4, 3 and 3 patches; three switches carry the width 8, the last 5 outputs."""
-    to_space, to_time = 2 * 2 * (10 - 4), 2 * 4 * (6 - 2)  # values of 2 clips, per unit of width
-    found = estimate_traffic(LOAD, ParallelDims(6, 3), rank=0)
-    assert found.forward == 4 * (2 * 8 * to_space + (8 + 5) * to_time)
-    assert found.backward == 4 * (2 * 8 * to_time + (8 + 5) * to_space)
-    assert found.calls == 2 * 4
-    assert estimate_traffic(LOAD, ParallelDims(6, 1), rank=5) == (0, 0, 0)
+DSP_OF_4 = ParallelDims(4, 4, grid=Grid(4, 1))
 
 
 @pytest.mark.parametrize(
     "load, split, expected",
     [
         (LOAD, ParallelDims(1, 1), 1.0),
-        (LOAD, ParallelDims(2, 2), 1.0),
-        (LOAD, ParallelDims(8, 2), 1.0),
+        (LOAD, ParallelDims(2, 2, grid=Grid(2, 1)), 1.0),
+        (LOAD, ParallelDims(8, 2, grid=Grid(2, 1)), 1.0),
         (LOAD, ParallelDims(3, 1), 4 / 6),  # 2, 1 and 1 clips
-        (replace(LOAD, frames=1, patches=12), ParallelDims(4, 4), (1 / 4 + 1 / 4) / (1 + 1 / 4)),
-        (replace(LOAD, frames=5, patches=12), ParallelDims(4, 4), 2 * (5 / 4) / (2 + 5 / 4)),
+        (replace(LOAD, frames=1, patches=12), DSP_OF_4, (1 / 4 + 1 / 4) / (1 + 1 / 4)),
+        (replace(LOAD, frames=5, patches=12), DSP_OF_4, 2 * (5 / 4) / (2 + 5 / 4)),
     ],
 )
 def test_balance_is_the_mean_over_the_busiest(load: Workload, split: ParallelDims, expected: float) -> None:
@@ -130,7 +75,64 @@ def test_choose_sp_takes_the_smallest_that_fits_or_the_one_that_needs_least() ->
     assert (fitting.fits, least.fits) == (True, False)
 
 
-@pytest.mark.parametrize("settings", [{}, {"cross_attention": "spatial", "mlp_conv": True}, {"depth": 1}])
+FIVE_FRAMES = Workload(
+    clips=16, frames=5, patches=405, width=1152, kinds="ST" * 28, head_size=72, columns=27, out_features=32
+)
+"""Clips of 17 frames at 240p in STDiT-XL/2, in which eight ranks outnumber the frames."""
+
+
+def test_grids_keep_ranks_busy_that_outnumber_the_frames() -> None:
+    """DSP alone leaves three of eight ranks without a frame in spatial blocks."""
+    found = {
+        time: balance(FIVE_FRAMES, ParallelDims(8, 8, grid=Grid(time, 8 // time)), "S") for time in (8, 2, 1)
+    }
+    assert found == pytest.approx({8: 5 / 8, 2: 2.5 / 3 * (405 / 4) / 102, 1: 405 / 8 / 51})
+    chosen = ParallelDims(8, 8)
+    assert chosen.grid_of(FIVE_FRAMES) == Grid(1, 8)
+    assert describe_grid(FIVE_FRAMES, chosen) == "[1, 8], balance 0.99; blocks 28 S in grid, 28 T in space"
+    few_heads = replace(FIVE_FRAMES, head_size=1152 // 6)
+    line = describe_grid(few_heads, replace(chosen, grid=Grid(1, 8)))
+    assert "blocks 28 S in grid (6 heads for 8 ranks: Ulysses in 4, and a ring of 2), 28 T in space" in line
+    assert not idle_warning("a clip", FIVE_FRAMES, chosen)
+    (warning,) = idle_warning("a clip", FIVE_FRAMES, replace(chosen, grid=Grid(8, 1)))
+    assert "a clip has 5 frames of 405 tokens: in some blocks, ranks 5, 6, 7 of each 8 will idle" in warning
+    assert "--parallel.grid '[1, 8]' or longer or larger videos waste less" in warning
+
+
+def test_slow_links_make_the_planner_send_less() -> None:
+    load = replace(FIVE_FRAMES, clips=1, frames=6, width=64, head_size=32)
+    fast, slow = (ParallelDims(4, 4, speeds=Speeds(flops, 0)).grid_of(load) for flops in (10, 1e6))
+    assert fast != Grid(4, 1) == slow
+    latent = ParallelDims(4, 4, speeds=Speeds(10, 1e9))
+    assert latent.grid_of(load) == Grid(4, 1), "which has the fewest exchanges"
+
+
+def test_the_table_of_the_page() -> None:
+    page = Path("stdit/parallel/README.md").read_text(encoding="utf-8")
+    lines = page.split("| ranks N | frames T |")[1].splitlines()[2:]
+    rows = [line.strip("| ").split(" | ") for line in lines[: lines.index("")]]
+    assert len(rows) > 9
+    for N, T, S, clips, heads, *expected in rows:
+        load = replace(
+            FIVE_FRAMES, clips=int(clips), frames=int(T), patches=int(S), head_size=1152 // int(heads)
+        )
+        found = []
+        for gbit in (3200, 400, 25):
+            config = ParallelConfig(link_gbit=gbit)
+            found.append(str(parallel_dims(config, int(N), int(N), on_cpu=False).grid_of(load)))
+        assert found == expected, (N, T, S, clips, heads)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cross_attention": "spatial", "mlp_conv": True},
+        {"depth": 1},
+        {"depth": 3, "blocks": "S T J"},
+        {"depth": 4, "blocks": "L T L", "cross_attention": "spatial", "mlp_conv": True},
+    ],
+)
 def test_weights_are_counted_without_building_the_model(settings: dict[str, Any]) -> None:
     settings = {**BASE, **settings}
     assert count_on_meta(STDiTConfig(**settings)) == parameter_count(STDiT(**settings))
@@ -147,11 +149,21 @@ def test_weights_beyond_counting() -> None:
 
 
 @pytest.mark.parametrize(
-    "kept, dtype", [("keep", F32), ("keep", BF16), ("recompute", F32), ("recompute", BF16), ("nothing", F32)]
+    "kept, dtype, blocks",
+    [
+        ("keep", F32, "S T"),
+        ("keep", BF16, "S T"),
+        ("recompute", F32, "S T"),
+        ("recompute", BF16, "S T"),
+        ("nothing", F32, "S T"),
+        ("keep", F32, "S L"),
+        ("keep", BF16, "S L"),
+        ("keep", F32, "J"),
+    ],
 )
-def test_activation_bytes_are_close_to_those_counted(kept: Any, dtype: torch.dtype) -> None:
+def test_activation_bytes_are_close_to_those_counted(kept: Any, dtype: torch.dtype, blocks: str) -> None:
     """Compare with the peak bytes of a pass of 2 clips; under autocast, autograd saves the rounded weights, too."""
-    settings = {"depth": 4, "hidden_size": 32}
+    settings = {"depth": 4, "hidden_size": 32, "blocks": blocks}
     model = make_model(F32, **settings)
     if kept == "recompute":
         model.enable_gradient_checkpointing()
@@ -175,7 +187,7 @@ def test_activation_bytes_are_close_to_those_counted(kept: Any, dtype: torch.dty
 
 def test_activations_by_hand() -> None:
     """The first of 3 ranks has 2 of 6 frames of 10 patches, and 4 patches of 6 frames."""
-    split, width = ParallelDims(6, 3), 2 * 8  # of 2 clips
+    split, width = ParallelDims(6, 3, grid=Grid(3, 1)), 2 * 8  # of 2 clips
     in_all_blocks, in_a_block = 2 * (2 * 10 + 4 * 6), 4 * 6
     assert activation_bytes(LOAD, split) == width * 112 * in_all_blocks
     checkpointing, sampling = replace(LOAD, saved="recompute"), replace(LOAD, saved="nothing")

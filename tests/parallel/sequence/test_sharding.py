@@ -1,5 +1,6 @@
 """The sharded model against one process: output, loss and every gradient, on weights without zeros."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -11,15 +12,18 @@ from torch import Tensor
 
 from stdit.diffusion.config import FlowConfig
 from stdit.diffusion.flow import FlowObjective, frame_weights
+from stdit.models.blocks import TokenGrid
 from stdit.models.embeddings import rotary_angles
-from stdit.models.stdit import STDiT, TokenGrid
-from stdit.parallel.sequence.collectives import _PipelinedAllToAll
+from stdit.models.stdit import STDiT
+from stdit.parallel.sequence.collectives import _PipelinedExchange
 from stdit.parallel.sequence.group import Group
-from stdit.parallel.sequence.sharding import TokenSharding, even_sizes
+from stdit.parallel.sequence.layouts import Grid, even_sizes
+from stdit.parallel.sequence.sharding import TokenSharding
+from stdit.parallel.sequence.stages import Speeds, grids
 from tests.parallel.ranks import run_on_ranks
 
 BASE: dict[str, Any] = {
-    "depth": 3,
+    "depth": 2,
     "hidden_size": 16,
     "num_heads": 2,
     "caption_channels": 6,
@@ -28,22 +32,60 @@ BASE: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "alternate": {"frames": 5},
-    "paired": {"frames": 5, "block_order": "paired"},
+    "paired": {"frames": 5, "blocks": "S T T S"},
     "one clip": {"frames": 7, "batch": 1},
     "image": {"frames": 1},
     "image, one clip": {"frames": 1, "batch": 1},
-    "fewer frames than ranks": {"frames": 2, "block_order": "paired"},
+    "fewer frames than ranks": {"frames": 2, "blocks": "S T T S"},
     "fewer patches than ranks": {"frames": 3, "rows": 2, "columns": 2},
     "conditioning frames": {"frames": 5, "conditioning": True},
     "conditioning frames, paired, one clip": {
         "frames": 5,
         "conditioning": True,
-        "block_order": "paired",
+        "blocks": "S T T S",
         "batch": 1,
     },
     "checkpointing": {"frames": 5, "checkpointing": True},
-    "checkpointing, paired": {"frames": 4, "checkpointing": True, "block_order": "paired"},
+    "checkpointing, paired": {"frames": 4, "checkpointing": True, "blocks": "S T T S"},
     "patches of two frames": {"frames": 5, "patch_size": (2, 2, 2)},
+    "joint": {"frames": 5, "blocks": "S T J"},
+    "joint alone, one clip, more ranks than heads": {"frames": 3, "blocks": "J", "depth": 1, "batch": 1},
+    "linear, conditioning frames": {"frames": 5, "blocks": "S L", "conditioning": True},
+    "linear, causal": {"frames": 4, "blocks": "T L J", "linear_causal": True},
+    "linear, causal, fewer frames than ranks": {
+        "frames": 2,
+        "blocks": "L S",
+        "linear_causal": True,
+        "depth": 1,
+    },
+    "joint and linear, image": {"frames": 1, "blocks": "J L", "depth": 2, "mlp_conv": True},
+    "joint and linear, fewer patches than ranks": {
+        "frames": 3,
+        "rows": 2,
+        "columns": 2,
+        "blocks": "S T J L",
+        "depth": 2,
+        "mlp_conv": True,
+    },
+    "joint and linear, all options": {
+        "frames": 4,
+        "blocks": "S T J L",
+        "depth": 2,
+        "mlp_conv": True,
+        "frame_positions": True,
+        "pooled_text": True,
+        "cross_attention": "spatial",
+        "gate_init": 0.5,
+        "checkpointing": True,
+    },
+    "convolution over many rows": {
+        "frames": 2,
+        "rows": 8,
+        "columns": 4,
+        "blocks": "S",
+        "depth": 1,
+        "mlp_conv": True,
+    },
     "every option": {
         "frames": 5,
         "mlp_conv": True,
@@ -99,51 +141,69 @@ def run(
     x, noise, x_t = (sharding.split(value, dim=2) for value in (x, noise, x_t))
     output = model(x_t, 1000 * t, **condition, sharding=sharding).sample
     weight, level = sharding.split(weight, dim=1), sharding.split(t, dim=1)
-    loss = flow.loss(output[:, :4], x, noise, x_t, level, weight).mean() * sharding.group.size
+    loss = flow.loss(output[:, :4], x, noise, x_t, level, weight).mean() * sharding.grid.time
     loss.backward()
     return output.detach(), loss.detach()
 
 
-def compare(group: Group, name: str, dtype: torch.dtype, tolerance: float) -> None:
+def compare(groups: Sequence[Group], name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Compare a model on each of some groups with the same on one rank."""
     case = {"rows": 5, "columns": 6, "batch": 3, "conditioning": False, "checkpointing": False, **CASES[name]}
     sizes = [case.pop(key) for key in ("frames", "rows", "columns", "batch", "conditioning")]
     checkpointing = case.pop("checkpointing")
-    models, batch = [], make_batch(*sizes, dtype)
-    for _ in range(2):
-        models.append(make_model(dtype, **case))
-        if checkpointing:
-            models[-1].enable_gradient_checkpointing()
-    compare_models(*models, models[1].token_sharding(group, *sizes[:3]), batch, tolerance, name)
+    model, batch = make_model(dtype, **case), make_batch(*sizes, dtype)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    expected = run_alone(model, batch)
+    for group in groups:
+        model.zero_grad()
+        what = f"{name} on {group.grid}, {group.chunks} chunks"
+        compare_with(expected, model, model.token_sharding(group, *sizes[:3]), batch, tolerance, what)
 
 
-def compare_models(
-    whole: STDiT, sharded: STDiT, sharding: TokenSharding, batch: Any, tolerance: float, name: str
+def run_alone(model: STDiT, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the output on one rank, and the loss and all gradients by name."""
+    sizes = batch[0].shape[2:]
+    output, loss = run(model, model.token_sharding(Group(), *sizes), *batch)
+    gradients = {}
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0 or has_one_key(key, model, *sizes), key
+        gradients[key] = parameter.grad
+    return output, {"loss": loss, **gradients}
+
+
+def compare_with(
+    expected: tuple[Tensor, dict[str, Tensor]],
+    model: STDiT,
+    sharding: TokenSharding,
+    batch: Any,
+    tolerance: float,
+    what: str,
 ) -> None:
-    """Compare a model on one rank with one of the same weights on a group."""
-    expected, loss = run(whole, whole.token_sharding(Group(), *batch[0].shape[2:]), *batch)
-    output, part = run(sharded, sharding, *batch)
-    close(output, sharding.split(expected, dim=2), tolerance, f"{name}: output")
-    close(average(part), loss, tolerance, f"{name}: loss")
-    for key, parameter in sharded.named_parameters():
-        expected_grad = whole.get_parameter(key).grad
-        assert parameter.grad is not None and expected_grad is not None, key
-        close(average(parameter.grad), expected_grad, tolerance, f"{name}: gradient of {key}")
-        assert expected_grad.abs().max() > 0 or has_one_key(key, whole, *batch[0].shape[2:]), key
+    """Compare a model on a group with what `run_alone` returned for the same weights."""
+    output, part = run(model, sharding, *batch)
+    close(output, sharding.split(expected[0], dim=2), tolerance, f"{what}: output")
+    found = average({"loss": part, **{key: value.grad for key, value in model.named_parameters()}})
+    for key, value in expected[1].items():
+        close(found[key], value, tolerance, f"{what}: {key}")
 
 
 def has_one_key(key: str, model: STDiT, frames: int, rows: int, columns: int) -> bool:
     """Return whether a weight norms queries or keys in attention over one token, which has no gradient."""
     if "_norm" not in key:
         return False
-    temporal = model.blocks[int(key.split(".")[1])].shard == "space"
-    return (frames if temporal else rows * columns // 4) == 1
+    kind = model.blocks[int(key.split(".")[1])].kind
+    tokens = {"S": rows * columns // 4, "T": frames}.get(kind, frames * rows * columns // 4)
+    return tokens == 1
 
 
-def average(value: Tensor) -> Tensor:
-    """Return the mean over all ranks."""
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+def average(values: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the means over all ranks, summed at once."""
+    flat = torch.cat([value.flatten() for value in values.values()])
+    dist.all_reduce(flat)
+    means = (flat / dist.get_world_size()).split([value.numel() for value in values.values()])
+    return {key: mean.view_as(values[key]) for key, mean in zip(values, means, strict=True)}
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
@@ -154,17 +214,47 @@ def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
         assert gap <= tolerance, f"{what} differs by {gap:.1e}, relative to its largest value"
 
 
-def compare_all(group: Group) -> None:
-    for name in CASES:
-        compare(group, name, torch.float64, 1e-12)
-        compare(group, name, torch.float32, 1e-5)
-        for chunks in (2, 3):
-            compare(replace(group, chunks=chunks), name, torch.float64, 1e-12)
+def compare_all(group: Group, names: Sequence[str]) -> None:
+    """Compare on every grid of the ranks, also in chunks and in float32."""
+    on_grids = [replace(group, grid=grid) for grid in grids(group.size)]
+    for name in names:
+        compare([*on_grids, replace(on_grids[0], chunks=3)], name, torch.float64, 1e-12)
+        compare(on_grids[-1:], name, torch.float32, 1e-5)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("ranks", [2, 3, *(pytest.param(n, marks=SLOW) for n in (4, 6, 8))])
 def test_equals_one_process(ranks: int) -> None:
-    run_on_ranks(ranks, compare_all)
+    run_on_ranks(ranks, compare_all, tuple(CASES))
+
+
+def test_grids_of_four_ranks_equal_one_process() -> None:
+    run_on_ranks(
+        4, compare_all, ("joint and linear, all options", "linear, causal", "fewer frames than ranks")
+    )
+
+
+def check_a_grid_for_each_size(group: Group) -> None:
+    """Add up the gradients of a video and of an image, for which other grids are fastest."""
+    group = replace(group, speeds=Speeds(flops=10, call=0))
+    model = make_model(torch.float64)
+    batches = [make_batch(frames, 6, 6, 2, False, torch.float64) for frames in (4, 1)]
+    shardings = [model.token_sharding(group, *batch[0].shape[2:], 2) for batch in batches]
+    assert [sharding.grid for sharding in shardings] == [Grid(2, 1), Grid(1, 2)]
+    for batch in batches:
+        run(model, model.token_sharding(Group(), *batch[0].shape[2:]), *batch)
+    expected = {key: parameter.grad for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    for sharding, batch in zip(shardings, batches, strict=True):
+        run(model, sharding, *batch)
+    for key, value in average({key: p.grad for key, p in model.named_parameters()}).items():
+        close(value, expected[key], 1e-12, key)
+
+
+def test_sizes_with_different_grids_add_up() -> None:
+    run_on_ranks(2, check_a_grid_for_each_size)
 
 
 @pytest.mark.parametrize(
@@ -183,13 +273,13 @@ def test_one_rank_alone_copies_nothing() -> None:
     assert sharding.per_frame(x, "time").data_ptr() == x.data_ptr()
 
 
-def count_traffic(group: Group, block_order: str, checkpointing: bool) -> None:
+def count_traffic(group: Group, blocks: str, checkpointing: bool) -> None:
     """Count bytes and calls where all sizes divide, so that the formula is exact (arXiv:2403.10266, table 3).
 
     Overlapping chunks need more calls, and send the same bytes.
     """
     frames, rows, columns, batch, dim, pairs = 12, 4, 12, 2, 16, 4
-    model = make_model(torch.float32, depth=pairs, block_order=block_order)
+    model = make_model(torch.float32, depth=pairs, blocks=blocks)
     if checkpointing:
         model.enable_gradient_checkpointing()
     group.traffic.clear()
@@ -198,18 +288,19 @@ def count_traffic(group: Group, block_order: str, checkpointing: bool) -> None:
 
     tokens = batch * frames * (rows // 2) * (columns // 2)
     M, output = 4 * tokens * dim, 4 * tokens * model.out_channels * 2 * 2  # bytes
-    # Order alternate ends with space sharded: the last of its two switches per pair carries the output instead.
-    switches, ends = (2 * pairs - 1, 1) if block_order == "alternate" else (pairs, 0)
+    # S T ends with space sharded: the last of its two switches per pair carries the output instead.
+    switches, ends = (2 * pairs - 1, 1) if blocks == "S T" else (pairs, 0)
     sent = (switches * M + ends * output) * (group.size - 1) // group.size**2
     assert group.traffic.bytes["all_to_all"] == 2 * sent, "forward and backward"
     assert group.traffic.calls["all_to_all"] == 2 * (switches + ends) * group.chunks
 
 
 def count_all_traffic(group: Group) -> None:
-    for block_order in ("alternate", "paired"):
+    for blocks in ("S T", "S T T S"):
         for checkpointing in (False, True):
             for chunks in (1, 3):
-                count_traffic(replace(group, chunks=chunks), block_order, checkpointing)
+                here = replace(group, chunks=chunks, grid=Grid(group.size, 1))
+                count_traffic(here, blocks, checkpointing)
 
 
 def test_traffic_is_that_of_the_formula() -> None:
@@ -217,15 +308,15 @@ def test_traffic_is_that_of_the_formula() -> None:
 
 
 def check_gradient_order(group: Group) -> None:
-    original, asked = _PipelinedAllToAll.wait_gradient, []
+    original, asked = _PipelinedExchange.wait_gradient, []
 
-    def wait_gradient(exchange: _PipelinedAllToAll, index: int) -> Tensor:
+    def wait_gradient(exchange: _PipelinedExchange, index: int) -> Tensor:
         asked.append((index, next(iter(exchange.gradients))))
         return original(exchange, index)
 
     model = make_model(torch.float32, depth=1)
-    sharding = model.token_sharding(replace(group, chunks=3), 6, 6, 6)
-    with patch.object(_PipelinedAllToAll, "wait_gradient", wait_gradient):
+    sharding = model.token_sharding(replace(group, chunks=3, grid=Grid(2, 1)), 6, 6, 6)
+    with patch.object(_PipelinedExchange, "wait_gradient", wait_gradient):
         run(model, sharding, *make_batch(6, 6, 6, 1, False, torch.float32))
     assert len(asked) == 2 * 3
     assert all(index == first_sent for index, first_sent in asked), asked
@@ -242,7 +333,7 @@ def compile_a_switch_and_a_block(group: Group) -> None:
     torch.manual_seed(1)
     inputs = [
         torch.randn(shape)
-        for shape in ((2, sharding.frames_per_rank[group.rank], 7, 16), (2, 5, 16), (2, 1, 6, 16))
+        for shape in ((2, sharding.own("time").frames.size, 7, 16), (2, 5, 16), (2, 1, 6, 16))
     ]
 
     def switch_and_run(x: Tensor, y: Tensor, modulation: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from scripts.bench.baselines import BASELINES, apply_baseline
 from stdit.errors import UserError
 from stdit.parallel.sequence.group import Group
 from tests.parallel.ranks import run_on_ranks
-from tests.parallel.sequence.test_sharding import compare_models, make_batch, make_model, run
+from tests.parallel.sequence.test_sharding import compare_with, make_batch, make_model, run, run_alone
 
 CASES: dict[str, dict[str, Any]] = {
     "nothing divides": {"frames": 7, "batch": 3, "num_heads": 5, "hidden_size": 20, "mlp_ratio": 0.7},
-    "one clip, paired, checkpointing": {"frames": 6, "block_order": "paired", "checkpointing": True},
+    "one clip, paired, checkpointing": {"frames": 6, "blocks": "S T T S", "checkpointing": True},
     "conditioning frames": {
         "frames": 5,
         "batch": 3,
@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def compare(group: Group, method: str, name: str) -> None:
+def compare(group: Group, method: str, name: str, **settings: Any) -> None:
     case = {
         "batch": 1,
         "conditioning": False,
@@ -38,6 +38,7 @@ def compare(group: Group, method: str, name: str) -> None:
         "num_heads": 4,
         "depth": 2,
         **CASES[name],
+        **settings,
     }
     sizes = (case.pop("frames"), 5, 6)
     batch = make_batch(*sizes, case.pop("batch"), case.pop("conditioning"), torch.float64)
@@ -46,13 +47,16 @@ def compare(group: Group, method: str, name: str) -> None:
     if checkpointing:
         sharded.enable_gradient_checkpointing()
     sharding = apply_baseline(sharded, method, sharded.token_sharding(group, *sizes))
-    compare_models(whole, sharded, sharding, batch, 1e-12, f"{method}, {name}")
+    compare_with(run_alone(whole, batch), sharded, sharding, batch, 1e-12, f"{method}, {name}")
 
 
 def compare_all(group: Group) -> None:
-    for method in BASELINES:
-        for name in CASES:
-            compare(group, method, name)
+    for name in CASES:
+        for method in BASELINES:
+            if method != "lasp-ring":
+                compare(group, method, name)
+        for causal in (False, True):
+            compare(group, "lasp-ring", name, blocks="S L", linear_causal=causal)
     assert bool(group.traffic.calls) == (group.size > 1)
 
 
@@ -86,15 +90,20 @@ def count_all(group: Group) -> None:
         repeated = int(checkpointing)  # what activation checkpointing sends again
         dsp = traffic(group, "dsp", checkpointing)
         assert dsp == {"all_to_all": 2 * 2 * unit // group.size}
-        paired = traffic(group, "dsp", checkpointing, block_order="paired")
+        paired = traffic(group, "dsp", checkpointing, blocks="S T T S")
         assert paired == {"all_to_all": dsp["all_to_all"] // 2}, "half"
-        for method, exchanges in (("ulysses", 4), ("ulysses-all", 8)):
+        for method, exchanges in (("ulysses", 4), ("usp", 8), ("ulysses-all", 8)):
             sent = traffic(group, method, checkpointing)
             assert sent == {"all_to_all": (2 + repeated) * exchanges * unit // group.size}, method
         assert dsp["all_to_all"] <= 0.25 * sent["all_to_all"], "a quarter of ulysses-all at most"
         assert traffic(group, "ring", checkpointing) == {"ring": (1 + 2 + repeated) * 2 * unit}
         each = (2 + repeated) * 4 * unit
         assert traffic(group, "megatron", checkpointing) == {"all_gather": each, "reduce_scatter": each}
+        state = 4 * BATCH * DIM * (DIM // HEADS + 1)
+        ring = traffic(group, "lasp-ring", checkpointing, blocks="S L")
+        assert ring == {"ring": (2 + repeated) * PAIRS * (group.size - 1) * state}
+        at_once = traffic(group, "dsp", checkpointing, blocks="S L")
+        assert at_once["sum_over"] == ring["ring"], "as LASP-2, in fewer calls"
 
 
 def test_traffic_is_that_of_the_formulas() -> None:
@@ -104,10 +113,12 @@ def test_traffic_is_that_of_the_formulas() -> None:
 @pytest.mark.parametrize(
     "method, ranks, settings, message",
     [
-        ("ulises", 2, {}, "must be one of ulysses, ulysses-all, ring, megatron"),
+        ("ulises", 2, {}, "must be one of ulysses, ulysses-all, usp, ring, megatron, lasp-ring"),
         ("ring", 4, {}, "4 ranks, but there are 3 frames.* use at most 3 ranks"),
         ("megatron", 3, {}, "3 ranks, but the model has 2 heads.* use at most 2 ranks"),
         ("ulysses", 2, {"mlp_conv": True}, "leave mlp_conv out"),
+        ("usp", 2, {"blocks": "S J L"}, "no way to share blocks of kind J, L, only S and T: leave them out"),
+        ("lasp-ring", 2, {}, "no way to share blocks of kind T, only S and L"),
     ],
 )
 def test_unsupported_models_and_sizes_are_errors(

@@ -84,7 +84,9 @@ def test_bad_splits_and_launchers_are_errors(tmp_path: Path) -> None:
     for text in ("2", "2x", "0x1", "2x1:", "2x1:half", "ax1"):
         with pytest.raises(UserError, match="--splits"):
             parse_split(text)
-    assert parse_split("2x3:sharded") == Split(2, 3, sharded=True)
+    assert parse_split("2x3:sharded") == Split(2, (3,), sharded=True)
+    grid = parse_split("1x2x2")
+    assert grid.ranks == 4 and grid.flags[:2] == ["--parallel.grid", "[2, 2]"] and str(grid) == "1x2x2"
     for command in ("python {rank}", "python '", "python {0}"):
         with pytest.raises(UserError, match="--launcher"):
             CommandLauncher(command)
