@@ -126,11 +126,12 @@ def test_linear_attention_sends_as_much_for_any_length(causal: bool) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 6, 8])
-@pytest.mark.parametrize("kinds", ["ST", "STTS", "SSST"])
+@pytest.mark.parametrize("kinds", ["ST", "STTS", "SSST", "STJ", "SJ", "J"])
 def test_no_grid_sends_more_than_usp_alone(ranks: int, kinds: str) -> None:
     """USP of all tokens sends q, k, v and the output of each block for heads: 4 M/N (N-1)/N forward, and back."""
     for frames in (5, 8, 16):
         load = replace(LOAD, clips=1, frames=frames, patches=240, width=64, head_size=8, kinds=kinds * 2)
+        load = replace(load, out_features=0)  # of the blocks alone
         usp = 4 * 2 * len(load.kinds) * frames * 240 * 64 * 4 * (ranks - 1) // ranks
         for grid in grids(ranks):
             assert sent(load, grid) <= usp, grid
