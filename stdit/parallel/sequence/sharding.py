@@ -57,13 +57,16 @@ class TokenSharding:
     ) -> None:
         self.group, self.frames, self.patches, self.patch_frames = group, frames, patches, patch_frames
         self.costs = costs
+        self._tokens: dict[Layout, list[Tokens]] = {}
         self.grid = grid or Grid(group.size, 1)
         if self.grid.size != group.size:
             raise ValueError(f"the grid {self.grid} has {self.grid.size} ranks, and the group {group.size}")
 
     def tokens(self, layout: Layout) -> list[Tokens]:
         """Return the tokens of each rank."""
-        return self.grid.tokens(layout, self.frames, self.patches)
+        if layout not in self._tokens:  # every block asks for them several times
+            self._tokens[layout] = self.grid.tokens(layout, self.frames, self.patches)
+        return self._tokens[layout]
 
     @property
     def row_tokens(self) -> list[Tokens]:
@@ -132,9 +135,7 @@ class TokenSharding:
         targets: Sequence[Tokens],
     ) -> Tensor:
         along, tokens = stage.layout, self.frames * self.patches
-        count = (
-            output_chunks(stage, sources, targets, tokens, self.group.chunks) if self.group.chunks > 1 else 1
-        )
+        count = output_chunks(stage, sources, targets, tokens, self.group.chunks)
         if count == 1:
             return redistribute(run(x, self.per_frame(values, along)), self.group, sources, targets)
         chunks = [_chunks(each, along, count) for each in sources]

@@ -132,8 +132,9 @@ def output_chunks(
         tokens: of the video.
         chunks: at most.
     """
-    overlapping = sum(target.size for target in targets) > tokens
-    if stage.layout == "grid" or stage.reaches_others or overlapping or list(sources) == list(targets):
+    if chunks == 1 or stage.layout == "grid" or stage.reaches_others or list(sources) == list(targets):
+        return 1
+    if sum(target.size for target in targets) > tokens:
         return 1
     return min(
         chunks, max((each.frames if stage.layout == "time" else each.patches).size for each in sources)
