@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import yaml
 
-from scripts.arguments import positive_int
+from scripts.arguments import positive_int, preset_file
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
@@ -57,10 +57,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder to write to (that of temporary files)")
     parser.add_argument("--output", type=Path, help="a JSON file of all figures")
     args = parser.parse_args()
-    preset = ROOT / "configs" / "models" / f"{args.model}.yaml"
-    if not preset.is_file():
-        names = sorted(path.stem for path in preset.parent.glob("*.yaml"))
-        raise UserError(f"--model {args.model}: there is no such preset: choose one of {', '.join(names)}")
+    preset = preset_file(args.model)
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     figures = []
     try:

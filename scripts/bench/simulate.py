@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from scripts.arguments import output_file, positive_int
+from scripts.arguments import output_file, positive_int, preset_file
+from scripts.bench.sequence_rank import grid_of
 from stdit.cli import run, script_parser
 from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
@@ -40,9 +41,8 @@ from stdit.models.size import batch_load, count_on_meta, training_flops
 from stdit.parallel.sequence.layouts import Grid
 from stdit.parallel.sequence.planner import FLOAT32_BYTES, ParallelDims, Workload
 from stdit.parallel.sequence.stages import Speeds, grids
-from stdit.parallel.sequence.traffic import exchanges_of_a_clip
+from stdit.parallel.sequence.traffic import exchanges_of_a_clip, sent_for_a_clip
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT_TOKENS = 300
 
 
@@ -179,11 +179,7 @@ def machine_of(args: argparse.Namespace) -> Machine:
 
 def model_of(preset: str, blocks: str | None) -> STDiTConfig:
     """Return the settings of a preset. Raises UserError if there is none."""
-    path = ROOT / "configs" / "models" / f"{preset}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(path.stem for path in path.parent.glob("*.yaml")))
-        raise UserError(f"--model {preset}: there is no such preset: choose one of {names}")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    settings = yaml.safe_load(preset_file(preset).read_text(encoding="utf-8"))["model"]
     return STDiTConfig(**{**settings, **({"blocks": blocks} if blocks else {})})
 
 
@@ -204,13 +200,13 @@ def simulate_all(args: argparse.Namespace, config: STDiTConfig, machine: Machine
                 times = simulate(load, flops, here, machine)
                 times = times._replace(gradients=averaging_seconds(parameters, gpus, machine))
                 ideal = total_flops(flops, load) / sp / machine.tflops / 1e12
-                exchanges = list(exchanges_of_a_clip(load, here, 0))
+                sent = sent_for_a_clip(load, here, 0)
                 yield {
                     **{"gpus": gpus, "sp": sp, "dp": gpus // sp, "grid": str(grid)},
                     "chosen": " *" if grid == chosen else "",
                     "tokens": load.frames * load.patches // sp,
-                    "megabytes": sum(each.sent.forward + each.sent.backward for each in exchanges) / 1e6,
-                    "calls": sum(each.sent.calls for each in exchanges),
+                    "megabytes": (sent.forward + sent.backward) / 1e6,
+                    "calls": sent.calls,
                     **times._asdict(),
                     "step": times.step,
                     "of_ideal": ideal / times.step,
@@ -232,8 +228,12 @@ def count_flops(config: STDiTConfig, latent_shape: tuple[int, int, int]) -> Flop
 
 def total_flops(flops: Flops, load: Workload) -> float:
     """Return the operations of all ranks for a clip, with those that activation checkpointing repeats."""
-    repeated = 4 / 3 if load.saved == "recompute" else 1
-    return repeated * sum(flops.of_block[kind] for kind in load.kinds) + flops.rest
+    return _passes(load) * sum(flops.of_block[kind] for kind in load.kinds) + flops.rest
+
+
+def _passes(load: Workload) -> float:
+    """Return forward and backward of a block, with what checkpointing repeats, over these alone."""
+    return 4 / 3 if load.saved == "recompute" else 1
 
 
 def simulate(load: Workload, flops: Flops, dims: ParallelDims, machine: Machine) -> Seconds:
@@ -244,8 +244,7 @@ def simulate(load: Workload, flops: Flops, dims: ParallelDims, machine: Machine)
         layout: max(each.size for each in dims.tokens(load, layout)) / tokens
         for layout in {stage.layout for stage in stages}
     }
-    repeated = 4 / 3 if load.saved == "recompute" else 1
-    operations = sum(repeated * flops.of_block[stage.kind] * share[stage.layout] for stage in stages)
+    operations = sum(_passes(load) * flops.of_block[stage.kind] * share[stage.layout] for stage in stages)
     operations += flops.rest * share[stages[0].layout]
     exchange = 0.0
     for ranks, sent in exchanges_of_a_clip(load, dims, 0):
@@ -294,7 +293,7 @@ def check(path: Path, latency_us: float | None) -> None:
         saved = "recompute" if settings["checkpointing"] else "keep"
         size = {"fp32": 4, "bf16": 2}[settings["precision"]]
         load = batch_load(config, shape, settings["batch"], size, saved=saved)  # type: ignore[arg-type]
-        grid = _grid_of(row["method"], result["ranks"])
+        grid = grid_of(row["method"], result["ranks"])
         dims = ParallelDims(result["ranks"], result["ranks"], grid=grid, speeds=Speeds(*result["speeds"]))
         if dims.sp not in speeds:
             at_one = simulate(load, flops, dims, Machine(1, 1, 1, 1, 0)).compute  # seconds at 1 TFLOP/s
@@ -310,10 +309,6 @@ def check(path: Path, latency_us: float | None) -> None:
 
 def _is_grid(method: str) -> bool:
     return method.startswith("grid ") and method != "grid auto"
-
-
-def _grid_of(method: str, ranks: int) -> Grid:
-    return Grid(ranks, 1) if method == "dsp" else Grid(*map(int, method.split()[1].split("x")))
 
 
 if __name__ == "__main__":
