@@ -42,7 +42,7 @@ def main() -> None:
     with TemporaryDirectory() as made:
         folder = Path(made)
         sources = [Request(prompt, 0, VideoSettings()) for prompt in (STAR, HEART)]
-        star, heart = (frames for _, frames in sample_videos(pipe, sources))
+        star, heart = (video.frames for video in sample_videos(pipe, sources))
         Image.fromarray(star[0]).save(folder / "star.png")
         Image.fromarray(star[-1]).save(folder / "end.png")
         write_mp4(folder / "heart.mp4", heart, pipe.config.fps)

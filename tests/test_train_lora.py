@@ -86,7 +86,7 @@ def test_validation_shows_videos_with_and_without_the_adapter(trained: Path, tmp
     run, sources = trained / "outputs" / "lora", {"base": "tiny", "step-00000004": "lora"}
     for where, source in sources.items():
         pipe, _ = load_pipeline(trained / "outputs" / source)
-        ((_, frames),) = sample_videos(pipe, [Request("a red square", 0)])
+        ((_, frames, _),) = sample_videos(pipe, [Request("a red square", 0)])
         write_mp4(tmp_path / "sampled.mp4", frames, 8)
         difference = video_of(run, where).astype(int) - read_frames(tmp_path / "sampled.mp4")
         assert np.abs(difference).max() <= 2, where

@@ -51,7 +51,7 @@ def check_resumes(flags: list[str], outputs: Path) -> None:
 
 def sample(run: Path) -> torch.Tensor:
     pipe, _ = load_pipeline(run)
-    ((_, frames),) = sample_videos(pipe, [Request("a red square", 0)])
+    ((_, frames, _),) = sample_videos(pipe, [Request("a red square", 0)])
     return torch.from_numpy(frames)
 
 

@@ -9,12 +9,19 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import (
+    ConfigMixin,
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
@@ -146,6 +153,47 @@ class RectifiedFlow(Sealed, SchedulerMixin, ConfigMixin):  # type: ignore[misc] 
             verify_if_sealed(Path(pretrained_model_name_or_path) / (options.get("subfolder") or ""))
         scheduler: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
         return scheduler
+
+
+class Heun(FlowMatchHeunDiscreteScheduler):  # type: ignore[misc]
+    """Heun's method as diffusers has it, at any noise levels: theirs end in a step of no length."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, sigmas: Any = None) -> None:
+        """Choose the noise levels of a sampling run, in which each but the first comes twice.
+
+        Args:
+            num_inference_steps: number of steps.
+            sigmas: their noise levels, instead of equal steps; 0 follows the last.
+        """
+        super().set_timesteps(num_inference_steps, device)  # forgets the last run
+        levels = (
+            torch.linspace(1, 0, num_inference_steps + 1)[:-1] if sigmas is None else torch.as_tensor(sigmas)
+        )
+        first, *others = levels.float().tolist()
+        self.sigmas = torch.tensor(
+            [first, *(level for level in others for _ in range(2)), 0.0], device=device
+        )
+        self.timesteps = self.config.num_train_timesteps * self.sigmas[:-1]
+
+
+_AS_OURS = {
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+}
+SOLVERS: dict[str, Callable[[], Any]] = {
+    "euler": RectifiedFlow,
+    "heun": Heun,
+    "dpm++": partial(DPMSolverMultistepScheduler, **_AS_OURS),
+    "unipc": partial(UniPCMultistepScheduler, **_AS_OURS),
+}
+"""Schedulers by the names of `stdit.pipelines.config.Solver`.
+
+euler: first order, one model call a step (arXiv:2209.03003); heun: second order, two calls (Karras et al. 2022,
+arXiv:2206.00364, algorithm 1); dpm++: DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095); unipc: UniPC of second
+order (Zhao et al. 2023, arXiv:2302.04867).
+"""
 
 
 def set_flow_timesteps(

@@ -14,6 +14,8 @@ from stdit.suggestions import nearest_name
 
 Format = Literal["mp4", "gif", "png"]
 GuidanceSchedule = Literal["constant", "linear", "interval", "oscillating"]
+Solver = Literal["euler", "heun", "dpm++", "unipc"]
+Cache = Literal["off", "slow", "fast"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -38,7 +40,13 @@ class VideoSettings:
     fps: float | None = _setting(8.0)
     """Frames per second."""
     num_inference_steps: int | None = _setting(30)
-    """Euler steps from noise to video."""
+    """Steps from noise to video."""
+    solver: Solver | None = _setting(None)
+    """euler; heun, with two model calls a step; dpm++ or unipc, which need the fewest for the same quality; none: the
+    pipeline's own scheduler."""
+    cache: Cache | float | None = _setting("off")
+    """Skip steps that can be foreseen: off; slow (hardly any difference); fast; or a threshold, the largest error
+    that a skipped step may add to the latents, such as 0.02."""
     guidance_scale: float | None = _setting(1.5)
     """1: no guidance; larger values follow the prompt more closely, at twice the cost."""
     guidance_schedule: GuidanceSchedule | None = _setting("constant")
@@ -62,8 +70,9 @@ class VideoSettings:
         for name in VIDEO_SETTINGS:
             value = getattr(self, name)
             values = value if name == "guidance_interval" and isinstance(value, list | tuple) else [value]
-            kind, noun = (str, "a text") if name == "guidance_schedule" else (Real, "a number")
+            kind, noun = (str, "a text") if name in ("guidance_schedule", "solver") else (Real, "a number")
             right = all(isinstance(one, kind) and not isinstance(one, bool) for one in values)
+            right |= name == "cache" and isinstance(value, str)
             if value is not None and not right:
                 raise UserError(f"{where}{name} = {value!r:.200}: has a wrong type: must be {noun}.")
         for name in ("num_frames", "height", "width", "num_inference_steps"):
@@ -79,10 +88,21 @@ class VideoSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise UserError(f"{where}{name} = {value}: must be at least 0; 1 is no guidance.")
-        schedules = get_args(GuidanceSchedule)
-        if self.guidance_schedule is not None and self.guidance_schedule not in schedules:
+        for name, choices in (
+            ("guidance_schedule", get_args(GuidanceSchedule)),
+            ("solver", get_args(Solver)),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise UserError(f"{where}{name} = {value}: must be one of {', '.join(choices)}.")
+        if isinstance(self.cache, str):
+            right = self.cache in get_args(Cache)
+        else:
+            right = self.cache is None or 0 < self.cache < 1
+        if not right:
             raise UserError(
-                f"{where}guidance_schedule = {self.guidance_schedule}: must be one of {', '.join(schedules)}."
+                f"{where}cache = {self.cache}: must be {', '.join(get_args(Cache))}, or a threshold between 0 and 1: "
+                "larger ones skip more steps, off skips none."
             )
         interval = self.guidance_interval
         shown = list(interval) if isinstance(interval, tuple) else interval

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
+from stdit.pipelines.model_calls import ModelCalls
 
 KINDS = ("mp4", "gif")
 """Endings of video files."""
-_NOT_COMPARED = ("checkpoint", "checkpoint_step", "lineage", "stdit", "files")
+_NOT_COMPARED = ("checkpoint", "checkpoint_step", "lineage", "stdit", "files", *ModelCalls().facts())
 """Metadata that may differ between equal videos: where the weights, known by their hash, were found, what is recorded
-of their training, and by which version they were sampled."""
+of their training, by which version they were sampled, and how many model calls that took."""
 _NAME = re.compile(r"(?P<stem>\d+-(?P<rest>.*-seed\d+)(-\d+)?)\.(mp4|gif|json)")
 
 

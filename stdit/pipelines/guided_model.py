@@ -3,8 +3,8 @@
 Letters: B videos, C channels, T latent frames, H height, W width, L text tokens, E width of the text states.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.group import Group
 from stdit.parallel.sequence.sharding import TokenSharding
+from stdit.pipelines.model_calls import ModelCalls
 
 
 @dataclass
@@ -35,6 +36,12 @@ class GuidedModel:
     guided: bool
     """Whether ``text`` has negative prompts."""
     guidance_rescale: float = 0.0
+    calls: list[ModelCalls] = field(init=False)
+    """So far, of each video."""
+
+    def __post_init__(self) -> None:
+        rows = len(self.text["encoder_hidden_states"])
+        self.calls = [ModelCalls()] * (rows // 2 if self.guided else rows)
 
     def embeds(self) -> dict[str, Tensor]:
         """Return the text states of prompts and negative prompts, by the names of the pipeline's arguments."""
@@ -57,6 +64,10 @@ class GuidedModel:
             [changed.get(name, own) for name, own in self.embeds().items()]
         )
 
+    def weights(self, scale: float) -> dict[str, float]:
+        """Return the halves of guidance that a scale g needs, with the factors of their velocities."""
+        return {"cond": 1.0} if scale == 1 or not self.guided else {"uncond": 1 - scale, "cond": scale}
+
     def velocity(self, x_t: Tensor, t: Tensor, scale: float) -> Tensor:
         """Return ``v_uncond + g (v_cond - v_uncond)`` (Ho & Salimans 2022, arXiv:2207.12598, equation 6).
 
@@ -67,14 +78,44 @@ class GuidedModel:
             t: the noise levels of all frames, ``[B T]`` or ``[B 1]``.
             scale: g.
         """
-        if scale == 1 or not self.guided:
-            return self.predict(x_t, t, {name: rows[-len(x_t) :] for name, rows in self.text.items()}, "cond")
-        if self.cfg.size == 1:
-            both = self.predict(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), self.text, "uncond_cond")
-        else:
-            own = {name: rows.chunk(2)[self.cfg.rank] for name, rows in self.text.items()}
-            both = all_gather(self.predict(x_t, t, own, "uncond_cond"), self.cfg, 0, [len(x_t)] * 2)
-        unconditional, conditional = both.chunk(2)
+        return self.guide(self.velocities(x_t, t, scale), scale)
+
+    def velocities(self, x_t: Tensor, t: Tensor, scale: float, videos: Sequence[int] | None = None) -> Tensor:
+        """Return the velocities of the halves in `weights`, ``[n B C T_n H W]``.
+
+        Args:
+            videos: the places of those in ``x_t`` and ``t`` among the videos of the call; None: all.
+        """
+        count, halves = len(self.calls), len(self.weights(scale))
+        text, videos = self.text, range(count) if videos is None else videos
+        self._count(videos, ModelCalls(run=halves))
+        if halves == 1:
+            text = {name: rows[-count:] for name, rows in text.items()}
+        elif self.cfg.size > 1:
+            text = {name: rows.chunk(2)[self.cfg.rank] for name, rows in text.items()}
+        times = len(text["encoder_hidden_states"]) // count
+        if len(videos) < count:
+            places = [count * half + video for half in range(times) for video in videos]
+            text = {name: rows[places] for name, rows in text.items()}
+        cache = "cond" if halves == 1 else "uncond_cond"
+        found = self.predict(x_t.repeat(times, 1, 1, 1, 1), t.repeat(times, 1), text, cache)
+        if times < halves:
+            found = all_gather(found, self.cfg, 0, [len(x_t)] * 2)
+        return found.unflatten(0, (halves, -1))
+
+    def count_skipped(self, videos: Sequence[int], scale: float) -> None:
+        """Count a step that some videos skip."""
+        self._count(videos, ModelCalls(skipped=len(self.weights(scale)), skipped_steps=1))
+
+    def _count(self, videos: Sequence[int], more: ModelCalls) -> None:
+        for video in videos:
+            self.calls[video] += more
+
+    def guide(self, velocities: Tensor, scale: float) -> Tensor:
+        """Return the velocity ``[B C T_n H W]`` of the halves in `weights`, ``[n B C T_n H W]``."""
+        if len(velocities) == 1:
+            return velocities[0]
+        unconditional, conditional = velocities
         velocity = unconditional + scale * (conditional - unconditional)
         if not self.guidance_rescale:
             return velocity

@@ -26,7 +26,7 @@ from stdit.codecs.loading import quiet
 from stdit.codecs.text import TextEncoder
 from stdit.diffusion.config import FlowConfig, flow_config, flow_settings
 from stdit.diffusion.flow import FlowObjective, per_frame
-from stdit.diffusion.scheduler import set_flow_timesteps
+from stdit.diffusion.scheduler import SOLVERS, set_flow_timesteps
 from stdit.errors import UserError
 from stdit.lora.files import check_adapter, local_adapter, pipeline_state
 from stdit.models.stdit import STDiT
@@ -65,6 +65,8 @@ from stdit.pipelines.inputs import (
     for_each_prompt,
     guidance_scale_of_step,
 )
+from stdit.pipelines.model_calls import ModelCalls
+from stdit.pipelines.output_cache import THRESHOLDS, EveryStep, OutputCache
 from stdit.pipelines.text_rows import encode_texts, repeated, repeated_states, text_rows
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,8 @@ class STDiTPipelineOutput(BaseOutput):
     frames: Any
     """By output_type: a list of PIL images per prompt; float array ``[B T H W 3]`` or tensor ``[B T 3 H W]`` in
     [0, 1]; or latents ``[B C T H W]``."""
+    calls: list[ModelCalls]
+    """Model calls of each video."""
 
 
 class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
@@ -436,13 +440,14 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if latents is not None:
             check_latents(latents, (len(generators), *shape))
         shift = self.flow.size_shift(shape[1], height, width) if video["shift"] is None else video["shift"]
-        set_flow_timesteps(self.scheduler, int(video["num_inference_steps"]), shift, device)
-        sigmas = self.scheduler.sigmas.to(device)
+        scheduler = self.scheduler if video["solver"] is None else SOLVERS[video["solver"]]()
+        set_flow_timesteps(scheduler, int(video["num_inference_steps"]), shift, device)
+        sigmas = scheduler.sigmas.to(device)
         self._guidance_scale, self._attention_kwargs = float(video["guidance_scale"]), attention_kwargs
-        self._interrupt, self._num_timesteps = False, len(self.scheduler.timesteps)
+        self._interrupt, self._num_timesteps = False, len(scheduler.timesteps)
         scale_of_step = partial(guidance_scale_of_step, settings=video)
         scales = [
-            scale_of_step(self._guidance_scale, sigma, step)
+            scale_of_step(self._guidance_scale, sigma, step // scheduler.order)
             for step, sigma in enumerate(sigmas[:-1].tolist())
         ]
         guided = any(scale != 1 for scale in scales) or guides_refinement(video)
@@ -480,12 +485,22 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             latents = torch.stack([draw_noise(shape, one) for one in generators])
         noise = latents.to(device, torch.float32)
         conditioned, max_noise_level = self.prepare_conditions(noise, frame_conditions, video, sigmas)
+        cache = EveryStep(model)
+        if (threshold := video["cache"]) != "off":
+            if self.transformer.is_cache_enabled:
+                raise UserError(
+                    f"cache = {threshold}: a cache of diffusers is enabled, which would mix up the videos that skip "
+                    "steps: use one of them: cache = off, or pipe.transformer.disable_cache()."
+                )
+            threshold = THRESHOLDS.get(threshold, threshold)
+            cache = OutputCache(model, threshold, sigmas.tolist(), max_noise_level)
         try:
             latents = self.denoise(
                 sharding.split(conditioned, dim=2),
                 sharding.split(noise, dim=2),
                 max_noise_level,
-                model,
+                scheduler,
+                cache,
                 scale_of_step,
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
@@ -512,7 +527,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         finally:  # also after an error in a callback: caches and offloaded parts begin anew
             self._current_timestep = None
             self.maybe_free_model_hooks()
-        return STDiTPipelineOutput(frames=frames) if return_dict else (frames,)
+        return STDiTPipelineOutput(frames=frames, calls=model.calls) if return_dict else (frames,)
 
     def check_inputs(
         self,
@@ -681,7 +696,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         latents: Tensor,
         noise: Tensor,
         max_noise_level: Tensor,
-        model: GuidedModel,
+        scheduler: Any,
+        cache: EveryStep,
         scale_of_step: Callable[[float, float, int], float],
         callback: StepCallback | None,
         callback_inputs: Sequence[str],
@@ -695,23 +711,24 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Args:
             latents: of the conditioning frames, zero elsewhere: this rank's frames ``[B C T_n H W]``.
             noise: of the same shape.
+            cache: the model, and what it remembers of earlier steps.
         """
-        split = model.sharding.split
+        model, split = cache.model, cache.model.sharding.split
         max_noise_level = _per_sample(max_noise_level)
-        sigmas = self.scheduler.sigmas.to(latents.device)
+        sigmas = scheduler.sigmas.to(latents.device)
         levels = sigmas.tolist()
         sample, shown = noise, latents
-        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for index, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             sigma = sigmas[index]
             generated = sigma <= max_noise_level  # [B T]
             free = per_frame(split(generated, dim=1))
             sample = torch.where(free, sample, torch.lerp(latents, noise, sigma))
             shown = torch.where(free, sample, latents)
             self._current_timestep = timestep
-            scale = scale_of_step(self._guidance_scale, levels[index], index)
-            velocity = model.velocity(shown, sigma * generated, scale)
+            scale = scale_of_step(self._guidance_scale, levels[index], index // scheduler.order)
+            velocity = cache.velocity(shown, sigma * generated, scale)
             away = torch.where(free, -velocity, noise - latents)  # from data to noise
-            sample = self.scheduler.step(away, timestep, sample, return_dict=False)[0]
+            sample = scheduler.step(away, timestep, sample, return_dict=False)[0]
             shown = torch.where(free, sample, latents)
             if callback is not None:
                 given, guidance = {"latents": shown, **model.embeds()}, self._guidance_scale
@@ -724,6 +741,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
                         "this call began without guidance, and has no negative prompts: begin with another "
                         "guidance_scale than 1."
                     )
+                if changed:
+                    cache.forget()
                 sample = torch.where(free, changed.pop("latents", shown), sample)
                 if changed:
                     model.set_embeds(changed)

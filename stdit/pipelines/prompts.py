@@ -5,6 +5,7 @@ import difflib
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -51,6 +52,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_LISTS, (list,)),
     "loop": (bool,),
     "extra": (dict,),
+    "cache": (str, int, float),
 }
 """Types of the values in a .jsonl file; what is not listed is text."""
 _WORDS = {
@@ -189,6 +191,8 @@ def _csv_value(name: str, value: str, where: str) -> Any:
         read, words = int, "a whole number"
     elif name in _NUMBERS:
         read, words = float, "a number"
+    elif name == "cache" and re.fullmatch(r"[-+.\d].*", value):
+        read, words = float, "a word or a number"
     elif name == "loop":
         read, words = {"true": True, "false": False}.__getitem__, "true or false"
     elif name in _LISTS and value.startswith("[") and value.endswith("]"):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,20 +14,28 @@ from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.conditions import FrameCondition, warn_of_overlaps
 from stdit.pipelines.loras import use_loras
+from stdit.pipelines.model_calls import ModelCalls
 from stdit.pipelines.opensora_masks import mask_entries_to_conditions
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.requests import Request
 from stdit.pipelines.segments import generate_segments
 from stdit.pipelines.video_io import to_uint8
 
-Videos = list[tuple[Request, np.ndarray]]
-"""Requests, each with its frames, uint8 ``[T H W 3]``."""
+
+class SampledVideo(NamedTuple):
+    """A request and what was made of it."""
+
+    request: Request
+    frames: np.ndarray
+    """uint8 ``[T H W 3]``."""
+    calls: ModelCalls = ModelCalls()
+    """Of all its segments."""
 
 
 def sample_videos(
     pipe: STDiTPipeline, requests: Iterable[Request], batch_size: int = 8, mesh: Mesh | None = None
-) -> Iterator[tuple[Request, np.ndarray]]:
-    """Generate videos; yield ``(request, frames)`` in order, with frames uint8 ``[T H W 3]``.
+) -> Iterator[SampledVideo]:
+    """Generate videos, in order.
 
     Requests with equal settings share a batch. With a mesh, all its ranks must iterate; the first rank gets all
     videos, the others none.
@@ -42,7 +51,7 @@ def sample_videos(
 
 def sample_rounds(
     pipe: STDiTPipeline, requests: Sequence[Request], batch_size: int, mesh: Mesh
-) -> Iterator[Videos]:
+) -> Iterator[list[SampledVideo]]:
     """Generate videos in rounds, in each of which every data-parallel rank makes a batch.
 
     Each round yields its videos, in order, on the first rank, and an empty list on the others. The pipeline must
@@ -76,7 +85,7 @@ def _shared(request: Request) -> tuple[object, ...]:
     return request.settings, request.segments, request.loras
 
 
-def _sample_batch(pipe: STDiTPipeline, batch: Sequence[Request], label: str) -> Videos:
+def _sample_batch(pipe: STDiTPipeline, batch: Sequence[Request], label: str) -> list[SampledVideo]:
     """Generate the videos of requests with equal settings and segments; ``label`` is for the progress bar."""
     if not batch:
         return []
@@ -98,23 +107,26 @@ def _sample_batch(pipe: STDiTPipeline, batch: Sequence[Request], label: str) -> 
     def generate(segment: int, of_segment: list[list[FrameCondition]]) -> torch.Tensor:
         which = "" if segments.count == 1 else f", segment {segment + 1} of {segments.count}"
         pipe.set_progress_bar_config(**(bar | {"desc": label + which}))
-        (frames,) = pipe(
+        result = pipe(
             [(r.prompt, *r.segment_prompts)[min(segment, len(r.segment_prompts))] for r in batch],
             negative_prompt=[r.negative_prompt for r in batch],
             conditions=of_segment,
             generator=generators,
             output_type="pt",
-            return_dict=False,
             **asdict(settings),
         )
+        calls.append(result.calls)
+        frames: torch.Tensor = result.frames
         return frames
 
+    calls: list[list[ModelCalls]] = []  # of each segment
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     with _explain_out_of_memory(len(batch)):
         videos = generate_segments(generate, segments, conditions, num_frames)
     pipe.set_progress_bar_config(**bar)
     frames = videos.permute(0, 1, 3, 4, 2).float().cpu().numpy()  # [B T H W 3]
-    return [(request, to_uint8(video)) for request, video in zip(batch, frames, strict=True)]
+    rows = zip(batch, map(to_uint8, frames), zip(*calls, strict=True), strict=True)
+    return [SampledVideo(request, video, sum(of_video, ModelCalls())) for request, video, of_video in rows]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from stdit.pipelines.loading import (
     model_settings,
     pipeline_settings,
 )
+from stdit.pipelines.model_calls import ModelCalls, describe_calls
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.sizes import size_multiple
 from stdit.pipelines.sources import CheckpointSource, find_checkpoint_source
@@ -101,9 +102,14 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     if mesh.is_main:
         _report_finished(folder, len(requests) - len(pending), len(requests), others)
     pending_requests = [requests[position] for position in pending]
+    calls: list[ModelCalls] = []
     for videos in sample_rounds(pipe, pending_requests, config.batch_size, mesh):
         mesh.on_main(partial(writer.write, videos))
-    return mesh.on_main(writer.finish)
+        calls += [video.calls for video in videos]
+    files = mesh.on_main(writer.finish)
+    if any(of_video.skipped for of_video in calls):
+        print(describe_calls(calls), flush=True)
+    return files
 
 
 def _report_finished(folder: Path, finished: int, total: int, others: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from stdit.pipelines.finished import KINDS, FinishedVideos, compared, hash_sourc
 from stdit.pipelines.requests import Request
 
 if TYPE_CHECKING:
-    import numpy as np
+    from stdit.pipelines.runner import SampledVideo
 
 
 def _print_path(path: Path) -> None:
@@ -103,7 +103,7 @@ class VideoWriter:
         self._pending = deque(self._videos[position] for position in pending)
         return pending, found.others
 
-    def write(self, videos: Iterable[tuple[Request, "np.ndarray"]]) -> None:
+    def write(self, videos: Iterable["SampledVideo"]) -> None:
         """Write each video in all formats, and its metadata in a .json beside it.
 
         Raises:
@@ -111,12 +111,13 @@ class VideoWriter:
         """
         from stdit.pipelines import contact_sheet, video_io
 
-        for request, frames in videos:
+        for request, frames, calls in videos:
             if self._pending:
                 video = self._pending.popleft()
             else:
                 video = self._new_video(request)
                 self._videos.append(video)
+            video.metadata |= calls.facts()
             video.stem = video.stem or free_stem(self.folder, _stem(request))
             with _explain_disk_errors(self.folder), created_folder(self.folder):
                 for kind in self._lacking(video):

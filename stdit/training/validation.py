@@ -46,7 +46,7 @@ def make_samples(
 
     pipe.set_progress_bar_config(disable=True)
     requests = [Request(text, seed) for text in prompts]
-    return [frames for _, frames in sample_videos(pipe, requests, mesh=mesh)]
+    return [video.frames for video in sample_videos(pipe, requests, mesh=mesh)]
 
 
 def sample_files(

@@ -27,7 +27,7 @@ def pipe(tmp_path: Path) -> STDiTPipeline:
 
 def videos(pipe: STDiTPipeline, *loras: tuple[str, ...], batch_size: int = 8) -> list[np.ndarray]:
     requests = [Request("a red circle", 1, loras=tuple(map(parse_lora, of_one))) for of_one in loras]
-    return [frames for _, frames in sample_videos(pipe, requests, batch_size)]
+    return [video.frames for video in sample_videos(pipe, requests, batch_size)]
 
 
 def test_each_video_has_its_own_adapters(pipe: STDiTPipeline, tmp_path: Path) -> None:

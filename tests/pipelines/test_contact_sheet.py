@@ -14,6 +14,7 @@ from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import PIPELINE_DEFAULTS
 from stdit.pipelines.contact_sheet import read_contents, sheet_row
 from stdit.pipelines.requests import Request
+from stdit.pipelines.runner import SampledVideo
 from stdit.pipelines.segments import Segments
 from stdit.pipelines.video_io import write_mp4
 from stdit.pipelines.writer import VideoWriter
@@ -125,7 +126,7 @@ def test_a_sheet_shows_the_prompts_of_all_segments(tmp_path):
         "a wave rises", 3, segment_prompts=("it breaks", "a wet beach"), segments=Segments(3, 1)
     )
     writer = VideoWriter(tmp_path, ["png"], SETTINGS)
-    writer.write([(request, CLIP)])
+    writer.write([SampledVideo(request, CLIP)])
     *_, sheet = writer.finish()
     (contents,) = read_contents(sheet)
     assert contents["segment_prompts"] == ["it breaks", "a wet beach"]
@@ -139,7 +140,7 @@ def test_a_sheet_names_the_conditioning_frames(tmp_path):
     write_mp4(tmp_path / "clip.mp4", CLIP, 8)
     writer = VideoWriter(tmp_path / "videos", ["png"], SETTINGS)
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "end.png")
-    writer.write([(Request("a wave rises", 3, conditions=frames), CLIP)])
+    writer.write([SampledVideo(Request("a wave rises", 3, conditions=frames), CLIP)])
     *_, sheet = writer.finish()
     expected = sheet_row(CLIP, "a wave rises  (seed 3, end.png@-1, clip.mp4@0:2)")
     with PIL.Image.open(sheet) as image:
@@ -152,7 +153,7 @@ def noise_video(size: int) -> np.ndarray:
 
 def write_sheet_of(folder: Path, video: np.ndarray) -> Path:
     writer = VideoWriter(folder, ["png"], SETTINGS)
-    writer.write([(Request("a red ball", 0), video)])
+    writer.write([SampledVideo(Request("a red ball", 0), video)])
     *_, sheet = writer.finish()
     return sheet
 

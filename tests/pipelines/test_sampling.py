@@ -179,8 +179,8 @@ def test_equal_settings_share_a_batch_and_order_is_kept(pipe, monkeypatch):
     requests = [Request("a", 1), Request("b", 2), Request("a", 3), Request("c", 4, long)]
     results = list(sample_videos(pipe, requests, batch_size=2))
     assert sizes == [2, 1, 1]
-    assert [request for request, _ in results] == requests
-    assert [frames.shape for _, frames in results] == [(4, 8, 8, 3)] * 3 + [(6, 8, 8, 3)]
+    assert [video.request for video in results] == requests
+    assert [video.frames.shape for video in results] == [(4, 8, 8, 3)] * 3 + [(6, 8, 8, 3)]
     alone = next(iter(sample_videos(pipe, [requests[1]])))[1]
     assert np.abs(alone.astype(int) - results[1][1]).max() <= 1  # rounding of a level at most
 

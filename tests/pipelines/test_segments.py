@@ -47,12 +47,12 @@ def test_each_segment_begins_with_the_end_of_the_previous_one(pipe, monkeypatch)
     whole = make(pipe, segments=segments, segment_prompts=("a blue star", "a green cross"))
     assert whole.shape == (10, 8, 8, 3)
     assert [prompts for (prompts,), _, _ in calls] == [["a red circle"], ["a blue star"], ["a green cross"]]
-    made = [frames[0] for _, _, (frames,) in calls]  # [T 3 H W]
+    made = [result.frames[0] for _, _, result in calls]  # [T 3 H W]
     joined = torch.cat([made[0], made[1][1:], made[2][1:]]).permute(0, 2, 3, 1).numpy()
     assert np.abs(whole - joined * 255).max() <= 0.51
     for before, after in zip(made, made[1:], strict=False):
         torch.testing.assert_close(after[0], before[-1], atol=1e-5, rtol=0)
-    (first,), (alone,) = calls[0][2], calls[1][2]
+    first, alone = (result.frames for _, _, result in calls[:2])
     assert not torch.allclose(first[0, 1:], alone[0, 1:], atol=1e-2)
 
 
@@ -77,7 +77,7 @@ def test_a_loop_ends_with_its_first_frame(pipe, monkeypatch):
         type(pipe), "__call__", lambda self, *a, **k: calls.append(call(self, *a, **k)) or calls[-1]
     )
     whole = make(pipe, segments=Segments(2, overlap=1, loop=True))
-    (first,), (last,) = calls
+    first, last = (one.frames for one in calls)
     torch.testing.assert_close(last[0, -1], first[0, 0], atol=1e-5, rtol=0)
     assert len(whole) == 6 and np.abs(whole[5] - last[0, 2].permute(1, 2, 0).numpy() * 255).max() <= 0.51
 

@@ -32,7 +32,9 @@ def tiny_model(in_channels: int = 3, seed: int = 0, **settings: Any) -> STDiT:
         caption_channels=16,
         model_max_length=128,
     )
-    model = STDiT(**asdict(config)).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = STDiT(**asdict(config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

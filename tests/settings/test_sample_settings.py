@@ -40,6 +40,8 @@ CHANGES = {
     "width": Change(["--height", "8", "--width", "16"]),
     "num_frames": Change(["--num_frames", "6"]),
     "num_inference_steps": Change(["--num_inference_steps", "3"]),
+    "solver": Change(["--solver", "heun"]),
+    "cache": Change(["--cache", "0.5"], ["--num_inference_steps", "8"]),
     "guidance_schedule": Change(["--guidance_schedule", "linear"]),
     "guidance_interval": Change(["--guidance_interval", "[0.2, 0.4]"], INTERVAL),
     "refine_pairs": Change(["--refine_pairs", "1"]),
@@ -105,7 +107,7 @@ def outcome_of(
 
         class Writer(VideoWriter):
             def write(self, videos: Any) -> None:
-                for request, pixels in (videos := list(videos)):
+                for request, pixels, _ in (videos := list(videos)):
                     digest = hashlib.md5(pixels.tobytes() + repr(pixels.shape).encode()).hexdigest()
                     frames[f"video {request.index} {request.seed}"] = f"{request.prompt}: {digest}"
                 super().write(videos)
@@ -173,6 +175,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "width": ({"height": 8, "width": 12}, {}),
     "fps": ({"fps": 4.0}, {}),
     "num_inference_steps": ({"num_inference_steps": 1}, {}),
+    "solver": ({"solver": "heun"}, {}),
+    "cache": ({"cache": 0.5}, {"num_inference_steps": 8}),
     "guidance_scale": ({"guidance_scale": 4.0}, {}),
     "guidance_schedule": ({"guidance_schedule": "linear"}, {}),
     "guidance_interval": ({"guidance_interval": (0.2, 0.4)}, {"guidance_schedule": "interval"}),
