@@ -42,7 +42,7 @@ from stdit.parallel.sequence.usp import attend_over, ring_attention
 class FrameSharding(TokenSharding):
     """Tokens that stay sharded along time from the first block to the last."""
 
-    def stages(self, kinds: str) -> list[Stage]:
+    def stages(self, kinds: str, keeps_attention: bool = False) -> list[Stage]:
         return [Stage(kind, "time", kind == "L") for kind in kinds]
 
     def shard(self, stage: Stage) -> TokenShard | None:

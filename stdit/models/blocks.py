@@ -4,6 +4,7 @@ Letters: B batch, T frames of tokens, S tokens of a frame, D width, L text token
 where all frames share one timestep), H rows and W columns of patches; T_n and S_n are one rank's share.
 """
 
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
 
 from stdit.models.attention import CrossAttention, LinearAttention, SelfAttention
+from stdit.models.broadcast import Output, compute
 from stdit.models.config import Activations, STDiTConfig
 from stdit.models.embeddings import Mlp
 from stdit.parallel.sequence.layouts import Span, Tokens
@@ -67,23 +69,40 @@ class STDiTBlock(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
+        self,
+        hidden_states: Tensor,
+        y: Tensor,
+        y_mask: Tensor | None,
+        modulation: Tensor,
+        grid: TokenGrid,
+        output: Output = compute,
     ) -> Tensor:
         """One block (PixArt-alpha, figure 4) on tokens ``[B T S D]``.
 
         Args:
             y: caption ``[B L D]``.
             modulation: ``[B F 6 D]``.
+            output: calls the parts of the block, or returns what they gave in an earlier step.
         """
-        x = hidden_states
+        x, cross = hidden_states, self.cross_attn
         table = (self.scale_shift_table + modulation).to(x.dtype)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, :, :, None].unbind(2)  # each [B F 1 D]
-        x = torch.addcmul(x, gate_a, self.self_attention(modulate(x, shift_a, scale_a), grid))
-        if self.cross_attn is not None:
-            x = x + self.cross_attn(x.flatten(1, 2), y, y_mask).view_as(x)
-        return torch.addcmul(
-            x, gate_m, self.mlp(self.convolve_neighbours(modulate(x, shift_m, scale_m), grid))
-        )
+
+        def attention() -> Tensor:
+            return self.self_attention(modulate(x, shift_a, scale_a), grid)
+
+        def cross_attention(cross: nn.Module) -> Tensor:
+            told: Tensor = cross(x.flatten(1, 2), y, y_mask)
+            return told.view_as(x)
+
+        def mlp() -> Tensor:
+            moved: Tensor = self.mlp(self.convolve_neighbours(modulate(x, shift_m, scale_m), grid))
+            return moved
+
+        x = torch.addcmul(x, gate_a, output("attention", attention))
+        if cross is not None:
+            x = x + output("cross", partial(cross_attention, cross))
+        return torch.addcmul(x, gate_m, output("mlp", mlp))
 
 
 class SpatialBlock(STDiTBlock):
@@ -95,9 +114,15 @@ class SpatialBlock(STDiTBlock):
         super().__init__(config, cross_attention, nn.Conv2d)
 
     def forward(
-        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
+        self,
+        hidden_states: Tensor,
+        y: Tensor,
+        y_mask: Tensor | None,
+        modulation: Tensor,
+        grid: TokenGrid,
+        output: Output = compute,
     ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid)
+        return super().forward(hidden_states, y, y_mask, modulation, grid, output)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B T) S D")
@@ -122,15 +147,23 @@ class TemporalBlock(STDiTBlock):
         super().__init__(config, cross_attention, nn.Conv1d)
 
     def forward(
-        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
+        self,
+        hidden_states: Tensor,
+        y: Tensor,
+        y_mask: Tensor | None,
+        modulation: Tensor,
+        grid: TokenGrid,
+        output: Output = compute,
     ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid)
+        return super().forward(hidden_states, y, y_mask, modulation, grid, output)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        x = x if grid.shard is None else grid.shard.gather_frames(x)
         # Contiguous: else PyTorch multiplies by a copy of each weight for every row, if the weight is frozen.
         rows = rearrange(x, "B T S D -> (B S) T D").contiguous()
         attended: Tensor = self.attn(rows, grid.angles)
-        return rearrange(attended, "(B S) T D -> B T S D", B=x.shape[0])
+        attended = rearrange(attended, "(B S) T D -> B T S D", B=x.shape[0])
+        return attended if grid.shard is None else grid.shard.return_frames(attended)
 
     def convolve_neighbours(self, x: Tensor, grid: TokenGrid) -> Tensor:
         if self.mlp_conv is None:
@@ -149,9 +182,15 @@ class JointBlock(STDiTBlock):
         super().__init__(config, cross_attention, nn.Conv3d)
 
     def forward(
-        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
+        self,
+        hidden_states: Tensor,
+        y: Tensor,
+        y_mask: Tensor | None,
+        modulation: Tensor,
+        grid: TokenGrid,
+        output: Output = compute,
     ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid)
+        return super().forward(hidden_states, y, y_mask, modulation, grid, output)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         attended: Tensor = self.attn(x.flatten(1, 2), grid.angles.flatten(0, 1), grid.shard)
@@ -177,9 +216,15 @@ class LinearBlock(JointBlock):
         )
 
     def forward(
-        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
+        self,
+        hidden_states: Tensor,
+        y: Tensor,
+        y_mask: Tensor | None,
+        modulation: Tensor,
+        grid: TokenGrid,
+        output: Output = compute,
     ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid)
+        return super().forward(hidden_states, y, y_mask, modulation, grid, output)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         attended: Tensor = self.attn(x, grid.angles, grid.shard)

@@ -10,7 +10,7 @@ E width of the text states, F frames of the modulation (T, or 1 where all frames
 
 import copy
 import inspect
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
@@ -35,6 +35,7 @@ from stdit.errors import UserError
 from stdit.models import opensora
 from stdit.models.activations import offloaded
 from stdit.models.blocks import BLOCK_CLASSES, FinalLayer, STDiTBlock, TokenGrid
+from stdit.models.broadcast import BroadcastCall, Output
 from stdit.models.config import (
     BLOCK_KINDS,
     Activations,
@@ -263,6 +264,7 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         width: Tensor | None = None,
         drop_caption: Tensor | None = None,
         sharding: TokenSharding | None = None,
+        broadcast: BroadcastCall | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -279,6 +281,7 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
             width: width of the video in pixels, likewise.
             drop_caption: true where the learned null caption replaces the text, ``[B]``; None: nowhere.
             sharding: which tokens each rank of a group has, from :meth:`token_sharding`; None: not sharded.
+            broadcast: outputs of attention to use again, and where to keep them; None: all are computed.
             attention_kwargs: ``scale`` of all LoRAs.
             return_dict: if False, return a tuple of the sample.
 
@@ -298,7 +301,7 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         frames_here, rows, columns = -(-T // pt), -(-H // ph), -(-W // pw)
         padded = pad(hidden_states, (0, columns * pw - W, 0, rows * ph - H, 0, frames_here * pt - T))
 
-        stages = sharding.stages(self.kinds)
+        stages = sharding.stages(self.kinds, keeps_attention=broadcast is not None)
         first = first_layout(stages[0])
         x = self._embed(padded, sharding, first, columns)  # [B T_n S_n D]
         dtype = x.dtype
@@ -325,8 +328,12 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
 
         x = sharding.switch(x, first, stages[0].layout)
-        for block, stage, following in zip(self.blocks, stages, [*stages[1:], stages[-1]], strict=True):
-            run = partial(self._run_block, block, y, mask, grids[stage])
+        following_stages = [*stages[1:], stages[-1]]
+        for number, (block, stage, following) in enumerate(
+            zip(self.blocks, stages, following_stages, strict=True)
+        ):
+            kept = None if broadcast is None else partial(broadcast.output, number, block.kind)
+            run = partial(self._run_block, block, y, mask, grids[stage], kept)
             x = sharding.run_then_switch(run, x, modulation, stage, following)
         x = sharding.run_last(self.final_layer, x, t, stages[-1])
         x = rearrange(
@@ -372,11 +379,14 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         y: Tensor,
         mask: Tensor | None,
         grid: TokenGrid,
+        kept: Callable[[], Output] | None,
         x: Tensor,
         modulation: Tensor,
     ) -> Tensor:
         out: Tensor
-        if not torch.is_grad_enabled():
+        if kept is not None:
+            out = block(x, y, mask, modulation, grid, kept())
+        elif not torch.is_grad_enabled():
             out = block(x, y, mask, modulation, grid)
         elif self.gradient_checkpointing:
             out = self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)

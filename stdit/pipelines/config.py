@@ -47,6 +47,11 @@ class VideoSettings:
     cache: Cache | float | None = _setting("off")
     """Skip steps that can be foreseen: off; slow (hardly any difference); fast; or a threshold, the largest error
     that a skipped step may add to the latents, such as 0.02."""
+    pab: list[int] | None = _setting([])
+    """Pyramid attention broadcast: for how many steps spatial, temporal and cross attention are used, and optionally
+    MLPs, such as [2, 4, 6]; []: none is used again."""
+    pab_timesteps: tuple[float, float] | None = _setting((450.0, 930.0))
+    """The timesteps (0 video, 1000 noise) between which it is used again."""
     guidance_scale: float | None = _setting(1.5)
     """1: no guidance; larger values follow the prompt more closely, at twice the cost."""
     guidance_schedule: GuidanceSchedule | None = _setting("constant")
@@ -69,7 +74,7 @@ class VideoSettings:
         """Raise UserError for a setting that no model can follow; ``where`` begins the message."""
         for name in VIDEO_SETTINGS:
             value = getattr(self, name)
-            values = value if name == "guidance_interval" and isinstance(value, list | tuple) else [value]
+            values = value if name in LISTS and isinstance(value, list | tuple) else [value]
             kind, noun = (str, "a text") if name in ("guidance_schedule", "solver") else (Real, "a number")
             right = all(isinstance(one, kind) and not isinstance(one, bool) for one in values)
             right |= name == "cache" and isinstance(value, str)
@@ -103,6 +108,18 @@ class VideoSettings:
             raise UserError(
                 f"{where}cache = {self.cache}: must be {', '.join(get_args(Cache))}, or a threshold between 0 and 1: "
                 "larger ones skip more steps, off skips none."
+            )
+        if self.pab and not (
+            len(self.pab) in (3, 4) and all(one >= 1 and one == int(one) for one in self.pab)
+        ):
+            raise UserError(
+                f"{where}pab = {self.pab}: must be for how many steps spatial, temporal and cross attention are "
+                "used, and optionally MLPs, each at least 1, such as [2, 4, 6]; [] for none."
+            )
+        between = self.pab_timesteps
+        if between is not None and not (len(between) == 2 and 0 <= between[0] < between[1] <= 1000):
+            raise UserError(
+                f"{where}pab_timesteps = {list(between)}: must be two rising timesteps from 0 to 1000."
             )
         interval = self.guidance_interval
         shown = list(interval) if isinstance(interval, tuple) else interval
@@ -153,6 +170,21 @@ class VideoSettings:
                 f"{where}{' and '.join(unused)} would have no effect: guidance_scale = 1 is no guidance: use another "
                 "scale, such as 4, or leave the others out."
             )
+        if self.pab_timesteps is not None and not resolved["pab"]:
+            raise UserError(
+                f"{where}pab_timesteps = {list(self.pab_timesteps)} would have no effect: pab is not set: add it, "
+                "such as [2, 4, 6], or leave this out."
+            )
+        if resolved["pab"] and resolved["cache"] != "off":
+            raise UserError(
+                f"{where}pab = {resolved['pab']} and cache = {resolved['cache']}: videos that skip steps cannot use "
+                "attention of the same steps again: leave one of them out."
+            )
+        if resolved["pab"] and max(resolved["pab"]) > resolved["num_inference_steps"]:
+            raise UserError(
+                f"{where}pab = {resolved['pab']}: would never be refreshed in "
+                f"{resolved['num_inference_steps']} steps: use smaller numbers."
+            )
         if self.guidance_interval is not None and schedule != "interval":
             raise UserError(
                 f"{where}guidance_interval is for guidance_schedule = interval, not {schedule}: add that, or "
@@ -165,6 +197,8 @@ class VideoSettings:
         return {name: defaults[name] if value is None else value for name, value in own.items()}
 
 
+LISTS = ("guidance_interval", "pab", "pab_timesteps")
+"""Settings that are several numbers."""
 VIDEO_SETTINGS = tuple(f.name for f in fields(VideoSettings))
 """Names of the settings of a pipeline call."""
 PIPELINE_DEFAULTS: dict[str, Any] = {f.name: f.metadata["pipeline_default"] for f in fields(VideoSettings)}

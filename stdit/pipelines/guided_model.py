@@ -13,6 +13,7 @@ from torch import Tensor
 from stdit.diffusion.flow import FlowObjective
 from stdit.diffusion.guidance import rescale_guidance, sample_moments, standard_deviation
 from stdit.errors import UserError
+from stdit.models.broadcast import AttentionBroadcast
 from stdit.models.stdit import STDiT
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.group import Group
@@ -36,6 +37,8 @@ class GuidedModel:
     guided: bool
     """Whether ``text`` has negative prompts."""
     guidance_rescale: float = 0.0
+    broadcast: AttentionBroadcast | None = None
+    """Attention that steps use again."""
     calls: list[ModelCalls] = field(init=False)
     """So far, of each video."""
 
@@ -129,12 +132,17 @@ class GuidedModel:
         """Call the model with rows of text; return the velocity of ``x_t``.
 
         Args:
-            cache: name of the calls with these rows, for diffusers' caches.
+            cache: name of the calls with these rows, for `AttentionBroadcast` and diffusers' caches.
         """
         level = self.sharding.split(t, dim=1)
         model_input = self.flow.scale_model_input(x_t, level).to(self.transformer.dtype)
         with self.transformer.cache_context(cache):
             output = self.transformer(
-                hidden_states=model_input, timestep=1000 * t, **text, **self.shared, sharding=self.sharding
+                hidden_states=model_input,
+                timestep=1000 * t,
+                **text,
+                **self.shared,
+                sharding=self.sharding,
+                **({"broadcast": self.broadcast.call(cache)} if self.broadcast else {}),
             ).sample
         return self.flow.velocity(output.float(), x_t, level)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.pipelines.guided_model import GuidedModel
+from stdit.pipelines.steps import EveryStep
 
 THRESHOLDS = {"slow": 0.02, "fast": 0.06}
 """Of `OutputCache`, chosen with the quickstart's model: see the page of this package."""
@@ -62,20 +63,6 @@ class History:
         self.count[moved] += 1
         self.velocities[0, videos] = velocities
         self.levels[0, videos] = sigma
-
-
-class EveryStep:
-    """A model that computes every step."""
-
-    def __init__(self, model: GuidedModel) -> None:
-        self.model = model
-
-    def velocity(self, x_t: Tensor, t: Tensor, scale: float) -> Tensor:
-        """Return the velocity in the next step, as `GuidedModel.velocity` does."""
-        return self.model.velocity(x_t, t, scale)
-
-    def forget(self) -> None:
-        """Begin anew, because the sample or the text was changed from outside."""
 
 
 class OutputCache(EveryStep):

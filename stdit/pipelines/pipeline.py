@@ -66,7 +66,8 @@ from stdit.pipelines.inputs import (
     guidance_scale_of_step,
 )
 from stdit.pipelines.model_calls import ModelCalls
-from stdit.pipelines.output_cache import THRESHOLDS, EveryStep, OutputCache
+from stdit.pipelines.output_cache import THRESHOLDS, OutputCache
+from stdit.pipelines.steps import BroadcastSteps, EveryStep
 from stdit.pipelines.text_rows import encode_texts, repeated, repeated_states, text_rows
 
 logger = logging.getLogger(__name__)
@@ -485,22 +486,14 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             latents = torch.stack([draw_noise(shape, one) for one in generators])
         noise = latents.to(device, torch.float32)
         conditioned, max_noise_level = self.prepare_conditions(noise, frame_conditions, video, sigmas)
-        cache = EveryStep(model)
-        if (threshold := video["cache"]) != "off":
-            if self.transformer.is_cache_enabled:
-                raise UserError(
-                    f"cache = {threshold}: a cache of diffusers is enabled, which would mix up the videos that skip "
-                    "steps: use one of them: cache = off, or pipe.transformer.disable_cache()."
-                )
-            threshold = THRESHOLDS.get(threshold, threshold)
-            cache = OutputCache(model, threshold, sigmas.tolist(), max_noise_level)
+        steps = self._plan_steps(model, video, scheduler, max_noise_level)
         try:
             latents = self.denoise(
                 sharding.split(conditioned, dim=2),
                 sharding.split(noise, dim=2),
                 max_noise_level,
                 scheduler,
-                cache,
+                steps,
                 scale_of_step,
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
@@ -691,13 +684,28 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         patch_frames = self.transformer.config.patch_size[0]
         return latents, check_noise_levels(max_noise_level, sigmas, num_frames, patch_frames)
 
+    def _plan_steps(
+        self, model: GuidedModel, settings: dict[str, Any], scheduler: Any, max_noise_level: Tensor
+    ) -> EveryStep:
+        """Return how the steps of a call get their velocities."""
+        if ranges := settings["pab"]:
+            return BroadcastSteps(model, ranges, settings["pab_timesteps"], scheduler.timesteps.tolist())
+        if (cache := settings["cache"]) == "off":
+            return EveryStep(model)
+        if self.transformer.is_cache_enabled:
+            raise UserError(
+                f"cache = {cache}: a cache of diffusers is enabled, which would mix up the videos that skip steps: "
+                "use one of them: cache = off, or pipe.transformer.disable_cache()."
+            )
+        return OutputCache(model, THRESHOLDS.get(cache, cache), scheduler.sigmas.tolist(), max_noise_level)
+
     def denoise(
         self,
         latents: Tensor,
         noise: Tensor,
         max_noise_level: Tensor,
         scheduler: Any,
-        cache: EveryStep,
+        steps: EveryStep,
         scale_of_step: Callable[[float, float, int], float],
         callback: StepCallback | None,
         callback_inputs: Sequence[str],
@@ -711,9 +719,9 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Args:
             latents: of the conditioning frames, zero elsewhere: this rank's frames ``[B C T_n H W]``.
             noise: of the same shape.
-            cache: the model, and what it remembers of earlier steps.
+            steps: the model, and what it remembers of earlier steps.
         """
-        model, split = cache.model, cache.model.sharding.split
+        model, split = steps.model, steps.model.sharding.split
         max_noise_level = _per_sample(max_noise_level)
         sigmas = scheduler.sigmas.to(latents.device)
         levels = sigmas.tolist()
@@ -726,7 +734,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             shown = torch.where(free, sample, latents)
             self._current_timestep = timestep
             scale = scale_of_step(self._guidance_scale, levels[index], index // scheduler.order)
-            velocity = cache.velocity(shown, sigma * generated, scale)
+            velocity = steps.velocity(shown, sigma * generated, scale)
             away = torch.where(free, -velocity, noise - latents)  # from data to noise
             sample = scheduler.step(away, timestep, sample, return_dict=False)[0]
             shown = torch.where(free, sample, latents)
@@ -742,7 +750,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
                         "guidance_scale than 1."
                     )
                 if changed:
-                    cache.forget()
+                    steps.forget()
                 sample = torch.where(free, changed.pop("latents", shown), sample)
                 if changed:
                     model.set_embeds(changed)

@@ -45,6 +45,8 @@ _LISTS: dict[str, tuple[type, ...]] = {
     "lora": (str,),
     "segment_prompts": (str,),
     "guidance_interval": (int, float),
+    "pab": (int,),
+    "pab_timesteps": (int, float),
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_INTEGERS, (int,)),

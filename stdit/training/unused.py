@@ -102,6 +102,7 @@ RULES: tuple[Rule, ...] = (
         "validation.guidance_schedule = interval",
         lambda c: c.validation.guidance_schedule == "interval",
     ),
+    ("validation.pab_timesteps", "validation.pab", lambda c: bool(c.validation.pab)),
     ("tracker.every", "tracker.name", lambda c: c.tracker.name != "none"),
     (
         "tracker.project tracker.mode tracker.timeout",

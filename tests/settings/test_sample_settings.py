@@ -42,6 +42,10 @@ CHANGES = {
     "num_inference_steps": Change(["--num_inference_steps", "3"]),
     "solver": Change(["--solver", "heun"]),
     "cache": Change(["--cache", "0.5"], ["--num_inference_steps", "8"]),
+    "pab": Change(["--pab", "[2, 2, 2]"], ["--num_inference_steps", "8"]),
+    "pab_timesteps": Change(
+        ["--pab_timesteps", "[100, 900]"], ["--num_inference_steps", "8", "--pab", "[2, 2, 2]"]
+    ),
     "guidance_schedule": Change(["--guidance_schedule", "linear"]),
     "guidance_interval": Change(["--guidance_interval", "[0.2, 0.4]"], INTERVAL),
     "refine_pairs": Change(["--refine_pairs", "1"]),
@@ -177,6 +181,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "num_inference_steps": ({"num_inference_steps": 1}, {}),
     "solver": ({"solver": "heun"}, {}),
     "cache": ({"cache": 0.5}, {"num_inference_steps": 8}),
+    "pab": ({"pab": [2, 2, 2]}, {"num_inference_steps": 8}),
+    "pab_timesteps": ({"pab_timesteps": (100, 900)}, {"num_inference_steps": 8, "pab": [2, 2, 2]}),
     "guidance_scale": ({"guidance_scale": 4.0}, {}),
     "guidance_schedule": ({"guidance_schedule": "linear"}, {}),
     "guidance_interval": ({"guidance_interval": (0.2, 0.4)}, {"guidance_schedule": "interval"}),

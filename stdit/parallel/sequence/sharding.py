@@ -13,7 +13,7 @@ from torch import Tensor
 from stdit.parallel.sequence.collectives import all_gather, redistribute, redistribute_pipelined, sum_over
 from stdit.parallel.sequence.group import Group
 from stdit.parallel.sequence.layouts import Grid, Layout, Span, Tokens, even_sizes, with_halo
-from stdit.parallel.sequence.stages import Costs, Stage, output_chunks, plan_stages
+from stdit.parallel.sequence.stages import Costs, Stage, output_chunks, plan_stages, switched_for_attention
 from stdit.parallel.sequence.usp import Attend, attend_over
 
 
@@ -83,11 +83,16 @@ class TokenSharding:
         """The ranks that have the same patches."""
         return self.group.part(self.grid.column(self.group.rank))
 
-    def stages(self, kinds: str) -> Sequence[Stage]:
-        """Return in which layout each block runs; see `plan_stages`."""
+    def stages(self, kinds: str, keeps_attention: bool = False) -> Sequence[Stage]:
+        """Return in which layout each block runs; see `plan_stages`.
+
+        Args:
+            keeps_attention: attention is used again in later steps: see `switched_for_attention`.
+        """
         if self.costs is None or self.group.size == 1:  # torch.compile may not know the sizes
             return [Stage(kind, "space" if kind == "T" else "time", False) for kind in kinds]
-        return plan_stages(self.grid, self.frames, self.patches, kinds, self.costs).stages
+        stages = plan_stages(self.grid, self.frames, self.patches, kinds, self.costs).stages
+        return switched_for_attention(stages) if keeps_attention and not self.costs.halo else stages
 
     def shard(self, stage: Stage) -> "TokenShard | None":
         """Return what a block has to ask of other ranks; None: nothing."""
@@ -197,6 +202,14 @@ class TokenShard:
             lengths = [everyone[rank].patches.size for rank in ranks]
             return attend_over(self.sharding.row_group, lengths, attend, q, k, v)
         return attend_over(self.sharding.group, [each.size for each in everyone], attend, q, k, v)
+
+    def gather_frames(self, x: Tensor) -> Tensor:
+        """Return all frames ``[B T S_n D]`` of some patches, instead of the tokens of a temporal block's stage."""
+        return self.sharding.switch(x, self.stage.layout, "space")
+
+    def return_frames(self, x: Tensor) -> Tensor:
+        """Return what all ranks got by `gather_frames` to where it came from."""
+        return self.sharding.switch(x, "space", self.stage.layout)
 
     def with_neighbours(self, x: Tensor, frames: int, patches: int) -> tuple[Tensor, Tokens]:
         """Return the tokens with some more frames and patches around them, and which these are."""

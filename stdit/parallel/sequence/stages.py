@@ -115,6 +115,20 @@ def plan_stages(grid: Grid, frames: int, patches: int, kinds: str, costs: Costs)
     return Plan(tuple(reversed(plan)), time)
 
 
+def switched_for_attention(stages: Sequence[Stage]) -> list[Stage]:
+    """Return stages in which only the attention of a lone temporal block is switched, there and back.
+
+    That sends as much as switching the whole block, and nothing in a step that uses its attention again. Of temporal
+    blocks that follow each other, each would be switched by itself, so these stay as they are.
+    """
+    switched = list(stages)
+    for place, stage in enumerate(stages):
+        beside = [stages[other] for other in (place - 1, place + 1) if 0 <= other < len(stages)]
+        if stage.kind == "T" and beside and all(other.layout != "space" for other in beside):
+            switched[place] = Stage("T", beside[0].layout, True)
+    return switched
+
+
 def first_layout(stage: Stage) -> Layout:
     """Return the layout in which a rank embeds its tokens, before the first block: a part of its row's frames."""
     return "time" if stage.layout == "time" else "grid"
