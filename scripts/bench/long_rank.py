@@ -121,7 +121,7 @@ class Step:
         """Compute this rank's part of the loss, of which the mean over all ranks is the loss of the video."""
         x_t = self.flow.add_noise(self.x, self.noise, self.t)
         self.output = self.network(hidden_states=x_t, **self.condition, sharding=self.sharding).sample
-        losses = self.flow.loss(self.output, self.x, self.noise, x_t, self.t, self.weight)
+        losses = self.flow.loss(self.output, self.x - self.noise, x_t, self.t, self.weight)
         self.loss = losses.sum() * (self.mesh.world_size / self.sharding.grid.space)
 
     def backward(self) -> None:

@@ -115,7 +115,7 @@ class Step:
         """Return the loss of this rank's frames."""
         self.model.zero_grad()
         output = self.model(self.x_t, **self.condition, sharding=sharding or self.sharding).sample
-        return self.flow.loss(output, self.x, self.noise, self.x_t, self.t, self.weight).mean() / self.parts
+        return self.flow.loss(output, self.x - self.noise, self.x_t, self.t, self.weight).mean() / self.parts
 
     def __call__(self, sharding: TokenSharding | None = None) -> None:
         self.forward(sharding).backward()

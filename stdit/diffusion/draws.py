@@ -37,12 +37,14 @@ class TrainingDraws:
     """True for conditioning frames, ``[B T]``."""
     drop_caption: Tensor
     """True where the null caption is trained, ``[B]``."""
+    guidance: Tensor
+    """In [0, 1), ``[B]``: place of the guidance scale in its range, for distillation."""
 
     def to(self, device: torch.device) -> "TrainingDraws":
         return TrainingDraws(
             *(
                 value.to(device, non_blocking=True)
-                for value in (self.t, self.noise, self.condition_mask, self.drop_caption)
+                for value in (self.t, self.noise, self.condition_mask, self.drop_caption, self.guidance)
             )
         )
 
@@ -62,7 +64,7 @@ def draw_batch(
         latent_shape: (C, T, H, W) of one sample.
         height: pixels, for the shift by size; likewise ``width``.
     """
-    t, noise, masks, drop = [], [], [], []
+    t, noise, masks, drop, guidance = [], [], [], [], []
     for index in indices:
         generator = sample_generator(seed, step, index)
         sample_t = flow.sample_t(generator, latent_shape[1], height, width)
@@ -70,7 +72,8 @@ def draw_batch(
         masks.append(_draw_condition_mask(flow.config, latent_shape[1], generator))
         t.append(sample_t * ~masks[-1] if flow.config.conditioning else sample_t[None])
         noise.append(torch.randn(latent_shape, generator=generator))
-    return TrainingDraws(torch.stack(t), torch.stack(noise), torch.stack(masks), torch.stack(drop))
+        guidance.append(torch.rand((), generator=generator))
+    return TrainingDraws(*map(torch.stack, (t, noise, masks, drop, guidance)))
 
 
 @contextmanager

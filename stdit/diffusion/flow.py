@@ -79,18 +79,17 @@ class FlowObjective:
         """Return the variance D of ``x_t``, ``[B C F 1 1]``."""
         return (1 - per_frame(t)) ** 2 * self.data_variance(t) + per_frame(t) ** 2
 
-    def loss(
-        self, model_output: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, weight: Tensor
-    ) -> Tensor:
+    def loss(self, model_output: Tensor, target: Tensor, x_t: Tensor, t: Tensor, weight: Tensor) -> Tensor:
         """Return the mean squared error of the velocity, weighted over frames, for each sample -> ``[B]``.
 
         All arguments may hold the same part of the frames: the losses of the parts add up to that of the whole.
 
         Args:
+            target: the velocity ``[B C T H W]``: that of the data, ``x - eps``, or that of a teacher.
             t: noise levels ``[B F]``.
             weight: of each frame, ``[B T]``: see :func:`frame_weights`.
         """
-        error = self.velocity(model_output, x_t, t) - (x - noise)
+        error = self.velocity(model_output, x_t, t) - target
         return (error.square().mean(dim=(1, 3, 4)) * weight).sum(1)
 
     def size_shift(self, latent_frames: int, height: int, width: int) -> float:

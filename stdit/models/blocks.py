@@ -92,12 +92,12 @@ class STDiTBlock(nn.Module):
             return self.self_attention(modulate(x, shift_a, scale_a), grid)
 
         def cross_attention(cross: nn.Module) -> Tensor:
-            told: Tensor = cross(x.flatten(1, 2), y, y_mask)
-            return told.view_as(x)
+            out: Tensor = cross(x.flatten(1, 2), y, y_mask)
+            return out.view_as(x)
 
         def mlp() -> Tensor:
-            moved: Tensor = self.mlp(self.convolve_neighbours(modulate(x, shift_m, scale_m), grid))
-            return moved
+            out: Tensor = self.mlp(self.convolve_neighbours(modulate(x, shift_m, scale_m), grid))
+            return out
 
         x = torch.addcmul(x, gate_a, output("attention", attention))
         if cross is not None:

@@ -5,7 +5,7 @@ over space (Zhao et al. 2024, section 3.2). Each kind is computed in every n-th 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,18 +20,29 @@ def compute(part: str, function: Callable[[], Tensor]) -> Tensor:
     return function()
 
 
+MANY = 2**30
+"""More steps than there are."""
+
+
 class Kept:
     """What the parts of a block gave, each before its gate."""
 
     def __init__(self) -> None:
         self.outputs: dict[str, Tensor] = {}
+        self.computed: dict[str, int] = {}
+        """The model call in which each was computed."""
+        self.parts: tuple[str, ...] = ()
+        """Parts that are kept."""
         self.again: tuple[str, ...] = ()
-        """Parts of which the output is used again, if it is there."""
+        """Parts of which the output is used again."""
 
     def __call__(self, part: str, function: Callable[[], Tensor]) -> Tensor:
-        if part not in self.again or part not in self.outputs:
-            self.outputs[part] = function()
-        return self.outputs[part]
+        if part in self.again:
+            return self.outputs[part]
+        out = function()
+        if part in self.parts:
+            self.outputs[part] = out
+        return out
 
 
 class Ranges(NamedTuple):
@@ -42,6 +53,11 @@ class Ranges(NamedTuple):
     cross: int
     mlp: int = 1
 
+    def of_parts(self, kind: str) -> dict[str, int]:
+        """Return the range of each part of a block of a kind."""
+        attention = {"S": self.spatial, "T": self.temporal}.get(kind, 1)
+        return {"attention": attention, "cross": self.cross, "mlp": self.mlp}
+
 
 @dataclass
 class AttentionBroadcast:
@@ -49,14 +65,18 @@ class AttentionBroadcast:
 
     ranges: Ranges
     timesteps: tuple[float, float]
-    """Outside of these all is computed."""
+    """Outside of these all parts are computed."""
+    step: int = -1
     timestep: float = 0.0
     """That of the step in progress."""
-    _calls: Counter[str] = field(default_factory=Counter)
     _kept: dict[str, dict[tuple[int, int], Kept]] = field(default_factory=dict)
 
+    def begin_step(self, timestep: float) -> None:
+        """Go on to the next step."""
+        self.step, self.timestep = self.step + 1, timestep
+
     def forget(self) -> None:
-        """Compute all in the next step."""
+        """Compute all parts in the next step."""
         self._kept.clear()
 
     def call(self, rows: str) -> "BroadcastCall":
@@ -65,23 +85,20 @@ class AttentionBroadcast:
         Args:
             rows: name of the calls with these rows of text.
         """
-        kept = self._kept.setdefault(rows, {})
-        number = self._calls[rows]
-        self._calls[rows] += 1
         low, high = self.timesteps
-        again = {
-            name: low < self.timestep < high and number % steps > 0
-            for name, steps in self.ranges._asdict().items()
-        }
-        return BroadcastCall(again, kept)
+        return BroadcastCall(
+            self.ranges, self.step, low < self.timestep < high, self._kept.setdefault(rows, {})
+        )
 
 
 @dataclass
 class BroadcastCall:
     """The part of `AttentionBroadcast` that belongs to one model call."""
 
-    again: Mapping[str, bool]
-    """Whether outputs of each kind in `Ranges` are used again, where there are any."""
+    ranges: Ranges
+    step: int
+    inside: bool
+    """Whether outputs of earlier steps are used."""
     kept: dict[tuple[int, int], Kept]
     """By the number of the block and that of the chunk in which it runs."""
     _chunks: Counter[int] = field(default_factory=Counter)
@@ -95,7 +112,12 @@ class BroadcastCall:
         """
         kept = self.kept.setdefault((number, self._chunks[number]), Kept())
         self._chunks[number] += 1
-        attention = {"S": "spatial", "T": "temporal"}.get(kind, "")
-        names = {"attention": attention, "cross": "cross", "mlp": "mlp"}
-        kept.again = tuple(part for part, name in names.items() if self.again.get(name))
+        steps = {part: count for part, count in self.ranges.of_parts(kind).items() if count > 1}
+        again = [
+            part
+            for part, count in steps.items()
+            if self.inside and self.step % count and self.step - kept.computed.get(part, -MANY) < count
+        ]
+        kept.parts, kept.again = tuple(steps), tuple(again)
+        kept.computed |= {part: self.step for part in steps if part not in again}
         return kept

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from stdit.errors import UserError
 
-SettingValue = bool | int | float | str | Sequence[int] | Sequence[str]
+SettingValue = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | None
 """Of a field of `STDiTConfig`."""
 
 Activations = Literal["keep", "recompute", "offload"]
@@ -62,6 +62,9 @@ class STDiTConfig:
     """Before each MLP, a depthwise convolution over neighbours along the axes that the block attends over."""
     gate_init: float = 0.0
     """Mean of the initial gates of the residual branches."""
+    guidance_range: tuple[float, float] | None = None
+    """Guidance scales that the model takes as an input, so that a guided step is one call; training takes it from
+    distill.guidance_scale. None: it takes none."""
 
     @classmethod
     def read(cls, recorded: Mapping[str, Any]) -> Self:
@@ -108,6 +111,9 @@ class STDiTConfig:
                 f"model.hidden_size = {self.hidden_size}: must be a multiple of 4 (sines and cosines of rows and "
                 f"columns); use {self.hidden_size + 4 - self.hidden_size % 4}"
             )
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            self.guidance_range = (low, high)
         if not 0 < self.mlp_ratio < math.inf:
             raise UserError(f"model.mlp_ratio = {self.mlp_ratio}: must be positive")
 

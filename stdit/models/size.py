@@ -99,6 +99,8 @@ def training_flops(
         "drop_caption": torch.zeros(clips, dtype=torch.bool, device="meta"),
         **{name: torch.empty(clips, device="meta") for name in ("fps", "height", "width")},
     }
+    if config.guidance_range is not None:
+        inputs["guidance"] = torch.empty(clips, device="meta")
 
     def count(model: STDiT) -> int:
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:

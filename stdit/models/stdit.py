@@ -85,6 +85,7 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         self.x_embedder = PatchEmbed3D(config.patch_size, config.in_channels, dim)
         self.t_embedder = ScalarEmbedder(dim)
         self.fps_embedder = ScalarEmbedder(dim)
+        self.guidance_embedder = ScalarEmbedder(dim) if config.guidance_range is not None else None
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = CaptionEmbedder(config.caption_channels, dim, config.model_max_length)
         self.pooled_embedder = Mlp(config.caption_channels, dim, dim) if config.pooled_text else None
@@ -199,6 +200,8 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
             for parameter in small.parameters():
                 if parameter.ndim == 2:
                     nn.init.normal_(parameter, std=0.02)
+        if self.guidance_embedder is not None:  # a student begins as its teacher without guidance
+            nn.init.zeros_(self.guidance_embedder.mlp[-1].weight)  # type: ignore[arg-type]
         nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5)
         nn.init.normal_(self.final_layer.scale_shift_table, std=dim**-0.5)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -263,6 +266,7 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         height: Tensor | None = None,
         width: Tensor | None = None,
         drop_caption: Tensor | None = None,
+        guidance: Tensor | None = None,
         sharding: TokenSharding | None = None,
         broadcast: BroadcastCall | None = None,
         attention_kwargs: dict[str, Any] | None = None,
@@ -280,6 +284,7 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
             height: height of the video in pixels, likewise.
             width: width of the video in pixels, likewise.
             drop_caption: true where the learned null caption replaces the text, ``[B]``; None: nowhere.
+            guidance: guidance scale, ``[B]`` or ``[1]``, of a model with ``guidance_range``.
             sharding: which tokens each rank of a group has, from :meth:`token_sharding`; None: not sharded.
             broadcast: outputs of attention to use again, and where to keep them; None: all are computed.
             attention_kwargs: ``scale`` of all LoRAs.
@@ -294,6 +299,9 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         """
         if fps is None or height is None or width is None:
             raise ValueError("STDiT needs fps, height and width [B] (frames per second, pixels)")
+        if (guidance is None) == (self.guidance_embedder is not None):
+            needs = "needs" if guidance is None else "takes no"
+            raise ValueError(f"this STDiT {needs} guidance (guidance_range = {self.config.guidance_range})")
         C, T, H, W = hidden_states.shape[1:]
         sharding = sharding or self.token_sharding(ONE_RANK, T, H, W)
         self._check(hidden_states, timestep, encoder_hidden_states, sharding)
@@ -325,6 +333,8 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
             if drop_caption is not None and null is not None:
                 pooled = torch.where(drop_caption[:, None], masked_mean(null, mask), pooled)
             t = t + self.pooled_embedder(pooled)[:, None]
+        if self.guidance_embedder is not None:
+            t = t + self.guidance_embedder(guidance, own)[:, None].to(dtype)
         modulation = self.t_block(t).unflatten(-1, (6, -1))  # [B F 6 D]
 
         x = sharding.switch(x, first, stages[0].layout)

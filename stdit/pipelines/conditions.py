@@ -122,6 +122,16 @@ def parse_frame_condition(text: str) -> FrameCondition:
     return FrameCondition(found["source"], int(found["index"]), length, float(strength))
 
 
+def check_strengths(conditions: Sequence[FrameCondition], where: str = "") -> None:
+    """Raise UserError for conditioning frames of which attention cannot be used again in later steps."""
+    for condition in conditions:
+        if condition.strength < 1:
+            raise UserError(
+                f"{where}pab and condition {condition}: attention of a frame without noise would be used again when "
+                "that frame is generated: use strength 1, or cache instead of pab."
+            )
+
+
 def check_frame_source(path: str) -> None:
     """Raise UserError if no picture or video can be read from a file."""
     if os.path.exists(path) and not os.path.isfile(path):

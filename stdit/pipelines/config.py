@@ -1,7 +1,7 @@
 """Settings of ``sample.py`` and of a pipeline call, and the rules that they follow. Imports no torch."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
@@ -77,7 +77,9 @@ class VideoSettings:
             values = value if name in LISTS and isinstance(value, list | tuple) else [value]
             kind, noun = (str, "a text") if name in ("guidance_schedule", "solver") else (Real, "a number")
             right = all(isinstance(one, kind) and not isinstance(one, bool) for one in values)
-            right |= name == "cache" and isinstance(value, str)
+            if name == "cache":
+                right |= isinstance(value, str)
+                noun = "a word or a number"
             if value is not None and not right:
                 raise UserError(f"{where}{name} = {value!r:.200}: has a wrong type: must be {noun}.")
         for name in ("num_frames", "height", "width", "num_inference_steps"):
@@ -109,18 +111,7 @@ class VideoSettings:
                 f"{where}cache = {self.cache}: must be {', '.join(get_args(Cache))}, or a threshold between 0 and 1: "
                 "larger ones skip more steps, off skips none."
             )
-        if self.pab and not (
-            len(self.pab) in (3, 4) and all(one >= 1 and one == int(one) for one in self.pab)
-        ):
-            raise UserError(
-                f"{where}pab = {self.pab}: must be for how many steps spatial, temporal and cross attention are "
-                "used, and optionally MLPs, each at least 1, such as [2, 4, 6]; [] for none."
-            )
-        between = self.pab_timesteps
-        if between is not None and not (len(between) == 2 and 0 <= between[0] < between[1] <= 1000):
-            raise UserError(
-                f"{where}pab_timesteps = {list(between)}: must be two rising timesteps from 0 to 1000."
-            )
+        self._check_pab(where)
         interval = self.guidance_interval
         shown = list(interval) if isinstance(interval, tuple) else interval
         if shown is not None and not (
@@ -142,6 +133,23 @@ class VideoSettings:
             raise UserError(
                 f"{where}refine_level = {self.refine_level}: must be between 0 (video) and 1 (noise)."
             )
+
+    def _check_pab(self, where: str) -> None:
+        pab, between = self.pab, self.pab_timesteps
+        if pab is not None and not (
+            isinstance(pab, list | tuple)
+            and len(pab) in (0, 3, 4)
+            and all(1 <= one <= MAX_DIMENSION and one == int(one) for one in pab)
+        ):
+            raise UserError(
+                f"{where}pab = {pab}: must be for how many steps spatial, temporal and cross attention are used, and "
+                "optionally MLPs, each at least 1, such as [2,4,6]; [] for none."
+            )
+        if between is not None and not (
+            isinstance(between, list | tuple) and len(between) == 2 and 0 <= between[0] < between[1] <= 1000
+        ):
+            shown = list(between) if isinstance(between, tuple) else between
+            raise UserError(f"{where}pab_timesteps = {shown}: must be two rising timesteps from 0 to 1000.")
 
     def check_used(
         self, resolved: Mapping[str, Any], negative_prompt: str | None = None, where: str = ""
@@ -170,26 +178,77 @@ class VideoSettings:
                 f"{where}{' and '.join(unused)} would have no effect: guidance_scale = 1 is no guidance: use another "
                 "scale, such as 4, or leave the others out."
             )
-        if self.pab_timesteps is not None and not resolved["pab"]:
-            raise UserError(
-                f"{where}pab_timesteps = {list(self.pab_timesteps)} would have no effect: pab is not set: add it, "
-                "such as [2, 4, 6], or leave this out."
-            )
-        if resolved["pab"] and resolved["cache"] != "off":
-            raise UserError(
-                f"{where}pab = {resolved['pab']} and cache = {resolved['cache']}: videos that skip steps cannot use "
-                "attention of the same steps again: leave one of them out."
-            )
-        if resolved["pab"] and max(resolved["pab"]) > resolved["num_inference_steps"]:
-            raise UserError(
-                f"{where}pab = {resolved['pab']}: would never be refreshed in "
-                f"{resolved['num_inference_steps']} steps: use smaller numbers."
-            )
         if self.guidance_interval is not None and schedule != "interval":
             raise UserError(
                 f"{where}guidance_interval is for guidance_schedule = interval, not {schedule}: add that, or "
                 "leave the interval out."
             )
+
+    def check_saving(self, resolved: Mapping[str, Any], where: str = "") -> None:
+        """Raise UserError for settings of cache and pab that contradict each other or have no effect.
+
+        Args:
+            resolved: all settings of the call.
+        """
+        pab, cache, steps = resolved["pab"], resolved["cache"], resolved["num_inference_steps"]
+        if self.pab_timesteps is not None and not pab:
+            raise UserError(
+                f"{where}pab_timesteps = {list(self.pab_timesteps)} would have no effect: pab is not set: add it, "
+                "such as [2, 4, 6], or leave this out."
+            )
+        if pab and cache != "off":
+            raise UserError(
+                f"{where}pab = {pab} and cache = {cache}: videos that skip steps cannot use attention of the same "
+                "steps again: set cache to off, or pab to []."
+            )
+        if pab and max(pab) > steps:
+            raise UserError(
+                f"{where}pab = {pab}: would never be refreshed in {steps} steps: use smaller numbers."
+            )
+        if self.cache not in (None, "off") and steps <= 4 and resolved["solver"] != "heun":
+            raise UserError(
+                f"{where}cache = {self.cache} would have no effect in {steps} steps, since the first three and the "
+                "last are computed: leave it out, or use more num_inference_steps."
+            )
+
+    def check_guidance(
+        self,
+        resolved: Mapping[str, Any],
+        takes: Sequence[float] | None,
+        negative_prompt: Any = None,
+        where: str = "",
+    ) -> None:
+        """Raise UserError for settings of guidance that a model cannot follow which takes the scale as an input.
+
+        Args:
+            resolved: all settings of the call.
+            takes: the range of scales; None: a model that takes none, and can follow all.
+        """
+        if takes is None:
+            return
+        unused = [
+            name
+            for name, value in (
+                ("negative_prompt", negative_prompt),
+                ("guidance_rescale", resolved["guidance_rescale"]),
+            )
+            if value
+        ]
+        if unused:
+            raise UserError(
+                f"{where}{' and '.join(unused)} cannot be followed: this model takes the guidance scale as an input, "
+                "and computes nothing without the prompt: leave it out, or use the model that it learned from."
+            )
+        scale, schedule = resolved["guidance_scale"], resolved["guidance_schedule"]
+        extremes = {"constant": [scale], "linear": [1, 2 * scale - 1]}.get(schedule, [1, scale])
+        what = (
+            "guidance_scale"
+            if schedule == "constant"
+            else f"guidance_schedule = {schedule} has guidance_scale"
+        )
+        check_scales(extremes, takes, where + what)
+        if resolved["refine_pairs"]:
+            check_scales([resolved["refine_guidance_scale"]], takes, f"{where}refine_guidance_scale")
 
     def resolved(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Return all settings by name; those that are None here are taken from ``defaults``."""
@@ -203,6 +262,21 @@ VIDEO_SETTINGS = tuple(f.name for f in fields(VideoSettings))
 """Names of the settings of a pipeline call."""
 PIPELINE_DEFAULTS: dict[str, Any] = {f.name: f.metadata["pipeline_default"] for f in fields(VideoSettings)}
 """Settings of a new pipeline for which none are passed."""
+
+
+def check_scales(scales: Iterable[float], takes: Sequence[float], what: str = "guidance_scale") -> None:
+    """Raise UserError for a guidance scale outside of the range that a model takes as an input."""
+    low, high = takes
+    for scale in scales:
+        if not low <= scale <= high:
+            raise UserError(
+                f"{what} = {scale:g}: this model takes the scale as an input, and learned {low:g} to {high:g}: use "
+                "one of these, or the model that it learned from."
+            )
+
+
+_OF_DIFFUSERS = ("cache_dir",)
+"""Options of diffusers whose names are almost those of settings."""
 
 
 def guides_refinement(resolved: Mapping[str, Any]) -> bool:
@@ -220,7 +294,7 @@ def check_recorded(recorded: Any, where: str) -> None:
 def check_keywords(function: Callable[..., Any], keywords: Iterable[str]) -> None:
     """Raise TypeError for a keyword that is almost a setting of a pipeline."""
     for name in keywords:
-        if name not in VIDEO_SETTINGS and (nearest := nearest_name(name, VIDEO_SETTINGS)):
+        if name not in (*VIDEO_SETTINGS, *_OF_DIFFUSERS) and (nearest := nearest_name(name, VIDEO_SETTINGS)):
             raise TypeError(f"{function.__qualname__}() has no argument {name!r}: did you mean {nearest!r}?")
 
 
@@ -344,10 +418,16 @@ class SampleConfig(PromptSettings):
     """Use the averaged (EMA) weights of a checkpoint."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the transformer."""
+    compile: bool = False
+    """Compile the blocks of the model with torch.compile: slow to start, for many videos or steps; what it costs and
+    gives is measured and printed."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU if available."""
     parallel: SamplingParallelConfig = field(default_factory=SamplingParallelConfig)
     """How several processes share the work."""
+    calibrate: bool = False
+    """Instead of writing videos, make them with several thresholds of cache, and print what each saves and changes; a
+    few prompts are enough."""
     list_sizes: bool = False
     """Print the named sizes and lengths for this checkpoint, and exit."""
 
@@ -364,6 +444,10 @@ class SampleConfig(PromptSettings):
                 raise UserError(
                     f"both seeds and {name} are set: remove one of them; seeds lists all of them."
                 )
+        if self.calibrate and (self.pab or self.cache is not None):
+            raise UserError(
+                "calibrate tries thresholds of cache one after the other: leave cache and pab out beside it."
+            )
         if self.resolution is not None and self.height is not None:
             raise UserError("both resolution and height/width are set: remove one of them.")
         if self.aspect_ratio is not None and self.resolution is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
+from stdit.pipelines.config import PIPELINE_DEFAULTS
 from stdit.pipelines.model_calls import ModelCalls
 
 KINDS = ("mp4", "gif")
@@ -15,6 +16,8 @@ KINDS = ("mp4", "gif")
 _NOT_COMPARED = ("checkpoint", "checkpoint_step", "lineage", "stdit", "files", *ModelCalls().facts())
 """Metadata that may differ between equal videos: where the weights, known by their hash, were found, what is recorded
 of their training, by which version they were sampled, and how many model calls that took."""
+_NOT_IN_OLD_FILES = {name: PIPELINE_DEFAULTS[name] for name in ("solver", "cache", "pab", "pab_timesteps")}
+"""Settings that videos of earlier versions do not record, with the values that they had."""
 _NAME = re.compile(r"(?P<stem>\d+-(?P<rest>.*-seed\d+)(-\d+)?)\.(mp4|gif|json)")
 
 
@@ -101,6 +104,7 @@ def is_readable_json(path: Path) -> bool:
 
 def compared(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata that equal videos share, in JSON's types, with the size that was generated."""
+    metadata = {**_NOT_IN_OLD_FILES, **metadata}
     values = json.loads(json.dumps({name: metadata[name] for name in metadata if name not in _NOT_COMPARED}))
     for lora in values.get("loras", []):  # known by its hash, too
         lora.pop("file", None)

@@ -67,6 +67,11 @@ class GuidedModel:
             [changed.get(name, own) for name, own in self.embeds().items()]
         )
 
+    @property
+    def takes_scale(self) -> bool:
+        """Whether the model takes the guidance scale as an input, and needs no second half."""
+        return self.transformer.config.guidance_range is not None
+
     def weights(self, scale: float) -> dict[str, float]:
         """Return the halves of guidance that a scale g needs, with the factors of their velocities."""
         return {"cond": 1.0} if scale == 1 or not self.guided else {"uncond": 1 - scale, "cond": scale}
@@ -100,6 +105,8 @@ class GuidedModel:
         if len(videos) < count:
             places = [count * half + video for half in range(times) for video in videos]
             text = {name: rows[places] for name, rows in text.items()}
+        if self.takes_scale:
+            self.shared["guidance"] = torch.full((1,), scale, device=x_t.device)
         cache = "cond" if halves == 1 else "uncond_cond"
         found = self.predict(x_t.repeat(times, 1, 1, 1, 1), t.repeat(times, 1), text, cache)
         if times < halves:

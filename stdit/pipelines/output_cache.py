@@ -17,10 +17,10 @@ from stdit.pipelines.guided_model import GuidedModel
 from stdit.pipelines.steps import EveryStep
 
 THRESHOLDS = {"slow": 0.02, "fast": 0.06}
-"""Of `OutputCache`, chosen with the quickstart's model: see the page of this package."""
+"""Thresholds of `OutputCache`, chosen with the quickstart's model: see the page of this package."""
 ALIGNED = 4
-"""Videos that skip steps come back at multiples of this step, or of a smaller power of two, so that those of a batch
-share model calls."""
+"""After skipped steps a video is computed again at a multiple of this step, or of a smaller power of two, so that the
+videos of a batch share model calls."""
 
 
 class History:
@@ -47,7 +47,7 @@ class History:
         return torch.where(known, self.bend * distances.prod(0), torch.inf)
 
     def extrapolate(self, sigma: float) -> Tensor:
-        """Return the velocities ``[B C T_n H W]`` at a level, as a straight line goes on."""
+        """Return the velocities ``[B C T_n H W]`` at a level, on the straight line through the last two."""
         newest, previous = self.levels
         share = ((sigma - newest) / (newest - previous)).where(self.count > 1, 0.0)
         first, second = self.velocities
@@ -86,49 +86,53 @@ class OutputCache(EveryStep):
         self.max_noise_level = max_noise_level.cpu()
         self.generated = torch.zeros_like(self.max_noise_level, dtype=torch.bool)
         self.histories: dict[str, History] = {}
+        self.scale: float | None = None
         self.step = 0
 
     def velocity(self, x_t: Tensor, t: Tensor, scale: float) -> Tensor:
         """Return the velocity in the next step, computed or extrapolated."""
         sigma, halves = self.levels[self.step], list(self.model.weights(scale))
-        self._forget_changed(sigma <= self.max_noise_level)
+        self._forget_changed(sigma <= self.max_noise_level, scale)
         skipped = self._skips(scale)
         for half in halves:
             self.histories.setdefault(half, History(x_t))
-        foreseen = torch.stack(
+        extrapolated = torch.stack(
             [self.histories[half].extrapolate(sigma) for half in halves]
         )  # [n B C T_n H W]
         computed = (~skipped).nonzero()[:, 0].tolist()
         if computed:
             found = self.model.velocities(x_t[computed], t[computed], scale, computed)
-            errors = self._relative_errors(found, foreseen[:, computed], computed)
+            errors = self._relative_errors(found, extrapolated[:, computed], computed)
             for half, velocities, error in zip(halves, found, errors, strict=True):
                 self.histories[half].record(computed, velocities, sigma, error)
-            foreseen[:, computed] = found
+            extrapolated[:, computed] = found
         self.model.count_skipped(skipped.nonzero()[:, 0].tolist(), scale)
         self.step += 1
-        return self.model.guide(foreseen, scale)
+        return self.model.guide(extrapolated, scale)
 
     def forget(self) -> None:
         self.histories.clear()
 
-    def _forget_changed(self, generated: Tensor) -> None:
-        """Begin anew for videos in which frames are generated from here on, ``[B T]``, that were not before."""
+    def _forget_changed(self, generated: Tensor, scale: float) -> None:
+        """Begin anew for videos in which frames are generated from here on, ``[B T]``, that were not before.
+
+        Likewise for all, if the guidance scale changes that the model takes as an input.
+        """
+        if self.model.takes_scale and scale != self.scale:
+            self.forget()
+        self.scale = scale
         changed = (generated != self.generated).any(1)
         for history in self.histories.values():
             history.forget(changed)
         self.generated = generated
 
     def _skips(self, scale: float) -> Tensor:
-        """Return which videos skip this step, ``[B]``.
-
-        A video that comes back at an even step is not to come back at the next one instead: see `ALIGNED`.
-        """
+        """Return which videos skip this step, ``[B]``: those that skip the next ones, too, as `ALIGNED` asks."""
         last = len(self.levels) - 2
         if not 0 < self.step < last:
             return torch.zeros(len(self.generated), dtype=torch.bool)
-        alike = min(ALIGNED, self.step & -self.step)  # the largest power of two that divides the step
-        return self._error(min(self.step + alike, last) - 1, scale) < self.threshold
+        multiple = min(ALIGNED, self.step & -self.step)  # the largest power of two that divides the step
+        return self._error(min(self.step + multiple, last) - 1, scale) < self.threshold
 
     def _error(self, step: int, scale: float) -> Tensor:
         """Return the error ``[B]`` that the extrapolation of a step would add to the latents."""
@@ -140,13 +144,17 @@ class OutputCache(EveryStep):
             error += torch.inf if history is None else abs(weight) * width * history.error(here)
         return error
 
-    def _relative_errors(self, found: Tensor, foreseen: Tensor, videos: Sequence[int]) -> Tensor:
-        """Return ``|found - foreseen| / |found|`` over the generated frames of all ranks, ``[n b]`` on the CPU."""
+    def _relative_errors(self, found: Tensor, extrapolated: Tensor, videos: Sequence[int]) -> Tensor:
+        """Return ``|found - extrapolated| / |found|`` over the generated frames, ``[n b]``, on the CPU."""
         sharding = self.model.sharding
         counts = sharding.split(self.generated[videos].to(found), 1)[:, None, :, None, None]  # [b 1 T_n 1 1]
         squares = torch.stack(
-            [(one.double() * counts).square().flatten(2).sum(2) for one in (found - foreseen, found)]
+            [(one.double() * counts).square().flatten(2).sum(2) for one in (found - extrapolated, found)]
         )
-        ranks = sharding.column_group
-        error, size = all_gather(squares[None], ranks, 0, [1] * ranks.size).sum(0).cpu()
+        for ranks in (
+            sharding.column_group,
+            self.model.cfg,
+        ):  # the latter so that both decide alike, to the last bit
+            squares = all_gather(squares[None], ranks, 0, [1] * ranks.size).sum(0)
+        error, size = squares.cpu()
         return (error / size).sqrt()

@@ -42,13 +42,14 @@ from stdit.pipelines.components import (
     wrap_text_encoder,
     wrap_vae,
 )
-from stdit.pipelines.conditions import FrameCondition, load_frames
+from stdit.pipelines.conditions import FrameCondition, check_strengths, load_frames
 from stdit.pipelines.config import (
     PIPELINE_DEFAULTS,
     VIDEO_SETTINGS,
     VideoSettings,
     check_keywords,
     check_recorded,
+    check_scales,
     guides_refinement,
     list_settings,
     video_settings,
@@ -432,7 +433,13 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         prompts = [prompt] if isinstance(prompt, str) else prompt
         negatives = for_each_prompt(negative_prompt, count, "negative_prompt")
         own.check_used(video, None)
+        own.check_saving(video)
+        takes = self.transformer.config.guidance_range
+        has_negatives = any(text is not None for text in negatives) or negative_prompt_embeds is not None
+        own.check_guidance(video, takes, has_negatives)
         frame_conditions = repeated(conditions_of_prompts(image, conditions, count), num_videos_per_prompt)
+        if video["pab"]:
+            check_strengths([one for of_video in frame_conditions for one in of_video])
         generators = for_each_prompt(generator, count * num_videos_per_prompt, "generator")
         num_frames, height, width = (int(video[name]) for name in ("num_frames", "height", "width"))
 
@@ -451,7 +458,9 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             scale_of_step(self._guidance_scale, sigma, step // scheduler.order)
             for step, sigma in enumerate(sigmas[:-1].tolist())
         ]
-        guided = any(scale != 1 for scale in scales) or guides_refinement(video)
+        if takes is not None:
+            check_scales(scales, takes)
+        guided = takes is None and (any(scale != 1 for scale in scales) or guides_refinement(video))
         embeds = self.encode_prompt(
             prompts,
             negatives,
@@ -688,15 +697,16 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self, model: GuidedModel, settings: dict[str, Any], scheduler: Any, max_noise_level: Tensor
     ) -> EveryStep:
         """Return how the steps of a call get their velocities."""
-        if ranges := settings["pab"]:
-            return BroadcastSteps(model, ranges, settings["pab_timesteps"], scheduler.timesteps.tolist())
-        if (cache := settings["cache"]) == "off":
+        ranges, cache = settings["pab"], settings["cache"]
+        if not ranges and cache == "off":
             return EveryStep(model)
         if self.transformer.is_cache_enabled:
             raise UserError(
-                f"cache = {cache}: a cache of diffusers is enabled, which would mix up the videos that skip steps: "
-                "use one of them: cache = off, or pipe.transformer.disable_cache()."
+                f"{f'pab = {ranges}' if ranges else f'cache = {cache}'}: a cache of diffusers is enabled, too: use "
+                "one of them: leave this out, or call pipe.transformer.disable_cache()."
             )
+        if ranges:
+            return BroadcastSteps(model, ranges, settings["pab_timesteps"], scheduler.timesteps.tolist())
         return OutputCache(model, THRESHOLDS.get(cache, cache), scheduler.sigmas.tolist(), max_noise_level)
 
     def denoise(
@@ -743,7 +753,9 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 asked: dict[str, Any] = {name: given.get(name) for name in callback_inputs}
                 returned = callback(self, index, timestep, asked)
                 changed = changes_of_callback(returned, given, self._callback_tensor_inputs)
-                if not model.guided and self._guidance_scale not in (guidance, 1):
+                if model.takes_scale:
+                    check_scales([self._guidance_scale], self.transformer.config.guidance_range)
+                elif not model.guided and self._guidance_scale not in (guidance, 1):
                     raise UserError(
                         f"callback_on_step_end set _guidance_scale from {guidance} to {self._guidance_scale}, but "
                         "this call began without guidance, and has no negative prompts: begin with another "

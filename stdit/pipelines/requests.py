@@ -3,7 +3,7 @@
 Imports no torch at module level.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from stdit.lora.config import LoRASpec, parse_lora
 from stdit.pipelines.conditions import (
     FrameCondition,
     check_frame_source,
+    check_strengths,
     parse_frame_condition,
     warn_if_video,
     warn_of_overlaps,
@@ -88,7 +89,9 @@ def _plan_line(
 ) -> list[Request]:
     """Return the requests of one prompt, whose own settings win over the ``common`` ones."""
     where = f"prompt {index}: "
-    own = {name: value for name in PROMPT_SETTINGS if (value := getattr(line, name)) not in (None, [], "")}
+    given = {name: getattr(line, name) for name in PROMPT_SETTINGS}
+    own = {name: value for name, value in given.items() if value or (value not in (None, "") and value != [])}
+    own |= {"pab": line.pab} if line.pab is not None else {}  # an empty list is one, too
     prompt = PromptSettings(**{**common, **own})
     settings = VideoSettings(**{name: getattr(prompt, name) for name in VIDEO_SETTINGS})
     settings.check(where)
@@ -137,12 +140,16 @@ def _plan_line(
 
 
 def check_requests(
-    requests: Iterable[Request], recorded: Mapping[str, Any], codec: "VideoCodec | None" = None
+    requests: Iterable[Request],
+    recorded: Mapping[str, Any],
+    codec: "VideoCodec | None" = None,
+    guidance_range: Sequence[float] | None = None,
 ) -> None:
     """Check requests against the settings that a pipeline records, before it is loaded.
 
     Args:
         codec: of the pipeline; needed if a request has several segments.
+        guidance_range: of the model.
 
     Raises:
         UserError: for conditioning frames outside the video or missing in their source, and for settings that this
@@ -152,6 +159,12 @@ def check_requests(
         where = f"prompt {request.index}: "
         settings = dict(recorded) | {name: v for name, v in asdict(request.settings).items() if v is not None}
         request.settings.check_used(PIPELINE_DEFAULTS | settings, request.negative_prompt, where)
+        request.settings.check_saving(PIPELINE_DEFAULTS | settings, where)
+        if settings.get("pab"):
+            check_strengths(request.conditions, where)
+        request.settings.check_guidance(
+            PIPELINE_DEFAULTS | settings, guidance_range, request.negative_prompt, where
+        )
         if isinstance(request.image, str | Path):
             warn_if_video(request.image)
         num_frames, fps = settings.get("num_frames"), settings.get("fps")

@@ -1,4 +1,4 @@
-"""How the steps of a sampler call the model: `EveryStep`, and those who leave work out."""
+"""How the steps of a sampler call the model: in every step, or with attention of earlier steps."""
 
 from collections.abc import Sequence
 
@@ -55,7 +55,7 @@ class BroadcastSteps(EveryStep):
         self.remaining = iter(timesteps)
 
     def velocity(self, x_t: Tensor, t: Tensor, scale: float) -> Tensor:
-        self.broadcast.timestep = next(self.remaining)
+        self.broadcast.begin_step(next(self.remaining))
         self.model.broadcast = self.broadcast
         velocity = super().velocity(x_t, t, scale)
         self.model.broadcast = None  # what follows the steps, such as the refinement, computes all

@@ -136,8 +136,8 @@ def _weights_of(model: STDiT, source: str) -> InitialWeights:
     )
 
 
-class AdapterBase(NamedTuple):
-    """The model that an adapter is trained on, as checkpoints record it."""
+class FrozenModel(NamedTuple):
+    """The model that an adapter is trained on, or a student learns from, as checkpoints record it."""
 
     hash: str
     """Of its weights, with merged adapters, before they are rounded."""
@@ -149,8 +149,8 @@ class AdapterBase(NamedTuple):
 
 def read_base(
     source: str, merge: Sequence[str], any_base: bool = True, dtype: BaseDtype = "fp32"
-) -> tuple[STDiT, AdapterBase]:
-    """Read the model that an adapter is trained on, and say what it is.
+) -> tuple[STDiT, FrozenModel]:
+    """Read the model that an adapter is trained on, or a student learns from, and say what it is.
 
     Args:
         source: as ``init_from``.
@@ -169,7 +169,7 @@ def read_base(
         initial = _weights_of(model, source)
     model, found = initial.frozen_model(dtype)
     merged = [f"{lora.file.resolve()}:{lora.weight!r}" for lora in loras]
-    return model, AdapterBase(found, str(folder), merged)
+    return model, FrozenModel(found, str(folder), merged)
 
 
 def load_transformer(folder: Path, meta: dict[str, Any], ema: bool) -> tuple[Any, str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from stdit.models.broadcast import Ranges
 from stdit.models.config import STDiTConfig
 from stdit.models.size import batch_load, tensor_bytes
 from stdit.parallel.processes.mesh import parallel_dims
@@ -66,9 +67,23 @@ class SamplingWorkload:
         pixels = max(one["num_frames"] * one["height"] * one["width"] for one in self.settings)
         weights = tensor_bytes(pipe.transformer, pipe.codec, pipe.prompt_encoder)
         activations = max(
-            activation_bytes(load, replace(split, processes=split.sp)) for load in self._loads(batch_size)
+            activation_bytes(load, replace(split, processes=split.sp)) + self._kept_bytes(one, load, split)
+            for one, load in zip(self.settings, self._loads(batch_size), strict=True)
         )
         return weights + activations + batch_size * 3 * 4 * pixels
+
+    def _kept_bytes(self, settings: Mapping[str, Any], load: Workload, split: ParallelDims) -> int:
+        """Return the bytes of attention that later steps use again: one output of a block each."""
+        if not settings["pab"]:
+            return 0
+        ranges = Ranges(*settings["pab"])
+        kept = sum(
+            steps > 1 and (part != "cross" or block.cross_attn is not None)
+            for block in self.pipe.transformer.blocks
+            for part, steps in ranges.of_parts(block.kind).items()
+        )
+        tokens = ceil(load.frames * load.patches / split.sp)
+        return kept * load.clips * tokens * load.width * load.element_size
 
     def _batch_size(self, split: ParallelDims) -> int:
         """Return how many videos a group of ranks makes at once."""
@@ -80,6 +95,6 @@ class SamplingWorkload:
         model = STDiTConfig.read(transformer.config)
         for one in self.settings:
             shape = self.pipe.codec.latent_shape(one["num_frames"], one["height"], one["width"])
-            guided = one["guidance_scale"] != 1 or guides_refinement(one)
+            guided = model.guidance_range is None and (one["guidance_scale"] != 1 or guides_refinement(one))
             rows = batch_size * (2 if guided and self.config.parallel.cfg == 1 else 1)
             yield batch_load(model, shape, rows, element_size=transformer.dtype.itemsize, saved="nothing")

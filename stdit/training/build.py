@@ -36,8 +36,9 @@ from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import format_gib
 from stdit.pipelines.sources import MODEL_INDEX, find_initial_weights, is_checkpoint, pipeline_step
 from stdit.pipelines.untrained import warn_of_missing_trigger
-from stdit.pipelines.weights import AdapterBase, open_initial_weights, read_base
+from stdit.pipelines.weights import FrozenModel, open_initial_weights, read_base
 from stdit.training.config import TrainConfig
+from stdit.training.distillation import GuidanceTeacher
 from stdit.training.experiment import experiment_key
 from stdit.training.lineage import CLIPS, Resumed, lineage, resume
 from stdit.training.unused import unused_settings
@@ -65,13 +66,17 @@ class RunComponents(RunInputs):
     """Components of a run."""
 
     model: STDiT
-    base: AdapterBase | None = None
+    base: FrozenModel | None = None
     """The weights that an adapter is trained on."""
+    teacher: GuidanceTeacher | None = None
+    """What the model learns from instead of the data's velocity."""
 
     def to(self, device: torch.device) -> None:
-        """Move codec and text encoder to a device; the trainer moves the model."""
+        """Move codec, text encoder and teacher to a device; the trainer moves the model."""
         self.codec.to(device)
         self.text_encoder.to(device)
+        if self.teacher is not None:
+            self.teacher.model.to(device)
 
     @cached_property
     def experiment(self) -> dict[str, Any]:
@@ -82,6 +87,7 @@ class RunComponents(RunInputs):
             "codec's weights": self.codec.fingerprint(),
             "text encoder's weights": self.text_encoder.fingerprint(),
             **({} if self.base is None else {"base's weights": self.base.hash}),
+            **({} if self.teacher is None else {"teacher's weights": self.teacher.source.hash}),
         }
 
     @cached_property
@@ -120,10 +126,16 @@ def build_components(
         model, base = build_adapted_model(inputs.config, inputs.resumed)
         return RunComponents(**vars(inputs), model=model, base=base)
     _check_model_fits(inputs.config, processes, memory)
-    model = build_model(inputs.config)
-    if checkpoint is None and config.init_from is not None:
+    model, teacher = build_model(inputs.config), None
+    if inputs.config.has_teacher:
+        teacher = build_teacher(inputs)
+        if checkpoint is None:
+            model.load_state_dict(
+                teacher.model.state_dict(), strict=False
+            )  # all but the embedding of guidance
+    elif checkpoint is None and config.init_from is not None:
         open_initial_weights(config.init_from).copy_to(model)
-    return RunComponents(**vars(inputs), model=model)
+    return RunComponents(**vars(inputs), model=model, teacher=teacher)
 
 
 def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> RunInputs:
@@ -144,6 +156,8 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
         if first is not None and Path(first).exists():  # it need not be there to resume
             add_adapter(base, config.lora)
             check_kind(base, find_initial_adapter(first))
+    if config.has_teacher:
+        config = replace(config, model=student_settings(config), codec=base_codec(config))
     index = None if dry_run else config.run_folder / "clips"
     plan = build_plan(config.data, config.seed, index, remembered(config.data))
     resumed = None
@@ -168,7 +182,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     plan = plan.sized(lambda bucket: _tokens_per_clip(config, codec, bucket))
     flow = FlowObjective(config.flow, variance)
     resolved = resolved_config(config, codec, text_encoder)
-    if config.lora.rank is not None:
+    if config.lora.rank is not None or config.has_teacher:
         _check_trained_with(config, codec, text_encoder)
     return RunInputs(resolved, plan, codec, text_encoder, flow, resumed)
 
@@ -222,7 +236,7 @@ def resolved_config(config: TrainConfig, codec: VideoCodec, text_encoder: TextEn
         caption_channels=text_encoder.channels,
         model_max_length=text_encoder.max_length,
     )
-    if config.lora.rank is not None:
+    if config.lora.rank is not None or config.has_teacher:
         _check_base_takes(config.model, model)
         return replace(config, resume_changed=False)
     for name in ("in_channels", "caption_channels", "model_max_length"):
@@ -249,7 +263,8 @@ def base_settings(config: TrainConfig) -> STDiTConfig:
     """Return the model's settings in ``init_from``; check that the objective is that of its training.
 
     Raises:
-        UserError: if there is no such model, or its output means something else than ``flow.prediction`` says.
+        UserError: if there is no such model, its output means something else than ``flow.prediction`` says, or it is
+            a student, which takes the guidance scale as an input.
     """
     assert config.init_from is not None
     folder = find_initial_weights(config.init_from)
@@ -262,10 +277,54 @@ def base_settings(config: TrainConfig) -> STDiTConfig:
         flow = (read_json(index, "a pipeline").get("flow") or {}) if index.is_file() else {}
     if (trained := flow.get("prediction", config.flow.prediction)) != config.flow.prediction:
         raise UserError(
-            f"flow.prediction = {config.flow.prediction}: {config.init_from} was trained with {trained}, and an "
-            f"adapter cannot change that: set --flow.prediction {trained}."
+            f"flow.prediction = {config.flow.prediction}: {config.init_from} was trained with {trained}, and that "
+            f"stays: set --flow.prediction {trained}."
         )
-    return STDiTConfig.read(recorded)
+    found = STDiTConfig.read(recorded)
+    if found.guidance_range is not None:
+        raise UserError(
+            f"init_from = {config.init_from}: takes the guidance scale as an input, which training does not give it: "
+            "begin with the model that it learned from."
+        )
+    return found
+
+
+def student_settings(config: TrainConfig) -> STDiTConfig:
+    """Return the settings of a student: those of its teacher, and the guidance scales that it takes.
+
+    Raises:
+        UserError: as `base_settings`; or ``model.*`` asks for another architecture.
+    """
+    teacher = base_settings(config)
+    default = STDiTConfig()
+    for name, asked in asdict(config.model).items():
+        if asked not in (getattr(default, name), getattr(teacher, name)) and name != "guidance_range":
+            raise UserError(
+                f"model.{name} = {asked}: the teacher in init_from = {config.init_from} has "
+                f"{getattr(teacher, name)}, and a student has its architecture: leave model.* out."
+            )
+    return replace(teacher, guidance_range=config.distill.guidance_scale)
+
+
+def build_teacher(inputs: RunInputs) -> GuidanceTeacher:
+    """Return the model that a student learns from; when a run resumes, the one that its checkpoint records."""
+    config, scales = inputs.config, inputs.config.distill.guidance_scale
+    assert scales is not None
+    model, found = read_base(_frozen_source(config, inputs.resumed, "teacher"), [])
+    return GuidanceTeacher(model, inputs.flow, scales, found)
+
+
+def _frozen_source(config: TrainConfig, resumed: Resumed | None, key: str) -> str:
+    """Return where the weights of ``init_from`` are that are not trained.
+
+    If ``init_from`` has not changed since the checkpoint that the run resumes from, they are those that it records
+    under ``key``: a run in ``init_from`` may have newer weights now.
+    """
+    assert config.init_from is not None
+    if resumed is None or resumed.meta.get("config", {}).get("init_from") != config.init_from:
+        return config.init_from
+    recorded: str = resumed.meta[key]["path"]
+    return recorded if Path(recorded).exists() else config.init_from
 
 
 def base_codec(config: TrainConfig) -> CodecConfig:
@@ -318,21 +377,16 @@ def _check_trained_with(config: TrainConfig, codec: VideoCodec, text_encoder: Te
             )
 
 
-def build_adapted_model(config: TrainConfig, resumed: Resumed | None) -> tuple[STDiT, AdapterBase]:
+def build_adapted_model(config: TrainConfig, resumed: Resumed | None) -> tuple[STDiT, FrozenModel]:
     """Return the model of ``init_from`` with a new adapter, which alone is trained, and what the base is.
 
     Args:
-        resumed: the checkpoint that the run resumes from. If ``init_from`` has not changed since, the base is the one
-            that it records: a run in ``init_from`` may have newer weights now.
+        resumed: the checkpoint that the run resumes from.
 
     Raises:
         UserError: if the base or an adapter cannot be read, or they do not fit.
     """
-    assert config.init_from is not None
-    source = config.init_from
-    if resumed is not None and resumed.meta.get("config", {}).get("init_from") == source:
-        recorded = resumed.meta["base"]["path"]
-        source = recorded if Path(recorded).exists() else source
+    source = _frozen_source(config, resumed, "base")
     model, base = read_base(source, config.lora.merge, config.lora.other_base, config.lora.base_dtype)
     add_adapter(model, config.lora, config.seed)
     if resumed is None and config.lora.init_from is not None:

@@ -13,7 +13,7 @@ from stdit.errors import UserError
 from stdit.lora.config import BaseDtype, LoRAConfig, parse_lora
 from stdit.models.config import STDiTConfig
 from stdit.parallel.config import TrainingParallelConfig
-from stdit.pipelines.config import VideoSettings, check_seed
+from stdit.pipelines.config import PIPELINE_DEFAULTS, VideoSettings, check_seed
 from stdit.registry import Registry
 from stdit.settings import parse
 from stdit.training.memory_config import MemoryConfig, check_memory
@@ -272,6 +272,22 @@ class LoRATrainingConfig(LoRAConfig):
 
 
 @dataclass
+class DistillConfig:
+    """A student that learns to do in fewer model calls what the model of init_from does: its teacher."""
+
+    guidance_scale: tuple[float, float] | None = None
+    """Guidance scales of the teacher, drawn evenly from this range, that the student takes as an input and follows in
+    one call instead of two. None: no distillation."""
+
+    def __post_init__(self) -> None:
+        scales = self.guidance_scale
+        if scales is not None and not (len(scales) == 2 and 0 <= scales[0] < scales[1] < math.inf):
+            raise UserError(
+                f"distill.guidance_scale = {list(scales)}: must be two rising guidance scales, such as [1, 5]"
+            )
+
+
+@dataclass
 class TrainConfig:
     """A training run."""
 
@@ -306,6 +322,8 @@ class TrainConfig:
     """From captions to text states."""
     lora: LoRATrainingConfig = field(default_factory=LoRATrainingConfig)
     """An adapter that is trained instead of the weights of init_from; the model's settings are then those of that."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation of the model of init_from; the model's settings are then those of that."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The objective."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -337,6 +355,11 @@ class TrainConfig:
         """GiB that each process may use; None: what there is."""
         return self.parallel.memory_gib if self.fit is None else self.fit
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the model of init_from teaches a student."""
+        return self.distill.guidance_scale is not None
+
     def validate(self) -> None:
         """Raise UserError for settings that do not go together."""
         parts = PurePosixPath(self.name).parts
@@ -354,6 +377,24 @@ class TrainConfig:
                 "optimizer.name = muon: is for the matrices of a whole model, and would leave all of an adapter's to "
                 "AdamW: set --optimizer.name adamw."
             )
+        if self.has_teacher and self.init_from is None:
+            raise UserError(
+                "distill.guidance_scale: a student needs a teacher: add init_from, a run, a checkpoint, or a "
+                "pipeline or model folder."
+            )
+        if self.has_teacher and self.lora.rank is not None:
+            raise UserError(
+                f"distill.guidance_scale and lora.rank = {self.lora.rank}: a student has a new input, which an "
+                "adapter cannot learn: leave one of them out."
+            )
+        if self.model.guidance_range is not None and not self.has_teacher:
+            raise UserError(
+                f"model.guidance_range = {list(self.model.guidance_range)}: only a teacher shows what a guidance "
+                "scale does: set distill.guidance_scale instead, and init_from."
+            )
+        resolved = self.validation.resolved(PIPELINE_DEFAULTS)
+        self.validation.check_saving(resolved, "validation.")
+        self.validation.check_guidance(resolved, self.distill.guidance_scale, where="validation.")
         check_memory(self)
         if self.fit is not None and not 0 < self.fit < math.inf:
             raise UserError(f"fit = {self.fit}: must be a number of GiB above 0, such as 24")

@@ -37,12 +37,11 @@ lead to. The sizes that the model takes from codec and text encoder follow from 
 def experiment_key(config: TrainConfig) -> dict[str, Any]:
     """Return the settings, by dotted name, that a run must keep to be the same experiment.
 
-    Its length, checkpoints, validation and tracker may change. The model of an adapter is that of ``init_from``,
-    which the hash of its weights identifies, whatever the settings ask for.
+    Its length, checkpoints, validation and tracker may change. The model of an adapter or of a student is that of
+    ``init_from``, which the hash of its weights identifies, whatever the settings ask for.
     """
-    groups = [
-        name for name in (*EXPERIMENT, "lora") if name != ("lora" if config.lora.rank is None else "model")
-    ]
+    special = ["lora"] if config.lora.rank is not None else ["distill"] if config.has_teacher else []
+    groups = [name for name in (*EXPERIMENT, *special) if not special or name != "model"]
     found = {
         key: value
         for group in groups

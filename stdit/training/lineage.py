@@ -23,6 +23,8 @@ FIXED = {
     "flow.prediction": "the output of its weights has another meaning",
     "optimizer.name": "its state is that of another optimizer",
     "base": "its adapter was trained on other weights",
+    "teacher": "it learned from another one",
+    "distill": "it learned something else",
     **dict.fromkeys(("lora.rank", "lora.targets", "lora.dora"), "its adapter is of another kind"),
 }
 """Beginnings of the keys of an experiment that cannot change, and why."""
@@ -61,14 +63,16 @@ def check_can_resume(checkpoint: Path, experiment: Mapping[str, Any]) -> dict[st
                 "to resume from the one before it."
             )
     meta["experiment"] = with_current_names(meta["experiment"], "model.")
-    had, has = ("lora.rank" in one for one in (meta["experiment"], experiment))
-    if had != has:
-        holds, asks = ("an adapter", "lora.rank is not set") if had else ("no adapter", "lora.rank is set")
-        hint = "" if had else f" (and train an adapter on its weights by --init_from {checkpoint})"
-        raise UserError(
-            f"checkpoint {checkpoint} holds {holds}, but {asks}: go back to its settings, or choose another "
-            f"--name{hint}."
-        )
+    for setting, what in (("lora.rank", "an adapter"), ("distill.guidance_scale", "a student")):
+        had, has = (setting in one for one in (meta["experiment"], experiment))
+        if had != has:
+            no_kind = f"no {what.split()[1]}"
+            holds, asks = (what, f"{setting} is not set") if had else (no_kind, f"{setting} is set")
+            hint = "" if had else f" (and train {what} on its weights by --init_from {checkpoint})"
+            raise UserError(
+                f"checkpoint {checkpoint} holds {holds}, but {asks}: go back to its settings, or choose another "
+                f"--name{hint}."
+            )
     found = [
         f"{change} ({FIXED[start]})"
         for key, change in _differences(meta["experiment"], experiment)
@@ -127,7 +131,8 @@ def unneeded(resume_changed: bool, init_from: str | None, resumed: Resumed | Non
         why = "there is no checkpoint" if resumed is None else "nothing has changed"
         lines.append(f"resume_changed = true has no effect: {why}")
     other = resumed is not None and init_from not in (None, resumed.meta.get("config", {}).get("init_from"))
-    if resumed is not None and other and "base" not in resumed.meta:  # that of an adapter may have moved
+    frozen = resumed is not None and not {"base", "teacher"}.isdisjoint(resumed.meta)  # may have moved
+    if resumed is not None and other and not frozen:
         lines.append(f"init_from = {init_from} has no effect: the run resumes from its own checkpoint")
     return lines
 

@@ -12,7 +12,7 @@ from stdit.lora.files import write_adapter
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import full_tensor, gather_full_tensors
 from stdit.pipelines.finished import difference
-from stdit.pipelines.weights import AdapterBase
+from stdit.pipelines.weights import FrozenModel
 from stdit.training.build import RunComponents
 from stdit.training.disk import replace_folder
 from stdit.training.ema import EMA
@@ -122,7 +122,7 @@ class Sampler:
         """Return all weights, those that are trained averaged."""
         return {**self.components.model.state_dict(), **self.ema.weights()}
 
-    def _write_adapter(self, trained: dict[str, Tensor], base: AdapterBase) -> Path:
+    def _write_adapter(self, trained: dict[str, Tensor], base: FrozenModel) -> Path:
         target, model = self.folder / "lora", self.components.model
         weights = adapter_weights(model, state=trained)
         with replace_folder(f"adapter {target}", target) as aside:

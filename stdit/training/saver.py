@@ -142,7 +142,7 @@ class Saver:
             "matmul_precision": self.trainer.matmul_state(),
             "early_stopping": self.early_stopping.state(),
             "validation_loss": self.checkpoints.losses.get(step),
-            **self._adapter_meta(),
+            **self._origin_meta(),
             "versions": {
                 "stdit": stdit.__version__,
                 "torch": torch.__version__,
@@ -165,9 +165,11 @@ class Saver:
             )
         return folder
 
-    def _adapter_meta(self) -> dict[str, Any]:
-        """Return what makes a model of an adapter: its settings, and where its base was; nothing for other runs."""
-        base = self.components.base
+    def _origin_meta(self) -> dict[str, Any]:
+        """Return the settings of an adapter and where its base was, or where a teacher was; else nothing."""
+        base, teacher = self.components.base, self.components.teacher
+        if teacher is not None:
+            return {"teacher": teacher.source._asdict()}
         if base is None:
             return {}
         return {"adapter": adapter_settings(self.components.model), "base": base._asdict()}

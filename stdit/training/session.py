@@ -148,6 +148,7 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
                 config.seed,
                 config.parallel.shard_parameters,
                 components.config.memory,
+                components.teacher,
             )
 
             # Saver: loads the checkpoint into the trainer. From here on, closing gives a save in progress some time.

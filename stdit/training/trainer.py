@@ -27,6 +27,7 @@ from stdit.parallel.processes.step_exchange import StepExchange
 from stdit.parallel.processes.storage import StoredTensors
 from stdit.training.block_norms import BlockNorms
 from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
+from stdit.training.distillation import GuidanceTeacher
 from stdit.training.ema import EMA
 from stdit.training.fused_backward import FusedBackward, GradientNorm
 from stdit.training.matmul import MatmulChoice, choose_precision, matmul_precision, matmul_rate
@@ -54,7 +55,9 @@ class Trainer:
         seed: int,
         shard_parameters: bool = False,
         memory: MemoryConfig | None = None,
+        teacher: GuidanceTeacher | None = None,
     ) -> None:
+        self.teacher = teacher
         self.config, self.optimizer_config, self.seed = config, optimizer, seed
         memory = memory or MemoryConfig()
         self.chosen_matmul: MatmulChoice | None = None
@@ -257,21 +260,25 @@ class Trainer:
         sharding = self.model.token_sharding(self.mesh.sp, *x.shape[2:], len(x))  # type: ignore[operator]
         x, noise, x_t = (sharding.split(value, dim=2) for value in (x, draws.noise, x_t))
         t, weight = (sharding.split(value, dim=1) for value in (draws.t, frame_weights(draws.condition_mask)))
+        inputs = {
+            "hidden_states": self.flow.scale_model_input(x_t, t),
+            "timestep": 1000 * draws.t,
+            "encoder_hidden_states": batch.text_states,
+            "encoder_attention_mask": batch.text_mask,
+            "fps": batch.fps,
+            "height": batch.height,
+            "width": batch.width,
+            "drop_caption": draws.drop_caption,
+        }
+        target = x - noise
         with self.accelerator.autocast():
-            output = self.network.module(  # a tuple of tensors, since hooks of the backward pass see no other
-                hidden_states=self.flow.scale_model_input(x_t, t),
-                timestep=1000 * draws.t,
-                encoder_hidden_states=batch.text_states,
-                encoder_attention_mask=batch.text_mask,
-                fps=batch.fps,
-                height=batch.height,
-                width=batch.width,
-                drop_caption=draws.drop_caption,
-                sharding=sharding,
-                return_dict=False,
-            )[0]
+            if self.teacher is not None:
+                inputs["guidance"] = self.teacher.scales(draws)
+                target = self.teacher.velocity(inputs, x_t, t, sharding)
+            # A tuple of tensors, since hooks of the backward pass see no other.
+            output = self.network.module(**inputs, sharding=sharding, return_dict=False)[0]
         # The ranks of a row have the same frames, of which each counts a share.
-        return self.flow.loss(output, x, noise, x_t, t, weight) / sharding.grid.space
+        return self.flow.loss(output, target, x_t, t, weight) / sharding.grid.space
 
     def _count(self, step: int, finite: bool) -> None:
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1

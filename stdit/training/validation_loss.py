@@ -82,6 +82,7 @@ def fixed_draws(
         torch.stack(noise),
         torch.zeros(len(rows), frames, dtype=torch.bool),
         torch.zeros(len(rows), dtype=torch.bool),
+        torch.full((len(rows),), 0.5),
     )
 
 

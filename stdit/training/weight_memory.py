@@ -82,7 +82,10 @@ class WeightCounts(NamedTuple):
             "optimizer": here * (moments + FLOAT32_BYTES * has_master * self.trained),
             "average": here * FLOAT32_BYTES * self.trained * (config.ema.decay > 0),
         }
-        return {name: ceil(share * size) for name, size in found.items()}
+        held = {name: ceil(share * size) for name, size in found.items()}
+        if config.has_teacher:  # whole, on each process
+            held["teacher"] = FLOAT32_BYTES * self.trained
+        return held
 
 
 def _adapter_sizes(layer: nn.Linear, config: TrainConfig) -> list[int]:

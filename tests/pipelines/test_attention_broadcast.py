@@ -17,6 +17,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.config import SamplingParallelConfig
 from stdit.parallel.processes.mesh import Mesh, build_mesh
 from stdit.parallel.sequence.group import Group
+from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.pipeline import STDiTPipeline
 from tests.parallel.ranks import run_on_ranks
 from tests.pipelines.tiny import tiny_model, tiny_pipeline
@@ -79,10 +80,8 @@ def test_attention_is_computed_in_every_nth_step_between_the_timesteps(
     with computed_parts(pipe.transformer) as calls:
         sample(pipe, **PAB | {"pab": ranges})
     assert len(calls) == STEPS
-    for step, found in enumerate(calls):
-        for (name, blocks), every in zip(
-            {"S": 2, "T": 2, "cross_attn": 4, "mlp": 4}.items(), [*ranges, 1], strict=False
-        ):
+    for name, blocks, every in zip(("S", "T", "cross_attn", "mlp"), (2, 2, 4, 4), [*ranges, 1], strict=False):
+        for step, found in enumerate(calls):
             again = step in INSIDE and step % every > 0
             assert found[name] == (0 if again else blocks), (step, name)
 
@@ -97,10 +96,21 @@ def test_ranges_of_one_step_change_nothing(pipe: STDiTPipeline) -> None:
     assert 0 < errors[0] < errors[1] < errors[2] < 0.5
 
 
-def test_steps_without_guidance_count_by_themselves(pipe: STDiTPipeline) -> None:
-    with computed_parts(pipe.transformer) as calls:
-        sample(pipe, **PAB | {"pab": [2, 2, 2]}, guidance_schedule="oscillating")
-    assert [found["S"] for found in calls] == [2, 2, 0, 0, 2, 2, 0, 0, 2, 2]
+def test_attention_of_steps_without_guidance_is_not_used_longer(pipe: STDiTPipeline) -> None:
+    """Every second step has guidance, so attention of the step before is that of other rows."""
+    for ranges, expected in (([2, 2, 2], [2] * 10), ([3, 3, 3], [2, 2, 0, 2, 2, 0, 2, 2, 2, 2])):
+        with computed_parts(pipe.transformer) as calls:
+            sample(pipe, **PAB | {"pab": ranges}, guidance_schedule="oscillating")
+        assert [found["S"] for found in calls] == expected
+
+
+def test_only_what_is_used_again_is_kept(pipe: STDiTPipeline) -> None:
+    broadcast = AttentionBroadcast(Ranges(2, 1, 3), (0, 1000))
+    for kind, kept in (("S", {"attention", "cross"}), ("T", {"cross"}), ("J", {"cross"})):
+        output = broadcast.call(kind).output(0, kind)
+        for part in ("attention", "cross", "mlp"):
+            output(part, lambda: torch.zeros(1))
+        assert output.outputs.keys() == kept  # type: ignore[attr-defined]
 
 
 def test_the_refinement_computes_all(pipe: STDiTPipeline) -> None:
@@ -143,6 +153,13 @@ def test_a_compiled_model_uses_attention_again(tmp_path: Path) -> None:
         ),
         ({"pab_timesteps": (450, 930)}, "pab_timesteps = .* would have no effect: pab is not set"),
         ({"pab": [2, 3, 4], "cache": "slow"}, "pab = .* and cache = slow: videos that skip steps cannot"),
+        ({"pab": 3}, "pab = 3: has a wrong type|pab = 3: must be for how many steps"),
+        ({"pab": [2, 4, float("inf")]}, "must be for how many steps"),
+        ({"pab": [2, 3, 4], "pab_timesteps": 5.0}, "pab_timesteps = 5.0: must be two rising"),
+        (
+            PAB | {"conditions": [FrameCondition(torch.zeros(3, 1, 8, 8), 0, strength=0.5)]},
+            "pab and condition .*: attention of a frame without noise",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str, pipe: STDiTPipeline) -> None:
@@ -185,7 +202,7 @@ def count_traffic(group: Group) -> None:
         broadcast = AttentionBroadcast(Ranges(2, 4, 6), (450, 930))
         sent[uses_again] = []
         for timestep in scheduler.timesteps.tolist():
-            broadcast.timestep = timestep
+            broadcast.begin_step(timestep)
             group.traffic.clear()
             with torch.no_grad():
                 model(
@@ -199,10 +216,7 @@ def count_traffic(group: Group) -> None:
             sent[uses_again].append(sum(group.traffic.bytes.values()))
     share = sum(sent[True]) / sum(sent[False])
     assert 0.5 < share <= 0.57, share
-    again = [
-        450 < timestep < 930 and step % 4 > 0 for step, timestep in enumerate(scheduler.timesteps.tolist())
-    ]
-    assert [size == 0 for size in sent[True]] == again and sum(again) == 13
+    assert sum(size == 0 for size in sent[True]) == 13
 
 
 def test_temporal_attention_that_is_used_again_sends_nothing() -> None:

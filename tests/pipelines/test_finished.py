@@ -12,6 +12,7 @@ from stdit.checkpoint_files import read_meta, write_manifest
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.contact_sheet import read_contents
+from stdit.pipelines.finished import compared
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.sampling import sample_to_files
@@ -259,3 +260,16 @@ def test_odd_sizes_say_what_the_file_has(run: Path, tmp_path: Path) -> None:
         assert metadata["padded_from"] == {"height": 9, "width": 7}
     again = warm.run([str(warm.ROOT / "sample.py"), *flags, "--format", "mp4"], cwd=tmp_path)
     assert "the video is finished already" in again.stdout
+
+
+def test_videos_of_versions_without_a_setting_had_its_default() -> None:
+    old = {"prompt": "a", "seed": 0, "model_calls": 8}
+    new = {
+        **old,
+        "solver": None,
+        "cache": "off",
+        "pab": [],
+        "pab_timesteps": (450.0, 930.0),
+        "model_calls": 7,
+    }
+    assert compared(old) == compared(new) != compared({**new, "cache": "slow"})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stdit.errors import UserError
+from stdit.models.stdit import STDiT
 from stdit.parallel.config import SamplingParallelConfig
 from stdit.parallel.processes.mesh import Mesh, build_mesh
 from stdit.parallel.sequence.group import Group
@@ -18,7 +19,7 @@ from stdit.pipelines.output_cache import History
 from stdit.pipelines.pipeline import STDiTPipeline, STDiTPipelineOutput
 from stdit.pipelines.sampling import sample_to_files
 from tests.parallel.ranks import run_on_ranks
-from tests.pipelines.tiny import tiny_pipeline, write_run
+from tests.pipelines.tiny import tiny_model, tiny_pipeline, write_run
 
 CLIP = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(7)) * 2 - 1
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
@@ -136,6 +137,26 @@ def test_a_frame_that_is_generated_from_half_way_is_computed_there(pipe: STDiTPi
     assert [round(of_call[0][0]) for of_call in joined][:3] == [500, 417, 333]
 
 
+def test_a_student_begins_anew_where_its_scale_changes(pipe: STDiTPipeline) -> None:
+    student = tiny_pipeline_of(pipe, tiny_model(guidance_range=(1.0, 4.0)))
+    settings = {"guidance_schedule": "interval", "guidance_interval": (0.3, 0.7), "guidance_scale": 4.0}
+    scales: list[float] = []
+    hook = student.transformer.register_forward_pre_hook(
+        lambda module, args, options: scales.append(float(options["guidance"])), with_kwargs=True
+    )
+    calls = sample(student, slice(1), **settings, cache=0.9).calls
+    hook.remove()
+    assert calls[0].skipped_steps > 0
+    assert scales[:3] == [1, 1, 1] and scales.count(4) >= 3 and scales[-2:] == [1, 1]
+
+
+def tiny_pipeline_of(pipe: STDiTPipeline, model: STDiT) -> STDiTPipeline:
+    """A pipeline with another model."""
+    other = STDiTPipeline(**{**pipe.components, "transformer": model}, num_frames=4, height=8, width=8)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
 def test_a_callback_that_changes_latents_begins_anew(pipe: STDiTPipeline) -> None:
     def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"latents": 1.01 * tensors["latents"]}
@@ -199,7 +220,8 @@ def test_files_say_what_was_skipped(
         ({"cache": 0.0}, "cache = 0.0: must be"),
         ({"cache": float("nan")}, "cache = nan: must be"),
         ({"cache": "quick"}, "cache = quick: must be off"),
-        ({"cache": True}, "cache = True: has a wrong type"),
+        ({"cache": True}, "cache = True: has a wrong type: must be a word or a number"),
+        ({"cache": "fast", "num_inference_steps": 4}, "cache = fast would have no effect in 4 steps"),
         ({"solver": "ddim"}, r"solver = ddim: must be one of euler, heun, dpm\+\+, unipc"),
     ],
 )
@@ -215,6 +237,8 @@ def test_a_cache_of_diffusers_beside_it_is_refused(pipe: STDiTPipeline) -> None:
     try:
         with pytest.raises(UserError, match="cache = 0.2: a cache of diffusers is enabled.*disable_cache"):
             sample(pipe)
+        with pytest.raises(UserError, match=r"pab = \[2, 2, 2\]: a cache of diffusers is enabled"):
+            sample(pipe, cache="off", pab=[2, 2, 2])
     finally:
         pipe.transformer.disable_cache()
 

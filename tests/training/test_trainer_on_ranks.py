@@ -49,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "lora": LoRAConfig(rank=3, targets="blocks", dropout=0.3),
         "checkpointing": True,
     },
+    "student of guidance": {"student": True, "micro_batch_size": 1},
     "joint and linear blocks in space": {"blocks": "S J L", "in_space": True, "checkpointing": True},
     "compiled in space": {"blocks": "S L", "in_space": True, "compiled": True, "depth": 1},
     "joint and temporal, compiled in space": {
@@ -76,10 +77,14 @@ def trainer(
     blocks: str = "S T",
     max_grad_norm: float = 0.1,
     lora: LoRAConfig | None = None,
+    student: bool = False,
     **settings: Any,
 ) -> Trainer:
     """Return a trainer of a model, or of an adapter in it, in which no weight is zero."""
-    model = tiny_model(in_channels=3, depth=depth, blocks=blocks, patch_size=(1, 2, 2))
+    sizes = {"in_channels": 3, "depth": depth, "blocks": blocks, "patch_size": (1, 2, 2)}
+    model = tiny_model(**sizes, guidance_range=(1.0, 4.0) if student else None)
+    if student:
+        settings["teacher"] = tiny_model(**sizes)
     if lora is not None:
         add_adapter(model, lora)
     with torch.no_grad():

@@ -15,7 +15,9 @@ from stdit.diffusion.flow import FlowObjective
 from stdit.models.stdit import STDiT
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.video_io import write_mp4
+from stdit.pipelines.weights import FrozenModel
 from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
+from stdit.training.distillation import GuidanceTeacher
 from stdit.training.memory_config import MemoryConfig
 from stdit.training.trainer import Trainer
 from tests.codecs.tiny import save_tiny_bert
@@ -39,14 +41,15 @@ def tiny_trainer(
     shard_parameters: bool = False,
     memory: MemoryConfig | None = None,
     ema: float = 0.9,
+    teacher: STDiT | None = None,
     **settings: Any,
 ) -> Trainer:
     """Return a trainer for `tiny_batch`; ``settings`` are those of `TrainerConfig`."""
     AcceleratorState._reset_state(True)  # accelerate allows one precision a process
-    config = TrainerConfig(**settings)
+    config, flow = TrainerConfig(**settings), FlowObjective(FlowConfig(conditioning={"first": 0.5}), None)
     return Trainer(
         model,
-        FlowObjective(FlowConfig(conditioning={"first": 0.5}), None),
+        flow,
         Accelerator(cpu=True, mixed_precision="bf16" if config.precision == "bf16" else "no"),
         mesh,
         config,
@@ -55,6 +58,8 @@ def tiny_trainer(
         seed=1,
         shard_parameters=shard_parameters,
         memory=memory,
+        teacher=teacher
+        and GuidanceTeacher(teacher, flow, model.config.guidance_range, FrozenModel("", "", [])),
     )
 
 

@@ -141,7 +141,7 @@ def run(
     x, noise, x_t = (sharding.split(value, dim=2) for value in (x, noise, x_t))
     output = model(x_t, 1000 * t, **condition, sharding=sharding).sample
     weight, level = sharding.split(weight, dim=1), sharding.split(t, dim=1)
-    loss = flow.loss(output[:, :4], x, noise, x_t, level, weight).mean() * sharding.grid.time
+    loss = flow.loss(output[:, :4], x - noise, x_t, level, weight).mean() * sharding.grid.time
     loss.backward()
     return output.detach(), loss.detach()
 
