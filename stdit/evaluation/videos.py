@@ -70,7 +70,7 @@ def sampled_videos(
             if clip is not None:
                 errors = [np.abs(frames[kept].astype(int) - clip[kept]).mean() for kept in conditioned]
                 row = {**row, "conditioning_error": float(max(errors))}
-            yield row, f"seed {of_prompt}", _as_mp4(frames, world.fps)
+            yield row, f"seed {of_prompt}", as_mp4(frames, world.fps)
         progress.update(len(rows))
     progress.close()
 
@@ -84,7 +84,7 @@ def coded_videos(
         with torch.no_grad():
             decoded = codec.decode(codec.encode(video), *video.shape[2:])[0]
         frames = to_uint8((decoded.movedim(0, -1).cpu().numpy() + 1) / 2)
-        yield row, f"seed {of_prompt}", _as_mp4(frames, world.fps)
+        yield row, f"seed {of_prompt}", as_mp4(frames, world.fps)
 
 
 def conditioned_frames(
@@ -124,7 +124,7 @@ def _render(row: Expected, seed: int, world: World, settings: Mapping[str, Any])
     return render_prompt(row, seed, world, settings["num_frames"], settings["height"])
 
 
-def _as_mp4(frames: Array, fps: float) -> Array:
+def as_mp4(frames: Array, fps: float) -> Array:
     """Return frames as they are after writing and decoding an .mp4: uint8 [T H W 3]."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"

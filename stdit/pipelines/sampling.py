@@ -4,8 +4,9 @@ The steps lie in `requests`, `loading`, `runner` and `writer`, each of which can
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     requests = plan_requests(config)
     source = find_checkpoint_source(config.checkpoint, config.ema)
     codec = load_codec(source) if any(request.segments.count > 1 for request in requests) else None
-    check_requests(requests, pipeline_settings(source), codec)
+    recorded = pipeline_settings(source)
+    check_requests(requests, recorded, codec, model_settings(source).get("guidance_range"))
     texts = [text for r in requests for text in (r.prompt, *r.segment_prompts, r.negative_prompt or r.prompt)]
     if config.text_states is not None:
         check_text_states(config.text_states, texts, source)
@@ -57,8 +59,10 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     # torch is imported from here on.
     from stdit.parallel.processes.device import join_processes
     from stdit.parallel.processes.mesh import build_mesh
+    from stdit.pipelines.calibration import calibrate
     from stdit.pipelines.loras import check_loras, use_loras
     from stdit.pipelines.runner import sample_rounds
+    from stdit.pipelines.speed import describe_dtype
 
     device = join_processes(config.device, config.parallel.timeout)
     mesh = build_mesh(config.parallel, device)
@@ -79,6 +83,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh = _share(pipe, requests, config, mesh)
     if mesh.is_main:
         print(f"sampling from {source.path} (weights {weights})", flush=True)
+        if line := describe_dtype(config.dtype, device):
+            print(line, flush=True)
         if origin := describe_origin(source.path):
             print(origin, flush=True)
         warn_of_untrained(requests, pipe.config, pipe.flow.config.conditioning)
@@ -88,6 +94,12 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
             warn_of_missing_trigger(prompts, read_header(lora.file).trigger, str(lora.file))
         if "mp4" in config.formats():
             _warn_if_padded(pipe, requests)
+
+    if config.calibrate:
+        _compile(pipe, requests, config, mesh)
+        for line in calibrate(pipe, requests, config.batch_size, mesh):
+            print(line, flush=True)
+        return []
 
     provenance = {
         "dtype": config.dtype,
@@ -102,6 +114,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     if mesh.is_main:
         _report_finished(folder, len(requests) - len(pending), len(requests), others)
     pending_requests = [requests[position] for position in pending]
+    _compile(pipe, pending_requests, config, mesh)
     calls: list[ModelCalls] = []
     for videos in sample_rounds(pipe, pending_requests, config.batch_size, mesh):
         mesh.on_main(partial(writer.write, videos))
@@ -110,6 +123,17 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     if any(of_video.skipped for of_video in calls):
         print(describe_calls(calls), flush=True)
     return files
+
+
+def _compile(pipe: "STDiTPipeline", requests: Sequence[Request], config: SampleConfig, mesh: "Mesh") -> None:
+    """Compile the model if the config asks for it and there is a video to make; print what it costs and gives."""
+    from stdit.pipelines.speed import compile_model
+
+    if config.compile and requests:
+        videos = min(config.batch_size, ceil(len(requests) / mesh.dp))
+        line = mesh.on_all_ranks(lambda: compile_model(pipe, requests[0], videos))
+        if mesh.is_main:
+            print(line, flush=True)
 
 
 def _report_finished(folder: Path, finished: int, total: int, others: Mapping[str, str]) -> None:

@@ -118,8 +118,8 @@ def outcome_of(
 
         original = STDiTPipeline.__call__
 
-        def call(pipe: STDiTPipeline, prompt: Any, **options: Any) -> Any:
-            calls.append(f"{len(prompt)} prompts")
+        def call(pipe: STDiTPipeline, prompt: Any = None, **options: Any) -> Any:
+            calls.append(f"{len(prompt or ())} prompts")
             return original(pipe, prompt, **options)
 
         argv = ["sample.py", "--checkpoint", "run", "--num_inference_steps", "2", "--output", str(out)]
