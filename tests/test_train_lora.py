@@ -266,7 +266,7 @@ def test_a_changed_base_is_refused(again: Callable[..., list[str]], trained: Pat
         (["--init_from", "null"], "lora.rank = 2: an adapter needs the model that it is for: add init_from"),
         (["--lora.rank", "99"], "lora.rank = 99: is above 32"),
         (["--lora.targets", "to_q"], "no linear layer has such a name"),
-        (["--flow.prediction", "sample"], "was trained with velocity, and an adapter cannot change that"),
+        (["--flow.prediction", "sample"], "was trained with velocity, and that stays"),
         (["--text_encoder.max_length", "13"], "reads at most 12 tokens"),
         (["--text_encoder.max_length", "11"], "was trained with another text encoder, or other settings"),
         (["--codec", "{name: pca, stride: [1, 2, 2], channels: 4}"], "codec gives latents of 4 channels"),

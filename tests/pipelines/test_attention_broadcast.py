@@ -182,7 +182,11 @@ def compare(group: Group, grid: tuple[int, int], cfg: int, folder: Path) -> None
 
 @pytest.mark.parametrize(
     ("grid", "cfg"),
-    [((2, 1), 1), ((2, 2), 1), pytest.param((2, 1), 2, marks=pytest.mark.slow)],
+    [
+        ((2, 2), 1),
+        pytest.param((2, 1), 1, marks=pytest.mark.slow),
+        pytest.param((2, 1), 2, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_one_process(tmp_path: Path, grid: tuple[int, int], cfg: int) -> None:
     tiny_pipeline(tmp_path).save_pretrained(tmp_path / "pipeline")

@@ -260,7 +260,7 @@ def compare(group: Group, grid: tuple[int, int], cfg: int, folder: Path) -> None
     ("grid", "cfg"),
     [
         ((2, 1), 2),
-        ((2, 2), 1),
+        pytest.param((2, 2), 1, marks=pytest.mark.slow),
         pytest.param((2, 1), 1, marks=pytest.mark.slow),
         pytest.param((1, 1), 2, marks=pytest.mark.slow),
         pytest.param((1, 2), 2, marks=pytest.mark.slow),
