@@ -11,13 +11,13 @@ from tests import warm
 
 def test_methods_are_compared_on_the_same_videos(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    flags = ["--videos", "1", "--exact", "3", "--output", str(output)]
-    methods = ["euler 2", "euler 2", "unipc 2"]
+    flags = ["--videos", "1", "--exact", "4", "--output", str(output)]
+    methods = ["euler 3", "euler 3", "unipc 3"]
     found = warm.run(["scripts/bench/sampling.py", *flags, "--methods", *methods])
     assert found.returncode == 0, found.stderr
     rows = json.loads(output.read_text())["rows"]
     assert [row["method"] for row in rows] == methods
-    assert [row["calls"] for row in rows] == [4, 4, 4]
+    assert [row["calls"] for row in rows] == [6, 6, 6]
     assert [row["psnr"] for row in rows[:2]] == [100, 100] and rows[0]["ssim"] == 1
     assert all(0 < row["psnr_exact"] < 60 and row["seconds"] > 0 and row["sent_mb"] == 0 for row in rows)
     assert rows[2]["psnr"] < 60 and rows[0]["ratio"] == 1
