@@ -33,7 +33,7 @@ its prompt, and "kept" is the share in which these frames come out unchanged: wi
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,19 @@ from stdit.pipelines.untrained import warn_of_conditioning, warn_of_sizes
 from stdit.pipelines.video_io import write_json_atomic
 from stdit.pipelines.writer import check_output_file, created_folder
 
-SAMPLING = {
+
+def word_or_number(text: str) -> str | float:
+    """Read the value of a flag, for ``add_argument(type=...)``."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+SAMPLING: dict[str, Callable[[str], Any]] = {
     "num_inference_steps": int,
+    "solver": str,
+    "cache": word_or_number,
     "guidance_scale": float,
     "shift": float,
     "refine_pairs": int,
@@ -172,6 +183,7 @@ def check_sampling(args: argparse.Namespace, recorded: Mapping[str, Any]) -> Non
     recorded = {**PIPELINE_DEFAULTS, **recorded}
     given = VideoSettings(**{name: getattr(args, name) for name in SAMPLING})
     given.check_used(given.resolved(recorded))
+    given.check_saving(given.resolved(recorded))
     warn_of_sizes([Request("", 0, VideoSettings(**sampling_settings(args)))], recorded)
 
 
