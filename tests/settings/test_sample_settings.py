@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import sample
 from stdit.codecs.stored_text import store_text
 from stdit.errors import UserError
+from stdit.models.stdit import STDiT
 from stdit.pipelines import conditions as conditions_module
 from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import SampleConfig
@@ -130,6 +132,7 @@ def outcome_of(
             patch.setattr(sys, "argv", [*argv, *flags])
             patch.setattr("stdit.pipelines.sampling.VideoWriter", Writer)
             patch.setattr(STDiTPipeline, "__call__", call)
+            patch.setattr(STDiT, "compile_blocks", partialmethod(STDiT.compile_blocks, backend="eager"))
             found = outcome_of_call(lambda: sample.main() or {})
         printed = capsys.readouterr().out.replace(str(out), "OUT")
         return {**found, **frames, "printed": printed, "log": caplog.text, "calls": "\n".join(calls)}
