@@ -269,7 +269,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 seconds = [row["seconds"] for row in chosen]
                 panel.plot(seconds, [row[name] for row in chosen], "o-", label=kind)
         panel.set(xlabel="seconds of the sampling loop", ylabel="PSNR in dB", title=f"against {label}")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside center right")
     figure.savefig(path)
 
 
