@@ -57,6 +57,25 @@ def do(argv: list[str]) -> int:
     return train.train(config)
 
 
+def train_two(folder: Path, flags: list[str]) -> Path:
+    """Train a run of two steps in a folder, then one with these flags on its weights; return the folder."""
+    assert do([*tiny_settings(folder), "--trainer.steps", "2"]) == 0
+    base = str(folder / "outputs" / "tiny")
+    assert (
+        do([*tiny_settings(folder), *flags, "--init_from", base, "--validation.prompts", "[a red square]"])
+        == 0
+    )
+    return folder
+
+
+def settings_like(trained: Path, folder: Path, flags: list[str]) -> Callable[..., list[str]]:
+    """Return the settings of a run like the second one of `train_two`, in another folder, with more flags."""
+    for name in ("clips", "bert"):
+        shutil.copytree(trained / name, folder / name)
+    base = str(trained / "outputs" / "tiny")
+    return lambda *more: [*tiny_settings(folder), *flags, "--init_from", base, *more]
+
+
 def command(argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     return warm.run(["train.py", *argv], **options)
 

@@ -1,7 +1,6 @@
 """train.py with a teacher: what is saved, resumed, exported and sampled, and what is refused."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.sampling import sample_to_files
 from tests.test_resume_changed import kill_in
-from tests.test_train import do, same_state
+from tests.test_train import do, same_state, settings_like, train_two
 from tests.training.tiny import tiny_settings
 
 DISTILL = ["--name", "student", "--distill.guidance_scale", "[1, 4]", "--trainer.steps", "4"]
@@ -24,23 +23,13 @@ LAST = "step-00000004"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with clips, a run of two steps, and one of its student of four."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert do([*tiny_settings(folder), "--trainer.steps", "2"]) == 0
-    base = str(folder / "outputs" / "tiny")
-    assert (
-        do([*tiny_settings(folder), *DISTILL, "--init_from", base, "--validation.prompts", "[a red square]"])
-        == 0
-    )
-    return folder
+    return train_two(tmp_path_factory.mktemp("trained"), DISTILL)
 
 
 @pytest.fixture
 def again(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Settings of another run like it, in a folder of its own."""
-    shutil.copytree(trained / "clips", tmp_path / "clips")
-    shutil.copytree(trained / "bert", tmp_path / "bert")
-    base = str(trained / "outputs" / "tiny")
-    return lambda *flags: [*tiny_settings(tmp_path), *DISTILL, "--init_from", base, *flags]
+    return settings_like(trained, tmp_path, DISTILL)
 
 
 def test_a_student_needs_half_the_calls_and_no_flag(trained: Path, tmp_path: Path) -> None:

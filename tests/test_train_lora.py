@@ -29,7 +29,7 @@ from stdit.training.trainer import Trainer
 from tests.lora.tiny import write_random_adapter
 from tests.pipelines.tiny import tiny_model
 from tests.test_resume_changed import kill_in
-from tests.test_train import do, same_state
+from tests.test_train import do, same_state, settings_like, train_two
 from tests.training.tiny import tiny_settings
 
 LORA = ["--name", "lora", "--lora.rank", "2", "--lora.alpha", "4", "--optimizer.name", "adamw"]
@@ -42,23 +42,13 @@ LAST = "step-00000004"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with clips, a run of two steps, and one of an adapter on it of four."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert do([*tiny_settings(folder), "--trainer.steps", "2"]) == 0
-    base = str(folder / "outputs" / "tiny")
-    assert (
-        do([*tiny_settings(folder), *LORA, "--init_from", base, "--validation.prompts", "[a red square]"])
-        == 0
-    )
-    return folder
+    return train_two(tmp_path_factory.mktemp("trained"), LORA)
 
 
 @pytest.fixture
 def again(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Settings of another run like it, in a folder of its own."""
-    shutil.copytree(trained / "clips", tmp_path / "clips")
-    shutil.copytree(trained / "bert", tmp_path / "bert")
-    base = str(trained / "outputs" / "tiny")
-    return lambda *flags: [*tiny_settings(tmp_path), *LORA, "--init_from", base, *flags]
+    return settings_like(trained, tmp_path, LORA)
 
 
 def test_checkpoints_hold_the_adapter_alone(trained: Path) -> None:

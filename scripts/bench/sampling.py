@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from scripts.arguments import output_file, positive_int
+from scripts.plots import empty_figure
 from stdit.cli import run, script_parser
 from stdit.data.shapes.prompt_files import Expected, read_expected
 from stdit.data.shapes.worlds import World
-from stdit.errors import UserError, install_command
+from stdit.errors import UserError
 from stdit.evaluation.prompts import default_prompts
 from stdit.evaluation.scores import judge, mean_scores
 from stdit.evaluation.videos import as_mp4
@@ -252,12 +253,8 @@ def kind_of(method: str) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot PSNR against time, a line for each kind of method."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"--plot: skipped: matplotlib is not installed: {install_command('plot')}")
+    if (figure := empty_figure(10, 4.5)) is None:
         return
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, name, label in zip(
         panels, ("psnr", "psnr_exact"), (rows[0]["method"], "exact videos"), strict=True

@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # where scripts.* is found
 from scripts.arguments import output_file, positive_int
 from scripts.bench.sequence_rank import grid_of
 from scripts.network import LOOPBACK, Network, NoLinkError, limited_link, megabits
+from scripts.plots import empty_figure
 from stdit.cli import run, script_parser
-from stdit.errors import UserError, install_command
+from stdit.errors import UserError
 from stdit.models.config import STDiTConfig
 from stdit.models.size import batch_load
 from stdit.parallel.config import ParallelConfig
@@ -355,12 +356,8 @@ def hidden_shares(result: dict[str, Any]) -> dict[int, float]:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Plot bytes and times of a step: against ranks and frames, or if links were limited, for each of these."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"--plot: skipped: matplotlib is not installed: {install_command('plot')}")
+    if (figure := empty_figure(10, 8)) is None:
         return
-    figure = Figure(figsize=(10, 8), layout="constrained")
     if results[0]["link"] == LOOPBACK.name:
         plot_sizes(results, figure)
     else:

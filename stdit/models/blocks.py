@@ -27,7 +27,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class TokenGrid(NamedTuple):
-    """Positions of the tokens that a block gets, and what it has to ask of other ranks."""
+    """Positions of the tokens that a block gets, and what it has from other ranks and from earlier steps."""
 
     columns: int
     """Patches in a row of a frame."""
@@ -36,6 +36,8 @@ class TokenGrid(NamedTuple):
     attend over both."""
     shard: TokenShard | None = None
     """The other ranks, if some of the tokens that the block sees are there."""
+    output: Output = compute
+    """Calls the parts of the block, or returns what they gave in an earlier step."""
 
 
 class STDiTBlock(nn.Module):
@@ -69,20 +71,13 @@ class STDiTBlock(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        y: Tensor,
-        y_mask: Tensor | None,
-        modulation: Tensor,
-        grid: TokenGrid,
-        output: Output = compute,
+        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
     ) -> Tensor:
         """One block (PixArt-alpha, figure 4) on tokens ``[B T S D]``.
 
         Args:
             y: caption ``[B L D]``.
             modulation: ``[B F 6 D]``.
-            output: calls the parts of the block, or returns what they gave in an earlier step.
         """
         x, cross = hidden_states, self.cross_attn
         table = (self.scale_shift_table + modulation).to(x.dtype)
@@ -99,10 +94,10 @@ class STDiTBlock(nn.Module):
             out: Tensor = self.mlp(self.convolve_neighbours(modulate(x, shift_m, scale_m), grid))
             return out
 
-        x = torch.addcmul(x, gate_a, output("attention", attention))
+        x = torch.addcmul(x, gate_a, grid.output("attention", attention))
         if cross is not None:
-            x = x + output("cross", partial(cross_attention, cross))
-        return torch.addcmul(x, gate_m, output("mlp", mlp))
+            x = x + grid.output("cross", partial(cross_attention, cross))
+        return torch.addcmul(x, gate_m, grid.output("mlp", mlp))
 
 
 class SpatialBlock(STDiTBlock):
@@ -114,15 +109,9 @@ class SpatialBlock(STDiTBlock):
         super().__init__(config, cross_attention, nn.Conv2d)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        y: Tensor,
-        y_mask: Tensor | None,
-        modulation: Tensor,
-        grid: TokenGrid,
-        output: Output = compute,
+        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
     ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid, output)
+        return super().forward(hidden_states, y, y_mask, modulation, grid)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         rows = rearrange(x, "B T S D -> (B T) S D")
@@ -147,15 +136,9 @@ class TemporalBlock(STDiTBlock):
         super().__init__(config, cross_attention, nn.Conv1d)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        y: Tensor,
-        y_mask: Tensor | None,
-        modulation: Tensor,
-        grid: TokenGrid,
-        output: Output = compute,
+        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
     ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid, output)
+        return super().forward(hidden_states, y, y_mask, modulation, grid)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         x = x if grid.shard is None else grid.shard.gather_frames(x)
@@ -182,15 +165,9 @@ class JointBlock(STDiTBlock):
         super().__init__(config, cross_attention, nn.Conv3d)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        y: Tensor,
-        y_mask: Tensor | None,
-        modulation: Tensor,
-        grid: TokenGrid,
-        output: Output = compute,
+        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
     ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid, output)
+        return super().forward(hidden_states, y, y_mask, modulation, grid)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         attended: Tensor = self.attn(x.flatten(1, 2), grid.angles.flatten(0, 1), grid.shard)
@@ -216,15 +193,9 @@ class LinearBlock(JointBlock):
         )
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        y: Tensor,
-        y_mask: Tensor | None,
-        modulation: Tensor,
-        grid: TokenGrid,
-        output: Output = compute,
+        self, hidden_states: Tensor, y: Tensor, y_mask: Tensor | None, modulation: Tensor, grid: TokenGrid
     ) -> Tensor:
-        return super().forward(hidden_states, y, y_mask, modulation, grid, output)
+        return super().forward(hidden_states, y, y_mask, modulation, grid)
 
     def self_attention(self, x: Tensor, grid: TokenGrid) -> Tensor:
         attended: Tensor = self.attn(x, grid.angles, grid.shard)

@@ -395,8 +395,8 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
     ) -> Tensor:
         out: Tensor
         if kept is not None:
-            out = block(x, y, mask, modulation, grid, kept())
-        elif not torch.is_grad_enabled():
+            grid = grid._replace(output=kept())
+        if not torch.is_grad_enabled():
             out = block(x, y, mask, modulation, grid)
         elif self.gradient_checkpointing:
             out = self._gradient_checkpointing_func(block, x, y, mask, modulation, grid)
