@@ -4,7 +4,7 @@ Letters: B batch, C latent channels, T frames, H height, W width in pixels; T' H
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stdit.checkpoint_files import seal_folder
-from stdit.codecs.config import CODECS, CodecConfig
+from stdit.codecs.config import CODECS, CodecConfig, Tile, check_tile
 from stdit.codecs.loading import (
     check_options,
     explain_load_errors,
@@ -26,7 +26,9 @@ from stdit.codecs.loading import (
     write_component,
 )
 from stdit.codecs.placement import execution_device
+from stdit.codecs.tiling import ALONE, WHOLE, Cuts, Ranks, TilePlan, blend, cut, plan_tiles
 from stdit.errors import UserError
+from stdit.parallel.processes.memory import free_memory
 
 CODEC_FILE = "codec.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -71,6 +73,11 @@ class VideoCodec(ModelMixin):
     use_slicing: bool = False
     """It encodes and decodes one video at a time: see `enable_slicing`."""
 
+    tile: Tile | None = "auto"
+    """Tiles in which it works: see `enable_tiling`; None: none."""
+    tile_memory: int | None = None
+    """Bytes that decoding may take; None: what is free when it begins."""
+
     latent_variance: Tensor | None
     """Variance [C] of the latents over the data, where it is known."""
 
@@ -80,6 +87,7 @@ class VideoCodec(ModelMixin):
         self.register_buffer("placement", torch.empty(0, device="cpu"), persistent=False)
         self.register_buffer("latent_variance", None)
         self._released: list[str] = []
+        self._decoding_bytes: dict[Any, int] = {}
 
     @property
     def device(self) -> torch.device:
@@ -105,22 +113,75 @@ class VideoCodec(ModelMixin):
         """Encode and decode the videos of a batch at once, as at first."""
         self.use_slicing = False
 
-    def enable_tiling(self, **options: Any) -> None:
-        """Encode and decode overlapping tiles of each frame, which needs less memory; only large VAEs can.
+    def enable_tiling(self, tile: Tile = 256, memory: int | None = None) -> None:
+        """Decode in overlapping tiles that are blended, and encode rows and columns in such tiles.
 
         Args:
-            options: sizes of tiles, as the VAE of diffusers takes them.
+            tile: the setting ``codec.tile``: rows and columns, or frames, rows and columns of pixels. ``auto``: as at
+                first, decode whole what fits in memory, and encode whole frames.
+            memory: bytes that decoding may take; None: what is free when it begins.
 
         Raises:
-            UserError: if this codec has no tiles.
+            UserError: if the tile is too small.
         """
-        raise UserError(
-            f"codec {self.name}: cannot work in tiles, and needs little memory as it is: leave enable_tiling out, or "
-            "use enable_slicing or fewer frames."
-        )
+        check_tile(tile)
+        self.tile, self.tile_memory = tile, memory
 
     def disable_tiling(self) -> None:
-        """Encode and decode whole frames, as at first."""
+        """Encode and decode whole videos, whether they fit in memory or not."""
+        self.tile = None
+
+    @property
+    def cuts(self) -> Cuts:
+        """Where latents may be cut along time."""
+        group, frames = self.latent_frame_group, self.stride[0]
+        return Cuts(group, group * frames, int(self.causal_first_frame), self.independent_frames)
+
+    def tile_plan(
+        self,
+        latent_shape: Sequence[int],
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+        ranks: Ranks = ALONE,
+        reserved: int = 0,
+    ) -> TilePlan:
+        """Return the tiles in which `decode` works; all ranks must ask.
+
+        Args:
+            latent_shape: T', H', W' of the latents.
+            num_frames, height, width: of the video, as in `decode`.
+            batch_size: videos that are decoded at once.
+            ranks: those that decode together; they take the least memory that one of them has.
+            reserved: bytes of the free memory that are for something else.
+
+        Raises:
+            UserError: if no tile fits in memory, or not the one that is asked for.
+            ValueError: fewer frames or pixels than requested.
+        """
+        whole = self.pixel_shape(*latent_shape)
+        wanted = (num_frames, height, width)
+        size = [have if want is None else want for want, have in zip(wanted, whole, strict=True)]
+        if any(want > have for want, have in zip(size, whole, strict=True)):
+            raise ValueError(f"these latents decode to {whole} frames, rows and columns, fewer than {size}")
+        memory = self.tile_memory
+        if memory is None:
+            memory = ranks.smallest(free_memory(self.device), self.device)
+        return plan_tiles(self, latent_shape, size, self.tile, memory - reserved, batch_size)
+
+    def decoding_bytes(self, latent_shape: tuple[int, int, int], batch_size: int = 1) -> int:
+        """Return the peak bytes of decoding latents of T', H', W' whole: see `stdit.codecs.memory`."""
+        from stdit.codecs.memory import decoding_bytes
+
+        key = (latent_shape, batch_size, self.dtype, self.device.type)
+        if key not in self._decoding_bytes:
+            self._decoding_bytes[key] = decoding_bytes(self, latent_shape, batch_size)
+        return self._decoding_bytes[key]
+
+    def feature_bytes(self, latent_shape: Sequence[int]) -> int:
+        """Return the bytes of what `_features` makes of the latents of a video."""
+        return 0
 
     def whole(self) -> "VideoCodec":
         """Return the whole codec, loaded again if its encoder was released."""
@@ -186,8 +247,31 @@ class VideoCodec(ModelMixin):
         if self.use_slicing and len(video) > 1:
             return torch.cat([self.encode(one) for one in video.split(1)])
         self._restore_encoder()
-        latents: Tensor = self(self._encode, self.pad_video(video.to(self.device, torch.float32)))
+        video = self.pad_video(video.to(self.device, torch.float32))
+        plan = self._encoding_plan(video)
+        latents: Tensor = self(self._encode, video) if plan.whole else self._encode_tiles(video, plan)
         return latents.float().contiguous()
+
+    def _encoding_plan(self, video: Tensor) -> TilePlan:
+        """Return the tiles in which a padded video [B 3 T H W] is encoded: with all its frames.
+
+        Latents must not depend on the memory of a machine: only tiles that are asked for are encoded.
+        """
+        size, side = video.shape[2:], self.tile if isinstance(self.tile, int) else WHOLE
+        _, rows, columns = self.tile if isinstance(self.tile, tuple) else (WHOLE, side, side)
+        return TilePlan.of(self, self.latent_shape(*size), size, (WHOLE, rows, columns))
+
+    def _encode_tiles(self, video: Tensor, plan: TilePlan) -> Tensor:
+        tiles = [tile for job in plan.jobs() for tile in job]
+
+        def encode(job: int) -> Iterator[Tensor]:
+            t, h, w = tiles[job]
+            yield self(self._encode, cut(video, (t.pixels, h.pixels, w.pixels))).float()
+
+        spans = [[part.latents for part in parts] for parts in plan.axes]
+        covered = [[(t.latents, h.latents, w.latents)] for t, h, w in tiles]
+        shape = self.latent_shape(*video.shape[2:])
+        return blend(spans, covered, encode, video.new_zeros(len(video), self.channels, *shape))
 
     def encode_span(self, video: Tensor, start: int, num_frames: int) -> tuple[int, Tensor]:
         """Encode frames [B 3 T H W] of a longer video of ``num_frames``, beginning at its frame ``start``.
@@ -212,34 +296,74 @@ class VideoCodec(ModelMixin):
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        plan: TilePlan | None = None,
+        ranks: Ranks = ALONE,
     ) -> Tensor:
         """Decode latents, and cut the videos to `num_frames`, `height` and `width` pixels where these are given.
 
         Args:
             latents: float [B C T' H' W']; moved to the codec's device.
+            plan: what `tile_plan` returned for them; None: ask it.
+            ranks: those that share the tiles, if there are several: all of them must call this with the same latents,
+                and all get the videos, equal bit for bit to those of one process.
 
         Returns:
             float32 [B 3 T H W], clamped to [-1, 1].
 
         Raises:
             ValueError: not of that shape, or fewer frames or pixels than requested.
+            UserError: if there is not enough memory for a tile.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             shape = list(latents.shape)
             raise ValueError(f"latents of {self.name} are [B {self.channels} T H W], not {shape}")
         if self.use_slicing and len(latents) > 1:
-            return torch.cat([self.decode(one, num_frames, height, width) for one in latents.split(1)])
-        whole = self.pixel_shape(*latents.shape[2:])
-        wanted = (num_frames, height, width)
-        size = [have if want is None else want for want, have in zip(wanted, whole, strict=True)]
-        if any(want > have for want, have in zip(size, whole, strict=True)):
-            raise ValueError(f"these latents decode to {whole} frames, rows and columns, fewer than {size}")
-        video = self(self._decode_frames, latents.to(self.device, torch.float32), size[0])
-        return video[..., : size[1], : size[2]].float().clamp(-1, 1)
+            return torch.cat(
+                [self.decode(one, num_frames, height, width, plan, ranks) for one in latents.split(1)]
+            )
+        if plan is None:
+            plan = self.tile_plan(latents.shape[2:], num_frames, height, width, len(latents), ranks)
+        latents, size = latents.to(self.device, torch.float32), plan.size
+        if plan.whole:
+            latents = latents[:, :, : plan.time[0].latents.stop]
+            video = self(self._decode_frames, latents, size[0])
+            return video[..., : size[1], : size[2]].float().clamp(-1, 1)
+        return self._decode_tiles(latents, plan, ranks)
+
+    def _decode_tiles(self, latents: Tensor, plan: TilePlan, ranks: Ranks) -> Tensor:
+        """Decode latents [B C T' H' W'] in tiles, some of them on each rank -> float32 [B 3 T H W]."""
+        features, jobs = self._features(latents), plan.jobs()
+
+        def decode(job: int) -> Iterator[Tensor]:
+            parts = (cut(features, (t.latents, h.latents, w.latents)) for t, h, w in jobs[job])
+            ends = [t.context + len(t.pixels) for t, _, _ in jobs[job]]
+            videos = self._decode_parts(parts, ends)
+            for (t, h, w), end, video in zip(jobs[job], ends, videos, strict=True):
+                shown = video[:, :, t.context : end, : len(h.pixels), : len(w.pixels)]
+                yield shown.float().clamp(-1, 1)
+
+        pixels = [[part.pixels for part in parts] for parts in plan.axes]
+        covered = [[(t.pixels, h.pixels, w.pixels) for t, h, w in job] for job in jobs]
+        video = torch.zeros(len(latents), 3, *plan.size, device=latents.device)
+        return blend(pixels, covered, decode, video, ranks).clamp_(-1, 1)  # sums of weights are rounded
+
+    def _features(self, latents: Tensor) -> Tensor:
+        """Return what tiles are cut from, of the size of the latents: these, or what a first part makes of them."""
+        return latents
+
+    def _decode_parts(self, parts: Iterable[Tensor], num_frames: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the videos of parts of the features; if the codec streams, these follow each other in time."""
+        for part, frames in zip(parts, num_frames, strict=True):
+            yield self(self._decode_frames, part, frames)
 
     def fingerprint(self) -> str:
-        """Return a hash of name, settings and weights: equal fingerprints give equal latents."""
+        """Return a hash of name, settings and weights: without tiles, equal fingerprints give equal latents."""
         return self._hash(self.saved_settings())
+
+    def encoding_fingerprint(self) -> str:
+        """Return `fingerprint`, and the tiles if it encodes in some: equal ones give equal latents."""
+        own = self.fingerprint()
+        return own if self.tile in (None, "auto") else f"{own} {self.tile}"
 
     def release_encoder(self, reload: Callable[[], "VideoCodec"]) -> None:
         """Free the modules that only encoding needs; encoding and saving load them again.

@@ -58,7 +58,9 @@ def build_codec(config: CodecConfig) -> "VideoCodec":
     Raises:
         UserError: unknown name, or weights that are missing, pickled or of another class.
     """
-    return CODECS.get(config.name).from_config(config)
+    codec: VideoCodec = CODECS.get(config.name).from_config(config)
+    codec.enable_tiling(config.tile)
+    return codec
 
 
 def build_text_encoder(config: TextEncoderConfig) -> "TextEncoder":

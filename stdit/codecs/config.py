@@ -8,6 +8,13 @@ from stdit.errors import UserError
 from stdit.registry import Registry
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Tile = Literal["auto"] | int | tuple[int, int, int]
+"""``auto``, rows and columns of a tile in pixels, or its frames, rows and columns."""
+
+OVERLAP_FRAMES = 16
+"""Frames that neighbouring tiles share, at least, unless cuts in time change nothing."""
+OVERLAP_PIXELS = 64
+"""Rows and columns that neighbouring tiles share, at least; as in the VAEs of diffusers."""
 
 DIFFUSERS_CODEC = "stdit.codecs.diffusers_vae:DiffusersCodec"
 CODECS: Registry[Any] = Registry(
@@ -33,6 +40,34 @@ TEXT_ENCODERS: Registry[Any] = Registry(
     },
 )
 """Name to subclass of `stdit.codecs.text.TextEncoder`."""
+
+
+def check_tile(tile: Tile) -> None:
+    """Raise UserError for a tile that is smaller than twice its overlap with its neighbours."""
+    if tile == "auto":
+        return
+    shown, (frames, *sides) = (tile, (None, tile)) if isinstance(tile, int) else (list(tile), tile)
+    for size, overlap, what in (
+        (frames, OVERLAP_FRAMES, "frames"),
+        *((side, OVERLAP_PIXELS, "pixels") for side in sides),
+    ):
+        if size is not None and size < 2 * overlap:
+            raise UserError(
+                f"codec.tile = {shown}: neighbouring tiles share {overlap} {what}, so that a tile needs twice as "
+                f"many: use at least {2 * overlap} instead of {size}, or auto."
+            )
+
+
+@dataclass
+class DecodingConfig:
+    """How latents become videos."""
+
+    tile: Tile = "auto"
+    """Decode in overlapping tiles that are blended: N, of N x N pixels and as many frames as fit in memory; or
+    [frames, rows, columns]. auto: whole if that fits in memory, else the largest tiles that do."""
+
+    def __post_init__(self) -> None:
+        check_tile(self.tile)
 
 
 @dataclass
@@ -62,8 +97,14 @@ class CodecConfig:
     fit_clips: int = 1024
     """pca: largest number of clips that it is fitted to."""
 
+    tile: Tile = "auto"
+    """Decode in overlapping tiles that are blended: N, of N x N pixels and as many frames as fit in memory; or
+    [frames, rows, columns]; encode in tiles of these rows and columns. auto: encode whole, and decode so if that fits
+    in memory, else in the largest tiles that do."""
+
     def __post_init__(self) -> None:
         CODECS.check(self.name)
+        check_tile(self.tile)
         if self.fit_clips < 1:
             raise UserError(f"codec.fit_clips is {self.fit_clips}, but fitting needs at least 1 clip")
 

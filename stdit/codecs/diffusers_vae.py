@@ -1,7 +1,9 @@
 """One adapter for the video and image VAEs of diffusers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +25,8 @@ from stdit.codecs.loading import (
     named_dtype,
     quiet,
 )
+from stdit.codecs.streaming import STREAMS
+from stdit.codecs.tiling import Cuts
 from stdit.codecs.vaes import VAES
 from stdit.errors import UserError
 
@@ -41,6 +45,7 @@ class DiffusersCodec(VideoCodec):
         self.name = type(vae).__name__
         self.vae: Any = vae.eval().requires_grad_(False)
         self.kind = VAES[self.name]
+        self.stream = STREAMS.get(self.name)
         self.stride = self.kind.stride(vae)
         self.causal_first_frame = self.kind.causal_first_frame
         self.independent_frames = self.kind.per_frame
@@ -63,11 +68,13 @@ class DiffusersCodec(VideoCodec):
     def component(self) -> ModelMixin:
         return self if self._released else self.vae
 
-    def enable_tiling(self, **options: Any) -> None:
-        self.vae.enable_tiling(**options)
+    @property
+    def cuts(self) -> Cuts:
+        return replace(super().cuts, streams=self.stream is not None)
 
-    def disable_tiling(self) -> None:
-        self.vae.disable_tiling()
+    def feature_bytes(self, latent_shape: Sequence[int]) -> int:
+        channels = self.channels if self.stream is None else self.stream.channels(self.vae)
+        return channels * prod(latent_shape) * self.dtype.itemsize
 
     def saved_settings(self) -> dict[str, Any]:
         return {"dtype": dtype_name(self.dtype)}
@@ -94,8 +101,20 @@ class DiffusersCodec(VideoCodec):
             latents = self.vae.encode(video).latent_dist.mode()
         return (latents.float() - self.shift.to(latents.device)) * self.factor.to(latents.device)
 
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        return (latents / self.factor.to(latents.device) + self.shift.to(latents.device)).to(self.dtype)
+
+    def _features(self, latents: Tensor) -> Tensor:
+        return latents if self.stream is None else self.stream.features(self.vae, self._denormalise(latents))
+
+    def _decode_parts(self, parts: Iterable[Tensor], num_frames: Sequence[int]) -> Iterator[Tensor]:
+        if self.stream is None:
+            yield from super()._decode_parts(parts, num_frames)
+        else:
+            yield from self.stream.decode(self.vae, parts)
+
     def _decode(self, latents: Tensor) -> Tensor:
-        z = (latents / self.factor.to(latents.device) + self.shift.to(latents.device)).to(self.dtype)
+        z = self._denormalise(latents)
         with self._fixed_noise():
             if self.kind.per_frame:
                 return decode_images(self.vae, z)

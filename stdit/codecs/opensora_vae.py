@@ -10,7 +10,7 @@ Letters: B batch, C channels, T frames, H height, W width; T' latent frames.
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL
@@ -33,13 +33,11 @@ from stdit.codecs.loading import (
     read_json,
     write_json,
 )
+from stdit.codecs.tiling import Cuts
 from stdit.models.opensora import check_keys, read_weights
 
 IMAGES_PER_PASS = 4
 """Frames that the spatial VAE gets at a time, which bounds its memory."""
-
-SPATIAL_TILE = 512
-"""Rows and columns of a tile, in pixels, if the spatial VAE works in tiles."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,6 @@ class OpenSoraCodec(VideoCodec):
             layers_per_block=2,
             latent_channels=self.channels,
             norm_num_groups=config.norm_num_groups,
-            sample_size=SPATIAL_TILE,
         )
         self.spatial_vae = nn.ModuleDict({"module": vae})
         self.temporal_vae = TemporalVAE(self.channels, config)
@@ -260,12 +257,9 @@ class OpenSoraCodec(VideoCodec):
         )
         return codec
 
-    def enable_tiling(self, **options: Any) -> None:
-        """Let the spatial VAE, which needs most of the memory, work in tiles of `SPATIAL_TILE` pixels."""
-        cast(AutoencoderKL, self.spatial_vae["module"]).enable_tiling(**options)
-
-    def disable_tiling(self) -> None:
-        cast(AutoencoderKL, self.spatial_vae["module"]).disable_tiling()
+    @property
+    def cuts(self) -> Cuts:
+        return Cuts(self.latent_chunk, self.chunk, exact=True)
 
     def saved_settings(self) -> dict[str, Any]:
         return {"dtype": dtype_name(self.dtype)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
 
+from stdit.codecs.config import DecodingConfig
 from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.data.manifest.caption_scores import CAPTION_SCORES, score_suffix
 from stdit.errors import UserError
@@ -423,6 +424,8 @@ class SampleConfig(PromptSettings):
     gives is measured and printed."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU if available."""
+    codec: DecodingConfig = field(default_factory=DecodingConfig)
+    """How latents become videos."""
     parallel: SamplingParallelConfig = field(default_factory=SamplingParallelConfig)
     """How several processes share the work."""
     calibrate: bool = False
@@ -466,7 +469,6 @@ class SampleConfig(PromptSettings):
                 (name, "parallel.sp above 1 without parallel.grid", chooses_grid)
                 for name in ("link_gbit", "latency_us", "tflops")
             ),
-            ("memory_gib", "parallel.sp = auto", self.parallel.sp == "auto"),
         ):
             value = getattr(self.parallel, name)
             if value != getattr(SamplingParallelConfig, name) and not has_it:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stdit.codecs.config import DecodingConfig
 from stdit.errors import UserError
 from stdit.pipelines.config import PIPELINE_DEFAULTS
 from stdit.pipelines.model_calls import ModelCalls
@@ -16,7 +17,10 @@ KINDS = ("mp4", "gif")
 _NOT_COMPARED = ("checkpoint", "checkpoint_step", "lineage", "stdit", "files", *ModelCalls().facts())
 """Metadata that may differ between equal videos: where the weights, known by their hash, were found, what is recorded
 of their training, by which version they were sampled, and how many model calls that took."""
-_NOT_IN_OLD_FILES = {name: PIPELINE_DEFAULTS[name] for name in ("solver", "cache", "pab", "pab_timesteps")}
+_NOT_IN_OLD_FILES = {
+    "tile": DecodingConfig.tile,
+    **{name: PIPELINE_DEFAULTS[name] for name in ("solver", "cache", "pab", "pab_timesteps")},
+}
 """Settings that videos of earlier versions do not record, with the values that they had."""
 _NAME = re.compile(r"(?P<stem>\d+-(?P<rest>.*-seed\d+)(-\d+)?)\.(mp4|gif|json)")
 

@@ -24,6 +24,7 @@ from stdit.codecs.base import VideoCodec
 from stdit.codecs.config import CODECS
 from stdit.codecs.loading import quiet
 from stdit.codecs.text import TextEncoder
+from stdit.codecs.tiling import Ranks, TilePlan
 from stdit.diffusion.config import FlowConfig, flow_config, flow_settings
 from stdit.diffusion.flow import FlowObjective, per_frame
 from stdit.diffusion.scheduler import SOLVERS, set_flow_timesteps
@@ -74,6 +75,8 @@ from stdit.pipelines.text_rows import encode_texts, repeated, repeated_states, t
 logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+WRAPPED = {"vae": ("codec", "flow"), **dict.fromkeys(("text_encoder", "tokenizer"), ("prompt_encoder",))}
+"""By component, what is made of it and kept."""
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -152,8 +155,9 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """
         super().__init__()
         self._wrapped: dict[str, Any] = {}
-        if isinstance(vae, VideoCodec):
-            vae = vae.component()
+        codec = vae if isinstance(vae, VideoCodec) else None
+        if codec is not None:
+            vae = codec.component()
         if isinstance(text_encoder, TextEncoder):
             text_encoder, tokenizer, used = text_encoder.components()
             text = {**used, **(text or {})}
@@ -164,6 +168,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             tokenizer=tokenizer,
             scheduler=scheduler,
         )
+        if codec is not None:
+            self._wrapped["codec"] = codec
         self._flow_config = flow if isinstance(flow, FlowConfig) else flow_config(flow or {})
         own = video_settings(STDiTPipeline.__init__, settings)
         recorded = {
@@ -219,8 +225,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; if it is a component that is wrapped, let go of the one before."""
-        if name in ("vae", "text_encoder", "tokenizer"):
-            self._wrapped.clear()
+        for wrapped in WRAPPED.get(name, ()):
+            self._wrapped.pop(wrapped, None)
         super().__setattr__(name, value)
 
     @property
@@ -813,20 +819,35 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
     ) -> Tensor:
         """Decode this rank's latents to the pixels ``[B 3 T H W]`` of all frames, in [-1, 1], one video at a time.
 
-        Each rank decodes its own frames if the codec can decode them alone, else all of them.
+        In tiles, each rank decodes some of them. A whole video each rank decodes for itself, or its own frames of it
+        if the codec can decode them alone.
         """
+        codec, ranks, size = self.codec, Ranks(self.mesh.sp, self.mesh.cfg), (num_frames, height, width)
+        plan = self.decoding_plan(latents.shape[0], (latent_frames, *latents.shape[3:]), *size)
         # A later part of causal latents would be decoded as if it began with the first frame.
-        alone = self.codec.independent_frames and not self.codec.causal_first_frame
+        alone = plan.whole and codec.independent_frames and not codec.causal_first_frame
         if not alone:
             latents = sharding.gather(latents, 2, latent_frames)
-        frames = None if alone else num_frames
-        pixels = torch.cat([self.codec.decode(one[None], frames, height, width) for one in latents])
-        if alone:
-            per_row = [
-                count * self.codec.stride[0] for count in sharding.latent_frames_per_row(latent_frames)
-            ]
-            pixels = all_gather(pixels, sharding.column_group, 2, per_row)
-        return pixels[:, :, :num_frames].float()
+            videos = [codec.decode(one[None], *size, plan, ranks) for one in latents]
+            return torch.cat(videos).float()
+        pixels = torch.cat([codec.decode(one[None], None, height, width) for one in latents])
+        per_row = [count * codec.stride[0] for count in sharding.latent_frames_per_row(latent_frames)]
+        return all_gather(pixels, sharding.column_group, 2, per_row)[:, :, :num_frames].float()
+
+    def decoding_plan(
+        self, videos: int, latent_shape: Sequence[int], num_frames: int, height: int, width: int
+    ) -> TilePlan:
+        """Return the tiles in which the ranks decode each of the videos of a batch; all of them must ask.
+
+        Args:
+            latent_shape: T', H', W' of the latents.
+
+        Raises:
+            UserError: if there is not enough memory for a tile.
+        """
+        others = (videos - 1) * 3 * 4 * num_frames * height * width  # bytes of the decoded ones
+        ranks = Ranks(self.mesh.sp, self.mesh.cfg)
+        return self.codec.tile_plan(latent_shape, num_frames, height, width, ranks=ranks, reserved=others)
 
 
 def _per_sample(levels: Tensor) -> Tensor:

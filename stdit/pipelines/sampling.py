@@ -81,6 +81,9 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     if config.resolution is not None:  # named sizes depend on the codec and the patch size
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     mesh = _share(pipe, requests, config, mesh)
+    for line in mesh.on_all_ranks(partial(_plan_decoding, pipe, requests, config, mesh)):
+        if mesh.is_main:
+            print(line, flush=True)
     if mesh.is_main:
         print(f"sampling from {source.path} (weights {weights})", flush=True)
         if line := describe_dtype(config.dtype, device):
@@ -103,6 +106,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
 
     provenance = {
         "dtype": config.dtype,
+        "tile": config.codec.tile,
         "checkpoint": str(source.path),
         "checkpoint_hash": weights,
         "checkpoint_step": pipe.config["step"],
@@ -167,6 +171,30 @@ def _share(pipe: "STDiTPipeline", requests: list[Request], config: SampleConfig,
     else:
         pipe.set_progress_bar_config(disable=True)
     return mesh
+
+
+def _plan_decoding(
+    pipe: "STDiTPipeline", requests: Sequence[Request], config: SampleConfig, mesh: "Mesh"
+) -> list[str]:
+    """Let the codec work in tiles, equal ones on all ranks; return a line for each size of video that needs some.
+
+    Raises:
+        UserError: if there is not enough memory for a tile.
+    """
+    from stdit.codecs.tiling import tiled_bytes
+    from stdit.parallel.processes.memory import free_memory
+    from stdit.parallel.sequence.planner import format_gib
+
+    free = mesh.all_gather_objects(free_memory(mesh.device, config.parallel.memory_gib))
+    pipe.codec.enable_tiling(config.codec.tile, min(free))
+    videos, lines = min(config.batch_size, ceil(len(requests) / mesh.dp)), dict[str, None]()
+    for settings in [request.settings.resolved(pipe.config) for request in requests]:
+        size = [int(settings[name]) for name in ("num_frames", "height", "width")]
+        plan = pipe.decoding_plan(videos, pipe.codec.latent_shape(*size), *size)
+        if not plan.whole:
+            memory = format_gib(tiled_bytes(pipe.codec, plan))
+            lines[f"decoding {'x'.join(map(str, size))}: {plan}, {memory} GiB"] = None
+    return list(lines)
 
 
 def _warn_if_padded(pipe: "STDiTPipeline", requests: Iterable[Request]) -> None:

@@ -143,7 +143,7 @@ BATCHES: dict[str, Callable[[RunComponents, int, SkipTally, StepExchange], Batch
 
 def reader_of(inputs: RunInputs, workers: int = 0) -> CachedReader:
     """Return a reader of the run's cache, for a number of loader processes."""
-    makers = Makers(inputs.codec.fingerprint(), inputs.text_encoder.fingerprint())
+    makers = Makers(inputs.codec.encoding_fingerprint(), inputs.text_encoder.fingerprint())
     data = replace(inputs.config.data, workers=workers)
     return CachedReader(inputs.plan, data, CacheStore(data.cache_folder()), makers)
 

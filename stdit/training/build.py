@@ -174,6 +174,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
         else:
             codec = fit_codec(codec, plan, config.data)
             variance = codec.latent_variance
+    codec.enable_tiling(config.codec.tile)  # also one that was saved, without it
     text_encoder = build_text_encoder(config.text_encoder)
     texts = plan.assignment.clips.texts
     captions = (texts[index] for members in plan.assignment.members for index in members.tolist())

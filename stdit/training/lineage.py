@@ -18,7 +18,10 @@ CLIPS = "clips"
 """Key of an experiment: the hash of its clips."""
 FIXED = {
     "model.": "its weights are of another architecture",
-    "codec": "its weights were trained on the latents of another codec",
+    **dict.fromkeys(
+        ("codec's", *(f"codec.{name}" for name in ("name", "dtype", "stride", "channels", "fit_clips"))),
+        "its weights were trained on the latents of another codec",
+    ),
     "text": "its weights were trained with another text encoder",
     "flow.prediction": "the output of its weights has another meaning",
     "optimizer.name": "its state is that of another optimizer",

@@ -1,6 +1,9 @@
-"""Slicing and tiling, as users of diffusers know them, through our codecs."""
+"""Slicing and tiling: our tiles, in every codec, and those of diffusers' VAEs, which stay as diffusers has them."""
 
 import inspect
+from collections.abc import Sequence
+from itertools import pairwise, product
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ from stdit.codecs import CodecConfig, build_codec
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.diffusers_vae import DiffusersCodec
 from stdit.codecs.pixel import PixelCodec
+from stdit.codecs.streaming import STREAMS
+from stdit.codecs.tiling import Part, cut, ramps, spread
 from stdit.errors import UserError
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae, tiny_opensora_vae
 
+CODECS = [*TINY_VAES, "opensora", "tiny", "pixel", "pca"]
 every_vae = pytest.mark.parametrize("name", TINY_VAES)
 
 
@@ -79,15 +85,10 @@ def test_slices_of_the_vae_itself(name: str, folders: dict[str, Path]) -> None:
 
 
 @every_vae
-def test_tiles_are_blended(name: str, folders: dict[str, Path]) -> None:
+def test_tiles_of_the_vae_itself(name: str, folders: dict[str, Path]) -> None:
     """Near to whole frames and without seams, in VAEs in which no layer sees the whole frame."""
     codec = build(name, folders)
-    for path, module in codec.vae.named_modules():
-        if isinstance(module, nn.GroupNorm):
-            module.forward = nn.Identity().forward  # type: ignore[method-assign]
-        elif path.endswith(("to_out.0", "attentions.0.proj")):
-            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    remove_what_sees_all(codec)
     frames, rows, _ = codec.stride
     count = 60 if name == "AutoencoderKL" else 12 if rows == 32 else 18
     video = smooth_video(1, 1 + frames, count * rows, count * rows)
@@ -101,8 +102,18 @@ def test_tiles_are_blended(name: str, folders: dict[str, Path]) -> None:
     if name != "AutoencoderKLLTXVideo":  # its decoder adds noise, to each tile another
         assert relative(found, pixels) < 0.2
         assert largest_step(found) < 1.05 * largest_step(pixels) + 1e-4
-    codec.disable_tiling()
+    codec.vae.disable_tiling()
     assert torch.equal(codec.decode(latents), pixels)
+
+
+def remove_what_sees_all(codec: DiffusersCodec) -> None:
+    """Let no layer of a VAE see the whole frame."""
+    for path, module in codec.vae.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            module.forward = nn.Identity().forward  # type: ignore[method-assign]
+        elif path.endswith(("to_out.0", "attentions.0.proj")):
+            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
 def enable_small_tiles(codec: DiffusersCodec, size: int) -> None:
@@ -110,7 +121,7 @@ def enable_small_tiles(codec: DiffusersCodec, size: int) -> None:
     options: dict[str, Any] = {"tile_sample_min_height": size, "tile_sample_min_width": size}
     options |= {"tile_sample_stride_height": size * 3 // 4, "tile_sample_stride_width": size * 3 // 4}
     known = inspect.signature(codec.vae.enable_tiling).parameters
-    codec.enable_tiling(**{key: value for key, value in options.items() if key in known})
+    codec.vae.enable_tiling(**{key: value for key, value in options.items() if key in known})
     if not known:
         codec.vae.tile_sample_min_size = size
         codec.vae.tile_latent_min_size = size // codec.stride[1]
@@ -125,27 +136,178 @@ def largest_step(video: Tensor) -> float:
     return float(video.diff(dim=-1).abs().max())
 
 
-def test_opensoras_image_vae_works_in_tiles() -> None:
-    codec = tiny_opensora_vae()
-    vae: Any = codec.spatial_vae["module"]
-    assert vae.tile_sample_min_size == 512
-    vae.tile_sample_min_size, vae.tile_latent_min_size = 32, 16
-    video = smooth_video(1, 5, 48, 40)
-    latents = codec.encode(video)
-    pixels = codec.decode(latents, 5)
-    calls = forward_calls(vae.decoder)
-    codec.enable_tiling()
-    found = codec.decode(latents, 5)
-    assert found.shape == pixels.shape and not torch.equal(found, pixels) and len(calls) > 4
-    assert codec.encode(video).shape == latents.shape
+# ---- our tiles ----
+
+SIZE = (37, 150, 136)
+TILE = (32, 128, 128)
+
+
+def any_codec(name: str, folders: dict[str, Path]) -> VideoCodec:
+    if name == "opensora":
+        return tiny_opensora_vae()
+    if name == "pca":
+        codec = build_codec(CodecConfig(name=name, stride=(2, 4, 4), channels=12))
+        codec.fit(torch.rand(3, 8, 32, 32, generator=torch.Generator().manual_seed(k)) for k in range(8))
+        return codec
+    return build(name, folders) if name in TINY_VAES else build_codec(CodecConfig(name=name))
+
+
+def random_latents(codec: VideoCodec, *size: int) -> Tensor:
+    shape = codec.latent_shape(*size)
+    return torch.randn(1, codec.channels, *shape, generator=torch.Generator().manual_seed(0)) / 3
+
+
+def levels(found: Tensor, expected: Tensor) -> float:
+    """The largest difference in levels of 255."""
+    return float((found - expected).abs().max() * 127.5)
+
+
+def triangle(parts: Sequence[Part], length: int) -> Tensor:
+    """Weights of the parts ``[parts, length]``, made one place after the other."""
+    weights = torch.zeros(len(parts), length, dtype=torch.float64)
+    for one, part in enumerate(parts):
+        for place in range(*part.pixels):
+            others = [
+                other.pixels
+                for other in (*parts[:one][-1:], *parts[one + 1 :][:1])
+                if place in range(*other.pixels)
+            ]
+            weights[one, place] = 1
+            for start, stop in others:
+                before = start < part.pixels.start
+                shared = stop - part.pixels.start if before else part.pixels.stop - start
+                distance = place - part.pixels.start if before else part.pixels.stop - 1 - place
+                weights[one, place] = min(weights[one, place], (distance + 0.5) / shared)
+    return (weights / weights.sum(0)).float()
+
+
+@pytest.mark.parametrize("length, size, overlap", product((1, 7, 64, 91), (2, 9, 40), (0, 1, 4)))
+def test_spans_cover_an_axis(length: int, size: int, overlap: int) -> None:
+    if overlap >= size:
+        return
+    spans = spread(length, size, overlap)
+    assert spans[0].start == 0 and spans[-1].stop == length and max(map(len, spans)) <= size
+    assert all(one.stop - two.start >= overlap for one, two in pairwise(spans))
+    assert len(spans) == 1 or len(spans) == ceil((length - overlap) / (size - overlap))
+    total = torch.zeros(length)
+    for span, weight in zip(spans, ramps(spans), strict=True):
+        assert (weight > 0).all()
+        total[span.start : span.stop] += weight
+    torch.testing.assert_close(total, torch.ones(length))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_tiles_equal_a_reference(name: str, folders: dict[str, Path]) -> None:
+    """Each tile is decoded alone, and blended by weights that are made in another way."""
+    codec = any_codec(name, folders)
+    if name in STREAMS:  # in one tile after the other in time; Wan's attention sees whole frames, see below
+        remove_what_sees_all(codec)  # type: ignore[arg-type]
+    latents = random_latents(codec, *SIZE)
+    codec.enable_tiling(TILE if name not in STREAMS else (999, *TILE[1:]))
+    plan = codec.tile_plan(latents.shape[2:], *SIZE)
+    assert min(plan.counts[1:]) > 1 and (plan.counts[0] > 1 or name in STREAMS)
+    found = codec.decode(latents, *SIZE)
     codec.disable_tiling()
-    assert torch.equal(codec.decode(latents, 5), pixels)
+    expected = torch.zeros_like(found)
+    weights = [triangle(parts, length) for parts, length in zip(plan.axes, SIZE, strict=True)]
+    for (i, t), (j, h), (k, w) in product(*map(enumerate, plan.axes)):
+        pixels = codec.decode(cut(latents, (t.latents, h.latents, w.latents)))[:, :, t.context :]
+        place = cut(expected, (t.pixels, h.pixels, w.pixels))
+        t_weight, h_weight, w_weight = (
+            weight[row, slice(*part.pixels)]
+            for weight, row, part in zip(weights, (i, j, k), (t, h, w), strict=True)
+        )
+        weight = t_weight[:, None, None] * h_weight[:, None] * w_weight
+        place += pixels[:, :, : place.shape[2], : place.shape[3], : place.shape[4]] * weight
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_codec_without_tiles_says_so() -> None:
+@pytest.mark.parametrize("name", CODECS)
+def test_tiles_have_no_seams(name: str, folders: dict[str, Path]) -> None:
+    """The largest jump where a tile begins or ends is at most 1.2 times that elsewhere, along each axis."""
+    codec = any_codec(name, folders)
+    latents = codec.encode(smooth_video(1, *SIZE))
+    codec.enable_tiling(TILE)
+    plan, video = codec.tile_plan(latents.shape[2:], *SIZE), codec.decode(latents, *SIZE)
+    for axis, parts in enumerate(plan.axes, 2):
+        jumps = video.diff(dim=axis).abs().amax([one for one in range(5) if one != axis])
+        ends = [part.pixels.start - 1 for part in parts[1:]] + [part.pixels.stop - 1 for part in parts[:-1]]
+        elsewhere = [place for place in range(len(jumps)) if place not in ends]
+        assert len(parts) > 1 and jumps[ends].max() <= 1.2 * jumps[elsewhere].max(), (axis, jumps)
+
+
+def test_wans_tiles_equal_the_whole(folders: dict[str, Path]) -> None:
+    """Away from where tiles overlap, within 2 levels of 255; its attention sees whole frames, as it does without."""
+    codec, size = build("AutoencoderKLWan", folders), (45, 200, 170)
+    latents = 3 * random_latents(codec, *size)
+    whole = codec.decode(latents, *size)
+    codec.enable_tiling(TILE)
+    plan, found = codec.tile_plan(latents.shape[2:], *size), codec.decode(latents, *size)
+    assert plan.counts == (2, 3, 2)
+    alone = [(triangle(parts, length) == 1).any(0) for parts, length in zip(plan.axes, size, strict=True)]
+    assert [int(one.sum()) for one in alone] == [45, 72, 104]
+    t, h, w = alone
+    away = t[:, None, None] & h[:, None] & w
+    assert levels(found[..., away], whole[..., away]) < 2
+    assert (
+        whole.std() > 0.1 and levels(found, whole) > 2
+    )  # the weights are random, so that seams are not exact
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_cuts_in_time_that_change_nothing(name: str, folders: dict[str, Path]) -> None:
+    codec = any_codec(name, folders)
+    if not (codec.cuts.exact or codec.cuts.streams):
+        assert name in ("AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo")
+        return
+    for frames in (41, 45):
+        latents = random_latents(codec, frames, 40, 35)
+        whole = codec.decode(latents, frames, 40, 35)
+        codec.enable_tiling((32, 128, 128))
+        plan = codec.tile_plan(latents.shape[2:], frames, 40, 35)
+        assert plan.counts[0] > 1 and plan.counts[1:] == (1, 1)
+        torch.testing.assert_close(codec.decode(latents, frames, 40, 35), whole, atol=1e-5, rtol=1e-5)
+        codec.disable_tiling()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_tiles_larger_than_the_video(name: str, folders: dict[str, Path]) -> None:
+    codec = any_codec(name, folders)
+    for size in ((1, 40, 35), (9, 40, 35)):
+        latents = random_latents(codec, *size)
+        whole = codec.decode(latents, *size)
+        for tile in (128, (32, 128, 128)):
+            codec.enable_tiling(tile)
+            assert codec.tile_plan(latents.shape[2:], *size).whole
+            assert torch.equal(codec.decode(latents, *size), whole)
+        codec.disable_tiling()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_encoding_in_tiles(name: str, folders: dict[str, Path]) -> None:
+    """Near to whole frames, unless norms see all of them; ``auto`` encodes whole ones."""
+    codec = any_codec(name, folders)
+    if name in TINY_VAES:
+        remove_what_sees_all(codec)  # type: ignore[arg-type]
+    frames = 1 if name == "AutoencoderKLHunyuanVideo" else 5
+    video = smooth_video(1, frames, 200, 170)
+    latents, fingerprint = codec.encode(video), codec.encoding_fingerprint()
+    codec.enable_tiling(128)
+    found = codec.encode(video)
+    assert found.shape == latents.shape and codec.encoding_fingerprint() != fingerprint
+    assert torch.equal(found, latents) == (name == "pixel")
+    assert relative(found, latents) < (0.5 if name in ("tiny", "opensora") else 0.15)
+    codec.enable_tiling("auto")
+    assert torch.equal(codec.encode(video), latents) and codec.encoding_fingerprint() == fingerprint
+
+
+def test_no_tile_is_smaller_than_its_overlaps() -> None:
     codec = PixelCodec()
+    with pytest.raises(UserError, match="codec.tile = 127: .* share 64 pixels.* use at least 128 instead of"):
+        codec.enable_tiling(127)
     with pytest.raises(
-        UserError, match="codec pixel: cannot work in tiles, and needs little memory as it is"
+        UserError, match=r"codec.tile = \[31, 128, 128\]: .*16 frames.* 32 instead of 31, or auto"
     ):
-        codec.enable_tiling()
-    codec.disable_tiling()
+        CodecConfig(tile=(31, 128, 128))
+    with pytest.raises(UserError, match=r"codec.tile = \[32, 128, 0\]: .* use at least 128 instead of 0"):
+        codec.enable_tiling((32, 128, 0))

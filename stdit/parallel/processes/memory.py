@@ -24,6 +24,18 @@ def memory_of_process(device: torch.device, gib: float | None) -> int:
     return machine_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def free_memory(device: torch.device, gib: float | None = None) -> int:
+    """Return the bytes of `memory_of_process` that this process does not use yet, and that there are."""
+    whole, sharing = memory_of_process(device, gib), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda":
+        used = torch.cuda.memory_allocated(device)
+        there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - used
+    else:
+        used = psutil.Process().memory_info().rss
+        there = psutil.virtual_memory().available // sharing
+    return min(whole - used, there)
+
+
 def machine_memory() -> int:
     """Return the bytes of this machine's memory, or of its container's limit if that is lower."""
     limits = [file.read_text().strip() for file in map(Path, CONTAINER_LIMITS) if file.is_file()]
