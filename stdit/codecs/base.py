@@ -26,7 +26,7 @@ from stdit.codecs.loading import (
     write_component,
 )
 from stdit.codecs.placement import execution_device
-from stdit.codecs.tiling import ALONE, WHOLE, Cuts, Ranks, TilePlan, blend, cut, plan_tiles
+from stdit.codecs.tiling import ALONE, WHOLE, Cuts, Part, Ranks, TilePlan, blend, cut, plan_tiles
 from stdit.errors import UserError
 from stdit.parallel.processes.memory import free_memory
 
@@ -334,13 +334,18 @@ class VideoCodec(ModelMixin):
         """Decode latents [B C T' H' W'] in tiles, some of them on each rank -> float32 [B 3 T H W]."""
         features, jobs = self._features(latents), plan.jobs()
 
+        def shown(tile: tuple[Part, Part, Part], end: int, video: Tensor) -> Tensor:
+            (time, rows, columns) = tile
+            return (
+                video[:, :, time.context : end, : len(rows.pixels), : len(columns.pixels)]
+                .float()
+                .clamp(-1, 1)
+            )
+
         def decode(job: int) -> Iterator[Tensor]:
             parts = (cut(features, (t.latents, h.latents, w.latents)) for t, h, w in jobs[job])
             ends = [t.context + len(t.pixels) for t, _, _ in jobs[job]]
-            videos = self._decode_parts(parts, ends)
-            for (t, h, w), end, video in zip(jobs[job], ends, videos, strict=True):
-                shown = video[:, :, t.context : end, : len(h.pixels), : len(w.pixels)]
-                yield shown.float().clamp(-1, 1)
+            return map(shown, jobs[job], ends, self._decode_parts(parts, ends))
 
         pixels = [[part.pixels for part in parts] for parts in plan.axes]
         covered = [[(t.pixels, h.pixels, w.pixels) for t, h, w in job] for job in jobs]

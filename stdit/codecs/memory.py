@@ -21,6 +21,8 @@ from stdit.codecs.base import VideoCodec
 
 CHANNEL_BLOCK = 16
 """Channels that the CPU's convolutions of images and videos handle together (oneDNN)."""
+ONEDNN_VALUES = 20480
+"""Values in the first four dimensions of a single input up to which PyTorch convolves without oneDNN."""
 _REPLACED = ("forward", "_hf_hook")
 """What accelerate and diffusers set on modules whose weights they offload."""
 
@@ -84,9 +86,12 @@ class StorageCounter(TorchDispatchMode):
 def convolution_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
     """Return the bytes that a convolution takes on a CPU, besides its input ``x [N ...]``, weight and output.
 
-    It copies input and weight to a layout of its own, in which it computes the output, frees the input's copy, and
-    copies the output back. That was measured (tests/codecs/test_memory.py).
+    oneDNN copies input and weight to a layout of its own, in which it computes the output, frees the input's copy,
+    and copies the output back. Otherwise the values below each output are copied side by side. That was measured
+    (tests/codecs/test_memory.py).
     """
+    if not _by_onednn(x, weight):
+        return 0 if weight[0, 0].numel() == 1 else weight[0].numel() * out[:, 0].nbytes
     channels_last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
     if x.is_contiguous(memory_format=channels_last):
         if len(x) > 1:
@@ -99,6 +104,15 @@ def convolution_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
     channels = out.shape[1]
     blocked = out.nbytes // channels * (-(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK)
     return copied + weight.nbytes + max(x.nbytes + blocked - out.nbytes, blocked)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return whether PyTorch gives a convolution to oneDNN: `ConvParams::use_mkldnn`, but for strides and groups."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return True
+    height, width = weight.shape[-2:]
+    pointwise = height == width == 1 and len(x) < 16 and torch.get_num_threads() == 1
+    return not pointwise and (len(x) > 1 or min(height, width) > 3 or x.shape[:4].numel() > ONEDNN_VALUES)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def _wan_features(vae: Any, latents: Tensor) -> Tensor:
 @apply_forward_hook
 def _wan_decode(vae: Any, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     """Do the rest as `AutoencoderKLWan._decode` and `WanDecoder3d.forward` do it."""
-    decoder, kept, before = vae.decoder, _kept(), None
+    decoder, size, kept, before = vae.decoder, vae.config.patch_size, _kept(), None
     for piece in pieces:
         frames = []
         for x in piece.split(1, dim=2):
@@ -48,8 +48,7 @@ def _wan_decode(vae: Any, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
             x = decoder.nonlinearity(decoder.norm_out(x))
             frames.append(decoder.conv_out(x, before))
             before = (x if before is None else torch.cat([before, x], dim=2))[:, :, -2:]
-        video = torch.cat(frames, dim=2)
-        yield video if vae.config.patch_size is None else unpatchify(video, vae.config.patch_size)
+        yield torch.cat(frames, dim=2) if size is None else unpatchify(torch.cat(frames, dim=2), size)
 
 
 def _cogvideox_features(vae: Any, latents: Tensor) -> Tensor:

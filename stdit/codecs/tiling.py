@@ -55,6 +55,11 @@ class Cuts:
         """Groups that neighbouring tiles share."""
         return 0 if self.exact or self.streams else ceil(OVERLAP_FRAMES / self.frames)
 
+    @property
+    def fewest(self) -> int:
+        """Groups of the smallest tile; of a stream as many as it takes until all is kept that ever is."""
+        return 4 if self.streams else max(2 * self.overlap, 1)
+
 
 class Span(NamedTuple):
     """From ``start`` to ``stop``, which is not included."""
@@ -140,7 +145,7 @@ class TilePlan:
         """
         cuts, (frames, height, width), (_, *strides) = codec.cuts, latent_shape, codec.stride
         groups = ceil((frames - cuts.first) / cuts.latents)
-        per_tile = max(tile[0] // cuts.frames, cuts.overlap + 1)
+        per_tile = max(tile[0] // cuts.frames, cuts.fewest)
         context = 0 if cuts.streams else cuts.first
         time = []
         for start, stop in spread(groups, per_tile, cuts.overlap):
@@ -277,12 +282,11 @@ def blend(
             tiles = [job[step] for job in in_round]
             shapes = [[*into.shape[:2], *map(len, tile)] for tile in tiles]
             sizes = [*map(prod, shapes)] + [0] * (ranks.size - len(tiles))
-            computed = next(own, into.new_empty(0)).flatten()
-            for tile, shape, values in zip(tiles, shapes, ranks.gather(computed, sizes), strict=False):
+            computed = ranks.gather(next(own, into.new_empty(0)).flatten(), sizes)
+            for tile, shape, values in zip(tiles, shapes, computed, strict=False):
                 t, h, w = (of_axis[span].to(into.device) for of_axis, span in zip(weights, tile, strict=True))
-                place = cut(into, tile)
-                place += values.view(shape) * t[:, None, None] * (h[:, None] * w)
-            del computed
+                cut(into, tile).addcmul_(values.view(shape), t[:, None, None] * (h[:, None] * w))
+            del computed, values  # before the next ones are computed
     return into
 
 
@@ -340,7 +344,7 @@ def _fitting(
     """Return the best plan that fits in memory, if there is one, and the one that takes the least memory."""
     cuts, fitting, plans = codec.cuts, list[TilePlan](), list[TilePlan]()
     groups = ceil((latent_shape[0] - cuts.first) / cuts.latents)
-    lengths = range(min(groups, max(2 * cuts.overlap, 1)), groups + 1)
+    lengths = range(min(groups, cuts.fewest), groups + 1)
     for sides in AUTO_SIZES if tile == "auto" else [tile]:
         tiles = [sides] if isinstance(sides, tuple) else [(n * cuts.frames, sides, sides) for n in lengths]
         plans = [TilePlan.of(codec, latent_shape, size, one) for one in tiles]

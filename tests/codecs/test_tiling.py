@@ -16,8 +16,7 @@ from stdit.codecs import CodecConfig, build_codec
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.diffusers_vae import DiffusersCodec
 from stdit.codecs.pixel import PixelCodec
-from stdit.codecs.streaming import STREAMS
-from stdit.codecs.tiling import Part, cut, ramps, spread
+from stdit.codecs.tiling import Part, Span, cut, ramps, spread
 from stdit.errors import UserError
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae, tiny_opensora_vae
 
@@ -197,43 +196,40 @@ def test_spans_cover_an_axis(length: int, size: int, overlap: int) -> None:
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_tiles_equal_a_reference(name: str, folders: dict[str, Path]) -> None:
-    """Each tile is decoded alone, and blended by weights that are made in another way."""
+def test_tiles_equal_a_reference_and_have_no_seams(name: str, folders: dict[str, Path]) -> None:
+    """Each tile is decoded alone, and blended by weights that are made in another way.
+
+    The largest jump where a tile begins or ends is at most 1.2 times that elsewhere, along each axis.
+    """
     codec = any_codec(name, folders)
-    if name in STREAMS:  # in one tile after the other in time; Wan's attention sees whole frames, see below
-        remove_what_sees_all(codec)  # type: ignore[arg-type]
-    latents = random_latents(codec, *SIZE)
-    codec.enable_tiling(TILE if name not in STREAMS else (999, *TILE[1:]))
-    plan = codec.tile_plan(latents.shape[2:], *SIZE)
-    assert min(plan.counts[1:]) > 1 and (plan.counts[0] > 1 or name in STREAMS)
-    found = codec.decode(latents, *SIZE)
+    latents = interpolate(random_latents(codec, 17, 40, 40), codec.latent_shape(*SIZE), mode="trilinear")
+    codec.enable_tiling(TILE)
+    plan, found = codec.tile_plan(latents.shape[2:], *SIZE), codec.decode(latents, *SIZE)
+    assert min(plan.counts) > 1
+    for axis, parts in enumerate(plan.axes, 2):
+        jumps = found.diff(dim=axis).abs().amax([one for one in range(5) if one != axis])
+        ends = [part.pixels.start - 1 for part in parts[1:]] + [part.pixels.stop - 1 for part in parts[:-1]]
+        elsewhere = [place for place in range(len(jumps)) if place not in ends]
+        assert jumps[ends].max() <= 1.2 * jumps[elsewhere].max(), (axis, jumps)
+    if name == "AutoencoderKLWan":  # whose tiles begin where each latent has seen its whole frame: see below
+        return
     codec.disable_tiling()
+    times = plan.time
+    if codec.cuts.streams:
+        times = (Part(Span(0, latents.shape[2]), Span(0, SIZE[0])),)
+    weights = [triangle(parts, size) for parts, size in zip((times, *plan.axes[1:]), SIZE, strict=True)]
     expected = torch.zeros_like(found)
-    weights = [triangle(parts, length) for parts, length in zip(plan.axes, SIZE, strict=True)]
-    for (i, t), (j, h), (k, w) in product(*map(enumerate, plan.axes)):
-        pixels = codec.decode(cut(latents, (t.latents, h.latents, w.latents)))[:, :, t.context :]
+    for (i, t), (j, h), (k, w) in product(*map(enumerate, (times, *plan.axes[1:]))):
+        pixels = codec.decode(cut(latents, (t.latents, h.latents, w.latents)), t.context + len(t.pixels))
         place = cut(expected, (t.pixels, h.pixels, w.pixels))
-        t_weight, h_weight, w_weight = (
+        of_t, of_h, of_w = (
             weight[row, slice(*part.pixels)]
             for weight, row, part in zip(weights, (i, j, k), (t, h, w), strict=True)
         )
-        weight = t_weight[:, None, None] * h_weight[:, None] * w_weight
-        place += pixels[:, :, : place.shape[2], : place.shape[3], : place.shape[4]] * weight
+        place += pixels[:, :, t.context :, : len(of_h), : len(of_w)] * (
+            of_t[:, None, None] * of_h[:, None] * of_w
+        )
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_tiles_have_no_seams(name: str, folders: dict[str, Path]) -> None:
-    """The largest jump where a tile begins or ends is at most 1.2 times that elsewhere, along each axis."""
-    codec = any_codec(name, folders)
-    latents = codec.encode(smooth_video(1, *SIZE))
-    codec.enable_tiling(TILE)
-    plan, video = codec.tile_plan(latents.shape[2:], *SIZE), codec.decode(latents, *SIZE)
-    for axis, parts in enumerate(plan.axes, 2):
-        jumps = video.diff(dim=axis).abs().amax([one for one in range(5) if one != axis])
-        ends = [part.pixels.start - 1 for part in parts[1:]] + [part.pixels.stop - 1 for part in parts[:-1]]
-        elsewhere = [place for place in range(len(jumps)) if place not in ends]
-        assert len(parts) > 1 and jumps[ends].max() <= 1.2 * jumps[elsewhere].max(), (axis, jumps)
 
 
 def test_wans_tiles_equal_the_whole(folders: dict[str, Path]) -> None:
@@ -245,7 +241,7 @@ def test_wans_tiles_equal_the_whole(folders: dict[str, Path]) -> None:
     plan, found = codec.tile_plan(latents.shape[2:], *size), codec.decode(latents, *size)
     assert plan.counts == (2, 3, 2)
     alone = [(triangle(parts, length) == 1).any(0) for parts, length in zip(plan.axes, size, strict=True)]
-    assert [int(one.sum()) for one in alone] == [45, 72, 104]
+    assert [int(one.sum()) for one in alone] == [45, 88, 106]
     t, h, w = alone
     away = t[:, None, None] & h[:, None] & w
     assert levels(found[..., away], whole[..., away]) < 2
@@ -295,8 +291,8 @@ def test_encoding_in_tiles(name: str, folders: dict[str, Path]) -> None:
     codec.enable_tiling(128)
     found = codec.encode(video)
     assert found.shape == latents.shape and codec.encoding_fingerprint() != fingerprint
-    assert torch.equal(found, latents) == (name == "pixel")
-    assert relative(found, latents) < (0.5 if name in ("tiny", "opensora") else 0.15)
+    assert relative(found, latents) < (0.5 if name in ("tiny", "opensora") else 0.3)
+    assert (relative(found, latents) < 1e-5) == (name in ("pixel", "pca"))
     codec.enable_tiling("auto")
     assert torch.equal(codec.encode(video), latents) and codec.encoding_fingerprint() == fingerprint
 
