@@ -77,6 +77,7 @@ CHANGES = {
     "batch_size": Change(["--batch_size", "1"], ["--num_samples", "2"]),
     "text_states": Change(["--text_states", "states"]),
     "device": Change(["--device", "cpu"]),
+    "codec.tile": Change(["--codec.tile", "128"], ["--height", "132", "--width", "128"]),
     "parallel.sp": Change(["--parallel.sp", "2"]),
     "parallel.grid": Change(["--parallel.grid", "[1, 2]"]),
     "parallel.memory_gib": Change(["--parallel.memory_gib", "1e-9"], ["--parallel.sp", "auto"]),

@@ -100,6 +100,7 @@ CHANGES = {
     "codec.stride": Change(["--codec.stride", "[1, 4, 4]"], PCA),
     "codec.channels": Change(["--codec.channels", "3"], PCA),
     "codec.fit_clips": Change(["--codec.fit_clips", "1"], PCA),
+    "codec.tile": Change(["--codec.tile", "128"], bucket("num_frames: 1, height: 132, width: 128")),
     "text_encoder.name": Change(["--text_encoder.name", "stored"]),
     "text_encoder.path": Change(["--text_encoder.path", "absent"]),
     "text_encoder.subfolder": Change(["--text_encoder.subfolder", "absent"]),
