@@ -93,6 +93,45 @@ def test_equals_one_process(tmp_path: Path, grid: tuple[int, int], cfg: int, cod
     run_on_ranks(prod(grid) * cfg, compare, grid, cfg, tmp_path / "pipeline")
 
 
+def compare_tiles(group: Group, cfg: int, folder: Path) -> None:
+    """In tiles, all ranks get the video of one process, and each decodes some of the tiles."""
+    mesh = build_mesh(SamplingParallelConfig(sp=group.size // cfg, cfg=cfg), torch.device("cpu"))
+    pipe = STDiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.codec.enable_tiling(128)
+    calls, frames, counts = list[int](), [], []
+    decode_parts = pipe.codec._decode_parts
+
+    def count(parts: Any, ends: Any) -> Any:
+        calls.append(1)
+        return decode_parts(parts, ends)
+
+    pipe.codec._decode_parts = count  # type: ignore[method-assign]
+    for one in (Mesh(), mesh):
+        pipe.share(one)
+        result = pipe(
+            ["a red circle", "a blue square"],
+            num_frames=5,
+            height=160,
+            width=136,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(2)],
+            output_type="pt",
+        )
+        frames.append(result.frames)
+        counts.append(len(calls))
+        calls.clear()
+    torch.testing.assert_close(frames[1], frames[0], atol=1e-5, rtol=1e-4)
+    assert counts == [2 * 4, 2 * 4 // group.size], "of 2 videos of 2 x 2 tiles"
+
+
+@pytest.mark.parametrize("ranks, cfg", [(2, 1), (4, 2)])
+def test_ranks_share_the_tiles(tmp_path: Path, ranks: int, cfg: int) -> None:
+    name = "AutoencoderKLWan"
+    config = CodecConfig(name=name, path=str(save_tiny_vae(name, tmp_path / "vae")))
+    tiny_pipeline(tmp_path, build_codec(config)).save_pretrained(tmp_path / "pipeline")
+    run_on_ranks(ranks, compare_tiles, cfg, tmp_path / "pipeline")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample")
@@ -159,6 +198,7 @@ def test_ranks_without_a_prompt_share_the_video(run: Path, tmp_path: Path) -> No
         (["--prompt", "a", "--output", "/dev/null/x"], "cannot be written"),
         (["--prompt", "a", "--parallel.cfg", "2", "--parallel.sp", "2"], "start a multiple of 4"),
         (["--prompt", "a", "--num_frames", "1", "--image", "absent.png"], "absent.png"),
+        (["--prompt", "a", "--codec.tile", "128", "--parallel.memory_gib", "0.01"], "no smaller tile fits"),
     ],
 )
 def test_all_ranks_end_with_one_message(run: Path, flags: list[str], message: str) -> None:
