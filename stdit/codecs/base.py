@@ -25,6 +25,7 @@ from stdit.codecs.loading import (
     read_component,
     write_component,
 )
+from stdit.codecs.memory import decoding_bytes
 from stdit.codecs.placement import execution_device
 from stdit.codecs.tiling import ALONE, WHOLE, Cuts, Part, Ranks, TilePlan, blend, cut, plan_tiles
 from stdit.errors import UserError
@@ -172,8 +173,6 @@ class VideoCodec(ModelMixin):
 
     def decoding_bytes(self, latent_shape: tuple[int, int, int], batch_size: int = 1) -> int:
         """Return the peak bytes of decoding latents of T', H', W' whole: see `stdit.codecs.memory`."""
-        from stdit.codecs.memory import decoding_bytes
-
         key = (latent_shape, batch_size, self.dtype, self.device.type)
         if key not in self._decoding_bytes:
             self._decoding_bytes[key] = decoding_bytes(self, latent_shape, batch_size)

@@ -25,7 +25,7 @@ from stdit.codecs.loading import (
     named_dtype,
     quiet,
 )
-from stdit.codecs.streaming import STREAMS
+from stdit.codecs.streaming import STREAMING
 from stdit.codecs.tiling import Cuts
 from stdit.codecs.vaes import VAES
 from stdit.errors import UserError
@@ -45,7 +45,7 @@ class DiffusersCodec(VideoCodec):
         self.name = type(vae).__name__
         self.vae: Any = vae.eval().requires_grad_(False)
         self.kind = VAES[self.name]
-        self.stream = STREAMS.get(self.name)
+        self.stream = STREAMING.get(self.name)
         self.stride = self.kind.stride(vae)
         self.causal_first_frame = self.kind.causal_first_frame
         self.independent_frames = self.kind.per_frame

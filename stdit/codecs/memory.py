@@ -17,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from stdit.codecs.base import VideoCodec
-
 CHANNEL_BLOCK = 16
 """Channels that the CPU's convolutions of images and videos handle together (oneDNN)."""
 ONEDNN_VALUES = 20480
@@ -27,7 +25,7 @@ _REPLACED = ("forward", "_hf_hook")
 """What accelerate and diffusers set on modules whose weights they offload."""
 
 
-def decoding_bytes(codec: VideoCodec, latent_shape: tuple[int, int, int], batch_size: int = 1) -> int:
+def decoding_bytes(codec: Any, latent_shape: tuple[int, int, int], batch_size: int = 1) -> int:
     """Return the peak bytes that decoding latents takes, all at once; those of the weights are not counted.
 
     Of convolutions it counts what oneDNN's take on a CPU, besides their input and output; those of cuDNN may take
@@ -35,6 +33,7 @@ def decoding_bytes(codec: VideoCodec, latent_shape: tuple[int, int, int], batch_
     meta device.
 
     Args:
+        codec: a `VideoCodec`.
         latent_shape: T', H', W'.
         batch_size: B.
     """

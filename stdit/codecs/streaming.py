@@ -74,7 +74,7 @@ def _kept() -> Any:
     return defaultdict(lambda: None)
 
 
-STREAMS = {
+STREAMING = {
     "AutoencoderKLWan": Stream(lambda vae: vae.decoder.conv_in.out_channels, _wan_features, _wan_decode),
     "AutoencoderKLCogVideoX": Stream(
         lambda vae: vae.config.latent_channels, _cogvideox_features, _cogvideox_decode

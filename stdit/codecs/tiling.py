@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil, prod
 from sys import maxsize
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from stdit.errors import UserError
 from stdit.parallel.sequence.collectives import all_gather
 from stdit.parallel.sequence.group import ONE_RANK, Group
 from stdit.parallel.sequence.planner import format_gib
-
-if TYPE_CHECKING:
-    from stdit.codecs.base import VideoCodec
 
 WHOLE = maxsize
 """As the frames, rows or columns of a tile: all."""
@@ -61,7 +58,21 @@ class Cuts:
         return 4 if self.streams else max(2 * self.overlap, 1)
 
 
-class Span(NamedTuple):
+class Tileable(Protocol):
+    """What plans need of a codec."""
+
+    stride: tuple[int, int, int]
+    """Frames, rows and columns of pixels per latent."""
+
+    @property
+    def cuts(self) -> Cuts: ...
+
+    def decoding_bytes(self, latent_shape: tuple[int, int, int], batch_size: int = 1) -> int: ...
+
+    def feature_bytes(self, latent_shape: Sequence[int]) -> int: ...
+
+
+class Interval(NamedTuple):
     """From ``start`` to ``stop``, which is not included."""
 
     start: int
@@ -71,7 +82,7 @@ class Span(NamedTuple):
         return self.stop - self.start
 
 
-Box = tuple[Span, Span, Span]
+Box = tuple[Interval, Interval, Interval]
 """Frames, rows and columns."""
 
 
@@ -84,9 +95,9 @@ def cut(x: Tensor, box: Box) -> Tensor:
 class Part(NamedTuple):
     """Part of an axis."""
 
-    latents: Span
+    latents: Interval
     """What is decoded."""
-    pixels: Span
+    pixels: Interval
     """What that becomes, without the frames of `context`."""
     context: int = 0
     """Latent frames in front that each become one frame, which is dropped: a causal decoder begins with one."""
@@ -132,7 +143,7 @@ class TilePlan:
     @classmethod
     def of(
         cls,
-        codec: "VideoCodec",
+        codec: Tileable,
         latent_shape: Sequence[int],
         size: Sequence[int],
         tile: tuple[int, int, int],
@@ -148,20 +159,20 @@ class TilePlan:
         per_tile = max(tile[0] // cuts.frames, cuts.fewest)
         context = 0 if cuts.streams else cuts.first
         time = []
-        for start, stop in spread(groups, per_tile, cuts.overlap):
-            latents = Span(
+        for start, stop in intervals(groups, per_tile, cuts.overlap):
+            latents = Interval(
                 cuts.first * (start > 0) + start * cuts.latents - context * (start > 0),
                 min(cuts.first + stop * cuts.latents, frames),
             )
-            pixels = Span(
+            pixels = Interval(
                 cuts.first * (start > 0) + start * cuts.frames, min(cuts.first + stop * cuts.frames, size[0])
             )
             if len(pixels) > 0:
                 time.append(Part(latents, pixels, context * (start > 0)))
         rows, columns = (
             tuple(
-                Part(Span(start, stop), Span(start * stride, min(stop * stride, pixels)))
-                for start, stop in spread(length, max(limit // stride, overlap + 1), overlap)
+                Part(Interval(start, stop), Interval(start * stride, min(stop * stride, pixels)))
+                for start, stop in intervals(length, max(limit // stride, overlap + 1), overlap)
                 if start * stride < pixels
             )
             for length, pixels, limit, stride, overlap in zip(
@@ -222,23 +233,23 @@ def _overlap(stride: int) -> int:
     return ceil(OVERLAP_PIXELS / stride)
 
 
-def spread(length: int, size: int, overlap: int) -> list[Span]:
+def intervals(length: int, size: int, overlap: int) -> list[Interval]:
     """Return spans of one size that cover 0 to ``length``, neighbours of which share at least ``overlap``.
 
     They are as few as ``size`` allows, and then as small as possible. Without an overlap they share nothing, and may
     differ in size by 1.
     """
     if length <= size:
-        return [Span(0, length)]
+        return [Interval(0, length)]
     count = ceil((length - overlap) / (size - overlap))
     if overlap == 0:
-        return [Span(i * length // count, (i + 1) * length // count) for i in range(count)]
+        return [Interval(i * length // count, (i + 1) * length // count) for i in range(count)]
     least = ceil((length + (count - 1) * overlap) / count)
     starts = [i * (length - least) // (count - 1) for i in range(count)]
-    return [Span(start, start + least) for start in starts]
+    return [Interval(start, start + least) for start in starts]
 
 
-def ramps(spans: Sequence[Span]) -> list[Tensor]:
+def ramps(spans: Sequence[Interval]) -> list[Tensor]:
     """Return the weights float32 ``[length]`` of spans that overlap: at each place their sum is 1.
 
     Over the overlap of two they rise and fall linearly.
@@ -259,7 +270,7 @@ def ramps(spans: Sequence[Span]) -> list[Tensor]:
 
 
 def blend(
-    axes: Sequence[Sequence[Span]],
+    axes: Sequence[Sequence[Interval]],
     jobs: Sequence[Sequence[Box]],
     compute: Callable[[int], Iterator[Tensor]],
     into: Tensor,
@@ -291,7 +302,7 @@ def blend(
 
 
 def plan_tiles(
-    codec: "VideoCodec",
+    codec: Tileable,
     latent_shape: Sequence[int],
     size: Sequence[int],
     tile: Tile | None,
@@ -335,7 +346,7 @@ def plan_tiles(
 
 def _fitting(
     tile: Tile,
-    codec: "VideoCodec",
+    codec: Tileable,
     latent_shape: Sequence[int],
     size: Sequence[int],
     memory: int,
@@ -355,7 +366,7 @@ def _fitting(
     return min(fitting, key=lambda plan: plan.work, default=None), plans[0]
 
 
-def tiled_bytes(codec: "VideoCodec", plan: TilePlan, batch_size: int = 1) -> int:
+def tiled_bytes(codec: Tileable, plan: TilePlan, batch_size: int = 1) -> int:
     """Return the peak bytes of decoding by a plan: of the largest tile, and of the video that they become."""
     of_tile = codec.decoding_bytes(plan.latent_shape, batch_size)
     if plan.whole:

@@ -16,7 +16,7 @@ from stdit.codecs import CodecConfig, build_codec
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.diffusers_vae import DiffusersCodec
 from stdit.codecs.pixel import PixelCodec
-from stdit.codecs.tiling import Part, Span, cut, ramps, spread
+from stdit.codecs.tiling import Interval, Part, cut, intervals, ramps
 from stdit.errors import UserError
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae, tiny_opensora_vae
 
@@ -184,7 +184,7 @@ def triangle(parts: Sequence[Part], length: int) -> Tensor:
 def test_spans_cover_an_axis(length: int, size: int, overlap: int) -> None:
     if overlap >= size:
         return
-    spans = spread(length, size, overlap)
+    spans = intervals(length, size, overlap)
     assert spans[0].start == 0 and spans[-1].stop == length and max(map(len, spans)) <= size
     assert all(one.stop - two.start >= overlap for one, two in pairwise(spans))
     assert len(spans) == 1 or len(spans) == ceil((length - overlap) / (size - overlap))
@@ -216,7 +216,7 @@ def test_tiles_equal_a_reference_and_have_no_seams(name: str, folders: dict[str,
     codec.disable_tiling()
     times = plan.time
     if codec.cuts.streams:
-        times = (Part(Span(0, latents.shape[2]), Span(0, SIZE[0])),)
+        times = (Part(Interval(0, latents.shape[2]), Interval(0, SIZE[0])),)
     weights = [triangle(parts, size) for parts, size in zip((times, *plan.axes[1:]), SIZE, strict=True)]
     expected = torch.zeros_like(found)
     for (i, t), (j, h), (k, w) in product(*map(enumerate, (times, *plan.axes[1:]))):
