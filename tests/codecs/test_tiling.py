@@ -137,7 +137,7 @@ def largest_step(video: Tensor) -> float:
 
 # ---- our tiles ----
 
-SIZE = (37, 150, 136)
+SIZE = (37, 136, 136)
 TILE = (32, 128, 128)
 
 

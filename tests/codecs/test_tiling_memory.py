@@ -36,19 +36,21 @@ NARROW: dict[str, dict[str, Any]] = {
     "tiny": {},
 }
 """VAEs of the released kinds, but narrower."""
-SIZE = (37, 136, 136)
+TILES = {"tiny": ((49, 320, 320), (32, 192, 192))}
+"""Sizes of videos and tiles, so that the memory is much more than what a process takes besides."""
 PROGRAM = """
 import sys, torch
 from stdit.codecs.tiling import tiled_bytes
 from tests.codecs.test_memory import peak_resident
-from tests.codecs.test_tiling_memory import SIZE, narrow_codec
+from tests.codecs.test_tiling_memory import TILES, narrow_codec
 
 codec = narrow_codec(sys.argv[1])
-codec.enable_tiling((32, 128, 128))
-latents = torch.randn(1, codec.channels, *codec.latent_shape(*SIZE))
-plan = codec.tile_plan(latents.shape[2:], *SIZE)
+size, tile = TILES.get(sys.argv[1], ((37, 136, 136), (32, 128, 128)))
+codec.enable_tiling(tile)
+latents = torch.randn(1, codec.channels, *codec.latent_shape(*size))
+plan = codec.tile_plan(latents.shape[2:], *size)
 codec.decode(torch.randn(1, codec.channels, *codec.latent_shape(1, 32, 32)))  # libraries are loaded, and more
-print(*plan.counts, tiled_bytes(codec, plan), peak_resident(lambda: codec.decode(latents, *SIZE)))
+print(*plan.counts, tiled_bytes(codec, plan), peak_resident(lambda: codec.decode(latents, *size)))
 """
 
 

@@ -374,6 +374,18 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path):
         STDiTPipeline.from_pretrained(tmp_path)
 
 
+def test_a_codec_keeps_its_tiles(tmp_path):
+    """Also the wrapper of a VAE of diffusers, and when another component is replaced."""
+    name = "AutoencoderKLWan"
+    path = str(save_tiny_vae(name, tmp_path / "vae"))
+    pipe = tiny_pipeline(tmp_path, build_codec(CodecConfig(name=name, path=path, tile=128)))
+    assert pipe.codec.tile == 128 and pipe.codec.vae is pipe.vae
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    assert pipe.codec.tile == 128
+    pipe.vae = build_codec(CodecConfig(name=name, path=path)).vae
+    assert pipe.codec.tile == "auto" and pipe.codec.vae is pipe.vae
+
+
 def test_to_casts_all_but_codecs_of_stdit(tmp_path):
     pipe = tiny_pipeline(tmp_path).to("cpu", torch.bfloat16)
     assert pipe.transformer.dtype == pipe.text_encoder.dtype == torch.bfloat16

@@ -24,11 +24,17 @@ def checkpoint(folder: Path, experiment: dict[str, Any], **meta: Any) -> Path:
 
 def test_what_cannot_change_is_named_with_the_reason(tmp_path: Path) -> None:
     saved = {"model.depth": 2, "seed": 0, "gone": 1, "codec's weights": "a", "text_encoder.name": "t5"}
-    saved |= {"flow.prediction": "velocity", "optimizer.name": "adamw"}
+    saved |= {
+        "flow.prediction": "velocity",
+        "optimizer.name": "adamw",
+        "codec.name": "tiny",
+        "codec.tile": 256,
+    }
     folder = checkpoint(tmp_path, saved)
-    assert check_can_resume(folder, {"model.depth": 2, "new": 3, "seed": 1})["step"] == 5
+    assert check_can_resume(folder, {"model.depth": 2, "new": 3, "seed": 1, "codec.tile": 128})["step"] == 5
     for key, message in {
         "model.depth": "model.depth 2 -> 3 (its weights are of another architecture)",
+        "codec.name": "codec.name tiny -> 3 (its weights were trained on the latents of another codec)",
         "codec's weights": "codec's weights a -> 3 (its weights were trained on the latents of another codec)",
         "text_encoder.name": "text_encoder.name t5 -> 3 (its weights were trained with another text encoder)",
         "flow.prediction": "flow.prediction velocity -> 3 (the output of its weights has another meaning)",
