@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from stdit.codecs import CodecConfig, build_codec
 from stdit.codecs.base import VideoCodec
 from stdit.codecs.diffusers_vae import DiffusersCodec
-from stdit.codecs.memory import StorageCounter, decoding_bytes
+from stdit.codecs.memory import StorageCounter, convolution_workspace, decoding_bytes
 from stdit.codecs.opensora_vae import OpenSoraCodec, OpenSoraVAEConfig
 from stdit.codecs.pca import PCACodec
 from tests.codecs.tiny import TINY_VAES, tiny_opensora_vae
@@ -67,7 +67,7 @@ def test_it_counts_what_real_tensors_take(name: str, dtype: torch.dtype) -> None
 @every_codec
 def test_memory_grows_with_size_and_batch(name: str) -> None:
     codec = codec_of(name)
-    frames, height, width = codec.latent_shape(9, 64, 64)
+    frames, height, width = codec.latent_shape(9, 1024, 1024)  # small ones take more, without oneDNN
     sizes = [(frames, height, width), (frames, 2 * height, width), (frames, 2 * height, 2 * width)]
     needs = [decoding_bytes(codec, size) for size in sizes]
     assert needs[0] < needs[1] < needs[2]
@@ -114,6 +114,14 @@ def test_views_and_weights_do_not_count() -> None:
         assert counter.bytes == 0
         layer.weight.t()
     assert counter.peak == 2 * 8 * 4
+
+
+def test_a_small_convolution_copies_the_values_below_each_output() -> None:
+    """PyTorch computes it without oneDNN; measured with narrow VAEs in tests/codecs/test_tiling_memory.py."""
+    x, weight, out = torch.empty(1, 4, 6, 20, 20), torch.empty(8, 4, 3, 3, 3), torch.empty(1, 8, 4, 18, 18)
+    assert convolution_workspace(x, weight, out) == 4 * 3**3 * (4 * 18 * 18) * 4
+    large = torch.empty(1, 64, 6, 60, 20)
+    assert convolution_workspace(large, torch.empty(64, 64, 3, 3, 3), large) < 3 * large.nbytes
 
 
 WIDE: dict[str, dict[str, Any]] = {
