@@ -172,7 +172,10 @@ class VideoCodec(ModelMixin):
         return plan_tiles(self, latent_shape, size, self.tile, memory - reserved, batch_size)
 
     def decoding_bytes(self, latent_shape: tuple[int, int, int], batch_size: int = 1) -> int:
-        """Return the peak bytes of decoding latents of T', H', W' whole: see `stdit.codecs.memory`."""
+        """Return the peak bytes of decoding latents of T', H', W' whole: see `stdit.codecs.memory`.
+
+        A codec whose `_decode` cannot run on tensors without values overrides this.
+        """
         key = (latent_shape, batch_size, self.dtype, self.device.type)
         if key not in self._decoding_bytes:
             self._decoding_bytes[key] = decoding_bytes(self, latent_shape, batch_size)
@@ -334,7 +337,7 @@ class VideoCodec(ModelMixin):
         features, jobs = self._features(latents), plan.jobs()
 
         def shown(tile: tuple[Part, Part, Part], end: int, video: Tensor) -> Tensor:
-            (time, rows, columns) = tile
+            time, rows, columns = tile
             return (
                 video[:, :, time.context : end, : len(rows.pixels), : len(columns.pixels)]
                 .float()

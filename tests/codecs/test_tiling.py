@@ -18,6 +18,9 @@ from stdit.codecs.diffusers_vae import DiffusersCodec
 from stdit.codecs.pixel import PixelCodec
 from stdit.codecs.tiling import Interval, Part, cut, intervals, ramps
 from stdit.errors import UserError
+from stdit.pipelines.config import SampleConfig
+from stdit.settings import parse
+from stdit.training.config import TrainConfig
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae, tiny_opensora_vae
 
 CODECS = [*TINY_VAES, "opensora", "tiny", "pixel", "pca"]
@@ -307,3 +310,18 @@ def test_no_tile_is_smaller_than_its_overlaps() -> None:
         CodecConfig(tile=(31, 128, 128))
     with pytest.raises(UserError, match=r"codec.tile = \[32, 128, 0\]: .* use at least 128 instead of 0"):
         codec.enable_tiling((32, 128, 0))
+
+
+@pytest.mark.parametrize("config", [SampleConfig, TrainConfig])
+def test_tiles_on_the_command_line(config: Any) -> None:
+    assert parse(config, []).codec.tile == "auto"
+    assert parse(config, ["--codec.tile", "256"]).codec.tile == 256
+    assert parse(config, ["--codec.tile", "[33, 256, 128]"]).codec.tile == (33, 256, 128)
+    for given, message in {
+        "100": "codec.tile = 100: neighbouring tiles share 64 pixels, .* use at least 128 instead of 100",
+        "[8, 256, 256]": r"codec.tile = \[8, 256, 256\]: neighbouring tiles share 16 frames",
+        "big": "codec.tile",
+        "[256, 256]": "codec.tile",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            parse(config, ["--codec.tile", given])
