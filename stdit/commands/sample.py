@@ -7,6 +7,7 @@
     python sample.py --checkpoint outputs/clips --prompt "a wave rises" --segment_prompts "it breaks"
     python sample.py --checkpoint outputs/opensora --config sample/240p-2s --prompt "waves at dusk"
     python sample.py --checkpoint outputs/opensora --list_sizes
+    python sample.py --checkpoint outputs/opensora --dry_run 8 --parallel.sp 4 --resolution 720p --aspect_ratio 16:9
 
 --checkpoint takes a run (its newest complete checkpoint or exported pipeline), one checkpoint of a run, or a
 pipeline folder; without it, the small model that comes with stdit is used. Each video is an .mp4 with its settings
@@ -36,6 +37,10 @@ def main() -> None:
         from stdit.pipelines.sizes import list_sizes
 
         print(list_sizes(config))
+    elif config.dry_run is not False:
+        from stdit.pipelines.dry_run import print_plan
+
+        print_plan(config)
     else:
         from stdit.pipelines.sampling import sample_to_files
 

@@ -103,7 +103,7 @@ class BroadcastCall:
     """By the number of the block and that of the chunk in which it runs."""
     _chunks: Counter[int] = field(default_factory=Counter)
 
-    def output(self, number: int, kind: str) -> Output:
+    def output(self, number: int, kind: str) -> Kept:
         """Return how the next run of a block, or of a chunk of its tokens, gets its outputs.
 
         Args:

@@ -431,6 +431,9 @@ class SampleConfig(PromptSettings):
     calibrate: bool = False
     """Instead of writing videos, make them with several thresholds of cache, and print what each saves and changes; a
     few prompts are enough."""
+    dry_run: bool | int = False
+    """true: print the model calls, the bytes that processes send and the memory that the videos take, and stop; no
+    prompt is needed. A number: as if this many processes were started."""
     list_sizes: bool = False
     """Print the named sizes and lengths for this checkpoint, and exit."""
 
@@ -451,6 +454,12 @@ class SampleConfig(PromptSettings):
             raise UserError(
                 "calibrate tries thresholds of cache one after the other: leave cache and pab out beside it."
             )
+        if type(self.dry_run) is int and not 1 <= self.dry_run <= MAX_DIMENSION:
+            raise UserError(
+                f"dry_run = {self.dry_run}: must be true, or a number of processes from 1 to {MAX_DIMENSION}."
+            )
+        if self.calibrate and self.dry_run is not False:
+            raise UserError("calibrate makes videos and dry_run makes none: leave one of them out.")
         if self.resolution is not None and self.height is not None:
             raise UserError("both resolution and height/width are set: remove one of them.")
         if self.aspect_ratio is not None and self.resolution is None:

@@ -21,6 +21,11 @@ from stdit.parallel.sequence.sharding import TokenSharding
 from stdit.pipelines.model_calls import ModelCalls
 
 
+def rows_name(halves: int) -> str:
+    """Return the name of model calls with these halves of guidance: `AttentionBroadcast` keeps each for itself."""
+    return "cond" if halves == 1 else "uncond_cond"
+
+
 @dataclass
 class GuidedModel:
     """A model and the inputs that it has in all steps of a call."""
@@ -107,8 +112,7 @@ class GuidedModel:
             text = {name: rows[places] for name, rows in text.items()}
         if self.takes_scale:
             self.shared["guidance"] = torch.full((1,), scale, device=x_t.device)
-        cache = "cond" if halves == 1 else "uncond_cond"
-        found = self.predict(x_t.repeat(times, 1, 1, 1, 1), t.repeat(times, 1), text, cache)
+        found = self.predict(x_t.repeat(times, 1, 1, 1, 1), t.repeat(times, 1), text, rows_name(halves))
         if times < halves:
             found = all_gather(found, self.cfg, 0, [len(x_t)] * 2)
         return found.unflatten(0, (halves, -1))

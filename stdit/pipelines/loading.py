@@ -64,6 +64,44 @@ def load_codec(source: CheckpointSource) -> Any:
     return _load_codec(_run_of(source), read_meta(source.path))
 
 
+def load_skeleton(source: CheckpointSource) -> Any:
+    """Load an `STDiTPipeline` with its codec, a model without weights (on the meta device), and no text encoder."""
+    from stdit.codecs.loading import explain_load_errors, local_weights, quiet
+    from stdit.models.config import STDiTConfig
+    from stdit.models.size import meta_model
+    from stdit.pipelines.pipeline import STDiTPipeline
+
+    transformer = meta_model(STDiTConfig.read(model_settings(source)))
+    if not source.is_pipeline:
+        run, meta = _run_of(source), read_meta(source.path)
+        return _assemble(meta, transformer, _load_codec(run, meta), None)
+    with explain_load_errors("the pipeline", local_weights(source.path)), quiet("diffusers"):
+        return STDiTPipeline.from_pretrained(
+            source.path, transformer=transformer, text_encoder=None, tokenizer=None
+        )
+
+
+def text_encoder_bytes(source: CheckpointSource) -> int:
+    """Return the bytes of the weights of a source's text encoder, which are not read; 0 if they are on the hub."""
+    from stdit.codecs.config import TextEncoderConfig
+    from stdit.codecs.transformers_text import minilm_folder
+
+    folder = (source.path if source.is_pipeline else _run_of(source)) / "text_encoder"
+    if (file := folder / "text_encoder.json").is_file():
+        used = read_json(file, "a text encoder")
+    elif folder.is_dir():
+        used = {}
+    else:
+        used = read_meta(source.path).get("config", {}).get("text_encoder", {})
+        folder = Path(used.get("path") or folder) / (used.get("subfolder") or "")
+    if used.get("name") == "stored":
+        return 0
+    files = list(folder.expanduser().glob(f"*{WEIGHTS}"))
+    if not files and not used.get("path") and used.get("name", TextEncoderConfig.name) == "minilm":
+        files = list(minilm_folder().glob(f"*{WEIGHTS}"))  # a package has them
+    return sum(file.stat().st_size for file in files)
+
+
 def model_settings(source: CheckpointSource) -> dict[str, Any]:
     """Return the settings of a source's STDiT; its weights are not read."""
     return read_json(
@@ -97,9 +135,6 @@ def check_text_states(folder: str, texts: Iterable[str], source: CheckpointSourc
 
 
 def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | None) -> tuple[Any, str]:
-    from stdit.diffusion.config import PREDICTIONS, FlowConfig
-    from stdit.diffusion.scheduler import RectifiedFlow
-    from stdit.pipelines.pipeline import STDiTPipeline
     from stdit.pipelines.weights import load_transformer
 
     run, meta = _run_of(source), read_meta(source.path)
@@ -111,12 +146,21 @@ def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | Non
             f"text_states = {text_states}: these states are not of the encoder that {run} was trained with: "
             "encode the prompts with that one."
         )
+    return _assemble(meta, transformer, _load_codec(run, meta), text_encoder), weights_hash(meta, used)
+
+
+def _assemble(meta: dict[str, Any], transformer: Any, codec: Any, text_encoder: Any) -> Any:
+    """Return the pipeline of a checkpoint with this manifest."""
+    from stdit.diffusion.config import PREDICTIONS, FlowConfig
+    from stdit.diffusion.scheduler import RectifiedFlow
+    from stdit.pipelines.pipeline import STDiTPipeline
+
     config = meta.get("config", {})
     flow = config.get("flow", {})
     PREDICTIONS.check(flow.get("prediction", FlowConfig.prediction), config.get("imports") or ())
-    pipe = STDiTPipeline(
+    return STDiTPipeline(
         transformer=transformer,
-        vae=_load_codec(run, meta),
+        vae=codec,
         text_encoder=text_encoder,
         tokenizer=None,
         scheduler=RectifiedFlow(),
@@ -125,7 +169,6 @@ def _from_checkpoint(source: CheckpointSource, ema: bool, text_states: str | Non
         lineage=meta.get("lineage", []),
         **meta.get("pipeline", {}),
     )
-    return pipe, weights_hash(meta, used)
 
 
 def weights_hash(meta: dict[str, Any], part: str) -> str:

@@ -21,6 +21,28 @@ THRESHOLDS = {"slow": 0.02, "fast": 0.06}
 ALIGNED = 4
 """After skipped steps a video is computed again at a multiple of this step, or of a smaller power of two, so that the
 videos of a batch share model calls."""
+NEEDED = 3
+"""Computed velocities, each at another level, before the error of the next one is known."""
+
+
+def always_computed(levels: Sequence[float], halves: Sequence[Sequence[object]]) -> list[bool]:
+    """Return which steps `OutputCache` computes whatever its threshold is.
+
+    The first and the last, and those of which a half of guidance has fewer than three earlier levels.
+
+    Args:
+        levels: noise levels of the steps, and the last one, 0.
+        halves: of each step; those of a model that takes the scale as an input are others after it has changed.
+    """
+    last = len(levels) - 2
+    seen: dict[object, list[float]] = {}
+    computed = []
+    for step, (level, own) in enumerate(zip(levels, halves, strict=False)):
+        earlier = [seen.setdefault(half, []) for half in own]
+        computed.append(not 0 < step < last or any(len(one) < NEEDED for one in earlier))
+        for one in earlier:
+            one += [level] if level not in one else []
+    return computed
 
 
 class History:
@@ -43,7 +65,9 @@ class History:
     def error(self, sigma: float) -> Tensor:
         """Return the expected error ``[B]`` of extrapolation to a level; infinite where it is not known."""
         distances = (sigma - self.levels).abs()
-        known = (self.count > 2) & (distances[0] > 0)  # a second velocity at one level is for another sample
+        known = (self.count >= NEEDED) & (
+            distances[0] > 0
+        )  # a second velocity at one level is for another sample
         return torch.where(known, self.bend * distances.prod(0), torch.inf)
 
     def extrapolate(self, sigma: float) -> Tensor:

@@ -27,7 +27,6 @@ from stdit.codecs.text import TextEncoder
 from stdit.codecs.tiling import Ranks, TilePlan
 from stdit.diffusion.config import FlowConfig, flow_config, flow_settings
 from stdit.diffusion.flow import FlowObjective, per_frame
-from stdit.diffusion.scheduler import SOLVERS, set_flow_timesteps
 from stdit.errors import UserError
 from stdit.lora.files import check_adapter, local_adapter, pipeline_state
 from stdit.models.stdit import STDiT
@@ -51,7 +50,6 @@ from stdit.pipelines.config import (
     check_keywords,
     check_recorded,
     check_scales,
-    guides_refinement,
     list_settings,
     video_settings,
 )
@@ -69,6 +67,7 @@ from stdit.pipelines.inputs import (
 )
 from stdit.pipelines.model_calls import ModelCalls
 from stdit.pipelines.output_cache import THRESHOLDS, OutputCache
+from stdit.pipelines.schedule import Schedule
 from stdit.pipelines.steps import BroadcastSteps, EveryStep
 from stdit.pipelines.text_rows import encode_texts, repeated, repeated_states, text_rows
 
@@ -453,20 +452,11 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         shape = (self.codec.channels, *self.codec.latent_shape(num_frames, height, width))  # [C T H W]
         if latents is not None:
             check_latents(latents, (len(generators), *shape))
-        shift = self.flow.size_shift(shape[1], height, width) if video["shift"] is None else video["shift"]
-        scheduler = self.scheduler if video["solver"] is None else SOLVERS[video["solver"]]()
-        set_flow_timesteps(scheduler, int(video["num_inference_steps"]), shift, device)
-        sigmas = scheduler.sigmas.to(device)
+        schedule = Schedule.of(video, shape[1], self.flow, self.scheduler, takes, device)
+        scheduler, guided = schedule.scheduler, schedule.guided
         self._guidance_scale, self._attention_kwargs = float(video["guidance_scale"]), attention_kwargs
         self._interrupt, self._num_timesteps = False, len(scheduler.timesteps)
         scale_of_step = partial(guidance_scale_of_step, settings=video)
-        scales = [
-            scale_of_step(self._guidance_scale, sigma, step // scheduler.order)
-            for step, sigma in enumerate(sigmas[:-1].tolist())
-        ]
-        if takes is not None:
-            check_scales(scales, takes)
-        guided = takes is None and (any(scale != 1 for scale in scales) or guides_refinement(video))
         embeds = self.encode_prompt(
             prompts,
             negatives,
@@ -500,6 +490,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if latents is None:
             latents = torch.stack([draw_noise(shape, one) for one in generators])
         noise = latents.to(device, torch.float32)
+        sigmas = scheduler.sigmas.to(device)
         conditioned, max_noise_level = self.prepare_conditions(noise, frame_conditions, video, sigmas)
         steps = self._plan_steps(model, video, scheduler, max_noise_level)
         try:
@@ -808,6 +799,12 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             latents = torch.where(t > 0, (estimates[0] + estimates[1]) / 2, latents)
         return latents
 
+    @property
+    def decodes_alone(self) -> bool:
+        """Whether each rank decodes its own frames: the codec can decode them without the others."""
+        # A later part of causal latents would be decoded as if it began with the first frame.
+        return self.codec.independent_frames and not self.codec.causal_first_frame
+
     def decode_latents(
         self,
         latents: Tensor,
@@ -825,7 +822,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         codec, ranks, size = self.codec, Ranks(self.mesh.sp, self.mesh.cfg), (num_frames, height, width)
         plan = self.decoding_plan(latents.shape[0], (latent_frames, *latents.shape[3:]), *size)
         # A later part of causal latents would be decoded as if it began with the first frame.
-        alone = plan.whole and codec.independent_frames and not codec.causal_first_frame
+        alone = plan.whole and self.decodes_alone
         if not alone:
             latents = sharding.gather(latents, 2, latent_frames)
             videos = [codec.decode(one[None], *size, plan, ranks) for one in latents]

@@ -60,6 +60,14 @@ class Request:
     extra: dict[str, str] = field(default_factory=dict)
     """Columns of the prompts file that are no settings; written to the metadata."""
 
+    def shared(self) -> tuple[object, ...]:
+        """Return what the requests of a batch have in common."""
+        return self.settings, self.segments, self.loras
+
+    def texts(self) -> tuple[str, ...]:
+        """Return the texts that are encoded."""
+        return self.prompt, *self.segment_prompts, self.negative_prompt or self.prompt
+
     def all_conditions(self) -> list[FrameCondition]:
         """Return the image, as a condition on frame 0, and the conditions."""
         return [*([] if self.image is None else [FrameCondition(self.image, 0, 1)]), *self.conditions]
@@ -183,6 +191,8 @@ def _read_prompt_lines(config: SampleConfig) -> list[PromptLine]:
         raise UserError("both prompt and prompts are set: remove one of them.")
     if config.prompts is not None:
         return read_prompts(config.prompts)
+    if config.dry_run is not False and not config.prompt:
+        return [PromptLine(prompt="any")]
     if not config.prompt or not all(text.strip() for text in config.prompt):
         raise UserError(
             'no prompt, or an empty one: add --prompt "..." or --prompts FILE (.txt, .csv or .jsonl).'

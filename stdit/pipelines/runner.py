@@ -57,7 +57,7 @@ def sample_rounds(
     Each round yields its videos, in order, on the first rank, and an empty list on the others. The pipeline must
     already be shared with the mesh (`STDiTPipeline.share`).
     """
-    batches = list(_batches(requests, min(batch_size, math.ceil(len(requests) / mesh.dp))))
+    batches = batches_of(requests, batch_size, mesh.dp)
     for start in range(0, len(batches), mesh.dp):
         in_round = batches[start : start + mesh.dp]
         before = sum(map(len, batches[:start]))
@@ -67,22 +67,20 @@ def sample_rounds(
         yield [video for of_rank in mesh.gather_on_main(videos) for video in of_rank]
 
 
-def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
-    """Yield runs of consecutive requests with equal settings, segments and adapters, at most ``batch_size`` long."""
-    batch: list[Request] = []
+def batches_of(requests: Sequence[Request], batch_size: int, dp: int) -> list[list[Request]]:
+    """Return runs of consecutive requests with equal settings, segments and adapters, at most ``batch_size`` long.
+
+    Args:
+        dp: ranks that make a batch each at the same time: batches are smaller if that leaves none of them without.
+    """
+    longest = min(batch_size, math.ceil(len(requests) / dp))
+    batches: list[list[Request]] = []
     for request in requests:
-        alike = not batch or _shared(request) == _shared(batch[0])
-        if len(batch) == batch_size or not alike:
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch
-
-
-def _shared(request: Request) -> tuple[object, ...]:
-    """Return what the requests of a batch have in common."""
-    return request.settings, request.segments, request.loras
+        alike = batches and request.shared() == batches[-1][0].shared()
+        if not alike or len(batches[-1]) == longest:
+            batches.append([])
+        batches[-1].append(request)
+    return batches
 
 
 def _sample_batch(pipe: STDiTPipeline, batch: Sequence[Request], label: str) -> list[SampledVideo]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import stdit
-from stdit.errors import UserError
 from stdit.lora.header import read_header
 from stdit.pipelines.bundled import describe_origin
 from stdit.pipelines.config import SampleConfig
@@ -31,7 +30,6 @@ from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
 from stdit.pipelines.writer import VideoWriter, check_writable
 
 if TYPE_CHECKING:
-    from stdit.models.stdit import STDiT
     from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
 
@@ -52,7 +50,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     codec = load_codec(source) if any(request.segments.count > 1 for request in requests) else None
     recorded = pipeline_settings(source)
     check_requests(requests, recorded, codec, model_settings(source).get("guidance_range"))
-    texts = [text for r in requests for text in (r.prompt, *r.segment_prompts, r.negative_prompt or r.prompt)]
+    texts = [text for request in requests for text in request.texts()]
     if config.text_states is not None:
         check_text_states(config.text_states, texts, source)
 
@@ -61,6 +59,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     from stdit.parallel.processes.mesh import build_mesh
     from stdit.pipelines.calibration import calibrate
     from stdit.pipelines.loras import check_loras, use_loras
+    from stdit.pipelines.precision import cast
     from stdit.pipelines.runner import sample_rounds
     from stdit.pipelines.speed import describe_dtype
 
@@ -77,7 +76,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh.on_all_ranks(lambda: pipe.prompt_encoder.check(texts))
     mesh.check_same("the model", weights)
     mesh.on_all_ranks(lambda: use_loras(pipe, loras, config.lora_other_base))  # before anything is made
-    _cast(pipe.to(device).transformer, config.dtype)
+    cast(pipe.to(device).transformer, config.dtype)
     if config.resolution is not None:  # named sizes depend on the codec and the patch size
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     mesh = _share(pipe, requests, config, mesh)
@@ -160,9 +159,8 @@ def _share(pipe: "STDiTPipeline", requests: list[Request], config: SampleConfig,
     from stdit.parallel.processes.mesh import resolve_sp
     from stdit.pipelines.workload import SamplingWorkload
 
-    settings = [request.settings.resolved(pipe.config) for request in requests]
-    workload = SamplingWorkload(pipe, settings, config)
     memory = memory_of_process(mesh.device, config.parallel.memory_gib)
+    workload = SamplingWorkload(pipe, requests, config, memory_of_process=memory)
     mesh = resolve_sp(mesh, config.parallel, lambda: workload.choose_sp(mesh.world_size, memory))
     pipe.share(mesh)
     if mesh.is_main:
@@ -207,18 +205,3 @@ def _warn_if_padded(pipe: "STDiTPipeline", requests: Iterable[Request]) -> None:
                 "row or column repeated; its metadata says so",
                 *(height, width, width + width % 2, height + height % 2),
             )
-
-
-def _cast(transformer: "STDiT", name: str) -> None:
-    """Give a model the precision of ``dtype``. Raises UserError if it is quantised, and computes in another one."""
-    import torch
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    if not getattr(transformer, "is_quantized", False):
-        for path, parameter in transformer.named_parameters():
-            if not set(transformer._keep_in_fp32_modules) & set(path.split(".")):  # as from_pretrained
-                parameter.data = parameter.data.to(dtype)
-    elif transformer.dtype != dtype:
-        raise UserError(
-            f"dtype = {name}: the transformer is quantised and computes in {transformer.dtype}: set dtype to that."
-        )

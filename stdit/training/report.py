@@ -14,6 +14,7 @@ from stdit.errors import UserError
 from stdit.parallel.processes.memory import memory_of_process
 from stdit.parallel.processes.mesh import runs_on_cpu
 from stdit.parallel.sequence.planner import (
+    MIB,
     ParallelDims,
     Workload,
     balance,
@@ -30,7 +31,6 @@ from stdit.training.memory_config import check_processes
 from stdit.training.memory_estimate import MemoryEstimate
 from stdit.training.run_folder import find_start
 
-MIB = 2**20
 _WORLD_SIZES = (1, 2, 4, 8)
 """Numbers of processes to compare if a single one was started."""
 _COLUMNS = ("processes", "sp", "dp", "grid", "frames", "patches", "balance", "sent MB", "memory GiB")

@@ -69,9 +69,11 @@ def test_memory_grows_with_size_and_batch(name: str) -> None:
     codec = codec_of(name)
     frames, height, width = codec.latent_shape(9, 1024, 1024)  # small ones take more, without oneDNN
     sizes = [(frames, height, width), (frames, 2 * height, width), (frames, 2 * height, 2 * width)]
-    needs = [decoding_bytes(codec, size) for size in sizes]
+    needs = [
+        decoding_bytes(codec, size, 2) for size in sizes
+    ]  # a single small input is convolved in another way
     assert needs[0] < needs[1] < needs[2]
-    assert needs[0] < decoding_bytes(codec, sizes[0], 2) <= 2.1 * needs[0]
+    assert needs[0] < decoding_bytes(codec, sizes[0], 4) <= 2.1 * needs[0]
 
 
 @pytest.mark.parametrize("name", [*TINY_VAES, "opensora"])

@@ -78,6 +78,7 @@ CHANGES = {
     "text_states": Change(["--text_states", "states"]),
     "device": Change(["--device", "cpu"]),
     "codec.tile": Change(["--codec.tile", "128"], ["--height", "132", "--width", "128"]),
+    "dry_run": Change(["--dry_run"]),
     "parallel.sp": Change(["--parallel.sp", "2"]),
     "parallel.grid": Change(["--parallel.grid", "[1, 2]"]),
     "parallel.memory_gib": Change(["--parallel.memory_gib", "1e-9"], ["--parallel.sp", "auto"]),

@@ -11,9 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from stdit.parallel.sequence.layouts import Grid, Layout, Tokens, even_sizes
-from stdit.parallel.sequence.stages import Costs, Speeds, Stage, choose_grid, grids, plan_stages, ulysses_size
+from stdit.parallel.sequence.stages import (
+    Costs,
+    Speeds,
+    Stage,
+    choose_grid,
+    grids,
+    plan_stages,
+    switched_for_attention,
+    ulysses_size,
+)
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 FLOAT32_BYTES = 4
 
 
@@ -72,6 +81,8 @@ class ParallelDims:
     """How those ranks divide time and space; None: as is fastest for a video."""
     speeds: Speeds = Speeds()
     """What a rank computes and sends, for that choice."""
+    keeps_attention: bool = False
+    """Whether later sampling steps use attention again: see `switched_for_attention`."""
 
     @property
     def dp(self) -> int:
@@ -89,7 +100,8 @@ class ParallelDims:
     def stages(self, load: Workload) -> Sequence[Stage]:
         """Return in which layout each block runs."""
         costs = self._costs(load)
-        return plan_stages(self.grid_of(load), load.frames, load.patches, load.kinds, costs).stages
+        stages = plan_stages(self.grid_of(load), load.frames, load.patches, load.kinds, costs).stages
+        return switched_for_attention(stages) if self.keeps_attention and not costs.halo else stages
 
     def _costs(self, load: Workload) -> Costs:
         most = max(self.clips(load))

@@ -6,7 +6,7 @@ Letters: B clips, T frames of tokens, S tokens of a frame, D width, N ranks that
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -69,9 +69,13 @@ def estimate_traffic(load: Workload, dims: ParallelDims, rank: int) -> Sent:
     return sum((sent[count].times(count).often(number) for count, number in clips.items()), NOTHING)
 
 
-def sent_for_a_clip(load: Workload, dims: ParallelDims, rank: int) -> Sent:
+Reused = Mapping[str, Collection[str]]
+"""By the letter of a block, parts of it of which the output of an earlier step is used (`stdit.models.broadcast`)."""
+
+
+def sent_for_a_clip(load: Workload, dims: ParallelDims, rank: int, reused: Reused | None = None) -> Sent:
     """Return what one rank of those that share a clip sends for it, in a forward and a backward pass."""
-    return sum((exchange.sent for exchange in exchanges_of_a_clip(load, dims, rank)), NOTHING)
+    return sum((exchange.sent for exchange in exchanges_of_a_clip(load, dims, rank, reused)), NOTHING)
 
 
 class Exchange(NamedTuple):
@@ -82,7 +86,9 @@ class Exchange(NamedTuple):
     sent: Sent
 
 
-def exchanges_of_a_clip(load: Workload, dims: ParallelDims, rank: int) -> Iterator[Exchange]:
+def exchanges_of_a_clip(
+    load: Workload, dims: ParallelDims, rank: int, reused: Reused | None = None
+) -> Iterator[Exchange]:
     """Yield what one rank of those that share a clip sends for it, in a forward and a backward pass."""
     grid, stages, size = dims.grid_of(load), dims.stages(load), load.element_size
     first = first_layout(stages[0])
@@ -91,7 +97,8 @@ def exchanges_of_a_clip(load: Workload, dims: ParallelDims, rank: int) -> Iterat
     yield Exchange(_ranks(grid, rank, first, stages[0].layout), redistribution(source, target, rank, token))
     modes = (load.saved,) * len(stages) if isinstance(load.saved, str) else load.saved
     for (stage, mode), count in Counter(zip(stages, modes, strict=True)).items():
-        for ranks, sent in exchanges_in_block(load, grid, stage, rank):
+        again = (reused or {}).get(stage.kind, ())
+        for ranks, sent in exchanges_in_block(load, grid, stage, rank, again):
             yield Exchange(ranks, (sent.repeated() if mode == "recompute" else sent).often(count))
     for (stage, layout), count in Counter((one, two.layout) for one, two in pairwise(stages)).items():
         sent = _sent_after(load, dims, stage, dims.tokens(load, layout), rank, token).often(count)
@@ -121,10 +128,28 @@ def _sent_after(
     )
 
 
-def exchanges_in_block(load: Workload, grid: Grid, stage: Stage, rank: int) -> Iterator[Exchange]:
-    """Yield what a rank sends for attention and convolution of a block, for a clip."""
+def exchanges_in_block(
+    load: Workload, grid: Grid, stage: Stage, rank: int, reused: Collection[str] = ()
+) -> Iterator[Exchange]:
+    """Yield what a rank sends for attention and convolution of a block, for a clip.
+
+    Args:
+        reused: parts of the block that are not computed.
+    """
     if not stage.reaches_others:
         return
+    if "attention" not in reused:
+        yield from _exchanges_for_tokens(load, grid, stage, rank)
+    if load.convolves and "mlp" not in reused:
+        tokens = grid.tokens(stage.layout, load.frames, load.patches)
+        frames = 0 if stage.kind == "S" else 1
+        wide = with_halo(tokens, frames, load.columns + 1, load.frames, load.patches)
+        ranks = grid.row(rank) if stage.kind == "S" else tuple(range(grid.size))
+        yield Exchange(ranks, redistribution(tokens, wide, rank, load.width * load.element_size))
+
+
+def _exchanges_for_tokens(load: Workload, grid: Grid, stage: Stage, rank: int) -> Iterator[Exchange]:
+    """Yield what a rank sends for the self-attention of a block, for a clip."""
     tokens, size = grid.tokens(stage.layout, load.frames, load.patches), load.element_size
     heads = load.width // load.head_size
     of_stage = grid.row(rank) if stage.kind == "S" else tuple(range(grid.size))
@@ -135,12 +160,13 @@ def exchanges_in_block(load: Workload, grid: Grid, stage: Stage, rank: int) -> I
     elif stage.kind == "J":
         lengths = [each.size for each in tokens]
         yield from exchanges_for_attention(lengths, of_stage, rank, heads, load.head_size, size)
+    elif stage.kind == "T":  # its attention alone is switched, there and back
+        frames = grid.tokens("space", load.frames, load.patches)
+        ranks = _ranks(grid, rank, stage.layout, "space")
+        for source, target in ((tokens, frames), (frames, tokens)):
+            yield Exchange(ranks, redistribution(source, target, rank, load.width * size))
     else:
         yield from exchanges_for_states(load, grid, stage, rank)
-    if load.convolves:
-        frames = 0 if stage.kind == "S" else 1
-        wide = with_halo(tokens, frames, load.columns + 1, load.frames, load.patches)
-        yield Exchange(of_stage, redistribution(tokens, wide, rank, load.width * size))
 
 
 def redistribution(source: Sequence[Tokens], target: Sequence[Tokens], rank: int, token: int) -> Sent:
