@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
+from sys import maxsize
 from typing import Any, Self
 
 import torch
@@ -167,7 +168,9 @@ class VideoCodec(ModelMixin):
         if any(want > have for want, have in zip(size, whole, strict=True)):
             raise ValueError(f"these latents decode to {whole} frames, rows and columns, fewer than {size}")
         memory = self.tile_memory
-        if memory is None:
+        if self.tile is None:  # whole, whatever there is
+            memory = maxsize
+        elif memory is None:
             memory = ranks.smallest(free_memory(self.device), self.device)
         return plan_tiles(self, latent_shape, size, self.tile, memory - reserved, batch_size)
 

@@ -167,7 +167,7 @@ class TilePlan:
             pixels = Interval(
                 cuts.first * (start > 0) + start * cuts.frames, min(cuts.first + stop * cuts.frames, size[0])
             )
-            if len(pixels) > 0:
+            if len(pixels) > 0 or start == 0:  # a rank may have no frames
                 time.append(Part(latents, pixels, context * (start > 0)))
         rows, columns = (
             tuple(
@@ -321,20 +321,18 @@ def plan_tiles(
     Raises:
         UserError: if no tile fits in memory, or not the one that is asked for; says which one does.
     """
-    whole = TilePlan.of(codec, latent_shape, size, (WHOLE,) * 3)
-    if tile is None or (tile == "auto" and batch_size * prod(size) * MOST_BYTES_PER_PIXEL <= memory):
-        return whole
-
     video = codec, latent_shape, size, memory, batch_size
-    found, smallest = _fitting(tile, *video)
-    if found is not None:
+    found = best_plan(tile, *video)
+    if found.whole and (tile is None or batch_size * prod(size) * MOST_BYTES_PER_PIXEL <= memory):
         return found
-    needed = tiled_bytes(codec, smallest, batch_size)
+    needed = tiled_bytes(codec, found, batch_size)
+    if needed <= memory:
+        return found
     others = (side for side in AUTO_SIZES[1:] if tile != "auto" and _fitting(side, *video)[0] is not None)
     other = next(others, None)
     raise UserError(
         f"codec.tile = {list(tile) if isinstance(tile, tuple) else tile}: to decode {_by(size)} (frames, rows, "
-        f"columns) in tiles of {_by(smallest.pixel_shape)} needs {format_gib(needed)} GiB of memory, and "
+        f"columns) in tiles of {_by(found.pixel_shape)} needs {format_gib(needed)} GiB of memory, and "
         f"{format_gib(max(memory, 0))} GiB is free: "
         + (
             "no smaller tile fits, either: free memory, or make a smaller or shorter video."
@@ -342,6 +340,21 @@ def plan_tiles(
             else f"use {other}, which fits, or auto."
         )
     )
+
+
+def best_plan(
+    tile: Tile | None,
+    codec: Tileable,
+    latent_shape: Sequence[int],
+    size: Sequence[int],
+    memory: int,
+    batch_size: int = 1,
+) -> TilePlan:
+    """Return the tiles of `plan_tiles`; if none fit in memory, those that take the least."""
+    if tile is None or (tile == "auto" and batch_size * prod(size) * MOST_BYTES_PER_PIXEL <= memory):
+        return TilePlan.of(codec, latent_shape, size, (WHOLE,) * 3)
+    found, smallest = _fitting(tile, codec, latent_shape, size, memory, batch_size)
+    return smallest if found is None else found
 
 
 def _fitting(
@@ -373,6 +386,16 @@ def tiled_bytes(codec: Tileable, plan: TilePlan, batch_size: int = 1) -> int:
         return of_tile
     features = codec.feature_bytes([parts[-1].latents.stop for parts in plan.axes])
     return of_tile + batch_size * (4 * 3 * prod(plan.size) + features)
+
+
+def sent_bytes(plan: TilePlan, sp: int, cfg: int, rank: int) -> int:
+    """Return the bytes that a rank of ``sp``, in the first of ``cfg`` rows, sends to decode a video by a plan."""
+    values = [sum(3 * prod(len(part.pixels) for part in tile) for tile in job) for job in plan.jobs()]
+    sent = 0
+    for begin in range(0, len(values), sp * cfg):
+        row = values[begin : begin + sp]
+        sent += (sp - 1) * sum(row[rank : rank + 1]) + (cfg - 1) * sum(row)
+    return 4 * sent  # float32
 
 
 def _by(numbers: Sequence[int]) -> str:

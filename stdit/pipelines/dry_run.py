@@ -174,7 +174,8 @@ def _memory_lines(workload: SamplingWorkload, split: ParallelDims, memory: int) 
         in_steps = workload.in_steps(videos, split)
         yield f"  and in the steps of {videos.size}, {_mib(sum(in_steps.values()))}: {_held(in_steps)}"
         in_decoding = workload.in_decoding(videos, split)
-        _, way = workload.decoding(videos, split)
+        plan = workload.tiles(videos, split)
+        way = "whole" if plan.whole else f"in {plan}"
         yield f"  or decoding them {way}, {_mib(sum(in_decoding.values()))}: {_held(in_decoding)}"
     if total <= memory:
         yield f"it fits: about {_mib(total)} of {_mib(memory)} MiB"
@@ -193,7 +194,7 @@ def _way_out(workload: SamplingWorkload, split: ParallelDims, memory: int) -> st
     for sp in _MORE_RANKS:
         if sp > split.sp and alone.total(alone.split(max(split.processes, sp) * cfg, sp)) <= memory:
             return f"use --parallel.sp {sp}" + (" --batch_size 1" if batch > 1 else "")
-    decoding = max(alone.decoding(videos, split)[0] for videos in workload.videos)
+    decoding = max(alone.decoding(videos, split) for videos in workload.videos)
     if sum(workload.weights().values()) + decoding > memory:
         return f"decoding one video takes {_mib(decoding)} MiB: use fewer frames or a smaller size"
     return "use fewer frames or a smaller size"

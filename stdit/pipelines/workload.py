@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import ceil, prod
+from sys import maxsize
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stdit.codecs.base import VideoCodec
-from stdit.codecs.memory import decoding_bytes
+from stdit.codecs.tiling import TilePlan, best_plan, sent_bytes, tiled_bytes
 from stdit.models.broadcast import Ranges
 from stdit.models.config import STDiTConfig
 from stdit.models.size import batch_load, tensor_bytes
@@ -82,11 +82,6 @@ class SentBytes(NamedTuple):
         return self.segments * (sum(self.steps) + self.refinement + self.decoding)
 
 
-def plan_decoding(codec: VideoCodec, latent_shape: tuple[int, int, int], memory: int) -> tuple[int, str]:
-    """Return the bytes that decoding a video takes if a process may use ``memory`` bytes, and how it is decoded."""
-    return decoding_bytes(codec, latent_shape), "whole"
-
-
 @dataclass
 class SamplingWorkload:
     """The videos that a pipeline will generate, and what they take. The pipeline's weights are not used."""
@@ -96,7 +91,7 @@ class SamplingWorkload:
     config: SampleConfig
     other_weights: Mapping[str, int] = field(default_factory=dict)
     """Bytes of weights that the pipeline does not hold yet, by what they are."""
-    memory_of_process: int = 0
+    memory_of_process: int = maxsize
     """Bytes that a process may use, on which it may depend how videos are decoded."""
     _known: dict[str, Any] = field(default_factory=dict)
 
@@ -236,11 +231,13 @@ class SamplingWorkload:
         ]
         whole = replace(dims, keeps_attention=False)
         refinement = sum(step(scale, whole, {}) for scale in schedule.refinement)
-        decoding = other_rows * (
-            self._frames_of(videos, load, dims, rank) * self.pipe.codec.stride[0] * _frame_bytes(videos)
-            if self.pipe.decodes_alone
-            else latents
-        )
+        plan = self.tiles(videos, split)
+        if plan.whole and self.pipe.decodes_alone:
+            frames = self._frames_of(videos, load, dims, rank) * self.pipe.codec.stride[0]
+            decoding = other_rows * frames * _frame_bytes(videos)
+        else:
+            tiles = 0 if plan.whole else sent_bytes(plan, dims.sp, cfg, rank)
+            decoding = other_rows * latents + tiles
         return SentBytes(steps, refinement, decoding, videos.segments.count)
 
     def _frames_of(self, videos: Videos, load: Workload, dims: ParallelDims, rank: int) -> int:
@@ -299,7 +296,7 @@ class SamplingWorkload:
 
     def in_decoding(self, videos: Videos, split: ParallelDims) -> dict[str, int]:
         """Return the bytes that a batch takes while its latents are decoded, one video after the other."""
-        batch, (decoding, _) = self.batch_size(videos, split), self.decoding(videos, split)
+        batch, decoding = self.batch_size(videos, split), self.decoding(videos, split)
         pixels, latents = _pixel_bytes(videos), FLOAT32_BYTES * prod(self.latent_shape(videos))
         frames = (batch - 1) * pixels
         finished = max(0, PIXEL_COPIES * batch * pixels - frames - decoding)
@@ -311,15 +308,24 @@ class SamplingWorkload:
         }
         return {name: size for name, size in held.items() if size}
 
-    def decoding(self, videos: Videos, split: ParallelDims) -> tuple[int, str]:
-        """Return the bytes that a rank takes to decode its part of a video, and how it is decoded."""
-        frames, height, width = self.latent_shape(videos)
-        if self.pipe.decodes_alone:
-            frames = self._frames_of(videos, self.load(videos, split), _of_a_video(videos, split), 0)
-        key = f"decoding {frames} {height} {width}"
+    def decoding(self, videos: Videos, split: ParallelDims) -> int:
+        """Return the bytes that a rank takes to decode its part of a video."""
+        plan = self.tiles(videos, split)
+        if not (plan.whole and self.pipe.decodes_alone):
+            return tiled_bytes(self.pipe.codec, plan)
+        frames = self._frames_of(videos, self.load(videos, split), _of_a_video(videos, split), 0)
+        return self.pipe.codec.decoding_bytes((frames, *self.latent_shape(videos)[1:]))
+
+    def tiles(self, videos: Videos, split: ParallelDims) -> TilePlan:
+        """Return the tiles in which a video is decoded, in what memory the weights and the decoded videos leave."""
+        size = [int(videos.settings[name]) for name in ("num_frames", "height", "width")]
+        others = (self.batch_size(videos, split) - 1) * _pixel_bytes(videos)
+        memory = self.memory_of_process - sum(self.weights().values()) - others
+        key = f"tiles {size} {memory}"
         if key not in self._known:
-            self._known[key] = plan_decoding(self.pipe.codec, (frames, height, width), self.memory_of_process)
-        found: tuple[int, str] = self._known[key]
+            tile = self.config.codec.tile
+            self._known[key] = best_plan(tile, self.pipe.codec, self.latent_shape(videos), size, memory)
+        found: TilePlan = self._known[key]
         return found
 
     def _kept_bytes(self, videos: Videos, load: Workload, split: ParallelDims) -> int:

@@ -128,6 +128,7 @@ def test_720p_and_51_frames_of_each_vae(name: str, tmp_path: Path) -> None:
     pipe = tiny_pipeline(tmp_path, codec)
     pipe.save_pretrained(tmp_path / "pipeline")
     wanted = config(tmp_path / "pipeline", resolution="720p", aspect_ratio="16:9", num_frames=51)
+    wanted.parallel.memory_gib = 500
     workload = read_workload(wanted, find_checkpoint_source(wanted.checkpoint))
     (videos,) = workload.videos
     size = [int(videos.settings[one]) for one in ("num_frames", "height", "width")]
@@ -136,6 +137,8 @@ def test_720p_and_51_frames_of_each_vae(name: str, tmp_path: Path) -> None:
     held = workload.in_decoding(videos, workload.split(1, 1))
     assert held["decoding"] == decoding_bytes(codec, shape)
     said = sampling_plan(wanted)
+    wanted.parallel.memory_gib = 2
+    assert re.search(r"or decoding them in \d+ x \d+ x \d+ tiles of up to", sampling_plan(wanted))
     assert (
         f"latents {'x'.join(map(str, (codec.channels, *shape)))}" in said and "or decoding them whole" in said
     )

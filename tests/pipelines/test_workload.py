@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stdit.codecs import CodecConfig, build_codec
-from stdit.codecs.config import Precision
+from stdit.codecs.config import DecodingConfig, Precision
 from stdit.parallel.config import SamplingParallelConfig
 from stdit.parallel.processes.mesh import build_mesh
 from stdit.parallel.sequence.group import Group
@@ -199,6 +199,7 @@ def count_bytes(
     pipe.transformer = tiny_model(pipe.codec.channels, **model)
     cast(pipe.transformer, dtype)
     pipe.set_progress_bar_config(disable=True)
+    pipe.codec.enable_tiling("auto", GIB)  # as sample.py does; ranks need not agree on a size
     for name in CALLS:
         for segments in (1, 2):
             size = {"num_frames": 5, "height": 12, "width": 8}
@@ -232,6 +233,21 @@ def count_bytes(
     generator = torch.Generator().manual_seed(0)
     pipe("a", generator=generator, callback_on_step_end=after_step, **asdict(request.settings))
     assert [after - before for before, after in pairwise(totals)] == sent.steps
+
+    tiled = SampleConfig(parallel=parallel, codec=DecodingConfig((32, 128, 128)))
+    size = {"num_frames": 34, "height": 136, "width": 8}
+    request = Request("a", 0, VideoSettings(**size, num_inference_steps=1))
+    stated = SamplingWorkload(pipe, [request], tiled)
+    (videos,) = stated.videos
+    split = stated.split(mesh.world_size, mesh.sp.size)
+    assert not stated.tiles(videos, split).whole
+    pipe.codec.enable_tiling(tiled.codec.tile, GIB)
+    mesh.sp.traffic.clear()
+    mesh.cfg.traffic.clear()
+    list(sample_videos(pipe, [request], mesh=mesh))
+    counted = mesh.sp.traffic.bytes.total() + mesh.cfg.traffic.bytes.total()
+    if mesh.cfg.rank == 0:
+        assert counted == stated.sent(videos, split, mesh.sp.rank).total, "in tiles"
 
 
 @pytest.mark.parametrize(
