@@ -27,6 +27,8 @@ is too many. "noise" is the mean noise of plain backgrounds, in levels of 255 (r
 "borders" is how visible the borders of the model's patches are in plain backgrounds, on average: the mean absolute
 difference of neighbouring pixels across borders, divided by that of other neighbours, both of at least one level (1:
 not at all; real clips).
+"positions" and "sizes" say how much videos of the same motion differ: the standard deviations of the mean centre and
+side of single objects, in pixels of a frame of 32. A model that always makes the same video has 0.
 A checkpoint says how large its patches are (codec stride times patch size); for --videos, --patch does.
 With --conditioning, each video is conditioned on the first or last frames (or both) of a clip that is rendered from
 its prompt, and "kept" is the share in which these frames come out unchanged: within 8 of 255 levels, on average.

@@ -6,6 +6,8 @@ Letters: T frames, H height, W width.
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from stdit.data.shapes.checker import background_noise, check, compare, patch_borders
 from stdit.data.shapes.outlines import Array
 from stdit.data.shapes.prompt_files import Expected
@@ -13,8 +15,8 @@ from stdit.data.shapes.worlds import World
 
 KEPT_LEVELS = 8
 """Largest mean difference, of 255 levels, of conditioning frames that count as kept."""
-MEASURES = {"noise": ".1f", "borders": ".2f"}
-"""Scores that are no shares, and how they are printed. A video without a plain background has none."""
+MEASURES = {"noise": ".1f", "borders": ".2f", "positions": ".2f", "sizes": ".2f"}
+"""Scores that are no shares, and how they are printed. Noise and borders are of videos with a plain background."""
 
 
 def judge(
@@ -40,7 +42,7 @@ def judge(
 def mean_scores(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return, per set, the number of videos, how often each key of `checker.compare` is right, and `MEASURES`.
 
-    That is the share of the videos that have the key; a measure is the mean of the videos that have it.
+    That is the share of the videos that have the key; noise and borders are means of the videos that have them.
     """
     summary: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(result["set"] for result in results):
@@ -50,10 +52,29 @@ def mean_scores(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         for key in keys:
             rights = [result["right"][key] for result in own if key in result["right"]]
             summary[name][key] = sum(rights) / len(rights)
-        for key in MEASURES:
+        for key in ("noise", "borders"):
             if values := [result[key] for result in own if result[key] is not None]:
                 summary[name][key] = sum(values) / len(values)
+        summary[name] |= spreads(own)
     return summary
+
+
+def spreads(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Return how much positions and sizes of single objects differ from video to video, in pixels of a frame of 32.
+
+    That is the standard deviation among videos that should show the same motion, which decides where an object can
+    be; of positions, the root of the sum of both variances. Empty if no motion has two videos.
+    """
+    groups: dict[str, list[Any]] = {}
+    for result in results:
+        if (place := result["seen"]["place"]) is not None and result.get("motion"):
+            groups.setdefault(result["motion"], []).append(place)
+    groups = {motion: places for motion, places in groups.items() if len(places) > 1}
+    if not groups:
+        return {}
+    squares = sum(((np.array(places) - np.mean(places, 0)) ** 2).sum(0) for places in groups.values())
+    x, y, size = squares / sum(len(places) - 1 for places in groups.values())
+    return {"positions": float(np.sqrt(x + y)), "sizes": float(np.sqrt(size))}
 
 
 def print_table(summary: dict[str, dict[str, float]]) -> None:

@@ -10,7 +10,7 @@ Letters: T frames, H height, W width.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -54,6 +54,8 @@ class Verdict:
     other_shape_lenient: str | None = None
     other_colour: str | None = None
     reason: str = ""
+    place: tuple[float, float, float] | None = field(default=None, compare=False)
+    """Of one object, the mean centre (x, y) and side (square root of the area), in pixels of a frame of 32."""
 
     @property
     def swapped(self) -> "Verdict":
@@ -119,7 +121,9 @@ def _one(seen: Verdict, found: Track, world: World) -> tuple[Verdict, list[str]]
     outline = find_outline(found, world, may_turn=motion is None and "turn" in world.motions and stays(found))
     if outline.turns:
         motion, reason = "turn", ""
-    verdict = replace(seen, shape=outline.strict, shape_lenient=outline.lenient, motion=motion)
+    there = found.at(found.present)
+    place = (float(there.x.mean()), float(there.y.mean()), float(there.size.mean()))
+    verdict = replace(seen, shape=outline.strict, shape_lenient=outline.lenient, motion=motion, place=place)
     return verdict, [outline.reason, reason]
 
 
