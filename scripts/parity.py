@@ -69,14 +69,18 @@ def main() -> int:
 def compare(config: TrainConfig, accelerator: Any, mesh: Mesh) -> Iterator[tuple[str, str, float]]:
     """Yield what is compared, the name of the worst tensor, and its difference, over all ranks."""
     from stdit.diffusion.draws import draw_batch
+    from stdit.training.flow_matching import FlowMatching
     from stdit.training.trainer import Trainer
 
     model, flow, pipe = build(config)
     batch = random_batch(config, pipe)
     settings = (config.trainer, config.optimizer, config.ema, config.seed)
     one_process = Mesh(device=accelerator.device)
-    single = Trainer(deepcopy(model), flow, accelerator, one_process, *settings)
-    parallel = Trainer(deepcopy(model), flow, accelerator, mesh, *settings, config.parallel.shard_parameters)
+    method = FlowMatching(flow)
+    single = Trainer(deepcopy(model), method, accelerator, one_process, *settings)
+    parallel = Trainer(
+        deepcopy(model), method, accelerator, mesh, *settings, config.parallel.shard_parameters
+    )
 
     x, size = batch.latents.to(accelerator.device), batch.batch_size
     shape = (int(batch.height[0]), int(batch.width[0]))

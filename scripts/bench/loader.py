@@ -76,6 +76,7 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
     from stdit.parallel.processes.mesh import Mesh
     from stdit.training.batches import build_batches
     from stdit.training.build import build_components
+    from stdit.training.flow_matching import FlowMatching
     from stdit.training.system import prepare_process
     from stdit.training.trainer import Trainer
 
@@ -97,7 +98,14 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
     memory = build_batches(parts("memory"), folder, mesh)(0, 1 << 40)  # encodes everything
     some = [next(memory) for _ in range(20)]
     trainer = Trainer(
-        base.model, base.flow, accelerator, mesh, config.trainer, config.optimizer, config.ema, config.seed
+        base.model,
+        FlowMatching(base.flow),
+        accelerator,
+        mesh,
+        config.trainer,
+        config.optimizer,
+        config.ema,
+        config.seed,
     )
     rates = {
         "training": rate(training(trainer, some), seconds),

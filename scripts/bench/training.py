@@ -100,6 +100,7 @@ def build_trainer(session: Any, config: TrainConfig) -> Any:
     """Build a trainer of one side on a copy of the session's model, which is not trained itself."""
     import torch
 
+    from stdit.training.flow_matching import FlowMatching
     from stdit.training.trainer import Trainer
 
     components, device = session.sampler.components, session.mesh.device
@@ -112,7 +113,7 @@ def build_trainer(session: Any, config: TrainConfig) -> Any:
     model.set_activations(config.memory.block_activations(len(model.blocks)))
     return Trainer(
         model,
-        components.flow,
+        FlowMatching(components.flow),
         accelerator,
         session.mesh,
         config.trainer,

@@ -5,7 +5,8 @@ A resumed run therefore needs no saved random state, and every split of the batc
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 from zlib import crc32
 
 import numpy as np
@@ -40,13 +41,10 @@ class TrainingDraws:
     guidance: Tensor
     """In [0, 1), ``[B]``: place of the guidance scale in its range, for distillation."""
 
-    def to(self, device: torch.device) -> "TrainingDraws":
-        return TrainingDraws(
-            *(
-                value.to(device, non_blocking=True)
-                for value in (self.t, self.noise, self.condition_mask, self.drop_caption, self.guidance)
-            )
-        )
+    def to(self, device: torch.device) -> Self:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 def draw_batch(

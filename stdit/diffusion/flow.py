@@ -29,6 +29,14 @@ def shift_t(t: Tensor, r: float) -> Tensor:
     return r * t / (1 + (r - 1) * t)
 
 
+def frame_loss(found: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean squared error of ``[B C T H W]``, weighted over frames by ``weight [B T]``, per sample ``[B]``.
+
+    All arguments may hold the same part of the frames: the losses of the parts add up to that of the whole.
+    """
+    return ((found - target).square().mean(dim=(1, 3, 4)) * weight).sum(1)
+
+
 def frame_weights(condition_mask: Tensor) -> Tensor:
     """Return the weights of frames in the loss: equal for all outside ``condition_mask [B T]``, with sum 1."""
     generated = (~condition_mask).float()
@@ -80,17 +88,14 @@ class FlowObjective:
         return (1 - per_frame(t)) ** 2 * self.data_variance(t) + per_frame(t) ** 2
 
     def loss(self, model_output: Tensor, target: Tensor, x_t: Tensor, t: Tensor, weight: Tensor) -> Tensor:
-        """Return the mean squared error of the velocity, weighted over frames, for each sample -> ``[B]``.
-
-        All arguments may hold the same part of the frames: the losses of the parts add up to that of the whole.
+        """Return the `frame_loss` of the velocity for each sample -> ``[B]``.
 
         Args:
             target: the velocity ``[B C T H W]``: that of the data, ``x - eps``, or that of a teacher.
             t: noise levels ``[B F]``.
             weight: of each frame, ``[B T]``: see :func:`frame_weights`.
         """
-        error = self.velocity(model_output, x_t, t) - target
-        return (error.square().mean(dim=(1, 3, 4)) * weight).sum(1)
+        return frame_loss(self.velocity(model_output, x_t, t), target, weight)
 
     def size_shift(self, latent_frames: int, height: int, width: int) -> float:
         """Return the shift r for a video of this length (latent frames) and size (pixels)."""

@@ -120,6 +120,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         vae_import: str | None = None,
         step: int | None = None,
         trained_sizes: Sequence[dict[str, Any]] | None = None,
+        trained_steps: Sequence[int] | None = None,
         lineage: Sequence[dict[str, Any]] | None = None,
         vocabulary: str | None = None,
         trigger: str | None = None,
@@ -140,6 +141,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             step: training step of the weights.
             trained_sizes: the sizes that the model was trained on, each with num_frames, height, width, fps and the
                 number of clips.
+            trained_steps: the numbers of steps in which a few-step student learned to make a video.
             lineage: changes of data and settings in their training, each with step, changes, and hashes of the
                 experiment before and after.
             vocabulary: the words, in lower case and with spaces between them, of the captions that the model was
@@ -177,6 +179,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             "vae_import": vae_import or CODECS.module(type(vae).__name__),
             "step": step,
             "trained_sizes": [dict(size) for size in trained_sizes] if trained_sizes else None,
+            "trained_steps": list(trained_steps) if trained_steps else None,
             "lineage": [dict(change) for change in lineage] if lineage else None,
             "vocabulary": vocabulary,
             "trigger": trigger,

@@ -70,6 +70,8 @@ class RunComponents(RunInputs):
     """The weights that an adapter is trained on."""
     teacher: GuidanceTeacher | None = None
     """What the model learns from instead of the data's velocity."""
+    score: STDiT | None = None
+    """The model of the videos of a few-step student, which is trained beside it."""
 
     def to(self, device: torch.device) -> None:
         """Move codec, text encoder and teacher to a device; the trainer moves the model."""
@@ -126,16 +128,17 @@ def build_components(
         model, base = build_adapted_model(inputs.config, inputs.resumed)
         return RunComponents(**vars(inputs), model=model, base=base)
     _check_model_fits(inputs.config, processes, memory)
-    model, teacher = build_model(inputs.config), None
+    model = build_model(inputs.config)
     if inputs.config.has_teacher:
         teacher = build_teacher(inputs)
-        if checkpoint is None:
-            model.load_state_dict(
-                teacher.model.state_dict(), strict=False
-            )  # all but the embedding of guidance
-    elif checkpoint is None and config.init_from is not None:
+        score = build_model(inputs.config) if inputs.config.distill.steps else None
+        for student in filter(None, [model, score]) if checkpoint is None else ():
+            # All but the embedding of guidance.
+            student.load_state_dict(teacher.model.state_dict(), strict=False)
+        return RunComponents(**vars(inputs), model=model, teacher=teacher, score=score)
+    if checkpoint is None and config.init_from is not None:
         open_initial_weights(config.init_from).copy_to(model)
-    return RunComponents(**vars(inputs), model=model, teacher=teacher)
+    return RunComponents(**vars(inputs), model=model)
 
 
 def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: bool = False) -> RunInputs:
@@ -312,7 +315,7 @@ def build_teacher(inputs: RunInputs) -> GuidanceTeacher:
     config, scales = inputs.config, inputs.config.distill.guidance_scale
     assert scales is not None
     model, found = read_base(_frozen_source(config, inputs.resumed, "teacher"), [])
-    return GuidanceTeacher(model, inputs.flow, scales, found)
+    return GuidanceTeacher(model, scales, found)
 
 
 def _frozen_source(config: TrainConfig, resumed: Resumed | None, key: str) -> str:

@@ -278,6 +278,13 @@ class DistillConfig:
     guidance_scale: tuple[float, float] | None = None
     """Guidance scales of the teacher, drawn evenly from this range, that the student takes as an input and follows in
     one call instead of two. None: no distillation."""
+    steps: list[int] = field(default_factory=list)
+    """Numbers of steps in which the student learns to make a video, such as [1, 2, 4]; the largest becomes the
+    pipeline's own. []: as many as the teacher needs."""
+    score_updates: int = 2
+    """With steps: updates, in each training step, of the score, a model of the student's videos."""
+    score_lr: float = 2.0
+    """With steps: learning rates of the score, as multiples of the student's."""
 
     def __post_init__(self) -> None:
         scales = self.guidance_scale
@@ -285,6 +292,19 @@ class DistillConfig:
             raise UserError(
                 f"distill.guidance_scale = {list(scales)}: must be two rising guidance scales, such as [1, 5]"
             )
+        if any(count < 1 for count in self.steps) or self.steps != sorted(set(self.steps)):
+            raise UserError(
+                f"distill.steps = {self.steps}: must be rising numbers of steps from 1, such as [1, 2, 4]"
+            )
+        if self.steps and scales is None:
+            raise UserError(
+                f"distill.steps = {self.steps}: the student's teacher needs guidance scales: add "
+                "distill.guidance_scale, such as [1, 4], around the one that you sample with"
+            )
+        if self.score_updates < 1:
+            raise UserError(f"distill.score_updates = {self.score_updates}: must be at least 1")
+        if not 0 < self.score_lr < math.inf:
+            raise UserError(f"distill.score_lr = {self.score_lr}: must be above 0, such as 2")
 
 
 @dataclass
@@ -391,6 +411,12 @@ class TrainConfig:
             raise UserError(
                 f"model.guidance_range = {list(self.model.guidance_range)}: only a teacher shows what a guidance "
                 "scale does: set distill.guidance_scale instead, and init_from."
+            )
+        if self.distill.steps and self.validation.loss_every is not None:
+            raise UserError(
+                f"validation.loss_every = {self.validation.loss_every} and distill.steps = {self.distill.steps}: a "
+                "few-step student has no loss on clips, since it learns from its own videos: leave loss_every out, "
+                "and judge validation videos."
             )
         resolved = self.validation.resolved(PIPELINE_DEFAULTS)
         self.validation.check_saving(resolved, "validation.")

@@ -17,7 +17,14 @@ from stdit.training.build import RunComponents
 from stdit.training.disk import replace_folder
 from stdit.training.ema import EMA
 from stdit.training.tracking import Tracker
-from stdit.training.validation import BASE_SAMPLES, make_samples, sample_files, write_samples
+from stdit.training.validation import (
+    BASE_SAMPLES,
+    label,
+    make_samples,
+    sample_files,
+    validation_requests,
+    write_samples,
+)
 
 
 class Sampler:
@@ -62,9 +69,12 @@ class Sampler:
         videos = self._sample(pipe)
         self.mesh.on_main(lambda: self._write_samples(videos, pipe.config, step, base))
 
+    @property
+    def _requests(self) -> list[Any]:
+        return validation_requests(self.config.validation, self.pipeline_settings["trained_steps"])
+
     def _sample(self, pipe: Any) -> list[Any]:
-        validation = self.config.validation
-        return make_samples(pipe, validation.prompts, validation.seed, self.mesh)
+        return make_samples(pipe, self._requests, self.mesh)
 
     def _base_videos(self, pipe: Any) -> Path | None:
         """Return the folder of the videos that the model makes without the adapter; None: they are not compared.
@@ -83,7 +93,7 @@ class Sampler:
         return folder
 
     def _files(self, settings: dict[str, Any], origin: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        return sample_files(settings, self.config.validation.prompts, self.config.validation.seed, origin)
+        return sample_files(settings, self._requests, origin)
 
     def _write_base(self, videos: list[Any], files: dict[str, dict[str, Any]], folder: Path) -> None:
         with replace_folder(f"samples {folder}", folder) as aside:
@@ -92,13 +102,13 @@ class Sampler:
     def _write_samples(
         self, videos: list[Any], settings: dict[str, Any], step: int, base: Path | None
     ) -> None:
-        folder, prompts = self._samples(step), self.config.validation.prompts
+        folder = self._samples(step)
         files = self._files(settings, {"checkpoint_step": step, "lineage": settings["lineage"] or []})
         with replace_folder(f"samples {folder}", folder) as aside:
             write_samples(videos, files, aside, base)
-        shown = {folder / name: prompt for name, prompt in zip(files, prompts, strict=True)}
+        shown = {folder / name: label(name, facts) for name, facts in files.items()}
         if base is not None:
-            shown |= {base / name: f"{prompt} (base)" for name, prompt in zip(files, prompts, strict=True)}
+            shown |= {base / name: f"{label(name, facts)} (base)" for name, facts in files.items()}
         self.tracker.log_videos(list(shown), list(shown.values()), folder / "sheet.png", step)
 
     def _samples(self, step: int) -> Path:

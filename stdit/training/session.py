@@ -1,8 +1,7 @@
 """Start a training run: from its settings to a session that is ready for the first step.
 
 `start` is the only place that knows the order in which the parts of a run are made. It reads from top to bottom, and
-each part says what must be there before it. Training methods would be made beside the objective and the model, in
-``build.py``, as adapters are, and handed to the trainer here.
+each part says what must be there before it. Training methods are made with the trainer, in ``methods.py``.
 """
 
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from stdit.training.fit import fitted
 from stdit.training.lineage import unneeded
 from stdit.training.memory_config import check_processes
 from stdit.training.memory_estimate import MemoryEstimate
+from stdit.training.methods import build_trainer
 from stdit.training.recorder import Recorder
 from stdit.training.report import start_line
 from stdit.training.rollback import Rollback
@@ -137,23 +137,11 @@ def start(config: TrainConfig, signals: StopSignals) -> Iterator[Session]:
             print(start_line(components), *notes, sep="\n", flush=True)
 
             # Trainer: moves the model to the device, and shards or replicates it over the mesh.
-            trainer = Trainer(
-                components.model,
-                components.flow,
-                accelerator,
-                mesh,
-                config.trainer,
-                config.optimizer,
-                config.ema,
-                config.seed,
-                config.parallel.shard_parameters,
-                components.config.memory,
-                components.teacher,
-            )
+            trainer = build_trainer(components, accelerator, mesh)
 
             # Saver: loads the checkpoint into the trainer. From here on, closing gives a save in progress some time.
             pipeline_settings = pipeline_settings_of(
-                config.validation, components.plan.assignment, config.data.trigger
+                config.validation, components.plan.assignment, config.data.trigger, config.distill.steps
             )
             saver = mesh.main_first(lambda: Saver(folder, components, trainer, pipeline_settings, checkpoint))
             saver.exchange_flags(signals)

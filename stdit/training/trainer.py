@@ -1,6 +1,7 @@
 """One training step: a pure function of (seed, step) and of the state."""
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 
 from stdit.data.batch import EncodedBatch
-from stdit.diffusion.draws import TrainingDraws, draw_batch, dropped_channels
-from stdit.diffusion.flow import FlowObjective, frame_weights
+from stdit.diffusion.draws import TrainingDraws, dropped_channels
 from stdit.errors import UserError
 from stdit.lora.dropout import dropouts_of
 from stdit.models.opensora import stdit_names
@@ -27,8 +27,8 @@ from stdit.parallel.processes.step_exchange import StepExchange
 from stdit.parallel.processes.storage import StoredTensors
 from stdit.training.block_norms import BlockNorms
 from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
-from stdit.training.distillation import GuidanceTeacher
 from stdit.training.ema import EMA
+from stdit.training.flow_matching import FlowMatching
 from stdit.training.fused_backward import FusedBackward, GradientNorm
 from stdit.training.matmul import MatmulChoice, choose_precision, matmul_precision, matmul_rate
 from stdit.training.memory_config import MemoryConfig
@@ -46,7 +46,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        flow: FlowObjective,
+        method: FlowMatching,
         accelerator: "Accelerator",
         mesh: Mesh,
         config: TrainerConfig,
@@ -55,9 +55,8 @@ class Trainer:
         seed: int,
         shard_parameters: bool = False,
         memory: MemoryConfig | None = None,
-        teacher: GuidanceTeacher | None = None,
     ) -> None:
-        self.teacher = teacher
+        self.method, self.flow = method, method.flow
         self.config, self.optimizer_config, self.seed = config, optimizer, seed
         memory = memory or MemoryConfig()
         self.chosen_matmul: MatmulChoice | None = None
@@ -65,7 +64,7 @@ class Trainer:
         """State of the choice in the checkpoint that the run resumed from."""
         self.matmul_rate: float | None = None
         """Floating-point operations per second of matrix products as the model's are computed; None before a step."""
-        self.accelerator, self.mesh, self.flow = accelerator, mesh, flow
+        self.accelerator, self.mesh = accelerator, mesh
         if config.compile:
             model.compile_blocks()  # type: ignore[operator]
         if memory.weights != "fp32":
@@ -97,7 +96,7 @@ class Trainer:
         if self.matmul_rate is None:
             self._prepare(batch)
         with matmul_precision(self.matmul_precision):
-            return self._step(batch)
+            return self.update(batch)
 
     @property
     def matmul_precision(self) -> str:
@@ -120,7 +119,8 @@ class Trainer:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.matmul_rate = matmul_rate(device, dtype, self.matmul_precision)
 
-    def _step(self, batch: EncodedBatch) -> dict[str, Any]:
+    def update(self, batch: EncodedBatch) -> dict[str, Any]:
+        """Do what `step` does, in the precision of matrix products that the caller has set."""
         step = batch.step
         factor = learning_rate_factor(self.optimizer_config, step, self.config.steps)
         if step in self.spikes.excluded_steps:
@@ -146,7 +146,7 @@ class Trainer:
             return {**self._line(None, None, factor), "spike": loss, "excluded": True}
         if not finite:
             return self._line(None, None, factor)
-        line = self._line(loss, gradient_norm, factor)
+        line = {**self._line(loss, gradient_norm, factor), **self.method.after_step(batch)}
         return line if norms is None else {**line, "block_norms": norms.after_update()}
 
     def _line(self, loss: float | None, gradient_norm: float | None, factor: float) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Trainer:
         total, levels = torch.zeros((), device=self.accelerator.device), torch.zeros(batch.batch_size)
         for number, (rows, counts) in enumerate(micro_batches):
             indices = samples[rows]
-            draws = draw_batch(self.flow, self.seed, batch.step, indices, shape, *size)  # type: ignore[arg-type]
+            draws = self.method.draw(self.seed, batch.step, indices, shape, *size)  # type: ignore[arg-type]
             if self.mesh.sp.rank == 0:  # ranks that share samples must not add up their levels
                 levels[indices.start : indices.stop] = draws.t.amax(dim=1)  # conditioning frames have level 0
             dropped = dropped_channels(self.dropouts, self.seed, batch.step, indices, self.accelerator.device)
@@ -256,29 +256,11 @@ class Trainer:
         device = self.accelerator.device
         batch, draws = batch.to(device, non_blocking=True), draws.to(device)
         x = batch.latents
-        x_t = self.flow.add_noise(x, draws.noise, draws.t)
         sharding = self.model.token_sharding(self.mesh.sp, *x.shape[2:], len(x))  # type: ignore[operator]
-        x, noise, x_t = (sharding.split(value, dim=2) for value in (x, draws.noise, x_t))
-        t, weight = (sharding.split(value, dim=1) for value in (draws.t, frame_weights(draws.condition_mask)))
-        inputs = {
-            "hidden_states": self.flow.scale_model_input(x_t, t),
-            "timestep": 1000 * draws.t,
-            "encoder_hidden_states": batch.text_states,
-            "encoder_attention_mask": batch.text_mask,
-            "fps": batch.fps,
-            "height": batch.height,
-            "width": batch.width,
-            "drop_caption": draws.drop_caption,
-        }
-        target = x - noise
         with self.accelerator.autocast():
-            if self.teacher is not None:
-                inputs["guidance"] = self.teacher.scales(draws)
-                target = self.teacher.velocity(inputs, x_t, t, sharding)
-            # A tuple of tensors, since hooks of the backward pass see no other.
-            output = self.network.module(**inputs, sharding=sharding, return_dict=False)[0]
+            losses = self.method.losses(self.network.module, batch, draws, sharding)
         # The ranks of a row have the same frames, of which each counts a share.
-        return self.flow.loss(output, target, x_t, t, weight) / sharding.grid.space
+        return losses / sharding.grid.space
 
     def _count(self, step: int, finite: bool) -> None:
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
@@ -292,13 +274,14 @@ class Trainer:
         """Return the chosen precision for the manifest of a checkpoint; None if the settings name one."""
         return self.kept_matmul if self.chosen_matmul is None else self.chosen_matmul.state()
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> dict[str, Mapping[str, Tensor]]:
         """Return weights, averages and optimizer state, by name; of sharded tensors, this rank's shard."""
         masters = {} if self.masters is None else self.masters.state_dict()
         return {
             "model": {**trained_state(self.model), **masters},
             **({"ema": self.ema.average} if self.ema.average else {}),
             "optimizer": self.optimizer.state_dict(),
+            **self.method.state(),
         }
 
     def read(self, checkpoint: Path, meta: dict[str, Any]) -> None:
@@ -320,6 +303,7 @@ class Trainer:
             StoredTensors(checkpoint / "ema", rename).read_into(self.ema.average)
         else:
             self.ema.begin()
+        self.method.read(checkpoint, meta)
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
         self.batch_splits = max(self.mesh.dp, meta["batch_splits"])
         self.spikes.load(meta.get("spikes", {}))

@@ -39,6 +39,7 @@ RULES: tuple[Rule, ...] = (
         "flow.timestep_sampling = logit_normal",
         lambda c: c.flow.timestep_sampling == "logit_normal",
     ),
+    ("distill.score_updates distill.score_lr", "distill.steps", lambda c: bool(c.distill.steps)),
     ("lora.*", "lora.rank", lambda c: c.lora.rank is not None),
     ("memory.offload_optimizer", "GPUs", _on_gpu),
     ("memory.activations", "GPUs", lambda c: "offload" not in c.memory.activations or _on_gpu(c)),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.pipelines.config import VIDEO_SETTINGS
+from stdit.pipelines.config import VIDEO_SETTINGS, VideoSettings
 from stdit.training.config import ValidationConfig
 
 if TYPE_CHECKING:
@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from stdit.data.assignment import Assignment
     from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
+    from stdit.pipelines.requests import Request
 
 BASE_SAMPLES = "base"
 """Folder of the validation videos of an adapter's base, beside those of the steps."""
 
 
 def pipeline_settings_of(
-    config: ValidationConfig, assignment: "Assignment", trigger: str | None = None
+    config: ValidationConfig,
+    assignment: "Assignment",
+    trigger: str | None = None,
+    trained_steps: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the pipeline's settings: those of the config, the rest from the bucket with the most clips.
 
-    ``trained_sizes`` lists all buckets that have clips.
+    ``trained_sizes`` lists all buckets that have clips. A few-step student samples in the most of its steps.
     """
     members = [len(of_bucket) for of_bucket in assignment.members]
     sizes = [
@@ -34,23 +38,39 @@ def pipeline_settings_of(
     trained = [
         size | {"clips": count} for size, count in zip(sizes, assignment.clip_counts, strict=True) if count
     ]
-    return {**sizes[members.index(max(members))], **given, "trained_sizes": trained, "trigger": trigger}
+    steps = {"num_inference_steps": max(trained_steps)} if trained_steps else {}
+    return {
+        **sizes[members.index(max(members))],
+        **steps,
+        **given,
+        "trained_sizes": trained,
+        "trained_steps": list(trained_steps) or None,
+        "trigger": trigger,
+    }
 
 
-def make_samples(
-    pipe: "STDiTPipeline", prompts: Sequence[str], seed: int, mesh: "Mesh"
-) -> list["np.ndarray"]:
-    """Sample a video of each prompt on all ranks; return them on the main one, as uint8 ``[T H W 3]``."""
+def validation_requests(config: ValidationConfig, trained_steps: Sequence[int] | None) -> list["Request"]:
+    """Return the validation videos to make: of each prompt one, or one in each number of steps that was trained."""
     from stdit.pipelines.requests import Request
+
+    numbers: Sequence[int | None] = trained_steps or [None]
+    return [
+        Request(prompt, config.seed, VideoSettings(num_inference_steps=steps), index=index)
+        for index, prompt in enumerate(config.prompts)
+        for steps in numbers
+    ]
+
+
+def make_samples(pipe: "STDiTPipeline", requests: Sequence["Request"], mesh: "Mesh") -> list["np.ndarray"]:
+    """Sample videos on all ranks; return them on the main one, as uint8 ``[T H W 3]``."""
     from stdit.pipelines.runner import sample_videos
 
     pipe.set_progress_bar_config(disable=True)
-    requests = [Request(text, seed) for text in prompts]
     return [video.frames for video in sample_videos(pipe, requests, mesh=mesh)]
 
 
 def sample_files(
-    config: Mapping[str, Any], prompts: Sequence[str], seed: int, origin: Mapping[str, Any]
+    config: Mapping[str, Any], requests: Sequence["Request"], origin: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Return the names of the mp4 files of `make_samples`, each with the metadata inside it.
 
@@ -60,11 +80,20 @@ def sample_files(
     """
     from stdit.pipelines.writer import slug
 
-    settings = {name: config[name] for name in VIDEO_SETTINGS}
-    return {
-        f"{index:02d}-{slug(prompt)}.mp4": {"prompt": prompt, "seed": seed, **settings, **origin}
-        for index, prompt in enumerate(prompts)
-    }
+    files = {}
+    for request in requests:
+        steps = request.settings.num_inference_steps
+        name = f"{request.index:02d}-{slug(request.prompt)}" + ("" if steps is None else f"-{steps}-steps")
+        settings = request.settings.resolved(config)
+        files[f"{name}.mp4"] = {"prompt": request.prompt, "seed": request.seed, **settings, **origin}
+    return files
+
+
+def label(name: str, metadata: Mapping[str, Any]) -> str:
+    """Return the caption of a file of `sample_files`: its prompt, and its steps if each number has a file."""
+    steps = metadata["num_inference_steps"]
+    of_steps = f"  ({steps} step{'' if steps == 1 else 's'})" if name.endswith("-steps.mp4") else ""
+    return f"{metadata['prompt']}{of_steps}"
 
 
 def write_samples(
@@ -85,11 +114,11 @@ def write_samples(
     rows = []
     for frames, (name, metadata) in zip(videos, files.items(), strict=True):
         write_mp4(folder / name, frames, metadata["fps"], dict(metadata))
-        prompt = metadata["prompt"]
+        shown = label(name, metadata)
         if base is None:
-            rows.append(sheet_row(frames, prompt))
+            rows.append(sheet_row(frames, shown))
         else:
-            without = sheet_row(read_frames(base / name), f"{prompt}  (base)")
-            adapted = sheet_row(frames, f"{prompt}  (step {metadata['checkpoint_step']})")
+            without = sheet_row(read_frames(base / name), f"{shown}  (base)")
+            adapted = sheet_row(frames, f"{shown}  (step {metadata['checkpoint_step']})")
             rows.append(side_by_side([without, adapted]))
     write_rows(folder / "sheet.png", rows)

@@ -83,6 +83,8 @@ class WeightCounts(NamedTuple):
             "average": here * FLOAT32_BYTES * self.trained * (config.ema.decay > 0),
         }
         held = {name: ceil(share * size) for name, size in found.items()}
+        if config.distill.steps:  # as the student, without an average
+            held["score"] = sum(held[name] for name in ("weights", "gradients", "optimizer"))
         if config.has_teacher:  # whole, on each process
             held["teacher"] = FLOAT32_BYTES * self.trained
         return held

@@ -56,6 +56,10 @@ BEFORE = ("--output_dir", "before", "--name", "run")
 LORA = ("--init_from", "before/run", "--lora.rank", "2", "--optimizer.name", "adamw")
 
 
+STUDENT = ("--init_from", "before/run", "--distill.guidance_scale", "[1, 2]")
+FEW_STEPS = (*STUDENT, "--distill.steps", "[1, 2]")
+
+
 def bucket(text: str) -> list[str]:
     return ["--data.buckets", f"[{{{text}}}]"]
 
@@ -68,6 +72,10 @@ CHANGES = {
         ["--resume_changed"], [*BEFORE, "--optimizer.lr", "5e-4", "--trainer.steps", "4"]
     ),
     "init_from": Change(["--init_from", "absent"]),
+    "distill.guidance_scale": Change(["--distill.guidance_scale", "[1, 3]"], [*STUDENT]),
+    "distill.steps": Change(["--distill.steps", "[1, 2]"], [*STUDENT]),
+    "distill.score_updates": Change(["--distill.score_updates", "1"], [*FEW_STEPS]),
+    "distill.score_lr": Change(["--distill.score_lr", "1"], [*FEW_STEPS]),
     "lora.rank": Change(["--lora.rank", "3"], LORA),
     "lora.alpha": Change(["--lora.alpha", "9"], LORA),
     "lora.targets": Change(["--lora.targets", "mlp"], LORA),

@@ -1,9 +1,11 @@
 """The trainer on several processes against one: every option, with weights replicated and sharded."""
 
+import copy
 import json
 import signal
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import Mock
 
 import pytest
@@ -27,12 +29,14 @@ from stdit.pipelines.weights import load_transformer
 from stdit.training import checkpoint_writer
 from stdit.training.checkpoint_writer import CheckpointWriter
 from stdit.training.config import CheckpointConfig, OptimizerConfig
+from stdit.training.distillation import GuidanceDistillation
+from stdit.training.few_steps import DistributionMatching, ScoreMatching
 from stdit.training.stop_signals import StopSignals
 from stdit.training.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
 from tests.parallel.sequence.test_sharding import average, close
 from tests.training.test_validation_loss import measured
-from tests.training.tiny import tiny_batch, tiny_model, tiny_trainer
+from tests.training.tiny import tiny_batch, tiny_model, tiny_teacher, tiny_trainer
 
 STEPS, BATCH = 3, 3
 # AdamW divides gradients by their size, even where they are but rounding (the biases of keys); a large eps does not.
@@ -49,7 +53,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "lora": LoRAConfig(rank=3, targets="blocks", dropout=0.3),
         "checkpointing": True,
     },
-    "student of guidance": {"student": True, "micro_batch_size": 1},
+    "student of guidance": {"student": "guidance", "micro_batch_size": 1},
+    "student of few steps": {"student": "steps", "micro_batch_size": 1},
     "joint and linear blocks in space": {"blocks": "S J L", "in_space": True, "checkpointing": True},
     "compiled in space": {"blocks": "S L", "in_space": True, "compiled": True, "depth": 1},
     "joint and temporal, compiled in space": {
@@ -77,14 +82,12 @@ def trainer(
     blocks: str = "S T",
     max_grad_norm: float = 0.1,
     lora: LoRAConfig | None = None,
-    student: bool = False,
+    student: Literal["guidance", "steps"] | None = None,
     **settings: Any,
 ) -> Trainer:
     """Return a trainer of a model, or of an adapter in it, in which no weight is zero."""
     sizes = {"in_channels": 3, "depth": depth, "blocks": blocks, "patch_size": (1, 2, 2)}
     model = tiny_model(**sizes, guidance_range=(1.0, 4.0) if student else None)
-    if student:
-        settings["teacher"] = tiny_model(**sizes)
     if lora is not None:
         add_adapter(model, lora)
     with torch.no_grad():
@@ -96,7 +99,21 @@ def trainer(
     if compiled:
         model.compile_blocks(backend="aot_eager", dynamic=False)
     settings |= {"max_grad_norm": max_grad_norm}
-    return tiny_trainer(model, optimizer, mesh, shard_parameters, **settings)
+    build = partial(
+        tiny_trainer, optimizer=optimizer, mesh=mesh, shard_parameters=shard_parameters, **settings
+    )
+    if student is None:
+        return build(model)
+    teacher = tiny_teacher(tiny_model(**sizes))
+    if student == "guidance":
+        return build(model, method=partial(GuidanceDistillation, teacher=teacher))
+    score = build(
+        copy.deepcopy(model), method=partial(ScoreMatching, teacher=teacher, steps=[1, 3], student=model)
+    )
+    method = partial(
+        DistributionMatching, teacher=teacher, steps=[1, 3], student=model, score=score, updates=2
+    )
+    return build(model, method=method)
 
 
 def batch(mesh: Mesh, step: int) -> EncodedBatch:
@@ -109,11 +126,10 @@ def train(one: Trainer, steps: range = range(STEPS)) -> list[dict[str, Any]]:
 
 def tensors(one: Trainer) -> dict[str, Tensor]:
     """Return weights, averages and optimizer state as full tensors."""
-    parts = {"weight": one.model, "average": one.ema, "state": one.optimizer}
     return {
-        f"{what} {name}": full_tensor(tensor).clone()
-        for what, part in parts.items()
-        for name, tensor in part.state_dict().items()  # type: ignore[attr-defined]
+        f"{part} {name}": full_tensor(tensor).clone()
+        for part, named in one.state().items()
+        for name, tensor in named.items()
     }
 
 
@@ -131,12 +147,13 @@ def check(found: Trainer, expected: Trainer, what: str, tolerance: float, rate: 
         close(results[name], tensor, rate, f"{what}: {name}")
 
 
-def compare(group: Group, sp: int | tuple[int, int], names: list[str]) -> None:
-    for name in names:
+def compare(group: Group, sp: int | tuple[int, int], names: list[str], turn: int | None = None) -> None:
+    """Compare options with one process: each replicated and sharded; with a ``turn``, they take turns."""
+    for place, name in enumerate(names):
         options = dict(OPTIONS[name])
         mesh = mesh_of(sp, options.pop("chunks", 1), options.pop("in_space", False))
         alone = {key: value for key, value in options.items() if key not in ("compiled", "checkpointing")}
-        for sharded in (False, True):
+        for sharded in (False, True) if turn is None else [(place + turn) % 2 == 1]:
             torch.compiler.reset()
             counters.clear()
             found = trainer(mesh, sharded, **options)
@@ -145,9 +162,14 @@ def compare(group: Group, sp: int | tuple[int, int], names: list[str]) -> None:
             assert (counters["frames"]["ok"] >= 2) == ("compiled" in options)
 
 
-def check_two_ranks(group: Group, sp: int, folder: Path) -> None:
+def compare_all(group: Group, sp: int, turn: int | None) -> None:
     compiled = ("compiled", "compiled in space") if sp == 2 else ()  # they take long
-    compare(group, sp, [name for name in OPTIONS if name in compiled or "compiled" not in name])
+    compare(group, sp, [name for name in OPTIONS if name in compiled or "compiled" not in name], turn)
+
+
+def check_two_ranks(group: Group, sp: int, folder: Path) -> None:
+    """Compare each option replicated or sharded: with sp = 1 one of these, with sp = 2 the other one."""
+    compare_all(group, sp, turn=sp)
     compare_bf16(sp)
     check_nonfinite_steps(sp)
     check_measurements(sp)
@@ -341,6 +363,12 @@ def test_every_option_on_two_ranks(from_two: Path) -> None:
 
 def test_every_option_on_two_ranks_that_share_videos(tmp_path: Path) -> None:
     run_on_ranks(2, check_two_ranks, 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sp", [1, 2])
+def test_every_option_replicated_and_sharded(sp: int) -> None:
+    run_on_ranks(2, compare_all, sp, None)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ def test_default_sizes_are_those_of_the_bucket_with_the_most_clips() -> None:
     assert pipeline_settings_of(config, assignment, "sks") == {
         "num_frames": 16, "height": 32, "width": 48, "fps": 4.0,
         "num_inference_steps": 7, "guidance_scale": 2.0,
+        "trained_steps": None,
         "trigger": "sks",
         "trained_sizes": [
             {"num_frames": 1, "height": 64, "width": 64, "fps": 8.0, "clips": 2},

@@ -1,6 +1,7 @@
 """Tiny runs of a few seconds: small clips on disk, and settings of a tiny model."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stdit.pipelines.video_io import write_mp4
 from stdit.pipelines.weights import FrozenModel
 from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
 from stdit.training.distillation import GuidanceTeacher
+from stdit.training.flow_matching import FlowMatching
 from stdit.training.memory_config import MemoryConfig
 from stdit.training.trainer import Trainer
 from tests.codecs.tiny import save_tiny_bert
@@ -41,7 +43,7 @@ def tiny_trainer(
     shard_parameters: bool = False,
     memory: MemoryConfig | None = None,
     ema: float = 0.9,
-    teacher: STDiT | None = None,
+    method: Callable[[FlowObjective], FlowMatching] = FlowMatching,
     **settings: Any,
 ) -> Trainer:
     """Return a trainer for `tiny_batch`; ``settings`` are those of `TrainerConfig`."""
@@ -49,7 +51,7 @@ def tiny_trainer(
     config, flow = TrainerConfig(**settings), FlowObjective(FlowConfig(conditioning={"first": 0.5}), None)
     return Trainer(
         model,
-        flow,
+        method(flow),
         Accelerator(cpu=True, mixed_precision="bf16" if config.precision == "bf16" else "no"),
         mesh,
         config,
@@ -58,9 +60,12 @@ def tiny_trainer(
         seed=1,
         shard_parameters=shard_parameters,
         memory=memory,
-        teacher=teacher
-        and GuidanceTeacher(teacher, flow, model.config.guidance_range, FrozenModel("", "", [])),
     )
+
+
+def tiny_teacher(model: STDiT, scales: tuple[float, float] = (1.0, 4.0)) -> GuidanceTeacher:
+    """Return the teacher of a student that takes these guidance scales."""
+    return GuidanceTeacher(model, scales, FrozenModel("", "", []))
 
 
 def tiny_batch(

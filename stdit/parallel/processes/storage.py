@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 STEMS = {"model": "diffusion_pytorch_model", "ema": "ema", "optimizer": "optimizer"}
-"""Stem of the file names in the folder of each part of a state; the model's is the one that diffusers looks for."""
+"""Stem of the file names in the folder of each part of a state; the model's is the one that diffusers looks for. Of a
+part within another folder, such as score/model, the last name counts."""
 PLACEMENT = "DCP_SHARDING_INFO"
 """Key of the safetensors header in which HuggingFaceStorageReader looks for the offsets of the chunks."""
 
@@ -97,8 +98,8 @@ def write_chunks(folder: Path, chunks: StateChunks, rank: int, ranks: int) -> li
         if rank and not named:
             continue
         number = "" if ranks == 1 else f"-{rank + 1:05d}-of-{ranks:05d}"
-        files.append(folder / part / f"{STEMS[part]}{number}.safetensors")
-        files[-1].parent.mkdir(exist_ok=True)
+        files.append(folder / part / f"{STEMS[Path(part).name]}{number}.safetensors")
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
         placement = {name: {"saved_offsets": chunk.offsets} for name, chunk in named.items()}
         tensors = {name: chunk.tensor.cpu().contiguous() for name, chunk in named.items()}
         save_file(tensors, files[-1], metadata={"format": "pt", PLACEMENT: json.dumps(placement)})

@@ -222,12 +222,15 @@ def compare_all(group: Group, names: Sequence[str]) -> None:
         compare(on_grids[-1:], name, torch.float32, 1e-5)
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("ranks", [2, 3, *(pytest.param(n, marks=SLOW) for n in (4, 6, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
 def test_equals_one_process(ranks: int) -> None:
     run_on_ranks(ranks, compare_all, tuple(CASES))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_case_equals_one_process_on_two_or_three_ranks(ranks: int) -> None:
+    run_on_ranks(ranks, compare_all, tuple(CASES)[ranks - 2 :: 2])
 
 
 def test_grids_of_four_ranks_equal_one_process() -> None:
