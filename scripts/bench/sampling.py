@@ -1,7 +1,8 @@
 """Compare ways to sample faster: model calls, time, bytes sent, and what the videos lose.
 
     python scripts/bench/sampling.py
-    python scripts/bench/sampling.py --checkpoint outputs/quickstart --student outputs/distill-guidance
+    python scripts/bench/sampling.py --checkpoint outputs/quickstart --student outputs/distill-guidance \
+        --few_step_student outputs/distill-steps
     python scripts/bench/sampling.py --videos 36 --methods "euler 30" "unipc 12" "cache fast"
     python scripts/bench/sampling.py --output sampling.json --plot sampling.png
     torchrun --nproc_per_node 2 scripts/bench/sampling.py --sp 2 --videos 8
@@ -13,12 +14,13 @@ of --exact Euler steps. Scores are those of scripts/evaluate_adherence.py. Bytes
 video, as counted at the collectives.
 
 A method is a solver and its steps, such as "unipc 12" (else --steps Euler steps); "cache" with slow, fast or a
-threshold; "pab" with the steps for which attention is used; "student", the model of --student; or several of these.
+threshold; "pab" with the steps for which attention is used; "student" or "few-step", the models of --student and
+--few_step_student; or several of these.
 """
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,6 +52,7 @@ METHODS = (
     *(f"{solver} {steps}" for solver in ("heun", "dpm++", "unipc") for steps in (15, 12, 8)),
     *("cache slow", "cache fast", "pab 2,4,6", "pab 5,7,9"),
 )
+SCORES = ("lenient", "strict", "positions", "sizes")
 COLUMNS = {
     "calls": ".1f",
     "seconds": ".2f",
@@ -60,6 +63,8 @@ COLUMNS = {
     "psnr_exact": ".1f",
     "lenient": ".1%",
     "strict": ".1%",
+    "positions": ".2f",
+    "sizes": ".2f",
     "sent_mb": ".3f",
 }
 
@@ -82,11 +87,10 @@ def main() -> None:
         )
     pipe, weights = load_pipeline(source)
     pipe.to(mesh.device)
-    student = None if args.student is None else load_pipeline(find_checkpoint_source(args.student))[0]
-    if student is not None:
-        student.to(mesh.device)
-    bench = Bench(args, mesh, expected)
-    rows = list(bench.rows(pipe, student, world))
+    pipes = {"": pipe}
+    for word, run_folder in students(args).items():
+        pipes[word] = load_pipeline(find_checkpoint_source(run_folder))[0].to(mesh.device)
+    rows = list(Bench(args, mesh, expected).rows(pipes, world))
     for row in rows:
         row["ratio"] = rows[0]["seconds"] / row["seconds"]
     if mesh.is_main:
@@ -103,6 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("--checkpoint", help="run, checkpoint or pipeline (the model that comes with stdit)")
     parser.add_argument("--student", help="a run of configs/train/distill-guidance.yaml")
+    parser.add_argument("--few_step_student", help="a run of configs/train/distill-steps.yaml")
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="see above; the first is compared with"
     )
@@ -123,18 +128,42 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.methods is None:
         with_student = ["student", "student cache fast", "student unipc 8"] if args.student else []
-        args.methods = [f"euler {args.steps}", *METHODS, *with_student]
+        few = [f"few-step euler {steps}" for steps in trained_steps(args.few_step_student)]
+        args.methods = [f"euler {args.steps}", *METHODS, *with_student, *few]
     for method in args.methods:
         settings_of(method, args.steps)
-    if any(method.startswith("student") for method in args.methods) and args.student is None:
-        raise UserError("--methods student: which one: add --student RUN")
+        if (word := student_of(method)) not in ("", *students(args)):
+            flag = {"student": "--student", "few-step": "--few_step_student"}[word]
+            raise UserError(f"--methods {word}: which one: add {flag} RUN")
     return args
+
+
+def students(args: argparse.Namespace) -> dict[str, str]:
+    """Return the runs of students, by the word of their methods."""
+    given = {"student": args.student, "few-step": args.few_step_student}
+    return {word: folder for word, folder in given.items() if folder is not None}
+
+
+def student_of(method: str) -> str:
+    """Return the word of the student that a method samples from, or an empty text."""
+    word = method.split(maxsplit=1)[0]
+    return word if word in ("student", "few-step") else ""
+
+
+def trained_steps(folder: str | None) -> list[int]:
+    """Return the numbers of steps in which the student of a run learned to make a video."""
+    if folder is None:
+        return []
+    found: list[int] | None = pipeline_settings(find_checkpoint_source(folder)).get("trained_steps")
+    if not found:
+        raise UserError(f"--few_step_student {folder}: is no run with distill.steps: use --student")
+    return found
 
 
 def settings_of(method: str, steps: int) -> dict[str, Any]:
     """Return the settings of a pipeline call. Raises UserError for a method that there is not."""
     settings: dict[str, Any] = {"num_inference_steps": steps, "solver": "euler"}
-    words = iter(method.removeprefix("student").split())
+    words = iter(method.removeprefix(student_of(method)).split())
     try:
         for name in words:
             value = next(words)
@@ -149,8 +178,8 @@ def settings_of(method: str, steps: int) -> dict[str, Any]:
     except (ValueError, StopIteration):
         raise UserError(
             f"--methods {method!r}: must be a solver and its steps, such as 'unipc 12' ("
-            f"{', '.join(get_args(Solver))}); 'cache slow', 'cache fast' or 'cache 0.03'; 'pab 2,4,6'; student; or "
-            "several of these"
+            f"{', '.join(get_args(Solver))}); 'cache slow', 'cache fast' or 'cache 0.03'; 'pab 2,4,6'; student or "
+            "few-step; or several of these"
         ) from None
     return settings
 
@@ -164,11 +193,13 @@ class Bench:
         if args.guidance_scale is not None:
             self.shared["guidance_scale"] = args.guidance_scale
 
-    def rows(
-        self, pipe: STDiTPipeline, student: STDiTPipeline | None, world: World
-    ) -> Iterator[dict[str, Any]]:
-        """Yield the figures of each method."""
-        exact, first = None, None
+    def rows(self, pipes: Mapping[str, STDiTPipeline], world: World) -> Iterator[dict[str, Any]]:
+        """Yield the figures of each method.
+
+        Args:
+            pipes: the model, and students by the word of their methods.
+        """
+        exact, first, pipe = None, None, pipes[""]
         if self.args.exact:
             exact, _ = self.sample(pipe, settings_of(f"euler {self.args.exact}", STEPS))
         patch = tuple(
@@ -178,9 +209,8 @@ class Bench:
             )
         )
         for method in self.args.methods:
-            model = student if method.startswith("student") else pipe
-            assert model is not None
-            frames, row = self.sample(model, settings_of(method, self.args.steps))
+            settings = settings_of(method, self.args.steps)
+            frames, row = self.sample(pipes[student_of(method)], settings)
             first = frames if first is None else first
             values = psnr(frames, first)
             row |= {"psnr": values.mean().item(), "psnr_lowest": values.min().item()}
@@ -193,7 +223,7 @@ class Bench:
                 for of_prompt, video in zip(self.expected, pixels, strict=True)
             ]
             scores = mean_scores(judged)["all"]
-            row |= {name: scores[name] for name in ("lenient", "strict")}
+            row |= {name: scores[name] for name in SCORES if name in scores}
             yield {"method": method, **row}
 
     def sample(self, pipe: STDiTPipeline, settings: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -240,15 +270,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     shown = [name for name in COLUMNS if name == "ratio" or any(row.get(name) for row in rows)]
     print("method".ljust(22) + "".join(name.rjust(12) for name in shown))
     for row in rows:
-        cells = [f"{row[name]:{COLUMNS[name]}}".rjust(12) for name in shown]
+        cells = [(f"{row[name]:{COLUMNS[name]}}" if name in row else "").rjust(12) for name in shown]
         print(row["method"].ljust(22) + "".join(cells), flush=True)
 
 
 def kind_of(method: str) -> str:
     """Return what the methods of one line of the plot share: the words that are no values."""
-    return " ".join(
-        word for word in method.split() if word.isalpha() and word not in ("slow", "fast") or "++" in word
-    )
+    return " ".join(word for word in method.split() if word[0].isalpha() and word not in ("slow", "fast"))
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

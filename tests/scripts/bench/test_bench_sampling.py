@@ -37,3 +37,14 @@ def test_methods_may_be_joined() -> None:
     settings = {"num_inference_steps": 12, "solver": "dpm++", "cache": 0.03, "pab": [1, 2, 3]}
     assert sampling.settings_of("student dpm++ 12 cache 0.03 pab 1,2,3", 30) == settings
     assert sampling.kind_of("student dpm++ 12 cache fast") == "student dpm++ cache"
+    assert sampling.settings_of("few-step euler 4", 30)["num_inference_steps"] == 4
+    assert sampling.kind_of("few-step euler 4") == "few-step euler"
+
+
+@pytest.mark.parametrize(
+    ("method", "flag"), [("student", "--student"), ("few-step euler 4", "--few_step_student")]
+)
+def test_a_student_that_is_not_given(method: str, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["sampling.py", "--methods", method])
+    with pytest.raises(sampling.UserError, match=f"which one: add {flag} RUN"):
+        sampling.parse_args()
