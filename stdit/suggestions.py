@@ -14,7 +14,7 @@ optimizer.warmup_steps: lr_warmup_steps warmup num_warmup_steps
 optimizer.betas: adam_beta1 adam_beta2 beta1 beta2 adam_betas
 optimizer.eps: adam_epsilon adam_eps epsilon
 optimizer.weight_decay: adam_weight_decay wd
-trainer.steps: max_train_steps max_steps train_steps total_steps iterations epochs num_epochs num_train_epochs
+trainer.steps: steps max_train_steps max_steps train_steps total_steps iterations epochs num_epochs num_train_epochs
 trainer.micro_batch_size: gradient_accumulation_steps accumulation_steps micro_batch_size_per_gpu
 trainer.precision: mixed_precision dtype torch_dtype weight_dtype bf16 fp16
 trainer.matmul_precision: allow_tf32

@@ -2,21 +2,26 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from stdit.checkpoint_files import read_meta
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
+from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.sampling import sample_to_files
 from stdit.pipelines.video_io import read_metadata
 from tests.test_resume_changed import kill_in
 from tests.test_train import do, metrics, same_state, settings_like, train_two
+from tests.training.tiny import tiny_settings
 
 FEW = ["--name", "few", "--distill.guidance_scale", "[1, 2]", "--distill.steps", "[1, 2, 4]"]
 FEW += ["--trainer.steps", "4", "--flow.conditioning", "{first: 0.5}"]
@@ -99,6 +104,13 @@ def test_score_and_student_are_saved_and_a_killed_run_resumes_to_the_same_bits(
         (["--distill.score_updates", "0"], "distill.score_updates = 0: must be at least 1"),
         (["--distill.score_lr", "0"], "distill.score_lr = 0.*: must be above 0"),
         (
+            ["--distill.steps", "[65]"],
+            r"distill.steps = \[65\]: must be rising numbers of steps from 1 to 64",
+        ),
+        (["--validation.num_inference_steps", "30"], "validation.num_inference_steps = 30 and distill.steps"),
+        (["--validation.solver", "heun"], "validation.solver = heun and distill.steps = .*: leave"),
+        (["--validation.pab", "[2, 4, 6]"], r"validation.pab = \[2, 4, 6\] and distill.steps"),
+        (
             ["--validation.loss_every", "2"],
             "validation.loss_every = 2 and distill.steps = .*no loss on clips",
         ),
@@ -110,13 +122,26 @@ def test_bad_settings_are_refused(flags: list[str], message: str, again: Callabl
         do(again(*flags))
 
 
-def test_a_student_of_guidance_does_not_become_one_of_few_steps(trained: Path) -> None:
-    base = ["--init_from", str(trained / "outputs" / "tiny"), "--trainer.steps", "6"]
-    with pytest.raises(UserError, match="distill.steps .* -> .*it learned something else"):
-        do([*settings_like_run(trained), *base, "--distill.steps", "[1, 2]"])
+def test_the_steps_of_a_student_stay_and_its_score_may_be_trained_otherwise(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    base = ["--init_from", str(tmp_path / "outputs" / "tiny"), "--trainer.steps", "5"]
+    run = [*tiny_settings(tmp_path), *FEW, *base]
+    for steps in ("[1, 2]", "[]"):
+        with pytest.raises(UserError, match="distill.steps .* -> .*it learned something else") as refused:
+            do([*run, "--distill.steps", steps])
+        assert "init_from" not in str(refused.value)
+    assert do([*run, "--distill.score_lr", "3", "--distill.score_updates", "1", "--resume_changed"]) == 0
 
 
-def settings_like_run(trained: Path) -> list[str]:
-    from tests.training.tiny import tiny_settings
-
-    return [*tiny_settings(trained), *FEW]
+def test_a_student_continues_conditioning_frames(trained: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    pipe, _ = load_pipeline(trained / "outputs" / "few" / "pipeline")
+    found = pipe("a red square", image=Image.fromarray(picture), output_type="np")
+    assert found.calls[0].run == 4
+    assert (
+        np.abs(255 * found.frames[0, 0] - picture).max()
+        <= 1
+        < np.abs(255 * found.frames[0, 1] - picture).max()
+    )

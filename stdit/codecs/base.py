@@ -3,6 +3,7 @@
 Letters: B batch, C latent channels, T frames, H height, W width in pixels; T' H' W' the same of the latents.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
@@ -31,6 +32,8 @@ from stdit.codecs.placement import execution_device
 from stdit.codecs.tiling import ALONE, WHOLE, Cuts, Part, Ranks, TilePlan, blend, cut, plan_tiles
 from stdit.errors import UserError
 from stdit.parallel.processes.memory import free_memory
+
+logger = logging.getLogger(__name__)
 
 CODEC_FILE = "codec.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -172,16 +175,25 @@ class VideoCodec(ModelMixin):
             memory = maxsize
         elif memory is None:
             memory = ranks.smallest(free_memory(self.device), self.device)
-        return plan_tiles(self, latent_shape, size, self.tile, memory - reserved, batch_size)
+        return plan_tiles(self, latent_shape, size, self.tile, memory, batch_size, reserved)
 
     def decoding_bytes(self, latent_shape: tuple[int, int, int], batch_size: int = 1) -> int:
         """Return the peak bytes of decoding latents of T', H', W' whole: see `stdit.codecs.memory`.
 
-        A codec whose `_decode` cannot run on tensors without values overrides this.
+        A codec whose `_decode` cannot run on tensors without values should override this: otherwise that counts as
+        nothing, with a warning, so that videos are decoded whole.
         """
         key = (latent_shape, batch_size, self.dtype, self.device.type)
         if key not in self._decoding_bytes:
-            self._decoding_bytes[key] = decoding_bytes(self, latent_shape, batch_size)
+            try:
+                self._decoding_bytes[key] = decoding_bytes(self, latent_shape, batch_size)
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                logger.warning(
+                    "codec %s: the memory that it decodes with is not known, so that videos are decoded whole: it "
+                    "cannot run on tensors without values, and has no decoding_bytes of its own (%s)",
+                    *(self.name, str(error).partition("\n")[0]),
+                )
+                self._decoding_bytes[key] = 0
         return self._decoding_bytes[key]
 
     def feature_bytes(self, latent_shape: Sequence[int]) -> int:

@@ -29,8 +29,8 @@ def decoding_bytes(codec: Any, latent_shape: tuple[int, int, int], batch_size: i
     """Return the peak bytes that decoding latents takes, all at once; those of the weights are not counted.
 
     Of convolutions it counts what oneDNN's take on a CPU, besides their input and output; those of cuDNN may take
-    less. It computes nothing, and takes seconds, whatever the size. The codec's weights may be anywhere, also on the
-    meta device.
+    less. It computes nothing: 51 frames take seconds, whatever their size, longer videos longer. The codec's weights
+    may be anywhere, also on the meta device.
 
     Args:
         codec: a `VideoCodec`.
@@ -87,7 +87,7 @@ def convolution_workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
 
     oneDNN copies input and weight to a layout of its own, in which it computes the output, frees the input's copy,
     and copies the output back. Otherwise the values below each output are copied side by side. That was measured
-    (tests/codecs/test_memory.py).
+    (tests/codecs/test_decoding_memory.py).
     """
     if not _by_onednn(x, weight):
         return 0 if weight[0, 0].numel() == 1 else weight[0].numel() * out[:, 0].nbytes

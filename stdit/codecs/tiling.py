@@ -2,7 +2,7 @@
 
 Tiles overlap, and their pixels are blended by weights that rise and fall linearly over the overlap, as in diffusers'
 VAEs; these tile each in its own way and mostly not in time, so that here one way serves all codecs. A codec that
-decodes groups of frames one after the other (`Cuts.streams`) goes on in the next tile where the one before ended.
+decodes groups of frames one after the other (`Cuts.streams`) continues in the next tile where the one before ended.
 
 Letters: B batch, C channels, T frames, H height, W width in pixels; T' H' W' the same of the latents.
 """
@@ -308,6 +308,7 @@ def plan_tiles(
     tile: Tile | None,
     memory: int,
     batch_size: int = 1,
+    reserved: int = 0,
 ) -> TilePlan:
     """Plan the tiles of a video: of those that fit in memory the ones with which the least is decoded twice.
 
@@ -317,10 +318,12 @@ def plan_tiles(
         tile: ``codec.tile``; None: whole.
         memory: bytes that decoding may take.
         batch_size: videos that are decoded at once.
+        reserved: bytes of ``memory`` that other videos of a batch take.
 
     Raises:
         UserError: if no tile fits in memory, or not the one that is asked for; says which one does.
     """
+    memory -= reserved
     video = codec, latent_shape, size, memory, batch_size
     found = best_plan(tile, *video)
     if found.whole and (tile is None or batch_size * prod(size) * MOST_BYTES_PER_PIXEL <= memory):
@@ -333,12 +336,15 @@ def plan_tiles(
     raise UserError(
         f"codec.tile = {list(tile) if isinstance(tile, tuple) else tile}: to decode {_by(size)} (frames, rows, "
         f"columns) in tiles of {_by(found.pixel_shape)} needs {format_gib(needed)} GiB of memory, and "
-        f"{format_gib(max(memory, 0))} GiB is free: "
+        f"{format_gib(max(memory, 0))} GiB is free"
+        + (f" beside the other videos of a batch, {format_gib(reserved)} GiB" if reserved else "")
+        + ": "
         + (
             "no smaller tile fits, either: free memory, or make a smaller or shorter video."
             if other is None
             else f"use {other}, which fits, or auto."
         )
+        + (" Or use a smaller batch_size." if reserved else "")
     )
 
 

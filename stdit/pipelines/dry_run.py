@@ -7,10 +7,13 @@ from math import ceil
 
 import torch
 
+from stdit.codecs.config import DecodingConfig
+from stdit.errors import UserError
 from stdit.lora.config import LoRASpec
 from stdit.models.size import parameter_count
+from stdit.parallel.processes.device import find_device
 from stdit.parallel.processes.memory import memory_of_process
-from stdit.parallel.processes.mesh import Mesh, check_divides, runs_on_cpu
+from stdit.parallel.processes.mesh import Mesh, check_divides
 from stdit.parallel.sequence.planner import MIB, ParallelDims, format_gib
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.loading import (
@@ -25,6 +28,7 @@ from stdit.pipelines.precision import cast
 from stdit.pipelines.requests import check_requests, plan_requests
 from stdit.pipelines.sizes import size_multiple
 from stdit.pipelines.sources import CheckpointSource, find_checkpoint_source
+from stdit.pipelines.untrained import warn_of_steps
 from stdit.pipelines.workload import SamplingWorkload, Videos
 
 _MORE_RANKS = (2, 4, 8, 16, 32, 64)
@@ -60,6 +64,7 @@ def sampling_plan(config: SampleConfig) -> str:
     )
     lines += workload.grid_lines(sp, processes)
     for videos in workload.videos:
+        warn_of_steps(videos.settings, pipe.config)
         lines += ["", *_lines(workload, videos, split)]
     lines += ["", *_memory_lines(workload, split, memory)]
     return "\n".join(lines)
@@ -83,10 +88,22 @@ def read_workload(config: SampleConfig, source: CheckpointSource) -> SamplingWor
         check_loras(loras, settings)
         others["adapters"] = _file_bytes(loras)
     cast(pipe.transformer, config.dtype)
-    automatic = None if runs_on_cpu(config.device) else torch.accelerator.current_accelerator()
-    device = torch.device(config.device) if config.device != "auto" else automatic or torch.device("cpu")
-    pipe.share(Mesh(device=device))
+    pipe.share(Mesh(device=_device(config)))
     return SamplingWorkload(pipe, requests, config, others)
+
+
+def _device(config: SampleConfig) -> torch.device:
+    """Return the device to plan for, which another machine may have; raises UserError if its memory is not known."""
+    try:
+        return find_device(config.device)
+    except UserError as error:
+        if config.device.partition(":")[0] != "cuda":
+            raise
+        if config.parallel.memory_gib is None:
+            raise UserError(
+                f"{error} To plan for another machine, add parallel.memory_gib, such as 80."
+            ) from None
+    return torch.device(config.device)
 
 
 def _file_bytes(loras: list[LoRASpec]) -> int:
@@ -185,7 +202,14 @@ def _memory_lines(workload: SamplingWorkload, split: ParallelDims, memory: int) 
 
 def _way_out(workload: SamplingWorkload, split: ParallelDims, memory: int) -> str:
     """Return settings with which the videos fit in memory."""
-    config, cfg = workload.config, workload.config.parallel.cfg
+    config, cfg, weights = workload.config, workload.config.parallel.cfg, sum(workload.weights().values())
+    if weights > memory:
+        lighter = "use --dtype bf16, or " if config.dtype == "fp32" else ""
+        return f"weights and libraries take {_mib(weights)} MiB: {lighter}use processes with more memory"
+    automatic = replace(workload, config=replace(config, codec=DecodingConfig()))
+    if config.codec.tile != "auto" and automatic.total(split) <= memory:
+        tiles = {str(automatic.tiles(videos, split)) for videos in automatic.videos}
+        return f"use --codec.tile auto: {', '.join(sorted(tiles))}"
     batch = max(workload.batch_size(videos, split) for videos in workload.videos)
     for size in range(batch - 1, 0, -1):
         if replace(workload, config=replace(config, batch_size=size)).total(split) <= memory:
@@ -195,7 +219,7 @@ def _way_out(workload: SamplingWorkload, split: ParallelDims, memory: int) -> st
         if sp > split.sp and alone.total(alone.split(max(split.processes, sp) * cfg, sp)) <= memory:
             return f"use --parallel.sp {sp}" + (" --batch_size 1" if batch > 1 else "")
     decoding = max(alone.decoding(videos, split) for videos in workload.videos)
-    if sum(workload.weights().values()) + decoding > memory:
+    if weights + decoding > memory:
         return f"decoding one video takes {_mib(decoding)} MiB: use fewer frames or a smaller size"
     return "use fewer frames or a smaller size"
 

@@ -65,9 +65,8 @@ class History:
     def error(self, sigma: float) -> Tensor:
         """Return the expected error ``[B]`` of extrapolation to a level; infinite where it is not known."""
         distances = (sigma - self.levels).abs()
-        known = (self.count >= NEEDED) & (
-            distances[0] > 0
-        )  # a second velocity at one level is for another sample
+        # A second velocity at one level is for another sample.
+        known = (self.count >= NEEDED) & (distances[0] > 0)
         return torch.where(known, self.bend * distances.prod(0), torch.inf)
 
     def extrapolate(self, sigma: float) -> Tensor:

@@ -70,6 +70,7 @@ from stdit.pipelines.output_cache import THRESHOLDS, OutputCache
 from stdit.pipelines.schedule import Schedule
 from stdit.pipelines.steps import BroadcastSteps, EveryStep
 from stdit.pipelines.text_rows import encode_texts, repeated, repeated_states, text_rows
+from stdit.pipelines.untrained import warn_of_steps
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +190,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self.register_to_config(**defaults, **recorded)
         self.mesh, self.video_processor = Mesh(), VideoProcessor()
         self._guidance_scale: float = self.config["guidance_scale"]
+        self._warned_of: set[tuple[int, str | None]] = set()
         self._attention_kwargs: dict[str, Any] | None = None
         self._interrupt, self._current_timestep, self._num_timesteps = False, None, 0
         if vae is not None:
@@ -445,6 +447,9 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         takes = self.transformer.config.guidance_range
         has_negatives = any(text is not None for text in negatives) or negative_prompt_embeds is not None
         own.check_guidance(video, takes, has_negatives)
+        if (asked := (video["num_inference_steps"], video["solver"])) not in self._warned_of:
+            self._warned_of.add(asked)
+            warn_of_steps(video, self.config)
         frame_conditions = repeated(conditions_of_prompts(image, conditions, count), num_videos_per_prompt)
         if video["pab"]:
             check_strengths([one for of_video in frame_conditions for one in of_video])

@@ -182,13 +182,15 @@ def _plan_decoding(
     from stdit.codecs.tiling import tiled_bytes
     from stdit.parallel.processes.memory import free_memory
     from stdit.parallel.sequence.planner import format_gib
+    from stdit.pipelines.runner import batches_of
 
     free = mesh.all_gather_objects(free_memory(mesh.device, config.parallel.memory_gib))
     pipe.codec.enable_tiling(config.codec.tile, min(free))
-    videos, lines = min(config.batch_size, ceil(len(requests) / mesh.dp)), dict[str, None]()
-    for settings in [request.settings.resolved(pipe.config) for request in requests]:
+    lines = dict[str, None]()
+    for batch in batches_of(requests, config.batch_size, mesh.dp):
+        settings = batch[0].settings.resolved(pipe.config)
         size = [int(settings[name]) for name in ("num_frames", "height", "width")]
-        plan = pipe.decoding_plan(videos, pipe.codec.latent_shape(*size), *size)
+        plan = pipe.decoding_plan(len(batch), pipe.codec.latent_shape(*size), *size)
         if not plan.whole:
             memory = format_gib(tiled_bytes(pipe.codec, plan))
             lines[f"decoding {'x'.join(map(str, size))}: {plan}, {memory} GiB"] = None

@@ -33,7 +33,6 @@ def warn_of_untrained(
     if recorded.get("vocabulary"):
         _warn_of_words(requests, frozenset(recorded["vocabulary"].split()))
     warn_of_sizes(requests, recorded)
-    _warn_of_steps(requests, recorded)
     conditioned = any(
         r.image is not None or r.conditions or r.mask_entries or r.segments.count > 1 for r in requests
     )
@@ -89,26 +88,26 @@ def warn_of_sizes(requests: Iterable[Request], recorded: Mapping[str, Any]) -> N
         )
 
 
-def _warn_of_steps(requests: Iterable[Request], recorded: Mapping[str, Any]) -> None:
-    """Log a warning for other steps than those in which a few-step student learned to make a video."""
+def warn_of_steps(settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Log a warning for other steps than those in which a few-step student learned to make a video.
+
+    Args:
+        settings: all settings of a call.
+        recorded: settings of the pipeline.
+    """
     trained: list[int] = recorded.get("trained_steps") or []
-    if not trained:
-        return
-    settings = [request.settings.resolved(recorded) for request in requests]
-    for steps in dict.fromkeys(one["num_inference_steps"] for one in settings):
-        if steps not in trained:
-            logger.warning(
-                "num_inference_steps = %d: the model learned to make a video in %s steps: each step aims at a whole "
-                "video instead of following a path, so others make it worse, also more of them",
-                *(steps, ", ".join(map(str, trained))),
-            )
-    for solver in dict.fromkeys(one["solver"] for one in settings):
-        if solver not in (None, "euler"):
-            logger.warning(
-                "solver = %s: the model learned to sample with euler: it has no path that another could follow "
-                "better, so the videos may be worse",
-                solver,
-            )
+    if trained and settings["num_inference_steps"] not in trained:
+        logger.warning(
+            "num_inference_steps = %d: the model learned to make a video in %s steps: each step aims at a whole "
+            "video instead of following a path, so others make it worse, also more of them",
+            *(settings["num_inference_steps"], ", ".join(map(str, trained))),
+        )
+    if trained and settings["solver"] not in (None, "euler"):
+        logger.warning(
+            "solver = %s: the model learned to sample with euler: it has no path that another could follow better, "
+            "so the videos may be worse",
+            settings["solver"],
+        )
 
 
 def _described(size: tuple[Any, ...]) -> str:

@@ -146,8 +146,6 @@ class SamplingWorkload:
             lines |= dict.fromkeys(idle_warning(f"a video of {one.size}", load, dims))
         return list(lines)
 
-    # ---- what a call computes ----
-
     def batches(self, videos: Videos, split: ParallelDims) -> list[list[Request]]:
         """Return the batches in which these videos are made."""
         batch_size, first = self.config.batch_size, videos.requests[0].shared()
@@ -204,8 +202,6 @@ class SamplingWorkload:
         halves = [schedule.halves(scale) for scale in schedule.scales]
         yield from reused_parts(broadcast, timesteps, halves, self.pipe.transformer.kinds)
 
-    # ---- what ranks send ----
-
     def sent(self, videos: Videos, split: ParallelDims, rank: int = 0) -> SentBytes:
         """Return exactly what one rank of ``sp`` sends to those that share its videos, for each of a full batch."""
         schedule, load, cfg = self.schedule(videos), self.load(videos, split), self.config.parallel.cfg
@@ -251,8 +247,6 @@ class SamplingWorkload:
         values = self.pipe.codec.channels * prod(self.latent_shape(videos)[1:])
         return FLOAT32_BYTES * values * self._frames_of(videos, load, dims, rank)
 
-    # ---- memory ----
-
     def total(self, split: ParallelDims) -> int:
         """Estimate the most bytes that a process holds."""
         return sum(self.memory(split).values())
@@ -282,9 +276,8 @@ class SamplingWorkload:
         model = self.pipe.transformer.config
         text = load.clips * model.model_max_length * model.caption_channels * FLOAT32_BYTES
         own = self._latent_bytes(videos, load, dims)
-        histories = (
-            3 * halves if self.schedule(videos).caches else 0
-        )  # two velocities of each half, and another
+        # Two velocities of each half, and another.
+        histories = 3 * halves if self.schedule(videos).caches else 0
         held = {
             "activations": activation_bytes(load, dims),
             "attention for later steps": self._kept_bytes(videos, load, split),
@@ -321,9 +314,9 @@ class SamplingWorkload:
         size = [int(videos.settings[name]) for name in ("num_frames", "height", "width")]
         others = (self.batch_size(videos, split) - 1) * _pixel_bytes(videos)
         memory = self.memory_of_process - sum(self.weights().values()) - others
-        key = f"tiles {size} {memory}"
+        tile = self.config.codec.tile
+        key = f"tiles {tile} {size} {memory}"
         if key not in self._known:
-            tile = self.config.codec.tile
             self._known[key] = best_plan(tile, self.pipe.codec, self.latent_shape(videos), size, memory)
         found: TilePlan = self._known[key]
         return found

@@ -271,6 +271,10 @@ class LoRATrainingConfig(LoRAConfig):
     """Also begin with, or merge, adapters that were trained on other weights than init_from."""
 
 
+MOST_STEPS = 64
+"""Of a few-step student, which takes them all in a training step."""
+
+
 @dataclass
 class DistillConfig:
     """A student that learns to do in fewer model calls what the model of init_from does: its teacher."""
@@ -292,9 +296,10 @@ class DistillConfig:
             raise UserError(
                 f"distill.guidance_scale = {list(scales)}: must be two rising guidance scales, such as [1, 5]"
             )
-        if any(count < 1 for count in self.steps) or self.steps != sorted(set(self.steps)):
+        if not all(1 <= count <= MOST_STEPS for count in self.steps) or self.steps != sorted(set(self.steps)):
             raise UserError(
-                f"distill.steps = {self.steps}: must be rising numbers of steps from 1, such as [1, 2, 4]"
+                f"distill.steps = {self.steps}: must be rising numbers of steps from 1 to {MOST_STEPS}, such as "
+                "[1, 2, 4]"
             )
         if self.steps and scales is None:
             raise UserError(
@@ -305,6 +310,16 @@ class DistillConfig:
             raise UserError(f"distill.score_updates = {self.score_updates}: must be at least 1")
         if not 0 < self.score_lr < math.inf:
             raise UserError(f"distill.score_lr = {self.score_lr}: must be above 0, such as 2")
+
+
+FEW_STEP_SAMPLING: dict[str, Any] = {
+    "num_inference_steps": None,
+    "solver": "euler",
+    "shift": None,
+    "cache": "off",
+    "pab": [],
+}
+"""Settings of validation videos that follow from ``distill.steps``, each with the value that is allowed, too."""
 
 
 @dataclass
@@ -418,6 +433,12 @@ class TrainConfig:
                 "few-step student has no loss on clips, since it learns from its own videos: leave loss_every out, "
                 "and judge validation videos."
             )
+        for name, usual in FEW_STEP_SAMPLING.items() if self.distill.steps else ():
+            if (value := getattr(self.validation, name)) not in (None, usual):
+                raise UserError(
+                    f"validation.{name} = {value} and distill.steps = {self.distill.steps}: a few-step student makes "
+                    f"videos in these steps, as in its training: leave validation.{name} out."
+                )
         resolved = self.validation.resolved(PIPELINE_DEFAULTS)
         self.validation.check_saving(resolved, "validation.")
         self.validation.check_guidance(resolved, self.distill.guidance_scale, where="validation.")

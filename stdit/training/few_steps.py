@@ -1,4 +1,4 @@
-"""Few-step students by distribution matching: DMD2 (Yin et al. 2024, arXiv:2405.14867).
+"""Few-step students by distribution matching, after DMD2 (Yin et al. 2024, arXiv:2405.14867), without its GAN loss.
 
 Three models take part. The student makes a video in a few Euler steps. The teacher's guided velocity says where noisy
 videos should go; the *score*, a model that is trained on the student's videos, says where those of the student go.
@@ -19,6 +19,7 @@ from xxhash import xxh3_64_intdigest
 from stdit.data.batch import EncodedBatch
 from stdit.diffusion.draws import TrainingDraws, sample_generator
 from stdit.diffusion.flow import FlowObjective, frame_loss, frame_weights, per_frame, shift_t
+from stdit.errors import UserError
 from stdit.parallel.sequence.sharding import TokenSharding
 from stdit.training.distillation import GuidanceDistillation, GuidanceTeacher
 from stdit.training.flow_matching import StepInputs
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from stdit.training.trainer import Trainer
 
 START_STREAM = 0x73746172
-"""Tells the generators of the noise that videos begin with from those of all other draws."""
+"""Number of the generators of the noise that videos begin with."""
 SMALLEST_CHANGE = 1e-6
-"""Frames that the teacher moves by less, on average, count as moved by this."""
+"""Smallest mean change of a frame by the teacher that a direction is divided by."""
 
 
 def score_seed(seed: int) -> int:
@@ -49,7 +50,7 @@ class FewStepDraws(TrainingDraws):
 
 
 class FewStepSampling(GuidanceDistillation):
-    """How a student makes videos in training: by Euler steps, of which the last gives the video.
+    """Videos of a student in training: made by Euler steps, of which the last gives the video.
 
     Args:
         steps: numbers of steps in which it learns to make a video.
@@ -107,7 +108,7 @@ class FewStepSampling(GuidanceDistillation):
 
 
 class ScoreMatching(FewStepSampling):
-    """The score learns the flow of the student's videos: `FlowMatching`, with these in place of the clips."""
+    """Flow matching of the score, with the student's videos in place of the clips."""
 
     def __init__(
         self, flow: FlowObjective, teacher: GuidanceTeacher, steps: Sequence[int], student: nn.Module
@@ -124,7 +125,7 @@ class ScoreMatching(FewStepSampling):
 
 
 class DistributionMatching(FewStepSampling):
-    """The student's videos move from the score's distribution towards the teacher's.
+    """Distribution matching: moves the student's videos from the score's distribution towards the teacher's.
 
     Args:
         student: the model that is trained.
@@ -158,10 +159,11 @@ class DistributionMatching(FewStepSampling):
 
     @torch.no_grad()
     def direction(self, inputs: StepInputs, x: Tensor, draws: TrainingDraws) -> Tensor:
-        """Return ``(x_score - x_teacher) / mean |x - x_teacher|``, ``[B C T_n H W]`` (arXiv:2405.14867, equation 2).
+        """Return ``(x_score - x_teacher) / mean |x - x_teacher|``, ``[B C T_n H W]``.
 
-        ``x_score`` and ``x_teacher`` are the videos that score and teacher see in the noisy ``x_t``. The mean is that
-        of a frame, so that ranks that share a video need not exchange it.
+        ``x_score`` and ``x_teacher`` are the videos that score and teacher see in the noisy ``x_t`` (Yin et al. 2023,
+        arXiv:2311.18828, equations 7 and 8). The mean is that of a frame instead of the video, so that ranks that
+        share a video need not exchange it.
         """
         noise, level = (inputs.sharding.split(one, dim=dim) for one, dim in ((draws.noise, 2), (draws.t, 1)))
         x_t, t = self.flow.add_noise(x, noise, level), per_frame(level)
@@ -174,7 +176,12 @@ class DistributionMatching(FewStepSampling):
         """Train the score on new videos of the student; return its mean loss."""
         losses = []
         for update in range(self.updates):
-            line = self.score.update(replace(batch, step=batch.step * self.updates + update))
+            try:
+                line = self.score.update(replace(batch, step=batch.step * self.updates + update))
+            except UserError as error:
+                raise UserError(
+                    f"the score of step {batch.step}: {error} Or lower distill.score_lr."
+                ) from error
             losses.append(line["loss"])
         known = [loss for loss in losses if loss is not None]
         return {"score_loss": sum(known) / len(known) if known else None}
@@ -183,4 +190,5 @@ class DistributionMatching(FewStepSampling):
         return {f"score/{part}": tensors for part, tensors in self.score.state().items()}
 
     def read(self, checkpoint: Path, meta: dict[str, Any]) -> None:
-        self.score.read(checkpoint / "score", {**meta, "spikes": {}})  # it numbers its steps otherwise
+        # Spikes and skipped steps in the manifest are the student's.
+        self.score.read(checkpoint / "score", {**meta, "spikes": {}, "nonfinite_in_a_row": 0})

@@ -27,7 +27,7 @@ FIXED = {
     "optimizer.name": "its state is that of another optimizer",
     "base": "its adapter was trained on other weights",
     "teacher": "it learned from another one",
-    "distill": "it learned something else",
+    **dict.fromkeys(("distill.guidance_scale", "distill.steps"), "it learned something else"),
     **dict.fromkeys(("lora.rank", "lora.targets", "lora.dora"), "its adapter is of another kind"),
 }
 """Beginnings of the keys of an experiment that cannot change, and why."""
@@ -84,6 +84,7 @@ def check_can_resume(checkpoint: Path, experiment: Mapping[str, Any]) -> dict[st
     ]
     if found:
         same = meta["experiment"].get("model.blocks") == experiment.get("model.blocks")
+        same &= "distill.guidance_scale" not in experiment  # no training begins with a student
         weights = f" and start from its weights by --init_from {checkpoint}, if they have the same shapes"
         raise UserError(
             f"checkpoint {checkpoint} cannot be resumed with {'; '.join(found)}. Go back to its settings, or choose "

@@ -68,7 +68,7 @@ def test_evaluate_reports_them_for_a_folder_of_videos(tmp_path: Path) -> None:
     mean = saved["scores"]["two"]["borders"]
     assert mean == (plain + bordered) / 2
     header, line = (line.split() for line in done.stdout.splitlines()[-2:])
-    assert header[-2:] == ["noise", "borders"] and line[-1] == f"{mean:.2f}"
+    assert header[-4:] == ["noise", "borders", "positions", "sizes"] and line[-3] == f"{mean:.2f}"
 
     done = run_script(*command)
     assert done.returncode == 0 and "borders" not in done.stdout

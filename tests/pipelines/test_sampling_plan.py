@@ -3,18 +3,24 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import sample
 from stdit.codecs import CodecConfig, build_codec
 from stdit.codecs.memory import decoding_bytes
 from stdit.errors import UserError
 from stdit.models.size import parameter_count, tensor_bytes
+from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.dry_run import read_workload, sampling_plan
+from stdit.pipelines.loading import load_pipeline
+from stdit.pipelines.requests import Request, plan_requests
+from stdit.pipelines.sampling import _plan_decoding
 from stdit.pipelines.sources import find_checkpoint_source
 from stdit.pipelines.workload import SAMPLING_LIBRARIES
 from tests.codecs.tiny import TINY_VAES, save_tiny_vae
@@ -171,7 +177,25 @@ def test_the_way_out_fits(tmp_path: Path) -> None:
     assert said(2).startswith("it fits: about ")
     assert said(0.85).endswith("MiB: use --batch_size 2")
     assert said(0.61).endswith("MiB: use --parallel.sp 2 --batch_size 1")
-    assert said(0.1).endswith("use fewer frames or a smaller size")
+    assert re.search(
+        r"weights and libraries take \d+ MiB: use --dtype bf16, or use processes with", said(0.1)
+    )
+    wanted = SampleConfig(dry_run=True, device="cpu", num_frames=16, height=1024, width=1024)
+    wanted.codec.tile = 1024
+    assert "MiB: use --codec.tile auto: " in said(1.45) and "tiles of up to" in said(1.45)
+    wanted.codec.tile = "auto"
+    assert said(1.45).startswith("it fits")
+
+
+def test_other_machines_are_planned_for(run: Path) -> None:
+    elsewhere = replace(config(run), device="cuda")
+    elsewhere.parallel.memory_gib = 80
+    assert "each with 80 GiB" in sampling_plan(elsewhere)
+    with pytest.raises(UserError, match="device = foo: not available here"):
+        sampling_plan(replace(config(run), device="foo"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device = cuda: .* add parallel.memory_gib, such as 80"):
+            sampling_plan(replace(config(run), device="cuda"))
 
 
 def test_one_process_of_several_prints(run: Path) -> None:
@@ -221,3 +245,22 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     assert stated is not None, planned
     peak = int(done.stdout) * 1024
     assert int(stated[1].replace(",", "")) * MIB == pytest.approx(peak, rel=0.15)
+
+
+def test_sampling_keeps_memory_for_the_videos_of_the_same_batch_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of small videos a batch has four, of the large one that does not fit beside three others of its size one."""
+    pipe, (small, *others), wanted = load_pipeline(find_checkpoint_source(str(run)))[0], *planned(run, 4)
+    large = replace(small, settings=replace(small.settings, num_frames=16, height=512, width=512))
+    needed = pipe.codec.decoding_bytes(pipe.codec.latent_shape(16, 512, 512))
+    monkeypatch.setattr("stdit.parallel.processes.memory.free_memory", lambda *_: needed + MIB)
+    assert _plan_decoding(pipe, [large, small, *others], wanted, Mesh()) == []
+    with pytest.raises(UserError, match="beside the other videos of a batch, .* use a smaller batch_size"):
+        _plan_decoding(pipe, [large] * 4, wanted, Mesh())
+
+
+def planned(run: Path, count: int) -> tuple[list[Request], SampleConfig]:
+    wanted = replace(config(run), dry_run=False, prompt=["a"], num_samples=count, batch_size=count)
+    wanted.codec.tile = (32, 512, 512)
+    return plan_requests(wanted), wanted
