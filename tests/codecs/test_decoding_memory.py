@@ -142,7 +142,7 @@ WIDE: dict[str, dict[str, Any]] = {
 PROGRAM = """
 import sys, torch
 from stdit.codecs.memory import decoding_bytes
-from tests.codecs.test_memory import peak_resident, wide_codec
+from tests.codecs.test_decoding_memory import peak_resident, wide_codec
 
 name, dtype, *shape = sys.argv[1:]
 shape = tuple(map(int, shape))

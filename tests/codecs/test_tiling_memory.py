@@ -41,7 +41,7 @@ TILES = {"tiny": ((49, 320, 320), (32, 192, 192))}
 PROGRAM = """
 import sys, torch
 from stdit.codecs.tiling import tiled_bytes
-from tests.codecs.test_memory import peak_resident
+from tests.codecs.test_decoding_memory import peak_resident
 from tests.codecs.test_tiling_memory import TILES, narrow_codec
 
 codec = narrow_codec(sys.argv[1])
