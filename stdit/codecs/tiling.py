@@ -326,7 +326,7 @@ def plan_tiles(
     memory -= reserved
     video = codec, latent_shape, size, memory, batch_size
     found = best_plan(tile, *video)
-    if found.whole and (tile is None or batch_size * prod(size) * MOST_BYTES_PER_PIXEL <= memory):
+    if _surely_whole(tile, size, memory, batch_size):
         return found
     needed = tiled_bytes(codec, found, batch_size)
     if needed <= memory:
@@ -357,10 +357,16 @@ def best_plan(
     batch_size: int = 1,
 ) -> TilePlan:
     """Return the tiles of `plan_tiles`; if none fit in memory, those that take the least."""
-    if tile is None or (tile == "auto" and batch_size * prod(size) * MOST_BYTES_PER_PIXEL <= memory):
+    if _surely_whole(tile, size, memory, batch_size):
         return TilePlan.of(codec, latent_shape, size, (WHOLE,) * 3)
+    assert tile is not None
     found, smallest = _fitting(tile, codec, latent_shape, size, memory, batch_size)
     return smallest if found is None else found
+
+
+def _surely_whole(tile: Tile | None, size: Sequence[int], memory: int, batch_size: int) -> bool:
+    """Return whether a video is decoded whole without an estimate of the memory that this takes."""
+    return tile is None or (tile == "auto" and batch_size * prod(size) * MOST_BYTES_PER_PIXEL <= memory)
 
 
 def _fitting(
