@@ -7,6 +7,7 @@ The student moves its videos by the difference, so that in the end both have the
 Letters: B samples, C channels, T frames, T_n those of this rank, H, W latent rows and columns, F = T or 1.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from xxhash import xxh3_64_intdigest
 
 from stdit.data.batch import EncodedBatch
 from stdit.diffusion.draws import TrainingDraws, sample_generator
-from stdit.diffusion.flow import FlowObjective, frame_loss, frame_weights, per_frame, shift_t
+from stdit.diffusion.flow import FlowObjective, frame_loss, frame_weights, per_frame
+from stdit.diffusion.scheduler import RectifiedFlow
 from stdit.errors import UserError
 from stdit.parallel.sequence.sharding import TokenSharding
 from stdit.training.distillation import GuidanceDistillation, GuidanceTeacher
@@ -75,10 +77,9 @@ class FewStepSampling(GuidanceDistillation):
         of_step = sample_generator(seed, step, 0, START_STREAM, 1)
         calls = [(steps, taken) for steps in self.steps for taken in range(steps)]
         steps, taken = calls[int(torch.randint(len(calls), (), generator=of_step))]
-        levels = shift_t(
-            torch.linspace(1, 0, steps + 1), self.flow.size_shift(latent_shape[1], height, width)
-        )
-        return FewStepDraws(**vars(draws), start=start, levels=levels[: taken + 1])
+        sampler = RectifiedFlow()
+        sampler.set_timesteps(steps, mu=math.log(self.flow.size_shift(latent_shape[1], height, width)))
+        return FewStepDraws(**vars(draws), start=start, levels=sampler.sigmas[: taken + 1])
 
     def make_video(
         self,
