@@ -76,9 +76,8 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
     from stdit.parallel.processes.mesh import Mesh
     from stdit.training.batches import build_batches
     from stdit.training.build import build_components
-    from stdit.training.flow_matching import FlowMatching
+    from stdit.training.methods import build_trainer
     from stdit.training.system import prepare_process
-    from stdit.training.trainer import Trainer
 
     accelerator = prepare_process(config.trainer, 60)
     mesh = Mesh(device=accelerator.device)
@@ -97,16 +96,7 @@ def measure(config: TrainConfig, seconds: float, loaders: int) -> None:
 
     memory = build_batches(parts("memory"), folder, mesh)(0, 1 << 40)  # encodes everything
     some = [next(memory) for _ in range(20)]
-    trainer = Trainer(
-        base.model,
-        FlowMatching(base.flow),
-        accelerator,
-        mesh,
-        config.trainer,
-        config.optimizer,
-        config.ema,
-        config.seed,
-    )
+    trainer = build_trainer(base, accelerator, mesh)
     rates = {
         "training": rate(training(trainer, some), seconds),
         "memory": rate((batch.batch_size for batch in memory), seconds),
