@@ -20,6 +20,7 @@ LAYERS = [
     "pipelines",
     "evaluation",
     "training",
+    "serve",
     "commands",
 ]
 """From the ground up: a file imports only from its own layer and those below it."""

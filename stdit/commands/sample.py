@@ -6,6 +6,7 @@
     python sample.py --checkpoint outputs/clips --prompt "a wave rises" --image first.png
     python sample.py --checkpoint outputs/clips --prompt "a wave rises" --segment_prompts "it breaks"
     python sample.py --checkpoint outputs/opensora --config sample/240p-2s --prompt "waves at dusk"
+    python sample.py --serve                                   # a page in the browser, and an API
     python sample.py --checkpoint outputs/opensora --list_sizes
     python sample.py --checkpoint outputs/opensora --dry_run 8 --parallel.sp 4 --resolution 720p --aspect_ratio 16:9
 
@@ -27,13 +28,17 @@ def sample_command() -> NoReturn:
 
 
 def main() -> None:
-    """Read the flags, and write the videos."""
-    from stdit.pipelines.config import SampleConfig  # here, so that Ctrl-C meanwhile prints no traceback
+    """Read the flags, and write the videos, or serve the page."""
+    from stdit.serve.config import SampleCommand  # here, so that Ctrl-C meanwhile prints no traceback
     from stdit.settings import parse
 
-    config = parse(SampleConfig, doc=__doc__)
+    config = parse(SampleCommand, doc=__doc__)
     # After parsing, so that --help is quick.
-    if config.list_sizes:
+    if config.serve:
+        from stdit.serve.server import serve
+
+        serve(config)
+    elif config.list_sizes:
         from stdit.pipelines.sizes import list_sizes
 
         print(list_sizes(config))

@@ -77,6 +77,8 @@ logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 WRAPPED = {"vae": ("codec", "flow"), **dict.fromkeys(("text_encoder", "tokenizer"), ("prompt_encoder",))}
 """By component, what is made of it and kept."""
+CLEAN = "clean_latents"
+"""What a callback may read, but not replace."""
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -99,7 +101,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", CLEAN]
 
     transformer: STDiT
     vae: Any
@@ -412,7 +414,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 ``pipe._guidance_scale`` for the later steps, but not from 1 to another: a call that begins without
                 guidance has no negative prompts.
             callback_on_step_end_tensor_inputs: names of the tensors passed to the callback: latents, prompt_embeds,
-                negative_prompt_embeds.
+                negative_prompt_embeds; clean_latents, the video that the step aimed at, of all ranks
+                ``[B C T H W]``, to be read only.
             max_sequence_length: largest number of tokens of a prompt that is encoded; None: that of the text encoder.
             settings: ``num_frames``, ``height``, ``width``, ``fps``, ``num_inference_steps``, ``guidance_scale`` and
                 the other fields of `VideoSettings`; one that is missing or None is the pipeline's (``pipe.config``).
@@ -737,7 +740,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             steps: the model, and what it remembers of earlier steps.
         """
         model, split = steps.model, steps.model.sharding.split
-        max_noise_level = _per_sample(max_noise_level)
+        latent_frames, max_noise_level = max_noise_level.shape[1], _per_sample(max_noise_level)
         sigmas = scheduler.sigmas.to(latents.device)
         levels = sigmas.tolist()
         sample, shown = noise, latents
@@ -746,18 +749,22 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             generated = sigma <= max_noise_level  # [B T]
             free = per_frame(split(generated, dim=1))
             sample = torch.where(free, sample, torch.lerp(latents, noise, sigma))
-            shown = torch.where(free, sample, latents)
+            noisy = torch.where(free, sample, latents)
             self._current_timestep = timestep
             scale = scale_of_step(self._guidance_scale, levels[index], index // scheduler.order)
-            velocity = steps.velocity(shown, sigma * generated, scale)
+            velocity = steps.velocity(noisy, sigma * generated, scale)
             away = torch.where(free, -velocity, noise - latents)  # from data to noise
             sample = scheduler.step(away, timestep, sample, return_dict=False)[0]
             shown = torch.where(free, sample, latents)
             if callback is not None:
                 given, guidance = {"latents": shown, **model.embeds()}, self._guidance_scale
+                if CLEAN in callback_inputs:
+                    clean = torch.where(free, noisy + sigma * velocity, latents)
+                    given[CLEAN] = model.sharding.gather(clean, 2, latent_frames)
                 asked: dict[str, Any] = {name: given.get(name) for name in callback_inputs}
                 returned = callback(self, index, timestep, asked)
-                changed = changes_of_callback(returned, given, self._callback_tensor_inputs)
+                replaced = [name for name in self._callback_tensor_inputs if name != CLEAN]
+                changed = changes_of_callback(returned, given, replaced)
                 if model.takes_scale:
                     check_scales([self._guidance_scale], self.transformer.config.guidance_range)
                 elif not model.guided and self._guidance_scale not in (guidance, 1):

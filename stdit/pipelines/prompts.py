@@ -160,7 +160,7 @@ def _read_csv(path: Path, text: str) -> list[PromptLine]:
                 name: _csv_value(name, value, where) for name, value in row.items() if name in known and value
             }
             extra = {name: value for name, value in row.items() if name not in known}
-            result.append(_line({**values, "extra": extra}, where))
+            result.append(prompt_line({**values, "extra": extra}, where))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num + 1}: not valid csv ({error}).") from None
     return result
@@ -182,7 +182,9 @@ def _read_jsonl(path: Path, text: str) -> list[PromptLine]:
             nearest = nearest_name(key, _KEYS)
             hint = f"did you mean {nearest!r}?" if nearest else f"use {', '.join(_KEYS)}."
             raise UserError(f"{where}unknown key {key!r}: {hint}")
-        result.append(_line({name: value for name, value in values.items() if value is not None}, where))
+        result.append(
+            prompt_line({name: value for name, value in values.items() if value is not None}, where)
+        )
     return result
 
 
@@ -212,8 +214,12 @@ def _is_instance(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def _line(values: dict[str, Any], where: str) -> PromptLine:
-    """Return one line, its types and ranges checked."""
+def prompt_line(values: dict[str, Any], where: str = "") -> PromptLine:
+    """Return a prompt with its own settings from values as JSON has them.
+
+    Raises:
+        UserError: for a wrong type, a value that breaks its rule, or an empty prompt.
+    """
     for name in ("condition", "lora", "segment_prompts"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]

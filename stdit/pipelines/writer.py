@@ -119,7 +119,7 @@ class VideoWriter:
                 self._videos.append(video)
             video.metadata |= calls.facts()
             video.stem = video.stem or free_stem(self.folder, _stem(request))
-            with _explain_disk_errors(self.folder), created_folder(self.folder):
+            with explain_disk_errors(self.folder), created_folder(self.folder):
                 for kind in self._lacking(video):
                     path = self.folder / f"{video.stem}.{kind}"
                     write = video_io.write_mp4 if kind == "mp4" else video_io.write_gif
@@ -146,7 +146,7 @@ class VideoWriter:
                 )
                 for video in self._videos
             ]
-            with _explain_disk_errors(self.folder), created_folder(self.folder):
+            with explain_disk_errors(self.folder), created_folder(self.folder):
                 sheet = self.folder / f"{free_stem(self.folder, 'sheet')}.png"
                 contact_sheet.write_rows(sheet, rows, [video.contents() for video in self._videos])
             self._add(sheet)
@@ -161,11 +161,7 @@ class VideoWriter:
         return [kind for kind in self._kinds if kind not in video.files]
 
     def _new_video(self, request: Request) -> _Video:
-        metadata = request_metadata(request, self.defaults, self.provenance)
-        sources = [condition.source for condition in request.all_conditions()]
-        sources += [entry.source for entry in request.mask_entries]
-        hashes = hash_sources(sources, self._hashes)
-        return _Video(request, metadata | ({"conditioning_files": hashes} if hashes else {}))
+        return _Video(request, video_metadata(request, self.defaults, self.provenance, self._hashes))
 
     def _write_json(self, video: _Video) -> None:
         from stdit.pipelines.video_io import read_metadata, write_json_atomic
@@ -207,6 +203,21 @@ def request_metadata(
         **({"loras": [_lora_facts(lora) for lora in request.loras]} if request.loras else {}),
         **({"extra": request.extra} if request.extra else {}),
     }
+
+
+def video_metadata(
+    request: Request, defaults: Mapping[str, Any], provenance: Mapping[str, Any], hashes: dict[str, str]
+) -> dict[str, Any]:
+    """Return `request_metadata` with the hashes of the conditioning files.
+
+    Args:
+        hashes: by path, those that are known; others are added.
+    """
+    metadata = request_metadata(request, defaults, provenance)
+    sources = [condition.source for condition in request.all_conditions()]
+    sources += [entry.source for entry in request.mask_entries]
+    found = hash_sources(sources, hashes)
+    return metadata | ({"conditioning_files": found} if found else {})
 
 
 def _lora_facts(lora: LoRASpec) -> dict[str, Any]:
@@ -276,8 +287,8 @@ def created_folder(folder: Path, keep: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _explain_disk_errors(folder: Path) -> Iterator[None]:
-    """Raise a UserError for a full disk and the like."""
+def explain_disk_errors(folder: Path) -> Iterator[None]:
+    """Raise a UserError for a full disk and the like, when videos are written to ``folder``."""
     try:
         yield
     except OSError as error:

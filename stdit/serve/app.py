@@ -1,0 +1,168 @@
+"""The server: page and API in one application, with the workers that make the videos."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+import stdit
+from stdit.errors import UserError
+from stdit.pipelines.video_io import read_metadata
+from stdit.serve.catalog import Catalog
+from stdit.serve.config import SampleCommand
+from stdit.serve.errors import RequestError, error_body
+from stdit.serve.events import EventStream
+from stdit.serve.gallery import Gallery
+from stdit.serve.gallery_api import gallery_routes
+from stdit.serve.inspection import inspect_metadata
+from stdit.serve.jobs import JobStore
+from stdit.serve.launches import Launches
+from stdit.serve.places import ServerPlaces
+from stdit.serve.runs import Runs
+from stdit.serve.runs_api import runs_routes
+from stdit.serve.security import Guard
+from stdit.serve.server_metrics import HealthObject, health, metrics_registry
+from stdit.serve.supervisor import Supervisor
+from stdit.serve.videos_api import VideoService, video_routes
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "page"
+
+
+def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
+    """Return the application of a server.
+
+    Args:
+        with_workers: start workers with it; False: jobs wait for the workers of somebody else.
+    """
+    places = ServerPlaces(
+        state=config.state_folder,
+        videos=config.videos_folder,
+        runs=config.runs_folder,
+        loras=None if config.server.loras is None else Path(config.server.loras),
+        max_upload_bytes=int(config.server.max_upload_mib * 2**20),
+    )
+    store = JobStore(places.jobs_file, durable=True)
+    catalog = Catalog(places.runs, config.checkpoint, places.loras, config.ema)
+    events = EventStream(store, config.server.keep_days)
+    supervisor = Supervisor(config, places, JobStore(places.jobs_file))
+    inside = places.videos.resolve().is_relative_to(places.runs.resolve())
+    gallery = Gallery(places.runs if inside else places.videos, places.state / "gallery.sqlite")
+    runs = Runs(places.runs)
+
+    def inspect(file: Path) -> dict[str, Any]:
+        return inspect_metadata(read_metadata(file), catalog, places).model_dump()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if with_workers:
+            supervisor.start()
+        yield
+        events.close()
+        if with_workers:
+            supervisor.stop()
+
+    app = FastAPI(
+        title="stdit",
+        version=stdit.__version__,
+        lifespan=lifespan,
+        summary="Videos from prompts",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.events = events
+    app.include_router(
+        video_routes(VideoService(config.server, store, catalog, places, events)), responses=_ERRORS
+    )
+    app.include_router(gallery_routes(gallery, inspect), responses=_ERRORS)
+    app.include_router(runs_routes(runs, Launches(runs, config.server.allow_training)), responses=_ERRORS)
+
+    @app.get("/health")
+    def get_health() -> HealthObject:
+        """Tell whether workers work, and how many videos wait."""
+        return health(store)
+
+    registry = metrics_registry(store)
+
+    @app.get("/metrics", response_class=Response)
+    def get_metrics() -> Response:
+        """Send the numbers that Prometheus reads."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    def get_page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
+
+    app.mount("/static", StaticFiles(directory=PAGE), name="static")
+    _explain_errors(app)
+    app.add_middleware(Guard, config=config.server)
+    return app
+
+
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "description": "The request cannot be followed, and why",
+        "content": {"application/json": {"schema": _ERROR_SCHEMA}},
+    }
+}
+
+
+def _explain_errors(app: FastAPI) -> None:
+    """Answer each error with its message, and one that nobody expected without any detail."""
+
+    def answer(
+        message: str, status: int, param: str | None = None, code: str = "invalid_value"
+    ) -> JSONResponse:
+        return JSONResponse(error_body(message, param, code, status), status)
+
+    @app.exception_handler(UserError)
+    def of_user(request: Request, error: UserError) -> JSONResponse:
+        if isinstance(error, RequestError):
+            return answer(str(error), error.status, error.param, error.kind)
+        return answer(str(error), 400)
+
+    @app.exception_handler(RequestValidationError)
+    def of_schema(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = str(first["loc"][-1]) if first["loc"] else "request"
+        return answer(f"{name:.80}: {first['msg']}.", 400, name[:80])
+
+    @app.exception_handler(HTTPException)
+    def of_http(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        response = answer(
+            f"{error.detail}.", error.status_code, None, codes.get(error.status_code, "invalid_request")
+        )
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    def of_server(request: Request, error: Exception) -> JSONResponse:
+        return answer(
+            "something went wrong here: the output of the server says what.", 500, None, "server_error"
+        )

@@ -1,0 +1,169 @@
+"""A thin client of the server's API, with nothing but Python's standard library.
+
+from stdit.serve.client import VideoClient
+
+client = VideoClient("http://localhost:8000")
+video = client.create("a red star orbits a blue square on a white background", seed=1)
+client.save(client.wait(video), "star.mp4")
+"""
+
+import json
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stdit.errors import UserError
+from stdit.pipelines.video_io import atomic_write
+
+_OVER = ("completed", "failed", "cancelled")
+_TRIES = 20
+"""Of a request that finds no server: it may be starting again."""
+_PAUSE = 0.5
+"""Seconds between two of them."""
+
+
+@dataclass
+class VideoClient:
+    """Asks a server for videos.
+
+    Args:
+        url: of the server.
+        token: its ``--server.token``, if it has one.
+        timeout: seconds that one answer may take.
+    """
+
+    url: str = "http://localhost:8000"
+    token: str | None = None
+    timeout: float = 60.0
+
+    def create(self, prompt: str, **fields: Any) -> dict[str, Any]:
+        """Ask for a video; if the server ends meanwhile, ask again, and get one video nevertheless.
+
+        Args:
+            fields: further fields of a request, such as seed or num_inference_steps.
+
+        Returns:
+            the video as the API shows it.
+
+        Raises:
+            UserError: the server's message, if the request breaks a rule.
+        """
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        found: dict[str, Any] = self._json("POST", "/v1/videos", {"prompt": prompt, **fields}, headers)
+        return found
+
+    def get(self, video: Mapping[str, Any] | str) -> dict[str, Any]:
+        """Return the state of a video."""
+        found: dict[str, Any] = self._json("GET", f"/v1/videos/{_id(video)}")
+        return found
+
+    def wait(
+        self,
+        video: Mapping[str, Any] | str,
+        timeout: float = 3600.0,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Wait until a video is over; return it.
+
+        Args:
+            timeout: seconds.
+            on_progress: called with the video as it changes.
+
+        Raises:
+            UserError: if it failed or was cancelled, or takes too long.
+        """
+        deadline, before = time.monotonic() + timeout, None
+        while True:
+            found = self.get(video)
+            if on_progress is not None and found != before:
+                on_progress(found)
+            before = found
+            if found["status"] == "completed":
+                return found
+            if found["status"] in _OVER:
+                raise UserError(
+                    f"{found['id']} {found['status']}: {(found['error'] or {}).get('message', '')}"
+                )
+            if time.monotonic() > deadline:
+                raise UserError(f"{found['id']} is not finished after {timeout:g} seconds: wait again.")
+            time.sleep(0.2)
+
+    def save(self, video: Mapping[str, Any] | str, file: str | Path) -> Path:
+        """Save a finished video; return its file."""
+        path = Path(file)
+        content = self._send("GET", f"/v1/videos/{_id(video)}/content")
+        with atomic_write(path) as temporary:
+            Path(temporary).write_bytes(content)
+        return path
+
+    def events(self, video: Mapping[str, Any] | str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the name and data of each event of a video, such as its previews, until it is over."""
+        request = self._request("GET", f"/v1/videos/{_id(video)}/events")
+        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            name = ""
+            for line in answer:
+                text = line.decode().rstrip("\n")
+                if text.startswith("event: "):
+                    name = text.removeprefix("event: ")
+                elif text.startswith("data: "):
+                    yield name, json.loads(text.removeprefix("data: "))
+
+    def cancel(self, video: Mapping[str, Any] | str) -> dict[str, Any]:
+        """Cancel a video unless it is over."""
+        found: dict[str, Any] = self._json("POST", f"/v1/videos/{_id(video)}/cancel")
+        return found
+
+    def delete(self, video: Mapping[str, Any] | str) -> None:
+        """Delete a video and its file."""
+        self._json("DELETE", f"/v1/videos/{_id(video)}")
+
+    def _json(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> Any:
+        return json.loads(self._send(method, path, body, headers))
+
+    def _send(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> bytes:
+        request = self._request(method, path, body, headers)
+        for attempt in range(_TRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    content: bytes = answer.read()
+                    return content
+            except urllib.error.HTTPError as error:
+                raise UserError(_message(error)) from None
+            except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+                if attempt == _TRIES - 1:
+                    reason = getattr(error, "reason", error)
+                    raise UserError(
+                        f"{self.url} cannot be reached ({reason}): is the server running?"
+                    ) from None
+                time.sleep(_PAUSE)
+        raise AssertionError
+
+    def _request(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> urllib.request.Request:
+        sent = dict(headers or {}) | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+        data = None
+        if body is not None:
+            data, sent["Content-Type"] = json.dumps(body).encode(), "application/json"
+        return urllib.request.Request(self.url.rstrip("/") + path, data, sent, method=method)
+
+
+def _id(video: Mapping[str, Any] | str) -> str:
+    return video if isinstance(video, str) else str(video["id"])
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """Return the server's words for an error."""
+    try:
+        return str(json.loads(error.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return f"{error.code} {error.reason}"

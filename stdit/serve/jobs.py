@@ -1,0 +1,468 @@
+"""Jobs: the videos that were asked for, in an SQLite file that server and workers share. Imports no torch.
+
+A job that was accepted is finished exactly once or reported as failed, whatever is killed. All that is known of it is
+in the file, and each change is one transaction:
+
+- A worker claims waiting jobs under a name of its own. What it says of jobs that are no longer its own is ignored.
+- If a worker ends, its jobs wait again, with the same seed. One whose workers crashed shares a batch with half as
+  many others, and fails after `MAX_CRASHES_ALONE` crashes on its own.
+- A video has the name of its job, and is written before the job is completed: a worker that finds it does not make
+  it again.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stdit.errors import UserError
+
+WAITING, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
+STATES = (WAITING, RUNNING, COMPLETED, FAILED, CANCELLED)
+MAX_CRASHES_ALONE = 3
+"""Crashes of workers that made just this video, after which it fails."""
+SCHEMA = 1
+_TABLES = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL,
+    client TEXT NOT NULL, key TEXT, asked TEXT,
+    body TEXT NOT NULL, model TEXT NOT NULL, batch TEXT NOT NULL, work REAL NOT NULL, facts TEXT NOT NULL,
+    state TEXT NOT NULL, worker TEXT, batch_size INTEGER, crashes INTEGER NOT NULL DEFAULT 0,
+    crashes_alone INTEGER NOT NULL DEFAULT 0,
+    step INTEGER NOT NULL DEFAULT 0, steps INTEGER NOT NULL DEFAULT 0, preview BLOB, preview_step INTEGER,
+    created REAL NOT NULL, started REAL, finished REAL, changed REAL NOT NULL,
+    file TEXT, bytes INTEGER, seconds REAL, error TEXT, param TEXT,
+    UNIQUE (client, key));
+CREATE INDEX IF NOT EXISTS of_state ON jobs (state, number);
+CREATE INDEX IF NOT EXISTS of_change ON jobs (changed);
+CREATE TABLE IF NOT EXISTS workers (
+    name TEXT PRIMARY KEY, state TEXT NOT NULL, model TEXT, device TEXT, heartbeat REAL NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A video that was asked for."""
+
+    number: int
+    """Place in the order in which jobs came."""
+    id: str
+    client: str
+    body: dict[str, Any]
+    """What was asked, complete: the same body makes the same video."""
+    model: str
+    facts: dict[str, Any]
+    """What is known of the video before it is made: size, length, warnings."""
+    state: str
+    step: int
+    steps: int
+    preview_step: int | None
+    created: float
+    started: float | None
+    finished: float | None
+    changed: float
+    file: str | None
+    """Name of the video in the folder of videos."""
+    error: str | None
+    param: str | None
+    batch_size: int | None
+    crashes: int
+    work: float
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.state not in (WAITING, RUNNING)
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job to be accepted."""
+
+    id: str
+    client: str
+    body: Mapping[str, Any]
+    model: str
+    batch: str
+    """Jobs of which this is equal can be made in one batch."""
+    work: float
+    """Pixels x model calls, by which the time is foreseen."""
+    facts: Mapping[str, Any]
+    asked: str = ""
+    """What the client sent, or its hash."""
+    key: str | None = None
+    """Idempotency key: a second job of the same client with it is the first one."""
+
+
+class KeyReusedError(UserError):
+    """An idempotency key that came with another body before."""
+
+
+class QueueFullError(UserError):
+    """No more jobs may wait."""
+
+
+@dataclass
+class JobStore:
+    """The jobs in an SQLite file; may be used by several threads and processes at a time.
+
+    Args:
+        durable: flush each change to the disk, so that an accepted job survives a power failure. Without it, a change
+            survives the death of processes alone, which is enough for what can be done again.
+    """
+
+    file: Path
+    durable: bool = False
+
+    def __post_init__(self) -> None:
+        self._local = threading.local()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self._change() as db:
+            found = db.execute("PRAGMA user_version").fetchone()[0]
+            if found not in (0, SCHEMA):
+                raise UserError(
+                    f"{self.file} is of another version of stdit ({found}, not {SCHEMA}): move it away."
+                )
+        db = self._connection()
+        db.executescript(_TABLES)
+        db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    def _connection(self) -> sqlite3.Connection:
+        if not hasattr(self._local, "db"):
+            try:
+                db = sqlite3.connect(self.file, timeout=30, isolation_level=None)
+                db.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.Error as error:
+                raise UserError(f"{self.file} cannot be opened ({error}): move it away.") from None
+            db.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'NORMAL'}")
+            db.row_factory = sqlite3.Row
+            self._local.db = db
+        connection: sqlite3.Connection = self._local.db
+        return connection
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection for one transaction that no other change comes between."""
+        db = self._connection()
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield db
+        except BaseException:
+            db.rollback()
+            raise
+        db.commit()
+
+    # ---- the server ----
+
+    def submit(self, new: NewJob, max_waiting: int = 1000, max_waiting_per_client: int = 1000) -> Job:
+        """Accept a job; return it, or the one that the same client sent with this key before.
+
+        Raises:
+            KeyReusedError: the key came with another body.
+            QueueFullError: too many jobs are waiting.
+        """
+        now = time.time()
+        with self._change() as db:
+            if new.key is not None:
+                row = db.execute(
+                    "SELECT * FROM jobs WHERE client = ? AND key = ?", (new.client, new.key)
+                ).fetchone()
+                if row is not None:
+                    if row["asked"] != new.asked:
+                        raise KeyReusedError(
+                            f"Idempotency-Key = {new.key:.80}: came with another request before: use a new one."
+                        )
+                    return _job(row)
+            waiting = "SELECT count(*) FROM jobs WHERE state IN ('queued', 'in_progress')"
+            of_client = db.execute(f"{waiting} AND client = ?", (new.client,)).fetchone()[0]
+            if of_client >= max_waiting_per_client:
+                raise QueueFullError(
+                    f"{of_client} videos of yours are waiting, of at most {max_waiting_per_client}: wait until some "
+                    "are finished, or cancel some."
+                )
+            if (total := db.execute(waiting).fetchone()[0]) >= max_waiting:
+                raise QueueFullError(
+                    f"{total} videos are waiting, of at most {max_waiting}: try again later."
+                )
+            values = (
+                new.id,
+                new.client,
+                new.key,
+                new.asked,
+                json.dumps(new.body),
+                new.model,
+                new.batch,
+                new.work,
+            )
+            db.execute(
+                "INSERT INTO jobs (id, client, key, asked, body, model, batch, work, facts, state, created, changed)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?)",
+                (*values, json.dumps(new.facts), now, now),
+            )
+            return _job(db.execute("SELECT * FROM jobs WHERE id = ?", (new.id,)).fetchone())
+
+    def get(self, job_id: str) -> Job | None:
+        """Return a job; None if there is none of that name."""
+        row = self._connection().execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        return None if row is None else _job(row)
+
+    def preview(self, job_id: str) -> bytes | None:
+        """Return the newest preview of a job, an animated WebP."""
+        row = self._connection().execute("SELECT preview FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        return None if row is None else row["preview"]
+
+    def list_jobs(
+        self, limit: int, after: int | None = None, newest_first: bool = True, state: str | None = None
+    ) -> list[Job]:
+        """Return jobs in the order in which they came, or the newest first.
+
+        Args:
+            after: number of the job before the first of them.
+        """
+        order, compare = ("DESC", "<") if newest_first else ("ASC", ">")
+        conditions, values = ["1"], list[Any]()
+        if after is not None:
+            conditions.append(f"number {compare} ?")
+            values.append(after)
+        if state is not None:
+            conditions.append("state = ?")
+            values.append(state)
+        rows = self._connection().execute(
+            f"SELECT * FROM jobs WHERE {' AND '.join(conditions)} ORDER BY number {order} LIMIT ?",
+            (*values, limit),
+        )
+        return [_job(row) for row in rows]
+
+    def changed_since(self, moment: float) -> list[Job]:
+        """Return the jobs that have changed since a time, and at it."""
+        rows = self._connection().execute("SELECT * FROM jobs WHERE changed >= ? ORDER BY changed", (moment,))
+        return [_job(row) for row in rows]
+
+    def version(self) -> int:
+        """Return a number that changes when another connection changes the file."""
+        return int(self._connection().execute("PRAGMA data_version").fetchone()[0])
+
+    def ahead(self, number: int) -> tuple[int, float]:
+        """Return how many jobs wait before the one of this number, and the work of these and of the running ones."""
+        row = (
+            self._connection()
+            .execute(
+                "SELECT total(state = 'queued' AND number < ?) AS count, total(CASE WHEN state = 'in_progress' THEN"
+                " work * (1 - 1.0 * step / max(1, steps)) WHEN number < ? THEN work ELSE 0 END) AS work"
+                " FROM jobs WHERE state IN ('queued', 'in_progress')",
+                (number, number),
+            )
+            .fetchone()
+        )
+        return int(row["count"]), float(row["work"])
+
+    def seconds_per_work(self, model: str) -> float | None:
+        """Return how long a unit of work took in the last videos of a model; None if there were none."""
+        row = (
+            self._connection()
+            .execute(
+                "SELECT sum(seconds) / sum(work) AS rate FROM (SELECT seconds, work FROM jobs WHERE model = ? AND"
+                " state = 'completed' AND seconds > 0 ORDER BY number DESC LIMIT 20)",
+                (model,),
+            )
+            .fetchone()
+        )
+        return None if row["rate"] is None else float(row["rate"])
+
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs are in each state."""
+        rows = self._connection().execute("SELECT state, count(*) AS count FROM jobs GROUP BY state")
+        return dict.fromkeys(STATES, 0) | {row["state"]: row["count"] for row in rows}
+
+    def made(self) -> tuple[int, float]:
+        """Return how many videos were completed, and the seconds that they took."""
+        row = (
+            self._connection()
+            .execute(
+                "SELECT count(*) AS count, total(seconds) AS seconds FROM jobs WHERE state = 'completed'"
+            )
+            .fetchone()
+        )
+        return int(row["count"]), float(row["seconds"])
+
+    def cancel(self, job_id: str) -> Job | None:
+        """Cancel a job unless it is over; its worker notices at its next step. Return it."""
+        with self._change() as db:
+            now = time.time()
+            db.execute(
+                "UPDATE jobs SET state = 'cancelled', preview = NULL, finished = ?, changed = ? WHERE id = ? AND"
+                " state IN ('queued', 'in_progress')",
+                (now, now, job_id),
+            )
+        return self.get(job_id)
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job; one that runs is cancelled, since its worker finds it no more."""
+        with self._change() as db:
+            db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+
+    def expired(self, keep_days: float | None, keep_gib: float | None) -> list[Job]:
+        """Return the jobs that are over and too old, or whose videos are too large with all newer ones."""
+        found = dict[str, Job]()
+        db = self._connection()
+        if keep_days is not None:
+            rows = db.execute("SELECT * FROM jobs WHERE finished < ?", (time.time() - keep_days * 86400,))
+            found |= {row["id"]: _job(row) for row in rows}
+        if keep_gib is not None:
+            rows = db.execute(
+                "SELECT * FROM (SELECT *, sum(bytes) OVER (ORDER BY number DESC) AS until FROM jobs WHERE bytes IS"
+                " NOT NULL) WHERE until > ?",
+                (keep_gib * 2**30,),
+            )
+            found |= {row["id"]: _job(row) for row in rows}
+        return list(found.values())
+
+    # ---- workers ----
+
+    def claim(self, worker: str, batch_size: int) -> list[Job]:
+        """Give a worker the oldest waiting job, and others that fit into its batch."""
+        with self._change() as db:
+            first = db.execute("SELECT * FROM jobs WHERE state = 'queued' ORDER BY number LIMIT 1").fetchone()
+            if first is None:
+                return []
+            rows = db.execute(
+                "SELECT * FROM jobs WHERE state = 'queued' AND batch = ? AND crashes <= ? ORDER BY number LIMIT ?",
+                (first["batch"], first["crashes"], max(1, batch_size >> first["crashes"])),
+            ).fetchall()
+            now = time.time()
+            for row in rows:
+                db.execute(
+                    "UPDATE jobs SET state = 'in_progress', worker = ?, batch_size = ?, step = 0, steps = 0,"
+                    " started = ?, changed = ? WHERE id = ?",
+                    (worker, len(rows), now, now, row["id"]),
+                )
+            self._beat(db, worker, "busy", now)
+            ids = [row["id"] for row in rows]
+            return [_job(db.execute("SELECT * FROM jobs WHERE id = ?", (one,)).fetchone()) for one in ids]
+
+    def progress(
+        self, worker: str, job_ids: Sequence[str], step: int, steps: int, previews: Sequence[bytes] = ()
+    ) -> set[str]:
+        """Record how far a worker's jobs are; return those that are still its own."""
+        now = time.time()
+        with self._change() as db:
+            self._beat(db, worker, "busy", now)
+            for place, job_id in enumerate(job_ids):
+                db.execute(
+                    "UPDATE jobs SET step = ?, steps = ?, changed = ?, preview = coalesce(?, preview), preview_step ="
+                    " coalesce(?, preview_step) WHERE id = ? AND worker = ? AND state = 'in_progress'",
+                    (
+                        step,
+                        steps,
+                        now,
+                        *((previews[place], step) if previews else (None, None)),
+                        job_id,
+                        worker,
+                    ),
+                )
+            rows = db.execute("SELECT id FROM jobs WHERE worker = ? AND state = 'in_progress'", (worker,))
+            return {row["id"] for row in rows} & set(job_ids)
+
+    def complete(self, worker: str, job_id: str, file: str, size: int, seconds: float) -> bool:
+        """Record the video of a worker's job; return whether the job was still its own.
+
+        Args:
+            size: bytes of the video.
+            seconds: that it took, its share of its batch.
+        """
+        return self._end(
+            worker,
+            job_id,
+            "state = 'completed', step = steps, file = ?, bytes = ?, seconds = ?",
+            file,
+            size,
+            seconds,
+        )
+
+    def fail(self, worker: str, job_id: str, message: str, param: str | None = None) -> bool:
+        """Record why a worker's job failed; return whether it was still its own."""
+        return self._end(worker, job_id, "state = 'failed', error = ?, param = ?", message, param)
+
+    def _end(self, worker: str, job_id: str, change: str, *values: Any) -> bool:
+        with self._change() as db:
+            now = time.time()
+            done = db.execute(
+                f"UPDATE jobs SET {change}, preview = NULL, finished = ?, changed = ? WHERE id = ? AND worker = ? AND"
+                " state = 'in_progress'",
+                (*values, now, now, job_id, worker),
+            )
+            return done.rowcount == 1
+
+    def release(self, worker: str | None = None, crashed: bool = False, reason: str = "") -> list[str]:
+        """Let the jobs of a worker that has ended wait again; return those that fail instead.
+
+        Args:
+            worker: None: all workers.
+            crashed: it did not end because the server asked for it, so one of its jobs may be the cause.
+        """
+        failed = []
+        with self._change() as db:
+            now = time.time()
+            rows = db.execute(
+                "SELECT * FROM jobs WHERE state = 'in_progress' AND (? IS NULL OR worker = ?)",
+                (worker, worker),
+            ).fetchall()
+            for row in rows:
+                alone = row["crashes_alone"] + int(crashed and row["batch_size"] == 1)
+                if alone >= MAX_CRASHES_ALONE:
+                    failed.append(row["id"])
+                    db.execute(
+                        "UPDATE jobs SET state = 'failed', error = ?, preview = NULL, finished = ?, changed = ? WHERE"
+                        " id = ?",
+                        (
+                            f"its worker ended {alone} times while it made this video alone ({reason}): ask for "
+                            "fewer frames or a smaller size, or read the server's output",
+                            *(now, now, row["id"]),
+                        ),
+                    )
+                else:
+                    db.execute(
+                        "UPDATE jobs SET state = 'queued', worker = NULL, step = 0, preview = NULL, preview_step ="
+                        " NULL, started = NULL, crashes = crashes + ?, crashes_alone = ?, changed = ? WHERE id = ?",
+                        (int(crashed), alone, now, row["id"]),
+                    )
+            if worker is None:
+                db.execute("DELETE FROM workers")
+            else:
+                db.execute("DELETE FROM workers WHERE name = ?", (worker,))
+        return failed
+
+    def heartbeat(self, worker: str, state: str, model: str | None = None, device: str | None = None) -> None:
+        """Record that a worker is alive."""
+        with self._change() as db:
+            self._beat(db, worker, state, time.time(), model, device)
+
+    @staticmethod
+    def _beat(
+        db: sqlite3.Connection,
+        worker: str,
+        state: str,
+        now: float,
+        model: str | None = None,
+        device: str | None = None,
+    ) -> None:
+        db.execute(
+            "INSERT INTO workers VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET state = excluded.state,"
+            " heartbeat = excluded.heartbeat, model = coalesce(excluded.model, model),"
+            " device = coalesce(excluded.device, device)",
+            (worker, state, model, device, now),
+        )
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Return the workers, each with name, state (starting, idle, busy), model, device and heartbeat."""
+        return [dict(row) for row in self._connection().execute("SELECT * FROM workers ORDER BY name")]
+
+
+def _job(row: sqlite3.Row) -> Job:
+    values = {name: row[name] for name in Job.__dataclass_fields__}
+    return Job(**values | {"body": json.loads(row["body"]), "facts": json.loads(row["facts"])})

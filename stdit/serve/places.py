@@ -1,0 +1,71 @@
+"""Where a server keeps what: its state, the videos that it makes, and the folders that it shows."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stdit.pipelines.requests import Request
+from stdit.pipelines.video_io import write_json_atomic
+from stdit.pipelines.writer import slug
+from stdit.serve.errors import RequestError
+from stdit.serve.jobs import COMPLETED, JobStore
+from stdit.serve.uploads import Uploads
+
+_PLACES = "places.json"
+
+
+@dataclass(frozen=True)
+class ServerPlaces:
+    """The folders of a server, which its workers share."""
+
+    state: Path
+    """Jobs, uploads, thumbnails."""
+    videos: Path
+    """The videos that the server makes."""
+    runs: Path
+    loras: Path | None = None
+    max_upload_bytes: int = 2**26
+
+    @property
+    def jobs_file(self) -> Path:
+        """SQLite file of the jobs."""
+        return self.state / "jobs.sqlite"
+
+    @property
+    def uploads(self) -> Uploads:
+        """The files that clients sent."""
+        return Uploads(self.state / "uploads", self.max_upload_bytes)
+
+    def write(self) -> None:
+        """Write this for the workers."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        values = {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
+        }
+        write_json_atomic(self.state / _PLACES, values)
+
+    @classmethod
+    def read(cls, state: Path) -> "ServerPlaces":
+        """Return what a server has written into its folder of state."""
+        values = json.loads((state / _PLACES).read_text(encoding="utf-8"))
+        paths = {name: Path(values[name]) for name in ("state", "videos", "runs")}
+        loras = None if values["loras"] is None else Path(values["loras"])
+        return cls(**paths, loras=loras, max_upload_bytes=values["max_upload_bytes"])
+
+    def video_file(self, job_id: str, request: Request) -> Path:
+        """Return the file of a job's video: the same one whenever the job is done."""
+        return self.videos / f"{slug(request.prompt)}-seed{request.seed}-{job_id.removeprefix('video_')}.mp4"
+
+    def find_frames(self, store: JobStore, kind: str, name: str) -> Path:
+        """Return the file of an upload, or of a video that is finished. Raises RequestError if there is none."""
+        if kind == "upload":
+            return self.uploads.find(name)
+        job = store.get(name)
+        file = None if job is None or job.state != COMPLETED or job.file is None else self.videos / job.file
+        if file is None or not file.is_file():
+            raise RequestError(
+                f"conditions: there is no finished video {name!r:.80}: wait until it is, or choose another.",
+                param="conditions",
+                code="not_found",
+            )
+        return file

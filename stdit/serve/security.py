@@ -1,0 +1,175 @@
+"""Who may ask the server what: passwords, hosts, origins, sizes and numbers of requests."""
+
+import base64
+import binascii
+import hmac
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from stdit.serve.config import ServerConfig, is_loopback
+from stdit.serve.errors import RequestError, error_body
+from stdit.serve.uploads import too_large
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+MAX_BODY = 2**20
+"""Bytes of a request without a file."""
+_OPEN = ("/health",)
+"""Paths that need no password."""
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; style-src 'self'; "
+        "script-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+_CLIENTS = 4096
+"""Clients that are remembered."""
+_BURST_SECONDS = 4.0
+"""Requests of so long may come at once."""
+
+
+@dataclass
+class RequestLimit:
+    """A token bucket per client."""
+
+    per_second: float
+    _left: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
+
+    def take(self, client: str) -> float:
+        """Count a request; return after how many seconds it would be allowed, 0 if it is now."""
+        now, burst = time.monotonic(), max(1.0, self.per_second * _BURST_SECONDS)
+        left, since = self._left.pop(client, (burst, now))
+        left = min(burst, left + (now - since) * self.per_second)
+        self._left[client] = (max(0.0, left - 1), now)
+        if len(self._left) > _CLIENTS:
+            self._left.popitem(last=False)
+        return 0.0 if left >= 1 else (1 - left) / self.per_second
+
+
+class Guard:
+    """ASGI middleware that lets through only what is allowed, and adds headers of safety to each answer."""
+
+    def __init__(self, app: Any, config: ServerConfig) -> None:
+        self.app, self.config = app, config
+        self.limit = RequestLimit(config.requests_per_second)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_safely(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                named = {name for name, _ in message.get("headers", [])}
+                added = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+                headers = [*message.get("headers", []), *(one for one in added if one[0] not in named)]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        try:
+            self._check(scope, headers)
+            limited = self._limited(receive, headers)
+        except RequestError as error:
+            await _refuse(error, send_safely)
+            return
+        await self.app(scope, limited, send_safely)
+
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        client = client_of(scope)
+        if wait := self.limit.take(client):
+            raise RequestError(
+                f"more than {self.config.requests_per_second:g} requests per second: wait {wait:.1f} seconds.",
+                status=429,
+                code="rate_limit_exceeded",
+            )
+        self._check_host(headers)
+        if scope["path"] not in _OPEN:
+            self._check_password(headers.get("authorization", ""))
+        origin = headers.get("origin")
+        changes = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if changes and origin is not None and origin.partition("://")[2] != headers.get("host"):
+            raise RequestError(
+                "a page of another origin may not change anything here.", status=403, code="other_origin"
+            )
+
+    def _check_host(self, headers: dict[str, str]) -> None:
+        """Raise RequestError for a host that is not this one: a page elsewhere can let its name lead here."""
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        except ValueError:
+            host = ""
+        if self.config.auth or self.config.token or is_loopback(host) or host == self.config.host:
+            return
+        raise RequestError(f"host {host:.80} is not this server.", status=403, code="other_host")
+
+    def _check_password(self, given: str) -> None:
+        wanted_auth, token = self.config.auth, self.config.token
+        if wanted_auth is None and token is None:
+            return
+        kind, _, value = given.partition(" ")
+        right = False
+        if kind.lower() == "bearer" and token is not None:
+            right = _same(value, token)
+        elif kind.lower() == "basic":
+            try:
+                pair = base64.b64decode(value, validate=True).decode("utf-8")
+            except (binascii.Error, UnicodeDecodeError):
+                pair = ""
+            right = wanted_auth is not None and _same(pair, wanted_auth)
+            right |= token is not None and _same(pair.partition(":")[2], token)
+        if not right:
+            raise RequestError(
+                "this server needs a password or token: send Authorization.", status=401, code="unauthorized"
+            )
+
+    def _limited(self, receive: Receive, headers: dict[str, str]) -> Receive:
+        """Return ``receive`` that fails once a body is larger than allowed."""
+        has_file = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        most = int(self.config.max_upload_mib * 2**20) + MAX_BODY if has_file else MAX_BODY
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > most:
+            raise too_large(most)
+        got = 0
+
+        async def limited() -> dict[str, Any]:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > most:
+                raise too_large(most)
+            return message
+
+        return limited
+
+
+def client_of(scope: Scope) -> str:
+    """Return the address of a client."""
+    return scope["client"][0] if scope.get("client") else "unknown"
+
+
+def _same(given: str, wanted: str) -> bool:
+    return hmac.compare_digest(given.encode(), wanted.encode())
+
+
+async def _refuse(error: RequestError, send: Send) -> None:
+    body = json.dumps(error_body(str(error), error.param, error.kind, error.status)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.status == 401:
+        headers.append((b"www-authenticate", b'Basic realm="stdit", charset="UTF-8"'))
+    if error.status == 429:
+        headers.append((b"retry-after", b"1"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,68 @@
+"""``sample.py --serve``: check what is needed, and run the server until it is interrupted."""
+
+import socket
+import threading
+from contextlib import closing
+
+from stdit.errors import UserError, install_command
+from stdit.pipelines.sources import find_checkpoint_source
+from stdit.pipelines.writer import check_writable
+from stdit.serve.config import SampleCommand
+
+
+def serve(config: SampleCommand) -> None:
+    """Serve the page and the API until Ctrl-C.
+
+    Raises:
+        UserError: if the extra is not installed, the port is in use, the checkpoint is missing or damaged, or a
+            folder cannot be written.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UserError(f"--serve needs {error.name}: {install_command('serve')}") from None
+    from stdit.serve.app import build_app
+    from stdit.serve.lock import lock_server
+
+    if config.checkpoint is not None:
+        find_checkpoint_source(config.checkpoint, config.ema)
+    check_writable(config.videos_folder)
+    with (
+        closing(_listen(config.server.host, config.server.port)) as listening,
+        lock_server(config.state_folder),
+    ):
+        app = build_app(config)
+        threading.Thread(target=_import_torch, daemon=True).start()
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_level="warning", server_header=False, date_header=False, timeout_graceful_shutdown=3
+            )
+        )
+        host, port = listening.getsockname()[:2]
+        shown = "localhost" if host in ("127.0.0.1", "::1") else host
+        print(f"open http://{shown}:{port} in a browser; Ctrl-C stops the server", flush=True)
+        server.run(sockets=[listening])
+
+
+def _import_torch() -> None:
+    """Import what the first check of a request would wait for."""
+    import stdit.pipelines.workload  # noqa: F401
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises UserError if the port is in use or the host is not of this machine."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(128)
+    except OSError as error:
+        raise UserError(
+            f"server.host = {host}, server.port = {port}: cannot be listened on ({error.strerror or error}): choose "
+            f"another, such as --server.port {port + 1 if port < 65535 else 8000}, or 0 for any that is free."
+        ) from None
+    return listening

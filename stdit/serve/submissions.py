@@ -1,0 +1,344 @@
+"""From the fields of a request to a video that a worker can make, checked as the command line checks it."""
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stdit.errors import UserError
+from stdit.pipelines.conditions import FrameCondition
+from stdit.pipelines.config import PROMPT_SETTINGS, VIDEO_SETTINGS, SampleConfig
+from stdit.pipelines.prompts import prompt_line
+from stdit.pipelines.requests import Request, check_requests, plan_requests
+from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
+from stdit.serve.captured import captured_warnings
+from stdit.serve.catalog import Catalog, OfferedModel
+from stdit.serve.errors import RequestError
+from stdit.suggestions import nearest_name
+
+MAX_PROMPT = 4000
+"""Characters of a prompt."""
+MAX_CONDITIONS = 32
+MAX_SEGMENTS = 64
+MAX_LORAS = 8
+_NOT_OFFERED = ("image", "condition", "lora", "reference_path", "mask_strategy")
+"""Settings of a prompt that name files: requests have `loras` and `conditions` instead."""
+OWN_FIELDS = ("prompt", "model", "seed", "loras", "conditions", "any_size", "size", "seconds")
+FIELDS = (*OWN_FIELDS, *(name for name in PROMPT_SETTINGS if name not in _NOT_OFFERED))
+"""What a request may have."""
+_CONDITION_FIELDS = {
+    "upload": str,
+    "video": str,
+    "frame": int,
+    "length": int,
+    "strength": float,
+    "source_frame": int,
+}
+FindFrames = Callable[[str, str], Path]
+"""Maps "upload" or "video" and an id to a file; raises RequestError if there is none."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A video that was asked for, after all checks."""
+
+    model: OfferedModel
+    request: Request
+    body: dict[str, Any]
+    """All that was asked, with the seed: the same body makes the same video."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings of the pipeline call."""
+        return self.request.settings.resolved(self.model.settings)
+
+    @property
+    def total_frames(self) -> int:
+        """Frames of the whole video."""
+        num_frames = int(self.settings["num_frames"])
+        return self.request.segments.resolved(num_frames, self.model.codec).total_frames(num_frames)
+
+    @property
+    def batch(self) -> str:
+        """A text that is equal for requests that can share a batch."""
+        shared = f"{self.model.name} {self.request.shared()}"
+        return hashlib.sha256(shared.encode()).hexdigest()
+
+    @property
+    def work(self) -> float:
+        """Pixels x model calls, to which the time of a video is about proportional."""
+        settings, segments = self.settings, self.request.segments.count
+        halves = 1 if settings["guidance_scale"] == 1 or self.model.transformer.get("guidance_range") else 2
+        calls = settings["num_inference_steps"] * halves + 4 * settings["refine_pairs"]
+        return float(settings["num_frames"] * settings["height"] * settings["width"] * calls * segments)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is known of the video before it is made."""
+        settings, frames = self.settings, self.total_frames
+        return {
+            "prompt": self.body["prompt"],
+            "seed": self.request.seed,
+            "num_frames": frames,
+            "height": settings["height"],
+            "width": settings["width"],
+            "fps": settings["fps"],
+            "warnings": list(self.warnings),
+        }
+
+
+def read_submission(
+    fields: Mapping[str, Any], catalog: Catalog, find_frames: FindFrames, lora_weights: bool = True
+) -> Submission:
+    """Check the fields of a request; return the video that they ask for.
+
+    Raises:
+        RequestError: for a field that is unknown or breaks its rule, in the words of the command line.
+    """
+    values = {name: value for name, value in fields.items() if value is not None}
+    for name in values:
+        if name not in FIELDS:
+            nearest = nearest_name(name, FIELDS)
+            hint = f"did you mean {nearest}?" if nearest else f"use {', '.join(FIELDS)}."
+            raise RequestError(f"{name:.80} is not a field: {hint}", param=name[:80], code="unknown_field")
+    _check_texts(values)
+    model = catalog.model(_text(values, "model"))
+    values = _without_aliases(values, model)
+    own = {name: values.pop(name) for name in ("loras", "conditions", "any_size", "model") if name in values}
+    if not isinstance(own.get("any_size", False), bool):
+        raise RequestError(f"any_size = {own['any_size']!r:.80}: must be true or false.", param="any_size")
+    try:
+        line = prompt_line(dict(values))
+    except UserError as error:
+        raise _at_field(error) from None
+    seed = secrets.randbelow(2**31) if line.seed is None else line.seed
+    loras = _read_loras(own.get("loras", []), catalog)
+    settings = {name: getattr(line, name) for name in PROMPT_SETTINGS if name not in _NOT_OFFERED}
+    with captured_warnings() as warnings:
+        try:
+            if (count := line.segments or 1) > MAX_SEGMENTS or len(line.segment_prompts) >= MAX_SEGMENTS:
+                raise RequestError(f"segments = {count}: must be at most {MAX_SEGMENTS}.", param="segments")
+            config = SampleConfig(**settings, prompt=[line.prompt], seed=seed, lora=loras)
+            [request] = plan_requests(config)
+            conditions = _read_conditions(own.get("conditions", []), model, request, find_frames)
+            request = replace(request, conditions=conditions)
+            codec = model.codec if request.segments.count > 1 else None
+            check_requests([request], model.settings, codec, model.transformer.get("guidance_range"))
+            if not own.get("any_size"):
+                _check_size(request, model)
+        except RequestError:
+            raise
+        except UserError as error:
+            raise _at_field(error) from None
+        warn_of_untrained(
+            [request], model.settings, (model.settings.get("flow") or {}).get("conditioning", {})
+        )
+        warn_of_missing_trigger([request.prompt], model.settings.get("trigger"), model.name)
+    body = dict(values) | own | {"prompt": line.prompt, "model": model.name, "seed": seed}
+    return Submission(model, request, body, tuple(warnings))
+
+
+def _check_texts(values: Mapping[str, Any]) -> None:
+    for name in ("prompt", "negative_prompt"):
+        text = values.get(name, "" if name == "negative_prompt" else None)
+        if not isinstance(text, str) or (name == "prompt" and not text.strip()):
+            raise RequestError(
+                f"{name}: must be a text, and not empty: write what the video shows.", param=name
+            )
+        if len(text) > MAX_PROMPT:
+            raise RequestError(
+                f"{name}: has {len(text):,} characters: at most {MAX_PROMPT:,} are read: shorten it.",
+                param=name,
+            )
+        if "\0" in text or any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+            raise RequestError(f"{name}: has characters that are no text: remove them.", param=name)
+    for text in values.get("segment_prompts") or []:
+        if isinstance(text, str) and (
+            len(text) > MAX_PROMPT or any(0xD800 <= ord(one) < 0xE000 for one in text)
+        ):
+            raise RequestError(
+                f"segment_prompts: each must be a text of at most {MAX_PROMPT:,} characters.",
+                param="segment_prompts",
+            )
+
+
+def _text(values: Mapping[str, Any], name: str) -> str | None:
+    value = values.get(name)
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"{name} = {value!r:.80}: must be a text.", param=name)
+    return value
+
+
+def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, Any]:
+    """Return the fields with ``size`` and ``seconds``, which OpenAI's API has, as height, width and num_frames."""
+    values = dict(values)
+    size, seconds = values.pop("size", None), values.pop("seconds", None)
+    if size is not None:
+        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size) if isinstance(size, str) else None
+        if found is None or "height" in values or "width" in values:
+            raise RequestError(
+                f"size = {size!r:.80}: must be WIDTHxHEIGHT, such as 64x64, without height and width.",
+                param="size",
+            )
+        values |= {"width": int(found[1]), "height": int(found[2])}
+    if seconds is not None:
+        try:
+            number = float(seconds)
+        except (TypeError, ValueError):
+            number = 0.0
+        if not 0 < number <= 3600 or "num_frames" in values:
+            raise RequestError(
+                f"seconds = {seconds!r:.80}: must be a number above 0, without num_frames.", param="seconds"
+            )
+        fps = values.get("fps", model.settings["fps"])
+        frames = number * float(fps if isinstance(fps, int | float) and 0 < fps < 1000 else 1)
+        wanted = [max(1, round(frames) + step) for step in (0, *range(-8, 9))]
+        natural = [one for one in wanted if model.natural_frames(one) == one]
+        values["num_frames"] = min(natural or wanted, key=lambda one: abs(one - frames))
+    return values
+
+
+def _check_size(request: Request, model: OfferedModel) -> None:
+    """Raise RequestError for a size that the model was not made for, where that is known."""
+    settings = request.settings.resolved(model.settings)
+    frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
+    way_out = "or send any_size = true to try it"
+    for name, value in (("height", height), ("width", width)):
+        if value % model.multiple:
+            below = max(model.multiple, value // model.multiple * model.multiple)
+            raise RequestError(
+                f"{name} = {value}: this model makes multiples of {model.multiple} pixels: use {below} or "
+                f"{below + model.multiple}, {way_out}.",
+                param=name,
+            )
+    if (natural := model.natural_frames(frames)) != frames:
+        raise RequestError(
+            f"num_frames = {frames}: the codec of this model makes {natural} frames from its latents, and some would "
+            f"be cut off: use {natural}, {way_out}.",
+            param="num_frames",
+        )
+    trained = model.trained_sizes
+    if trained and (height, width) not in {(one["height"], one["width"]) for one in trained}:
+        known = sorted({f"{one['width']}x{one['height']}" for one in trained})
+        raise RequestError(
+            f"height = {height}, width = {width}: the model was not trained on {width}x{height}: use "
+            f"{' or '.join(known[:5])}, {way_out}.",
+            param="height",
+        )
+
+
+def _read_loras(entries: Any, catalog: Catalog) -> list[str]:
+    if not isinstance(entries, list) or not all(isinstance(one, Mapping) for one in entries):
+        raise RequestError('loras: must be a list such as [{"id": "NAME", "weight": 1.0}].', param="loras")
+    if len(entries) > MAX_LORAS:
+        raise RequestError(
+            f"loras: has {len(entries)} adapters: at most {MAX_LORAS} are used.", param="loras"
+        )
+    found = []
+    for entry in entries:
+        name, weight = entry.get("id"), entry.get("weight", 1.0)
+        if set(entry) - {"id", "weight"} or not isinstance(name, str):
+            raise RequestError(
+                'loras: each must have an id, and may have a weight: {"id": "NAME"}.', param="loras"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= 100:
+            raise RequestError(
+                f"loras: weight = {weight!r:.80}: must be a number from -100 to 100.", param="loras"
+            )
+        found.append(f"{catalog.adapter(name)}:{weight}")
+    return found
+
+
+def _read_conditions(
+    entries: Any, model: OfferedModel, request: Request, find_frames: FindFrames
+) -> tuple[FrameCondition, ...]:
+    """Return the conditioning frames of a request, each inside the video and in its source."""
+    if not isinstance(entries, list) or not all(isinstance(one, Mapping) for one in entries):
+        raise RequestError(
+            'conditions: must be a list such as [{"upload": "ID", "frame": 0}].', param="conditions"
+        )
+    if len(entries) > MAX_CONDITIONS:
+        raise RequestError(
+            f"conditions: has {len(entries)} entries: at most {MAX_CONDITIONS} are used.", param="conditions"
+        )
+    settings = request.settings.resolved(model.settings)
+    num_frames, fps = int(settings["num_frames"]), float(settings["fps"])
+    total = request.segments.resolved(num_frames, model.codec).total_frames(num_frames)
+    return tuple(_read_condition(entry, total, fps, find_frames) for entry in entries)
+
+
+def _read_condition(
+    entry: Mapping[str, Any], total: int, fps: float, find_frames: FindFrames
+) -> FrameCondition:
+    for name, value in entry.items():
+        kind = _CONDITION_FIELDS.get(name)
+        right = isinstance(value, (int, float) if kind is float else kind) if kind else False
+        if kind is None or (value is not None and (not right or isinstance(value, bool))):
+            words = {str: "a text", int: "a whole number", float: "a number"}
+            rule = f"must be {words[kind]}" if kind else f"use {', '.join(_CONDITION_FIELDS)}"
+            raise RequestError(f"conditions: {name:.40} = {value!r:.80}: {rule}.", param="conditions")
+    sources = [name for name in ("upload", "video") if entry.get(name) is not None]
+    if len(sources) != 1:
+        raise RequestError(
+            "conditions: each needs either the id of an upload or that of a video.", param="conditions"
+        )
+    file = find_frames(sources[0], entry[sources[0]])
+    skip, length = entry.get("source_frame") or 0, entry.get("length")
+    try:
+        if skip < 0:
+            available = FrameCondition(str(file), 0).resolved(10**6, fps).length
+            assert available is not None
+            skip = max(0, available + skip)
+        condition = FrameCondition(
+            str(file), entry.get("frame") or 0, length, float(entry.get("strength") or 1.0), skip
+        )
+        return condition.resolved(total, fps)
+    except UserError as error:
+        raise RequestError(str(error).replace(str(file), entry[sources[0]]), param="conditions") from None
+
+
+def _at_field(error: UserError) -> RequestError:
+    """Return an error of the command line as one of the field that it is about."""
+    message = str(error).removeprefix("prompt 0: ")
+    named = [name for name in re.findall(r"\w+", message.partition(":")[0]) if name in FIELDS]
+    return RequestError(message, param=named[0] if named else None)
+
+
+def replayable(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request for a video from the metadata in its file, without model and conditions."""
+    names = [
+        "prompt",
+        "seed",
+        *VIDEO_SETTINGS,
+        "negative_prompt",
+        "segments",
+        "segment_prompts",
+        "overlap",
+        "loop",
+    ]
+    found = {name: metadata[name] for name in names if metadata.get(name) not in (None, [], "")}
+    found |= metadata.get("padded_from", {})
+    if found.get("segments") == 1:
+        found = {name: value for name, value in found.items() if name not in ("segments", "overlap", "loop")}
+    resolved = {name: found.get(name) for name in VIDEO_SETTINGS}
+    return {name: value for name, value in found.items() if _has_effect(name, resolved)}
+
+
+def _has_effect(name: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a recorded setting has an effect beside the others: what has none would be refused."""
+    if name in ("refine_level", "refine_guidance_scale"):
+        return bool(settings["refine_pairs"])
+    if name == "guidance_interval":
+        return settings["guidance_schedule"] == "interval"
+    if name == "pab_timesteps":
+        return bool(settings["pab"])
+    return True
+
+
+def asked_hash(fields: Mapping[str, Any]) -> str:
+    """Return a hash of what a client sent, by which a repeated request is known."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,154 @@
+"""Starts the workers of a server, watches them, and starts those anew that end or hang."""
+
+import logging
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stdit.serve.config import SampleCommand
+from stdit.serve.jobs import JobStore
+from stdit.serve.places import ServerPlaces
+from stdit.settings import to_yaml
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.1
+MAX_PAUSE = 30.0
+"""Seconds between two starts of a worker that ends again and again."""
+_QUICK = 10.0
+"""Seconds of life below which a worker has not worked."""
+_CLEAN_SECONDS = 60.0
+"""Between two looks for what is too old."""
+_UPLOAD_SECONDS = 7 * 86400.0
+"""For which an upload that nobody uses is kept."""
+
+
+@dataclass
+class _Process:
+    """A place for a worker, and the process that fills it."""
+
+    place: int
+    name: str = ""
+    """A new one for each process: what an earlier one still says of its jobs is ignored."""
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    pause: float = 0.0
+    not_before: float = 0.0
+
+
+@dataclass
+class Supervisor:
+    """The workers of a server."""
+
+    config: SampleCommand
+    places: ServerPlaces
+    store: JobStore
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+    _workers: list[_Process] = field(default_factory=list)
+    _cleaned: float = 0.0
+
+    def start(self) -> None:
+        """Let jobs of an earlier server wait again, and start the workers."""
+        self.store.release()
+        for left in self.places.videos.glob(".*.tmp") if self.places.videos.is_dir() else ():
+            left.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        self.places.write()
+        self._config_file.write_text(to_yaml(self.config.of_worker()), encoding="utf-8")
+        self._workers = [_Process(place) for place in range(self.config.server.workers)]
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the workers; their jobs wait for the next server."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        for worker in self._workers:
+            self._end(worker)
+        self.store.release()
+
+    @property
+    def _config_file(self) -> Path:
+        return self.places.state / "worker.yaml"
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(WATCH_SECONDS):
+            try:
+                for worker in self._workers:
+                    self._look_after(worker)
+                if time.monotonic() - self._cleaned > _CLEAN_SECONDS:
+                    self._clean()
+                    self._cleaned = time.monotonic()
+            except Exception:  # such as a full disk: the workers are looked after again
+                logger.exception("the workers could not be looked after")
+                self._stopping.wait(1.0)
+
+    def _look_after(self, worker: _Process) -> None:
+        if worker.process is None:
+            if time.monotonic() >= worker.not_before:
+                self._start(worker)
+            return
+        code = worker.process.poll()
+        if code is None:
+            if self._hangs(worker):
+                logger.warning(
+                    "worker %d has made no step for %g seconds: it is started anew",
+                    *(worker.place, self.config.server.hang_timeout),
+                )
+                self._end(worker)
+                self._replace(worker, "it made no step for too long")
+            return
+        self._replace(worker, f"exit code {code}" if code >= 0 else f"signal {-code}")
+
+    def _replace(self, worker: _Process, reason: str) -> None:
+        for job in self.store.release(worker.name, crashed=True, reason=reason):
+            logger.warning("%s failed: its worker ended again and again (%s)", job, reason)
+        lived = time.monotonic() - worker.started
+        worker.pause = 0.0 if lived > _QUICK else min(MAX_PAUSE, max(0.2, 2 * worker.pause))
+        logger.warning("worker %d ended (%s): it is started anew", worker.place, reason)
+        worker.process, worker.not_before = None, time.monotonic() + worker.pause
+
+    def _start(self, worker: _Process) -> None:
+        worker.name = f"worker-{worker.place}-{secrets.token_hex(4)}"
+        worker.started = time.monotonic()
+        self.store.heartbeat(worker.name, "starting")
+        config, parallel = self.config, self.config.parallel
+        ranks = (1 if parallel.sp == "auto" else parallel.sp) * parallel.cfg
+        launcher = [sys.executable, "-m"]
+        if ranks > 1:
+            launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+        imports = [flag for module in config.imports for flag in ("--import", module)]
+        command = [*launcher, "stdit.serve.worker", str(self.places.state), worker.name]
+        worker.process = subprocess.Popen(
+            [*command, "--config", str(self._config_file), *imports], stdin=subprocess.PIPE
+        )
+
+    def _hangs(self, worker: _Process) -> bool:
+        beats = [one["heartbeat"] for one in self.store.workers() if one["name"] == worker.name]
+        return bool(beats) and time.time() - max(beats) > self.config.server.hang_timeout
+
+    def _end(self, worker: _Process) -> None:
+        process = worker.process
+        if process is None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()  # the worker ends, and all ranks of its group
+        try:
+            process.wait(2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _clean(self) -> None:
+        """Delete what is kept no longer."""
+        server = self.config.server
+        for job in self.store.expired(server.keep_days, server.keep_gib):
+            if job.file is not None:
+                (self.places.videos / job.file).unlink(missing_ok=True)
+            self.store.delete(job.id)
+        self.places.uploads.remove_older(_UPLOAD_SECONDS)

@@ -1,0 +1,101 @@
+"""Files that clients send: kept under the hash of their content, once they are known to be pictures or videos."""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stdit.serve.errors import RequestError
+
+_ID = re.compile(r"file_[0-9a-f]{64}")
+
+
+@dataclass
+class Uploads:
+    """A folder of files that clients sent."""
+
+    folder: Path
+    max_bytes: int
+
+    def save(self, chunks: Iterable[bytes], name: str = "") -> dict[str, Any]:
+        """Keep a file and return what is known of it.
+
+        Raises:
+            RequestError: if it is too large, empty, or no picture or video.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".{os.getpid()}-{time.monotonic_ns()}.part"
+        digest, size = hashlib.sha256(), 0
+        try:
+            with open(aside, "xb") as file:
+                for chunk in chunks:
+                    size += len(chunk)
+                    if size > self.max_bytes:
+                        raise too_large(self.max_bytes)
+                    digest.update(chunk)
+                    file.write(chunk)
+            found = _probe(aside, name)
+            target = self.folder / f"file_{digest.hexdigest()}"
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+        return {"id": target.name, "object": "upload", "name": _shown(name), "bytes": size, **found}
+
+    def find(self, upload: str) -> Path:
+        """Return the file of an upload. Raises RequestError if there is none of that id."""
+        file = self.folder / upload if _ID.fullmatch(upload) else None
+        if file is None or not file.is_file():
+            raise RequestError(
+                f"conditions: there is no upload {upload!r:.80}, or no longer: send the file to /v1/uploads again.",
+                param="conditions",
+                code="not_found",
+            )
+        os.utime(file)  # in use: it is not too old
+        return file
+
+    def remove_older(self, seconds: float) -> None:
+        """Delete the files that were not used for so long."""
+        for file in self.folder.glob("*") if self.folder.is_dir() else ():
+            if time.time() - file.stat().st_mtime > seconds:
+                file.unlink(missing_ok=True)
+
+
+def too_large(max_bytes: int) -> RequestError:
+    """Return the error of a request that sends too much."""
+    return RequestError(
+        f"the request is larger than {max_bytes / 2**20:g} MiB (--server.max_upload_mib): send a smaller file.",
+        status=413,
+        param="file",
+        code="too_large",
+    )
+
+
+def _shown(name: str) -> str:
+    """Return the last part of a file's name, for people only."""
+    return "".join(letter for letter in re.split(r"[\\/]", name)[-1] if letter.isprintable())[:120]
+
+
+def _probe(file: Path, name: str) -> dict[str, Any]:
+    from stdit.data.decoding.decode import DecodeError, decode_clip, probe
+
+    try:
+        found = probe(file)
+        decode_clip(file, 1, found.fps or 1.0, 16, 16)  # its header may promise more than there is
+    except DecodeError as error:
+        reason = error.reason.replace(str(file), _shown(name))
+        raise RequestError(
+            f"{_shown(name) or 'file'}: {reason}: use an intact picture or video.",
+            param="file",
+            code="not_a_video",
+        ) from None
+    return {
+        "kind": "video" if found.num_frames > 1 else "image",
+        "num_frames": found.num_frames,
+        "fps": found.fps,
+        "width": found.width,
+        "height": found.height,
+    }

@@ -1,0 +1,344 @@
+"""Routes of the API for videos, as OpenAI's has them: models, submissions, progress, content."""
+
+import json
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request, UploadFile
+from fastapi import Path as InPath
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
+from starlette.datastructures import UploadFile as FormFile
+
+from stdit.serve.catalog import Catalog
+from stdit.serve.config import ServerConfig
+from stdit.serve.errors import RequestError
+from stdit.serve.estimates import Estimate, estimate
+from stdit.serve.events import EventStream
+from stdit.serve.inspection import Inspection, inspect_video
+from stdit.serve.jobs import COMPLETED, STATES, Job, JobStore, KeyReusedError, NewJob, QueueFullError
+from stdit.serve.places import ServerPlaces
+from stdit.serve.schema import submission_schema
+from stdit.serve.security import client_of
+from stdit.serve.submissions import Submission, asked_hash, read_submission
+from stdit.serve.thumbnails import thumbnail
+from stdit.serve.uploads import Uploads
+from stdit.serve.video_objects import VideoObject, video_object
+
+VideoId = Annotated[str, InPath(pattern=r"^video_[0-9a-f]{24}$")]
+UploadId = Annotated[str, InPath(pattern=r"^file_[0-9a-f]{64}$")]
+_CHUNK = 2**20
+_LISTS = ("loras", "conditions", "segment_prompts", "guidance_interval", "pab", "pab_timesteps")
+_TEXTS = ("prompt", "negative_prompt", "model", "solver", "guidance_schedule", "size")
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class DeletedObject(BaseModel):
+    """A video that was deleted."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: bool = True
+
+
+class UploadObject(BaseModel):
+    """A file that was sent."""
+
+    id: str
+    object: Literal["upload"] = "upload"
+    name: str
+    bytes: int
+    kind: Literal["image", "video"]
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+
+
+class NamedList(BaseModel):
+    """A list of models or adapters."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+
+
+@dataclass
+class VideoService:
+    """What the routes of videos work with."""
+
+    config: ServerConfig
+    store: JobStore
+    catalog: Catalog
+    places: ServerPlaces
+    events: EventStream
+
+    def read(self, fields: Mapping[str, Any]) -> Submission:
+        """Check the fields of a request."""
+        return read_submission(fields, self.catalog, partial(self.places.find_frames, self.store))
+
+    def submit(self, fields: Mapping[str, Any], client: str, key: str | None) -> Job:
+        """Accept a request. Raises RequestError if it breaks a rule, or too many videos are waiting."""
+        found = self.read(fields)
+        new = NewJob(
+            id=f"video_{secrets.token_hex(12)}",
+            client=client,
+            body=found.body,
+            model=found.model.name,
+            batch=found.batch,
+            work=found.work,
+            facts=found.facts(),
+            asked=asked_hash(fields),
+            key=key,
+        )
+        try:
+            return self.store.submit(new, self.config.max_waiting, self.config.max_waiting_per_client)
+        except KeyReusedError as error:
+            raise RequestError(str(error), 409, "Idempotency-Key", "idempotency_key_reused") from None
+        except QueueFullError as error:
+            raise RequestError(str(error), 429, None, "queue_full") from None
+
+    def job(self, job_id: str) -> Job:
+        """Return a job. Raises RequestError if there is none."""
+        job = self.store.get(job_id)
+        if job is None:
+            raise RequestError(f"there is no video {job_id:.40}.", 404, "id", "not_found")
+        return job
+
+    def shown(self, job: Job) -> VideoObject:
+        """Return what the API says of a job."""
+        return video_object(job, self.store, self.config.keep_days)
+
+    def file(self, job: Job) -> Path:
+        """Return the file of a finished video. Raises RequestError if there is none."""
+        file = None if job.state != COMPLETED or job.file is None else self.places.videos / job.file
+        if file is None:
+            raise RequestError(f"{job.id} is {job.state}: it has no content.", 409, "id", "not_ready")
+        if not file.is_file():
+            raise RequestError(f"the file of {job.id} was removed from the folder.", 410, "id", "gone")
+        return file
+
+
+async def read_fields(request: Request, uploads: Uploads) -> dict[str, Any]:
+    """Return the fields of a request, from JSON or a form; the files of a form are kept as uploads.
+
+    Raises:
+        RequestError: if it is neither.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        async with request.form(max_files=8, max_fields=200) as form:
+            return await _form_fields(form, uploads)
+    try:
+        fields = json.loads(await request.body() or b"{}")
+    except (ValueError, RecursionError):
+        raise RequestError(
+            'the body is no JSON: send an object such as {"prompt": "a red ball"}.', 400
+        ) from None
+    if not isinstance(fields, dict):
+        raise RequestError('the body must be an object such as {"prompt": "a red ball"}.', 400)
+    return fields
+
+
+async def _form_fields(form: FormData, uploads: Uploads) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    conditions = []
+    for name, value in form.multi_items():
+        if isinstance(value, FormFile):
+            if name not in ("input_reference", "image"):
+                raise RequestError(
+                    f"{name:.40}: send files as input_reference or to /v1/uploads.", param=name[:40]
+                )
+            kept = await run_in_threadpool(uploads.save, _chunks(value), value.filename or "")
+            conditions.append({"upload": kept["id"], "frame": 0, "length": 1})
+        elif name == "segment_prompts" and not value.startswith("["):
+            fields.setdefault(name, []).append(value)
+        else:
+            fields[name] = _form_value(name, value)
+    if conditions:
+        given = fields.get("conditions", [])
+        fields["conditions"] = [*conditions, *(given if isinstance(given, list) else [given])]
+    return fields
+
+
+def _form_value(name: str, text: str) -> Any:
+    """Return a field of a form in its type: all but texts are written as JSON."""
+    if name in _TEXTS:
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        if name in _LISTS:
+            raise RequestError(f"{name} = {text[:80]!r}: must be a list in JSON.", param=name) from None
+        return text
+
+
+def _chunks(file: FormFile | UploadFile) -> Any:
+    while chunk := file.file.read(_CHUNK):
+        yield chunk
+
+
+def video_routes(service: VideoService) -> APIRouter:
+    """Return the routes of models, uploads, videos and events."""
+    router, store, places = APIRouter(), service.store, service.places
+
+    @router.get("/v1/models")
+    def list_models() -> NamedList:
+        """List the models that can be sampled from."""
+        return NamedList(data=service.catalog.list_models())
+
+    @router.get("/v1/loras")
+    def list_loras() -> NamedList:
+        """List the adapters that can be used."""
+        return NamedList(data=service.catalog.list_adapters())
+
+    @router.post("/v1/videos", openapi_extra=submission_schema())
+    async def create_video(
+        request: Request,
+        key: Annotated[str | None, Header(alias="Idempotency-Key", max_length=255, min_length=1)] = None,
+    ) -> VideoObject:
+        """Ask for a video."""
+        fields = await read_fields(request, places.uploads)
+        return await run_in_threadpool(
+            lambda: service.shown(service.submit(fields, client_of(request.scope), key))
+        )
+
+    @router.post("/v1/estimate", openapi_extra=submission_schema())
+    async def estimate_video(request: Request) -> Estimate:
+        """Check a request, and foresee its time and memory; nothing is queued."""
+        fields = await read_fields(request, places.uploads)
+        return await run_in_threadpool(lambda: estimate(service.read(fields), store))
+
+    @router.get("/v1/videos")
+    def list_videos(
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: Annotated[str | None, Query(pattern=r"^video_[0-9a-f]{24}$")] = None,
+        order: Literal["asc", "desc"] = "desc",
+        status: Annotated[str | None, Query(pattern=f"^({'|'.join(STATES)})$")] = None,
+    ) -> VideoList:
+        """List videos in the order in which they were asked for."""
+        number = None if after is None else service.job(after).number
+        jobs = store.list_jobs(limit + 1, number, order == "desc", status)
+        shown = [service.shown(job) for job in jobs[:limit]]
+        ends = (shown[0].id, shown[-1].id) if shown else (None, None)
+        return VideoList(data=shown, has_more=len(jobs) > limit, first_id=ends[0], last_id=ends[1])
+
+    @router.get("/v1/videos/{video_id}")
+    def get_video(video_id: VideoId) -> VideoObject:
+        """Tell the state of a video."""
+        return service.shown(service.job(video_id))
+
+    @router.get("/v1/videos/{video_id}/content", response_class=Response)
+    def get_content(
+        video_id: VideoId,
+        variant: Literal["video", "thumbnail", "preview", "settings"] = "video",
+        download: bool = False,
+    ) -> Response:
+        """Send a finished video, its thumbnail or settings; or the newest preview of one that is being made."""
+        job = service.job(video_id)
+        if variant == "settings":
+            return JSONResponse(job.body)
+        if variant == "preview":
+            image = store.preview(video_id)
+            if image is None:
+                raise RequestError(f"{video_id} has no preview now.", 404, "id", "not_found")
+            return Response(image, media_type="image/webp", headers={"cache-control": "no-store"})
+        file = service.file(job)
+        if variant == "thumbnail":
+            return FileResponse(thumbnail(file, places.state / "thumbnails"), media_type="image/webp")
+        return FileResponse(file, media_type="video/mp4", filename=file.name if download else None)
+
+    @router.post("/v1/videos/{video_id}/cancel")
+    def cancel_video(video_id: VideoId) -> VideoObject:
+        """Cancel a video that waits or is being made."""
+        service.job(video_id)
+        job = store.cancel(video_id)
+        assert job is not None
+        return service.shown(job)
+
+    @router.delete("/v1/videos/{video_id}")
+    def delete_video(video_id: VideoId) -> DeletedObject:
+        """Delete a video and its file; one that waits or is being made is cancelled."""
+        job = service.job(video_id)
+        store.delete(video_id)
+        if job.file is not None:
+            (places.videos / job.file).unlink(missing_ok=True)
+        return DeletedObject(id=video_id)
+
+    @router.get("/v1/videos/{video_id}/events", response_class=StreamingResponse)
+    async def watch_video(video_id: VideoId) -> StreamingResponse:
+        """Stream the progress and previews of a video until it is over."""
+        await run_in_threadpool(service.job, video_id)
+        return _stream(service.events.listen([video_id], until_over=True))
+
+    @router.get("/v1/events", response_class=StreamingResponse)
+    async def watch_all(ids: Annotated[str, Query(max_length=10_000)] = "") -> StreamingResponse:
+        """Stream the progress and previews of all videos, or of some."""
+        return _stream(service.events.listen([name for name in ids.split(",") if name]))
+
+    @router.post("/v1/uploads", openapi_extra=_FILE_SCHEMA)
+    async def upload(request: Request) -> UploadObject:
+        """Send a picture or video whose frames are to be used as conditioning frames."""
+        async with request.form(max_files=1, max_fields=8) as form:
+            file = _one_file(form)
+            kept = await run_in_threadpool(places.uploads.save, _chunks(file), file.filename or "")
+        return UploadObject(**kept)
+
+    @router.get("/v1/uploads/{upload_id}/thumbnail", response_class=FileResponse)
+    def get_upload(upload_id: UploadId) -> FileResponse:
+        """Send a small animated picture of an upload."""
+        file = places.uploads.find(upload_id)
+        return FileResponse(thumbnail(file, places.state / "thumbnails"), media_type="image/webp")
+
+    @router.post("/v1/inspect", openapi_extra=_FILE_SCHEMA)
+    async def inspect(request: Request) -> Inspection:
+        """Read how a video of stdit was made from its file, and whether it can be made again here."""
+        async with request.form(max_files=1, max_fields=8) as form:
+            file = _one_file(form)
+            return await run_in_threadpool(
+                inspect_video, file.file, file.filename or "", service.catalog, places
+            )
+
+    return router
+
+
+_FILE_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                    "required": ["file"],
+                }
+            }
+        },
+    }
+}
+
+
+def _one_file(form: FormData) -> FormFile:
+    file = form.get("file")
+    if not isinstance(file, FormFile):
+        raise RequestError("no file: send one in the field file of a form.", 400, "file")
+    return file
+
+
+def _stream(events: AsyncIterator[str]) -> StreamingResponse:
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)

@@ -1,0 +1,307 @@
+"""A worker of the server: claims jobs, and makes their videos with the pipeline of the command line.
+
+    python -m stdit.serve.worker FOLDER NAME [flags of sample.py]
+
+The server starts it (`stdit.serve.supervisor`), by torchrun if several ranks share a video. It ends when the server
+does: its standard input is closed then.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import stdit
+from stdit.cli import run
+from stdit.errors import UserError
+from stdit.pipelines.config import SampleConfig
+from stdit.pipelines.finished import difference
+from stdit.serve.catalog import Catalog
+from stdit.serve.errors import RequestError
+from stdit.serve.jobs import Job, JobStore
+from stdit.serve.places import ServerPlaces
+from stdit.serve.submissions import Submission, read_submission
+from stdit.settings import parse
+
+if TYPE_CHECKING:
+    from stdit.parallel.processes.mesh import Mesh
+    from stdit.pipelines.pipeline import STDiTPipeline
+    from stdit.pipelines.runner import SampledVideo, SamplingProgress
+    from stdit.serve.previews import Previewer
+
+IDLE_SECONDS = 0.05
+"""Between two looks for a job."""
+HEARTBEAT_SECONDS = 2.0
+LOWER_PRIORITY = 5
+"""By which a worker on a CPU is nicer than the server, whose page then still answers at once."""
+
+
+class BatchCancelledError(Exception):
+    """All jobs of a batch were cancelled."""
+
+
+@dataclass
+class LoadedModel:
+    """A pipeline in memory."""
+
+    name: str
+    pipe: "STDiTPipeline"
+    weights: str
+    """Their hash."""
+    previewer: "Previewer"
+
+
+@dataclass
+class Worker:
+    """Makes the videos of jobs, together with the other ranks of its group."""
+
+    name: str
+    config: SampleConfig
+    places: ServerPlaces
+    mesh: "Mesh"
+    store: JobStore
+    catalog: Catalog
+    _loaded: LoadedModel | None = None
+    _beaten: float = 0.0
+    _hashes: dict[str, str] = field(default_factory=dict)
+
+    def work(self) -> None:
+        """Make videos until the process ends."""
+        self._beat("starting")
+        try:
+            self._load(self.catalog.default)
+            self._warm_up()
+        except UserError as error:  # another model may work
+            print(f"{self.catalog.default}: {error}", flush=True)
+        while True:
+            jobs = self.mesh.on_main(partial(self.store.claim, self.name, self.config.batch_size))
+            if jobs:
+                self.make(jobs)
+            else:
+                self._beat("idle")
+                time.sleep(IDLE_SECONDS)
+
+    def make(self, jobs: Sequence[Job]) -> None:
+        """Make the videos of a batch of jobs; each is completed, fails with a reason, or waits again."""
+        from stdit.pipelines.runner import OutOfMemoryError
+
+        asked: list[tuple[Job, Submission]] = []
+        for job in jobs:
+            try:
+                asked.append((job, self._read(job)))
+            except UserError as error:
+                self._fail([job], error)
+        if not asked:
+            return
+        try:
+            self._load(asked[0][0].model)
+            self._sample(asked)
+        except BatchCancelledError:
+            return
+        except UserError as error:  # on all ranks: see `Mesh.on_all_ranks`
+            too_large = any(self.mesh.all_gather_objects(isinstance(error, OutOfMemoryError)))
+            if not too_large or len(asked) == 1:
+                self._fail([job for job, _ in asked], error)
+                return
+            middle = (len(asked) + 1) // 2
+            for part in (asked[:middle], asked[middle:]):
+                self.make([job for job, _ in part])
+
+    def _read(self, job: Job) -> Submission:
+        return read_submission(job.body, self.catalog, partial(self.places.find_frames, self.store))
+
+    def _fail(self, jobs: Sequence[Job], error: UserError) -> None:
+        param = error.param if isinstance(error, RequestError) else None
+
+        def record() -> None:
+            for job in jobs:
+                self.store.fail(self.name, job.id, str(error), param)
+
+        self.mesh.on_main(record)
+
+    def _load(self, name: str) -> None:
+        """Load a model unless it is the one in memory, or has changed since."""
+        from stdit.pipelines.loading import load_pipeline
+        from stdit.pipelines.precision import cast
+        from stdit.serve.previews import Previewer
+
+        source = self.catalog.model(name).source
+        if self._loaded is not None and self._loaded.name == f"{name} {source.path}":
+            return
+        self._loaded = None  # its memory is free before the next one is loaded
+        pipe, weights = self.mesh.on_all_ranks(lambda: load_pipeline(source, self.config.ema))
+        cast(pipe.to(self.mesh.device).transformer, self.config.dtype)
+        pipe.share(self.mesh)
+        pipe.set_progress_bar_config(disable=True)
+        if self.config.compile:
+            pipe.transformer.compile_blocks()
+        from stdit.parallel.processes.memory import free_memory
+
+        free = self.mesh.all_gather_objects(free_memory(self.mesh.device, self.config.parallel.memory_gib))
+        pipe.codec.enable_tiling(self.config.codec.tile, min(free))
+        self._loaded = LoadedModel(f"{name} {source.path}", pipe, weights, Previewer(pipe.codec))
+        self._beat("idle", name, str(self.mesh.device))
+
+    def _warm_up(self) -> None:
+        """Make a step, so that the first video does not wait for what is done once."""
+        import torch
+
+        assert self._loaded is not None
+        pipe = self._loaded.pipe
+        self.mesh.on_all_ranks(
+            lambda: pipe(
+                "warm up",
+                generator=torch.Generator(),
+                num_inference_steps=1,
+                output_type="pt",
+                cache="off",
+                pab=[],
+                refine_pairs=0,
+            )
+        )
+
+    def _sample(self, asked: Sequence[tuple[Job, Submission]]) -> None:
+        """Make the videos of jobs in one batch, and write each, but for those that are there already."""
+        from stdit.pipelines.loras import use_loras
+        from stdit.pipelines.runner import sample_batch
+
+        loaded = self._loaded
+        assert loaded is not None
+        pipe = loaded.pipe
+        pending = self.mesh.on_main(
+            lambda: [job.id for job, one in asked if not self._is_written(job, one, loaded)]
+        )
+        batch = [(job, one) for job, one in asked if job.id in pending]
+
+        def complete() -> None:
+            for job, one in asked:
+                if job.id not in pending:
+                    self._complete(job, one, 0.0)
+
+        self.mesh.on_main(complete)
+        if not batch:
+            return
+        requests = [one.request for _, one in batch]
+        self.mesh.on_all_ranks(lambda: use_loras(pipe, requests[0].loras, self.config.lora_other_base))
+        began = time.monotonic()
+        on_step = partial(self._on_step, batch, loaded)
+        videos = self.mesh.on_all_ranks(lambda: sample_batch(pipe, requests, on_step=on_step))
+        seconds = (time.monotonic() - began) / len(batch)
+
+        def write() -> None:
+            for (job, one), video in zip(batch, videos, strict=True):
+                self._write(job, one, video, loaded, seconds)
+
+        self.mesh.on_main(write)
+
+    def _on_step(
+        self, batch: Sequence[tuple[Job, Submission]], loaded: LoadedModel, progress: "SamplingProgress"
+    ) -> None:
+        """Record a step and, if it is time, previews; end the batch if all its jobs were cancelled."""
+        own = self.mesh.on_main(partial(self._record_step, batch, loaded, progress))
+        if not own:
+            raise BatchCancelledError
+
+    def _record_step(
+        self, batch: Sequence[tuple[Job, Submission]], loaded: LoadedModel, progress: "SamplingProgress"
+    ) -> set[str]:
+        settings = batch[0][1].settings
+        previews: list[bytes] = []
+        if loaded.previewer.is_due():
+            frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
+            fps = float(settings["fps"])
+            previews = loaded.previewer.make(progress.clean_latents, frames, height, width, fps)
+        refinement = 2 * int(settings["refine_pairs"])  # model calls after the steps, about as long as these
+        of_segment = progress.steps + refinement
+        step = progress.segment * of_segment + progress.step
+        ids = [job.id for job, _ in batch]
+        return self.store.progress(self.name, ids, step, progress.segments * of_segment, previews)
+
+    def _metadata(self, one: Submission, loaded: LoadedModel) -> dict[str, Any]:
+        from stdit.pipelines.writer import video_metadata
+
+        provenance = {
+            "dtype": self.config.dtype,
+            "tile": self.config.codec.tile,
+            "checkpoint": str(one.model.source.path),
+            "checkpoint_hash": loaded.weights,
+            "checkpoint_step": loaded.pipe.config["step"],
+            "lineage": loaded.pipe.config["lineage"] or [],
+            "stdit": stdit.__version__,
+            "model": one.model.name,
+        }
+        return video_metadata(one.request, loaded.pipe.config, provenance, self._hashes)
+
+    def _is_written(self, job: Job, one: Submission, loaded: LoadedModel) -> bool:
+        file = self.places.video_file(job.id, one.request)
+        return file.is_file() and not difference(file, self._metadata(one, loaded))
+
+    def _write(
+        self, job: Job, one: Submission, video: "SampledVideo", loaded: LoadedModel, seconds: float
+    ) -> None:
+        """Write a video and complete its job; if that fails, such as on a full disk, the job fails alone."""
+        from stdit.pipelines.video_io import write_mp4
+        from stdit.pipelines.writer import created_folder, explain_disk_errors
+
+        file = self.places.video_file(job.id, one.request)
+        metadata = self._metadata(one, loaded) | video.calls.facts()
+        try:
+            with explain_disk_errors(file.parent), created_folder(file.parent):
+                write_mp4(file, video.frames, metadata["fps"], metadata)
+        except UserError as error:
+            self.store.fail(self.name, job.id, str(error))
+            return
+        self._complete(job, one, seconds)
+
+    def _complete(self, job: Job, one: Submission, seconds: float) -> None:
+        """Complete a job whose video is written; a job that was cancelled meanwhile has no video."""
+        file = self.places.video_file(job.id, one.request)
+        name = str(file.relative_to(self.places.videos))
+        if not self.store.complete(self.name, job.id, name, file.stat().st_size, seconds):
+            found = self.store.get(job.id)
+            if found is None or found.state == "cancelled":
+                file.unlink(missing_ok=True)
+
+    def _beat(self, state: str, model: str | None = None, device: str | None = None) -> None:
+        if self.mesh.is_main and (
+            model or time.monotonic() - self._beaten > HEARTBEAT_SECONDS or state == "starting"
+        ):
+            self.store.heartbeat(self.name, state, model, device)
+            self._beaten = time.monotonic()
+
+
+def _end_with_server() -> None:
+    """End this process as soon as its standard input is closed, since the server has ended then."""
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> None:
+    """Read the arguments and work."""
+    _end_with_server()
+    folder, name, *flags = sys.argv[1:]
+    config = parse(SampleConfig, flags)
+    from stdit.parallel.processes.device import join_processes
+    from stdit.parallel.processes.mesh import build_mesh
+
+    device = join_processes(config.device, config.parallel.timeout)
+    if device.type == "cpu" and hasattr(os, "nice"):
+        os.nice(LOWER_PRIORITY)
+    mesh = build_mesh(config.parallel, device)
+    places = ServerPlaces.read(Path(folder))
+    catalog = Catalog(places.runs, config.checkpoint, places.loras, config.ema)
+    Worker(name, config, places, mesh, JobStore(places.jobs_file), catalog).work()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,280 @@
+"""Routes of videos on a server without workers: what is accepted, what is refused and in which words."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import URL, command
+from fastapi.testclient import TestClient
+from openapi_spec_validator import validate
+
+from stdit.pipelines.video_io import write_mp4
+from stdit.serve.app import build_app
+from stdit.serve.jobs import JobStore
+
+PROMPT = "a red star orbits a blue square on a white background"
+
+
+def error_of(answer: Any) -> dict[str, Any]:
+    """The error of an answer, which has OpenAI's form."""
+    assert 400 <= answer.status_code < 500, answer.text
+    found: dict[str, Any] = answer.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    return found
+
+
+def png(width: int = 64, height: int = 64) -> bytes:
+    """A red picture."""
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (width, height), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def clip(folder: Path, frames: int = 9) -> Path:
+    """A video that fades."""
+    levels = np.linspace(0, 255, frames).astype(np.uint8)
+    write_mp4(folder / "clip.mp4", np.broadcast_to(levels[:, None, None, None], (frames, 64, 64, 3)), 12.0)
+    return folder / "clip.mp4"
+
+
+def test_a_video_waits_with_all_that_was_asked(client: TestClient) -> None:
+    body = {"prompt": PROMPT, "seed": 5, "num_inference_steps": 8, "guidance_scale": 2.0, "cache": "slow"}
+    video = client.post("/v1/videos", json=body).json()
+    assert video["status"] == "queued" and video["position"] == 0 and video["size"] == "64x64"
+    assert video["settings"] == body | {"model": "bundled"}
+    assert client.get(f"/v1/videos/{video['id']}").json() | {"eta_seconds": None} == video
+    again = client.post("/v1/videos", json=video["settings"]).json()
+    assert again["settings"] == video["settings"] and again["position"] == 1
+
+
+def test_a_seed_is_drawn_and_told(client: TestClient) -> None:
+    seeds = {client.post("/v1/videos", json={"prompt": PROMPT}).json()["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+def test_openais_names(client: TestClient) -> None:
+    video = client.post("/v1/videos", data={"prompt": PROMPT, "size": "64x64", "seconds": "1"}).json()
+    assert (video["width"], video["height"], video["num_frames"]) == (64, 64, 13)
+
+
+@pytest.mark.parametrize(
+    "body, param, words",
+    [
+        ({}, "prompt", "must be a text"),
+        ({"prompt": "  "}, "prompt", "must be a text"),
+        ({"prompt": 3}, "prompt", "must be a text"),
+        ({"prompt": "x" * 100_000}, "prompt", "has 100,000 characters"),
+        ({"prompt": "x\0"}, "prompt", "remove them"),
+        ({"prompt": PROMPT, "num_frame": 3}, "num_frame", "did you mean num_frames?"),
+        ({"prompt": PROMPT, "num_frames": 0}, "num_frames", "must be a whole number from 1"),
+        ({"prompt": PROMPT, "num_frames": "9"}, "num_frames", "must be a whole number"),
+        ({"prompt": PROMPT, "num_frames": 26}, "num_frames", "use 29"),
+        ({"prompt": PROMPT, "height": 80, "width": 64}, "height", "was not trained on 64x80"),
+        ({"prompt": PROMPT, "height": 63, "width": 64}, "height", "multiples of"),
+        ({"prompt": PROMPT, "height": 64}, "width", "width is missing"),
+        ({"prompt": PROMPT, "size": "64 x 64"}, "size", "must be WIDTHxHEIGHT"),
+        ({"prompt": PROMPT, "seconds": "soon"}, "seconds", "must be a number"),
+        ({"prompt": PROMPT, "seed": -1}, "seed", "must be from 0"),
+        ({"prompt": PROMPT, "seed": 2**63}, "seed", "must be from 0"),
+        ({"prompt": PROMPT, "guidance_scale": -1}, "guidance_scale", "must be at least 0"),
+        ({"prompt": PROMPT, "solver": "ddim"}, "solver", "must be one of euler"),
+        ({"prompt": PROMPT, "cache": -0.1}, "cache", "must be off, slow, fast"),
+        ({"prompt": PROMPT, "refine_level": 0.5, "refine_pairs": 0}, "refine_level", "would have no effect"),
+        ({"prompt": PROMPT, "segments": 2, "overlap": 30}, "overlap", "none to generate"),
+        ({"prompt": PROMPT, "segments": 1000}, "segments", "at most 64"),
+        ({"prompt": PROMPT, "model": "gone"}, "model", "there is no such model"),
+        ({"prompt": PROMPT, "model": 1}, "model", "must be a text"),
+        ({"prompt": PROMPT, "loras": [{"id": "none"}]}, "loras", "there is no adapter 'none'"),
+        ({"prompt": PROMPT, "loras": "none"}, "loras", "must be a list"),
+        ({"prompt": PROMPT, "conditions": [{"frame": 0}]}, "conditions", "id of an upload"),
+        (
+            {"prompt": PROMPT, "conditions": [{"upload": "../../etc/passwd"}]},
+            "conditions",
+            "there is no upload",
+        ),
+        (
+            {"prompt": PROMPT, "conditions": [{"upload": "x", "frame": "0"}]},
+            "conditions",
+            "must be a whole number",
+        ),
+        (
+            {"prompt": PROMPT, "conditions": [{"video": "video_1"}]},
+            "conditions",
+            "there is no finished video",
+        ),
+        ({"prompt": PROMPT, "image": "/etc/passwd"}, "image", "is not a field"),
+        ({"prompt": PROMPT, "any_size": 1}, "any_size", "must be true or false"),
+    ],
+)
+def test_what_breaks_a_rule_is_refused_at_its_field(
+    client: TestClient, body: dict[str, Any], param: str, words: str
+) -> None:
+    for route in ("/v1/videos", "/v1/estimate"):
+        error = error_of(client.post(route, json=body))
+        assert error["param"] == param and words in error["message"], error
+    assert client.get("/v1/videos").json()["data"] == []
+
+
+def test_any_size_can_be_asked_for(client: TestClient) -> None:
+    body = {"prompt": PROMPT, "height": 80, "width": 64, "any_size": True}
+    video = client.post("/v1/videos", json=body).json()
+    assert video["size"] == "64x80"
+    assert any("not trained on that" in warning for warning in video["warnings"])
+
+
+def test_an_estimate_queues_nothing(client: TestClient) -> None:
+    found = client.post("/v1/estimate", json={"prompt": PROMPT, "num_inference_steps": 4}).json()
+    assert found["model_calls"] == 4 * 2 + 4 * 4 and found["fits"] and found["memory_bytes"] > 1e8
+    assert client.get("/v1/videos").json()["data"] == []
+
+
+def test_the_same_key_is_one_video(client: TestClient) -> None:
+    key = {"Idempotency-Key": "one"}
+    first, second = (client.post("/v1/videos", json={"prompt": PROMPT}, headers=key).json() for _ in range(2))
+    assert first["id"] == second["id"] and first["seed"] == second["seed"]
+    error = error_of(client.post("/v1/videos", json={"prompt": "another"}, headers=key))
+    assert error["code"] == "idempotency_key_reused"
+
+
+def test_conditioning_frames_by_upload_and_form(client: TestClient, tmp_path: Path) -> None:
+    with clip(tmp_path).open("rb") as file:
+        upload = client.post("/v1/uploads", files={"file": ("my clip.mp4", file)}).json()
+    assert (upload["kind"], upload["num_frames"], upload["name"]) == ("video", 9, "my clip.mp4")
+    conditions = [{"upload": upload["id"], "frame": 0, "length": 9}, {"upload": upload["id"], "frame": -1}]
+    video = client.post("/v1/videos", json={"prompt": PROMPT, "conditions": conditions}).json()
+    assert video["settings"]["conditions"] == conditions
+    picture = client.get(f"/v1/uploads/{upload['id']}/thumbnail")
+    assert picture.headers["content-type"] == "image/webp"
+    form = client.post(
+        "/v1/videos", data={"prompt": PROMPT}, files={"input_reference": ("a.png", png())}
+    ).json()
+    [condition] = form["settings"]["conditions"]
+    assert condition["frame"] == 0 and condition["length"] == 1
+    late = [{"upload": upload["id"], "frame": 20, "length": 9}]
+    assert (
+        "from frame 20 on the video has 5"
+        in error_of(client.post("/v1/videos", json={"prompt": PROMPT, "conditions": late}))["message"]
+    )
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [(b"", "empty"), (b"no video", ""), (b"\x89PNG\r\n\x1a\n" + b"x" * 50, "not a readable image")],
+)
+def test_an_upload_that_is_no_video_is_refused(
+    client: TestClient, tmp_path: Path, content: bytes, words: str
+) -> None:
+    error = error_of(client.post("/v1/uploads", files={"file": ("x.mp4", content)}))
+    assert error["param"] == "file" and words in error["message"] and str(tmp_path) not in error["message"]
+    assert list((tmp_path / "outputs" / ".serve" / "uploads").glob("*")) == []
+
+
+def test_an_upload_that_is_cut_short_is_refused(client: TestClient, tmp_path: Path) -> None:
+    content = clip(tmp_path).read_bytes()
+    error = error_of(client.post("/v1/uploads", files={"file": ("x.mp4", content[: len(content) // 3])}))
+    assert error["code"] == "not_a_video"
+
+
+def test_too_large_requests_are_refused(tmp_path: Path) -> None:
+    app = build_app(command(tmp_path, max_upload_mib=0.01), with_workers=False)
+    with TestClient(app, base_url=URL) as small:
+        answer = small.post("/v1/uploads", files={"file": ("x.png", b"\0" * 2**21)})
+        assert answer.status_code == 413 and error_of(answer)["code"] == "too_large"
+        assert small.post("/v1/videos", content=b" " * 2**21).status_code == 413
+
+
+def test_videos_are_cancelled_deleted_and_listed_in_pages(client: TestClient) -> None:
+    ids = [client.post("/v1/videos", json={"prompt": PROMPT, "seed": seed}).json()["id"] for seed in range(5)]
+    page = client.get("/v1/videos", params={"limit": 2}).json()
+    assert [one["id"] for one in page["data"]] == ids[:2:-1] and page["has_more"]
+    rest = client.get("/v1/videos", params={"limit": 9, "after": page["last_id"]}).json()
+    assert [one["id"] for one in rest["data"]] == ids[2::-1] and not rest["has_more"]
+    assert client.post(f"/v1/videos/{ids[0]}/cancel").json()["status"] == "cancelled"
+    assert client.delete(f"/v1/videos/{ids[1]}").json() == {
+        "id": ids[1],
+        "object": "video.deleted",
+        "deleted": True,
+    }
+    assert client.get(f"/v1/videos/{ids[1]}").status_code == 404
+    assert client.get("/health").json()["queued"] == 3
+    assert error_of(client.get(f"/v1/videos/{ids[2]}/content"))["code"] == "not_ready"
+    assert client.get(f"/v1/videos/{ids[2]}/content", params={"variant": "settings"}).json()["seed"] == 2
+
+
+def test_unknown_routes_and_methods(client: TestClient) -> None:
+    assert error_of(client.get("/v1/nothing"))["code"] == "not_found"
+    assert error_of(client.put("/v1/videos"))["code"] == "method_not_allowed"
+    assert error_of(client.get("/v1/videos/../../etc/passwd"))
+    assert error_of(client.get("/static/../app.py"))
+    assert error_of(client.post("/v1/videos", content=b"{"))["message"].startswith("the body is no JSON")
+    assert error_of(client.post("/v1/videos", content=b"[]"))
+    assert error_of(client.post("/v1/videos", content=b"[" * 100_000))
+
+
+def test_a_broken_server_tells_a_client_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: JobStore, *args: object) -> None:
+        raise RuntimeError("secret place")
+
+    monkeypatch.setattr(JobStore, "list_jobs", fail)
+    quiet = TestClient(client.app, base_url=URL, raise_server_exceptions=False)
+    answer = quiet.get("/v1/videos")
+    assert answer.status_code == 500 and "secret" not in answer.text and "Traceback" not in answer.text
+
+
+def test_the_schema_is_valid_openapi(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    validate(schema)
+    body = schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["prompt"] and "num_frames" in body["properties"]
+
+
+def test_the_page_is_served_with_headers_of_safety(client: TestClient) -> None:
+    answer = client.get("/")
+    assert answer.status_code == 200 and "<!doctype html>" in answer.text.lower()
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert (
+        "access-control-allow-origin"
+        not in client.get("/v1/videos", headers={"Origin": "http://evil"}).headers
+    )
+
+
+def test_numbers_for_prometheus(client: TestClient) -> None:
+    client.post("/v1/videos", json={"prompt": PROMPT})
+    text = client.get("/metrics").text
+    assert 'stdit_jobs{state="queued"} 1.0' in text and "stdit_videos_total 0.0" in text
+
+
+def test_a_damaged_run_is_named_and_the_others_work(client: TestClient, tmp_path: Path) -> None:
+    step = tmp_path / "outputs" / "broken" / "checkpoints" / "step-00000005"
+    step.mkdir(parents=True)
+    (step / "meta.json").write_text(json.dumps({"files": {}}))
+    models = {one["id"]: one for one in client.get("/v1/models").json()["data"]}
+    if "broken" in models:
+        assert models["broken"]["error"]
+        assert (
+            error_of(client.post("/v1/videos", json={"prompt": PROMPT, "model": "broken"}))["param"]
+            == "model"
+        )
+    assert models["bundled"]["error"] is None
+
+
+def test_a_video_is_made_again_from_its_file(client: TestClient, tmp_path: Path) -> None:
+    video = client.post("/v1/videos", json={"prompt": PROMPT, "seed": 5, "refine_pairs": 0}).json()
+    metadata = {
+        **video["settings"],
+        "checkpoint_hash": "xxh3:none",
+        "checkpoint": "gone",
+        "checkpoint_step": 3,
+    }
+    write_mp4(tmp_path / "v.mp4", np.zeros((2, 64, 64, 3), np.uint8), 8, metadata)
+    with open(tmp_path / "v.mp4", "rb") as file:
+        found = client.post("/v1/inspect", files={"file": file}).json()
+    assert not found["reproducible"] and "its checkpoint is not here: gone, step 3" in found["reason"]
+    assert found["settings"]["seed"] == 5
+    error = error_of(client.post("/v1/inspect", files={"file": ("a.mp4", b"no video")}))
+    assert error["code"] == "no_metadata"
