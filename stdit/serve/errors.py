@@ -1,0 +1,28 @@
+"""Errors of requests: a message for a person, the field that caused it, and the status of HTTP."""
+
+from stdit.errors import UserError
+
+
+class RequestError(UserError):
+    """A request that cannot be followed.
+
+    Args:
+        status: of HTTP, from 400 on.
+        param: the field that caused it, if it is one.
+        code: what kind of error it is, for programs.
+    """
+
+    def __init__(
+        self, message: str, status: int = 400, param: str | None = None, code: str = "invalid_value"
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param = status, param
+        self.kind = code
+
+
+def error_body(
+    message: str, param: str | None = None, code: str = "invalid_value", status: int = 400
+) -> dict:
+    """Return the JSON of an error, as OpenAI's API has it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
