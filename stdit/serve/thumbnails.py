@@ -1,0 +1,153 @@
+"""Thumbnails: a few frames of a video as a small animated WebP, made once. Imports no torch."""
+
+import io
+import os
+import time
+from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from stdit.errors import UserError
+
+THUMBNAIL_FRAMES = 8
+"""Most frames of a thumbnail."""
+THUMBNAIL_SIDE = 192
+"""Most pixels of a thumbnail's longer side."""
+_MOST_DECODED = 2000
+"""Frames of a video among which those of its thumbnail are chosen: a hostile file may hold millions."""
+_MOST_SECONDS = 20.0
+"""Seconds of decoding after which a video gets no thumbnail."""
+_QUALITY = 75
+
+
+def thumbnail(video: Path, cache: Path) -> Path:
+    """Return the file with the thumbnail of a video; make it unless it is there.
+
+    It is named after path, time and size of the video, so that another video under the same name gets its own.
+
+    Args:
+        cache: folder of all thumbnails, whose files may be deleted at any time.
+
+    Raises:
+        UserError: if the video is missing, damaged or no video, or the thumbnail cannot be written.
+    """
+    try:
+        status = video.stat()
+    except OSError as error:
+        raise UserError(f"{video.name} cannot be read ({error.strerror}).") from None
+    place = _place(video, cache)
+    file = place.with_name(f"{place.name}-{status.st_mtime_ns:x}-{status.st_size:x}.webp")
+    if not file.is_file():
+        frames, fps = thumbnail_frames(video)
+        content = webp_of_frames(frames, fps)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            remove_thumbnails(video, cache)
+            _write(file, content)
+        except OSError as error:
+            raise UserError(
+                f"thumbnail of {video.name}: cannot be written ({error.strerror}): make room on the disk."
+            ) from None
+    return file
+
+
+def remove_thumbnails(video: Path, cache: Path) -> None:
+    """Remove what `thumbnail` made of a video, also of earlier ones under its name."""
+    place = _place(video, cache)
+    for file in place.parent.glob(f"{place.name}-*.webp"):
+        file.unlink(missing_ok=True)
+
+
+def thumbnail_frames(video: Path) -> tuple[np.ndarray, float]:
+    """Decode at most `THUMBNAIL_FRAMES` frames, spread over a video, of at most `THUMBNAIL_SIDE` pixels a side.
+
+    Returns:
+        uint8 ``[T H W 3]``, and how many of them are shown per second, so that they last as long as the video, within
+        limits between which an animation is pleasant.
+
+    Raises:
+        UserError: if it is damaged or no video, or takes too long.
+    """
+    from stdit.data.decoding.opening import DecodeError
+
+    try:
+        frames, seconds = _decode(video)
+    except DecodeError as error:
+        raise UserError(f"{video.name}: {error.reason}.") from None
+    return frames, min(max(len(frames) / max(seconds, 1e-3), 2.0), 16.0)
+
+
+def webp_of_frames(frames: np.ndarray, fps: float, longest: int = THUMBNAIL_SIDE) -> bytes:
+    """Return frames as an animated WebP that loops, or as a still one if there is one frame.
+
+    Args:
+        frames: uint8 ``[T H W 3]``.
+        fps: frames per second.
+        longest: pixels; larger frames are reduced until their longer side is this long.
+    """
+    height, width = frames.shape[1:3]
+    scale = min(1.0, longest / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    pictures = [PIL.Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    if size != (width, height):
+        pictures = [picture.resize(size, PIL.Image.Resampling.BILINEAR) for picture in pictures]
+    first, *rest = pictures
+    milliseconds = max(20, round(1000 / fps))
+    file = io.BytesIO()
+    options = {"save_all": True, "append_images": rest, "duration": milliseconds, "loop": 0} if rest else {}
+    first.save(file, format="WEBP", quality=_QUALITY, method=2, **options)
+    return file.getvalue()
+
+
+def _decode(video: Path) -> tuple[np.ndarray, float]:
+    """Return the frames of a thumbnail, and the seconds that the video lasts."""
+    from stdit.data.decoding.frames import frames_in_order
+    from stdit.data.decoding.media import Media
+    from stdit.data.decoding.opening import DecodeError, Video, open_clip
+    from stdit.pipelines.video_io import spread
+
+    media, pictures = Media.of(video), []
+    with open_clip(media) as opened:
+        if not isinstance(opened, Video):
+            raise DecodeError(media, "is a picture, not a video")
+        stated = opened.stream.frames or THUMBNAIL_FRAMES
+        wanted = spread(min(stated, _MOST_DECODED), THUMBNAIL_FRAMES)
+        rate = float(opened.stream.average_rate or 8)
+        late = time.monotonic() + _MOST_SECONDS
+        for index, (_, _, frame) in _numbered(frames_in_order(opened)):
+            if index in wanted:
+                scale = min(1.0, THUMBNAIL_SIDE / max(frame.height, frame.width))
+                height, width = (max(1, round(side * scale)) for side in (frame.height, frame.width))
+                pictures.append(frame.reformat(width=width, height=height, format="rgb24").to_ndarray())
+            if index >= wanted[-1]:
+                break
+            if time.monotonic() > late:
+                raise DecodeError(media, f"decoding takes more than {_MOST_SECONDS:.0f} s")
+    if len(pictures) < (len(wanted) if opened.stream.frames else 1):
+        raise DecodeError(media, f"it ends before its frame {wanted[len(pictures)] + 1} of {stated}")
+    shape = pictures[0].shape
+    return np.stack([picture for picture in pictures if picture.shape == shape]), stated / rate
+
+
+def _numbered(frames: Iterator) -> Iterator:
+    return zip(count(), frames, strict=False)
+
+
+def _place(video: Path, cache: Path) -> Path:
+    """Return the folder and the beginning of the name of a video's thumbnails."""
+    digest = blake2b(os.path.abspath(video).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+    return cache / digest[:2] / digest
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file; several threads may write the same one."""
+    aside = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
