@@ -8,6 +8,8 @@ import { duration, plural } from './format.js';
 import { cancel, deleteVideo, hasEnded, jobs } from './jobs.js';
 import { modelName } from './models.js';
 
+const SMALL = 128; // pixels; narrower videos are enlarged with each pixel a square
+
 const cards = new Map();
 const list = $('#videos');
 
@@ -38,8 +40,10 @@ function show(video) {
 
 /** The picture of a video: nothing yet, its live preview, or the video itself. */
 export class Picture {
-  constructor(video) {
+  constructor(video, { controls = true } = {}) {
+    this.controls = controls;
     this.element = h('div', { class: 'picture' });
+    if (video.width <= SMALL) this.element.dataset.small = '';
     this.element.style.aspectRatio = `${video.width} / ${video.height}`;
     this.shown = null;
   }
@@ -58,7 +62,7 @@ export class Picture {
   update(video) {
     if (video.status === 'completed' && this.shown !== 'video') {
       const poster = contentUrl(video.id, 'thumbnail');
-      replace(this.element, loopingVideo(contentUrl(video.id), video.prompt, { controls: true, poster, width: video.width, height: video.height }));
+      replace(this.element, loopingVideo(contentUrl(video.id), video.prompt, { controls: this.controls, poster, width: video.width, height: video.height }));
       this.shown = 'video';
     }
     this.element.dataset.status = video.status;

@@ -2,7 +2,7 @@
 
 import { contentUrl, path, postFile } from './api.js';
 import { $, announce, button, h } from './dom.js';
-import { clearError, showFieldError } from './errors.js';
+import { clearError, showFileError } from './errors.js';
 import { plural, short } from './format.js';
 
 const list = $('#conditions');
@@ -99,8 +99,7 @@ async function upload(files) {
       addCondition({ upload: about.id }, { ...about, name: about.name ?? file.name });
       announce(`${file.name} is added.`);
     } catch (error) {
-      showFieldError(chooser, `${file.name}: ${error.message}`, 'file');
-      announce(error.message);
+      showFileError(chooser, file, error);
     }
     drop.classList.remove('busy');
   }

@@ -27,7 +27,7 @@ export class Curves {
   async update(runs) {
     const wanted = PLOTS.filter(([field]) => runs.some(({ fields }) => fields.includes(field)));
     const memory = [...new Set(runs.flatMap(({ fields }) => fields.filter((field) => MEMORY.test(field))))];
-    const titles = new Map([...wanted, ...memory.map((field) => [field, field.replaceAll('_', ' ')])]);
+    const titles = new Map([...wanted, ...memory.map((field) => [field, titleOf(field)])]);
     this.show(titles);
     const metrics = await Promise.all(runs.map(({ name, fields }) => metricsOf(name, fields.filter((field) => titles.has(field)))));
     for (const [field, plot] of this.plots) {
@@ -52,5 +52,7 @@ async function metricsOf(name, fields) {
   const query = new URLSearchParams({ fields: fields.join(','), points: POINTS, after: -1 });
   return (await get(`${path('v1', 'runs', name, 'metrics')}?${query}`)).fields;
 }
+
+const titleOf = (field) => field[0].toUpperCase() + field.slice(1).replaceAll('_', ' ');
 
 const isWhole = (point) => point.every((value) => Number.isFinite(value));

@@ -46,6 +46,13 @@ export function showFieldError(control, message, param = control.name) {
   control.setAttribute('aria-invalid', 'true');
 }
 
+/** Show beside a file input why a file was refused. */
+export function showFileError(chooser, file, { message }) {
+  const named = message.startsWith(file.name) ? message : `${file.name}: ${message}`;
+  showFieldError(chooser, named, 'file');
+  announce(named);
+}
+
 function removeError(error) {
   for (const control of $$(`[aria-describedby~="${error.id}"]`)) {
     const others = control.getAttribute('aria-describedby').split(' ').filter((id) => id !== error.id);

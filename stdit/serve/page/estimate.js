@@ -1,7 +1,7 @@
 /** What a submission will take, told while its form is filled in. */
 
 import { post } from './api.js';
-import { $, debounce } from './dom.js';
+import { $, debounce, h, replace } from './dom.js';
 import { clearErrors, showError } from './errors.js';
 import { bytes, duration, plural } from './format.js';
 import { readPrompts, readSettings } from './settings.js';
@@ -10,6 +10,7 @@ const WAIT_MS = 300;
 
 const form = $('#make-form');
 const line = $('#estimate');
+const warnings = $('#estimate-warnings');
 let running = new AbortController();
 
 /** Estimate the form's submission 300 ms after the last change. */
@@ -31,10 +32,12 @@ async function estimate() {
     clearErrors(form);
     line.dataset.fits = found.fits;
     line.textContent = told(found, Math.max(1, prompts.length));
+    replace(warnings, (found.warnings ?? []).map((warning) => h('li', {}, warning)));
   } catch (error) {
     if (signal.aborted) return;
     clearErrors(form);
     line.textContent = '';
+    warnings.replaceChildren();
     showError(form, error, { focus: false });
   }
 }

@@ -1,6 +1,6 @@
 /** Numbers, sizes and times as text. */
 
-const numbers = new Intl.NumberFormat('en');
+const numbers = new Intl.NumberFormat('en', { maximumFractionDigits: 6 });
 const dates = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' });
 
 /** Return a number with thousands separated. */
@@ -13,7 +13,7 @@ export const plural = (value, noun) => `${count(value)} ${noun}${value === 1 ? '
 export function short(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return '–';
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
+  if (size !== 0 && (size < 1e-4 || size >= 1e7)) return value.toExponential(2);
   return numbers.format(Number(value.toPrecision(size >= 1000 ? 5 : 3)));
 }
 

@@ -3,7 +3,7 @@
 import { get, path, postFile } from './api.js';
 import { acceptDrops } from './conditions.js';
 import { $, announce, button, debounce, h, reducedMotion, replace } from './dom.js';
-import { clearError, showFieldError } from './errors.js';
+import { clearError, showFileError } from './errors.js';
 import { plural } from './format.js';
 import { inspectionOf } from './inspection.js';
 import { jobs } from './jobs.js';
@@ -134,7 +134,6 @@ async function inspect([file]) {
     panel.scrollIntoView({ block: 'nearest' });
     announce(`The settings of ${file.name} are shown.`);
   } catch (error) {
-    showFieldError(chooser, `${file.name}: ${error.message}`, 'file');
-    announce(error.message);
+    showFileError(chooser, file, error);
   }
 }

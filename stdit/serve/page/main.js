@@ -37,8 +37,8 @@ function showWorkers({ status, workers, queued, running }) {
   const busy = workers.filter(({ state }) => state === 'busy').length;
   const starting = alive.length > 0 && alive.every(({ state }) => state === 'starting');
   const parts = [
-    starting ? 'Loading the model' : busy ? `${busy} of ${plural(alive.length, 'worker')} busy` : `${plural(alive.length, 'worker')} ready`,
-    running ? `${running} running` : '',
+    workersText(alive.length, busy, starting),
+    running > busy ? `${running} running` : '',
     queued ? `${queued} queued` : '',
     alive.length < workers.length ? `${workers.length - alive.length} restarting` : '',
   ];
@@ -46,6 +46,12 @@ function showWorkers({ status, workers, queued, running }) {
   element.textContent = parts.filter(Boolean).join(' · ');
   element.dataset.state = status;
   element.title = workers.map(({ name, state, model, device }) => `${name}: ${state}, ${model ?? 'no model'}, ${device}`).join('\n');
+}
+
+function workersText(alive, busy, starting) {
+  if (starting) return 'Loading the model';
+  if (!busy) return `${plural(alive, 'worker')} ready`;
+  return busy < alive ? `${busy} of ${plural(alive, 'worker')} busy` : `${plural(alive, 'worker')} busy`;
 }
 
 function showLost() {

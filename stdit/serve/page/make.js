@@ -11,10 +11,11 @@ import { startJobs, submit } from './jobs.js';
 import { startLoras } from './loras.js';
 import { loadModels } from './models.js';
 import { nextSeed, startSeed } from './seed.js';
-import { fillSettings, readLayout, readPrompts, readSettings, resetToModel, showDependent } from './settings.js';
+import { fillSettings, readLayout, readPrompts, readSettings, resetToModel, showAllowedSizes, showDependent } from './settings.js';
 import { drawTimeline } from './timeline.js';
 
 const form = $('#make-form');
+const WIDE = matchMedia('(min-width: 60rem)'); // the results stand beside the form
 const submitButton = $('#make-button');
 
 /** Load the models, and let the form estimate and submit. */
@@ -35,6 +36,7 @@ export async function startMake() {
   });
   for (const name of ['input', 'change', 'filled']) form.addEventListener(name, changed);
   $('#model').addEventListener('change', resetToModel);
+  $('#any_size').addEventListener('change', showAllowedSizes);
   try {
     const [model] = await Promise.all([loadModels(), startLoras()]);
     if (model) fillSettings({ model });
@@ -52,9 +54,6 @@ function changed(event) {
   const prompts = readPrompts().length;
   $('#prompt-count').textContent = prompts > 1 ? `${plural(prompts, 'video')}.` : '';
   $('#length-hint').textContent = `${duration(layout.num_frames / layout.fps)} at ${layout.fps} frames per second.`;
-  $('#segments-hint').textContent = layout.segments > 1
-    ? `${plural(layout.total, 'frame')}, ${duration(layout.total / layout.fps)} in all.`
-    : 'More than 1: a longer video, each segment continues the one before it.';
   estimateSoon();
 }
 
@@ -77,6 +76,7 @@ async function make() {
       await submit({ ...body, prompt });
       accepted += 1;
     }
+    if (!WIDE.matches) $('#videos').scrollIntoView({ block: 'start' });
     if (accepted > 1) announce(`${plural(accepted, 'video')} are queued.`);
   } catch (error) {
     showError(form, error);

@@ -29,10 +29,19 @@ export const modelOf = (id) => models.get(id);
 /** Return the name of a model for people. */
 export const modelName = (id) => models.get(id)?.name ?? id;
 
-/** Show only what a model can do: sizes, lengths, steps, guidance, conditioning frames. */
+/** Whether a model records that it was trained on a size; true for one that records none. */
+export const isTrained = ({ trained_sizes, defaults }, width, height) =>
+  !trained_sizes.length || [...trained_sizes, defaults].some((one) => one.width === width && one.height === height);
+
+/** Offer the sizes that a model was trained on, or any size. */
+export function showSizes(model, any) {
+  $('#any-size').hidden = !model.trained_sizes.length;
+  replace($('#size'), sizeOptions(model, any || !model.trained_sizes.length));
+}
+
+/** Show only what a model can do: lengths, steps, guidance, conditioning frames. */
 export function showModel(model) {
   const { defaults } = model;
-  replace($('#size'), sizeOptions(model));
   for (const name of ['width', 'height']) $(`#${name}`).step = model.multiple;
   replace($('#lengths'), model.lengths.map(({ num_frames, seconds, trained }) =>
     h('option', { value: num_frames }, `${short(seconds)} s${trained ? ', trained' : ''}`)));
@@ -65,7 +74,7 @@ export function sizeValue(width, height) {
   return $$('#size option').some((option) => option.value === value) ? value : OTHER_SIZE;
 }
 
-function sizeOptions(model) {
+function sizeOptions(model, any) {
   const { width, height } = model.defaults;
   const seen = new Set();
   const option = (one, label) => {
@@ -81,9 +90,13 @@ function sizeOptions(model) {
     const shown = options.filter(Boolean);
     return shown.length ? h('optgroup', { label }, shown) : null;
   };
-  return [
+  const trainedOn = [
     group('Trained on', trained.map((one) => option(one, name(one)))),
     group('Default of the model', [option({ width, height }, '')]),
+  ];
+  if (!any) return trainedOn;
+  return [
+    ...trainedOn,
     ...[...rest].map(([label, sizes]) => group(label, sizes.map((one) => option(one, `, ${one.aspect_ratio}`)))),
     h('option', { value: OTHER_SIZE }, 'another width and height'),
   ];

@@ -122,7 +122,7 @@ function told({ name, points }, step) {
 
 function shownRange(points) {
   const [low, high] = range(points.map(([, mean]) => mean));
-  const reach = Math.max(high - low, Math.abs(high) * 1e-3, 1e-12) * (WIDEST_BAND / 2 - 0.5);
+  const reach = Math.max(high - low, Math.abs(high) * 0.05, 1e-12) * (WIDEST_BAND / 2 - 0.5);
   const [bottom, top] = range(points.flatMap(([, , min, max]) => [Math.max(min, low - reach), Math.min(max, high + reach)]));
   return [bottom === top ? bottom - 0.5 * Math.abs(bottom || 1) : bottom, bottom === top ? top + 0.5 * Math.abs(top || 1) : top];
 }

@@ -3,7 +3,7 @@
 import { $, $$, h, replace } from './dom.js';
 import { fillConditions, readConditions } from './conditions.js';
 import { fillLoras, readLoras } from './loras.js';
-import { OTHER_SIZE, modelOf, showModel, sizeValue } from './models.js';
+import { OTHER_SIZE, isTrained, modelOf, showModel, showSizes, sizeValue } from './models.js';
 import { fillSeed, isLocked, readSeed } from './seed.js';
 
 const NUMBERS = [
@@ -27,6 +27,7 @@ export const readPrompts = () => field('prompt').value.split('\n').map((line) =>
 export function readSettings() {
   const defaults = chosenModel()?.defaults ?? {};
   const body = { model: field('model').value, ...readSize(), seed: readSeed() ?? undefined };
+  if (field('any_size').checked) body.any_size = true;
   if (active('negative_prompt') && field('negative_prompt').value.trim()) {
     body.negative_prompt = field('negative_prompt').value.trim();
   }
@@ -56,9 +57,8 @@ export function fillSettings(body) {
   for (const name of [...NUMBERS, ...WORDS]) field(name).value = all[name] ?? '';
   for (const name of LISTS) field(name).value = (all[name] ?? []).join(', ');
   const [width, height] = body.size ? body.size.split('x') : [all.width, all.height];
-  Object.assign(field('width'), { value: width });
-  Object.assign(field('height'), { value: height });
-  field('size').value = sizeValue(width, height);
+  field('any_size').checked = Boolean(body.any_size) || !isTrained(model, Number(width), Number(height));
+  showSize(model, width, height);
   const word = [...field('cache').options].some((option) => option.value === all.cache);
   field('cache').value = word ? all.cache : 'threshold';
   if (!word) $('#cache_threshold').value = all.cache;
@@ -85,6 +85,22 @@ export function resetToModel() {
     segment_prompts: kept.segment_prompts,
     loop: kept.loop,
   });
+}
+
+/** Offer the sizes that the box beside them allows; the chosen one stays if it is among them. */
+export function showAllowedSizes() {
+  const model = chosenModel();
+  const { width, height } = readSize();
+  const { defaults } = model;
+  if (field('any_size').checked || isTrained(model, width, height)) showSize(model, width, height);
+  else showSize(model, defaults.width, defaults.height);
+}
+
+function showSize(model, width, height) {
+  showSizes(model, field('any_size').checked);
+  field('width').value = width;
+  field('height').value = height;
+  field('size').value = sizeValue(width, height);
 }
 
 /** Return how the video is divided: frames of a segment, their number, the overlap, the length of the whole. */
