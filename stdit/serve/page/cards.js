@@ -15,6 +15,7 @@ const list = $('#videos');
 
 /** Keep a card for each video that is known, newest first. */
 export function startCards() {
+  addEventListener('models-loaded', () => cards.forEach((card) => card.showButtons(card.video)));
   jobs.addEventListener('video', ({ detail }) => show(detail));
   jobs.addEventListener('preview', ({ detail }) => cards.get(detail.id)?.preview(detail));
   jobs.addEventListener('deleted', ({ detail }) => {

@@ -30,7 +30,7 @@ export class Checkpoints {
   }
 }
 
-function rowOf(run, { step, bytes: size, state, reason, model }) {
+function rowOf(run, { step, bytes: size, state, reason, verified, model }) {
   const broken = state === 'broken';
   const note = h('span', { class: 'error', role: 'status' });
   const sample = button('Sample from this step', async () => {
@@ -54,7 +54,7 @@ function rowOf(run, { step, bytes: size, state, reason, model }) {
     h('td', {}, run),
     h('td', { class: 'number' }, count(step)),
     h('td', { class: 'number' }, bytes(size)),
-    h('td', {}, h('span', { class: 'state', 'data-state': state }, state), broken && reason ? h('p', { class: 'hint' }, reason) : null),
+    h('td', {}, h('span', { class: 'state', 'data-state': state }, state), h('p', { class: 'hint' }, broken ? reason : verified === false ? 'hashes not checked yet' : '')),
     h('td', {}, sample, note),
   );
 }

@@ -23,7 +23,7 @@ export class Curves {
     this.plots = new Map();
   }
 
-  /** Read the metrics of runs, [{name, fields}], and draw them. */
+  /** Read the metrics of runs, [{name, fields}], and draw them; returns whether all of them were read. */
   async update(runs) {
     const wanted = PLOTS.filter(([field]) => runs.some(({ fields }) => fields.includes(field)));
     const memory = [...new Set(runs.flatMap(({ fields }) => fields.filter((field) => MEMORY.test(field))))];
@@ -31,8 +31,9 @@ export class Curves {
     this.show(titles);
     const metrics = await Promise.all(runs.map(({ name, fields }) => metricsOf(name, fields.filter((field) => titles.has(field)))));
     for (const [field, plot] of this.plots) {
-      plot.update(runs.map(({ name }, index) => ({ name, points: (metrics[index][field] ?? []).filter(isWhole) })));
+      plot.update(runs.map(({ name }, index) => ({ name, points: (metrics[index].fields[field] ?? []).filter(isWhole) })));
     }
+    return metrics.every(({ complete }) => complete !== false);
   }
 
   release() {
@@ -48,9 +49,9 @@ export class Curves {
 }
 
 async function metricsOf(name, fields) {
-  if (!fields.length) return {};
+  if (!fields.length) return { fields: {} };
   const query = new URLSearchParams({ fields: fields.join(','), points: POINTS, after: -1 });
-  return (await get(`${path('v1', 'runs', name, 'metrics')}?${query}`)).fields;
+  return get(`${path('v1', 'runs', name, 'metrics')}?${query}`);
 }
 
 const titleOf = (field) => field[0].toUpperCase() + field.slice(1).replaceAll('_', ' ');

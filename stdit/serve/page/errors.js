@@ -66,13 +66,14 @@ function removeError(error) {
 /** Return the control of a field such as `num_frames`, `conditions[1].frame` or `loras.0.weight`; or null. */
 function controlOf(form, param) {
   if (!param) return null;
-  const [field, index, key] = param.split(/[.[\]]+/).filter(Boolean);
-  const row = index === undefined ? null : $$(`[data-rows="${field}"] > li`, form)[Number(index)];
+  const [field = '', index, key] = param.split(/[.[\]]+/).filter(Boolean);
+  const row = index === undefined ? null : $$(`[data-rows="${CSS.escape(field)}"] > li`, form)[Number(index)];
   const candidates = [
-    key && row && $(`[name="${key}"]`, row),
+    key && row && $(`[name="${CSS.escape(key)}"]`, row),
     row && $('input, select, textarea', row),
-    ...$$(`[name="${field}"]`, form),
-    ...$$(`[data-field~="${field}"] :is(input, select, textarea)`, form),
+    ...$$(`[data-param-name="${CSS.escape(param)}"]`, form),
+    ...$$(`[name="${CSS.escape(field)}"]`, form),
+    ...$$(`[data-field~="${CSS.escape(field)}"] :is(input, select, textarea)`, form),
   ];
   return candidates.find((control) => control && !control.disabled && !control.closest('[hidden]')) ?? null;
 }

@@ -4,7 +4,7 @@ import { get, path, postFile } from './api.js';
 import { acceptDrops } from './conditions.js';
 import { $, announce, button, debounce, h, reducedMotion, replace } from './dom.js';
 import { clearError, showFileError } from './errors.js';
-import { plural } from './format.js';
+import { plural, short } from './format.js';
 import { inspectionOf } from './inspection.js';
 import { jobs } from './jobs.js';
 import { playVideo, startPlayer } from './player.js';
@@ -78,10 +78,15 @@ function thumbnail(item) {
     { type: 'button', class: 'thumbnail', onclick: open, 'data-gallery-id': item.id },
     image,
     h('span', { class: 'prompt' }, item.prompt || item.name),
-    h('span', { class: 'hint' }, `seed ${item.seed} · ${item.width} × ${item.height} · ${item.seconds} s`),
+    h('span', { class: 'hint' }, factsOf(item)),
   );
   playWhilePointed(opener, image, `${address}/content`);
   return h('li', {}, opener);
+}
+
+function factsOf({ seed, width, height, seconds }) {
+  const facts = [seed === null ? '' : `seed ${seed}`, width ? `${width} × ${height}` : '', seconds ? `${short(seconds)} s` : ''];
+  return facts.filter(Boolean).join(' · ');
 }
 
 /** Put the video in the place of its thumbnail while the pointer or the focus is on it. */

@@ -60,6 +60,7 @@ async function loadRecent() {
 
 function update(video) {
   const before = videos.get(video.id);
+  if (before && hasEnded(before) && !hasEnded(video)) return; // an answer that an event has overtaken
   videos.set(video.id, video);
   if (before && before.status !== video.status && hasEnded(video)) announce(ending(video));
   dispatch('video', video);

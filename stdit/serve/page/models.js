@@ -13,6 +13,7 @@ export async function loadModels() {
   const { data } = await get('/v1/models');
   models.clear();
   for (const model of data) models.set(model.id, model);
+  dispatchEvent(new Event('models-loaded'));
   const usable = data.filter((model) => !model.error);
   const broken = data.filter((model) => model.error);
   replace(

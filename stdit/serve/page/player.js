@@ -3,7 +3,7 @@
 import { get, path, remove } from './api.js';
 import { $, announce, button, definitions, h, reducedMotion, replace } from './dom.js';
 import { closeByBackdrop, confirmed } from './dialogs.js';
-import { bytes, date, plural } from './format.js';
+import { bytes, count, date, plural } from './format.js';
 import { inspectionOf } from './inspection.js';
 
 const dialog = $('#player');
@@ -39,8 +39,8 @@ export async function playVideo(item, deleted) {
     definitions([
       ['file', item.folder ? `${item.folder}/${item.name}` : item.name],
       ['made', date(item.created)],
-      ['checkpoint', item.checkpoint_step === null ? item.checkpoint : `${item.checkpoint}, step ${item.checkpoint_step}`],
-      ['length', `${plural(item.num_frames, 'frame')} at ${item.fps} frames per second`],
+      ['checkpoint', item.checkpoint_step === null ? item.checkpoint : `${item.checkpoint}, step ${count(item.checkpoint_step)}`],
+      ['length', item.num_frames && `${plural(item.num_frames, 'frame')} at ${item.fps} frames per second`],
       ['file size', bytes(item.bytes)],
     ]),
     h('div', { class: 'buttons' }, h('a', { class: 'button', href: `${address}/content?download=1`, download: true }, 'Download'), erase),

@@ -6,7 +6,7 @@ import { Curves } from './curves.js';
 import { confirmed } from './dialogs.js';
 import { $, announce, button, h, replace } from './dom.js';
 import { ago, count, duration, short } from './format.js';
-import { startLaunches } from './launches.js';
+import { followLaunch, startLaunches } from './launches.js';
 import { Samples } from './samples.js';
 
 const REFRESH_MS = 3000;
@@ -21,10 +21,10 @@ let refreshing = false;
 
 /** Let runs be started. */
 export function startRuns() {
-  startLaunches(async (answer) => {
+  startLaunches(async (name) => {
     await refresh();
-    const name = answer.name ?? $('#run-name').value;
     if (rows.has(name)) choose(name, true);
+    return rows.has(name);
   });
 }
 
@@ -93,6 +93,7 @@ class Row {
     this.box = h('input', { type: 'checkbox', 'aria-label': `Show ${name}`, onchange: () => choose(name, this.box.checked) });
     this.state = h('span', { class: 'state' });
     this.progress = h('progress', { 'aria-label': `Steps of ${name}` });
+    this.problem = h('p', { class: 'hint' });
     this.steps = h('span');
     this.loss = h('td', { class: 'number' });
     this.speed = h('td', { class: 'number' });
@@ -103,7 +104,7 @@ class Row {
       'tr',
       { 'data-run': name },
       h('td', {}, h('label', { class: 'box' }, this.box)),
-      h('th', { scope: 'row' }, name),
+      h('th', { scope: 'row' }, name, this.problem),
       h('td', {}, this.state),
       h('td', { class: 'number' }, this.steps, this.progress),
       this.loss,
@@ -121,6 +122,7 @@ class Row {
 
   update(run) {
     this.mark();
+    this.problem.textContent = run.problem ?? '';
     this.steps.textContent = run.steps ? `${count(run.step)} of ${count(run.steps)}` : count(run.step ?? 0);
     this.progress.max = run.steps || 1;
     this.progress.value = run.steps ? run.step : 0;
@@ -152,11 +154,17 @@ class Row {
     if (await confirmed(`Resume ${this.name}?`, explanation, 'Resume')) this.request('resume', 'is resumed');
   }
 
+  async followResume(launch) {
+    const ended = await followLaunch(launch, () => this.state.dataset.state === 'running');
+    if (ended.state === 'failed') alert.textContent = `${this.name} was not resumed: ${ended.report.trim().split('\n').at(-1)}`;
+  }
+
   async request(action, done) {
     try {
-      await post(path('v1', 'runs', this.name, action));
+      const answer = await post(path('v1', 'runs', this.name, action));
       announce(`${this.name} ${done}.`);
       await refresh();
+      if (action === 'resume') await this.followResume(answer);
     } catch (error) {
       alert.textContent = error.message;
     }
@@ -188,8 +196,8 @@ class Details {
     const seen = JSON.stringify(runs.map(({ step, updated }) => [step, updated]));
     this.checkpoints.update(runs);
     if (seen === this.seen) return;
-    await Promise.all([this.curves.update(runs), this.samples.update(runs)]);
-    this.seen = seen;
+    const [complete] = await Promise.all([this.curves.update(runs), this.samples.update(runs)]);
+    this.seen = complete ? seen : null;
   }
 
   release() {

@@ -45,9 +45,10 @@ function tableOf(runs, samples) {
   const steps = [...new Set(samples.map(({ step }) => step))].sort((a, b) => a - b);
   const rows = new Map();
   for (const one of samples) {
-    const label = one.num_inference_steps ? `${one.prompt} (${one.num_inference_steps} steps)` : one.prompt;
-    const prompt = rows.get(label) ?? new Map();
-    rows.set(label, prompt.set(`${one.run} ${one.step}`, one));
+    const prompt = one.prompt ?? `${one.name} (damaged)`;
+    const label = one.num_inference_steps ? `${prompt} (${one.num_inference_steps} steps)` : prompt;
+    const row = rows.get(label) ?? new Map();
+    rows.set(label, row.set(`${one.run} ${one.step}`, one));
   }
   const kept = spread(steps);
   const head = h('tr', {}, h('th', { scope: 'col' }, 'Prompt'), kept.map((step) => h('th', { scope: 'col' }, `step ${count(step)}`)));
