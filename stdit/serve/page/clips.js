@@ -1,0 +1,55 @@
+/** Videos that loop while they can be seen, and are unloaded when they cannot. */
+
+import { h, reducedMotion } from './dom.js';
+
+const watcher = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    if (isIntersecting) start(target);
+    else stop(target);
+  }
+}, { rootMargin: '100px' });
+
+let paused = reducedMotion();
+
+/** Return a looping muted video that plays while it is on the screen. */
+export function loopingVideo(address, label, attributes = {}) {
+  const video = h('video', { muted: true, loop: true, playsInline: true, preload: 'none', 'aria-label': label, ...attributes });
+  video.dataset.address = address;
+  watcher.observe(video);
+  return video;
+}
+
+/** Pause or play all videos without controls of their own; returns whether they are paused. */
+export function togglePaused(within) {
+  paused = !paused;
+  for (const video of within.querySelectorAll('video')) paused ? video.pause() : play(video);
+  return paused;
+}
+
+/** Whether videos without controls are paused. */
+export const arePaused = () => paused;
+
+/** Unload the videos of an element that is about to be removed. */
+export function releaseVideos(within) {
+  for (const video of within.querySelectorAll('video')) {
+    watcher.unobserve(video);
+    stop(video);
+  }
+}
+
+function start(video) {
+  if (!video.src) {
+    video.preload = 'metadata';
+    video.src = video.dataset.address;
+  }
+  if (video.controls ? !reducedMotion() : !paused) play(video);
+}
+
+function stop(video) {
+  video.pause();
+  if (!video.src) return;
+  video.removeAttribute('src');
+  video.load();
+}
+
+const play = (video) => video.play().catch(() => {});

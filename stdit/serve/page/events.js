@@ -1,0 +1,36 @@
+/** One stream of events for the whole page; it reconnects by itself. */
+
+import { get } from './api.js';
+
+const FIRST_WAIT_MS = 1000;
+const LONGEST_WAIT_MS = 15000;
+
+/** Dispatches `video`, `preview` and `workers` with the data as `detail`, and `connected` and `disconnected`. */
+export const events = new EventTarget();
+
+let wait = FIRST_WAIT_MS;
+
+/** Open the stream of events. */
+export function openEvents() {
+  const source = new EventSource('/v1/events');
+  for (const name of ['video', 'preview', 'workers']) {
+    source.addEventListener(name, (event) => dispatch(name, JSON.parse(event.data)));
+  }
+  source.onopen = () => {
+    wait = FIRST_WAIT_MS;
+    dispatch('connected');
+  };
+  source.onerror = () => {
+    dispatch('disconnected');
+    if (source.readyState === EventSource.CLOSED) retry();
+  };
+}
+
+/** A browser gives up on a stream that is answered by an error; ask for the reason, and try again later. */
+async function retry() {
+  await get('/health').catch(() => null);
+  setTimeout(openEvents, wait);
+  wait = Math.min(LONGEST_WAIT_MS, wait * 2);
+}
+
+const dispatch = (name, detail) => events.dispatchEvent(new CustomEvent(name, { detail }));
