@@ -133,7 +133,7 @@ class VideoService:
         return file
 
 
-async def read_fields(request: Request, uploads: Uploads) -> dict[str, Any]:
+async def submitted_fields(request: Request, uploads: Uploads) -> dict[str, Any]:
     """Return the fields of a request, from JSON or a form; the files of a form are kept as uploads.
 
     Raises:
@@ -212,7 +212,7 @@ def video_routes(service: VideoService) -> APIRouter:
         key: Annotated[str | None, Header(alias="Idempotency-Key", max_length=255, min_length=1)] = None,
     ) -> VideoObject:
         """Ask for a video."""
-        fields = await read_fields(request, places.uploads)
+        fields = await submitted_fields(request, places.uploads)
         return await run_in_threadpool(
             lambda: service.shown(service.submit(fields, client_of(request.scope), key))
         )
@@ -220,7 +220,7 @@ def video_routes(service: VideoService) -> APIRouter:
     @router.post("/v1/estimate", openapi_extra=submission_schema())
     async def estimate_video(request: Request) -> Estimate:
         """Check a request, and foresee its time and memory; nothing is queued."""
-        fields = await read_fields(request, places.uploads)
+        fields = await submitted_fields(request, places.uploads)
         return await run_in_threadpool(lambda: estimate(service.read(fields), store))
 
     @router.get("/v1/videos")

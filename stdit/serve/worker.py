@@ -46,7 +46,7 @@ class BatchCancelledError(Exception):
 
 
 @dataclass
-class LoadedModel:
+class ServedPipeline:
     """A pipeline in memory."""
 
     name: str
@@ -66,7 +66,7 @@ class Worker:
     mesh: "Mesh"
     store: JobStore
     catalog: Catalog
-    _loaded: LoadedModel | None = None
+    _loaded: ServedPipeline | None = None
     _beaten: float = 0.0
     _hashes: dict[str, str] = field(default_factory=dict)
 
@@ -144,7 +144,7 @@ class Worker:
 
         free = self.mesh.all_gather_objects(free_memory(self.mesh.device, self.config.parallel.memory_gib))
         pipe.codec.enable_tiling(self.config.codec.tile, min(free))
-        self._loaded = LoadedModel(f"{name} {source.path}", pipe, weights, Previewer(pipe.codec))
+        self._loaded = ServedPipeline(f"{name} {source.path}", pipe, weights, Previewer(pipe.codec))
         self._beat("idle", name, str(self.mesh.device))
 
     def _warm_up(self) -> None:
@@ -200,7 +200,7 @@ class Worker:
         self.mesh.on_main(write)
 
     def _on_step(
-        self, batch: Sequence[tuple[Job, Submission]], loaded: LoadedModel, progress: "SamplingProgress"
+        self, batch: Sequence[tuple[Job, Submission]], loaded: ServedPipeline, progress: "SamplingProgress"
     ) -> None:
         """Record a step and, if it is time, previews; end the batch if all its jobs were cancelled."""
         own = self.mesh.on_main(partial(self._record_step, batch, loaded, progress))
@@ -208,7 +208,7 @@ class Worker:
             raise BatchCancelledError
 
     def _record_step(
-        self, batch: Sequence[tuple[Job, Submission]], loaded: LoadedModel, progress: "SamplingProgress"
+        self, batch: Sequence[tuple[Job, Submission]], loaded: ServedPipeline, progress: "SamplingProgress"
     ) -> set[str]:
         settings = batch[0][1].settings
         previews: list[bytes] = []
@@ -222,7 +222,7 @@ class Worker:
         ids = [job.id for job, _ in batch]
         return self.store.progress(self.name, ids, step, progress.segments * of_segment, previews)
 
-    def _metadata(self, one: Submission, loaded: LoadedModel) -> dict[str, Any]:
+    def _metadata(self, one: Submission, loaded: ServedPipeline) -> dict[str, Any]:
         from stdit.pipelines.writer import video_metadata
 
         provenance = {
@@ -237,12 +237,12 @@ class Worker:
         }
         return video_metadata(one.request, loaded.pipe.config, provenance, self._hashes)
 
-    def _is_written(self, job: Job, one: Submission, loaded: LoadedModel) -> bool:
+    def _is_written(self, job: Job, one: Submission, loaded: ServedPipeline) -> bool:
         file = self.places.video_file(job.id, one.request)
         return file.is_file() and not difference(file, self._metadata(one, loaded))
 
     def _write(
-        self, job: Job, one: Submission, video: "SampledVideo", loaded: LoadedModel, seconds: float
+        self, job: Job, one: Submission, video: "SampledVideo", loaded: ServedPipeline, seconds: float
     ) -> None:
         """Write a video and complete its job; if that fails, such as on a full disk, the job fails alone."""
         from stdit.pipelines.video_io import write_mp4
