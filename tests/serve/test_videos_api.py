@@ -1,22 +1,18 @@
 """Routes of videos on a server without workers: what is accepted, what is refused and in which words."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
-from conftest import URL, command
 from fastapi.testclient import TestClient
 from openapi_spec_validator import validate
 
 from stdit.pipelines.video_io import write_mp4
 from stdit.serve.app import build_app
 from stdit.serve.jobs import JobStore
-
-PROMPT = "a red star orbits a blue square on a white background"
+from tests.serve.servers import PROMPT, URL, command, png
 
 
 def error_of(answer: Any) -> dict[str, Any]:
@@ -25,13 +21,6 @@ def error_of(answer: Any) -> dict[str, Any]:
     found: dict[str, Any] = answer.json()["error"]
     assert set(found) == {"message", "type", "param", "code"}
     return found
-
-
-def png(width: int = 64, height: int = 64) -> bytes:
-    """A red picture."""
-    file = io.BytesIO()
-    PIL.Image.new("RGB", (width, height), "red").save(file, "PNG")
-    return file.getvalue()
 
 
 def clip(folder: Path, frames: int = 9) -> Path:
