@@ -54,12 +54,12 @@ class VideoClient:
             UserError: the server's message, if the request breaks a rule.
         """
         headers = {"Idempotency-Key": str(uuid.uuid4())}
-        found: dict[str, Any] = self._json("POST", "/v1/videos", {"prompt": prompt, **fields}, headers)
+        found: dict[str, Any] = self.request("POST", "/v1/videos", {"prompt": prompt, **fields}, headers)
         return found
 
     def get(self, video: Mapping[str, Any] | str) -> dict[str, Any]:
         """Return the state of a video."""
-        found: dict[str, Any] = self._json("GET", f"/v1/videos/{_id(video)}")
+        found: dict[str, Any] = self.request("GET", f"/v1/videos/{_id(video)}")
         return found
 
     def wait(
@@ -113,18 +113,28 @@ class VideoClient:
                 elif text.startswith("data: "):
                     yield name, json.loads(text.removeprefix("data: "))
 
+    def health(self) -> dict[str, Any]:
+        """Return the state of the server and its workers."""
+        found: dict[str, Any] = self.request("GET", "/health")
+        return found
+
     def cancel(self, video: Mapping[str, Any] | str) -> dict[str, Any]:
         """Cancel a video unless it is over."""
-        found: dict[str, Any] = self._json("POST", f"/v1/videos/{_id(video)}/cancel")
+        found: dict[str, Any] = self.request("POST", f"/v1/videos/{_id(video)}/cancel")
         return found
 
     def delete(self, video: Mapping[str, Any] | str) -> None:
         """Delete a video and its file."""
-        self._json("DELETE", f"/v1/videos/{_id(video)}")
+        self.request("DELETE", f"/v1/videos/{_id(video)}")
 
-    def _json(
+    def request(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> Any:
+        """Send any request of the API, with a body as JSON; return the answer's JSON.
+
+        Raises:
+            UserError: the server's message, or that there is no server.
+        """
         return json.loads(self._send(method, path, body, headers))
 
     def _send(

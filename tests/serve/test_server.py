@@ -48,7 +48,7 @@ class Served:
         """Wait until a worker is in a state."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            found = self.client._json("GET", "/health")
+            found = self.client.request("GET", "/health")
             if any(one["state"] == state for one in found["workers"]):
                 return dict(found)
             time.sleep(0.1)
