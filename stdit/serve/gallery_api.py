@@ -10,7 +10,9 @@ from fastapi.responses import FileResponse
 
 from stdit.errors import UserError
 from stdit.serve.errors import RequestError
-from stdit.serve.gallery import Gallery, GalleryPage
+from stdit.serve.gallery import Gallery
+from stdit.serve.gallery_pages import GalleryPage
+from stdit.serve.json_values import sendable
 
 _THUMBNAIL_SECONDS = 3600
 """Seconds for which a browser need not ask for a thumbnail again."""
@@ -67,7 +69,18 @@ def gallery_routes(gallery: Gallery, inspect: Callable[[Path], Mapping[str, Any]
     @routes.get("/{id}/settings")
     def gallery_settings(id: str) -> dict[str, Any]:
         """Return the settings with which a video was made, and whether they make it again."""
-        return dict(inspect(gallery.find(id)))
+        file = gallery.find(id)
+        try:
+            return sendable(inspect(file))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise RequestError(
+                f"{file.name}: its metadata cannot be shown ({error}).",
+                status=404,
+                param="id",
+                code="no_metadata",
+            ) from None
 
     @routes.delete("/{id}")
     def delete_gallery_video(id: str) -> DeletedGalleryVideo:

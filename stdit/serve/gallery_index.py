@@ -40,6 +40,8 @@ class GalleryIndex:
 
     def __init__(self, file: Path, root: Path) -> None:
         self.file, self.root = file, root
+        self.made = 0
+        """How many times the tables were made here: an index that was deleted has lost its rows."""
         self._opening = threading.Lock()
         with suppress(OSError):  # which `opened` reports
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,9 @@ class GalleryIndex:
             for last in (False, True):
                 index = sqlite3.connect(self.file, timeout=10, isolation_level="IMMEDIATE")
                 try:
-                    if _prepared(index):
+                    version = _prepared(index)
+                    self.made += version == 0
+                    if version in (0, _VERSION):
                         return index
                 except sqlite3.OperationalError:
                     index.close()
@@ -173,14 +177,14 @@ class GalleryIndex:
                 os.unlink(f"{self.file}{ending}")
 
 
-def _prepared(index: sqlite3.Connection) -> bool:
-    """Make the tables of a new file; return whether the file has those of this version."""
+def _prepared(index: sqlite3.Connection) -> int:
+    """Make the tables of a new file; return the version that the file had, 0 if it is new."""
     (version,) = index.execute("PRAGMA user_version").fetchone()
     if version == 0:
         index.execute("PRAGMA journal_mode = WAL")
         index.executescript(f"BEGIN IMMEDIATE;{_TABLES}PRAGMA user_version = {_VERSION};COMMIT;")
     index.execute("PRAGMA synchronous = NORMAL")
-    return version in (0, _VERSION)
+    return int(version)
 
 
 def _key(path: str) -> str:

@@ -15,7 +15,7 @@ from stdit.errors import UserError
 
 THUMBNAIL_FRAMES = 8
 """Most frames of a thumbnail."""
-THUMBNAIL_SIDE = 192
+THUMBNAIL_PIXELS = 192
 """Most pixels of a thumbnail's longer side."""
 _MOST_DECODED = 2000
 """Frames of a video among which those of its thumbnail are chosen: a hostile file may hold millions."""
@@ -63,7 +63,7 @@ def remove_thumbnails(video: Path, cache: Path) -> None:
 
 
 def thumbnail_frames(video: Path) -> tuple[np.ndarray, float]:
-    """Decode at most `THUMBNAIL_FRAMES` frames, spread over a video, of at most `THUMBNAIL_SIDE` pixels a side.
+    """Decode at most `THUMBNAIL_FRAMES` frames, spread over a video, of at most `THUMBNAIL_PIXELS` pixels a side.
 
     Returns:
         uint8 ``[T H W 3]``, and how many of them are shown per second, so that they last as long as the video, within
@@ -81,7 +81,7 @@ def thumbnail_frames(video: Path) -> tuple[np.ndarray, float]:
     return frames, min(max(len(frames) / max(seconds, 1e-3), 2.0), 16.0)
 
 
-def webp_of_frames(frames: np.ndarray, fps: float, longest: int = THUMBNAIL_SIDE) -> bytes:
+def webp_of_frames(frames: np.ndarray, fps: float, longest: int = THUMBNAIL_PIXELS) -> bytes:
     """Return frames as an animated WebP that loops, or as a still one if there is one frame.
 
     Args:
@@ -120,7 +120,7 @@ def _decode(video: Path) -> tuple[np.ndarray, float]:
         late = time.monotonic() + _MOST_SECONDS
         for index, (_, _, frame) in _numbered(frames_in_order(opened)):
             if index in wanted:
-                scale = min(1.0, THUMBNAIL_SIDE / max(frame.height, frame.width))
+                scale = min(1.0, THUMBNAIL_PIXELS / max(frame.height, frame.width))
                 height, width = (max(1, round(side * scale)) for side in (frame.height, frame.width))
                 pictures.append(frame.reformat(width=width, height=height, format="rgb24").to_ndarray())
             if index >= wanted[-1]:

@@ -2,6 +2,8 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -341,3 +343,34 @@ def test_the_thread_indexes_all_and_ends(videos: SmallVideos, gallery: Gallery) 
         thread.join(20)
     assert gallery._thread is None and not gallery.page().indexing
     gallery.close()
+
+
+def test_listings_survive_changes_of_folder_and_index_at_the_same_time(
+    videos: SmallVideos, gallery: Gallery, tmp_path: Path
+) -> None:
+    made = [videos.make(f"{number % 3}/{number}.mp4") for number in range(60)]
+    ends, unexpected = time.monotonic() + 1.5, []
+
+    def list_all() -> None:
+        while time.monotonic() < ends:
+            try:
+                names(gallery)
+            except RequestError as error:  # the index vanished in the middle of a listing
+                unexpected.extend([error] if error.status != 503 else [])
+            except Exception as error:
+                unexpected.append(error)
+
+    threads = [threading.Thread(target=list_all) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < ends:
+        made.pop(0).unlink()
+        made.append(videos.make(f"new{len(made)}/{time.monotonic_ns()}.mp4"))
+        gallery.expire()
+        (tmp_path / "state" / "gallery.sqlite").unlink(missing_ok=True)
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    gallery.expire()
+    gallery.refresh()
+    assert unexpected == [] and names(gallery) == [path.name for path in reversed(made)]

@@ -129,6 +129,16 @@ def test_a_video_that_is_damaged_after_its_metadata_gives_no_thumbnail_but_404(
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "no_thumbnail"
 
 
+def test_settings_of_hostile_metadata_are_sent_or_refused(videos: SmallVideos, client: TestClient) -> None:
+    videos.make_raw("a.mp4", '{"prompt": "\\ud800", "fps": NaN, "seed": 1' + "0" * 400 + "}")
+    videos.make_raw("b.mp4", '{"prompt": "deep", "x": ' + "[" * 30 + "]" * 30 + "}")
+    deep, strange = [video["id"] for video in client.get("/v1/gallery").json()["data"]]
+    metadata = client.get(f"/v1/gallery/{strange}/settings").json()["metadata"]
+    assert metadata == {"prompt": "?", "fps": "nan", "seed": "a huge number"}
+    refused = client.get(f"/v1/gallery/{deep}/settings")
+    assert refused.status_code == 404 and "nested more than 20 deep" in refused.json()["error"]["message"]
+
+
 def test_frames_become_webp_of_at_most_a_size() -> None:
     frames = np.random.default_rng(0).integers(0, 255, (4, 10, 300, 3), dtype=np.uint8)
     with PIL.Image.open(io.BytesIO(webp_of_frames(frames, 4.0, longest=100))) as picture:

@@ -159,7 +159,7 @@ CONFIGS = {
     "binary": (b"\xff\xfe\0\0", "is damaged"),
     "tag": (b"a: !!python/object/apply:os.system [ls]", "is damaged"),
     "date": (b"a: 2026-99-99", "is damaged"),
-    "deep": (b"[" * 5000, "is damaged"),
+    "deep": (b"[" * 1500, "is damaged"),
     "bomb": (
         b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
             b"%c: &%c [%s]\n" % (one, one, b",".join([b"*%c" % (one - 1)] * 9)) for one in b"bcdefgh"

@@ -1,0 +1,99 @@
+"""Pages of the gallery: what they show, and the conditions of SQLite that select it. Imports no torch."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stdit.serve.errors import RequestError
+from stdit.serve.gallery_index import OURS
+from stdit.serve.json_values import whole_text
+
+GALLERY_COLUMNS = (
+    "id, key, folder, name, changed, bytes, state, prompt, seed, checkpoint, checkpoint_step, width, height,"
+    " num_frames, fps"
+)
+"""What `video_of_row` takes."""
+_CURSOR = re.compile(r"(-?\d{1,19})-(\d{1,18})", re.ASCII)
+_MOST_WORDS = 20
+
+
+@dataclass(frozen=True)
+class GalleryVideo:
+    """A video of the gallery; None: its metadata does not say."""
+
+    id: str
+    name: str
+    """Of the file."""
+    folder: str
+    """Below the folder of outputs; empty for that itself."""
+    created: float
+    """Unix seconds."""
+    bytes: int
+    prompt: str
+    seed: int | None
+    checkpoint: str | None
+    """Name of the run, or of the folder of the pipeline, that made it."""
+    checkpoint_step: int | None
+    width: int | None
+    height: int | None
+    num_frames: int | None
+    fps: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class GalleryPage:
+    """Some videos of the gallery, newest first."""
+
+    data: list[GalleryVideo]
+    next: str | None
+    """Where the next page begins; None: this is the last."""
+    total: int
+    """Videos that match, as far as they are known: see ``indexing``."""
+    checkpoints: list[str]
+    """Names to filter by."""
+    indexing: bool
+    """Whether files are still to be read, which a search does not find yet."""
+
+
+def page_filters(search: str, checkpoint: str | None) -> tuple[list[str], list[str]]:
+    """Return the conditions of a listing, and their values; none: all videos, read or not.
+
+    Raises:
+        RequestError: for too many words.
+    """
+    words = whole_text(search).casefold().split()
+    if len(words) > _MOST_WORDS:
+        raise RequestError(
+            f"search has {len(words)} words: at most {_MOST_WORDS} are looked for: leave some out.",
+            param="search",
+        )
+    # Not FTS5: it finds whole words, and prompts in Chinese or Japanese have no spaces.
+    conditions, values = ["instr(folded, ?) > 0"] * len(words), words
+    if checkpoint is not None:
+        conditions, values = [*conditions, "checkpoint = ?"], [*values, whole_text(checkpoint)]
+    return [f"state = {OURS}", *conditions] if conditions else [], values
+
+
+def after_cursor(before: str | None) -> tuple[list[str], list[int]]:
+    """Return the condition of a cursor, and its values. Raises RequestError if it is none."""
+    if before is None:
+        return [], []
+    found = _CURSOR.fullmatch(before)
+    if found is None or abs(int(found[1])) >= 2**63:
+        raise RequestError(
+            f"before = {whole_text(before)[:40]!r}: must be what `next` of the page before says; leave it out for "
+            "the first page.",
+            param="before",
+        )
+    return ["(changed, id) < (?, ?)"], [int(found[1]), int(found[2])]
+
+
+def video_of_row(row: Sequence[Any]) -> GalleryVideo:
+    """Return the video of a row with `GALLERY_COLUMNS`."""
+    _, key, folder, name, changed, size, _, *facts = row
+    frames, fps = facts[-2:]
+    seconds = round(frames / fps, 3) if frames and fps else None
+    shown = [key, name, folder.rstrip("/"), changed / 1e9, size, *facts, seconds]
+    return GalleryVideo(*shown)
