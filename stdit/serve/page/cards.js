@@ -2,7 +2,7 @@
 
 import { contentUrl } from './api.js';
 import { canCondition, extend, extensionText, sameAgain, useLastFrame, useSettings } from './actions.js';
-import { loopingVideo, releaseVideos } from './clips.js';
+import { loopingVideo, releaseMedia } from './clips.js';
 import { $, button, h, replace } from './dom.js';
 import { duration, plural } from './format.js';
 import { cancel, deleteVideo, hasEnded, jobs } from './jobs.js';
@@ -21,7 +21,7 @@ export function startCards() {
   jobs.addEventListener('deleted', ({ detail }) => {
     const card = cards.get(detail);
     cards.delete(detail);
-    if (card) releaseVideos(card.element);
+    if (card) releaseMedia(card.element);
     card?.element.remove();
     $('#no-videos').hidden = cards.size > 0;
   });

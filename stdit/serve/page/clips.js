@@ -29,12 +29,13 @@ export function togglePaused(within) {
 /** Whether videos without controls are paused. */
 export const arePaused = () => paused;
 
-/** Unload the videos of an element that is about to be removed. */
-export function releaseVideos(within) {
+/** Unload the videos and pictures of an element that is about to be removed: Chromium keeps those that are loaded. */
+export function releaseMedia(within) {
   for (const video of within.querySelectorAll('video')) {
     watcher.unobserve(video);
     stop(video);
   }
+  for (const image of within.querySelectorAll('img')) image.removeAttribute('src');
 }
 
 function start(video) {

@@ -1,6 +1,7 @@
 /** The gallery: all videos of the folder, one page of them at a time. */
 
 import { get, path, postFile } from './api.js';
+import { releaseMedia } from './clips.js';
 import { acceptDrops } from './conditions.js';
 import { $, announce, button, debounce, h, reducedMotion, replace } from './dom.js';
 import { clearError, showFileError } from './errors.js';
@@ -60,6 +61,7 @@ async function showPage(before) {
   if (number !== asked) return;
   cursor = before;
   next = page.next;
+  releaseMedia(list);
   replace(list, page.data.map(thumbnail));
   showCheckpoints(page.checkpoints);
   $('#gallery-count').textContent = `${plural(page.total, 'video')}${page.indexing ? '; the folder is still being read' : ''}.`;

@@ -1,7 +1,7 @@
 /** A grid over two settings: a video for each combination, in a labelled table. */
 
 import { statusText, Picture } from './cards.js';
-import { arePaused, releaseVideos, togglePaused } from './clips.js';
+import { arePaused, releaseMedia, togglePaused } from './clips.js';
 import { $, h, replace } from './dom.js';
 import { clearErrors, showFieldError } from './errors.js';
 import { findVideo, hasEnded, jobs, submit } from './jobs.js';
@@ -93,7 +93,7 @@ async function restore(grid) {
 }
 
 function draw({ rows, columns, prompt }) {
-  releaseVideos(container);
+  releaseMedia(container);
   cells.clear();
   const head = h('tr', {}, h('th', { scope: 'col' }, `${rows.name} × ${columns.name}`), columns.values.map((value) => h('th', { scope: 'col' }, `${columns.name} ${value}`)));
   const body = rows.values.map((value) =>

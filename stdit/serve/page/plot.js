@@ -72,11 +72,11 @@ export class Plot {
 
   axes(width) {
     const { x, y } = this;
-    const horizontal = ticks(y.domain, 4).flatMap((value) => [
+    const horizontal = ticks(y.domain, 5).flatMap((value) => [
       svg('line', { class: 'gridline', x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }),
       svg('text', { x: MARGIN.left - 6, y: y(value) + 4, 'text-anchor': 'end' }, [short(value)]),
     ]);
-    const vertical = ticks(x.domain, width < 420 ? 3 : 6).map((value) =>
+    const vertical = ticks(x.domain, width < 420 ? 4 : 6).map((value) =>
       svg('text', { x: x(value), y: HEIGHT - 8, 'text-anchor': 'middle' }, [count(value)]));
     return [...horizontal, ...vertical];
   }

@@ -1,7 +1,7 @@
 /** Validation videos of runs: a row per prompt and run, a column per step. */
 
 import { get, path } from './api.js';
-import { arePaused, loopingVideo, releaseVideos, togglePaused } from './clips.js';
+import { arePaused, loopingVideo, releaseMedia, togglePaused } from './clips.js';
 import { button, h, replace } from './dom.js';
 import { count } from './format.js';
 
@@ -28,12 +28,12 @@ export class Samples {
     this.shown = shown;
     const samples = found.flatMap(({ data }, index) => data.map((one) => ({ ...one, run: index })));
     this.element.hidden = samples.length === 0;
-    releaseVideos(this.table);
+    releaseMedia(this.table);
     replace(this.table, tableOf(runs, samples));
   }
 
   release() {
-    releaseVideos(this.table);
+    releaseMedia(this.table);
   }
 
   tell() {
