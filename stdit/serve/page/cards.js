@@ -63,6 +63,7 @@ export class Picture {
   update(video) {
     if (video.status === 'completed' && this.shown !== 'video') {
       const poster = contentUrl(video.id, 'thumbnail');
+      releaseMedia(this.element);
       replace(this.element, loopingVideo(contentUrl(video.id), video.prompt, { controls: this.controls, poster, width: video.width, height: video.height }));
       this.shown = 'video';
     }
@@ -103,7 +104,7 @@ class Card {
   }
 
   update(video) {
-    const before = this.video?.status;
+    const before = this.video;
     this.video = video;
     this.picture.update(video);
     this.element.dataset.status = video.status;
@@ -114,7 +115,7 @@ class Card {
     if (video.warnings.length !== this.warnings.childElementCount) {
       replace(this.warnings, video.warnings.map((warning) => h('li', {}, warning)));
     }
-    if (before !== video.status) this.showButtons(video);
+    if (!before || hasEnded(before) !== hasEnded(video)) this.showButtons(video);
   }
 
   showButtons(video) {

@@ -1,7 +1,7 @@
 /** A grid over two settings: a video for each combination, in a labelled table. */
 
 import { statusText, Picture } from './cards.js';
-import { arePaused, releaseMedia, togglePaused } from './clips.js';
+import { pauseButton, releaseMedia } from './clips.js';
 import { $, h, replace } from './dom.js';
 import { clearErrors, showFieldError } from './errors.js';
 import { findVideo, hasEnded, jobs, submit } from './jobs.js';
@@ -25,7 +25,7 @@ const SETTINGS = {
 
 const form = $('#grid-form');
 const container = $('#grid');
-const pause = $('#pause-grid');
+const pause = pauseButton();
 const cells = new Map();
 
 /** Let the form submit grids, and show the last grid of this browser tab. */
@@ -37,10 +37,6 @@ export function startGrid() {
   form.addEventListener('submit', (event) => {
     event.preventDefault();
     makeGrid();
-  });
-  pause.addEventListener('click', () => {
-    togglePaused(container);
-    showPaused();
   });
   jobs.addEventListener('video', ({ detail }) => cells.get(detail.id)?.update(detail));
   jobs.addEventListener('preview', ({ detail }) => cells.get(detail.id)?.preview(detail));
@@ -99,13 +95,8 @@ function draw({ rows, columns, prompt }) {
   const body = rows.values.map((value) =>
     h('tr', {}, h('th', { scope: 'row' }, `${rows.name} ${value}`), columns.values.map(() => h('td', {}, h('p', { class: 'hint' }, 'waits')))));
   container.tabIndex = 0;
-  pause.hidden = false;
-  showPaused();
+  $('#make-grid').after(pause);
   replace(container, h('table', { class: 'grid' }, h('caption', {}, prompt), h('thead', {}, head), h('tbody', {}, body)));
-}
-
-function showPaused() {
-  pause.textContent = arePaused() ? 'Play videos' : 'Pause videos';
 }
 
 function follow(cell, video) {

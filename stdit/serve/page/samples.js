@@ -1,23 +1,19 @@
 /** Validation videos of runs: a row per prompt and run, a column per step. */
 
 import { get, path } from './api.js';
-import { arePaused, loopingVideo, releaseMedia, togglePaused } from './clips.js';
-import { button, h, replace } from './dom.js';
+import { loopingVideo, pauseButton, releaseMedia } from './clips.js';
+import { h, replace } from './dom.js';
 import { count } from './format.js';
 
 const SHOWN_STEPS = 8;
+const PAUSE = pauseButton();
 
 /** The table of validation videos of the runs that are shown. */
 export class Samples {
   constructor() {
     this.table = h('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'Validation videos by step' });
-    this.pause = button('', () => {
-      togglePaused(this.table);
-      this.tell();
-    });
-    this.element = h('section', { hidden: true }, h('h3', {}, 'Validation videos'), this.pause, this.table);
+    this.element = h('section', { hidden: true }, h('h3', {}, 'Validation videos'), PAUSE, this.table);
     this.shown = '';
-    this.tell();
   }
 
   /** Read which videos the runs, [{name}], have, and show them if they changed. */
@@ -34,10 +30,6 @@ export class Samples {
 
   release() {
     releaseMedia(this.table);
-  }
-
-  tell() {
-    this.pause.textContent = arePaused() ? 'Play videos' : 'Pause videos';
   }
 }
 
