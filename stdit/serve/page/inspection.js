@@ -7,6 +7,10 @@ import { submit } from './jobs.js';
 /** Return the settings of a video as the server found them in its file, with what can be done with them. */
 export function inspectionOf({ settings, metadata, missing, reproducible, reason }, before = () => {}) {
   const note = h('p', { class: 'hint', role: 'status' }, reproducible ? 'Reproduce makes the same pixels again.' : (reason ?? missing));
+  const showProblem = (error) => {
+    note.textContent = error.message;
+    note.className = 'error';
+  };
   const reproduce = button('Reproduce', async () => {
     reproduce.disabled = true;
     try {
@@ -14,14 +18,13 @@ export function inspectionOf({ settings, metadata, missing, reproducible, reason
       before();
       location.hash = '#make';
     } catch (error) {
-      note.textContent = error.message;
-      note.className = 'error';
+      showProblem(error);
     }
     reproduce.disabled = !reproducible;
   }, { disabled: !reproducible });
   const use = button('Use these settings', () => {
     before();
-    useSettings(settings);
+    useSettings(settings).catch(showProblem);
   });
   return h(
     'div',

@@ -46,6 +46,9 @@ export async function startMake() {
   }
 }
 
+/** Load the models again, such as of a run that has a new checkpoint. */
+export const refreshModels = () => $('#model').options.length && loadModels().catch(() => {});
+
 function changed(event) {
   if (event.type === 'input') clearError(event.target);
   showDependent();

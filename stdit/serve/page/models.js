@@ -8,19 +8,22 @@ export const OTHER_SIZE = 'other';
 
 const models = new Map();
 
-/** Load the models; returns the id of the default one. */
+/** Load the models; the chosen one stays chosen. Returns the id of the default one. */
 export async function loadModels() {
   const { data } = await get('/v1/models');
+  const select = $('#model');
+  const chosen = select.value;
   models.clear();
   for (const model of data) models.set(model.id, model);
   dispatchEvent(new Event('models-loaded'));
   const usable = data.filter((model) => !model.error);
   const broken = data.filter((model) => model.error);
   replace(
-    $('#model'),
+    select,
     usable.map((model) => h('option', { value: model.id }, title(model))),
     broken.map((model) => h('option', { value: model.id, disabled: true }, `${title(model)}: ${model.error}`)),
   );
+  if (usable.some((model) => model.id === chosen)) select.value = chosen;
   return (usable.find((model) => model.default) ?? usable[0])?.id ?? null;
 }
 

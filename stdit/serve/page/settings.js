@@ -51,6 +51,9 @@ export function fillSettings(body) {
   const model = chosenModel();
   if (!model) return;
   showModel(model);
+  if (body.model && body.model !== model.id) {
+    $('#model-hint').textContent = `There is no model ${body.model} here, or no longer: these settings are used with ${model.name}.`;
+  }
   const all = { ...model.defaults, ...withoutNulls(body) };
   if (body.prompt !== undefined) field('prompt').value = body.prompt;
   field('negative_prompt').value = body.negative_prompt ?? '';
@@ -90,6 +93,7 @@ export function resetToModel() {
 /** Offer the sizes that the box beside them allows; the chosen one stays if it is among them. */
 export function showAllowedSizes() {
   const model = chosenModel();
+  if (!model) return;
   const { width, height } = readSize();
   const { defaults } = model;
   if (field('any_size').checked || isTrained(model, width, height)) showSize(model, width, height);

@@ -28,10 +28,9 @@ function segmentsOf({ num_frames, segments, overlap, loop, total }) {
   const drawn = Math.min(segments, MOST_SEGMENTS_DRAWN);
   return Array.from({ length: drawn }, (_, index) => {
     const start = index * (num_frames - overlap);
-    const bar = placed(h('div', { class: 'segment' }, segments > 1 ? String(index + 1) : ''), start, num_frames, total);
-    const shared = (end) => placed(h('div', { class: `overlap ${end}` }), 0, overlap, num_frames);
-    if (index > 0) bar.append(shared('start'));
-    if (loop && index === segments - 1) bar.append(shared('end'));
+    const length = Math.min(num_frames, total - start); // the end of a loop is the beginning of its first segment
+    const bar = placed(h('div', { class: 'segment' }, segments > 1 ? String(index + 1) : ''), start, length, total);
+    if (index > 0 || loop) bar.append(placed(h('div', { class: 'overlap' }), 0, overlap, length));
     return bar;
   });
 }
