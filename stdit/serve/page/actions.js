@@ -37,7 +37,10 @@ const extensionLength = ({ num_frames, settings }) =>
 
 /** Add the last frame of a video to the conditioning frames of the form. */
 export function useLastFrame({ id, prompt }) {
-  addCondition({ video: id, source_frame: -1, frame: 0, length: 1 }, { name: `Last frame of “${prompt}”`, kind: 'image' });
+  addCondition(
+    { video: id, source_frame: -1, frame: 0, length: 1 },
+    { name: `Last frame of “${prompt}”`, kind: 'image' },
+  );
   showForm();
   announce('The form has the last frame as its first conditioning frame.');
 }

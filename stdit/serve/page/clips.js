@@ -2,18 +2,28 @@
 
 import { $$, button, h, reducedMotion } from './dom.js';
 
-const watcher = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) {
-    if (isIntersecting) start(target);
-    else stop(target);
-  }
-}, { rootMargin: '100px' });
+const watcher = new IntersectionObserver(
+  (entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) start(target);
+      else stop(target);
+    }
+  },
+  { rootMargin: '100px' },
+);
 
 let paused = reducedMotion();
 
 /** Return a looping muted video that plays while it is on the screen. */
 export function loopingVideo(address, label, attributes = {}) {
-  const video = h('video', { muted: true, loop: true, playsInline: true, preload: 'none', 'aria-label': label, ...attributes });
+  const video = h('video', {
+    muted: true,
+    loop: true,
+    playsInline: true,
+    preload: 'none',
+    'aria-label': label,
+    ...attributes,
+  });
   video.dataset.address = address;
   watcher.observe(video);
   return video;

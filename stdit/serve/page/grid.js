@@ -91,12 +91,26 @@ async function restore(grid) {
 function draw({ rows, columns, prompt }) {
   releaseMedia(container);
   cells.clear();
-  const head = h('tr', {}, h('th', { scope: 'col' }, `${rows.name} × ${columns.name}`), columns.values.map((value) => h('th', { scope: 'col' }, `${columns.name} ${value}`)));
+  const head = h(
+    'tr',
+    {},
+    h('th', { scope: 'col' }, `${rows.name} × ${columns.name}`),
+    columns.values.map((value) => h('th', { scope: 'col' }, `${columns.name} ${value}`)),
+  );
   const body = rows.values.map((value) =>
-    h('tr', {}, h('th', { scope: 'row' }, `${rows.name} ${value}`), columns.values.map(() => h('td', {}, h('p', { class: 'hint' }, 'waits')))));
+    h(
+      'tr',
+      {},
+      h('th', { scope: 'row' }, `${rows.name} ${value}`),
+      columns.values.map(() => h('td', {}, h('p', { class: 'hint' }, 'waits'))),
+    ),
+  );
   container.tabIndex = 0;
   $('#make-grid').after(pause);
-  replace(container, h('table', { class: 'grid' }, h('caption', {}, prompt), h('thead', {}, head), h('tbody', {}, body)));
+  replace(
+    container,
+    h('table', { class: 'grid' }, h('caption', {}, prompt), h('thead', {}, head), h('tbody', {}, body)),
+  );
 }
 
 function follow(cell, video) {
@@ -113,17 +127,30 @@ function follow(cell, video) {
 }
 
 function axis(name, values) {
-  const texts = form.elements[values].value.split(',').map((text) => text.trim()).filter(Boolean);
+  const texts = form.elements[values].value
+    .split(',')
+    .map((text) => text.trim())
+    .filter(Boolean);
   const unique = [...new Set(texts)];
-  return { name: form.elements[name].value, values: unique.map((text) => (Number.isFinite(Number(text)) ? Number(text) : text)) };
+  return {
+    name: form.elements[name].value,
+    values: unique.map((text) => (Number.isFinite(Number(text)) ? Number(text) : text)),
+  };
 }
 
 function problem(rows, columns, prompt) {
   const videos = rows.values.length * columns.values.length;
   if (!prompt) return { control: 'rows', message: 'prompt is empty: write one in the form first.' };
-  if (rows.name === columns.name) return { control: 'columns', message: `rows and columns are both ${rows.name}: choose two settings.` };
-  if (!rows.values.length) return { control: 'row_values', message: 'no values: give some, separated by commas.' };
-  if (!columns.values.length) return { control: 'column_values', message: 'no values: give some, separated by commas.' };
-  if (videos > MOST_VIDEOS) return { control: 'column_values', message: `${videos} videos: a grid has at most ${MOST_VIDEOS}, so give fewer values.` };
+  if (rows.name === columns.name)
+    return { control: 'columns', message: `rows and columns are both ${rows.name}: choose two settings.` };
+  if (!rows.values.length)
+    return { control: 'row_values', message: 'no values: give some, separated by commas.' };
+  if (!columns.values.length)
+    return { control: 'column_values', message: 'no values: give some, separated by commas.' };
+  if (videos > MOST_VIDEOS)
+    return {
+      control: 'column_values',
+      message: `${videos} videos: a grid has at most ${MOST_VIDEOS}, so give fewer values.`,
+    };
   return null;
 }

@@ -45,7 +45,9 @@ function showWorkers({ status, workers, queued, running }) {
   const element = $('#workers');
   element.textContent = parts.filter(Boolean).join(' · ');
   element.dataset.state = status;
-  element.title = workers.map(({ name, state, model, device }) => `${name}: ${state}, ${model ?? 'no model'}, ${device}`).join('\n');
+  element.title = workers
+    .map(({ name, state, model, device }) => `${name}: ${state}, ${model ?? 'no model'}, ${device}`)
+    .join('\n');
 }
 
 function workersText(alive, busy, starting) {
