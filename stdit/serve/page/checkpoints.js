@@ -14,13 +14,13 @@ export class Checkpoints {
       h('th', { scope: 'col' }, name),
     );
     const table = h('table', {}, h('thead', {}, h('tr', {}, columns)), this.body);
-    const scroll = h(
+    this.scroll = h(
       'div',
       { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'Table of checkpoints' },
       table,
     );
     this.empty = h('p', { class: 'empty' }, 'No checkpoint is written yet.');
-    this.element = h('section', {}, h('h3', {}, 'Checkpoints'), this.empty, scroll);
+    this.element = h('section', {}, h('h3', {}, 'Checkpoints'), this.empty, this.scroll);
     this.shown = '';
   }
 
@@ -35,6 +35,7 @@ export class Checkpoints {
         .map((checkpoint) => rowOf(name, checkpoint)),
     );
     this.empty.hidden = rows.length > 0;
+    this.scroll.hidden = rows.length === 0;
     replace(this.body, rows);
   }
 }
