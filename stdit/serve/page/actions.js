@@ -4,12 +4,13 @@ import { $, announce } from './dom.js';
 import { addCondition } from './conditions.js';
 import { plural } from './format.js';
 import { submit } from './jobs.js';
-import { modelOf } from './models.js';
+import { loadModels, modelOf } from './models.js';
 import { drawSeed } from './seed.js';
 import { fillSettings } from './settings.js';
 
 /** Fill the form with the settings of a video, and show it. */
-export function useSettings(settings) {
+export async function useSettings(settings) {
+  if (!modelOf(settings.model)) await loadModels();
   fillSettings(settings);
   showForm();
   announce('The form has the settings of the video.');
@@ -36,7 +37,10 @@ const extensionLength = ({ num_frames, settings }) =>
 
 /** Add the last frame of a video to the conditioning frames of the form. */
 export function useLastFrame({ id, prompt }) {
-  addCondition({ video: id, source_frame: -1, frame: 0, length: 1 }, { name: `Last frame of “${prompt}”`, kind: 'image' });
+  addCondition(
+    { video: id, source_frame: -1, frame: 0, length: 1 },
+    { name: `Last frame of “${prompt}”`, kind: 'image' },
+  );
   showForm();
   announce('The form has the last frame as its first conditioning frame.');
 }

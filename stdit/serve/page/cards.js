@@ -2,7 +2,7 @@
 
 import { contentUrl } from './api.js';
 import { canCondition, extend, extensionText, sameAgain, useLastFrame, useSettings } from './actions.js';
-import { loopingVideo, releaseVideos } from './clips.js';
+import { loopingVideo, releaseMedia } from './clips.js';
 import { $, button, h, replace } from './dom.js';
 import { duration, plural } from './format.js';
 import { cancel, deleteVideo, hasEnded, jobs } from './jobs.js';
@@ -21,7 +21,7 @@ export function startCards() {
   jobs.addEventListener('deleted', ({ detail }) => {
     const card = cards.get(detail);
     cards.delete(detail);
-    if (card) releaseVideos(card.element);
+    if (card) releaseMedia(card.element);
     card?.element.remove();
     $('#no-videos').hidden = cards.size > 0;
   });
@@ -63,7 +63,16 @@ export class Picture {
   update(video) {
     if (video.status === 'completed' && this.shown !== 'video') {
       const poster = contentUrl(video.id, 'thumbnail');
-      replace(this.element, loopingVideo(contentUrl(video.id), video.prompt, { controls: this.controls, poster, width: video.width, height: video.height }));
+      releaseMedia(this.element);
+      replace(
+        this.element,
+        loopingVideo(contentUrl(video.id), video.prompt, {
+          controls: this.controls,
+          poster,
+          width: video.width,
+          height: video.height,
+        }),
+      );
       this.shown = 'video';
     }
     this.element.dataset.status = video.status;
@@ -81,7 +90,12 @@ class Card {
     this.buttons = h('div', { class: 'buttons' });
     this.element = h(
       'article',
-      { class: 'card', 'data-video-id': video.id, 'data-created': video.created_at, 'aria-label': video.prompt },
+      {
+        class: 'card',
+        'data-video-id': video.id,
+        'data-created': video.created_at,
+        'aria-label': video.prompt,
+      },
       this.picture.element,
       h(
         'div',
@@ -103,7 +117,7 @@ class Card {
   }
 
   update(video) {
-    const before = this.video?.status;
+    const before = this.video;
     this.video = video;
     this.picture.update(video);
     this.element.dataset.status = video.status;
@@ -112,14 +126,20 @@ class Card {
     this.progress.value = video.progress;
     this.message.textContent = video.error?.message ?? '';
     if (video.warnings.length !== this.warnings.childElementCount) {
-      replace(this.warnings, video.warnings.map((warning) => h('li', {}, warning)));
+      replace(
+        this.warnings,
+        video.warnings.map((warning) => h('li', {}, warning)),
+      );
     }
-    if (before !== video.status) this.showButtons(video);
+    if (!before || hasEnded(before) !== hasEnded(video)) this.showButtons(video);
   }
 
   showButtons(video) {
     const hadFocus = this.buttons.contains(document.activeElement);
-    replace(this.buttons, buttonsOf(video, (action) => () => this.attempt(action)));
+    replace(
+      this.buttons,
+      buttonsOf(video, (action) => () => this.attempt(action)),
+    );
     if (hadFocus) this.buttons.querySelector('a, button')?.focus();
   }
 
@@ -135,16 +155,32 @@ class Card {
 }
 
 function buttonsOf(video, attempt) {
-  const settings = button('Use these settings', attempt(({ settings }) => useSettings(settings)));
-  if (!hasEnded(video)) return [button('Cancel', attempt(({ id }) => cancel(id)))];
+  const { id } = video;
+  if (!hasEnded(video))
+    return [
+      button(
+        'Cancel',
+        attempt(() => cancel(id)),
+      ),
+    ];
   const again = button('Same again with another seed', attempt(sameAgain));
-  const remove = button('Remove', attempt(({ id }) => deleteVideo(id)));
+  const settings = button(
+    'Use these settings',
+    attempt(() => useSettings(video.settings)),
+  );
+  const remove = button(
+    'Remove',
+    attempt(() => deleteVideo(id)),
+  );
   if (video.status !== 'completed') return [again, settings, remove];
   const conditioning = canCondition(video)
-    ? [button('Extend', attempt(extend), { title: `Makes ${extensionText(video)}` }), button('Use last frame', attempt(useLastFrame))]
+    ? [
+        button('Extend', attempt(extend), { title: `Makes ${extensionText(video)}` }),
+        button('Use last frame', attempt(useLastFrame)),
+      ]
     : [];
   return [
-    h('a', { class: 'button', href: contentUrl(video.id, 'video', true), download: true }, 'Download'),
+    h('a', { class: 'button', href: contentUrl(id, 'video', true), download: true }, 'Download'),
     again,
     ...conditioning,
     settings,
@@ -152,15 +188,23 @@ function buttonsOf(video, attempt) {
 }
 
 const facts = (video) =>
-  [modelName(video.model), `seed ${video.seed}`, `${video.width} × ${video.height}`, plural(video.num_frames, 'frame'), `${video.seconds} s`].join(' · ');
+  [
+    modelName(video.model),
+    `seed ${video.seed}`,
+    `${video.width} × ${video.height}`,
+    plural(video.num_frames, 'frame'),
+    `${video.seconds} s`,
+  ].join(' · ');
 
 /** Return the state of a video in words. */
 export function statusText({ status, position, step, steps, eta_seconds, started_at, completed_at }) {
-  if (status === 'queued') return position ? `Queued: ${plural(position, 'video')} before it` : 'Queued: next';
+  if (status === 'queued')
+    return position ? `Queued: ${plural(position, 'video')} before it` : 'Queued: next';
   if (status === 'in_progress') {
     const left = eta_seconds === null ? '' : `, ${duration(eta_seconds)} left`;
     return step ? `Step ${step} of ${steps}${left}` : 'Starting';
   }
-  if (status === 'completed') return started_at && completed_at ? `Made in ${duration(completed_at - started_at)}` : 'Finished';
+  if (status === 'completed')
+    return started_at && completed_at ? `Made in ${duration(completed_at - started_at)}` : 'Finished';
   return status === 'failed' ? 'Failed' : 'Cancelled';
 }

@@ -1,40 +1,57 @@
 /** Videos that loop while they can be seen, and are unloaded when they cannot. */
 
-import { h, reducedMotion } from './dom.js';
+import { $$, button, h, reducedMotion } from './dom.js';
 
-const watcher = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) {
-    if (isIntersecting) start(target);
-    else stop(target);
-  }
-}, { rootMargin: '100px' });
+const watcher = new IntersectionObserver(
+  (entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) start(target);
+      else stop(target);
+    }
+  },
+  { rootMargin: '100px' },
+);
 
 let paused = reducedMotion();
 
 /** Return a looping muted video that plays while it is on the screen. */
 export function loopingVideo(address, label, attributes = {}) {
-  const video = h('video', { muted: true, loop: true, playsInline: true, preload: 'none', 'aria-label': label, ...attributes });
+  const video = h('video', {
+    muted: true,
+    loop: true,
+    playsInline: true,
+    preload: 'none',
+    'aria-label': label,
+    ...attributes,
+  });
   video.dataset.address = address;
   watcher.observe(video);
   return video;
 }
 
-/** Pause or play all videos without controls of their own; returns whether they are paused. */
-export function togglePaused(within) {
-  paused = !paused;
-  for (const video of within.querySelectorAll('video')) paused ? video.pause() : play(video);
-  return paused;
+/** Return a button that pauses and plays the videos without controls of their own, all over the page. */
+export function pauseButton() {
+  const toggle = button('', () => {
+    paused = !paused;
+    dispatchEvent(new Event('videos-paused'));
+  });
+  const tell = () => (toggle.textContent = paused ? 'Play videos' : 'Pause videos');
+  addEventListener('videos-paused', tell);
+  tell();
+  return toggle;
 }
 
-/** Whether videos without controls are paused. */
-export const arePaused = () => paused;
+addEventListener('videos-paused', () => {
+  for (const video of $$('video:not([controls])')) paused ? video.pause() : video.src && play(video);
+});
 
-/** Unload the videos of an element that is about to be removed. */
-export function releaseVideos(within) {
+/** Unload the videos and pictures of an element that is about to be removed: Chromium keeps those that are loaded. */
+export function releaseMedia(within) {
   for (const video of within.querySelectorAll('video')) {
     watcher.unobserve(video);
     stop(video);
   }
+  for (const image of within.querySelectorAll('img')) image.removeAttribute('src');
 }
 
 function start(video) {

@@ -58,7 +58,10 @@ export function fillConditions(filled) {
 }
 
 /** Add a condition of a submission; `about` is what the server said of an upload. */
-export function addCondition({ upload, video, frame = 0, length = null, strength = 1, source_frame = 0 }, about = {}) {
+export function addCondition(
+  { upload, video, frame = 0, length = null, strength = 1, source_frame = 0 },
+  about = {},
+) {
   const condition = {
     source: upload ? { upload } : { video },
     name: about.name ?? (video ? `Video ${video}` : `Upload ${upload}`),
@@ -116,7 +119,14 @@ function rowOf(condition) {
       'div',
       { class: 'field narrow' },
       h('label', { for: `${key}-${id}` }, label),
-      h('input', { id: `${key}-${id}`, name: key, type: 'number', value: condition[key] ?? '', oninput: read(key), ...attributes }),
+      h('input', {
+        id: `${key}-${id}`,
+        name: key,
+        type: 'number',
+        value: condition[key] ?? '',
+        oninput: read(key),
+        ...attributes,
+      }),
     );
   const read = (key) => (event) => {
     const { value } = event.target;
@@ -126,10 +136,18 @@ function rowOf(condition) {
   const fields = [
     numberField('At frame', 'frame', { step: 1, title: '0: the first, -1: the last' }),
     still ? null : numberField('Length', 'length', { step: 1, min: 1, placeholder: 'all' }),
-    numberField('Strength', 'strength', { step: 0.05, min: 0, max: 1, title: 'Below 1 the frames are partly regenerated' }),
+    numberField('Strength', 'strength', {
+      step: 0.05,
+      min: 0,
+      max: 1,
+      title: 'Below 1 the frames are partly regenerated',
+    }),
     still ? null : numberField('From frame of the clip', 'source_frame', { step: 1, title: '-1: its last' }),
   ];
-  const about = still || frames === null ? '' : `, ${plural(frames, 'frame')}${condition.fps ? ` at ${short(condition.fps)} fps` : ''}`;
+  const about =
+    still || frames === null
+      ? ''
+      : `, ${plural(frames, 'frame')}${condition.fps ? ` at ${short(condition.fps)} fps` : ''}`;
   return h(
     'li',
     { class: 'row condition' },

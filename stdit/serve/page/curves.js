@@ -29,9 +29,21 @@ export class Curves {
     const memory = [...new Set(runs.flatMap(({ fields }) => fields.filter((field) => MEMORY.test(field))))];
     const titles = new Map([...wanted, ...memory.map((field) => [field, titleOf(field)])]);
     this.show(titles);
-    const metrics = await Promise.all(runs.map(({ name, fields }) => metricsOf(name, fields.filter((field) => titles.has(field)))));
+    const metrics = await Promise.all(
+      runs.map(({ name, fields }) =>
+        metricsOf(
+          name,
+          fields.filter((field) => titles.has(field)),
+        ),
+      ),
+    );
     for (const [field, plot] of this.plots) {
-      plot.update(runs.map(({ name }, index) => ({ name, points: (metrics[index].fields[field] ?? []).filter(isWhole) })));
+      plot.update(
+        runs.map(({ name }, index) => ({
+          name,
+          points: (metrics[index].fields[field] ?? []).filter(isWhole),
+        })),
+      );
     }
     return metrics.every(({ complete }) => complete !== false);
   }
@@ -44,7 +56,10 @@ export class Curves {
     if ([...titles.keys()].join() === [...this.plots.keys()].join()) return;
     this.release();
     this.plots = new Map([...titles].map(([field, title]) => [field, new Plot(title)]));
-    replace(this.element, [...this.plots.values()].map((plot) => plot.element));
+    replace(
+      this.element,
+      [...this.plots.values()].map((plot) => plot.element),
+    );
   }
 }
 

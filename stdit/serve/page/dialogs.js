@@ -15,7 +15,12 @@ export function confirmed(question, explanation, action) {
       dialog,
       h('h2', { id: 'confirmation-heading' }, question),
       h('p', {}, explanation),
-      h('div', { class: 'buttons' }, button('Keep', end(false), { autofocus: true }), button(action, end(true), { class: 'danger' })),
+      h(
+        'div',
+        { class: 'buttons' },
+        button('Keep', end(false), { autofocus: true }),
+        button(action, end(true), { class: 'danger' }),
+      ),
     );
     dialog.onclose = () => resolve(false);
     dialog.showModal();

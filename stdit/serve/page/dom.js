@@ -1,6 +1,15 @@
 /** Elements from data: text is always set as text, never parsed as HTML. */
 
-const PROPERTIES = new Set(['value', 'checked', 'disabled', 'hidden', 'muted', 'loop', 'playsInline', 'selected']);
+const PROPERTIES = new Set([
+  'value',
+  'checked',
+  'disabled',
+  'hidden',
+  'muted',
+  'loop',
+  'playsInline',
+  'selected',
+]);
 
 /** Return the first element that matches a selector. */
 export const $ = (selector, within = document) => within.querySelector(selector);

@@ -41,7 +41,9 @@ export function showFieldError(control, message, param = control.name) {
   const field = control.closest('.field');
   if (field) field.append(error);
   else control.after(error);
-  const others = (control.getAttribute('aria-describedby') ?? '').split(' ').filter((one) => one && one !== id);
+  const others = (control.getAttribute('aria-describedby') ?? '')
+    .split(' ')
+    .filter((one) => one && one !== id);
   control.setAttribute('aria-describedby', [...others, id].join(' '));
   control.setAttribute('aria-invalid', 'true');
 }
@@ -55,7 +57,10 @@ export function showFileError(chooser, file, { message }) {
 
 function removeError(error) {
   for (const control of $$(`[aria-describedby~="${error.id}"]`)) {
-    const others = control.getAttribute('aria-describedby').split(' ').filter((id) => id !== error.id);
+    const others = control
+      .getAttribute('aria-describedby')
+      .split(' ')
+      .filter((id) => id !== error.id);
     if (others.length) control.setAttribute('aria-describedby', others.join(' '));
     else control.removeAttribute('aria-describedby');
     control.removeAttribute('aria-invalid');

@@ -28,11 +28,18 @@ async function estimate() {
   const { signal } = running;
   const prompts = readPrompts();
   try {
-    const found = await post('/v1/estimate', { ...readSettings(), prompt: prompts[0] ?? 'a video' }, { signal, retries: 0 });
+    const found = await post(
+      '/v1/estimate',
+      { ...readSettings(), prompt: prompts[0] ?? 'a video' },
+      { signal, retries: 0 },
+    );
     clearErrors(form);
     line.dataset.fits = found.fits;
     line.textContent = told(found, Math.max(1, prompts.length));
-    replace(warnings, (found.warnings ?? []).map((warning) => h('li', {}, warning)));
+    replace(
+      warnings,
+      (found.warnings ?? []).map((warning) => h('li', {}, warning)),
+    );
   } catch (error) {
     if (signal.aborted) return;
     clearErrors(form);
@@ -42,12 +49,19 @@ async function estimate() {
   }
 }
 
-function told({ seconds, memory_bytes, memory_free_bytes, fits, model_calls, num_frames, height, width }, videos) {
+function told(
+  { seconds, memory_bytes, memory_free_bytes, fits, model_calls, num_frames, height, width },
+  videos,
+) {
   const parts = [
     `${width} × ${height}, ${plural(num_frames, 'frame')}`,
     plural(model_calls, 'model call'),
-    seconds === null ? 'time not known yet' : `about ${duration(seconds)}${videos > 1 ? ` a video, ${duration(seconds * videos)} for ${videos}` : ''}`,
-    fits ? `${bytes(memory_bytes)} of memory` : `needs ${bytes(memory_bytes)} of memory, and ${bytes(memory_free_bytes)} are free`,
+    seconds === null
+      ? 'time not known yet'
+      : `about ${duration(seconds)}${videos > 1 ? ` a video, ${duration(seconds * videos)} for ${videos}` : ''}`,
+    fits
+      ? `${bytes(memory_bytes)} of memory`
+      : `needs ${bytes(memory_bytes)} of memory, and ${bytes(memory_free_bytes)} are free`,
   ];
   return parts.join(' · ');
 }

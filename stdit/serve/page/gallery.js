@@ -1,6 +1,7 @@
 /** The gallery: all videos of the folder, one page of them at a time. */
 
 import { get, path, postFile } from './api.js';
+import { releaseMedia } from './clips.js';
 import { acceptDrops } from './conditions.js';
 import { $, announce, button, debounce, h, reducedMotion, replace } from './dom.js';
 import { clearError, showFileError } from './errors.js';
@@ -27,7 +28,10 @@ let asked = 0;
 export function startGallery() {
   startPlayer();
   $('#gallery-form').addEventListener('submit', (event) => event.preventDefault());
-  search.addEventListener('input', debounce(() => showPage(null), 300));
+  search.addEventListener(
+    'input',
+    debounce(() => showPage(null), 300),
+  );
   checkpoint.addEventListener('change', () => showPage(null));
   $('#newest').addEventListener('click', () => showPage(null));
   $('#older').addEventListener('click', () => showPage(next));
@@ -60,9 +64,11 @@ async function showPage(before) {
   if (number !== asked) return;
   cursor = before;
   next = page.next;
+  releaseMedia(list);
   replace(list, page.data.map(thumbnail));
   showCheckpoints(page.checkpoints);
-  $('#gallery-count').textContent = `${plural(page.total, 'video')}${page.indexing ? '; the folder is still being read' : ''}.`;
+  $('#gallery-count').textContent =
+    `${plural(page.total, 'video')}${page.indexing ? '; the folder is still being read' : ''}.`;
   $('#newest').disabled = !before;
   $('#older').disabled = !next;
   if (before) view.scrollIntoView();
@@ -71,7 +77,14 @@ async function showPage(before) {
 
 function thumbnail(item) {
   const address = path('v1', 'gallery', item.id);
-  const image = h('img', { src: `${address}/thumbnail`, alt: '', loading: 'lazy', decoding: 'async', width: item.width, height: item.height });
+  const image = h('img', {
+    src: `${address}/thumbnail`,
+    alt: '',
+    loading: 'lazy',
+    decoding: 'async',
+    width: item.width,
+    height: item.height,
+  });
   const open = () => playVideo(item, () => showPage(cursor));
   const opener = h(
     'button',
@@ -85,7 +98,11 @@ function thumbnail(item) {
 }
 
 function factsOf({ seed, width, height, seconds }) {
-  const facts = [seed === null ? '' : `seed ${seed}`, width ? `${width} × ${height}` : '', seconds ? `${short(seconds)} s` : ''];
+  const facts = [
+    seed === null ? '' : `seed ${seed}`,
+    width ? `${width} × ${height}` : '',
+    seconds ? `${short(seconds)} s` : '',
+  ];
   return facts.filter(Boolean).join(' · ');
 }
 
@@ -95,7 +112,15 @@ function playWhilePointed(opener, image, address) {
   let video;
   const play = () => {
     if (reducedMotion() || video) return;
-    video = h('video', { src: address, muted: true, loop: true, playsInline: true, width: image.width, height: image.height, 'aria-hidden': 'true' });
+    video = h('video', {
+      src: address,
+      muted: true,
+      loop: true,
+      playsInline: true,
+      width: image.width,
+      height: image.height,
+      'aria-hidden': 'true',
+    });
     video.addEventListener('playing', () => video && image.replaceWith(video), { once: true });
     video.play().catch(() => {});
   };
@@ -119,7 +144,11 @@ function showCheckpoints(names) {
   const shown = [...checkpoint.options].slice(1).map((option) => option.value);
   if (shown.join('\n') === names.join('\n')) return;
   const chosen = checkpoint.value;
-  replace(checkpoint, h('option', { value: '' }, 'all'), names.map((name) => h('option', { value: name }, name)));
+  replace(
+    checkpoint,
+    h('option', { value: '' }, 'all'),
+    names.map((name) => h('option', { value: name }, name)),
+  );
   checkpoint.value = names.includes(chosen) ? chosen : '';
 }
 

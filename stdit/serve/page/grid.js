@@ -1,7 +1,7 @@
 /** A grid over two settings: a video for each combination, in a labelled table. */
 
 import { statusText, Picture } from './cards.js';
-import { arePaused, releaseVideos, togglePaused } from './clips.js';
+import { pauseButton, releaseMedia } from './clips.js';
 import { $, h, replace } from './dom.js';
 import { clearErrors, showFieldError } from './errors.js';
 import { findVideo, hasEnded, jobs, submit } from './jobs.js';
@@ -25,7 +25,7 @@ const SETTINGS = {
 
 const form = $('#grid-form');
 const container = $('#grid');
-const pause = $('#pause-grid');
+const pause = pauseButton();
 const cells = new Map();
 
 /** Let the form submit grids, and show the last grid of this browser tab. */
@@ -37,10 +37,6 @@ export function startGrid() {
   form.addEventListener('submit', (event) => {
     event.preventDefault();
     makeGrid();
-  });
-  pause.addEventListener('click', () => {
-    togglePaused(container);
-    showPaused();
   });
   jobs.addEventListener('video', ({ detail }) => cells.get(detail.id)?.update(detail));
   jobs.addEventListener('preview', ({ detail }) => cells.get(detail.id)?.preview(detail));
@@ -93,19 +89,28 @@ async function restore(grid) {
 }
 
 function draw({ rows, columns, prompt }) {
-  releaseVideos(container);
+  releaseMedia(container);
   cells.clear();
-  const head = h('tr', {}, h('th', { scope: 'col' }, `${rows.name} × ${columns.name}`), columns.values.map((value) => h('th', { scope: 'col' }, `${columns.name} ${value}`)));
+  const head = h(
+    'tr',
+    {},
+    h('th', { scope: 'col' }, `${rows.name} × ${columns.name}`),
+    columns.values.map((value) => h('th', { scope: 'col' }, `${columns.name} ${value}`)),
+  );
   const body = rows.values.map((value) =>
-    h('tr', {}, h('th', { scope: 'row' }, `${rows.name} ${value}`), columns.values.map(() => h('td', {}, h('p', { class: 'hint' }, 'waits')))));
+    h(
+      'tr',
+      {},
+      h('th', { scope: 'row' }, `${rows.name} ${value}`),
+      columns.values.map(() => h('td', {}, h('p', { class: 'hint' }, 'waits'))),
+    ),
+  );
   container.tabIndex = 0;
-  pause.hidden = false;
-  showPaused();
-  replace(container, h('table', { class: 'grid' }, h('caption', {}, prompt), h('thead', {}, head), h('tbody', {}, body)));
-}
-
-function showPaused() {
-  pause.textContent = arePaused() ? 'Play videos' : 'Pause videos';
+  $('#make-grid').after(pause);
+  replace(
+    container,
+    h('table', { class: 'grid' }, h('caption', {}, prompt), h('thead', {}, head), h('tbody', {}, body)),
+  );
 }
 
 function follow(cell, video) {
@@ -122,17 +127,30 @@ function follow(cell, video) {
 }
 
 function axis(name, values) {
-  const texts = form.elements[values].value.split(',').map((text) => text.trim()).filter(Boolean);
+  const texts = form.elements[values].value
+    .split(',')
+    .map((text) => text.trim())
+    .filter(Boolean);
   const unique = [...new Set(texts)];
-  return { name: form.elements[name].value, values: unique.map((text) => (Number.isFinite(Number(text)) ? Number(text) : text)) };
+  return {
+    name: form.elements[name].value,
+    values: unique.map((text) => (Number.isFinite(Number(text)) ? Number(text) : text)),
+  };
 }
 
 function problem(rows, columns, prompt) {
   const videos = rows.values.length * columns.values.length;
   if (!prompt) return { control: 'rows', message: 'prompt is empty: write one in the form first.' };
-  if (rows.name === columns.name) return { control: 'columns', message: `rows and columns are both ${rows.name}: choose two settings.` };
-  if (!rows.values.length) return { control: 'row_values', message: 'no values: give some, separated by commas.' };
-  if (!columns.values.length) return { control: 'column_values', message: 'no values: give some, separated by commas.' };
-  if (videos > MOST_VIDEOS) return { control: 'column_values', message: `${videos} videos: a grid has at most ${MOST_VIDEOS}, so give fewer values.` };
+  if (rows.name === columns.name)
+    return { control: 'columns', message: `rows and columns are both ${rows.name}: choose two settings.` };
+  if (!rows.values.length)
+    return { control: 'row_values', message: 'no values: give some, separated by commas.' };
+  if (!columns.values.length)
+    return { control: 'column_values', message: 'no values: give some, separated by commas.' };
+  if (videos > MOST_VIDEOS)
+    return {
+      control: 'column_values',
+      message: `${videos} videos: a grid has at most ${MOST_VIDEOS}, so give fewer values.`,
+    };
   return null;
 }

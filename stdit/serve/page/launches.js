@@ -39,10 +39,19 @@ async function loadConfigs() {
   try {
     const { data, overrides = {}, allow_training: allowed = true } = await get('/v1/configs');
     configs = new Map(data.map((config) => [config.name, config]));
-    replace(form.elements.config, data.map(({ name }) => h('option', { value: name }, name)));
-    replace($('#overrides'), Object.entries(overrides).filter(([name]) => name !== 'trainer.steps').map(overrideField));
+    replace(
+      form.elements.config,
+      data.map(({ name }) => h('option', { value: name }, name)),
+    );
+    replace(
+      $('#overrides'),
+      Object.entries(overrides)
+        .filter(([name]) => name !== 'trainer.steps')
+        .map(overrideField),
+    );
     $('#launch-more').hidden = !$('#overrides').childElementCount;
-    if (!allowed) showError(form, { message: 'This server was started so that nothing can be trained from the page.' });
+    if (!allowed)
+      showError(form, { message: 'This server was started so that nothing can be trained from the page.' });
     for (const control of [...form.elements]) control.disabled = !allowed || control === start;
     showSummary();
   } catch (error) {
@@ -52,8 +61,22 @@ async function loadConfigs() {
 
 function overrideField([name, kind]) {
   const id = `override-${name.replaceAll('.', '-')}`;
-  const attributes = kind === 'run' ? { autocomplete: 'off' } : { type: 'number', step: kind === 'number' ? 'any' : 1, min: 0 };
-  return h('div', { class: 'field' }, h('label', { for: id }, name), h('input', { id, name: 'overrides', 'data-override': name, 'data-param-name': `overrides.${name}`, ...attributes }));
+  const attributes =
+    kind === 'run'
+      ? { autocomplete: 'off' }
+      : { type: 'number', step: kind === 'number' ? 'any' : 1, min: 0 };
+  return h(
+    'div',
+    { class: 'field' },
+    h('label', { for: id }, name),
+    h('input', {
+      id,
+      name: 'overrides',
+      'data-override': name,
+      'data-param-name': `overrides.${name}`,
+      ...attributes,
+    }),
+  );
 }
 
 async function runDry() {
@@ -71,7 +94,11 @@ async function runDry() {
     if (isOld()) return;
     showReport(launch.report);
     start.disabled = launch.state !== 'done';
-    announce(start.disabled ? 'The dry run failed: see its report.' : 'The dry run is done: the training can be started.');
+    announce(
+      start.disabled
+        ? 'The dry run failed: see its report.'
+        : 'The dry run is done: the training can be started.',
+    );
   } catch (error) {
     report.hidden = true;
     showError(form, error);
@@ -91,7 +118,9 @@ async function train(isShown) {
       return isShown(order.name);
     });
     if (number === asked && launch.report) showReport(launch.report);
-    announce(launch.state === 'failed' ? `${order.name} failed: see its report.` : `${order.name} is started.`);
+    announce(
+      launch.state === 'failed' ? `${order.name} failed: see its report.` : `${order.name} is started.`,
+    );
   } catch (error) {
     showError(form, error);
   }
@@ -107,7 +136,12 @@ function forget() {
 function body() {
   const { config, name, steps } = form.elements;
   const set = $$('[data-override]', form).filter(({ value }) => value.trim());
-  const overrides = Object.fromEntries(set.map((input) => [input.dataset.override, input.type === 'number' ? Number(input.value) : input.value.trim()]));
+  const overrides = Object.fromEntries(
+    set.map((input) => [
+      input.dataset.override,
+      input.type === 'number' ? Number(input.value) : input.value.trim(),
+    ]),
+  );
   return {
     config: config.value,
     name: name.value.trim(),
@@ -123,5 +157,7 @@ function showReport(text) {
 
 function showSummary() {
   const { summary, missing } = configs.get(form.elements.config.value) ?? {};
-  $('#config-hint').textContent = [summary, missing && `It cannot be started: ${missing}.`].filter(Boolean).join(' ');
+  $('#config-hint').textContent = [summary, missing && `It cannot be started: ${missing}.`]
+    .filter(Boolean)
+    .join(' ');
 }

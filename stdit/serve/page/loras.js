@@ -34,8 +34,13 @@ export function fillLoras(loras) {
 
 function addRow(id, weight) {
   const number = (rowsMade += 1);
-  const select = h('select', { id: `lora-${number}`, name: 'id' }, offered.map((lora) => h('option', { value: lora.id }, label(lora))));
-  if (!offered.some((lora) => lora.id === id)) select.append(h('option', { value: id }, `${id} (not offered)`));
+  const select = h(
+    'select',
+    { id: `lora-${number}`, name: 'id' },
+    offered.map((lora) => h('option', { value: lora.id }, label(lora))),
+  );
+  if (!offered.some((lora) => lora.id === id))
+    select.append(h('option', { value: id }, `${id} (not offered)`));
   select.value = id;
   const remove = button('Remove', () => {
     row.remove();

@@ -5,11 +5,11 @@ import { $, $$ } from './dom.js';
 import { events, openEvents } from './events.js';
 import { plural } from './format.js';
 import { showGallery, startGallery } from './gallery.js';
-import { startMake } from './make.js';
+import { refreshModels, startMake } from './make.js';
 import { hideRuns, showRuns, startRuns } from './runs.js';
 
 const VIEWS = {
-  make: { title: 'Make', show: () => {}, hide: () => {} },
+  make: { title: 'Make', show: refreshModels, hide: () => {} },
   gallery: { title: 'Gallery', show: showGallery, hide: () => {} },
   runs: { title: 'Runs', show: showRuns, hide: hideRuns },
 };
@@ -45,7 +45,9 @@ function showWorkers({ status, workers, queued, running }) {
   const element = $('#workers');
   element.textContent = parts.filter(Boolean).join(' · ');
   element.dataset.state = status;
-  element.title = workers.map(({ name, state, model, device }) => `${name}: ${state}, ${model ?? 'no model'}, ${device}`).join('\n');
+  element.title = workers
+    .map(({ name, state, model, device }) => `${name}: ${state}, ${model ?? 'no model'}, ${device}`)
+    .join('\n');
 }
 
 function workersText(alive, busy, starting) {

@@ -11,7 +11,15 @@ import { startJobs, submit } from './jobs.js';
 import { startLoras } from './loras.js';
 import { loadModels } from './models.js';
 import { nextSeed, startSeed } from './seed.js';
-import { fillSettings, readLayout, readPrompts, readSettings, resetToModel, showAllowedSizes, showDependent } from './settings.js';
+import {
+  fillSettings,
+  readLayout,
+  readPrompts,
+  readSettings,
+  resetToModel,
+  showAllowedSizes,
+  showDependent,
+} from './settings.js';
 import { drawTimeline } from './timeline.js';
 
 const form = $('#make-form');
@@ -40,11 +48,18 @@ export async function startMake() {
   try {
     const [model] = await Promise.all([loadModels(), startLoras()]);
     if (model) fillSettings({ model });
-    else showError(form, { message: 'No model is offered: start the server with a checkpoint.', param: 'model' });
+    else
+      showError(form, {
+        message: 'No model is offered: start the server with a checkpoint.',
+        param: 'model',
+      });
   } catch (error) {
     showError(form, error);
   }
 }
+
+/** Load the models again, such as of a run that has a new checkpoint. */
+export const refreshModels = () => $('#model').options.length && loadModels().catch(() => {});
 
 function changed(event) {
   if (event.type === 'input') clearError(event.target);
@@ -53,7 +68,8 @@ function changed(event) {
   drawTimeline(layout);
   const prompts = readPrompts().length;
   $('#prompt-count').textContent = prompts > 1 ? `${plural(prompts, 'video')}.` : '';
-  $('#length-hint').textContent = `${duration(layout.num_frames / layout.fps)} at ${layout.fps} frames per second.`;
+  $('#length-hint').textContent =
+    `${duration(layout.num_frames / layout.fps)} at ${layout.fps} frames per second.`;
   estimateSoon();
 }
 
@@ -80,7 +96,9 @@ async function make() {
     if (accepted > 1) announce(`${plural(accepted, 'video')} are queued.`);
   } catch (error) {
     showError(form, error);
-    if (accepted) $('#make-error').textContent = `${accepted} of ${plural(prompts.length, 'video')} are queued; the next one was refused.`;
+    if (accepted)
+      $('#make-error').textContent =
+        `${accepted} of ${plural(prompts.length, 'video')} are queued; the next one was refused.`;
   } finally {
     submitButton.disabled = false;
   }

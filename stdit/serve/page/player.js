@@ -19,31 +19,64 @@ export async function playVideo(item, deleted) {
   const address = path('v1', 'gallery', item.id);
   const settings = h('div', {}, h('p', { class: 'hint' }, 'Reading its settings …'));
   const failure = h('p', { class: 'error', role: 'alert' });
-  const erase = button('Delete', async () => {
-    const question = await confirmed('Delete this video?', `${item.name} and its settings are deleted from the disk.`, 'Delete');
-    if (!question) return;
-    try {
-      await remove(address);
-      dialog.close();
-      announce(`${item.name} is deleted.`);
-      deleted();
-    } catch (error) {
-      failure.textContent = error.message;
-    }
-  }, { class: 'danger' });
-  const video = h('video', { controls: true, muted: true, loop: true, autoplay: !reducedMotion(), playsInline: true, width: item.width, height: item.height, 'aria-label': item.prompt, src: `${address}/content` });
+  const erase = button(
+    'Delete',
+    async () => {
+      const question = await confirmed(
+        'Delete this video?',
+        `${item.name} and its settings are deleted from the disk.`,
+        'Delete',
+      );
+      if (!question) return;
+      try {
+        await remove(address);
+        dialog.close();
+        announce(`${item.name} is deleted.`);
+        deleted();
+      } catch (error) {
+        failure.textContent = error.message;
+      }
+    },
+    { class: 'danger' },
+  );
+  const video = h('video', {
+    controls: true,
+    muted: true,
+    loop: true,
+    autoplay: !reducedMotion(),
+    playsInline: true,
+    width: item.width,
+    height: item.height,
+    'aria-label': item.prompt,
+    src: `${address}/content`,
+  });
   replace(
     dialog,
-    h('header', {}, h('h2', { id: 'player-heading' }, item.prompt || item.name), button('Close', () => dialog.close(), { autofocus: true })),
+    h(
+      'header',
+      {},
+      h('h2', { id: 'player-heading' }, item.prompt || item.name),
+      button('Close', () => dialog.close(), { autofocus: true }),
+    ),
     video,
     definitions([
       ['file', item.folder ? `${item.folder}/${item.name}` : item.name],
       ['made', date(item.created)],
-      ['checkpoint', item.checkpoint_step === null ? item.checkpoint : `${item.checkpoint}, step ${count(item.checkpoint_step)}`],
+      [
+        'checkpoint',
+        item.checkpoint_step === null
+          ? item.checkpoint
+          : `${item.checkpoint}, step ${count(item.checkpoint_step)}`,
+      ],
       ['length', item.num_frames && `${plural(item.num_frames, 'frame')} at ${item.fps} frames per second`],
       ['file size', bytes(item.bytes)],
     ]),
-    h('div', { class: 'buttons' }, h('a', { class: 'button', href: `${address}/content?download=1`, download: true }, 'Download'), erase),
+    h(
+      'div',
+      { class: 'buttons' },
+      h('a', { class: 'button', href: `${address}/content?download=1`, download: true }, 'Download'),
+      erase,
+    ),
     failure,
     h('h3', {}, 'Settings'),
     settings,
@@ -52,7 +85,10 @@ export async function playVideo(item, deleted) {
   dialog.scrollTop = 0;
   try {
     const found = await get(`${address}/settings`);
-    replace(settings, inspectionOf(found, () => dialog.close()));
+    replace(
+      settings,
+      inspectionOf(found, () => dialog.close()),
+    );
   } catch (error) {
     replace(settings, h('p', { class: 'error' }, error.message));
   }

@@ -18,6 +18,8 @@ let chosen = [];
 let details = null;
 let timer = null;
 let refreshing = false;
+let again = false;
+let lost = false;
 
 /** Let runs be started. */
 export function startRuns() {
@@ -40,30 +42,36 @@ export function hideRuns() {
 }
 
 async function refresh() {
+  again = refreshing;
   if (refreshing) return;
   refreshing = true;
   try {
     const { data } = await get('/v1/runs');
     showTable(data);
     await showDetails();
-    alert.textContent = '';
+    if (lost) alert.textContent = '';
+    lost = false;
   } catch (error) {
     alert.textContent = error.message;
+    lost = true;
   } finally {
     refreshing = false;
   }
+  if (again) refresh();
 }
 
+/** Show a row per run: new ones first, the others where they are, so that none moves from under a pointer. */
 function showTable(runs) {
-  const names = runs.map(({ name }) => name);
-  if (names.join('\n') !== [...rows.keys()].join('\n')) {
-    for (const name of rows.keys()) if (!names.includes(name)) rows.delete(name);
-    const kept = new Map(rows);
+  const names = new Set(runs.map(({ name }) => name));
+  const kept = new Map([...rows].filter(([name]) => names.has(name)));
+  if (kept.size < Math.max(names.size, rows.size)) {
     rows.clear();
-    for (const name of names) rows.set(name, kept.get(name) ?? new Row(name));
-    replace($('#runs'), [...rows.values()].map(({ element }) => element));
+    for (const name of names) if (!kept.has(name)) rows.set(name, new Row(name));
+    for (const [name, row] of kept) rows.set(name, row);
+    const elements = [...rows.values()].map(({ element }) => element);
+    replace($('#runs'), elements);
     chosen = chosen.filter((name) => rows.has(name));
-    if (!chosen.length && names.length) chosen = [names[0]];
+    if (!chosen.length) chosen = [...rows.keys()].slice(0, 1);
   }
   for (const run of runs) rows.get(run.name).update(run);
   $('#runs-table').hidden = runs.length === 0;
@@ -90,7 +98,11 @@ async function showDetails() {
 class Row {
   constructor(name) {
     this.name = name;
-    this.box = h('input', { type: 'checkbox', 'aria-label': `Show ${name}`, onchange: () => choose(name, this.box.checked) });
+    this.box = h('input', {
+      type: 'checkbox',
+      'aria-label': `Show ${name}`,
+      onchange: () => choose(name, this.box.checked),
+    });
     this.state = h('span', { class: 'state' });
     this.progress = h('progress', { 'aria-label': `Steps of ${name}` });
     this.problem = h('p', { class: 'hint' });
@@ -139,8 +151,8 @@ class Row {
 
   action(state) {
     if (state === 'running') return button('Stop', () => this.stop(), { 'aria-label': `Stop ${this.name}` });
-    if (state === 'stopped') return button('Resume', () => this.resume(), { 'aria-label': `Resume ${this.name}` });
-    return null;
+    const attributes = { 'aria-label': `Resume ${this.name}` };
+    return state === 'stopped' ? button('Resume', () => this.resume(), attributes) : null;
   }
 
   async stop() {
@@ -156,11 +168,13 @@ class Row {
 
   async followResume(launch) {
     const ended = await followLaunch(launch, () => this.state.dataset.state === 'running');
-    if (ended.state === 'failed') alert.textContent = `${this.name} was not resumed: ${ended.report.trim().split('\n').at(-1)}`;
+    if (ended.state !== 'failed') return;
+    alert.textContent = `${this.name} was not resumed: ${ended.report.trim().split('\n').at(-1)}`;
   }
 
   async request(action, done) {
     try {
+      alert.textContent = '';
       const answer = await post(path('v1', 'runs', this.name, action));
       announce(`${this.name} ${done}.`);
       await refresh();

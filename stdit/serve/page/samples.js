@@ -1,23 +1,24 @@
 /** Validation videos of runs: a row per prompt and run, a column per step. */
 
 import { get, path } from './api.js';
-import { arePaused, loopingVideo, releaseVideos, togglePaused } from './clips.js';
-import { button, h, replace } from './dom.js';
+import { loopingVideo, pauseButton, releaseMedia } from './clips.js';
+import { h, replace } from './dom.js';
 import { count } from './format.js';
 
 const SHOWN_STEPS = 8;
+const PAUSE = pauseButton();
 
 /** The table of validation videos of the runs that are shown. */
 export class Samples {
   constructor() {
-    this.table = h('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'Validation videos by step' });
-    this.pause = button('', () => {
-      togglePaused(this.table);
-      this.tell();
+    this.table = h('div', {
+      class: 'scroll',
+      tabindex: 0,
+      role: 'region',
+      'aria-label': 'Validation videos by step',
     });
-    this.element = h('section', { hidden: true }, h('h3', {}, 'Validation videos'), this.pause, this.table);
+    this.element = h('section', { hidden: true }, h('h3', {}, 'Validation videos'), PAUSE, this.table);
     this.shown = '';
-    this.tell();
   }
 
   /** Read which videos the runs, [{name}], have, and show them if they changed. */
@@ -28,16 +29,12 @@ export class Samples {
     this.shown = shown;
     const samples = found.flatMap(({ data }, index) => data.map((one) => ({ ...one, run: index })));
     this.element.hidden = samples.length === 0;
-    releaseVideos(this.table);
+    releaseMedia(this.table);
     replace(this.table, tableOf(runs, samples));
   }
 
   release() {
-    releaseVideos(this.table);
-  }
-
-  tell() {
-    this.pause.textContent = arePaused() ? 'Play videos' : 'Pause videos';
+    releaseMedia(this.table);
   }
 }
 
@@ -51,15 +48,27 @@ function tableOf(runs, samples) {
     rows.set(label, row.set(`${one.run} ${one.step}`, one));
   }
   const kept = spread(steps);
-  const head = h('tr', {}, h('th', { scope: 'col' }, 'Prompt'), kept.map((step) => h('th', { scope: 'col' }, `step ${count(step)}`)));
+  const head = h(
+    'tr',
+    {},
+    h('th', { scope: 'col' }, 'Prompt'),
+    kept.map((step) => h('th', { scope: 'col' }, `step ${count(step)}`)),
+  );
   const body = [...rows].flatMap(([label, videos]) =>
     runs.map(({ name }, index) =>
       h(
         'tr',
         {},
-        h('th', { scope: 'row' }, label, runs.length > 1 ? h('span', { class: `legend run-${index}` }, name) : null),
+        h(
+          'th',
+          { scope: 'row' },
+          label,
+          runs.length > 1 ? h('span', { class: `legend run-${index}` }, name) : null,
+        ),
         kept.map((step) => cellOf(videos.get(`${index} ${step}`), label)),
-      )));
+      ),
+    ),
+  );
   return h('table', { class: 'samples' }, h('thead', {}, head), h('tbody', {}, body));
 }
 
@@ -71,5 +80,8 @@ function cellOf(sample, label) {
 /** Return at most eight of the steps, evenly spread, with the first and the last. */
 function spread(steps) {
   if (steps.length <= SHOWN_STEPS) return steps;
-  return Array.from({ length: SHOWN_STEPS }, (_, index) => steps[Math.round((index * (steps.length - 1)) / (SHOWN_STEPS - 1))]);
+  return Array.from(
+    { length: SHOWN_STEPS },
+    (_, index) => steps[Math.round((index * (steps.length - 1)) / (SHOWN_STEPS - 1))],
+  );
 }

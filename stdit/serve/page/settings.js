@@ -7,8 +7,15 @@ import { OTHER_SIZE, isTrained, modelOf, showModel, showSizes, sizeValue } from 
 import { fillSeed, isLocked, readSeed } from './seed.js';
 
 const NUMBERS = [
-  'num_frames', 'num_inference_steps', 'guidance_scale', 'guidance_rescale', 'shift',
-  'refine_pairs', 'refine_level', 'refine_guidance_scale', 'fps',
+  'num_frames',
+  'num_inference_steps',
+  'guidance_scale',
+  'guidance_rescale',
+  'shift',
+  'refine_pairs',
+  'refine_level',
+  'refine_guidance_scale',
+  'fps',
 ];
 const WORDS = ['solver', 'guidance_schedule'];
 const LISTS = ['guidance_interval', 'pab', 'pab_timesteps'];
@@ -21,7 +28,11 @@ const field = (name) => form.elements[name];
 export const chosenModel = () => modelOf(field('model').value);
 
 /** Return the prompts, one per line. */
-export const readPrompts = () => field('prompt').value.split('\n').map((line) => line.trim()).filter(Boolean);
+export const readPrompts = () =>
+  field('prompt')
+    .value.split('\n')
+    .map((line) => line.trim())
+    .filter(Boolean);
 
 /** Return the body of a submission without prompt: what differs from the defaults of the model. */
 export function readSettings() {
@@ -51,6 +62,10 @@ export function fillSettings(body) {
   const model = chosenModel();
   if (!model) return;
   showModel(model);
+  if (body.model && body.model !== model.id) {
+    $('#model-hint').textContent =
+      `There is no model ${body.model} here, or no longer: these settings are used with ${model.name}.`;
+  }
   const all = { ...model.defaults, ...withoutNulls(body) };
   if (body.prompt !== undefined) field('prompt').value = body.prompt;
   field('negative_prompt').value = body.negative_prompt ?? '';
@@ -90,6 +105,7 @@ export function resetToModel() {
 /** Offer the sizes that the box beside them allows; the chosen one stays if it is among them. */
 export function showAllowedSizes() {
   const model = chosenModel();
+  if (!model) return;
   const { width, height } = readSize();
   const { defaults } = model;
   if (field('any_size').checked || isTrained(model, width, height)) showSize(model, width, height);
@@ -107,10 +123,18 @@ function showSize(model, width, height) {
 export function readLayout() {
   const num_frames = Math.max(1, Number(field('num_frames').value) || 1);
   const segments = Math.max(1, Number(field('segments').value) || 1);
-  const overlap = segments > 1 ? Number(field('overlap').value) || Math.max(1, Math.floor(num_frames / 4)) : 0;
+  const overlap =
+    segments > 1 ? Number(field('overlap').value) || Math.max(1, Math.floor(num_frames / 4)) : 0;
   const loop = segments > 1 && field('loop').checked;
   const total = segments * (num_frames - overlap) + (loop ? 0 : overlap);
-  return { num_frames, segments, overlap, loop, total: Math.max(1, total), fps: Number(field('fps').value) || 1 };
+  return {
+    num_frames,
+    segments,
+    overlap,
+    loop,
+    total: Math.max(1, total),
+    fps: Number(field('fps').value) || 1,
+  };
 }
 
 /** Show the controls that have an effect beside the others, and no other ones. */
@@ -141,7 +165,8 @@ function readCache() {
 
 function readSegments() {
   const { segments, loop } = readLayout();
-  if (segments < 2) return Number(field('segments').value) === 1 ? {} : { segments: number(field('segments')) };
+  if (segments < 2)
+    return Number(field('segments').value) === 1 ? {} : { segments: number(field('segments')) };
   const prompts = segmentPrompts();
   while (prompts.length && !prompts.at(-1)) prompts.pop();
   const before = (index) => prompts.slice(0, index).findLast(Boolean) ?? readPrompts()[0] ?? '';
@@ -158,13 +183,22 @@ const segmentPrompts = () => $$('#segment-prompts textarea').map((area) => area.
 function showSegmentPrompts(prompts) {
   const rows = Math.min(MOST_SEGMENT_PROMPTS, Math.max(0, (Number(field('segments').value) || 1) - 1));
   const shown = $$('#segment-prompts textarea');
-  if (shown.length === rows && prompts.every((prompt, index) => shown[index]?.value.trim() === prompt)) return;
-  replace($('#segment-prompts'), Array.from({ length: rows }, (_, index) => {
-    const id = `segment-prompt-${index + 2}`;
-    const area = h('textarea', { id, name: 'segment_prompts', rows: 1, placeholder: 'as the segment before' });
-    area.value = prompts[index] ?? '';
-    return h('li', { class: 'field' }, h('label', { for: id }, `Prompt of segment ${index + 2}`), area);
-  }));
+  if (shown.length === rows && prompts.every((prompt, index) => shown[index]?.value.trim() === prompt))
+    return;
+  replace(
+    $('#segment-prompts'),
+    Array.from({ length: rows }, (_, index) => {
+      const id = `segment-prompt-${index + 2}`;
+      const area = h('textarea', {
+        id,
+        name: 'segment_prompts',
+        rows: 1,
+        placeholder: 'as the segment before',
+      });
+      area.value = prompts[index] ?? '';
+      return h('li', { class: 'field' }, h('label', { for: id }, `Prompt of segment ${index + 2}`), area);
+    }),
+  );
 }
 
 /** Return the number in a control; null if it is empty; its text if it is no number, for the server's message. */
@@ -174,7 +208,10 @@ function number(control) {
 }
 
 function list(text) {
-  const parts = text.replace(/[[\]]/g, '').split(/[\s,]+/).filter(Boolean);
+  const parts = text
+    .replace(/[[\]]/g, '')
+    .split(/[\s,]+/)
+    .filter(Boolean);
   return parts.map((part) => (Number.isFinite(Number(part)) ? Number(part) : part));
 }
 

@@ -16,9 +16,17 @@ export function drawTimeline(layout) {
   replace(
     container,
     h('div', { class: 'track segments', 'aria-hidden': 'true' }, segmentsOf(layout)),
-    h('div', { class: 'track clips', role: 'group', 'aria-label': 'Conditioning frames in the video' },
-      clips.length ? clips : h('p', { class: 'hint' }, 'No conditioning frames: everything is generated.')),
-    h('div', { class: 'ruler', 'aria-hidden': 'true' }, h('span', {}, '0'), h('span', {}, `frame ${total - 1}`)),
+    h(
+      'div',
+      { class: 'track clips', role: 'group', 'aria-label': 'Conditioning frames in the video' },
+      clips.length ? clips : h('p', { class: 'hint' }, 'No conditioning frames: everything is generated.'),
+    ),
+    h(
+      'div',
+      { class: 'ruler', 'aria-hidden': 'true' },
+      h('span', {}, '0'),
+      h('span', {}, `frame ${total - 1}`),
+    ),
     h('p', { class: 'hint' }, summary(layout), ` ${duration(total / fps)} in all.`),
   );
   if (focused >= 0) clips[focused]?.focus();
@@ -28,10 +36,14 @@ function segmentsOf({ num_frames, segments, overlap, loop, total }) {
   const drawn = Math.min(segments, MOST_SEGMENTS_DRAWN);
   return Array.from({ length: drawn }, (_, index) => {
     const start = index * (num_frames - overlap);
-    const bar = placed(h('div', { class: 'segment' }, segments > 1 ? String(index + 1) : ''), start, num_frames, total);
-    const shared = (end) => placed(h('div', { class: `overlap ${end}` }), 0, overlap, num_frames);
-    if (index > 0) bar.append(shared('start'));
-    if (loop && index === segments - 1) bar.append(shared('end'));
+    const length = Math.min(num_frames, total - start); // the end of a loop is the beginning of its first segment
+    const bar = placed(
+      h('div', { class: 'segment' }, segments > 1 ? String(index + 1) : ''),
+      start,
+      length,
+      total,
+    );
+    if (index > 0 || loop) bar.append(placed(h('div', { class: 'overlap' }), 0, overlap, length));
     return bar;
   });
 }
@@ -39,18 +51,25 @@ function segmentsOf({ num_frames, segments, overlap, loop, total }) {
 function clipOf(condition, index, layout) {
   const length = coveredFrames(condition, layout);
   const last = Math.max(0, layout.total - length);
-  const start = Math.min(last, Math.max(0, condition.frame < 0 ? layout.total + condition.frame : condition.frame));
-  const clip = h('div', {
-    class: 'clip',
-    role: 'slider',
-    tabindex: 0,
-    'aria-label': `Start of ${condition.name}`,
-    'aria-valuemin': 0,
-    'aria-valuemax': last,
-    'aria-valuenow': start,
-    'aria-valuetext': `frame ${start} of ${layout.total}, ${plural(length, 'frame')} long`,
-    title: `${condition.name}: ${plural(length, 'frame')} from frame ${start}`,
-  }, h('span', {}, String(index + 1)));
+  const start = Math.min(
+    last,
+    Math.max(0, condition.frame < 0 ? layout.total + condition.frame : condition.frame),
+  );
+  const clip = h(
+    'div',
+    {
+      class: 'clip',
+      role: 'slider',
+      tabindex: 0,
+      'aria-label': `Start of ${condition.name}`,
+      'aria-valuemin': 0,
+      'aria-valuemax': last,
+      'aria-valuenow': start,
+      'aria-valuetext': `frame ${start} of ${layout.total}, ${plural(length, 'frame')} long`,
+      title: `${condition.name}: ${plural(length, 'frame')} from frame ${start}`,
+    },
+    h('span', {}, String(index + 1)),
+  );
   condition.clip = clip;
   clip.style.opacity = 0.45 + 0.55 * Math.min(1, Math.max(0, condition.strength));
   const move = (frame) => {
@@ -58,7 +77,16 @@ function clipOf(condition, index, layout) {
     const to = first === last && last > 0 ? first - layout.total : first;
     if (to !== condition.frame) moveCondition(condition, to);
   };
-  const steps = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageUp: 10, PageDown: -10, Home: -last, End: last };
+  const steps = {
+    ArrowLeft: -1,
+    ArrowDown: -1,
+    ArrowRight: 1,
+    ArrowUp: 1,
+    PageUp: 10,
+    PageDown: -10,
+    Home: -last,
+    End: last,
+  };
   clip.addEventListener('keydown', (event) => {
     const step = steps[event.key];
     if (step === undefined) return;
