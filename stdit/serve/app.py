@@ -15,14 +15,12 @@ from starlette.exceptions import HTTPException
 
 import stdit
 from stdit.errors import UserError
-from stdit.pipelines.video_io import read_metadata
 from stdit.serve.catalog import Catalog
 from stdit.serve.config import SampleCommand
 from stdit.serve.errors import RequestError, error_body
 from stdit.serve.events import EventStream
 from stdit.serve.gallery import Gallery
 from stdit.serve.gallery_api import gallery_routes
-from stdit.serve.inspection import inspect_metadata
 from stdit.serve.jobs import JobStore
 from stdit.serve.launches import Launches
 from stdit.serve.places import ServerPlaces
@@ -58,9 +56,8 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
     inside = places.videos.resolve().is_relative_to(places.runs.resolve())
     gallery = Gallery(places.runs if inside else places.videos, places.state / "gallery.sqlite")
     runs = Runs(places.runs)
-
-    def inspect(file: Path) -> dict[str, Any]:
-        return inspect_metadata(read_metadata(file), catalog, places).model_dump()
+    launches = Launches(runs, config.server.allow_training)
+    service = VideoService(config.server, store, catalog, places, events)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,6 +65,8 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
             supervisor.start()
         yield
         events.close()
+        gallery.close()
+        launches.close()
         if with_workers:
             supervisor.stop()
 
@@ -79,12 +78,10 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.events = events
-    app.include_router(
-        video_routes(VideoService(config.server, store, catalog, places, events)), responses=_ERRORS
-    )
-    app.include_router(gallery_routes(gallery, inspect), responses=_ERRORS)
-    app.include_router(runs_routes(runs, Launches(runs, config.server.allow_training)), responses=_ERRORS)
+    app.include_router(video_routes(service), responses=_ERRORS)
+    of_gallery = gallery_routes(gallery, lambda file: service.inspector.file(file).model_dump())
+    app.include_router(of_gallery, responses=_ERRORS)
+    app.include_router(runs_routes(runs, launches), responses=_ERRORS)
 
     @app.get("/health")
     def get_health() -> HealthObject:
@@ -100,7 +97,7 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     def get_page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
+        return FileResponse(PAGE / "index.html")
 
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     _explain_errors(app)
@@ -160,6 +157,14 @@ def _explain_errors(app: FastAPI) -> None:
         )
         response.headers.update(error.headers or {})
         return response
+
+    @app.exception_handler(RuntimeError)
+    def of_file(request: Request, error: RuntimeError) -> JSONResponse:
+        if str(error).startswith(
+            "File at path"
+        ):  # Starlette's words for a file that vanished before it was sent
+            return answer("the file was removed.", 410, "id", "gone")
+        return of_server(request, error)
 
     @app.exception_handler(Exception)
     def of_server(request: Request, error: Exception) -> JSONResponse:

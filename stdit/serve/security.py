@@ -28,6 +28,7 @@ _HEADERS = {
         "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; style-src 'self'; "
         "script-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
     ),
+    "cache-control": "no-cache",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",

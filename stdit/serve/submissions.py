@@ -215,7 +215,8 @@ def _check_size(request: Request, model: OfferedModel) -> None:
                 f"{below + model.multiple}, {way_out}.",
                 param=name,
             )
-    if (natural := model.natural_frames(frames)) != frames:
+    known_lengths = {int(model.settings["num_frames"]), *(one["num_frames"] for one in model.trained_sizes)}
+    if frames not in known_lengths and (natural := model.natural_frames(frames)) != frames:
         raise RequestError(
             f"num_frames = {frames}: the codec of this model makes {natural} frames from its latents, and some would "
             f"be cut off: use {natural}, {way_out}.",
@@ -268,7 +269,13 @@ def _read_conditions(
     settings = request.settings.resolved(model.settings)
     num_frames, fps = int(settings["num_frames"]), float(settings["fps"])
     total = request.segments.resolved(num_frames, model.codec).total_frames(num_frames)
-    return tuple(_read_condition(entry, total, fps, find_frames) for entry in entries)
+    found = []
+    for place, entry in enumerate(entries):
+        try:
+            found.append(_read_condition(entry, total, fps, find_frames))
+        except UserError as error:
+            raise RequestError(str(error), param=f"conditions[{place}]") from None
+    return tuple(found)
 
 
 def _read_condition(
@@ -280,12 +287,10 @@ def _read_condition(
         if kind is None or (value is not None and (not right or isinstance(value, bool))):
             words = {str: "a text", int: "a whole number", float: "a number"}
             rule = f"must be {words[kind]}" if kind else f"use {', '.join(_CONDITION_FIELDS)}"
-            raise RequestError(f"conditions: {name:.40} = {value!r:.80}: {rule}.", param="conditions")
+            raise RequestError(f"conditions: {name:.40} = {value!r:.80}: {rule}.")
     sources = [name for name in ("upload", "video") if entry.get(name) is not None]
     if len(sources) != 1:
-        raise RequestError(
-            "conditions: each needs either the id of an upload or that of a video.", param="conditions"
-        )
+        raise RequestError("conditions: each needs either the id of an upload or that of a video.")
     file = find_frames(sources[0], entry[sources[0]])
     skip, length = entry.get("source_frame") or 0, entry.get("length")
     try:
@@ -298,7 +303,7 @@ def _read_condition(
         )
         return condition.resolved(total, fps)
     except UserError as error:
-        raise RequestError(str(error).replace(str(file), entry[sources[0]]), param="conditions") from None
+        raise RequestError(str(error).replace(str(file), f"its {sources[0]}")) from None
 
 
 def _at_field(error: UserError) -> RequestError:

@@ -21,7 +21,7 @@ from stdit.serve.config import ServerConfig
 from stdit.serve.errors import RequestError
 from stdit.serve.estimates import Estimate, estimate
 from stdit.serve.events import EventStream
-from stdit.serve.inspection import Inspection, inspect_video
+from stdit.serve.inspection import Inspection, Inspector
 from stdit.serve.jobs import COMPLETED, STATES, Job, JobStore, KeyReusedError, NewJob, QueueFullError
 from stdit.serve.places import ServerPlaces
 from stdit.serve.schema import submission_schema
@@ -90,6 +90,11 @@ class VideoService:
     def read(self, fields: Mapping[str, Any]) -> Submission:
         """Check the fields of a request."""
         return read_submission(fields, self.catalog, partial(self.places.find_frames, self.store))
+
+    @property
+    def inspector(self) -> Inspector:
+        """Reads how videos were made."""
+        return Inspector(self.catalog, self.places.uploads, self.read)
 
     def submit(self, fields: Mapping[str, Any], client: str, key: str | None) -> Job:
         """Accept a request. Raises RequestError if it breaks a rule, or too many videos are waiting."""
@@ -309,9 +314,7 @@ def video_routes(service: VideoService) -> APIRouter:
         """Read how a video of stdit was made from its file, and whether it can be made again here."""
         async with request.form(max_files=1, max_fields=8) as form:
             file = _one_file(form)
-            return await run_in_threadpool(
-                inspect_video, file.file, file.filename or "", service.catalog, places
-            )
+            return await run_in_threadpool(service.inspector.sent_file, file.file, file.filename or "")
 
     return router
 

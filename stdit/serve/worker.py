@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 0.05
 """Between two looks for a job."""
-HEARTBEAT_SECONDS = 2.0
+BEAT_SECONDS = 2.0
 LOWER_PRIORITY = 5
 """By which a worker on a CPU is nicer than the server, whose page then still answers at once."""
 
@@ -233,7 +233,7 @@ class Worker:
             "checkpoint_step": loaded.pipe.config["step"],
             "lineage": loaded.pipe.config["lineage"] or [],
             "stdit": stdit.__version__,
-            "model": one.model.name,
+            "request": one.body,
         }
         return video_metadata(one.request, loaded.pipe.config, provenance, self._hashes)
 
@@ -269,7 +269,7 @@ class Worker:
 
     def _beat(self, state: str, model: str | None = None, device: str | None = None) -> None:
         if self.mesh.is_main and (
-            model or time.monotonic() - self._beaten > HEARTBEAT_SECONDS or state == "starting"
+            model or time.monotonic() - self._beaten > BEAT_SECONDS or state == "starting"
         ):
             self.store.heartbeat(self.name, state, model, device)
             self._beaten = time.monotonic()

@@ -79,20 +79,20 @@ def test_openais_names(client: TestClient) -> None:
         ({"prompt": PROMPT, "model": 1}, "model", "must be a text"),
         ({"prompt": PROMPT, "loras": [{"id": "none"}]}, "loras", "there is no adapter 'none'"),
         ({"prompt": PROMPT, "loras": "none"}, "loras", "must be a list"),
-        ({"prompt": PROMPT, "conditions": [{"frame": 0}]}, "conditions", "id of an upload"),
+        ({"prompt": PROMPT, "conditions": [{"frame": 0}]}, "conditions[0]", "id of an upload"),
         (
             {"prompt": PROMPT, "conditions": [{"upload": "../../etc/passwd"}]},
-            "conditions",
+            "conditions[0]",
             "there is no upload",
         ),
         (
             {"prompt": PROMPT, "conditions": [{"upload": "x", "frame": "0"}]},
-            "conditions",
+            "conditions[0]",
             "must be a whole number",
         ),
         (
             {"prompt": PROMPT, "conditions": [{"video": "video_1"}]},
-            "conditions",
+            "conditions[0]",
             "there is no finished video",
         ),
         ({"prompt": PROMPT, "image": "/etc/passwd"}, "image", "is not a field"),
@@ -255,7 +255,7 @@ def test_a_damaged_run_is_named_and_the_others_work(client: TestClient, tmp_path
 def test_a_video_is_made_again_from_its_file(client: TestClient, tmp_path: Path) -> None:
     video = client.post("/v1/videos", json={"prompt": PROMPT, "seed": 5, "refine_pairs": 0}).json()
     metadata = {
-        **video["settings"],
+        "request": video["settings"],
         "checkpoint_hash": "xxh3:none",
         "checkpoint": "gone",
         "checkpoint_step": 3,
