@@ -71,8 +71,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
 
-    from stdit.serve.gallery import Gallery
-    from stdit.serve.gallery_api import gallery_routes
+    from stdit.serve.gallery.gallery import Gallery
+    from stdit.serve.gallery.gallery_api import gallery_routes
 
     outputs = folder / "outputs"
     outputs.mkdir(parents=True, exist_ok=True)

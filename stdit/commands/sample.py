@@ -35,7 +35,7 @@ def main() -> None:
     config = parse(SampleCommand, doc=__doc__)
     # After parsing, so that --help is quick.
     if config.serve:
-        from stdit.serve.server import serve
+        from stdit.serve.api.server import serve
 
         serve(config)
     elif config.list_sizes:

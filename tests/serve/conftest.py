@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from stdit.serve.app import build_app
+from stdit.serve.api.app import build_app
 from tests.serve.servers import URL, command
 
 

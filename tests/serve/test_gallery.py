@@ -10,8 +10,8 @@ import pytest
 
 from stdit.serve import gallery_index
 from stdit.serve.errors import RequestError
-from stdit.serve.gallery import Gallery
-from stdit.serve.gallery_scan import checkpoint_name, read_facts
+from stdit.serve.gallery.gallery import Gallery
+from stdit.serve.gallery.gallery_scan import checkpoint_name, read_facts
 from tests.serve.small_videos import SmallVideos
 
 

@@ -11,10 +11,10 @@ from fastapi.testclient import TestClient
 from stdit.errors import UserError
 from stdit.pipelines.video_io import write_mp4
 from stdit.serve.errors import RequestError, error_body
-from stdit.serve.gallery import Gallery
-from stdit.serve.gallery_api import gallery_routes
-from stdit.serve.gallery_scan import read_hostile_metadata
-from stdit.serve.thumbnails import thumbnail, webp_of_frames
+from stdit.serve.gallery.gallery import Gallery
+from stdit.serve.gallery.gallery_api import gallery_routes
+from stdit.serve.gallery.gallery_scan import read_hostile_metadata
+from stdit.serve.gallery.thumbnails import thumbnail, webp_of_frames
 from tests.serve.small_videos import SmallVideos
 
 
@@ -81,7 +81,9 @@ def test_a_thumbnail_is_a_small_animation_that_is_made_once(
         picture.seek(7)
         picture.load()
         assert picture.info["duration"] in range(300, 450) and picture.info["loop"] == 0
-    monkeypatch.setattr("stdit.serve.thumbnails.thumbnail_frames", lambda _: pytest.fail("made again"))
+    monkeypatch.setattr(
+        "stdit.serve.gallery.thumbnails.thumbnail_frames", lambda _: pytest.fail("made again")
+    )
     assert client.get(url).content == answer.content
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stdit.errors import UserError
-from stdit.serve.jobs import (
+from stdit.serve.queue.jobs import (
     CANCELLED,
     COMPLETED,
     FAILED,

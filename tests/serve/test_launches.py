@@ -15,10 +15,10 @@ from fastapi.testclient import TestClient
 from stdit.errors import UserError
 from stdit.serve import launch_processes, launches
 from stdit.serve.errors import RequestError, error_body
-from stdit.serve.launch_processes import Launch
-from stdit.serve.launches import OVERRIDES, Launches
-from stdit.serve.runs import Runs
-from stdit.serve.runs_api import runs_routes
+from stdit.serve.runs.launch_processes import Launch
+from stdit.serve.runs.launches import OVERRIDES, Launches
+from stdit.serve.runs.runs import Runs
+from stdit.serve.runs.runs_api import runs_routes
 from stdit.settings import to_yaml
 from stdit.training.config import parse_train
 from tests.serve.run_folders import locked, make_run
@@ -387,8 +387,8 @@ def test_a_training_outlives_the_server(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, signal
 from stdit.serve import launch_processes
-from stdit.serve.launches import Launches
-from stdit.serve.runs import Runs
+from stdit.serve.runs.launches import Launches
+from stdit.serve.runs.runs import Runs
 launch_processes.TRAIN_CODE = "import os, time; print(os.getpid(), flush=True); time.sleep(1.5); print('end')"
 Launches(Runs(pathlib.Path({str(tmp_path)!r}))).start("train/quickstart", "new", {{}}, False)
 while not pathlib.Path({str(tmp_path)!r}, "new.log").read_text().endswith("\\n"):

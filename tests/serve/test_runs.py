@@ -15,10 +15,10 @@ from fastapi.testclient import TestClient
 
 from stdit.errors import UserError
 from stdit.serve.errors import RequestError, error_body
-from stdit.serve.launches import Launches
-from stdit.serve.run_locks import RunLock, is_training, query_lock
-from stdit.serve.runs import Runs
-from stdit.serve.runs_api import runs_routes
+from stdit.serve.runs.launches import Launches
+from stdit.serve.runs.run_locks import RunLock, is_training, query_lock
+from stdit.serve.runs.runs import Runs
+from stdit.serve.runs.runs_api import runs_routes
 from tests.serve.run_folders import locked, make_checkpoint, make_run, write_metrics
 from tests.serve.small_videos import SmallVideos
 
@@ -238,7 +238,7 @@ def test_hashes_of_a_checkpoint_are_computed_once(runs: Runs, monkeypatch: pytes
     folder = make_checkpoint(make_run(runs.root / "run"), 10)
     runs.details("run")
     runs.checkpoints.wait()
-    monkeypatch.setattr("stdit.serve.run_checkpoints.verify", lambda _: pytest.fail("computed again"))
+    monkeypatch.setattr("stdit.serve.runs.run_checkpoints.verify", lambda _: pytest.fail("computed again"))
     assert runs.details("run").checkpoints[0].verified
     runs.checkpoints.wait()
     monkeypatch.undo()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stdit.serve import metrics_reader
-from stdit.serve.metrics_reader import MOST_BUCKETS, Curve, LastLines, MetricsReader, read_last_lines
+from stdit.serve.runs.metrics_reader import MOST_BUCKETS, Curve, LastLines, MetricsReader, read_last_lines
 from tests.serve.run_folders import write_metrics
 
 

@@ -8,9 +8,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from stdit.errors import UserError
-from stdit.serve.app import build_app
+from stdit.serve.api.app import build_app
+from stdit.serve.api.security import RequestLimit
 from stdit.serve.config import SampleCommand, ServerConfig
-from stdit.serve.security import RequestLimit
 from stdit.settings import parse
 from tests.serve.servers import PROMPT, URL, command
 
@@ -83,7 +83,7 @@ def test_only_so_many_requests_a_second(tmp_path: Path) -> None:
 
 def test_a_client_gets_its_share_again_and_others_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("stdit.serve.security.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("stdit.serve.api.security.time.monotonic", lambda: now[0])
     limit = RequestLimit(1.0)
     assert [limit.take("a") for _ in range(4)] == [0.0] * 4
     assert limit.take("a") > 0 and limit.take("b") == 0.0

@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 from openapi_spec_validator import validate
 
 from stdit.pipelines.video_io import write_mp4
-from stdit.serve.app import build_app
-from stdit.serve.jobs import JobStore
+from stdit.serve.api.app import build_app
+from stdit.serve.queue.jobs import JobStore
 from tests.serve.servers import PROMPT, URL, command, png
 
 

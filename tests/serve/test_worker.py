@@ -16,11 +16,11 @@ from stdit.pipelines import runner, video_io
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.video_io import read_frames, read_metadata, to_uint8
-from stdit.serve.app import build_app
-from stdit.serve.catalog import Catalog
-from stdit.serve.jobs import JobStore
-from stdit.serve.places import ServerPlaces
-from stdit.serve.worker import Worker
+from stdit.serve.api.app import build_app
+from stdit.serve.queue.catalog import Catalog
+from stdit.serve.queue.jobs import JobStore
+from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.worker import Worker
 from tests.serve.servers import PROMPT, URL, command, png
 
 QUICK = {"num_inference_steps": 4, "refine_pairs": 0}

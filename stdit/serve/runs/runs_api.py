@@ -7,10 +7,10 @@ from fastapi import APIRouter, Body, Path, Query
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from stdit.serve.launch_processes import Launch
-from stdit.serve.launches import OVERRIDES, Launches
-from stdit.serve.runs import RunCurves, RunDetails, Runs, RunSummary, ValidationVideos
-from stdit.serve.training_configs import TrainingConfigSummary
+from stdit.serve.runs.launch_processes import Launch
+from stdit.serve.runs.launches import OVERRIDES, Launches
+from stdit.serve.runs.runs import RunCurves, RunDetails, Runs, RunSummary, ValidationVideos
+from stdit.serve.runs.training_configs import TrainingConfigSummary
 
 RunName = Annotated[str, Path(max_length=200)]
 

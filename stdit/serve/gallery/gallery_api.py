@@ -10,8 +10,8 @@ from fastapi.responses import FileResponse
 
 from stdit.errors import UserError
 from stdit.serve.errors import RequestError
-from stdit.serve.gallery import Gallery
-from stdit.serve.gallery_pages import GalleryPage
+from stdit.serve.gallery.gallery import Gallery
+from stdit.serve.gallery.gallery_pages import GalleryPage
 from stdit.serve.json_values import sendable
 
 _THUMBNAIL_SECONDS = 3600

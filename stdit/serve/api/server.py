@@ -24,8 +24,8 @@ def serve(config: SampleCommand) -> None:
         import uvicorn
     except ImportError as error:
         raise UserError(f"--serve needs {error.name}: {install_command('serve')}") from None
-    from stdit.serve.app import build_app
-    from stdit.serve.lock import lock_server
+    from stdit.serve.api.app import build_app
+    from stdit.serve.api.lock import lock_server
 
     if config.checkpoint is not None:
         find_checkpoint_source(config.checkpoint, config.ema)

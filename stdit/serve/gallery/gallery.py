@@ -16,11 +16,17 @@ from pathlib import Path
 
 from stdit.errors import UserError
 from stdit.serve.errors import RequestError
-from stdit.serve.gallery_index import OTHER, OURS, UNREAD, GalleryIndex
-from stdit.serve.gallery_pages import GALLERY_COLUMNS, GalleryPage, after_cursor, page_filters, video_of_row
-from stdit.serve.gallery_scan import scan_folders
+from stdit.serve.gallery.gallery_index import OTHER, OURS, UNREAD, GalleryIndex
+from stdit.serve.gallery.gallery_pages import (
+    GALLERY_COLUMNS,
+    GalleryPage,
+    after_cursor,
+    page_filters,
+    video_of_row,
+)
+from stdit.serve.gallery.gallery_scan import scan_folders
+from stdit.serve.gallery.thumbnails import remove_thumbnails, thumbnail
 from stdit.serve.json_values import whole_text
-from stdit.serve.thumbnails import remove_thumbnails, thumbnail
 
 _KEY = re.compile(r"[0-9a-f]{24}")
 _BATCH = 32

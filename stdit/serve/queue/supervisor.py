@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stdit.serve.config import SampleCommand
-from stdit.serve.jobs import JobStore
-from stdit.serve.places import ServerPlaces
+from stdit.serve.queue.jobs import JobStore
+from stdit.serve.queue.places import ServerPlaces
 from stdit.settings import to_yaml
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Supervisor:
         if ranks > 1:
             launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
         imports = [flag for module in config.imports for flag in ("--import", module)]
-        command = [*launcher, "stdit.serve.worker", str(self.places.state), worker.name]
+        command = [*launcher, "stdit.serve.queue.worker", str(self.places.state), worker.name]
         worker.process = subprocess.Popen(
             [*command, "--config", str(self._config_file), *imports], stdin=subprocess.PIPE
         )

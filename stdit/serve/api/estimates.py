@@ -4,8 +4,8 @@ from threading import Lock
 
 from pydantic import BaseModel
 
-from stdit.serve.jobs import JobStore
-from stdit.serve.submissions import Submission
+from stdit.serve.queue.jobs import JobStore
+from stdit.serve.queue.submissions import Submission
 
 _LOCK = Lock()
 

@@ -8,8 +8,8 @@ from stdit.pipelines.requests import Request
 from stdit.pipelines.video_io import write_json_atomic
 from stdit.pipelines.writer import slug
 from stdit.serve.errors import RequestError
-from stdit.serve.jobs import COMPLETED, JobStore
-from stdit.serve.uploads import Uploads
+from stdit.serve.queue.jobs import COMPLETED, JobStore
+from stdit.serve.queue.uploads import Uploads
 
 _PLACES = "places.json"
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from stdit.serve.config import ServerConfig, is_loopback
 from stdit.serve.errors import RequestError, error_body
-from stdit.serve.uploads import too_large
+from stdit.serve.queue.uploads import too_large
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]

@@ -18,11 +18,11 @@ from stdit.errors import UserError
 from stdit.named_configs import named_configs
 from stdit.serve.errors import RequestError
 from stdit.serve.json_values import finite_number, whole_number, whole_text
-from stdit.serve.launch_processes import Launch, LaunchProcesses
-from stdit.serve.run_files import CONFIG, is_run_name
-from stdit.serve.run_locks import is_training, query_lock
-from stdit.serve.runs import Runs
-from stdit.serve.training_configs import TrainingConfigSummary, summary_of_config
+from stdit.serve.runs.launch_processes import Launch, LaunchProcesses
+from stdit.serve.runs.run_files import CONFIG, is_run_name
+from stdit.serve.runs.run_locks import is_training, query_lock
+from stdit.serve.runs.runs import Runs
+from stdit.serve.runs.training_configs import TrainingConfigSummary, summary_of_config
 
 _WHOLE, _NUMBER, _RUN = "whole number", "number", "run"
 OVERRIDES = {

@@ -13,11 +13,11 @@ from stdit.errors import UserError
 from stdit.hashing import hash_file
 from stdit.pipelines.conditions import parse_frame_condition
 from stdit.pipelines.video_io import read_metadata
-from stdit.serve.catalog import Catalog
 from stdit.serve.errors import RequestError
 from stdit.serve.json_values import sendable
-from stdit.serve.submissions import replayable
-from stdit.serve.uploads import Uploads
+from stdit.serve.queue.catalog import Catalog
+from stdit.serve.queue.submissions import replayable
+from stdit.serve.queue.uploads import Uploads
 
 
 class Inspection(BaseModel):

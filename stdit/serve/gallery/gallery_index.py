@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from stdit.serve.errors import RequestError
-from stdit.serve.gallery_scan import VideoFacts, read_facts
+from stdit.serve.gallery.gallery_scan import VideoFacts, read_facts
 
 UNREAD, OURS, OTHER = 0, 1, 2
 """State of a file: its metadata are not read yet; it is a video of ours; it is none."""

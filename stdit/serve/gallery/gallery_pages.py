@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stdit.serve.errors import RequestError
-from stdit.serve.gallery_index import OURS
+from stdit.serve.gallery.gallery_index import OURS
 from stdit.serve.json_values import whole_text
 
 GALLERY_COLUMNS = (

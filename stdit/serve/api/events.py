@@ -9,9 +9,9 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from stdit.serve.jobs import JobStore
-from stdit.serve.server_metrics import health
-from stdit.serve.video_objects import video_object
+from stdit.serve.api.video_objects import video_object
+from stdit.serve.queue.health import health
+from stdit.serve.queue.jobs import JobStore
 
 LOOK_SECONDS = 0.1
 KEEP_ALIVE_SECONDS = 15.0

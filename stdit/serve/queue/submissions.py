@@ -15,9 +15,9 @@ from stdit.pipelines.config import PROMPT_SETTINGS, VIDEO_SETTINGS, SampleConfig
 from stdit.pipelines.prompts import prompt_line
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
-from stdit.serve.captured import captured_warnings
-from stdit.serve.catalog import Catalog, OfferedModel
 from stdit.serve.errors import RequestError
+from stdit.serve.queue.captured import captured_warnings
+from stdit.serve.queue.catalog import Catalog, OfferedModel
 from stdit.suggestions import nearest_name
 
 MAX_PROMPT = 4000

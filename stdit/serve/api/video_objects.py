@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from stdit.serve.jobs import RUNNING, WAITING, Job, JobStore
+from stdit.serve.queue.jobs import RUNNING, WAITING, Job, JobStore
 
 
 class ErrorObject(BaseModel):

@@ -1,9 +1,9 @@
 """A worker of the server: claims jobs, and makes their videos with the pipeline of the command line.
 
-    python -m stdit.serve.worker FOLDER NAME [flags of sample.py]
+    python -m stdit.serve.queue.worker FOLDER NAME [flags of sample.py]
 
-The server starts it (`stdit.serve.supervisor`), by torchrun if several ranks share a video. It ends when the server
-does: its standard input is closed then.
+`stdit.serve.queue.supervisor` starts it, by torchrun if several ranks share a video. It ends when the server does: its
+standard input is closed then.
 """
 
 import os
@@ -21,18 +21,18 @@ from stdit.cli import run
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import difference
-from stdit.serve.catalog import Catalog
 from stdit.serve.errors import RequestError
-from stdit.serve.jobs import Job, JobStore
-from stdit.serve.places import ServerPlaces
-from stdit.serve.submissions import Submission, read_submission
+from stdit.serve.queue.catalog import Catalog
+from stdit.serve.queue.jobs import Job, JobStore
+from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.submissions import Submission, read_submission
 from stdit.settings import parse
 
 if TYPE_CHECKING:
     from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.pipeline import STDiTPipeline
     from stdit.pipelines.runner import SampledVideo, SamplingProgress
-    from stdit.serve.previews import Previewer
+    from stdit.serve.queue.previews import Previewer
 
 IDLE_SECONDS = 0.05
 """Between two looks for a job."""
@@ -128,7 +128,7 @@ class Worker:
         """Load a model unless it is the one in memory, or has changed since."""
         from stdit.pipelines.loading import load_pipeline
         from stdit.pipelines.precision import cast
-        from stdit.serve.previews import Previewer
+        from stdit.serve.queue.previews import Previewer
 
         source = self.catalog.model(name).source
         if self._loaded is not None and self._loaded.name == f"{name} {source.path}":

@@ -15,25 +15,25 @@ from starlette.exceptions import HTTPException
 
 import stdit
 from stdit.errors import UserError
-from stdit.serve.catalog import Catalog
+from stdit.serve.api.events import EventStream
+from stdit.serve.api.security import Guard
+from stdit.serve.api.videos_api import VideoService, video_routes
 from stdit.serve.config import SampleCommand
 from stdit.serve.errors import RequestError, error_body
-from stdit.serve.events import EventStream
-from stdit.serve.gallery import Gallery
-from stdit.serve.gallery_api import gallery_routes
-from stdit.serve.jobs import JobStore
-from stdit.serve.launches import Launches
-from stdit.serve.places import ServerPlaces
-from stdit.serve.runs import Runs
-from stdit.serve.runs_api import runs_routes
-from stdit.serve.security import Guard
-from stdit.serve.server_metrics import HealthObject, health, metrics_registry
-from stdit.serve.supervisor import Supervisor
-from stdit.serve.videos_api import VideoService, video_routes
+from stdit.serve.gallery.gallery import Gallery
+from stdit.serve.gallery.gallery_api import gallery_routes
+from stdit.serve.queue.catalog import Catalog
+from stdit.serve.queue.health import HealthObject, health, metrics_registry
+from stdit.serve.queue.jobs import JobStore
+from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.supervisor import Supervisor
+from stdit.serve.runs.launches import Launches
+from stdit.serve.runs.runs import Runs
+from stdit.serve.runs.runs_api import runs_routes
 
 logger = logging.getLogger(__name__)
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parents[1] / "page"
 
 
 def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:

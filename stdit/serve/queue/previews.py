@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stdit.serve.thumbnails import webp_of_frames
+from stdit.serve.gallery.thumbnails import webp_of_frames
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,11 +14,11 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from stdit.serve.errors import RequestError
-from stdit.serve.gallery_scan import read_facts, read_hostile_metadata
+from stdit.serve.gallery.gallery_scan import read_facts, read_hostile_metadata
 from stdit.serve.json_values import whole_number, whole_text
-from stdit.serve.metrics_reader import MetricsReader, read_last_lines
-from stdit.serve.run_checkpoints import CheckpointStates, RunCheckpoint
-from stdit.serve.run_files import (
+from stdit.serve.runs.metrics_reader import MetricsReader, read_last_lines
+from stdit.serve.runs.run_checkpoints import CheckpointStates, RunCheckpoint
+from stdit.serve.runs.run_files import (
     CONFIG,
     METRICS,
     checkpoint_steps,
@@ -29,7 +29,7 @@ from stdit.serve.run_files import (
     sample_folders,
     sample_videos_in,
 )
-from stdit.serve.run_locks import query_lock
+from stdit.serve.runs.run_locks import query_lock
 
 RunState = Literal["running", "stopped", "finished", "unknown"]
 _FRESH_SECONDS = 120.0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.data.decoding.media import is_url
-from stdit.serve.run_files import read_run_config
+from stdit.serve.runs.run_files import read_run_config
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,20 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
 from starlette.datastructures import UploadFile as FormFile
 
-from stdit.serve.catalog import Catalog
+from stdit.serve.api.estimates import Estimate, estimate
+from stdit.serve.api.events import EventStream
+from stdit.serve.api.inspection import Inspection, Inspector
+from stdit.serve.api.schema import submission_schema
+from stdit.serve.api.security import client_of
+from stdit.serve.api.video_objects import VideoObject, video_object
 from stdit.serve.config import ServerConfig
 from stdit.serve.errors import RequestError
-from stdit.serve.estimates import Estimate, estimate
-from stdit.serve.events import EventStream
-from stdit.serve.inspection import Inspection, Inspector
-from stdit.serve.jobs import COMPLETED, STATES, Job, JobStore, KeyReusedError, NewJob, QueueFullError
-from stdit.serve.places import ServerPlaces
-from stdit.serve.schema import submission_schema
-from stdit.serve.security import client_of
-from stdit.serve.submissions import Submission, asked_hash, read_submission
-from stdit.serve.thumbnails import thumbnail
-from stdit.serve.uploads import Uploads
-from stdit.serve.video_objects import VideoObject, video_object
+from stdit.serve.gallery.thumbnails import thumbnail
+from stdit.serve.queue.catalog import Catalog
+from stdit.serve.queue.jobs import COMPLETED, STATES, Job, JobStore, KeyReusedError, NewJob, QueueFullError
+from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.submissions import Submission, asked_hash, read_submission
+from stdit.serve.queue.uploads import Uploads
 
 VideoId = Annotated[str, InPath(pattern=r"^video_[0-9a-f]{24}$")]
 UploadId = Annotated[str, InPath(pattern=r"^file_[0-9a-f]{64}$")]

@@ -15,7 +15,7 @@ from typing import IO, Literal
 
 import stdit
 from stdit.serve.errors import RequestError
-from stdit.serve.run_locks import TRAIN_CODE
+from stdit.serve.runs.run_locks import TRAIN_CODE
 
 MOST_KEPT = 20
 """Launches that are remembered."""

@@ -1,0 +1,1 @@
+"""The videos of a folder of outputs, for the page's gallery."""
