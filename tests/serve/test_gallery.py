@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stdit.serve import gallery_index
 from stdit.serve.errors import RequestError
+from stdit.serve.gallery import gallery_index
 from stdit.serve.gallery.gallery import Gallery
 from stdit.serve.gallery.gallery_scan import checkpoint_name, read_facts
 from tests.serve.small_videos import SmallVideos
@@ -38,7 +38,7 @@ def names(gallery: Gallery, **filters: str) -> list[str]:
 
 def test_the_gallery_and_its_thumbnails_need_no_torch(videos: SmallVideos, tmp_path: Path) -> None:
     code = (
-        "from stdit.serve import gallery_api, thumbnails; import sys; from pathlib import Path\n"
+        "from stdit.serve.gallery import gallery_api, thumbnails; import sys; from pathlib import Path\n"
         f"thumbnails.thumbnail(Path({str(videos.make('a.mp4'))!r}), Path({str(tmp_path)!r}))\n"
         "assert 'torch' not in sys.modules"
     )

@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 
 from stdit.errors import UserError
-from stdit.serve import launch_processes, launches
 from stdit.serve.errors import RequestError, error_body
+from stdit.serve.runs import launch_processes, launches
 from stdit.serve.runs.launch_processes import Launch
 from stdit.serve.runs.launches import OVERRIDES, Launches
 from stdit.serve.runs.runs import Runs
@@ -386,7 +386,7 @@ def test_a_training_outlives_the_server(tmp_path: Path) -> None:
     """Though the server is killed with all of its process group."""
     code = f"""
 import os, pathlib, signal
-from stdit.serve import launch_processes
+from stdit.serve.runs import launch_processes
 from stdit.serve.runs.launches import Launches
 from stdit.serve.runs.runs import Runs
 launch_processes.TRAIN_CODE = "import os, time; print(os.getpid(), flush=True); time.sleep(1.5); print('end')"

@@ -47,7 +47,7 @@ def client(runs: Runs) -> TestClient:
 def test_runs_need_no_torch(runs: Runs) -> None:
     make_checkpoint(make_run(runs.root / "run", done=3), 3)
     code = (
-        "from stdit.serve import runs_api, runs; import sys; from pathlib import Path\n"
+        "from stdit.serve.runs import runs_api, runs; import sys; from pathlib import Path\n"
         f"runs.Runs(Path({str(runs.root)!r})).details('run')\n"
         "assert 'torch' not in sys.modules"
     )

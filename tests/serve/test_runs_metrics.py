@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stdit.serve import metrics_reader
+from stdit.serve.runs import metrics_reader
 from stdit.serve.runs.metrics_reader import MOST_BUCKETS, Curve, LastLines, MetricsReader, read_last_lines
 from tests.serve.run_folders import write_metrics
 
