@@ -2,8 +2,8 @@
 
     python -m stdit.serve.queue.worker FOLDER NAME [flags of sample.py]
 
-`stdit.serve.queue.supervisor` starts it, by torchrun if several ranks share a video. It ends when the server does: its
-standard input is closed then.
+`stdit.serve.queue.supervisor` starts it, by torchrun if several ranks share a video. It ends when the server does:
+its standard input is closed then.
 """
 
 import os
