@@ -24,7 +24,7 @@ import jsonargparse
 import pytest
 
 from stdit.errors import UserError
-from stdit.pipelines.config import SampleConfig
+from stdit.serve.config import SampleCommand
 from stdit.setting_checks import OWN_FLAGS
 from stdit.settings import parse
 from stdit.training.config import TrainConfig, parse_train
@@ -154,7 +154,7 @@ def parse_words(words: list[str]) -> None:
         else:
             parse_train(arguments)
     elif script == "sample.py":
-        parse(SampleConfig, arguments)
+        parse(SampleCommand, arguments)
     elif script in SCRIPTS:
         parsed = run_script(script, arguments)
         if parsed.rest and parsed.command not in ("", "encode"):
@@ -190,7 +190,7 @@ def commands_in(lines: str) -> Iterator[str]:
 @cache
 def settings() -> dict[str, Any]:
     """Dotted settings of train.py and sample.py with their types."""
-    return dict([*settings_of(TrainConfig), *settings_of(SampleConfig)])
+    return dict([*settings_of(TrainConfig), *settings_of(SampleCommand)])
 
 
 def settings_of(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -104,6 +104,11 @@ class SampleCommand(SampleConfig):
             raise UserError(f"server.{name} is for --serve: add that, or leave it out.")
 
     @property
+    def ranks(self) -> int:
+        """Processes of a worker."""
+        return (1 if self.parallel.sp == "auto" else self.parallel.sp) * self.parallel.cfg
+
+    @property
     def runs_folder(self) -> Path:
         """Folder of the runs."""
         return Path(self.server.runs)

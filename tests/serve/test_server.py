@@ -149,3 +149,26 @@ def test_ctrl_c_ends_server_and_workers(served: Served) -> None:
     while any(worker.is_running() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(os.path.exists(f"/proc/{worker.pid}") for worker in workers)
+
+
+@pytest.mark.slow
+def test_a_worker_of_two_ranks_makes_cancels_and_ends(tmp_path: Path) -> None:
+    served = Served(tmp_path, "--parallel.sp", "2")
+    try:
+        served.wait_for("idle")
+        video = served.client.wait(served.client.create(PROMPT, seed=1, **QUICK))
+        long = served.client.create(PROMPT, num_inference_steps=4000)
+        while served.client.get(long)["step"] < 2:
+            time.sleep(0.05)
+        served.client.cancel(long)
+        again = served.client.wait(served.client.create(PROMPT, seed=1, **QUICK), timeout=60)
+        first, second = (read_frames(file_of(served, one), 99) for one in (video, again))
+        assert (first == second).all()
+        workers = served.workers()
+        assert len(workers) == 3  # the launcher and two ranks
+    finally:
+        served.process.kill()
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{worker.pid}") for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{worker.pid}") for worker in workers)

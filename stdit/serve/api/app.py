@@ -57,7 +57,7 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
     gallery = Gallery(places.runs if inside else places.videos, places.state / "gallery.sqlite")
     runs = Runs(places.runs)
     launches = Launches(runs, config.server.allow_training)
-    service = VideoService(config.server, store, catalog, places, events)
+    service = VideoService(config, store, catalog, places, events)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -1,13 +1,10 @@
 """What a video will take: seconds, memory and model calls, before it is asked for."""
 
-from threading import Lock
-
 from pydantic import BaseModel
 
+from stdit.serve.config import SampleCommand
 from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.submissions import Submission
-
-_LOCK = Lock()
 
 
 class Estimate(BaseModel):
@@ -26,20 +23,26 @@ class Estimate(BaseModel):
     warnings: list[str]
 
 
-def estimate(asked: Submission, store: JobStore) -> Estimate:
-    """Return what a video takes. Raises UserError if no size of tiles fits in memory."""
+def estimate(asked: Submission, store: JobStore, config: SampleCommand) -> Estimate:
+    """Return what a video takes alone, in a worker with these settings; no weights are read but the codec's.
+
+    Raises:
+        UserError: if no size of tiles fits in memory.
+    """
+    from stdit.parallel.processes.device import find_device
     from stdit.parallel.processes.memory import memory_of_process
-    from stdit.pipelines.config import SampleConfig
+    from stdit.parallel.processes.mesh import Mesh
     from stdit.pipelines.loading import load_skeleton, text_encoder_bytes
+    from stdit.pipelines.precision import cast
     from stdit.pipelines.workload import SamplingWorkload
 
     source, rate = asked.model.source, store.seconds_per_work(asked.model.name)
     pipe = load_skeleton(source)
-    workload = SamplingWorkload(
-        pipe, [asked.request], SampleConfig(), {"text encoder": text_encoder_bytes(source)}
-    )
-    memory = workload.memory_of_process = memory_of_process(pipe.mesh.device, None)
-    total = workload.total(workload.split(1, 1))
+    cast(pipe.transformer, config.dtype)
+    pipe.share(Mesh(device=find_device(config.device)))
+    workload = SamplingWorkload(pipe, [asked.request], config, {"text encoder": text_encoder_bytes(source)})
+    memory = workload.memory_of_process = memory_of_process(pipe.mesh.device, config.parallel.memory_gib)
+    total = workload.total(workload.split(config.ranks, config.ranks // config.parallel.cfg))
     [videos] = workload.videos
     settings = asked.settings
     return Estimate(

@@ -7,6 +7,9 @@ from pydantic import BaseModel
 
 from stdit.serve.queue.jobs import RUNNING, WAITING, Job, JobStore
 
+_FIRST_PART = 0.2
+"""Part of the steps in which earlier videos foretell the end better than these steps."""
+
 
 class ErrorObject(BaseModel):
     """Why a video failed."""
@@ -59,10 +62,10 @@ def video_object(job: Job, store: JobStore, keep_days: float | None = None) -> V
         seconds_left = None if rate is None else rate * (work_before + job.work)
     elif job.state == RUNNING and job.started is not None:
         elapsed = time.time() - job.started
-        if job.step:
-            seconds_left = elapsed / job.step * (job.steps - job.step)
-        elif rate is not None:
+        if rate is not None and job.step <= _FIRST_PART * job.steps:  # the first steps tell little
             seconds_left = max(0.0, rate * job.work * (job.batch_size or 1) - elapsed)
+        elif job.step:
+            seconds_left = elapsed / job.step * (job.steps - job.step)
     done = 100 if job.state == "completed" else min(99, int(100 * job.step / max(1, job.steps)))
     error = None
     if job.error is not None:

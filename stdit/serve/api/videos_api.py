@@ -22,7 +22,7 @@ from stdit.serve.api.inspection import Inspection, Inspector
 from stdit.serve.api.schema import submission_schema
 from stdit.serve.api.security import client_of
 from stdit.serve.api.video_objects import VideoObject, video_object
-from stdit.serve.config import ServerConfig
+from stdit.serve.config import SampleCommand
 from stdit.serve.errors import RequestError
 from stdit.serve.gallery.thumbnails import thumbnail
 from stdit.serve.queue.catalog import Catalog
@@ -81,7 +81,7 @@ class NamedList(BaseModel):
 class VideoService:
     """What the routes of videos work with."""
 
-    config: ServerConfig
+    config: SampleCommand
     store: JobStore
     catalog: Catalog
     places: ServerPlaces
@@ -110,8 +110,9 @@ class VideoService:
             asked=asked_hash(fields),
             key=key,
         )
+        limits = self.config.server
         try:
-            return self.store.submit(new, self.config.max_waiting, self.config.max_waiting_per_client)
+            return self.store.submit(new, limits.max_waiting, limits.max_waiting_per_client)
         except KeyReusedError as error:
             raise RequestError(str(error), 409, "Idempotency-Key", "idempotency_key_reused") from None
         except QueueFullError as error:
@@ -126,7 +127,7 @@ class VideoService:
 
     def shown(self, job: Job) -> VideoObject:
         """Return what the API says of a job."""
-        return video_object(job, self.store, self.config.keep_days)
+        return video_object(job, self.store, self.config.server.keep_days)
 
     def file(self, job: Job) -> Path:
         """Return the file of a finished video. Raises RequestError if there is none."""
@@ -226,7 +227,7 @@ def video_routes(service: VideoService) -> APIRouter:
     async def estimate_video(request: Request) -> Estimate:
         """Check a request, and foresee its time and memory; nothing is queued."""
         fields = await submitted_fields(request, places.uploads)
-        return await run_in_threadpool(lambda: estimate(service.read(fields), store))
+        return await run_in_threadpool(lambda: estimate(service.read(fields), store, service.config))
 
     @router.get("/v1/videos")
     def list_videos(

@@ -117,8 +117,7 @@ class Supervisor:
         worker.name = f"worker-{worker.place}-{secrets.token_hex(4)}"
         worker.started = time.monotonic()
         self.store.heartbeat(worker.name, "starting")
-        config, parallel = self.config, self.config.parallel
-        ranks = (1 if parallel.sp == "auto" else parallel.sp) * parallel.cfg
+        config, ranks = self.config, self.config.ranks
         launcher = [sys.executable, "-m"]
         if ranks > 1:
             launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]

@@ -101,8 +101,6 @@ class Worker:
         try:
             self._load(asked[0][0].model)
             self._sample(asked)
-        except BatchCancelledError:
-            return
         except UserError as error:  # on all ranks: see `Mesh.on_all_ranks`
             too_large = any(self.mesh.all_gather_objects(isinstance(error, OutOfMemoryError)))
             if not too_large or len(asked) == 1:
@@ -168,7 +166,7 @@ class Worker:
     def _sample(self, asked: Sequence[tuple[Job, Submission]]) -> None:
         """Make the videos of jobs in one batch, and write each, but for those that are there already."""
         from stdit.pipelines.loras import use_loras
-        from stdit.pipelines.runner import sample_batch
+        from stdit.pipelines.runner import SampledVideo, sample_batch
 
         loaded = self._loaded
         assert loaded is not None
@@ -190,7 +188,16 @@ class Worker:
         self.mesh.on_all_ranks(lambda: use_loras(pipe, requests[0].loras, self.config.lora_other_base))
         began = time.monotonic()
         on_step = partial(self._on_step, batch, loaded)
-        videos = self.mesh.on_all_ranks(lambda: sample_batch(pipe, requests, on_step=on_step))
+
+        def sample() -> list[SampledVideo]:
+            try:
+                return sample_batch(pipe, requests, on_step=on_step)
+            except BatchCancelledError:
+                return []
+
+        videos = self.mesh.on_all_ranks(sample)
+        if not videos:
+            return
         seconds = (time.monotonic() - began) / len(batch)
 
         def write() -> None:
