@@ -13,5 +13,6 @@ mypy
 if [ $# -eq 0 ]; then
     set -- -m "not slow and not gpu"
 fi
-# One test file per core at a time, in the order of tests/conftest.py.
-OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+# A test file per core and one more at a time, since many wait for processes; in the order of tests/conftest.py.
+workers=$(python -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+OMP_NUM_THREADS=1 python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -131,7 +131,7 @@ def test_a_changed_run_continues_and_is_the_same_after_kills(
         do(settings(name="killed", optimizer__lr=5e-4, trainer__steps=LAST + 1))
 
 
-@pytest.mark.parametrize("cache", ["none", "memory", "disk"])
+@pytest.mark.parametrize("cache", ["none", pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_batches_after_a_change_are_those_of_a_run_with_the_new_clips(
     changed: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:

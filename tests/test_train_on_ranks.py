@@ -46,7 +46,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
     "ranks, split, launcher, sharded",
     [
         (2, ["--parallel.sp", "1"], "torchrun", "false"),
-        (2, ["--parallel.sp", "2"], "accelerate", "false"),
+        pytest.param(2, ["--parallel.sp", "2"], "accelerate", "false", marks=pytest.mark.slow),
         (4, ["--parallel.grid", "[1, 2]"], "warm", "true"),
         (4, ["--parallel.grid", "[2, 2]"], "warm", "false"),
         (3, ["--parallel.sp", "3"], "warm", "false"),

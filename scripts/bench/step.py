@@ -148,7 +148,7 @@ def measure(
     from torch.utils.flop_counter import FlopCounterMode
 
     from stdit.models import attention
-    from stdit.training.matmul import matmul_rate
+    from stdit.models.matmul_rate import matmul_rate
 
     torch.set_float32_matmul_precision(matmul_precision)
     if flash:

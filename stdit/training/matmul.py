@@ -1,31 +1,20 @@
-"""Precision of products of float32 matrices: which to use, and how fast they are."""
+"""Precision of products of float32 matrices: which one a training uses."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from stdit.models.matmul_rate import matmul_precision
 from stdit.parallel.processes.mesh import Mesh
 
 MEASUREMENTS = 5
 """Pairs of passes that are timed for a choice, after one pair that is not."""
 GAIN = 0.95
 """medium must take at most this share of the time of highest."""
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Set the precision of products of float32 matrices in a block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True)
@@ -106,18 +95,3 @@ def _time_ratio(run: Callable[[], object]) -> float:
         took = {precision: seconds(precision) for precision in order}
         ratios.append(took["medium"] / took["highest"])
     return statistics.median(ratios[1:])
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, precision: str = "highest") -> float:
-    """Return the floating-point operations per second of a large matrix product, the best of six."""
-    side = 1024 if device.type == "cpu" else 4096
-    a = torch.randn(side, side, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
-    best = float("inf")
-    with matmul_precision(precision):
-        for _ in range(6):
-            began = time.perf_counter()
-            product = a @ a
-            if device.type != "cpu":
-                product[0, 0].item()  # waits for it
-            best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best

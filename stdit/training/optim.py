@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from xxhash import xxh3_64_intdigest
 
 from stdit.errors import UserError
+from stdit.models.matmul_rate import matmul_precision
 from stdit.parallel.processes.parameters import distribute_like, full_tensor, trained_parameters
 from stdit.parallel.processes.storage import StoredTensor
 from stdit.training.config import OPTIMIZERS, OptimizerConfig
@@ -24,7 +25,6 @@ from stdit.training.low_bit_adamw import (
     stored_tensors,
 )
 from stdit.training.master_weights import MasterWeights, build_master_weights
-from stdit.training.matmul import matmul_precision
 from stdit.training.memory_config import MemoryConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

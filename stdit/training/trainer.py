@@ -14,6 +14,7 @@ from stdit.data.batch import EncodedBatch
 from stdit.diffusion.draws import TrainingDraws, dropped_channels
 from stdit.errors import UserError
 from stdit.lora.dropout import dropouts_of
+from stdit.models.matmul_rate import matmul_precision, matmul_rate
 from stdit.models.opensora import stdit_names
 from stdit.parallel.processes.mesh import Mesh
 from stdit.parallel.processes.parameters import (
@@ -30,7 +31,7 @@ from stdit.training.config import EMAConfig, OptimizerConfig, TrainerConfig
 from stdit.training.ema import EMA
 from stdit.training.flow_matching import FlowMatching
 from stdit.training.fused_backward import FusedBackward, GradientNorm
-from stdit.training.matmul import MatmulChoice, choose_precision, matmul_precision, matmul_rate
+from stdit.training.matmul import MatmulChoice, choose_precision
 from stdit.training.memory_config import MemoryConfig
 from stdit.training.optim import build_optimizer, learning_rate_factor, rounding_seed
 from stdit.training.spikes import SpikeGuard, mean_level

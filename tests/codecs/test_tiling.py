@@ -198,7 +198,12 @@ def test_spans_cover_an_axis(length: int, size: int, overlap: int) -> None:
     torch.testing.assert_close(total, torch.ones(length))
 
 
-@pytest.mark.parametrize("name", CODECS)
+SLOW = ("AutoencoderKLHunyuanVideo", "AutoencoderKLCogVideoX")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CODECS]
+)
 def test_tiles_equal_a_reference_and_have_no_seams(name: str, folders: dict[str, Path]) -> None:
     """Each tile is decoded alone, and blended by weights that are made in another way.
 

@@ -62,7 +62,10 @@ def compare(group: Group, sp: int, cfg: int, folder: Path) -> None:
         assert 0 < shared < sum(counts) and len(counts) >= 4, (name, shared, counts)
 
 
-@pytest.mark.parametrize("sp, cfg", [(2, 1), (4, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "sp, cfg",
+    [pytest.param(2, 1, marks=pytest.mark.slow), (4, 1), pytest.param(2, 2, marks=pytest.mark.slow), (3, 1)],
+)
 def test_ranks_decode_the_bits_of_one_process(sp: int, cfg: int, tmp_path: Path) -> None:
     for name in TINY_VAES.keys() & SIZES:
         save_tiny_vae(name, tmp_path / name)

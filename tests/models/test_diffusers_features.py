@@ -161,6 +161,7 @@ def test_weights_are_stored_in_low_precision_and_computed_with_in_another(storag
     assert (found - expected).norm() < 0.2 * expected.norm()
 
 
+@pytest.mark.slow
 def test_a_whole_model_compiles_in_one_graph_for_all_sizes() -> None:
     model = tiny_model()
     torch.compiler.reset()

@@ -127,7 +127,13 @@ def test_bad_requests_are_refused_as_without_it(run: Path) -> None:
         sampling_plan(config(run, pab=[2, 4, 9], num_inference_steps=12))
 
 
-@pytest.mark.parametrize("name", [*TINY_VAES, "tiny"])
+QUICK = ("AutoencoderKLLTXVideo", "tiny")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*TINY_VAES, "tiny")],
+)
 def test_720p_and_51_frames_of_each_vae(name: str, tmp_path: Path) -> None:
     path = None if name == "tiny" else str(save_tiny_vae(name, tmp_path / "vae"))
     codec = build_codec(CodecConfig(name=name, path=path))

@@ -19,26 +19,34 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("has", "dtype", "device", "said"),
+    ("rate", "dtype", "device", "said"),
     [
-        (["AMX"], "bf16", "cpu", "this CPU has AMX for it"),
-        (["AMX", "AVX-512 BF16"], "bf16", "cpu", "this CPU has AMX and AVX-512 BF16 for it"),
-        ([], "bf16", "cpu", "this CPU has no instructions for it: fp32 is faster"),
-        (["AMX"], "fp16", "cpu", ""),
-        (["AMX"], "fp32", "cpu", ""),
-        ([], "bf16", "cuda", ""),
+        (
+            4.0,
+            "bf16",
+            "cpu",
+            "dtype = bf16: products of matrices take 0.25 of the time of fp32 on this CPU (",
+        ),
+        (0.5, "bf16", "cpu", "take 2.00 of the time of fp32"),
+        (0.5, "fp16", "cpu", "fp32 is faster, and takes twice the memory"),
+        (4.0, "fp32", "cpu", ""),
+        (4.0, "bf16", "cuda", ""),
     ],
 )
 def test_what_is_said_about_a_dtype(
-    has: list[str], dtype: str, device: str, said: str, monkeypatch: pytest.MonkeyPatch
+    rate: float, dtype: str, device: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speed, "_bf16_instructions", lambda: dict.fromkeys(has, True))
+    monkeypatch.setattr(speed, "matmul_rate", lambda _, kind: 1.0 if kind == torch.float32 else rate)
     found = speed.describe_dtype(dtype, torch.device(device))
-    assert said in found and bool(found) == bool(said)
+    assert said in found and bool(found) == bool(said) and ("faster" in found) == (0 < rate < 1)
 
 
-def test_capabilities_are_those_that_torch_reports() -> None:
-    assert all(isinstance(has_it, bool) for has_it in (speed._bf16_instructions() or {}).values())
+@pytest.mark.parametrize(("capable", "names"), [(["amx_bf16"], ["AMX"]), ([], []), (["avx512_fp16"], [])])
+def test_instructions_are_those_that_torch_reports(
+    capable: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capable, True), raising=False)
+    assert speed._instructions("bf16") == names
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from stdit.models.matmul_rate import matmul_precision, matmul_rate
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.processes.mesh import Mesh, build_mesh
 from stdit.parallel.sequence.group import Group
-from stdit.training.matmul import MatmulChoice, choose_precision, is_exact, matmul_precision, matmul_rate
+from stdit.training.matmul import MatmulChoice, choose_precision, is_exact
 from tests.parallel.ranks import run_on_ranks
 
 CPU = torch.device("cpu")

@@ -117,7 +117,7 @@ def test_the_report_compares_values_of_sp(settings: list[str]) -> None:
         (["--parallel.sp", "8"], 8, "at 8 fps: ["),
         (["--parallel.sp", "2"], 1, "MiB a process, of 2 (an estimate)"),
         (["--parallel.sp", "auto"], 4, "MiB a process, of 4 (an estimate)"),
-        (["--model.depth", "100000"], 1, "MiB (an estimate): weights"),
+        (["--model.depth", "10000"], 1, "MiB (an estimate): weights"),
         (["--model.hidden_size", "10000000", "--model.num_heads", "4"], 1, "; more than the available 1,024"),
     ],
 )
