@@ -1,12 +1,21 @@
 """What the tests of the server share."""
 
 import io
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
+import psutil
 
+from stdit.serve.client import VideoClient
 from stdit.serve.config import SampleCommand, ServerConfig
 
+ROOT = Path(__file__).parents[2]
 URL = "http://127.0.0.1"
 PROMPT = "a red star orbits a blue square on a white background"
 
@@ -22,3 +31,40 @@ def png(width: int = 64, height: int = 64) -> bytes:
     file = io.BytesIO()
     PIL.Image.new("RGB", (width, height), "red").save(file, "PNG")
     return file.getvalue()
+
+
+class Served:
+    """A server that was started by its command."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.flags = ["--server.port", str(self.port), "--server.runs", str(folder / "outputs"), *flags]
+        self.client = VideoClient(f"http://127.0.0.1:{self.port}", timeout=60)
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "sample.py"), "--serve", *self.flags],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_for(self, state: str) -> dict[str, Any]:
+        """Wait until a worker is in a state."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            found = self.client.request("GET", "/health")
+            if any(one["state"] == state for one in found["workers"]):
+                return dict(found)
+            time.sleep(0.1)
+        raise TimeoutError(state)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)

@@ -3,7 +3,7 @@
 import { startCards } from './cards.js';
 import { startConditions } from './conditions.js';
 import { $, announce } from './dom.js';
-import { clearError, clearErrors, showError, showFieldError } from './errors.js';
+import { clearError, clearErrors, showError } from './errors.js';
 import { cancelEstimate, estimateSoon } from './estimate.js';
 import { duration, plural } from './format.js';
 import { startGrid } from './grid.js';
@@ -77,12 +77,8 @@ async function make() {
   if (submitButton.disabled) return;
   cancelEstimate();
   clearErrors(form);
-  const prompts = readPrompts();
-  if (!prompts.length) {
-    showFieldError($('#prompt'), 'prompt is empty: write what the video shows.');
-    $('#prompt').focus();
-    return;
-  }
+  const written = readPrompts();
+  const prompts = written.length ? written : ['']; // which the server refuses in its own words
   submitButton.disabled = true;
   const seed = nextSeed();
   const body = { ...readSettings(), seed };

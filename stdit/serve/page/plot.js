@@ -52,8 +52,8 @@ export class Plot {
   }
 
   draw() {
-    const width = this.element.clientWidth;
     this.element.hidden = this.series.length === 0;
+    const width = this.element.clientWidth; // 0 while it is hidden
     if (!width || !this.series.length) return;
     this.svg.setAttribute('width', width);
     this.svg.setAttribute('viewBox', `0 0 ${width} ${HEIGHT}`);

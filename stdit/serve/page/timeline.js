@@ -19,7 +19,7 @@ export function drawTimeline(layout) {
     h(
       'div',
       { class: 'track clips', role: 'group', 'aria-label': 'Conditioning frames in the video' },
-      clips.length ? clips : h('p', { class: 'hint' }, 'No conditioning frames: everything is generated.'),
+      clips.length ? clips : h('p', { class: 'hint' }, 'No conditioning frames.'),
     ),
     h(
       'div',
