@@ -32,13 +32,11 @@ def estimate(asked: Submission, store: JobStore, config: SampleCommand) -> Estim
     from stdit.parallel.processes.device import find_device
     from stdit.parallel.processes.memory import memory_of_process
     from stdit.parallel.processes.mesh import Mesh
-    from stdit.pipelines.loading import load_skeleton, text_encoder_bytes
-    from stdit.pipelines.precision import cast
+    from stdit.pipelines.loading import text_encoder_bytes
     from stdit.pipelines.workload import SamplingWorkload
 
     source, rate = asked.model.source, store.seconds_per_work(asked.model.name)
-    pipe = load_skeleton(source)
-    cast(pipe.transformer, config.dtype)
+    pipe = asked.model.skeleton(config.dtype)
     pipe.share(Mesh(device=find_device(config.device)))
     workload = SamplingWorkload(pipe, [asked.request], config, {"text encoder": text_encoder_bytes(source)})
     memory = workload.memory_of_process = memory_of_process(pipe.mesh.device, config.parallel.memory_gib)

@@ -41,6 +41,18 @@ class OfferedModel:
     """Those of its pipeline, all of them."""
     transformer: dict[str, Any]
     codec: "VideoCodec"
+    _skeletons: dict[str, Any] = field(default_factory=dict)
+
+    def skeleton(self, dtype: str) -> Any:
+        """Return its pipeline without weights but the codec's, made once, with a transformer of a dtype."""
+        from stdit.pipelines.loading import load_skeleton
+        from stdit.pipelines.precision import cast
+
+        if dtype not in self._skeletons:
+            pipe = load_skeleton(self.source)
+            cast(pipe.transformer, dtype)
+            self._skeletons[dtype] = pipe
+        return self._skeletons[dtype]
 
     @property
     def multiple(self) -> int:

@@ -124,7 +124,9 @@ class Supervisor:
         imports = [flag for module in config.imports for flag in ("--import", module)]
         command = [*launcher, "stdit.serve.queue.worker", str(self.places.state), worker.name]
         worker.process = subprocess.Popen(
-            [*command, "--config", str(self._config_file), *imports], stdin=subprocess.PIPE
+            [*command, "--config", str(self._config_file), *imports],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the server, which ends it
         )
 
     def _hangs(self, worker: _Process) -> bool:

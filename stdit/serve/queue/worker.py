@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stdit
+from stdit.checkpoint_files import META
 from stdit.cli import run
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 0.05
 """Between two looks for a job."""
 BEAT_SECONDS = 2.0
-LOWER_PRIORITY = 5
-"""By which a worker on a CPU is nicer than the server, whose page then still answers at once."""
 
 
 class BatchCancelledError(Exception):
@@ -49,7 +48,8 @@ class BatchCancelledError(Exception):
 class ServedPipeline:
     """A pipeline in memory."""
 
-    name: str
+    stamp: str
+    """What changes when its files do."""
     pipe: "STDiTPipeline"
     weights: str
     """Their hash."""
@@ -129,7 +129,9 @@ class Worker:
         from stdit.serve.queue.previews import Previewer
 
         source = self.catalog.model(name).source
-        if self._loaded is not None and self._loaded.name == f"{name} {source.path}":
+        manifest = source.path / META
+        stamp = f"{name} {source.path} {manifest.stat().st_mtime_ns if manifest.is_file() else ''}"
+        if self._loaded is not None and self._loaded.stamp == stamp:
             return
         self._loaded = None  # its memory is free before the next one is loaded
         pipe, weights = self.mesh.on_all_ranks(lambda: load_pipeline(source, self.config.ema))
@@ -142,7 +144,7 @@ class Worker:
 
         free = self.mesh.all_gather_objects(free_memory(self.mesh.device, self.config.parallel.memory_gib))
         pipe.codec.enable_tiling(self.config.codec.tile, min(free))
-        self._loaded = ServedPipeline(f"{name} {source.path}", pipe, weights, Previewer(pipe.codec))
+        self._loaded = ServedPipeline(stamp, pipe, weights, Previewer(pipe.codec))
         self._beat("idle", name, str(self.mesh.device))
 
     def _warm_up(self) -> None:
@@ -302,8 +304,6 @@ def main() -> None:
     from stdit.parallel.processes.mesh import build_mesh
 
     device = join_processes(config.device, config.parallel.timeout)
-    if device.type == "cpu" and hasattr(os, "nice"):
-        os.nice(LOWER_PRIORITY)
     mesh = build_mesh(config.parallel, device)
     places = ServerPlaces.read(Path(folder))
     catalog = Catalog(places.runs, config.checkpoint, places.loras, config.ema)

@@ -1,0 +1,102 @@
+"""What a supervisor keeps and removes, and the processes that it starts."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stdit.serve.config import SampleCommand
+from stdit.serve.queue import supervisor as module
+from stdit.serve.queue.jobs import JobStore, NewJob
+from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.supervisor import Supervisor
+from tests.serve.servers import command
+
+
+def supervisor_of(config: SampleCommand) -> Supervisor:
+    places = ServerPlaces(config.state_folder, config.videos_folder, config.runs_folder)
+    places.videos.mkdir(parents=True)
+    return Supervisor(config, places, JobStore(places.jobs_file))
+
+
+def finished(one: Supervisor, number: int, size: int) -> Path:
+    """A job that is completed, with its video."""
+    name = f"video_{number}"
+    new = NewJob(id=name, client="c", body={"prompt": "p"}, model="m", batch="b", work=1.0, facts={})
+    one.store.submit(new)
+    one.store.claim("w", 1)
+    file = one.places.videos / f"{number}.mp4"
+    file.write_bytes(b"x" * size)
+    one.store.complete("w", name, file.name, size, 1.0)
+    return file
+
+
+@pytest.mark.parametrize("server, kept", [({"keep_gib": 2.5e-6}, [False, True, True]), ({}, [True] * 3)])
+def test_large_and_old_videos_are_deleted(tmp_path: Path, server: dict[str, Any], kept: list[bool]) -> None:
+    one = supervisor_of(command(tmp_path, **server))
+    files = [finished(one, number, 1000) for number in range(3)]
+    one._clean()
+    assert [file.exists() for file in files] == kept
+    assert [one.store.get(f"video_{number}") is not None for number in range(3)] == kept
+
+
+def test_old_videos_are_deleted(tmp_path: Path) -> None:
+    one = supervisor_of(command(tmp_path, keep_days=1e-8))
+    file = finished(one, 0, 10)
+    time.sleep(0.01)
+    one._clean()
+    assert not file.exists()
+
+
+def test_each_worker_is_a_process_or_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, argv: list[str], **_: Any) -> None:
+            started.append(argv)
+
+        def poll(self) -> None:
+            return None
+
+    monkeypatch.setattr(module.subprocess, "Popen", Process)
+    for sp, workers in ((1, 2), (2, 1)):
+        config = command(tmp_path / str(sp), workers=workers)
+        config.parallel.sp, config.imports = sp, ["json"]
+        one = supervisor_of(config)
+        one.start()
+        while len(started) < workers:
+            time.sleep(0.01)
+        one._stopping.set()
+        assert one._thread is not None
+        one._thread.join()
+        assert all(argv[-2:] == ["--import", "json"] for argv in started)
+        assert all(("--nproc_per_node" in argv) == (sp == 2) for argv in started)
+        assert len({argv[argv.index(str(one.places.state)) + 1] for argv in started}) == workers
+        assert len(one.store.workers()) == workers
+        started.clear()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = supervisor_of(command(tmp_path))
+    left, kept = one.places.videos / ".v.mp4.123.tmp", one.places.videos / "v.mp4"
+    left.touch()
+    kept.touch()
+    monkeypatch.setattr(Supervisor, "_watch", lambda self: None)
+    one.start()
+    assert kept.exists() and not left.exists()
+
+
+def test_a_worker_that_ends_again_and_again_waits_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = supervisor_of(command(tmp_path))
+    worker = module._Process(0, "w", started=time.monotonic())
+    pauses = []
+    for _ in range(12):
+        one._replace(worker, "exit code 1")
+        pauses.append(worker.pause)
+    assert pauses == sorted(pauses) and pauses[0] < 1 and pauses[-1] == module.MAX_PAUSE
+    monkeypatch.setattr(module.time, "monotonic", lambda: worker.started + 1000)
+    one._replace(worker, "signal 9")
+    assert worker.pause == 0.0
