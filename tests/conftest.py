@@ -23,6 +23,8 @@ LONGEST = [
     "tests/parallel/sequence/test_planner.py",
     "tests/scripts/test_prepare_data.py",
     "tests/test_pages.py",
+    "tests/serve/test_server.py",
+    "tests/serve/test_page.py",
 ]
 
 

@@ -40,7 +40,7 @@ def test_pages_and_messages_name_extras_of_the_clone() -> None:
 def test_the_front_page_has_plain_lines_for_a_clone() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     commands = [line.partition("#")[0].strip() for line in lines if line.startswith("pip install")]
-    assert commands == ["pip install -e .", "pip install -e '.[prepare]'"]
+    assert commands == ["pip install -e .", "pip install -e '.[serve]'", "pip install -e '.[prepare]'"]
 
 
 def test_the_command_names_the_clone_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -123,7 +123,11 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *numbers: 
 
 SIGNALS = pytest.mark.parametrize(
     ("number", "code", "word"),
-    [(signal.SIGTERM, 0, "preempted"), (signal.SIGUSR1, 0, "preempted"), (signal.SIGINT, 130, "interrupted")],
+    [
+        (signal.SIGTERM, 0, "preempted"),
+        pytest.param(signal.SIGUSR1, 0, "preempted", marks=pytest.mark.slow),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
 )
 
 

@@ -140,7 +140,7 @@ def ask(port: int, requests: Sequence[dict[str, Any]], clients: int) -> list[dic
     """Send the requests from several clients; return their videos, in order."""
 
     def of_client(first: int) -> list[dict[str, Any]]:
-        client = VideoClient(f"http://127.0.0.1:{port}")
+        client = VideoClient(f"http://127.0.0.1:{port}", patience=300)
         own = [client.create(**request) for request in requests[first::clients]]
         return [client.wait(video) for video in own]
 

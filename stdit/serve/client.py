@@ -21,8 +21,6 @@ from stdit.errors import UserError
 from stdit.pipelines.video_io import atomic_write
 
 _OVER = ("completed", "failed", "cancelled")
-_TRIES = 20
-"""Of a request that finds no server: it may be starting again."""
 _PAUSE = 0.5
 """Seconds between two of them."""
 
@@ -35,11 +33,13 @@ class VideoClient:
         url: of the server.
         token: its ``--server.token``, if it has one.
         timeout: seconds that one answer may take.
+        patience: seconds for which a request that finds no server is sent again: it may be starting.
     """
 
     url: str = "http://localhost:8000"
     token: str | None = None
     timeout: float = 60.0
+    patience: float = 15.0
 
     def create(self, prompt: str, **fields: Any) -> dict[str, Any]:
         """Ask for a video; if the server ends meanwhile, ask again, and get one video nevertheless.
@@ -141,7 +141,8 @@ class VideoClient:
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> bytes:
         request = self._request(method, path, body, headers)
-        for attempt in range(_TRIES):
+        deadline = time.monotonic() + self.patience
+        while True:
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     content: bytes = answer.read()
@@ -149,13 +150,12 @@ class VideoClient:
             except urllib.error.HTTPError as error:
                 raise UserError(_message(error)) from None
             except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-                if attempt == _TRIES - 1:
+                if time.monotonic() > deadline:
                     reason = getattr(error, "reason", error)
                     raise UserError(
                         f"{self.url} cannot be reached ({reason}): is the server running?"
                     ) from None
                 time.sleep(_PAUSE)
-        raise AssertionError
 
     def _request(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None

@@ -190,6 +190,7 @@ def test_same_numbers_and_gradients(how: str) -> None:
         assert a.grad is not None and a.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor_is_the_same() -> None:
     model, batch = small(depth=1), inputs()
     expected = model(**batch).sample

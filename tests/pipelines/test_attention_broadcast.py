@@ -129,6 +129,7 @@ def test_a_callback_that_changes_latents_begins_anew(pipe: STDiTPipeline) -> Non
     assert all(found["S"] == 2 for found in calls)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_uses_attention_again(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path)
     expected = sample(pipe, **PAB)

@@ -45,7 +45,7 @@ def test_a_video_with_previews_and_the_frames_of_the_command_line(served: Served
     assert (read_frames(saved, 99) == read_frames(alone, 99)).all()
 
 
-@pytest.mark.parametrize("target", ["worker", "server"])
+@pytest.mark.parametrize("target", [pytest.param("worker", marks=pytest.mark.slow), "server"])
 def test_what_is_killed_starts_again_and_no_video_is_lost(served: Served, target: str) -> None:
     served.wait_for("idle")
     asked = [served.client.create(PROMPT, seed=seed, num_inference_steps=40) for seed in range(3)]
@@ -64,6 +64,7 @@ def test_what_is_killed_starts_again_and_no_video_is_lost(served: Served, target
     assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced(served: Served) -> None:
     served.wait_for("idle")
     asked = served.client.create(PROMPT, seed=7, num_inference_steps=60)

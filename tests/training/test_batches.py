@@ -88,6 +88,7 @@ def is_encoder(kind):
     return issubclass(kind, PreTrainedModel) or kind.__name__ == "Encoder"  # of text, of a VAE
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_every_cache(views, tmp_path, monkeypatch):
     outputs, other = tmp_path / "outputs", {"data__cache_dir": tmp_path / "other"}
     with monkeypatch.context() as patch:

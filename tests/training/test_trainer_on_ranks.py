@@ -375,7 +375,7 @@ def test_every_option_replicated_and_sharded(sp: int) -> None:
     "ranks, sp, names",
     [
         (4, 2, ["AdamW", "Muon", "accumulation"]),
-        (4, (2, 2), ["accumulation", "joint and linear blocks in space"]),
+        pytest.param(4, (2, 2), ["accumulation", "joint and linear blocks in space"], marks=pytest.mark.slow),
         pytest.param(3, 3, ["AdamW", "Muon", "accumulation"], marks=pytest.mark.slow),
         pytest.param(
             4, (2, 2), ["compiled in space", "joint and temporal, compiled in space"], marks=pytest.mark.slow

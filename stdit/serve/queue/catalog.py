@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 BUNDLED_MODEL = "bundled"
 """Name of the model that comes with stdit."""
+DAMAGED_FOR = 10.0
+"""Seconds after which a model that is damaged is read again."""
 LISTED_FOR = 2.0
 """Seconds for which the list of a folder is used again."""
 _MORE_LENGTHS = (0.25, 0.5, 2.0, 4.0)
@@ -132,7 +135,7 @@ class Catalog:
     checkpoint: str | None = None
     loras: Path | None = None
     ema: bool = True
-    _models: dict[str, tuple[Any, OfferedModel | UserError]] = field(default_factory=dict)
+    _models: dict[str, tuple[Any, float, OfferedModel | UserError | None]] = field(default_factory=dict)
     _hashes: dict[str, tuple[Any, str]] = field(default_factory=dict)
     _listed: tuple[float, dict[str, Path | None]] = (0.0, field(default_factory=dict))  # type: ignore[assignment]
     _lock: Lock = field(default_factory=Lock)
@@ -197,15 +200,15 @@ class Catalog:
                 param="model",
                 code="model_not_found",
             )
-        state = _state(folders[name])
+        state, now = _state(folders[name]), time.monotonic()
         with self._lock:
-            known, found = self._models.get(name, (None, None))
-            if known != state or found is None:
+            known, until, found = self._models.get(name, (None, 0.0, None))
+            if found is None or known != state or now > until:
                 try:
-                    found = self._read(name, folders[name])
-                except UserError as error:
-                    found = error
-                self._models[name] = (state, found)
+                    found, until = self._read(name, folders[name]), inf
+                except UserError as error:  # it may be mended where `_state` does not look
+                    found, until = error, now + DAMAGED_FOR
+                self._models[name] = (state, until, found)
         if isinstance(found, UserError):
             raise RequestError(str(found), param="model", code="model_damaged")
         return found
@@ -318,7 +321,13 @@ def _state(folder: Path | None) -> Any:
     """Return what changes when the files of a model change."""
     place = BUNDLED if folder is None else folder
     found = []
-    for part in (".", META, MODEL_INDEX, "checkpoints", "pipeline", f"pipeline/{META}"):
+    for part in (
+        ".",
+        META,
+        MODEL_INDEX,
+        "checkpoints",
+        *(f"pipeline/{name}" for name in (META, MODEL_INDEX)),
+    ):
         try:
             found.append((place / part).stat().st_mtime_ns)
         except OSError:

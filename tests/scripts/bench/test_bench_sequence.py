@@ -4,6 +4,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests import warm
 
 TINY = [
@@ -47,6 +49,7 @@ def test_bytes_are_those_of_the_formulas(tmp_path: Path) -> None:
     assert "overhead of DSP's path on one rank" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_error_of_a_rank_is_shown() -> None:
     done = bench("--ranks", "2", "--methods", "megatron", "--num_heads", "1")
     assert done.returncode == 2
