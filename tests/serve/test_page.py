@@ -197,6 +197,7 @@ def test_extend_and_use_last_frame_continue_a_video(served: Served, page: Page) 
     assert difference(continued[:1], frames[-1:]) < 8 < difference(continued[:1], frames[:1])
 
 
+@pytest.mark.slow
 def test_a_grid_has_a_video_for_each_pair_of_two_settings(served: Served, page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill("a video of a grid")
     page.get_by_label("Steps", exact=True).first.fill("4")
@@ -343,6 +344,7 @@ def test_a_run_is_shown_and_followed(served: Served, page: Page) -> None:
         expect(loss.locator("polyline")).not_to_have_attribute("points", drawn)
 
 
+@pytest.mark.slow
 def test_a_plot_that_was_empty_is_drawn_at_once(page: Page) -> None:
     """No change of its size may follow, such as when its points come within a frame."""
     show(page, "Runs")
@@ -430,6 +432,7 @@ def test_no_view_has_a_serious_problem_of_accessibility(served: Served, page: Pa
     check("gallery")
 
 
+@pytest.mark.slow
 def test_everything_is_reached_by_the_keyboard(served: Served, page: Page) -> None:
     prompt = "a video made without a mouse"
     tab_to(page, "prompt")
@@ -459,6 +462,7 @@ def p95_of_clicks(page: Page, times: int) -> float:
     return p95
 
 
+@pytest.mark.slow
 def test_the_page_answers_while_a_video_is_made(page: Page) -> None:
     p95_of_clicks(page, 3)
 
