@@ -25,6 +25,8 @@ def finished(one: Supervisor, number: int, size: int) -> Path:
     name = f"video_{number}"
     new = NewJob(id=name, client="c", body={"prompt": "p"}, model="m", batch="b", work=1.0, facts={})
     one.store.submit(new)
+    if number == 0:
+        one.store.register("w")
     one.store.claim("w", 1)
     file = one.places.videos / f"{number}.mp4"
     file.write_bytes(b"x" * size)
@@ -79,7 +81,7 @@ def test_each_worker_is_a_process_or_a_group(tmp_path: Path, monkeypatch: pytest
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = supervisor_of(command(tmp_path))
-    left, kept = one.places.videos / ".v.mp4.123.tmp", one.places.videos / "v.mp4"
+    left, kept = one.places.videos / ".v.mp4.99999999.tmp", one.places.videos / "v.mp4"
     left.touch()
     kept.touch()
     monkeypatch.setattr(Supervisor, "_watch", lambda self: None)

@@ -33,6 +33,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     settings = command(folder)
     places = ServerPlaces(settings.state_folder, settings.videos_folder, settings.runs_folder)
     worker = Worker("w", SampleConfig(), places, Mesh(), JobStore(places.jobs_file), Catalog(places.runs))
+    worker.store.register("w")
     worker._load("bundled")
     return worker
 
@@ -104,6 +105,7 @@ def test_a_video_that_is_there_is_not_made_again(
         patch.setattr(JobStore, "complete", lambda *_: False)
         worker.make([job])
     worker.store.release(crashed=True)
+    worker.store.register("w")
     monkeypatch.setattr(runner, "sample_batch", lambda *_, **__: pytest.fail("made again"))
     [again] = worker.store.claim("w", 1)
     worker.make([again])
@@ -129,6 +131,24 @@ def test_too_little_memory_halves_the_batch_then_fails_the_job(
     worker.make(worker.store.claim("w", 8))
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
     assert [state_of(worker, video) for video in videos] == ["completed", "completed", "failed", "completed"]
+
+
+def test_an_error_that_nobody_expected_fails_its_job_alone(
+    worker: Worker, ask: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = runner.sample_batch
+
+    def fail_one(pipe: Any, batch: Any, **options: Any) -> Any:
+        if any(request.seed == 26 for request in batch):
+            raise OverflowError("int too large to convert to float")
+        return sample(pipe, batch, **options)
+
+    monkeypatch.setattr(runner, "sample_batch", fail_one)
+    videos = [ask(seed=25 + number) for number in range(3)]
+    worker.make(worker.store.claim("w", 8))
+    assert [state_of(worker, video) for video in videos] == ["completed", "failed", "completed"]
+    job = worker.store.get(videos[1]["id"])
+    assert job is not None and "OverflowError" in str(job.error)
 
 
 def test_a_full_disk_fails_the_job_and_leaves_no_file(

@@ -137,11 +137,8 @@ class Catalog:
     ema: bool = True
     _models: dict[str, tuple[Any, float, OfferedModel | UserError | None]] = field(default_factory=dict)
     _hashes: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    _listed: tuple[float, dict[str, Path | None]] = (0.0, field(default_factory=dict))  # type: ignore[assignment]
+    _listed: tuple[float, dict[str, Path | None]] = field(default_factory=lambda: (0.0, {}))
     _lock: Lock = field(default_factory=Lock)
-
-    def __post_init__(self) -> None:
-        self._listed = (0.0, {})
 
     @property
     def default(self) -> str:
@@ -152,15 +149,16 @@ class Catalog:
         try:
             inside = path.resolve().relative_to(self.runs.resolve())
         except ValueError:
-            return path.name
-        parts = [part for part in inside.parts if part not in ("checkpoints", "pipeline")]
-        return "/".join(parts) or path.name
+            return path.name if path.name != BUNDLED_MODEL else "checkpoint"
+        return "/".join(part for part in inside.parts if part != "checkpoints") or path.name
 
     def folders(self) -> dict[str, Path | None]:
         """Return the folder of each model by its name, the default one first; None: the bundled model."""
         moment, known = self._listed
         if time.monotonic() - moment > LISTED_FOR:
-            known = dict(self._find())
+            known = {}
+            for model, folder in self._find():
+                known.setdefault(model, folder)
             self._listed = (time.monotonic(), known)
         return known
 

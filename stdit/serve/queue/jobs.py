@@ -12,37 +12,20 @@ in the file, and each change is one transaction:
 
 import json
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
+from stdit.serve.queue.job_database import JobDatabase
 
 WAITING, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
+DELETED = "deleted"
+"""State of a job that is kept for a while, so that all who watch it learn that it is gone."""
 STATES = (WAITING, RUNNING, COMPLETED, FAILED, CANCELLED)
 MAX_CRASHES_ALONE = 3
 """Crashes of workers that made just this video, after which it fails."""
-SCHEMA = 1
-_TABLES = """
-CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL,
-    client TEXT NOT NULL, key TEXT, asked TEXT,
-    body TEXT NOT NULL, model TEXT NOT NULL, batch TEXT NOT NULL, work REAL NOT NULL, facts TEXT NOT NULL,
-    state TEXT NOT NULL, worker TEXT, batch_size INTEGER, crashes INTEGER NOT NULL DEFAULT 0,
-    crashes_alone INTEGER NOT NULL DEFAULT 0,
-    step INTEGER NOT NULL DEFAULT 0, steps INTEGER NOT NULL DEFAULT 0, preview BLOB, preview_step INTEGER,
-    created REAL NOT NULL, started REAL, finished REAL, changed REAL NOT NULL,
-    file TEXT, bytes INTEGER, seconds REAL, error TEXT, param TEXT,
-    UNIQUE (client, key));
-CREATE INDEX IF NOT EXISTS of_state ON jobs (state, number);
-CREATE INDEX IF NOT EXISTS of_change ON jobs (changed);
-CREATE TABLE IF NOT EXISTS workers (
-    name TEXT PRIMARY KEY, state TEXT NOT NULL, model TEXT, device TEXT, heartbeat REAL NOT NULL);
-"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,8 @@ class Job:
     created: float
     started: float | None
     finished: float | None
-    changed: float
+    changed: int
+    """Number of its last change among those of all jobs."""
     file: str | None
     """Name of the video in the folder of videos."""
     error: str | None
@@ -107,57 +91,8 @@ class QueueFullError(UserError):
     """No more jobs may wait."""
 
 
-@dataclass
-class JobStore:
-    """The jobs in an SQLite file; may be used by several threads and processes at a time.
-
-    Args:
-        durable: flush each change to the disk, so that an accepted job survives a power failure. Without it, a change
-            survives the death of processes alone, which is enough for what can be done again.
-    """
-
-    file: Path
-    durable: bool = False
-
-    def __post_init__(self) -> None:
-        self._local = threading.local()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self._change() as db:
-            found = db.execute("PRAGMA user_version").fetchone()[0]
-            if found not in (0, SCHEMA):
-                raise UserError(
-                    f"{self.file} is of another version of stdit ({found}, not {SCHEMA}): move it away."
-                )
-        db = self._connection()
-        db.executescript(_TABLES)
-        db.execute(f"PRAGMA user_version = {SCHEMA}")
-
-    def _connection(self) -> sqlite3.Connection:
-        if not hasattr(self._local, "db"):
-            try:
-                db = sqlite3.connect(self.file, timeout=30, isolation_level=None)
-                db.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.Error as error:
-                raise UserError(f"{self.file} cannot be opened ({error}): move it away.") from None
-            db.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'NORMAL'}")
-            db.row_factory = sqlite3.Row
-            self._local.db = db
-        connection: sqlite3.Connection = self._local.db
-        return connection
-
-    @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection for one transaction that no other change comes between."""
-        db = self._connection()
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield db
-        except BaseException:
-            db.rollback()
-            raise
-        db.commit()
-
-    # ---- the server ----
+class JobStore(JobDatabase):
+    """The jobs: what the server and its workers do with them. Any threads and processes may use the file."""
 
     def submit(self, new: NewJob, max_waiting: int = 1000, max_waiting_per_client: int = 1000) -> Job:
         """Accept a job; return it, or the one that the same client sent with this key before.
@@ -166,8 +101,7 @@ class JobStore:
             KeyReusedError: the key came with another body.
             QueueFullError: too many jobs are waiting.
         """
-        now = time.time()
-        with self._change() as db:
+        with self.change() as db:
             if new.key is not None:
                 row = db.execute(
                     "SELECT * FROM jobs WHERE client = ? AND key = ?", (new.client, new.key)
@@ -200,20 +134,24 @@ class JobStore:
                 new.work,
             )
             db.execute(
-                "INSERT INTO jobs (id, client, key, asked, body, model, batch, work, facts, state, created, changed)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?)",
-                (*values, json.dumps(new.facts), now, now),
+                "INSERT INTO jobs (id, client, key, asked, body, model, batch, work, facts, state, created)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?)",
+                (*values, json.dumps(new.facts), time.time()),
             )
             return _job(db.execute("SELECT * FROM jobs WHERE id = ?", (new.id,)).fetchone())
 
     def get(self, job_id: str) -> Job | None:
         """Return a job; None if there is none of that name."""
-        row = self._connection().execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        row = (
+            self.connection()
+            .execute("SELECT * FROM jobs WHERE id = ? AND state != 'deleted'", (job_id,))
+            .fetchone()
+        )
         return None if row is None else _job(row)
 
     def preview(self, job_id: str) -> bytes | None:
         """Return the newest preview of a job, an animated WebP."""
-        row = self._connection().execute("SELECT preview FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        row = self.connection().execute("SELECT preview FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return None if row is None else row["preview"]
 
     def list_jobs(
@@ -225,32 +163,33 @@ class JobStore:
             after: number of the job before the first of them.
         """
         order, compare = ("DESC", "<") if newest_first else ("ASC", ">")
-        conditions, values = ["1"], list[Any]()
+        conditions, values = ["state != 'deleted'"], list[Any]()
         if after is not None:
             conditions.append(f"number {compare} ?")
             values.append(after)
         if state is not None:
             conditions.append("state = ?")
             values.append(state)
-        rows = self._connection().execute(
+        rows = self.connection().execute(
             f"SELECT * FROM jobs WHERE {' AND '.join(conditions)} ORDER BY number {order} LIMIT ?",
             (*values, limit),
         )
         return [_job(row) for row in rows]
 
-    def changed_since(self, moment: float) -> list[Job]:
-        """Return the jobs that have changed since a time, and at it."""
-        rows = self._connection().execute("SELECT * FROM jobs WHERE changed >= ? ORDER BY changed", (moment,))
-        return [_job(row) for row in rows]
+    def change_count(self) -> int:
+        """Return the number of the last change."""
+        row = self.connection().execute("SELECT coalesce(max(changed), 0) AS last FROM jobs").fetchone()
+        return int(row["last"])
 
-    def version(self) -> int:
-        """Return a number that changes when another connection changes the file."""
-        return int(self._connection().execute("PRAGMA data_version").fetchone()[0])
+    def changed_since(self, count: int) -> list[Job]:
+        """Return the jobs that have changed after the change of this number; deleted ones have the state deleted."""
+        rows = self.connection().execute("SELECT * FROM jobs WHERE changed > ? ORDER BY changed", (count,))
+        return [_job(row) for row in rows]
 
     def ahead(self, number: int) -> tuple[int, float]:
         """Return how many jobs wait before the one of this number, and the work of these and of the running ones."""
         row = (
-            self._connection()
+            self.connection()
             .execute(
                 "SELECT total(state = 'queued' AND number < ?) AS count, total(CASE WHEN state = 'in_progress' THEN"
                 " work * (1 - 1.0 * step / max(1, steps)) WHEN number < ? THEN work ELSE 0 END) AS work"
@@ -264,7 +203,7 @@ class JobStore:
     def seconds_per_work(self, model: str) -> float | None:
         """Return how long a unit of work took in the last videos of a model; None if there were none."""
         row = (
-            self._connection()
+            self.connection()
             .execute(
                 "SELECT sum(seconds) / sum(work) AS rate FROM (SELECT seconds, work FROM jobs WHERE model = ? AND"
                 " state = 'completed' AND seconds > 0 ORDER BY number DESC LIMIT 20)",
@@ -276,13 +215,13 @@ class JobStore:
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs are in each state."""
-        rows = self._connection().execute("SELECT state, count(*) AS count FROM jobs GROUP BY state")
+        rows = self.connection().execute("SELECT state, count(*) AS count FROM jobs GROUP BY state")
         return dict.fromkeys(STATES, 0) | {row["state"]: row["count"] for row in rows}
 
     def made(self) -> tuple[int, float]:
         """Return how many videos were completed, and the seconds that they took."""
         row = (
-            self._connection()
+            self.connection()
             .execute(
                 "SELECT count(*) AS count, total(seconds) AS seconds FROM jobs WHERE state = 'completed'"
             )
@@ -292,41 +231,53 @@ class JobStore:
 
     def cancel(self, job_id: str) -> Job | None:
         """Cancel a job unless it is over; its worker notices at its next step. Return it."""
-        with self._change() as db:
-            now = time.time()
+        with self.change() as db:
             db.execute(
-                "UPDATE jobs SET state = 'cancelled', preview = NULL, finished = ?, changed = ? WHERE id = ? AND"
-                " state IN ('queued', 'in_progress')",
-                (now, now, job_id),
+                "UPDATE jobs SET state = 'cancelled', preview = NULL, finished = ? WHERE id = ? AND state IN"
+                " ('queued', 'in_progress')",
+                (time.time(), job_id),
             )
         return self.get(job_id)
 
-    def delete(self, job_id: str) -> None:
-        """Forget a job; one that runs is cancelled, since its worker finds it no more."""
-        with self._change() as db:
-            db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+    def delete(self, job_id: str) -> str | None:
+        """Forget a job, and return the name of its video, if it has one; a worker that makes it finds it no more."""
+        with self.change() as db:
+            row = db.execute("SELECT file FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            db.execute(
+                "UPDATE jobs SET state = 'deleted', preview = NULL, key = NULL, finished = ? WHERE id = ?",
+                (time.time(), job_id),
+            )
+        return None if row is None else row["file"]
+
+    def purge(self, seconds: float) -> None:
+        """Remove the rows of jobs that were deleted so many seconds ago."""
+        with self.change() as db:
+            db.execute("DELETE FROM jobs WHERE state = 'deleted' AND finished < ?", (time.time() - seconds,))
 
     def expired(self, keep_days: float | None, keep_gib: float | None) -> list[Job]:
         """Return the jobs that are over and too old, or whose videos are too large with all newer ones."""
         found = dict[str, Job]()
-        db = self._connection()
+        db = self.connection()
         if keep_days is not None:
-            rows = db.execute("SELECT * FROM jobs WHERE finished < ?", (time.time() - keep_days * 86400,))
+            rows = db.execute(
+                "SELECT * FROM jobs WHERE state != 'deleted' AND finished < ?",
+                (time.time() - keep_days * 86400,),
+            )
             found |= {row["id"]: _job(row) for row in rows}
         if keep_gib is not None:
             rows = db.execute(
                 "SELECT * FROM (SELECT *, sum(bytes) OVER (ORDER BY number DESC) AS until FROM jobs WHERE bytes IS"
-                " NOT NULL) WHERE until > ?",
+                " NOT NULL AND state != 'deleted') WHERE until > ?",
                 (keep_gib * 2**30,),
             )
             found |= {row["id"]: _job(row) for row in rows}
         return list(found.values())
 
-    # ---- workers ----
-
     def claim(self, worker: str, batch_size: int) -> list[Job]:
         """Give a worker the oldest waiting job, and others that fit into its batch."""
-        with self._change() as db:
+        with self.change() as db:
+            if not db.execute("SELECT 1 FROM workers WHERE name = ?", (worker,)).fetchone():
+                return []  # it was given up, and nobody would release what it claims
             first = db.execute("SELECT * FROM jobs WHERE state = 'queued' ORDER BY number LIMIT 1").fetchone()
             if first is None:
                 return []
@@ -338,8 +289,8 @@ class JobStore:
             for row in rows:
                 db.execute(
                     "UPDATE jobs SET state = 'in_progress', worker = ?, batch_size = ?, step = 0, steps = 0,"
-                    " started = ?, changed = ? WHERE id = ?",
-                    (worker, len(rows), now, now, row["id"]),
+                    " started = ? WHERE id = ?",
+                    (worker, len(rows), now, row["id"]),
                 )
             self._beat(db, worker, "busy", now)
             ids = [row["id"] for row in rows]
@@ -350,16 +301,15 @@ class JobStore:
     ) -> set[str]:
         """Record how far a worker's jobs are; return those that are still its own."""
         now = time.time()
-        with self._change() as db:
+        with self.change() as db:
             self._beat(db, worker, "busy", now)
             for place, job_id in enumerate(job_ids):
                 db.execute(
-                    "UPDATE jobs SET step = ?, steps = ?, changed = ?, preview = coalesce(?, preview), preview_step ="
+                    "UPDATE jobs SET step = ?, steps = ?, preview = coalesce(?, preview), preview_step ="
                     " coalesce(?, preview_step) WHERE id = ? AND worker = ? AND state = 'in_progress'",
                     (
                         step,
                         steps,
-                        now,
                         *((previews[place], step) if previews else (None, None)),
                         job_id,
                         worker,
@@ -389,12 +339,11 @@ class JobStore:
         return self._end(worker, job_id, "state = 'failed', error = ?, param = ?", message, param)
 
     def _end(self, worker: str, job_id: str, change: str, *values: Any) -> bool:
-        with self._change() as db:
-            now = time.time()
+        with self.change() as db:
             done = db.execute(
-                f"UPDATE jobs SET {change}, preview = NULL, finished = ?, changed = ? WHERE id = ? AND worker = ? AND"
+                f"UPDATE jobs SET {change}, preview = NULL, finished = ? WHERE id = ? AND worker = ? AND"
                 " state = 'in_progress'",
-                (*values, now, now, job_id, worker),
+                (*values, time.time(), job_id, worker),
             )
             return done.rowcount == 1
 
@@ -406,7 +355,7 @@ class JobStore:
             crashed: it did not end because the server asked for it, so one of its jobs may be the cause.
         """
         failed = []
-        with self._change() as db:
+        with self.change() as db:
             now = time.time()
             rows = db.execute(
                 "SELECT * FROM jobs WHERE state = 'in_progress' AND (? IS NULL OR worker = ?)",
@@ -417,19 +366,19 @@ class JobStore:
                 if alone >= MAX_CRASHES_ALONE:
                     failed.append(row["id"])
                     db.execute(
-                        "UPDATE jobs SET state = 'failed', error = ?, preview = NULL, finished = ?, changed = ? WHERE"
-                        " id = ?",
+                        "UPDATE jobs SET state = 'failed', error = ?, preview = NULL, finished = ? WHERE id ="
+                        " ?",
                         (
                             f"its worker ended {alone} times while it made this video alone ({reason}): ask for "
                             "fewer frames or a smaller size, or read the server's output",
-                            *(now, now, row["id"]),
+                            *(now, row["id"]),
                         ),
                     )
                 else:
                     db.execute(
                         "UPDATE jobs SET state = 'queued', worker = NULL, step = 0, preview = NULL, preview_step ="
-                        " NULL, started = NULL, crashes = crashes + ?, crashes_alone = ?, changed = ? WHERE id = ?",
-                        (int(crashed), alone, now, row["id"]),
+                        " NULL, started = NULL, crashes = crashes + ?, crashes_alone = ? WHERE id = ?",
+                        (int(crashed), alone, row["id"]),
                     )
             if worker is None:
                 db.execute("DELETE FROM workers")
@@ -437,9 +386,14 @@ class JobStore:
                 db.execute("DELETE FROM workers WHERE name = ?", (worker,))
         return failed
 
+    def register(self, worker: str) -> None:
+        """Know a worker, which may claim jobs from now on, until it is released."""
+        with self.change() as db:
+            db.execute("INSERT INTO workers VALUES (?, 'starting', NULL, NULL, ?)", (worker, time.time()))
+
     def heartbeat(self, worker: str, state: str, model: str | None = None, device: str | None = None) -> None:
-        """Record that a worker is alive."""
-        with self._change() as db:
+        """Record that a registered worker is alive."""
+        with self.change() as db:
             self._beat(db, worker, state, time.time(), model, device)
 
     @staticmethod
@@ -452,15 +406,14 @@ class JobStore:
         device: str | None = None,
     ) -> None:
         db.execute(
-            "INSERT INTO workers VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET state = excluded.state,"
-            " heartbeat = excluded.heartbeat, model = coalesce(excluded.model, model),"
-            " device = coalesce(excluded.device, device)",
-            (worker, state, model, device, now),
+            "UPDATE workers SET state = ?, heartbeat = ?, model = coalesce(?, model), device = coalesce(?, device)"
+            " WHERE name = ?",
+            (state, now, model, device, worker),
         )
 
     def workers(self) -> list[dict[str, Any]]:
         """Return the workers, each with name, state (starting, idle, busy), model, device and heartbeat."""
-        return [dict(row) for row in self._connection().execute("SELECT * FROM workers ORDER BY name")]
+        return [dict(row) for row in self.connection().execute("SELECT * FROM workers ORDER BY name")]
 
 
 def _job(row: sqlite3.Row) -> Job:

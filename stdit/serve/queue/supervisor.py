@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from stdit.serve.config import SampleCommand
 from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.places import ServerPlaces
@@ -23,6 +25,8 @@ _QUICK = 10.0
 """Seconds of life below which a worker has not worked."""
 _CLEAN_SECONDS = 60.0
 """Between two looks for what is too old."""
+_DELETED_SECONDS = 3600.0
+"""For which it is known that a job was deleted."""
 _UPLOAD_SECONDS = 7 * 86400.0
 """For which an upload that nobody uses is kept."""
 
@@ -55,13 +59,19 @@ class Supervisor:
     def start(self) -> None:
         """Let jobs of an earlier server wait again, and start the workers."""
         self.store.release()
-        for left in self.places.videos.glob(".*.tmp") if self.places.videos.is_dir() else ():
-            left.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        self._remove_unfinished()
         self.places.write()
         self._config_file.write_text(to_yaml(self.config.of_worker()), encoding="utf-8")
         self._workers = [_Process(place) for place in range(self.config.server.workers)]
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
+
+    def _remove_unfinished(self) -> None:
+        """Remove what processes that have ended were writing; their number is in the name."""
+        for left in self.places.videos.glob(".*.tmp") if self.places.videos.is_dir() else ():
+            number = left.name.split(".")[-2]
+            if number.isdigit() and not psutil.pid_exists(int(number)):
+                left.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End the workers; their jobs wait for the next server."""
@@ -106,6 +116,8 @@ class Supervisor:
         self._replace(worker, f"exit code {code}" if code >= 0 else f"signal {-code}")
 
     def _replace(self, worker: _Process, reason: str) -> None:
+        if worker.process is not None and worker.process.stdin is not None:
+            worker.process.stdin.close()  # for ranks that outlive their launcher
         for job in self.store.release(worker.name, crashed=True, reason=reason):
             logger.warning("%s failed: its worker ended again and again (%s)", job, reason)
         lived = time.monotonic() - worker.started
@@ -116,7 +128,7 @@ class Supervisor:
     def _start(self, worker: _Process) -> None:
         worker.name = f"worker-{worker.place}-{secrets.token_hex(4)}"
         worker.started = time.monotonic()
-        self.store.heartbeat(worker.name, "starting")
+        self.store.register(worker.name)
         config, ranks = self.config, self.config.ranks
         launcher = [sys.executable, "-m"]
         if ranks > 1:
@@ -152,4 +164,5 @@ class Supervisor:
             if job.file is not None:
                 (self.places.videos / job.file).unlink(missing_ok=True)
             self.store.delete(job.id)
+        self.store.purge(_DELETED_SECONDS)
         self.places.uploads.remove_older(_UPLOAD_SECONDS)

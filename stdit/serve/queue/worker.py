@@ -6,6 +6,8 @@
 its standard input is closed then.
 """
 
+import gc
+import logging
 import os
 import sys
 import threading
@@ -22,6 +24,7 @@ from stdit.cli import run
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import difference
+from stdit.pipelines.sources import CheckpointSource
 from stdit.serve.errors import RequestError
 from stdit.serve.queue.catalog import Catalog
 from stdit.serve.queue.jobs import Job, JobStore
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from stdit.pipelines.pipeline import STDiTPipeline
     from stdit.pipelines.runner import SampledVideo, SamplingProgress
     from stdit.serve.queue.previews import Previewer
+
+logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.05
 """Between two looks for a job."""
@@ -88,27 +93,56 @@ class Worker:
 
     def make(self, jobs: Sequence[Job]) -> None:
         """Make the videos of a batch of jobs; each is completed, fails with a reason, or waits again."""
-        from stdit.pipelines.runner import OutOfMemoryError
-
         asked: list[tuple[Job, Submission]] = []
         for job in jobs:
             try:
-                asked.append((job, self._read(job)))
+                asked.append((job, self.mesh.on_all_ranks(partial(self._read, job))))
             except UserError as error:
                 self._fail([job], error)
-        if not asked:
-            return
+        if asked:
+            self._make(asked)
+
+    def _make(self, asked: Sequence[tuple[Job, Submission]]) -> None:
+        """Make a batch; if it fails as a batch may, make its halves, so that one job fails alone."""
         try:
             self._load(asked[0][0].model)
+        except UserError as error:
+            self._fail([job for job, _ in asked], error)
+            return
+        if self._sample_or_fail(asked):
+            return
+        gc.collect()  # after the error is gone, which held the tensors of the batch
+        if self.mesh.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+        middle = (len(asked) + 1) // 2
+        for part in (asked[:middle], asked[middle:]):
+            self._make(part)
+
+    def _sample_or_fail(self, asked: Sequence[tuple[Job, Submission]]) -> bool:
+        """Make a batch, and fail its job if it is alone; return False if its halves are to be tried."""
+        from stdit.pipelines.runner import OutOfMemoryError
+
+        try:
             self._sample(asked)
-        except UserError as error:  # on all ranks: see `Mesh.on_all_ranks`
-            too_large = any(self.mesh.all_gather_objects(isinstance(error, OutOfMemoryError)))
-            if not too_large or len(asked) == 1:
+        except UserError as error:
+            # `Mesh.on_all_ranks` raises on all ranks, but on one of them alone this error.
+            halve = any(self.mesh.all_gather_objects(isinstance(error, OutOfMemoryError))) and len(asked) > 1
+            if not halve:
                 self._fail([job for job, _ in asked], error)
-                return
-            middle = (len(asked) + 1) // 2
-            for part in (asked[:middle], asked[middle:]):
-                self.make([job for job, _ in part])
+            return not halve
+        except Exception as error:
+            if self.mesh.world_size > 1 or "CUDA" in str(
+                error
+            ):  # the others wait, or no more can be computed
+                raise
+            logger.exception("%s could not be made", ", ".join(job.id for job, _ in asked))
+            if len(asked) == 1:
+                message = f"it could not be made ({type(error).__name__}): the output of the server says why"
+                self._fail([asked[0][0]], UserError(message))
+            return len(asked) == 1
+        return True
 
     def _read(self, job: Job) -> Submission:
         return read_submission(job.body, self.catalog, partial(self.places.find_frames, self.store))
@@ -128,9 +162,7 @@ class Worker:
         from stdit.pipelines.precision import cast
         from stdit.serve.queue.previews import Previewer
 
-        source = self.catalog.model(name).source
-        manifest = source.path / META
-        stamp = f"{name} {source.path} {manifest.stat().st_mtime_ns if manifest.is_file() else ''}"
+        source, stamp = self.mesh.on_main(partial(self._find, name))  # a run may get a newer one meanwhile
         if self._loaded is not None and self._loaded.stamp == stamp:
             return
         self._loaded = None  # its memory is free before the next one is loaded
@@ -146,6 +178,12 @@ class Worker:
         pipe.codec.enable_tiling(self.config.codec.tile, min(free))
         self._loaded = ServedPipeline(stamp, pipe, weights, Previewer(pipe.codec))
         self._beat("idle", name, str(self.mesh.device))
+
+    def _find(self, name: str) -> tuple[CheckpointSource, str]:
+        """Return where a model is, and a text that changes when its files do."""
+        source = self.catalog.model(name).source
+        manifest = source.path / META
+        return source, f"{name} {source.path} {manifest.stat().st_mtime_ns if manifest.is_file() else ''}"
 
     def _warm_up(self) -> None:
         """Make a step, so that the first video does not wait for what is done once."""
@@ -224,7 +262,10 @@ class Worker:
         if loaded.previewer.is_due():
             frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
             fps = float(settings["fps"])
-            previews = loaded.previewer.make(progress.clean_latents, frames, height, width, fps)
+            try:
+                previews = loaded.previewer.make(progress.clean_latents, frames, height, width, fps)
+            except (OSError, RuntimeError, ValueError) as error:  # the video does not need it
+                logger.warning("no preview: %s", error)
         refinement = 2 * int(settings["refine_pairs"])  # model calls after the steps, about as long as these
         of_segment = progress.steps + refinement
         step = progress.segment * of_segment + progress.step
