@@ -17,7 +17,7 @@ from stdit.pipelines.bundled import BUNDLED
 from stdit.pipelines.config import PIPELINE_DEFAULTS, VIDEO_SETTINGS
 from stdit.pipelines.loading import load_codec, model_settings, pipeline_settings, weights_hash
 from stdit.pipelines.sizes import size_multiple
-from stdit.pipelines.sources import MODEL_INDEX, WEIGHTS, CheckpointSource, find_checkpoint_source
+from stdit.pipelines.sources import MODEL_INDEX, WEIGHTS, CheckpointSource, is_checkpoint, pipeline_step
 from stdit.serve.errors import RequestError
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ class OfferedModel:
 
     name: str
     """By which requests ask for it: bundled, RUN or RUN/step-00001000."""
+    folder: Path | None
+    """Of its run, checkpoint or pipeline; None: the bundled model."""
     source: CheckpointSource
+    """Its newest files, which are verified when it is loaded."""
     settings: dict[str, Any]
     """Those of its pipeline, all of them."""
     transformer: dict[str, Any]
@@ -137,6 +140,7 @@ class Catalog:
     ema: bool = True
     _models: dict[str, tuple[Any, float, OfferedModel | UserError | None]] = field(default_factory=dict)
     _hashes: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    _codecs: dict[str, "VideoCodec"] = field(default_factory=dict)
     _listed: tuple[float, dict[str, Path | None]] = field(default_factory=lambda: (0.0, {}))
     _lock: Lock = field(default_factory=Lock)
 
@@ -212,9 +216,17 @@ class Catalog:
         return found
 
     def _read(self, name: str, folder: Path | None) -> OfferedModel:
-        source = find_checkpoint_source(folder, self.ema)
+        source = newest_source(folder)
         settings = PIPELINE_DEFAULTS | pipeline_settings(source)
-        return OfferedModel(name, source, settings, model_settings(source), load_codec(source))
+        return OfferedModel(name, folder, source, settings, model_settings(source), self._codec(source))
+
+    def _codec(self, source: CheckpointSource) -> "VideoCodec":
+        """Return the codec of a model; the checkpoints of a run share one."""
+        own = source.path / "vae" if source.is_pipeline else (source.run or source.path) / "codec"
+        key = f"{own} {own.stat().st_mtime_ns}" if own.is_dir() else str(source.run)
+        if key not in self._codecs:
+            self._codecs[key] = load_codec(source)
+        return self._codecs[key]
 
     def list_models(self) -> list[dict[str, Any]]:
         """Return what the page says of each model; of one that is damaged, why."""
@@ -300,6 +312,35 @@ class Catalog:
                 code="not_found",
             )
         return adapters[name]
+
+
+def newest_source(folder: Path | None) -> CheckpointSource:
+    """Return what `find_checkpoint_source` finds if no file is damaged, without reading the files.
+
+    Raises:
+        UserError: if there is no model in the folder.
+    """
+    if folder is None:
+        return CheckpointSource(BUNDLED, None, True)
+    if (folder / MODEL_INDEX).is_file():
+        return CheckpointSource(
+            folder, folder.parent if (folder.parent / "config.yaml").is_file() else None, True
+        )
+    if step_of(folder) is not None or is_checkpoint(folder):
+        return CheckpointSource(folder, folder.parent.parent, False)
+    steps = [
+        one
+        for one in _children(folder / "checkpoints")
+        if step_of(one) is not None and (one / META).is_file()
+    ]
+    newest = max(steps, key=lambda one: step_of(one) or 0, default=None)
+    exported = folder / "pipeline"
+    if (exported / MODEL_INDEX).is_file():
+        if newest is None or (pipeline_step(exported) or 0) >= (step_of(newest) or 0):
+            return CheckpointSource(exported, folder, True)
+    if newest is None:
+        raise UserError(f"{folder.name} holds neither a complete checkpoint nor a pipeline: train first.")
+    return CheckpointSource(newest, folder, False)
 
 
 def _has_weights(meta: Mapping[str, Any], part: str) -> bool:

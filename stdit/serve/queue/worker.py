@@ -24,7 +24,7 @@ from stdit.cli import run
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import difference
-from stdit.pipelines.sources import CheckpointSource
+from stdit.pipelines.sources import find_checkpoint_source
 from stdit.serve.errors import RequestError
 from stdit.serve.queue.catalog import Catalog
 from stdit.serve.queue.jobs import Job, JobStore
@@ -55,6 +55,8 @@ class ServedPipeline:
 
     stamp: str
     """What changes when its files do."""
+    path: Path
+    """Of its checkpoint or pipeline."""
     pipe: "STDiTPipeline"
     weights: str
     """Their hash."""
@@ -162,9 +164,10 @@ class Worker:
         from stdit.pipelines.precision import cast
         from stdit.serve.queue.previews import Previewer
 
-        source, stamp = self.mesh.on_main(partial(self._find, name))  # a run may get a newer one meanwhile
+        folder, stamp = self.mesh.on_main(partial(self._find, name))  # a run may get a newer one meanwhile
         if self._loaded is not None and self._loaded.stamp == stamp:
             return
+        source = self.mesh.on_all_ranks(lambda: find_checkpoint_source(folder, self.config.ema))
         self._loaded = None  # its memory is free before the next one is loaded
         pipe, weights = self.mesh.on_all_ranks(lambda: load_pipeline(source, self.config.ema))
         cast(pipe.to(self.mesh.device).transformer, self.config.dtype)
@@ -176,14 +179,15 @@ class Worker:
 
         free = self.mesh.all_gather_objects(free_memory(self.mesh.device, self.config.parallel.memory_gib))
         pipe.codec.enable_tiling(self.config.codec.tile, min(free))
-        self._loaded = ServedPipeline(stamp, pipe, weights, Previewer(pipe.codec))
+        self._loaded = ServedPipeline(stamp, source.path, pipe, weights, Previewer(pipe.codec))
         self._beat("idle", name, str(self.mesh.device))
 
-    def _find(self, name: str) -> tuple[CheckpointSource, str]:
+    def _find(self, name: str) -> tuple[Path | None, str]:
         """Return where a model is, and a text that changes when its files do."""
-        source = self.catalog.model(name).source
-        manifest = source.path / META
-        return source, f"{name} {source.path} {manifest.stat().st_mtime_ns if manifest.is_file() else ''}"
+        model = self.catalog.model(name)
+        manifest = model.source.path / META
+        changed = manifest.stat().st_mtime_ns if manifest.is_file() else ""
+        return model.folder, f"{name} {model.source.path} {changed}"
 
     def _warm_up(self) -> None:
         """Make a step, so that the first video does not wait for what is done once."""
@@ -278,7 +282,7 @@ class Worker:
         provenance = {
             "dtype": self.config.dtype,
             "tile": self.config.codec.tile,
-            "checkpoint": str(one.model.source.path),
+            "checkpoint": str(loaded.path),
             "checkpoint_hash": loaded.weights,
             "checkpoint_step": loaded.pipe.config["step"],
             "lineage": loaded.pipe.config["lineage"] or [],
