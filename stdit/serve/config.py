@@ -44,8 +44,9 @@ class ServerConfig:
     """Token that programs send (Authorization: Bearer ...), also valid as a password; none: STDIT_SERVER_TOKEN."""
     allow_training: bool = True
     """Let the page start, stop and resume trainings."""
-    workers: int = 1
-    """Processes, or groups of parallel.sp x parallel.cfg processes, that make videos at the same time."""
+    workers: int | None = None
+    """Processes, or groups of parallel.sp x parallel.cfg processes, that make videos at the same time; none: as many
+    as there are GPUs for, or one on a CPU."""
     hang_timeout: float = 600.0
     """Seconds without a step after which a worker counts as hanging, and is started anew."""
     max_upload_mib: float = 64.0
@@ -70,8 +71,9 @@ class ServerConfig:
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"server.{name} = {value}: must be positive.")
         for name in ("workers", "max_waiting", "max_waiting_per_client"):
-            if getattr(self, name) < 1:
-                raise UserError(f"server.{name} = {getattr(self, name)}: must be at least 1.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"server.{name} = {value}: must be at least 1.")
         self.auth = self.auth or os.environ.get("STDIT_SERVER_AUTH") or None
         self.token = self.token or os.environ.get("STDIT_SERVER_TOKEN") or None
         if self.auth is not None and not all(self.auth.partition(":")):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from stdit.errors import UserError
 from stdit.serve.config import SampleCommand
 from stdit.serve.queue import supervisor as module
 from stdit.serve.queue.jobs import JobStore, NewJob
@@ -93,7 +94,7 @@ def test_a_worker_that_ends_again_and_again_waits_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = supervisor_of(command(tmp_path))
-    worker = module._Process(0, "w", started=time.monotonic())
+    worker = module._Process(0, [], "w", started=time.monotonic())
     pauses = []
     for _ in range(12):
         one._replace(worker, "exit code 1")
@@ -102,3 +103,31 @@ def test_a_worker_that_ends_again_and_again_waits_longer(
     monkeypatch.setattr(module.time, "monotonic", lambda: worker.started + 1000)
     one._replace(worker, "signal 9")
     assert worker.pause == 0.0
+
+
+@pytest.mark.parametrize(
+    "workers, sp, device, groups",
+    [
+        (None, 1, "auto", [["4"], ["5"], ["6"]]),
+        (2, 1, "auto", [["4"], ["5"]]),
+        (None, 2, "auto", [["4", "5"]]),
+        (2, 1, "cpu", [[], []]),
+        (None, 1, "cuda:1", [[]]),
+    ],
+)
+def test_each_worker_has_gpus_of_its_own(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int | None,
+    sp: int,
+    device: str,
+    groups: list[list[str]],
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    config = command(tmp_path, workers=workers)
+    config.parallel.sp, config.device = sp, device
+    assert module.device_groups(config) == groups
+    if groups != [[]] and device == "auto":
+        config.server.workers = 4
+        with pytest.raises(UserError, match="server.workers = 4 of"):
+            module.device_groups(config)

@@ -1,6 +1,7 @@
 """Starts the workers of a server, watches them, and starts those anew that end or hang."""
 
 import logging
+import os
 import secrets
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from stdit.errors import UserError
 from stdit.serve.config import SampleCommand
 from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.places import ServerPlaces
@@ -36,6 +38,8 @@ class _Process:
     """A place for a worker, and the process that fills it."""
 
     place: int
+    gpus: list[str]
+    """Those that it may use; empty: whatever it finds."""
     name: str = ""
     """A new one for each process: what an earlier one still says of its jobs is ignored."""
     process: subprocess.Popen[bytes] | None = None
@@ -62,7 +66,7 @@ class Supervisor:
         self._remove_unfinished()
         self.places.write()
         self._config_file.write_text(to_yaml(self.config.of_worker()), encoding="utf-8")
-        self._workers = [_Process(place) for place in range(self.config.server.workers)]
+        self._workers = [_Process(place, gpus) for place, gpus in enumerate(device_groups(self.config))]
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
 
@@ -135,9 +139,11 @@ class Supervisor:
             launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
         imports = [flag for module in config.imports for flag in ("--import", module)]
         command = [*launcher, "stdit.serve.queue.worker", str(self.places.state), worker.name]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(worker.gpus)} if worker.gpus else {})
         worker.process = subprocess.Popen(
             [*command, "--config", str(self._config_file), *imports],
             stdin=subprocess.PIPE,
+            env=environment,
             start_new_session=True,  # Ctrl-C is for the server, which ends it
         )
 
@@ -166,3 +172,31 @@ class Supervisor:
             self.store.delete(job.id)
         self.store.purge(_DELETED_SECONDS)
         self.places.uploads.remove_older(_UPLOAD_SECONDS)
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return given.split(",")
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def device_groups(config: SampleCommand) -> list[list[str]]:
+    """Return the GPUs of each worker; none on a CPU, or if the settings name one.
+
+    Raises:
+        UserError: if there are too few for as many workers as are asked for.
+    """
+    ranks, workers = config.ranks, config.server.workers
+    gpus = visible_gpus() if config.device == "auto" else []
+    if not gpus:
+        return [[] for _ in range(workers or 1)]
+    groups = [gpus[first : first + ranks] for first in range(0, len(gpus) - ranks + 1, ranks)]
+    if len(groups) < (workers or 1):
+        raise UserError(
+            f"server.workers = {workers or 1} of {ranks} {'GPU' if ranks == 1 else 'GPUs'} each: there are only "
+            f"{len(gpus)}: use fewer workers, or a smaller parallel.sp."
+        )
+    return groups[: workers or len(groups)]
