@@ -15,6 +15,10 @@ from stdit.serve.queue.jobs import JobStore
 from tests.serve.servers import PROMPT, URL, command, png
 
 
+HUGE = 10**400
+"""A number that no float holds."""
+
+
 def error_of(answer: Any) -> dict[str, Any]:
     """The error of an answer, which has OpenAI's form."""
     assert 400 <= answer.status_code < 500, answer.text
@@ -97,15 +101,66 @@ def test_openais_names(client: TestClient) -> None:
         ),
         ({"prompt": PROMPT, "image": "/etc/passwd"}, "image", "is not a field"),
         ({"prompt": PROMPT, "any_size": 1}, "any_size", "must be true or false"),
+        ({"prompt": PROMPT, "segment_prompts": 5}, "segment_prompts", "must be a list of texts"),
+        ({"prompt": PROMPT, "segment_prompts": True}, "segment_prompts", "must be a list of texts"),
+        ({"prompt": PROMPT, "segment_prompts": ["x\0"]}, "segment_prompts", "each must be a text"),
+        ({"prompt": PROMPT, "segment_prompts": ["\ud800"]}, "segment_prompts", "each must be a text"),
+        ({"prompt": PROMPT, "segment_prompts": ["x"] * 64}, "segment_prompts", "has 64 texts"),
+        ({"prompt": PROMPT, "seconds": HUGE}, "seconds", "seconds: must be a finite number"),
+        ({"prompt": PROMPT, "seconds": str(HUGE)}, "seconds", "must be a number above 0"),
+        ({"prompt": PROMPT, "seconds": True}, "seconds", "must be a number above 0"),
+        ({"prompt": PROMPT, "size": "६४x६४"}, "size", "must be WIDTHxHEIGHT"),
+        ({"prompt": PROMPT, "model": "\ud800"}, "model", "there is no such model"),
+        ({"prompt": PROMPT, "solver": "\ud800"}, "solver", "must be one of"),
+        ({"prompt": PROMPT, "cache": "\ud800"}, "cache", "must be off"),
+        ({"prompt": PROMPT, "\ud800": 1}, "?", "? is not a field"),
+        ({"prompt": PROMPT, "conditions": [{"\ud800": 1}]}, "conditions[0]", "conditions: ? = 1"),
+        (
+            {"prompt": PROMPT, "conditions": [{"video": "\ud800"}]},
+            "conditions[0]",
+            "there is no finished video",
+        ),
+        *(
+            ({"prompt": PROMPT, name: HUGE}, name, f"{name}: must be a finite number")
+            for name in ("guidance_scale", "shift", "fps", "refine_level", "num_frames", "seed", "cache")
+        ),
+        ({"prompt": PROMPT, "loras": [{"id": "x", "weight": HUGE}]}, "loras", "loras[0].weight: must be"),
+        ({"prompt": PROMPT, "pab": [2, HUGE, 4]}, "pab", "pab[1]: must be a finite number"),
+        ({"prompt": PROMPT, "guidance_interval": [0.0, HUGE]}, "guidance_interval", "must be a finite"),
     ],
 )
 def test_what_breaks_a_rule_is_refused_at_its_field(
     client: TestClient, body: dict[str, Any], param: str, words: str
 ) -> None:
     for route in ("/v1/videos", "/v1/estimate"):
-        error = error_of(client.post(route, json=body))
+        error = error_of(client.post(route, content=json.dumps(body)))  # as JSON, also halves of pairs
         assert error["param"] == param and words in error["message"], error
     assert client.get("/v1/videos").json()["data"] == []
+
+
+@pytest.mark.parametrize("name", ["seconds", "guidance_scale", "num_frames"])
+def test_a_huge_number_of_a_form_is_refused(client: TestClient, name: str) -> None:
+    error = error_of(client.post("/v1/videos", data={"prompt": PROMPT, name: str(HUGE)}))
+    assert error["param"] == name and "must be a finite number" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "strength, words", [(HUGE, "must be a finite number"), (0, "above 0"), (1.5, "up to 1"), (-1, "above 0")]
+)
+def test_a_strength_is_above_zero_and_up_to_one(client: TestClient, strength: float, words: str) -> None:
+    upload = client.post("/v1/uploads", files={"file": ("a.png", png())}).json()["id"]
+    conditions = [{"upload": upload, "strength": strength}]
+    error = error_of(client.post("/v1/videos", json={"prompt": PROMPT, "conditions": conditions}))
+    assert error["param"].startswith("conditions[0]") and words in error["message"]
+
+
+def test_conditioning_frames_may_leave_out_all_but_their_source(client: TestClient) -> None:
+    upload = client.post("/v1/uploads", files={"file": ("a.png", png())}).json()["id"]
+    conditions = [{"upload": upload, "frame": None, "source_frame": None, "strength": None, "length": None}]
+    assert (
+        client.post("/v1/videos", json={"prompt": PROMPT, "conditions": conditions}).json()["status"]
+        == "queued"
+    )
 
 
 def test_any_size_can_be_asked_for(client: TestClient) -> None:
