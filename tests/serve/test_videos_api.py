@@ -9,11 +9,11 @@ import pytest
 from fastapi.testclient import TestClient
 from openapi_spec_validator import validate
 
-from stdit.pipelines.video_io import write_mp4
+from stdit.hashing import hash_file
+from stdit.pipelines.video_io import write_gif, write_mp4
 from stdit.serve.api.app import build_app
 from stdit.serve.queue.jobs import JobStore
 from tests.serve.servers import PROMPT, URL, command, png
-
 
 HUGE = 10**400
 """A number that no float holds."""
@@ -322,3 +322,71 @@ def test_a_video_is_made_again_from_its_file(client: TestClient, tmp_path: Path)
     assert found["settings"]["seed"] == 5
     error = error_of(client.post("/v1/inspect", files={"file": ("a.mp4", b"no video")}))
     assert error["code"] == "no_metadata"
+
+
+def test_a_gif_tells_how_it_was_made(client: TestClient, tmp_path: Path) -> None:
+    write_gif(tmp_path / "v.gif", np.zeros((2, 64, 64, 3), np.uint8), 8, {"request": {"prompt": PROMPT}})
+    found = client.post("/v1/inspect", files={"file": (tmp_path / "v.gif").read_bytes()}).json()
+    assert found["settings"]["prompt"] == PROMPT
+
+
+def huge_gif() -> bytes:
+    return b"GIF89a" + b"\xff" * 4 + b"\0\0\0" + b"," + b"\0" * 4 + b"\xff" * 4 + b"\0\2\0"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        huge_gif(),
+        b"GIF89a",
+        b"GIF89a\x40\0\x40\0\0\0\0!\xfe\xff",
+        b"G" + bytes(range(256)) * 4,
+        b"ffconcat version 1.0\nfile /etc/passwd\n",
+        b';FFMETADATA1\ncomment={"prompt": "x"}\n',
+        b"",
+        png(),
+    ],
+)
+def test_hostile_files_hold_no_metadata(client: TestClient, content: bytes) -> None:
+    error = error_of(client.post("/v1/inspect", files={"file": ("a.mp4", content)}))
+    assert error["code"] == "no_metadata" and "a.mp4: holds no metadata of stdit" in error["message"]
+
+
+def test_settings_of_a_hostile_file_in_the_gallery(client: TestClient, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "served"
+    folder.mkdir(parents=True)
+    write_mp4(folder / "a.mp4", np.zeros((2, 64, 64, 3), np.uint8), 8, {"prompt": PROMPT})
+    [found] = client.get("/v1/gallery").json()["data"]
+    (folder / "a.mp4").write_bytes(huge_gif())
+    assert error_of(client.get(f"/v1/gallery/{found['id']}/settings"))
+
+
+@pytest.mark.parametrize(
+    "name", ["conditions", "loras", "conditioning_files", "padded_from", "request", "image"]
+)
+@pytest.mark.parametrize("value", [5, [1], {"a": []}, "x"])
+def test_metadata_of_any_form_are_shown(client: TestClient, tmp_path: Path, name: str, value: Any) -> None:
+    metadata = {"prompt": PROMPT, "conditions": ["a.png@0"], name: value}
+    write_mp4(tmp_path / "v.mp4", np.zeros((2, 64, 64, 3), np.uint8), 8, metadata)
+    answer = client.post("/v1/inspect", files={"file": (tmp_path / "v.mp4").read_bytes()})
+    assert answer.status_code == 200 and not answer.json()["reproducible"]
+
+
+def test_an_upload_is_hashed_once(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+    monkeypatch.setattr(
+        "stdit.serve.api.inspection.hash_file", lambda file: hashed.append(file) or hash_file(file)
+    )
+    picture = tmp_path / "first.png"
+    picture.write_bytes(png())
+    upload = client.post("/v1/uploads", files={"file": ("first.png", png())}).json()["id"]
+    files = {"conditioning_files": {"first.png": hash_file(picture)}}
+    metadata = {"prompt": PROMPT, "conditions": ["first.png@0:1"], **files}
+    write_mp4(tmp_path / "v.mp4", np.zeros((2, 64, 64, 3), np.uint8), 8, metadata)
+    for _ in range(2):
+        found = client.post("/v1/inspect", files={"file": (tmp_path / "v.mp4").read_bytes()}).json()
+        [condition] = found["settings"]["conditions"]
+        assert condition["upload"] == upload
+    assert len(hashed) == 1

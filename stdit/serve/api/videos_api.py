@@ -87,14 +87,12 @@ class VideoService:
     places: ServerPlaces
     events: EventStream
 
+    def __post_init__(self) -> None:
+        self.inspector = Inspector(self.catalog, self.places.uploads, self.read)
+
     def read(self, fields: Mapping[str, Any]) -> Submission:
         """Check the fields of a request."""
         return read_submission(fields, self.catalog, partial(self.places.find_frames, self.store))
-
-    @property
-    def inspector(self) -> Inspector:
-        """Reads how videos were made."""
-        return Inspector(self.catalog, self.places.uploads, self.read)
 
     def submit(self, fields: Mapping[str, Any], client: str, key: str | None) -> Job:
         """Accept a request. Raises RequestError if it breaks a rule, or too many videos are waiting."""

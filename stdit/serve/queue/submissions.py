@@ -358,7 +358,8 @@ def replayable(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "loop",
     ]
     found = {name: metadata[name] for name in names if metadata.get(name) not in (None, [], "")}
-    found |= metadata.get("padded_from", {})
+    padded_from = metadata.get("padded_from")
+    found |= padded_from if isinstance(padded_from, Mapping) else {}
     if found.get("segments") == 1:
         found = {name: value for name, value in found.items() if name not in ("segments", "overlap", "loop")}
     resolved = {name: found.get(name) for name in VIDEO_SETTINGS}
