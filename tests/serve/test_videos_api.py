@@ -1,10 +1,15 @@
 """Routes of videos on a server without workers: what is accepted, what is refused and in which words."""
 
+import io
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
+import PIL.Image
 import pytest
 from fastapi.testclient import TestClient
 from openapi_spec_validator import validate
@@ -12,6 +17,7 @@ from openapi_spec_validator import validate
 from stdit.hashing import hash_file
 from stdit.pipelines.video_io import write_gif, write_mp4
 from stdit.serve.api.app import build_app
+from stdit.serve.heavy_work import HeavyWork
 from stdit.serve.queue.jobs import JobStore
 from tests.serve.servers import PROMPT, URL, command, png
 
@@ -120,6 +126,16 @@ def test_openais_names(client: TestClient) -> None:
             "conditions[0]",
             "there is no finished video",
         ),
+        (
+            {"prompt": PROMPT, "num_frames": 16384, "height": 16384, "width": 16384, "any_size": True},
+            "num_frames",
+            "must be at most 2,147,483,648: use num_frames = 8 or fewer",
+        ),
+        (
+            {"prompt": PROMPT, "num_frames": 2048, "size": "1024x1024", "segments": 2, "any_size": True},
+            "num_frames",
+            "x segments = 2 must be at most 2,147,483,648: use num_frames = 1024 or fewer",
+        ),
         *(
             ({"prompt": PROMPT, name: HUGE}, name, f"{name}: must be a finite number")
             for name in ("guidance_scale", "shift", "fps", "refine_level", "num_frames", "seed", "cache")
@@ -176,6 +192,36 @@ def test_an_estimate_queues_nothing(client: TestClient) -> None:
     assert client.get("/v1/videos").json()["data"] == []
 
 
+def test_the_largest_video_is_foreseen_at_once(client: TestClient) -> None:
+    client.post("/v1/estimate", json={"prompt": PROMPT})  # loads what the first one needs
+    began = time.monotonic()
+    body = {"prompt": PROMPT, "num_frames": 2048, "size": "1024x1024", "any_size": True}
+    found = client.post("/v1/estimate", json=body).json()
+    assert time.monotonic() - began < 2 and found["memory_bytes"] > 2**31
+    assert any("for the smallest tiles alone" in warning for warning in found["warnings"])
+
+
+def test_heavy_work_leaves_threads_to_others() -> None:
+    async def most_at_once() -> int:
+        heavy, running, most, lock = HeavyWork(2), 0, 0, threading.Lock()
+
+        def work() -> None:
+            nonlocal running, most
+            with lock:
+                running += 1
+                most = max(most, running)
+            time.sleep(0.02)
+            with lock:
+                running -= 1
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(8):
+                tasks.start_soon(heavy.run, work)
+        return most
+
+    assert anyio.run(most_at_once) == 2
+
+
 def test_the_same_key_is_one_video(client: TestClient) -> None:
     key = {"Idempotency-Key": "one"}
     first, second = (client.post("/v1/videos", json={"prompt": PROMPT}, headers=key).json() for _ in range(2))
@@ -197,6 +243,9 @@ def test_conditioning_frames_by_upload_and_form(client: TestClient, tmp_path: Pa
         "/v1/videos", data={"prompt": PROMPT}, files={"input_reference": ("a.png", png())}
     ).json()
     [condition] = form["settings"]["conditions"]
+    picture = client.get(f"/v1/uploads/{condition['upload']}/thumbnail")
+    with PIL.Image.open(io.BytesIO(picture.content), formats=["WEBP"]) as image:
+        assert image.size == (64, 64) and not image.is_animated
     assert condition["frame"] == 0 and condition["length"] == 1
     late = [{"upload": upload["id"], "frame": 20, "length": 9}]
     assert (

@@ -26,6 +26,8 @@ MAX_PROMPT = 4000
 MAX_CONDITIONS = 32
 MAX_SEGMENTS = 64
 MAX_LORAS = 8
+MAX_WORK = 2**31
+"""Pixels of all frames that the segments of a video have together."""
 _NOT_OFFERED = ("image", "condition", "lora", "reference_path", "mask_strategy")
 """Settings of a prompt that name files: requests have `loras` and `conditions` instead."""
 OWN_FIELDS = ("prompt", "model", "seed", "loras", "conditions", "any_size", "size", "seconds")
@@ -126,6 +128,7 @@ def read_submission(
                 raise RequestError(f"segments = {count}: must be at most {MAX_SEGMENTS}.", param="segments")
             config = SampleConfig(**settings, prompt=[line.prompt], seed=seed, lora=loras)
             [request] = plan_requests(config)
+            _check_work(request, model)
             conditions = _read_conditions(own.get("conditions", []), model, request, find_frames)
             request = replace(request, conditions=conditions)
             codec = model.codec if request.segments.count > 1 else None
@@ -233,6 +236,22 @@ def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, A
         natural = [one for one in wanted if model.natural_frames(one) == one]
         values["num_frames"] = min(natural or wanted, key=lambda one: abs(one - frames))
     return values
+
+
+def _check_work(request: Request, model: OfferedModel) -> None:
+    """Raise RequestError for a video so large that even an estimate of what it takes would take long."""
+    settings, segments = request.settings.resolved(model.settings), request.segments.count
+    frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
+    if segments * frames * height * width <= MAX_WORK:
+        return
+    times = f" x segments = {segments}" if segments > 1 else ""
+    most = MAX_WORK // (segments * height * width)
+    way_out = f"use num_frames = {most} or fewer" if most else "use a smaller height and width"
+    raise RequestError(
+        f"num_frames = {frames}, height = {height}, width = {width}: num_frames x height x width{times} must be at "
+        f"most {MAX_WORK:,}: {way_out}{', or a smaller height and width' if most else ''}.",
+        param="num_frames" if most else "height",
+    )
 
 
 def _check_size(request: Request, model: OfferedModel) -> None:
