@@ -1,5 +1,6 @@
 """Routes of videos on a server without workers: what is accepted, what is refused and in which words."""
 
+import errno
 import io
 import json
 import threading
@@ -17,8 +18,10 @@ from openapi_spec_validator import validate
 from stdit.hashing import hash_file
 from stdit.pipelines.video_io import write_gif, write_mp4
 from stdit.serve.api.app import build_app
+from stdit.serve.errors import RequestError
 from stdit.serve.heavy_work import HeavyWork
 from stdit.serve.queue.jobs import JobStore
+from stdit.serve.queue.uploads import Uploads
 from tests.serve.servers import PROMPT, URL, command, png
 
 HUGE = 10**400
@@ -230,6 +233,20 @@ def test_the_same_key_is_one_video(client: TestClient) -> None:
     assert error["code"] == "idempotency_key_reused"
 
 
+def test_a_key_is_known_after_its_upload_is_gone(client: TestClient, tmp_path: Path) -> None:
+    upload = client.post("/v1/uploads", files={"file": ("a.png", png())}).json()["id"]
+    body = {"prompt": PROMPT, "conditions": [{"upload": upload}]}
+    first = client.post("/v1/videos", json=body, headers={"Idempotency-Key": "one"}).json()
+    (tmp_path / "outputs" / ".serve" / "uploads" / upload).unlink()
+    assert (
+        client.post("/v1/videos", json=body, headers={"Idempotency-Key": "one"}).json()["id"] == first["id"]
+    )
+    error_of(client.post("/v1/videos", json=body, headers={"Idempotency-Key": "two"}))
+    other = {"prompt": PROMPT, "conditions": [{"upload": upload}, {"upload": upload}]}
+    error = error_of(client.post("/v1/videos", json=other, headers={"Idempotency-Key": "one"}))
+    assert error["code"] == "idempotency_key_reused"
+
+
 def test_conditioning_frames_by_upload_and_form(client: TestClient, tmp_path: Path) -> None:
     with clip(tmp_path).open("rb") as file:
         upload = client.post("/v1/uploads", files={"file": ("my clip.mp4", file)}).json()
@@ -277,7 +294,49 @@ def test_too_large_requests_are_refused(tmp_path: Path) -> None:
     with TestClient(app, base_url=URL) as small:
         answer = small.post("/v1/uploads", files={"file": ("x.png", b"\0" * 2**21)})
         assert answer.status_code == 413 and error_of(answer)["code"] == "too_large"
-        assert small.post("/v1/videos", content=b" " * 2**21).status_code == 413
+        assert "larger than 0.01 MiB (--server.max_upload_mib)" in error_of(answer)["message"]
+        json_answer = small.post("/v1/videos", content=b" " * 2**21)
+        assert json_answer.status_code == 413
+        assert error_of(json_answer)["message"].startswith("JSON of more than 1 MiB is not read")
+
+
+def test_uploads_are_limited_together(tmp_path: Path) -> None:
+    app = build_app(command(tmp_path, max_uploads_gib=(len(png(32, 32)) + 9) / 2**30), with_workers=False)
+    with TestClient(app, base_url=URL) as client:
+        first, second = (
+            client.post("/v1/uploads", files={"file": ("a.png", png(side, side))}) for side in (32, 48)
+        )
+    assert first.status_code == 200 and second.status_code == 507
+    assert "--server.max_uploads_gib" in second.json()["error"]["message"]
+
+
+def test_a_full_disk_is_told(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stdit.serve.queue.uploads.os.replace", full)
+        answer = client.post("/v1/uploads", files={"file": ("a.png", png())})
+    assert answer.status_code == 507 and "No space left" in answer.json()["error"]["message"]
+    monkeypatch.setattr("starlette.datastructures.UploadFile.write", full)
+    assert client.post("/v1/inspect", files={"file": ("a.png", png())}).status_code == 507
+    assert list((tmp_path / "outputs" / ".serve" / "uploads").glob("*")) == []
+
+
+def test_an_upload_may_be_removed_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = Uploads(tmp_path, 2**20)
+    name = uploads.save([png()])["id"]
+
+    def vanish(*args: object) -> None:
+        raise FileNotFoundError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stdit.serve.queue.uploads.os.utime", vanish)
+        with pytest.raises(RequestError, match="there is no upload"):
+            uploads.find(name)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", vanish)
+        uploads.remove_older(-1)
 
 
 def test_videos_are_cancelled_deleted_and_listed_in_pages(client: TestClient) -> None:

@@ -322,6 +322,23 @@ class JobStore:
             found |= {row["id"]: _job(row) for row in rows}
         return list(found.values())
 
+    def find_by_key(self, client: str, key: str, asked: str) -> Job | None:
+        """Return the job that a client sent with an idempotency key; None if there is none.
+
+        Args:
+            asked: what the client sends now, or its hash.
+
+        Raises:
+            KeyReusedError: the key came with another body.
+        """
+        query = "SELECT * FROM jobs WHERE client = ? AND key = ?"
+        row = self._connection().execute(query, (client, key)).fetchone()
+        if row is not None and row["asked"] != asked:
+            raise KeyReusedError(
+                f"Idempotency-Key = {key:.80}: came with another request before: use a new one."
+            )
+        return None if row is None else _job(row)
+
     # ---- workers ----
 
     def claim(self, worker: str, batch_size: int) -> list[Job]:
