@@ -38,9 +38,9 @@ class ServerConfig:
     """Folder of runs, whose models can be chosen, and whose videos and curves the page shows."""
     loras: str | None = None
     """Folder of adapters (.safetensors) that can be chosen, beside those of the runs."""
-    auth: str | None = None
+    auth: str | None = field(default=None, repr=False)
     """USER:PASSWORD, for which browsers ask; none: the variable STDIT_SERVER_AUTH, or no password."""
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     """Token that programs send (Authorization: Bearer ...), also valid as a password; none: STDIT_SERVER_TOKEN."""
     allow_training: bool = True
     """Let the page start, stop and resume trainings."""
@@ -51,6 +51,8 @@ class ServerConfig:
     """Seconds without a step after which a worker counts as hanging, and is started anew."""
     max_upload_mib: float = 64.0
     """MiB that a request may send."""
+    max_uploads_gib: float = 10.0
+    """GiB of all uploads that are kept, above which no more are taken."""
     max_waiting: int = 1000
     """Videos that may wait at a time."""
     max_waiting_per_client: int = 200
@@ -65,7 +67,14 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UserError(f"server.port = {self.port}: must be from 1 to 65535, or 0 for any that is free.")
-        positive = ("hang_timeout", "max_upload_mib", "requests_per_second", "keep_days", "keep_gib")
+        positive = (
+            "hang_timeout",
+            "max_upload_mib",
+            "max_uploads_gib",
+            "requests_per_second",
+            "keep_days",
+            "keep_gib",
+        )
         for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -101,8 +110,10 @@ class SampleCommand(SampleConfig):
             raise UserError(
                 f"{' and '.join(own)} beside serve: the page and the API take that from each request: leave it out."
             )
-        if not self.serve and self.server != ServerConfig():
-            name = next(f.name for f in fields(ServerConfig) if _is_set(self.server, f))
+        unset = ServerConfig()  # with the passwords of the environment
+        if not self.serve and self.server != unset:
+            names = (f.name for f in fields(unset))
+            name = next(one for one in names if getattr(self.server, one) != getattr(unset, one))
             raise UserError(f"server.{name} is for --serve: add that, or leave it out.")
 
     @property

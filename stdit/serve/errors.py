@@ -1,6 +1,7 @@
 """Errors of requests: a message for a person, the field that caused it, and the status of HTTP."""
 
 from stdit.errors import UserError
+from stdit.serve.json_values import whole_text
 
 
 class RequestError(UserError):
@@ -23,6 +24,7 @@ class RequestError(UserError):
 def error_body(
     message: str, param: str | None = None, code: str = "invalid_value", status: int = 400
 ) -> dict:
-    """Return the JSON of an error, as OpenAI's API has it."""
+    """Return the JSON of an error, as OpenAI's API has it, with whole characters alone."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    field = None if param is None else whole_text(param)
+    return {"error": {"message": whole_text(message), "type": kind, "param": field, "code": code}}

@@ -13,8 +13,8 @@ from stdit.pipelines.video_io import write_mp4
 from stdit.serve.errors import RequestError, error_body
 from stdit.serve.gallery.gallery import Gallery
 from stdit.serve.gallery.gallery_api import gallery_routes
-from stdit.serve.gallery.gallery_scan import read_hostile_metadata
 from stdit.serve.gallery.thumbnails import thumbnail, webp_of_frames
+from stdit.serve.metadata_reader import read_hostile_metadata
 from tests.serve.small_videos import SmallVideos
 
 

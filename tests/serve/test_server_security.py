@@ -45,6 +45,20 @@ def test_a_token_is_one_too(tmp_path: Path) -> None:
         assert client.get("/", headers={"Authorization": "Bearer Secret"}).status_code == 401
 
 
+def test_a_token_may_have_any_letters(tmp_path: Path) -> None:
+    with guarded(tmp_path, token="wörd ☃") as client:
+        for given, status in (("wörd ☃", 200), ("word", 401)):
+            header = {"Authorization": f"Bearer {given}".encode()}
+            assert client.get("/v1/videos", headers=header).status_code == status
+        assert client.get("/", headers=basic("anyone:wörd ☃")).status_code == 200
+        assert client.get("/", headers={"Authorization": "Basic wörd".encode()}).status_code == 401
+
+
+def test_no_password_is_shown(tmp_path: Path) -> None:
+    config = command(tmp_path, token="very-secret", auth="ann:hidden")
+    assert "very-secret" not in repr(config) and "hidden" not in repr(config)
+
+
 def test_no_password_is_logged_or_given_to_workers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,3 +139,5 @@ def test_the_password_may_come_from_the_environment(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("STDIT_SERVER_TOKEN", "from there")
     assert parse(SampleCommand, ["--serve", "--server.host", "0.0.0.0"]).server.token == "from there"
     assert parse(SampleCommand, ["--prompt", "x"]).server == ServerConfig()
+    with pytest.raises(UserError, match="server.keep_days is for --serve"):
+        parse(SampleCommand, ["--prompt", "x", "--server.keep_days", "3"])

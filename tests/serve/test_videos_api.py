@@ -1,18 +1,31 @@
 """Routes of videos on a server without workers: what is accepted, what is refused and in which words."""
 
+import errno
+import io
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
+import PIL.Image
 import pytest
 from fastapi.testclient import TestClient
 from openapi_spec_validator import validate
 
-from stdit.pipelines.video_io import write_mp4
+from stdit.hashing import hash_file
+from stdit.pipelines.video_io import write_gif, write_mp4
 from stdit.serve.api.app import build_app
+from stdit.serve.errors import RequestError
+from stdit.serve.heavy_work import HeavyWork
 from stdit.serve.queue.jobs import JobStore
+from stdit.serve.queue.uploads import Uploads
 from tests.serve.servers import PROMPT, URL, command, png
+
+HUGE = 10**400
+"""A number that no float holds."""
 
 
 def error_of(answer: Any) -> dict[str, Any]:
@@ -97,15 +110,76 @@ def test_openais_names(client: TestClient) -> None:
         ),
         ({"prompt": PROMPT, "image": "/etc/passwd"}, "image", "is not a field"),
         ({"prompt": PROMPT, "any_size": 1}, "any_size", "must be true or false"),
+        ({"prompt": PROMPT, "segment_prompts": 5}, "segment_prompts", "must be a list of texts"),
+        ({"prompt": PROMPT, "segment_prompts": True}, "segment_prompts", "must be a list of texts"),
+        ({"prompt": PROMPT, "segment_prompts": ["x\0"]}, "segment_prompts", "each must be a text"),
+        ({"prompt": PROMPT, "segment_prompts": ["\ud800"]}, "segment_prompts", "each must be a text"),
+        ({"prompt": PROMPT, "segment_prompts": ["x"] * 64}, "segment_prompts", "has 64 texts"),
+        ({"prompt": PROMPT, "seconds": HUGE}, "seconds", "seconds: must be a finite number"),
+        ({"prompt": PROMPT, "seconds": str(HUGE)}, "seconds", "must be a number above 0"),
+        ({"prompt": PROMPT, "seconds": True}, "seconds", "must be a number above 0"),
+        ({"prompt": PROMPT, "size": "६४x६४"}, "size", "must be WIDTHxHEIGHT"),
+        ({"prompt": PROMPT, "model": "\ud800"}, "model", "there is no such model"),
+        ({"prompt": PROMPT, "solver": "\ud800"}, "solver", "must be one of"),
+        ({"prompt": PROMPT, "cache": "\ud800"}, "cache", "must be off"),
+        ({"prompt": PROMPT, "\ud800": 1}, "?", "? is not a field"),
+        ({"prompt": PROMPT, "conditions": [{"\ud800": 1}]}, "conditions[0]", "conditions: ? = 1"),
+        (
+            {"prompt": PROMPT, "conditions": [{"video": "\ud800"}]},
+            "conditions[0]",
+            "there is no finished video",
+        ),
+        (
+            {"prompt": PROMPT, "num_frames": 16384, "height": 16384, "width": 16384, "any_size": True},
+            "num_frames",
+            "must be at most 2,147,483,648: use num_frames = 8 or fewer",
+        ),
+        (
+            {"prompt": PROMPT, "num_frames": 2048, "size": "1024x1024", "segments": 2, "any_size": True},
+            "num_frames",
+            "x segments = 2 must be at most 2,147,483,648: use num_frames = 1024 or fewer",
+        ),
+        *(
+            ({"prompt": PROMPT, name: HUGE}, name, f"{name}: must be a finite number")
+            for name in ("guidance_scale", "shift", "fps", "refine_level", "num_frames", "seed", "cache")
+        ),
+        ({"prompt": PROMPT, "loras": [{"id": "x", "weight": HUGE}]}, "loras", "loras[0].weight: must be"),
+        ({"prompt": PROMPT, "pab": [2, HUGE, 4]}, "pab", "pab[1]: must be a finite number"),
+        ({"prompt": PROMPT, "guidance_interval": [0.0, HUGE]}, "guidance_interval", "must be a finite"),
     ],
 )
 def test_what_breaks_a_rule_is_refused_at_its_field(
     client: TestClient, body: dict[str, Any], param: str, words: str
 ) -> None:
     for route in ("/v1/videos", "/v1/estimate"):
-        error = error_of(client.post(route, json=body))
+        error = error_of(client.post(route, content=json.dumps(body)))  # as JSON, also halves of pairs
         assert error["param"] == param and words in error["message"], error
     assert client.get("/v1/videos").json()["data"] == []
+
+
+@pytest.mark.parametrize("name", ["seconds", "guidance_scale", "num_frames"])
+def test_a_huge_number_of_a_form_is_refused(client: TestClient, name: str) -> None:
+    error = error_of(client.post("/v1/videos", data={"prompt": PROMPT, name: str(HUGE)}))
+    assert error["param"] == name and "must be a finite number" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "strength, words", [(HUGE, "must be a finite number"), (0, "above 0"), (1.5, "up to 1"), (-1, "above 0")]
+)
+def test_a_strength_is_above_zero_and_up_to_one(client: TestClient, strength: float, words: str) -> None:
+    upload = client.post("/v1/uploads", files={"file": ("a.png", png())}).json()["id"]
+    conditions = [{"upload": upload, "strength": strength}]
+    error = error_of(client.post("/v1/videos", json={"prompt": PROMPT, "conditions": conditions}))
+    assert error["param"].startswith("conditions[0]") and words in error["message"]
+
+
+def test_conditioning_frames_may_leave_out_all_but_their_source(client: TestClient) -> None:
+    upload = client.post("/v1/uploads", files={"file": ("a.png", png())}).json()["id"]
+    conditions = [{"upload": upload, "frame": None, "source_frame": None, "strength": None, "length": None}]
+    assert (
+        client.post("/v1/videos", json={"prompt": PROMPT, "conditions": conditions}).json()["status"]
+        == "queued"
+    )
 
 
 def test_any_size_can_be_asked_for(client: TestClient) -> None:
@@ -121,11 +195,55 @@ def test_an_estimate_queues_nothing(client: TestClient) -> None:
     assert client.get("/v1/videos").json()["data"] == []
 
 
+def test_the_largest_video_is_foreseen_at_once(client: TestClient) -> None:
+    client.post("/v1/estimate", json={"prompt": PROMPT})  # loads what the first one needs
+    began = time.monotonic()
+    body = {"prompt": PROMPT, "num_frames": 2048, "size": "1024x1024", "any_size": True}
+    found = client.post("/v1/estimate", json=body).json()
+    assert time.monotonic() - began < 2 and found["memory_bytes"] > 2**31
+    assert any("for the smallest tiles alone" in warning for warning in found["warnings"])
+
+
+def test_heavy_work_leaves_threads_to_others() -> None:
+    async def most_at_once() -> int:
+        heavy, running, most, lock = HeavyWork(2), 0, 0, threading.Lock()
+
+        def work() -> None:
+            nonlocal running, most
+            with lock:
+                running += 1
+                most = max(most, running)
+            time.sleep(0.02)
+            with lock:
+                running -= 1
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(8):
+                tasks.start_soon(heavy.run, work)
+        return most
+
+    assert anyio.run(most_at_once) == 2
+
+
 def test_the_same_key_is_one_video(client: TestClient) -> None:
     key = {"Idempotency-Key": "one"}
     first, second = (client.post("/v1/videos", json={"prompt": PROMPT}, headers=key).json() for _ in range(2))
     assert first["id"] == second["id"] and first["seed"] == second["seed"]
     error = error_of(client.post("/v1/videos", json={"prompt": "another"}, headers=key))
+    assert error["code"] == "idempotency_key_reused"
+
+
+def test_a_key_is_known_after_its_upload_is_gone(client: TestClient, tmp_path: Path) -> None:
+    upload = client.post("/v1/uploads", files={"file": ("a.png", png())}).json()["id"]
+    body = {"prompt": PROMPT, "conditions": [{"upload": upload}]}
+    first = client.post("/v1/videos", json=body, headers={"Idempotency-Key": "one"}).json()
+    (tmp_path / "outputs" / ".serve" / "uploads" / upload).unlink()
+    assert (
+        client.post("/v1/videos", json=body, headers={"Idempotency-Key": "one"}).json()["id"] == first["id"]
+    )
+    error_of(client.post("/v1/videos", json=body, headers={"Idempotency-Key": "two"}))
+    other = {"prompt": PROMPT, "conditions": [{"upload": upload}, {"upload": upload}]}
+    error = error_of(client.post("/v1/videos", json=other, headers={"Idempotency-Key": "one"}))
     assert error["code"] == "idempotency_key_reused"
 
 
@@ -142,6 +260,9 @@ def test_conditioning_frames_by_upload_and_form(client: TestClient, tmp_path: Pa
         "/v1/videos", data={"prompt": PROMPT}, files={"input_reference": ("a.png", png())}
     ).json()
     [condition] = form["settings"]["conditions"]
+    picture = client.get(f"/v1/uploads/{condition['upload']}/thumbnail")
+    with PIL.Image.open(io.BytesIO(picture.content), formats=["WEBP"]) as image:
+        assert image.size == (64, 64) and not image.is_animated
     assert condition["frame"] == 0 and condition["length"] == 1
     late = [{"upload": upload["id"], "frame": 20, "length": 9}]
     assert (
@@ -173,7 +294,49 @@ def test_too_large_requests_are_refused(tmp_path: Path) -> None:
     with TestClient(app, base_url=URL) as small:
         answer = small.post("/v1/uploads", files={"file": ("x.png", b"\0" * 2**21)})
         assert answer.status_code == 413 and error_of(answer)["code"] == "too_large"
-        assert small.post("/v1/videos", content=b" " * 2**21).status_code == 413
+        assert "larger than 0.01 MiB (--server.max_upload_mib)" in error_of(answer)["message"]
+        json_answer = small.post("/v1/videos", content=b" " * 2**21)
+        assert json_answer.status_code == 413
+        assert error_of(json_answer)["message"].startswith("JSON of more than 1 MiB is not read")
+
+
+def test_uploads_are_limited_together(tmp_path: Path) -> None:
+    app = build_app(command(tmp_path, max_uploads_gib=(len(png(32, 32)) + 9) / 2**30), with_workers=False)
+    with TestClient(app, base_url=URL) as client:
+        first, second = (
+            client.post("/v1/uploads", files={"file": ("a.png", png(side, side))}) for side in (32, 48)
+        )
+    assert first.status_code == 200 and second.status_code == 507
+    assert "--server.max_uploads_gib" in second.json()["error"]["message"]
+
+
+def test_a_full_disk_is_told(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stdit.serve.queue.uploads.os.replace", full)
+        answer = client.post("/v1/uploads", files={"file": ("a.png", png())})
+    assert answer.status_code == 507 and "No space left" in answer.json()["error"]["message"]
+    monkeypatch.setattr("starlette.datastructures.UploadFile.write", full)
+    assert client.post("/v1/inspect", files={"file": ("a.png", png())}).status_code == 507
+    assert list((tmp_path / "outputs" / ".serve" / "uploads").glob("*")) == []
+
+
+def test_an_upload_may_be_removed_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = Uploads(tmp_path, 2**20)
+    name = uploads.save([png()])["id"]
+
+    def vanish(*args: object) -> None:
+        raise FileNotFoundError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stdit.serve.queue.uploads.os.utime", vanish)
+        with pytest.raises(RequestError, match="there is no upload"):
+            uploads.find(name)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", vanish)
+        uploads.remove_older(-1)
 
 
 def test_videos_are_cancelled_deleted_and_listed_in_pages(client: TestClient) -> None:
@@ -267,3 +430,71 @@ def test_a_video_is_made_again_from_its_file(client: TestClient, tmp_path: Path)
     assert found["settings"]["seed"] == 5
     error = error_of(client.post("/v1/inspect", files={"file": ("a.mp4", b"no video")}))
     assert error["code"] == "no_metadata"
+
+
+def test_a_gif_tells_how_it_was_made(client: TestClient, tmp_path: Path) -> None:
+    write_gif(tmp_path / "v.gif", np.zeros((2, 64, 64, 3), np.uint8), 8, {"request": {"prompt": PROMPT}})
+    found = client.post("/v1/inspect", files={"file": (tmp_path / "v.gif").read_bytes()}).json()
+    assert found["settings"]["prompt"] == PROMPT
+
+
+def huge_gif() -> bytes:
+    return b"GIF89a" + b"\xff" * 4 + b"\0\0\0" + b"," + b"\0" * 4 + b"\xff" * 4 + b"\0\2\0"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        huge_gif(),
+        b"GIF89a",
+        b"GIF89a\x40\0\x40\0\0\0\0!\xfe\xff",
+        b"G" + bytes(range(256)) * 4,
+        b"ffconcat version 1.0\nfile /etc/passwd\n",
+        b';FFMETADATA1\ncomment={"prompt": "x"}\n',
+        b"",
+        png(),
+    ],
+)
+def test_hostile_files_hold_no_metadata(client: TestClient, content: bytes) -> None:
+    error = error_of(client.post("/v1/inspect", files={"file": ("a.mp4", content)}))
+    assert error["code"] == "no_metadata" and "a.mp4: holds no metadata of stdit" in error["message"]
+
+
+def test_settings_of_a_hostile_file_in_the_gallery(client: TestClient, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "served"
+    folder.mkdir(parents=True)
+    write_mp4(folder / "a.mp4", np.zeros((2, 64, 64, 3), np.uint8), 8, {"prompt": PROMPT})
+    [found] = client.get("/v1/gallery").json()["data"]
+    (folder / "a.mp4").write_bytes(huge_gif())
+    assert error_of(client.get(f"/v1/gallery/{found['id']}/settings"))
+
+
+@pytest.mark.parametrize(
+    "name", ["conditions", "loras", "conditioning_files", "padded_from", "request", "image"]
+)
+@pytest.mark.parametrize("value", [5, [1], {"a": []}, "x"])
+def test_metadata_of_any_form_are_shown(client: TestClient, tmp_path: Path, name: str, value: Any) -> None:
+    metadata = {"prompt": PROMPT, "conditions": ["a.png@0"], name: value}
+    write_mp4(tmp_path / "v.mp4", np.zeros((2, 64, 64, 3), np.uint8), 8, metadata)
+    answer = client.post("/v1/inspect", files={"file": (tmp_path / "v.mp4").read_bytes()})
+    assert answer.status_code == 200 and not answer.json()["reproducible"]
+
+
+def test_an_upload_is_hashed_once(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+    monkeypatch.setattr(
+        "stdit.serve.api.inspection.hash_file", lambda file: hashed.append(file) or hash_file(file)
+    )
+    picture = tmp_path / "first.png"
+    picture.write_bytes(png())
+    upload = client.post("/v1/uploads", files={"file": ("first.png", png())}).json()["id"]
+    files = {"conditioning_files": {"first.png": hash_file(picture)}}
+    metadata = {"prompt": PROMPT, "conditions": ["first.png@0:1"], **files}
+    write_mp4(tmp_path / "v.mp4", np.zeros((2, 64, 64, 3), np.uint8), 8, metadata)
+    for _ in range(2):
+        found = client.post("/v1/inspect", files={"file": (tmp_path / "v.mp4").read_bytes()}).json()
+        [condition] = found["settings"]["conditions"]
+        assert condition["upload"] == upload
+    assert len(hashed) == 1

@@ -1,10 +1,18 @@
 """What a video will take: seconds, memory and model calls, before it is asked for."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
 from pydantic import BaseModel
 
 from stdit.serve.config import SampleCommand
 from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.submissions import Submission
+
+_SEARCHED = 2**27
+"""Pixels of all frames of a segment, above which the search for the best tiles would take seconds."""
 
 
 class Estimate(BaseModel):
@@ -29,6 +37,8 @@ def estimate(asked: Submission, store: JobStore, config: SampleCommand) -> Estim
     Raises:
         UserError: if no size of tiles fits in memory.
     """
+    from stdit.codecs.config import OVERLAP_FRAMES
+    from stdit.codecs.tiling import AUTO_SIZES
     from stdit.parallel.processes.device import find_device
     from stdit.parallel.processes.memory import memory_of_process
     from stdit.parallel.processes.mesh import Mesh
@@ -38,11 +48,18 @@ def estimate(asked: Submission, store: JobStore, config: SampleCommand) -> Estim
     source, rate = asked.model.source, store.seconds_per_work(asked.model.name)
     pipe = asked.model.skeleton(config.dtype)
     pipe.share(Mesh(device=find_device(config.device)))
+    settings, warnings = asked.settings, list(asked.warnings)
+    if config.codec.tile == "auto" and _pixels(settings) > _SEARCHED:
+        tile = (2 * OVERLAP_FRAMES, AUTO_SIZES[-1], AUTO_SIZES[-1])
+        config = replace(config, codec=replace(config.codec, tile=tile))
+        warnings.append(
+            "the video is so large that its memory is foreseen for the smallest tiles alone: decoding may use "
+            "more, up to what is free."
+        )
     workload = SamplingWorkload(pipe, [asked.request], config, {"text encoder": text_encoder_bytes(source)})
     memory = workload.memory_of_process = memory_of_process(pipe.mesh.device, config.parallel.memory_gib)
     total = workload.total(workload.split(config.ranks, config.ranks // config.parallel.cfg))
     [videos] = workload.videos
-    settings = asked.settings
     return Estimate(
         seconds=None if rate is None else round(rate * asked.work, 3),
         memory_bytes=total,
@@ -53,5 +70,9 @@ def estimate(asked: Submission, store: JobStore, config: SampleCommand) -> Estim
         height=settings["height"],
         width=settings["width"],
         fps=settings["fps"],
-        warnings=list(asked.warnings),
+        warnings=warnings,
     )
+
+
+def _pixels(settings: Mapping[str, Any]) -> int:
+    return prod(int(settings[name]) for name in ("num_frames", "height", "width"))

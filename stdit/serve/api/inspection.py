@@ -1,9 +1,10 @@
 """How a video of stdit was made, from its file, and whether it can be made again here."""
 
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,9 +13,9 @@ from pydantic import BaseModel
 from stdit.errors import UserError
 from stdit.hashing import hash_file
 from stdit.pipelines.conditions import parse_frame_condition
-from stdit.pipelines.video_io import read_metadata
 from stdit.serve.errors import RequestError
 from stdit.serve.json_values import sendable
+from stdit.serve.metadata_reader import read_hostile_metadata
 from stdit.serve.queue.catalog import Catalog
 from stdit.serve.queue.submissions import replayable
 from stdit.serve.queue.uploads import Uploads
@@ -46,6 +47,8 @@ class Inspector:
     catalog: Catalog
     uploads: Uploads
     check: Callable[[Mapping[str, Any]], object]
+    _hashes: dict[Any, str] = field(default_factory=dict)
+    """Hashes of files, as the metadata of videos has them, by what changes with the file."""
 
     def sent_file(self, file: BinaryIO, name: str) -> Inspection:
         """Read how a video was made from a file that a client sent.
@@ -54,10 +57,9 @@ class Inspector:
             RequestError: if it is no video of stdit.
         """
         with tempfile.TemporaryDirectory() as folder:
-            ending = ".gif" if file.read(4) == b"GIF8" else ".mp4"
-            copy = Path(folder) / f"video{ending}"
-            file.seek(0)
-            copy.write_bytes(file.read())
+            copy = Path(folder) / "video"
+            with open(copy, "wb") as kept:
+                shutil.copyfileobj(file, kept)
             try:
                 return self.file(copy)
             except UserError:
@@ -70,8 +72,11 @@ class Inspector:
 
     def file(self, video: Path) -> Inspection:
         """Read how a video was made. Raises UserError if its file holds no metadata that can be sent."""
+        found = read_hostile_metadata(video)
+        if found is None:
+            raise UserError(f"{video.name} holds no metadata of stdit: choose a video that it has made.")
         try:
-            metadata = sendable(read_metadata(video))
+            metadata = sendable(found)
         except ValueError as error:
             raise UserError(f"{video.name}: its metadata cannot be shown ({error}).") from None
         return self.metadata(metadata)
@@ -117,16 +122,16 @@ class Inspector:
 
     def _conditions(self, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the conditioning frames of a video as a request has them; their files must be among the uploads."""
-        texts = [text for text in metadata.get("conditions") or [] if isinstance(text, str)]
+        texts = [text for text in _entries(metadata, "conditions") if isinstance(text, str)]
         if isinstance(image := metadata.get("image"), str):
             texts = [f"{image}@0:1", *texts]
         hashes = metadata.get("conditioning_files")
         wanted = hashes if isinstance(hashes, Mapping) else {}
-        known = {hash_file(one): one.name for one in self.uploads.folder.glob("file_*")} if texts else {}
+        known = self._named({one.name: one for one in self.uploads.folder.glob("file_*")} if texts else {})
         found = []
         for text in texts:
             condition = parse_frame_condition(text)
-            upload = known.get(wanted.get(str(condition.source), ""))
+            upload = known.get(str(wanted.get(str(condition.source))))
             if upload is None:
                 raise RequestError(
                     f"its conditioning frames {Path(str(condition.source)).name} are not among the uploads: send "
@@ -138,8 +143,8 @@ class Inspector:
 
     def _loras(self, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the adapters of a video as a request has them."""
-        entries = [one for one in metadata.get("loras") or [] if isinstance(one, Mapping)]
-        known = {hash_file(file): name for name, file in self.catalog.adapters().items()} if entries else {}
+        entries = [one for one in _entries(metadata, "loras") if isinstance(one, Mapping)]
+        known = self._named(self.catalog.adapters() if entries else {})
         found = []
         for entry in entries:
             name = known.get(str(entry.get("hash")))
@@ -147,3 +152,26 @@ class Inspector:
                 raise RequestError(f"its adapter {str(entry.get('file')):.200} is not here.")
             found.append({"id": name, "weight": entry.get("weight", 1.0)})
         return found
+
+    def _named(self, files: Mapping[str, Path]) -> dict[str, str]:
+        """Return the names of files by the hashes of their content, each of which is computed once."""
+        found = dict[str, str]()
+        for name, file in files.items():
+            try:
+                status = file.stat()
+                state = (
+                    name,
+                    status.st_size,
+                    0 if file.parent == self.uploads.folder else status.st_mtime_ns,
+                )
+                if state not in self._hashes:
+                    self._hashes[state] = hash_file(file)
+            except OSError:
+                continue  # it has just been removed
+            found[self._hashes[state]] = name
+        return found
+
+
+def _entries(metadata: Mapping[str, Any], name: str) -> list[Any]:
+    entries = metadata.get(name)
+    return entries if isinstance(entries, list) else []

@@ -49,11 +49,11 @@ _OWN: dict[str, dict[str, Any]] = {
             "properties": {
                 "upload": {"type": "string", "description": "Id of an upload."},
                 "video": {"type": "string", "description": "Id of a finished video."},
-                "frame": {"type": "integer", "description": "Where it begins; -1: the last frame."},
+                "frame": {"type": ["integer", "null"], "description": "Where it begins; -1: the last frame."},
                 "length": {"type": ["integer", "null"], "minimum": 1},
-                "strength": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+                "strength": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
                 "source_frame": {
-                    "type": "integer",
+                    "type": ["integer", "null"],
                     "description": "First frame used; negative: from its end.",
                 },
             },

@@ -1,7 +1,6 @@
 """Who may ask the server what: passwords, hosts, origins, sizes and numbers of requests."""
 
 import base64
-import binascii
 import hmac
 import json
 import time
@@ -123,14 +122,14 @@ class Guard:
         kind, _, value = given.partition(" ")
         right = False
         if kind.lower() == "bearer" and token is not None:
-            right = _same(value, token)
+            right = _same(value.encode("latin-1", "replace"), token)  # as it was sent, in UTF-8
         elif kind.lower() == "basic":
             try:
-                pair = base64.b64decode(value, validate=True).decode("utf-8")
-            except (binascii.Error, UnicodeDecodeError):
-                pair = ""
+                pair = base64.b64decode(value, validate=True)
+            except ValueError:
+                pair = b""
             right = wanted_auth is not None and _same(pair, wanted_auth)
-            right |= token is not None and _same(pair.partition(":")[2], token)
+            right |= token is not None and _same(pair.partition(b":")[2], token)
         if not right:
             raise RequestError(
                 "this server needs a password or token: send Authorization.", status=401, code="unauthorized"
@@ -139,10 +138,13 @@ class Guard:
     def _limited(self, receive: Receive, headers: dict[str, str]) -> Receive:
         """Return ``receive`` that fails once a body is larger than allowed."""
         has_file = headers.get("content-type", "").lower().startswith("multipart/form-data")
-        most = int(self.config.max_upload_mib * 2**20) + MAX_BODY if has_file else MAX_BODY
+        of_files = int(self.config.max_upload_mib * 2**20)
+        most, error = (
+            (of_files + MAX_BODY, too_large(of_files)) if has_file else (MAX_BODY, _too_large_json())
+        )
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > most:
-            raise too_large(most)
+        if not length.isdecimal() or len(length) > 18 or int(length) > most:
+            raise error
         got = 0
 
         async def limited() -> dict[str, Any]:
@@ -150,10 +152,19 @@ class Guard:
             message = await receive()
             got += len(message.get("body", b""))
             if got > most:
-                raise too_large(most)
+                raise error
             return message
 
         return limited
+
+
+def _too_large_json() -> RequestError:
+    return RequestError(
+        f"JSON of more than {MAX_BODY // 2**20} MiB is not read: send files to /v1/uploads, as a form "
+        "(multipart/form-data), and name them by their ids.",
+        status=413,
+        code="too_large",
+    )
 
 
 def client_of(scope: Scope) -> str:
@@ -161,8 +172,8 @@ def client_of(scope: Scope) -> str:
     return scope["client"][0] if scope.get("client") else "unknown"
 
 
-def _same(given: str, wanted: str) -> bool:
-    return hmac.compare_digest(given.encode(), wanted.encode())
+def _same(given: bytes, wanted: str) -> bool:
+    return hmac.compare_digest(given, wanted.encode("utf-8", "surrogateescape"))
 
 
 async def _refuse(error: RequestError, send: Send) -> None:

@@ -3,7 +3,8 @@
 import json
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,11 +26,12 @@ from stdit.serve.api.video_objects import VideoObject, video_object
 from stdit.serve.config import SampleCommand
 from stdit.serve.errors import RequestError
 from stdit.serve.gallery.thumbnails import thumbnail
+from stdit.serve.heavy_work import HeavyWork
 from stdit.serve.queue.catalog import Catalog
 from stdit.serve.queue.jobs import COMPLETED, STATES, Job, JobStore, KeyReusedError, NewJob, QueueFullError
 from stdit.serve.queue.places import ServerPlaces
 from stdit.serve.queue.submissions import Submission, asked_hash, read_submission
-from stdit.serve.queue.uploads import Uploads
+from stdit.serve.queue.uploads import Uploads, no_room
 
 VideoId = Annotated[str, InPath(pattern=r"^video_[0-9a-f]{24}$")]
 UploadId = Annotated[str, InPath(pattern=r"^file_[0-9a-f]{64}$")]
@@ -87,17 +89,22 @@ class VideoService:
     places: ServerPlaces
     events: EventStream
 
+    def __post_init__(self) -> None:
+        self.heavy = HeavyWork()
+        total = int(self.config.server.max_uploads_gib * 2**30)
+        self.uploads = replace(self.places.uploads, max_total_bytes=total)
+        self.inspector = Inspector(self.catalog, self.uploads, self.read)
+
     def read(self, fields: Mapping[str, Any]) -> Submission:
         """Check the fields of a request."""
         return read_submission(fields, self.catalog, partial(self.places.find_frames, self.store))
 
-    @property
-    def inspector(self) -> Inspector:
-        """Reads how videos were made."""
-        return Inspector(self.catalog, self.places.uploads, self.read)
-
     def submit(self, fields: Mapping[str, Any], client: str, key: str | None) -> Job:
         """Accept a request. Raises RequestError if it breaks a rule, or too many videos are waiting."""
+        asked = asked_hash(fields)
+        known = None if key is None else self._known(client, key, asked)
+        if known is not None:  # also if what it names is gone by now
+            return known
         found = self.read(fields)
         new = NewJob(
             id=f"video_{secrets.token_hex(12)}",
@@ -107,16 +114,22 @@ class VideoService:
             batch=found.batch,
             work=found.work,
             facts=found.facts(),
-            asked=asked_hash(fields),
+            asked=asked,
             key=key,
         )
         limits = self.config.server
         try:
             return self.store.submit(new, limits.max_waiting, limits.max_waiting_per_client)
         except KeyReusedError as error:
-            raise RequestError(str(error), 409, "Idempotency-Key", "idempotency_key_reused") from None
+            raise _key_reused(error) from None
         except QueueFullError as error:
             raise RequestError(str(error), 429, None, "queue_full") from None
+
+    def _known(self, client: str, key: str, asked: str) -> Job | None:
+        try:
+            return self.store.find_by_key(client, key, asked)
+        except KeyReusedError as error:
+            raise _key_reused(error) from None
 
     def job(self, job_id: str) -> Job:
         """Return a job. Raises RequestError if there is none."""
@@ -139,7 +152,21 @@ class VideoService:
         return file
 
 
-async def submitted_fields(request: Request, uploads: Uploads) -> dict[str, Any]:
+def _key_reused(error: KeyReusedError) -> RequestError:
+    return RequestError(str(error), 409, "Idempotency-Key", "idempotency_key_reused")
+
+
+@asynccontextmanager
+async def _form_of(request: Request, max_files: int, max_fields: int) -> AsyncIterator[FormData]:
+    """Yield a form. Raises RequestError if the disk has no room for its files."""
+    try:
+        async with request.form(max_files=max_files, max_fields=max_fields) as form:
+            yield form
+    except OSError as error:
+        raise no_room(error.strerror or "error") from None
+
+
+async def submitted_fields(request: Request, uploads: Uploads, heavy: HeavyWork) -> dict[str, Any]:
     """Return the fields of a request, from JSON or a form; the files of a form are kept as uploads.
 
     Raises:
@@ -147,8 +174,8 @@ async def submitted_fields(request: Request, uploads: Uploads) -> dict[str, Any]
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        async with request.form(max_files=8, max_fields=200) as form:
-            return await _form_fields(form, uploads)
+        async with _form_of(request, max_files=8, max_fields=200) as form:
+            return await _form_fields(form, uploads, heavy)
     try:
         fields = json.loads(await request.body() or b"{}")
     except (ValueError, RecursionError):
@@ -160,7 +187,7 @@ async def submitted_fields(request: Request, uploads: Uploads) -> dict[str, Any]
     return fields
 
 
-async def _form_fields(form: FormData, uploads: Uploads) -> dict[str, Any]:
+async def _form_fields(form: FormData, uploads: Uploads, heavy: HeavyWork) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     conditions = []
     for name, value in form.multi_items():
@@ -169,7 +196,7 @@ async def _form_fields(form: FormData, uploads: Uploads) -> dict[str, Any]:
                 raise RequestError(
                     f"{name:.40}: send files as input_reference or to /v1/uploads.", param=name[:40]
                 )
-            kept = await run_in_threadpool(uploads.save, _chunks(value), value.filename or "")
+            kept = await heavy.run(partial(uploads.save, _chunks(value), value.filename or ""))
             conditions.append({"upload": kept["id"], "frame": 0, "length": 1})
         elif name == "segment_prompts" and not value.startswith("["):
             fields.setdefault(name, []).append(value)
@@ -200,7 +227,11 @@ def _chunks(file: FormFile | UploadFile) -> Any:
 
 def video_routes(service: VideoService) -> APIRouter:
     """Return the routes of models, uploads, videos and events."""
-    router, store, places = APIRouter(), service.store, service.places
+    router, store, places, heavy = APIRouter(), service.store, service.places, service.heavy
+
+    async def small_picture(file: Path, pictures: bool = False) -> FileResponse:
+        made = await heavy.run(partial(thumbnail, file, places.state / "thumbnails", pictures))
+        return FileResponse(made, media_type="image/webp")
 
     @router.get("/v1/models")
     def list_models() -> NamedList:
@@ -218,7 +249,7 @@ def video_routes(service: VideoService) -> APIRouter:
         key: Annotated[str | None, Header(alias="Idempotency-Key", max_length=255, min_length=1)] = None,
     ) -> VideoObject:
         """Ask for a video."""
-        fields = await submitted_fields(request, places.uploads)
+        fields = await submitted_fields(request, service.uploads, heavy)
         return await run_in_threadpool(
             lambda: service.shown(service.submit(fields, client_of(request.scope), key))
         )
@@ -226,8 +257,8 @@ def video_routes(service: VideoService) -> APIRouter:
     @router.post("/v1/estimate", openapi_extra=submission_schema())
     async def estimate_video(request: Request) -> Estimate:
         """Check a request, and foresee its time and memory; nothing is queued."""
-        fields = await submitted_fields(request, places.uploads)
-        return await run_in_threadpool(lambda: estimate(service.read(fields), store, service.config))
+        fields = await submitted_fields(request, service.uploads, heavy)
+        return await heavy.run(lambda: estimate(service.read(fields), store, service.config))
 
     @router.get("/v1/videos")
     def list_videos(
@@ -249,23 +280,23 @@ def video_routes(service: VideoService) -> APIRouter:
         return service.shown(service.job(video_id))
 
     @router.get("/v1/videos/{video_id}/content", response_class=Response)
-    def get_content(
+    async def get_content(
         video_id: VideoId,
         variant: Literal["video", "thumbnail", "preview", "settings"] = "video",
         download: bool = False,
     ) -> Response:
         """Send a finished video, its thumbnail or settings; or the newest preview of one that is being made."""
-        job = service.job(video_id)
+        job = await run_in_threadpool(service.job, video_id)
         if variant == "settings":
             return JSONResponse(job.body)
         if variant == "preview":
-            image = store.preview(video_id)
+            image = await run_in_threadpool(store.preview, video_id)
             if image is None:
                 raise RequestError(f"{video_id} has no preview now.", 404, "id", "not_found")
             return Response(image, media_type="image/webp", headers={"cache-control": "no-store"})
-        file = service.file(job)
+        file = await run_in_threadpool(service.file, job)
         if variant == "thumbnail":
-            return FileResponse(thumbnail(file, places.state / "thumbnails"), media_type="image/webp")
+            return await small_picture(file)
         return FileResponse(file, media_type="video/mp4", filename=file.name if download else None)
 
     @router.post("/v1/videos/{video_id}/cancel")
@@ -299,23 +330,23 @@ def video_routes(service: VideoService) -> APIRouter:
     @router.post("/v1/uploads", openapi_extra=_FILE_SCHEMA)
     async def upload(request: Request) -> UploadObject:
         """Send a picture or video whose frames are to be used as conditioning frames."""
-        async with request.form(max_files=1, max_fields=8) as form:
+        async with _form_of(request, max_files=1, max_fields=8) as form:
             file = _one_file(form)
-            kept = await run_in_threadpool(places.uploads.save, _chunks(file), file.filename or "")
+            kept = await heavy.run(partial(service.uploads.save, _chunks(file), file.filename or ""))
         return UploadObject(**kept)
 
     @router.get("/v1/uploads/{upload_id}/thumbnail", response_class=FileResponse)
-    def get_upload(upload_id: UploadId) -> FileResponse:
-        """Send a small animated picture of an upload."""
-        file = places.uploads.find(upload_id)
-        return FileResponse(thumbnail(file, places.state / "thumbnails"), media_type="image/webp")
+    async def get_upload(upload_id: UploadId) -> FileResponse:
+        """Send a small picture of an upload, which moves if it is a video."""
+        file = await run_in_threadpool(service.uploads.find, upload_id)
+        return await small_picture(file, pictures=True)
 
     @router.post("/v1/inspect", openapi_extra=_FILE_SCHEMA)
     async def inspect(request: Request) -> Inspection:
         """Read how a video of stdit was made from its file, and whether it can be made again here."""
-        async with request.form(max_files=1, max_fields=8) as form:
+        async with _form_of(request, max_files=1, max_fields=8) as form:
             file = _one_file(form)
-            return await run_in_threadpool(service.inspector.sent_file, file.file, file.filename or "")
+            return await heavy.run(partial(service.inspector.sent_file, file.file, file.filename or ""))
 
     return router
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
+from starlette.concurrency import run_in_threadpool
 
 from stdit.errors import UserError
 from stdit.serve.errors import RequestError
 from stdit.serve.gallery.gallery import Gallery
 from stdit.serve.gallery.gallery_pages import GalleryPage
+from stdit.serve.heavy_work import HeavyWork
 from stdit.serve.json_values import sendable
 
 _THUMBNAIL_SECONDS = 3600
@@ -33,7 +36,7 @@ def gallery_routes(gallery: Gallery, inspect: Callable[[Path], Mapping[str, Any]
     Args:
         inspect: returns what ``/v1/inspect`` says of a file.
     """
-    routes = APIRouter(prefix="/v1/gallery", tags=["gallery"])
+    routes, heavy = APIRouter(prefix="/v1/gallery", tags=["gallery"]), HeavyWork()
 
     @routes.get("")
     def list_gallery(
@@ -55,10 +58,10 @@ def gallery_routes(gallery: Gallery, inspect: Callable[[Path], Mapping[str, Any]
     @routes.get(
         "/{id}/thumbnail", response_class=FileResponse, responses={200: {"content": {"image/webp": {}}}}
     )
-    def gallery_thumbnail(id: str) -> FileResponse:
+    async def gallery_thumbnail(id: str) -> FileResponse:
         """Return some frames of a video as an animated WebP."""
         try:
-            file = gallery.thumbnail(id)
+            file = await heavy.run(partial(gallery.thumbnail, id))
         except RequestError:
             raise
         except UserError as error:
@@ -67,11 +70,11 @@ def gallery_routes(gallery: Gallery, inspect: Callable[[Path], Mapping[str, Any]
         return FileResponse(file, media_type="image/webp", headers=headers)
 
     @routes.get("/{id}/settings")
-    def gallery_settings(id: str) -> dict[str, Any]:
+    async def gallery_settings(id: str) -> dict[str, Any]:
         """Return the settings with which a video was made, and whether they make it again."""
-        file = gallery.find(id)
+        file = await run_in_threadpool(gallery.find, id)
         try:
-            return sendable(inspect(file))
+            return sendable(await heavy.run(partial(inspect, file)))
         except ValueError as error:
             if isinstance(error, UserError):
                 raise

@@ -1,6 +1,5 @@
 """What the gallery reads of a folder: which videos there are, and the metadata inside. Imports no torch."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -8,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stdit.serve.json_values import finite_number, whole_number, whole_text
+from stdit.serve.metadata_reader import read_hostile_metadata
 
 MOST_PROMPT = 4000
 """Characters of a prompt that the index keeps."""
-_MOST_METADATA = 1 << 20
-"""Characters of metadata; a longer comment is not ours."""
 _VALIDATION = re.compile(r"step-\d+|base")
 """Folders of validation videos, in the folder ``samples`` of a run."""
 
@@ -81,20 +79,6 @@ def read_facts(video: Path) -> VideoFacts | None:
         **{name: whole_number(metadata.get(name)) for name in ("width", "height", "num_frames")},
         fps=fps if fps and fps > 0 else None,
     )
-
-
-def read_hostile_metadata(video: Path) -> dict | None:
-    """Return the metadata inside a video that anybody may have written; None if it has none of ours."""
-    from stdit.data.decoding.media import Media
-    from stdit.data.decoding.opening import DecodeError, Video, open_clip
-
-    try:
-        with open_clip(Media.of(video)) as opened:
-            comment = opened.container.metadata.get("comment", "") if isinstance(opened, Video) else ""
-        found = json.loads(comment) if len(comment) <= _MOST_METADATA else None
-    except (DecodeError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def checkpoint_name(checkpoint: str) -> str:

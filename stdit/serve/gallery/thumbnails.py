@@ -24,16 +24,17 @@ _MOST_SECONDS = 20.0
 _QUALITY = 75
 
 
-def thumbnail(video: Path, cache: Path) -> Path:
-    """Return the file with the thumbnail of a video; make it unless it is there.
+def thumbnail(video: Path, cache: Path, pictures: bool = False) -> Path:
+    """Return the file with the thumbnail of a video, or of a picture; make it unless it is there.
 
     It is named after path, time and size of the video, so that another video under the same name gets its own.
 
     Args:
         cache: folder of all thumbnails, whose files may be deleted at any time.
+        pictures: accept a picture, too.
 
     Raises:
-        UserError: if the video is missing, damaged or no video, or the thumbnail cannot be written.
+        UserError: if it is missing, damaged, or neither video nor picture, or the thumbnail cannot be written.
     """
     try:
         status = video.stat()
@@ -42,7 +43,7 @@ def thumbnail(video: Path, cache: Path) -> Path:
     place = _place(video, cache)
     file = place.with_name(f"{place.name}-{status.st_mtime_ns:x}-{status.st_size:x}.webp")
     if not file.is_file():
-        frames, fps = thumbnail_frames(video)
+        frames, fps = thumbnail_frames(video, pictures)
         content = webp_of_frames(frames, fps)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +63,11 @@ def remove_thumbnails(video: Path, cache: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def thumbnail_frames(video: Path) -> tuple[np.ndarray, float]:
+def thumbnail_frames(video: Path, pictures: bool = False) -> tuple[np.ndarray, float]:
     """Decode at most `THUMBNAIL_FRAMES` frames, spread over a video, of at most `THUMBNAIL_PIXELS` pixels a side.
+
+    Args:
+        pictures: accept a picture, too, which is one frame.
 
     Returns:
         uint8 ``[T H W 3]``, and how many of them are shown per second, so that they last as long as the video, within
@@ -75,7 +79,7 @@ def thumbnail_frames(video: Path) -> tuple[np.ndarray, float]:
     from stdit.data.decoding.opening import DecodeError
 
     try:
-        frames, seconds = _decode(video)
+        frames, seconds = _decode(video, pictures)
     except DecodeError as error:
         raise UserError(f"{video.name}: {error.reason}.") from None
     return frames, min(max(len(frames) / max(seconds, 1e-3), 2.0), 16.0)
@@ -103,17 +107,19 @@ def webp_of_frames(frames: np.ndarray, fps: float, longest: int = THUMBNAIL_PIXE
     return file.getvalue()
 
 
-def _decode(video: Path) -> tuple[np.ndarray, float]:
+def _decode(video: Path, pictures: bool) -> tuple[np.ndarray, float]:
     """Return the frames of a thumbnail, and the seconds that the video lasts."""
     from stdit.data.decoding.frames import frames_in_order
     from stdit.data.decoding.media import Media
     from stdit.data.decoding.opening import DecodeError, Video, open_clip
     from stdit.pipelines.video_io import spread
 
-    media, pictures = Media.of(video), []
+    media, shown = Media.of(video), list[np.ndarray]()
     with open_clip(media) as opened:
         if not isinstance(opened, Video):
-            raise DecodeError(media, "is a picture, not a video")
+            if not pictures:
+                raise DecodeError(media, "is a picture, not a video")
+            return _small(opened)[None], 1.0
         stated = opened.stream.frames or THUMBNAIL_FRAMES
         wanted = spread(min(stated, _MOST_DECODED), THUMBNAIL_FRAMES)
         rate = float(opened.stream.average_rate or 8)
@@ -122,15 +128,24 @@ def _decode(video: Path) -> tuple[np.ndarray, float]:
             if index in wanted:
                 scale = min(1.0, THUMBNAIL_PIXELS / max(frame.height, frame.width))
                 height, width = (max(1, round(side * scale)) for side in (frame.height, frame.width))
-                pictures.append(frame.reformat(width=width, height=height, format="rgb24").to_ndarray())
+                shown.append(frame.reformat(width=width, height=height, format="rgb24").to_ndarray())
             if index >= wanted[-1]:
                 break
             if time.monotonic() > late:
                 raise DecodeError(media, f"decoding takes more than {_MOST_SECONDS:.0f} s")
-    if len(pictures) < (len(wanted) if opened.stream.frames else 1):
-        raise DecodeError(media, f"it ends before its frame {wanted[len(pictures)] + 1} of {stated}")
-    shape = pictures[0].shape
-    return np.stack([picture for picture in pictures if picture.shape == shape]), stated / rate
+    if len(shown) < (len(wanted) if opened.stream.frames else 1):
+        raise DecodeError(media, f"it ends before its frame {wanted[len(shown)] + 1} of {stated}")
+    shape = shown[0].shape
+    return np.stack([one for one in shown if one.shape == shape]), stated / rate
+
+
+def _small(picture: PIL.Image.Image) -> np.ndarray:
+    """Return a picture, uint8 ``[H W 3]``, of at most `THUMBNAIL_PIXELS` pixels a side."""
+    from stdit.data.decoding.pixels import upright_rgb
+
+    small = upright_rgb(picture)
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    return np.asarray(small)
 
 
 def _numbered(frames: Iterator) -> Iterator:

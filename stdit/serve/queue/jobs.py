@@ -103,15 +103,9 @@ class JobStore(JobDatabase):
         """
         with self.change() as db:
             if new.key is not None:
-                row = db.execute(
-                    "SELECT * FROM jobs WHERE client = ? AND key = ?", (new.client, new.key)
-                ).fetchone()
-                if row is not None:
-                    if row["asked"] != new.asked:
-                        raise KeyReusedError(
-                            f"Idempotency-Key = {new.key:.80}: came with another request before: use a new one."
-                        )
-                    return _job(row)
+                found = self.find_by_key(new.client, new.key, new.asked)
+                if found is not None:
+                    return found
             waiting = "SELECT count(*) FROM jobs WHERE state IN ('queued', 'in_progress')"
             of_client = db.execute(f"{waiting} AND client = ?", (new.client,)).fetchone()[0]
             if of_client >= max_waiting_per_client:
@@ -272,6 +266,23 @@ class JobStore(JobDatabase):
             )
             found |= {row["id"]: _job(row) for row in rows}
         return list(found.values())
+
+    def find_by_key(self, client: str, key: str, asked: str) -> Job | None:
+        """Return the job that a client sent with an idempotency key; None if there is none.
+
+        Args:
+            asked: what the client sends now, or its hash.
+
+        Raises:
+            KeyReusedError: the key came with another body.
+        """
+        query = "SELECT * FROM jobs WHERE client = ? AND key = ?"
+        row = self.connection().execute(query, (client, key)).fetchone()
+        if row is not None and row["asked"] != asked:
+            raise KeyReusedError(
+                f"Idempotency-Key = {key:.80}: came with another request before: use a new one."
+            )
+        return None if row is None else _job(row)
 
     def claim(self, worker: str, batch_size: int) -> list[Job]:
         """Give a worker the oldest waiting job, and others that fit into its batch."""

@@ -1,6 +1,7 @@
 """Where a server keeps what: its state, the videos that it makes, and the folders that it shows."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from stdit.serve.queue.jobs import COMPLETED, JobStore
 from stdit.serve.queue.uploads import Uploads
 
 _PLACES = "places.json"
+_VIDEO_ID = re.compile(r"video_[0-9a-f]{24}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ServerPlaces:
         """Return the file of an upload, or of a video that is finished. Raises RequestError if there is none."""
         if kind == "upload":
             return self.uploads.find(name)
-        job = store.get(name)
+        job = store.get(name) if _VIDEO_ID.fullmatch(name) else None
         file = None if job is None or job.state != COMPLETED or job.file is None else self.videos / job.file
         if file is None or not file.is_file():
             raise RequestError(

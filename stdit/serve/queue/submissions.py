@@ -16,6 +16,7 @@ from stdit.pipelines.prompts import prompt_line
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
 from stdit.serve.errors import RequestError
+from stdit.serve.json_values import finite_number
 from stdit.serve.queue.captured import captured_warnings
 from stdit.serve.queue.catalog import Catalog, OfferedModel
 from stdit.suggestions import nearest_name
@@ -25,6 +26,8 @@ MAX_PROMPT = 4000
 MAX_CONDITIONS = 32
 MAX_SEGMENTS = 64
 MAX_LORAS = 8
+MAX_WORK = 2**31
+"""Pixels of all frames that the segments of a video have together."""
 _NOT_OFFERED = ("image", "condition", "lora", "reference_path", "mask_strategy")
 """Settings of a prompt that name files: requests have `loras` and `conditions` instead."""
 OWN_FIELDS = ("prompt", "model", "seed", "loras", "conditions", "any_size", "size", "seconds")
@@ -105,6 +108,7 @@ def read_submission(
             nearest = nearest_name(name, FIELDS)
             hint = f"did you mean {nearest}?" if nearest else f"use {', '.join(FIELDS)}."
             raise RequestError(f"{name:.80} is not a field: {hint}", param=name[:80], code="unknown_field")
+    _check_numbers(values)
     _check_texts(values)
     model = catalog.model(_text(values, "model"))
     values = _without_aliases(values, model)
@@ -120,10 +124,11 @@ def read_submission(
     settings = {name: getattr(line, name) for name in PROMPT_SETTINGS if name not in _NOT_OFFERED}
     with captured_warnings() as warnings:
         try:
-            if (count := line.segments or 1) > MAX_SEGMENTS or len(line.segment_prompts) >= MAX_SEGMENTS:
+            if (count := line.segments or 1) > MAX_SEGMENTS:
                 raise RequestError(f"segments = {count}: must be at most {MAX_SEGMENTS}.", param="segments")
             config = SampleConfig(**settings, prompt=[line.prompt], seed=seed, lora=loras)
             [request] = plan_requests(config)
+            _check_work(request, model)
             conditions = _read_conditions(own.get("conditions", []), model, request, find_frames)
             request = replace(request, conditions=conditions)
             codec = model.codec if request.segments.count > 1 else None
@@ -142,6 +147,27 @@ def read_submission(
     return Submission(model, request, body, tuple(warnings))
 
 
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    """Raise RequestError for a number that no float holds, such as NaN or 1 followed by 400 zeros."""
+    pending = [(name, name, value) for name, value in values.items()]
+    while pending:
+        param, place, value = pending.pop()
+        if isinstance(value, Mapping):
+            pending += [(param, f"{place}.{name:.40}", one) for name, one in value.items()]
+        elif isinstance(value, list):
+            in_list = [(f"{place}[{index}]", one) for index, one in enumerate(value)]
+            pending += [(name if place == "conditions" else param, name, one) for name, one in in_list]
+        elif isinstance(value, int | float) and finite_number(value) is None:
+            raise RequestError(
+                f"{place}: must be a finite number, below 1e308: use a smaller one.", param=param
+            )
+
+
+def _is_whole_text(text: str) -> bool:
+    """Return whether a text has neither NUL nor halves of surrogate pairs, which are no characters."""
+    return "\0" not in text and not any(0xD800 <= ord(letter) < 0xE000 for letter in text)
+
+
 def _check_texts(values: Mapping[str, Any]) -> None:
     for name in ("prompt", "negative_prompt"):
         text = values.get(name, "" if name == "negative_prompt" else None)
@@ -154,14 +180,24 @@ def _check_texts(values: Mapping[str, Any]) -> None:
                 f"{name}: has {len(text):,} characters: at most {MAX_PROMPT:,} are read: shorten it.",
                 param=name,
             )
-        if "\0" in text or any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+        if not _is_whole_text(text):
             raise RequestError(f"{name}: has characters that are no text: remove them.", param=name)
-    for text in values.get("segment_prompts") or []:
-        if isinstance(text, str) and (
-            len(text) > MAX_PROMPT or any(0xD800 <= ord(one) < 0xE000 for one in text)
-        ):
+    texts = values.get("segment_prompts", [])
+    if not isinstance(texts, list):
+        raise RequestError(
+            f"segment_prompts = {texts!r:.80}: must be a list of texts, one for each further segment.",
+            param="segment_prompts",
+        )
+    if len(texts) >= MAX_SEGMENTS:
+        raise RequestError(
+            f"segment_prompts: has {len(texts)} texts: must be at most {MAX_SEGMENTS - 1}, beside the prompt: "
+            "use fewer.",
+            param="segment_prompts",
+        )
+    for text in texts:
+        if not isinstance(text, str) or len(text) > MAX_PROMPT or not _is_whole_text(text):
             raise RequestError(
-                f"segment_prompts: each must be a text of at most {MAX_PROMPT:,} characters.",
+                f"segment_prompts: each must be a text of at most {MAX_PROMPT:,} characters, all of them valid.",
                 param="segment_prompts",
             )
 
@@ -178,7 +214,7 @@ def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, A
     values = dict(values)
     size, seconds = values.pop("size", None), values.pop("seconds", None)
     if size is not None:
-        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size) if isinstance(size, str) else None
+        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size, re.ASCII) if isinstance(size, str) else None
         if found is None or "height" in values or "width" in values:
             raise RequestError(
                 f"size = {size!r:.80}: must be WIDTHxHEIGHT, such as 64x64, without height and width.",
@@ -187,7 +223,7 @@ def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, A
         values |= {"width": int(found[1]), "height": int(found[2])}
     if seconds is not None:
         try:
-            number = float(seconds)
+            number = 0.0 if isinstance(seconds, bool) else float(seconds)
         except (TypeError, ValueError):
             number = 0.0
         if not 0 < number <= 3600 or "num_frames" in values:
@@ -200,6 +236,22 @@ def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, A
         natural = [one for one in wanted if model.natural_frames(one) == one]
         values["num_frames"] = min(natural or wanted, key=lambda one: abs(one - frames))
     return values
+
+
+def _check_work(request: Request, model: OfferedModel) -> None:
+    """Raise RequestError for a video so large that even an estimate of what it takes would take long."""
+    settings, segments = request.settings.resolved(model.settings), request.segments.count
+    frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
+    if segments * frames * height * width <= MAX_WORK:
+        return
+    times = f" x segments = {segments}" if segments > 1 else ""
+    most = MAX_WORK // (segments * height * width)
+    way_out = f"use num_frames = {most} or fewer" if most else "use a smaller height and width"
+    raise RequestError(
+        f"num_frames = {frames}, height = {height}, width = {width}: num_frames x height x width{times} must be at "
+        f"most {MAX_WORK:,}: {way_out}{', or a smaller height and width' if most else ''}.",
+        param="num_frames" if most else "height",
+    )
 
 
 def _check_size(request: Request, model: OfferedModel) -> None:
@@ -292,15 +344,14 @@ def _read_condition(
     if len(sources) != 1:
         raise RequestError("conditions: each needs either the id of an upload or that of a video.")
     file = find_frames(sources[0], entry[sources[0]])
-    skip, length = entry.get("source_frame") or 0, entry.get("length")
+    skip, length, strength = entry.get("source_frame") or 0, entry.get("length"), entry.get("strength")
     try:
         if skip < 0:
             available = FrameCondition(str(file), 0).resolved(10**6, fps).length
             assert available is not None
             skip = max(0, available + skip)
-        condition = FrameCondition(
-            str(file), entry.get("frame") or 0, length, float(entry.get("strength") or 1.0), skip
-        )
+        strength = 1.0 if strength is None else float(strength)
+        condition = FrameCondition(str(file), entry.get("frame") or 0, length, strength, skip)
         return condition.resolved(total, fps)
     except UserError as error:
         raise RequestError(str(error).replace(str(file), f"its {sources[0]}")) from None
@@ -326,7 +377,8 @@ def replayable(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "loop",
     ]
     found = {name: metadata[name] for name in names if metadata.get(name) not in (None, [], "")}
-    found |= metadata.get("padded_from", {})
+    padded_from = metadata.get("padded_from")
+    found |= padded_from if isinstance(padded_from, Mapping) else {}
     if found.get("segments") == 1:
         found = {name: value for name, value in found.items() if name not in ("segments", "overlap", "loop")}
     resolved = {name: found.get(name) for name in VIDEO_SETTINGS}

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,31 @@ _ID = re.compile(r"file_[0-9a-f]{64}")
 
 @dataclass
 class Uploads:
-    """A folder of files that clients sent."""
+    """A folder of files that clients sent.
+
+    Args:
+        max_bytes: of a file.
+        max_total_bytes: of all files together; None: no limit.
+    """
 
     folder: Path
     max_bytes: int
+    max_total_bytes: int | None = None
 
     def save(self, chunks: Iterable[bytes], name: str = "") -> dict[str, Any]:
         """Keep a file and return what is known of it.
 
         Raises:
-            RequestError: if it is too large, empty, or no picture or video.
+            RequestError: if it is too large, empty, or no picture or video, or there is no room for it.
         """
+        try:
+            return self._save(chunks, name)
+        except OSError as error:
+            raise no_room(error.strerror or "error") from None
+
+    def _save(self, chunks: Iterable[bytes], name: str) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
+        others = 0 if self.max_total_bytes is None else self._total_bytes()
         aside = self.folder / f".{os.getpid()}-{time.monotonic_ns()}.part"
         digest, size = hashlib.sha256(), 0
         try:
@@ -36,6 +50,10 @@ class Uploads:
                     size += len(chunk)
                     if size > self.max_bytes:
                         raise too_large(self.max_bytes)
+                    if self.max_total_bytes is not None and others + size > self.max_total_bytes:
+                        raise no_room(
+                            f"at most {self.max_total_bytes / 2**30:g} GiB, --server.max_uploads_gib"
+                        )
                     digest.update(chunk)
                     file.write(chunk)
             found = _probe(aside, name)
@@ -45,32 +63,54 @@ class Uploads:
             aside.unlink(missing_ok=True)
         return {"id": target.name, "object": "upload", "name": _shown(name), "bytes": size, **found}
 
+    def _total_bytes(self) -> int:
+        total = 0
+        for file in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # it has just been removed
+                total += file.stat().st_size
+        return total
+
     def find(self, upload: str) -> Path:
         """Return the file of an upload. Raises RequestError if there is none of that id."""
         file = self.folder / upload if _ID.fullmatch(upload) else None
-        if file is None or not file.is_file():
+        try:
+            if file is None or not file.is_file():
+                raise FileNotFoundError
+            os.utime(file)  # in use: it is not too old
+        except FileNotFoundError:
             raise RequestError(
                 f"conditions: there is no upload {upload!r:.80}, or no longer: send the file to /v1/uploads again.",
                 param="conditions",
                 code="not_found",
-            )
-        os.utime(file)  # in use: it is not too old
+            ) from None
         return file
 
     def remove_older(self, seconds: float) -> None:
         """Delete the files that were not used for so long."""
         for file in self.folder.glob("*") if self.folder.is_dir() else ():
-            if time.time() - file.stat().st_mtime > seconds:
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process has removed it
+                if time.time() - file.stat().st_mtime > seconds:
+                    file.unlink()
 
 
 def too_large(max_bytes: int) -> RequestError:
     """Return the error of a request that sends too much."""
     return RequestError(
-        f"the request is larger than {max_bytes / 2**20:g} MiB (--server.max_upload_mib): send a smaller file.",
+        f"the files of the request are larger than {round(max_bytes / 2**20, 3):g} MiB (--server.max_upload_mib): send a "
+        "smaller file.",
         status=413,
         param="file",
         code="too_large",
+    )
+
+
+def no_room(reason: str) -> RequestError:
+    """Return the error of a file for which there is no room."""
+    return RequestError(
+        f"there is no room for the file here ({reason}): try again later, or ask who runs the server to make room.",
+        status=507,
+        param="file",
+        code="no_room",
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from stdit.serve.errors import RequestError
-from stdit.serve.gallery.gallery_scan import read_facts, read_hostile_metadata
+from stdit.serve.gallery.gallery_scan import read_facts
 from stdit.serve.json_values import whole_number, whole_text
+from stdit.serve.metadata_reader import read_hostile_metadata
 from stdit.serve.runs.metrics_reader import MetricsReader, read_last_lines
 from stdit.serve.runs.run_checkpoints import CheckpointStates, RunCheckpoint
 from stdit.serve.runs.run_files import (
