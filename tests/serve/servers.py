@@ -46,11 +46,16 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "sample.py"), "--serve", *self.flags],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        with open(self.folder / "stderr.txt", "ab") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "sample.py"), "--serve", *self.flags],
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+
+    def errors(self) -> str:
+        """What it wrote to its standard error since it was first started."""
+        return (self.folder / "stderr.txt").read_text(encoding="utf-8")
 
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

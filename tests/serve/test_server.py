@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -101,10 +102,16 @@ def test_a_second_server_is_refused(served: Served) -> None:
     )
 
 
-def test_ctrl_c_ends_server_and_workers(served: Served) -> None:
+def test_ctrl_c_ends_server_workers_and_open_streams(served: Served) -> None:
     served.wait_for("idle")
-    workers = served.workers()
-    assert served.stop() in (0, 130)
+    workers, before = served.workers(), len(served.errors())
+    with urlopen(f"{served.client.url}/v1/events", timeout=60) as stream:
+        assert stream.readline() == b"event: workers\n"
+        began = time.monotonic()
+        assert served.stop() in (0, 130)
+        assert time.monotonic() - began < 5
+        assert stream.read()  # to its end
+    assert "Traceback" not in served.errors()[before:]
     deadline = time.monotonic() + 10
     while any(worker.is_running() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 import stdit
 from stdit.errors import UserError
 from stdit.serve.api.events import EventStream
-from stdit.serve.api.security import Guard
+from stdit.serve.api.security import Guard, Receive, Scope, Send
 from stdit.serve.api.videos_api import VideoService, video_routes
 from stdit.serve.config import SampleCommand
 from stdit.serve.errors import RequestError, error_body
@@ -61,14 +61,16 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if with_workers:
-            supervisor.start()
-        yield
-        events.close()
-        gallery.close()
-        launches.close()
-        if with_workers:
-            supervisor.stop()
+        async with AsyncExitStack() as ends:  # each happens, whether or not another one fails
+            ends.callback(store.close)
+            ends.callback(supervisor.store.close)
+            if with_workers:
+                supervisor.start()
+                ends.callback(supervisor.stop)
+            ends.callback(launches.close)
+            ends.callback(gallery.close)
+            ends.push_async_callback(events.wait_closed)
+            yield
 
     app = FastAPI(
         title="stdit",
@@ -78,6 +80,7 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    app.state.events = events
     app.include_router(video_routes(service), responses=_ERRORS)
     of_gallery = gallery_routes(gallery, lambda file: service.inspector.file(file).model_dump())
     app.include_router(of_gallery, responses=_ERRORS)
@@ -101,7 +104,8 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
 
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     _explain_errors(app)
-    app.add_middleware(Guard, config=config.server)
+    app.add_middleware(_Unexpected)
+    app.add_middleware(Guard, config=config.server)  # outside of all others: each answer gets its headers
     return app
 
 
@@ -129,30 +133,53 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _explain_errors(app: FastAPI) -> None:
-    """Answer each error with its message, and one that nobody expected without any detail."""
+def _answer(message: str, status: int, param: str | None = None, code: str = "invalid_value") -> JSONResponse:
+    return JSONResponse(error_body(message, param, code, status), status)
 
-    def answer(
-        message: str, status: int, param: str | None = None, code: str = "invalid_value"
-    ) -> JSONResponse:
-        return JSONResponse(error_body(message, param, code, status), status)
+
+class _Unexpected:
+    """ASGI middleware that logs an error that nobody expected, and answers without any detail of it."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_noting(message: dict[str, Any]) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noting)
+        except Exception as error:
+            if has_begun or scope["type"] != "http":
+                raise  # uvicorn logs it, and breaks the connection
+            logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            words = "something went wrong here: the output of the server says what."
+            await _answer(words, 500, None, "server_error")(scope, receive, send)
+
+
+def _explain_errors(app: FastAPI) -> None:
+    """Answer each error of a request with its message."""
 
     @app.exception_handler(UserError)
     def of_user(request: Request, error: UserError) -> JSONResponse:
         if isinstance(error, RequestError):
-            return answer(str(error), error.status, error.param, error.kind)
-        return answer(str(error), 400)
+            return _answer(str(error), error.status, error.param, error.kind)
+        return _answer(str(error), 400)
 
     @app.exception_handler(RequestValidationError)
     def of_schema(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = str(first["loc"][-1]) if first["loc"] else "request"
-        return answer(f"{name:.80}: {first['msg']}.", 400, name[:80])
+        return _answer(f"{name:.80}: {first['msg']}.", 400, name[:80])
 
     @app.exception_handler(HTTPException)
     def of_http(request: Request, error: HTTPException) -> JSONResponse:
         codes = {404: "not_found", 405: "method_not_allowed"}
-        response = answer(
+        response = _answer(
             f"{error.detail}.", error.status_code, None, codes.get(error.status_code, "invalid_request")
         )
         response.headers.update(error.headers or {})
@@ -163,11 +190,5 @@ def _explain_errors(app: FastAPI) -> None:
         if str(error).startswith(
             "File at path"
         ):  # Starlette's words for a file that vanished before it was sent
-            return answer("the file was removed.", 410, "id", "gone")
-        return of_server(request, error)
-
-    @app.exception_handler(Exception)
-    def of_server(request: Request, error: Exception) -> JSONResponse:
-        return answer(
-            "something went wrong here: the output of the server says what.", 500, None, "server_error"
-        )
+            return _answer("the file was removed.", 410, "id", "gone")
+        raise error

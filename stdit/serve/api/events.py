@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import logging
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +11,60 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from stdit.serve.api.video_objects import video_object
+from stdit.serve.errors import RequestError
 from stdit.serve.queue.health import health
-from stdit.serve.queue.jobs import JobStore
+from stdit.serve.queue.jobs import Job, JobStore
+
+logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
 KEEP_ALIVE_SECONDS = 15.0
+MAX_STREAMS = 100
+"""Open streams of all clients together."""
+_DELETED = "deleted"
 _MOST_WAITING = 200
 """Events that wait for a client that reads too slowly: above it the stream ends, and the client asks anew."""
+_PAUSE_SECONDS = 1.0
+"""After a look at the file that failed."""
+_CLOSING_SECONDS = 1.0
+"""For a client to take what is being sent to it when the server ends."""
+
+
+@dataclass(frozen=True)
+class _Event:
+    """An event, and which job it is about."""
+
+    name: str
+    data: Any
+    job: str | None = None
+    changed: int = 0
+    """`Job.changed` when it was read."""
+    is_over: bool = False
+    """Whether nothing more happens to the job."""
+
+    def __str__(self) -> str:
+        return f"event: {self.name}\ndata: {json.dumps(self.data)}\n\n"
+
+
+@dataclass(eq=False)
+class _Client:
+    """Somebody who listens."""
+
+    task: asyncio.Task[Any]
+    """Sends the events; it waits in vain if the client reads nothing."""
+    waiting: asyncio.Queue[_Event | None] = field(default_factory=asyncio.Queue)
+    """None: the stream ends."""
+
+
+@dataclass
+class _Seen:
+    """What all clients were told."""
+
+    changes: int
+    """Changes of jobs up to this one."""
+    previews: dict[str, int] = field(default_factory=dict)
+    """Step of the newest preview of each job."""
+    workers: dict[str, Any] | None = None
 
 
 @dataclass
@@ -25,7 +73,7 @@ class EventStream:
 
     store: JobStore
     keep_days: float | None = None
-    _clients: set[asyncio.Queue[str | None]] = field(default_factory=set)
+    _clients: set[_Client] = field(default_factory=set)
     _task: asyncio.Task[None] | None = None
     _closing: bool = False
 
@@ -33,114 +81,141 @@ class EventStream:
         """End all streams, which would keep the server from ending."""
         self._closing = True
         for client in self._clients:
-            client.put_nowait(None)
+            client.waiting.put_nowait(None)
+            asyncio.get_running_loop().call_later(_CLOSING_SECONDS, client.task.cancel)
 
-    async def listen(self, only: Collection[str] = (), until_over: bool = False) -> AsyncIterator[str]:
-        """Yield events: first the state of the jobs that are not over, then each change.
+    async def wait_closed(self) -> None:
+        """End all streams, and wait until nothing reads the jobs any more."""
+        self.close()
+        if self._task is not None and not self._task.done():
+            await asyncio.wait([self._task])
+
+    def listen(self, only: Collection[str] = (), until_over: bool = False) -> AsyncIterator[str]:
+        """Return events: first the state of the jobs that are not over, then each change.
 
         Args:
             only: names of jobs; empty: all of them.
-            until_over: end when all of these are over.
+            until_over: end when all of these are over or deleted.
+
+        Raises:
+            RequestError: if too many streams are open.
         """
-        queue: asyncio.Queue[str | None] = asyncio.Queue(_MOST_WAITING)
-        self._clients.add(queue)
+        if len(self._clients) >= MAX_STREAMS:
+            raise RequestError(
+                f"{len(self._clients)} streams of events are open, of at most {MAX_STREAMS}: close some, or ask for "
+                "GET /v1/videos/{id} every few seconds.",
+                status=503,
+                code="too_many_streams",
+            )
+        return self._listen(frozenset(only), until_over)
+
+    async def _listen(self, only: frozenset[str], until_over: bool) -> AsyncIterator[str]:
+        task = asyncio.current_task()
+        assert task is not None
+        client = _Client(task)
+        self._clients.add(client)
         left = set(only)
         try:
-            for event in await run_in_threadpool(self._now, only):
-                yield event
-                left -= _over(event)
-            if self._task is None or self._task.done():
-                self._task = asyncio.create_task(self._look())
+            await self._start()
+            state = await run_in_threadpool(
+                self._now, only
+            )  # later than the start: no change is lost between
+            told = {event.job: event.changed for event in state}
+            for event in state:
+                yield str(event)
+                left -= {event.job} if event.is_over else set()
             while not (until_over and not left) and not self._closing:
                 try:
-                    told = await asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS)
+                    new = await asyncio.wait_for(client.waiting.get(), KEEP_ALIVE_SECONDS)
                 except TimeoutError:
                     yield ": still here\n\n"
                     continue
-                if told is None:
+                if new is None:
                     return
-                if not only or any(f'"{name}"' in told for name in only):
-                    yield told
-                    left -= _over(told)
+                is_new = new.job is None or new.changed > told.get(new.job, 0)
+                if is_new and (not only or new.job in only):
+                    yield str(new)
+                    left -= {new.job} if new.is_over else set()
         finally:
-            self._clients.discard(queue)
+            self._clients.discard(client)
 
-    def _now(self, only: Collection[str]) -> list[str]:
+    async def _start(self) -> None:
+        """Look for changes from now on, unless that is done already."""
+        if self._task is None or self._task.done():
+            changes = await run_in_threadpool(self.store.change_count)
+            if self._task is None or self._task.done():  # no other client was faster
+                self._task = asyncio.create_task(self._look(_Seen(changes)))
+
+    def _now(self, only: Collection[str]) -> list[_Event]:
+        events = [_Event("workers", health(self.store).model_dump())]
         if only:
-            jobs = [job for name in only if (job := self.store.get(name)) is not None]
+            found = {name: self.store.get(name) for name in only}
+            events += [_deleted(name) for name, job in found.items() if job is None]
+            jobs = [job for job in found.values() if job is not None]
         else:
             jobs = [
                 job
                 for state in ("in_progress", "queued")
                 for job in self.store.list_jobs(100, newest_first=False, state=state)
             ]
-        events = [_event("workers", health(self.store).model_dump())]
         for job in jobs:
-            events.append(_event("video", video_object(job, self.store, self.keep_days).model_dump()))
-            if (image := self.store.preview(job.id)) is not None:
-                events.append(_preview(job.id, job.preview_step, image))
+            events.append(self._video(job))
+            events += self._preview(job)
         return events
 
-    async def _look(self) -> None:
+    async def _look(self, seen: _Seen) -> None:
         """Look for changes as long as somebody listens."""
-        seen: dict[str, Any] = {}
-        shown: dict[str, int | None] = {}
-        since, version, workers = 0.0, -1, ""
-        jobs = await run_in_threadpool(self.store.list_jobs, 1)
-        since = max((job.changed for job in jobs), default=0.0)
         while self._clients and not self._closing:
             await asyncio.sleep(LOOK_SECONDS)
-            found, since, version, workers = await run_in_threadpool(
-                self._changes, seen, shown, since, version, workers
-            )
-            for event in found:
-                for client in list(self._clients):
-                    if client.full():
-                        self._clients.discard(client)
-                        while not client.empty():
-                            client.get_nowait()
-                        client.put_nowait(None)
-                    else:
-                        client.put_nowait(event)
+            try:
+                found = await run_in_threadpool(self._changes, seen)
+            except Exception:  # such as a disk that is full for a while: the streams go on
+                if not self._closing:
+                    logger.exception("the changes of the videos could not be read")
+                    await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            for client in list(self._clients):
+                if client.waiting.qsize() > _MOST_WAITING:
+                    self._clients.discard(client)
+                    client.task.cancel()
+                else:
+                    for event in found:
+                        client.waiting.put_nowait(event)
 
-    def _changes(
-        self, seen: dict[str, Any], shown: dict[str, int | None], since: float, version: int, workers: str
-    ) -> tuple[list[str], float, int, str]:
-        events: list[str] = []
-        jobs = self.store.changed_since(since)
+    def _changes(self, seen: _Seen) -> list[_Event]:
+        """Return what is new, and note it."""
+        jobs = self.store.changed_since(seen.changes)
+        events, previews = list[_Event](), dict(seen.previews)
         for job in jobs:
-            key = (job.changed, job.state, job.step)
-            if seen.get(job.id) != key:
-                seen[job.id] = key
-                events.append(_event("video", video_object(job, self.store, self.keep_days).model_dump()))
-            if job.preview_step is not None and shown.get(job.id) != job.preview_step and not job.is_over:
-                shown[job.id] = job.preview_step
-                if (image := self.store.preview(job.id)) is not None:
-                    events.append(_preview(job.id, job.preview_step, image))
-            if job.is_over:
-                shown.pop(job.id, None)
-            since = max(since, job.changed)
-        for name in [name for name, key in seen.items() if key[0] < since - 60]:
-            del seen[name]
-        now = health(self.store).model_dump()
-        text = json.dumps(now)
-        if text != workers:
-            events.append(_event("workers", now))
-        return events, since, version, text
+            if job.state == _DELETED:
+                events.append(_deleted(job.id, job.changed))
+            else:
+                events.append(self._video(job))
+            if job.is_over or job.preview_step is None:
+                previews.pop(job.id, None)
+            elif previews.get(job.id) != job.preview_step:
+                previews[job.id] = job.preview_step
+                events += self._preview(job)
+        workers = health(self.store).model_dump()
+        if workers != seen.workers:
+            events.append(_Event("workers", workers))
+        seen.changes = max((job.changed for job in jobs), default=seen.changes)
+        seen.previews, seen.workers = previews, workers
+        return events
+
+    def _video(self, job: Job) -> _Event:
+        data = video_object(job, self.store, self.keep_days).model_dump()
+        return _Event("video", data, job.id, job.changed, job.is_over)
+
+    def _preview(self, job: Job) -> list[_Event]:
+        """Return the newest preview of a job, if it has one."""
+        image = self.store.preview(job.id)
+        if image is None:
+            return []
+        shown = f"data:image/webp;base64,{base64.b64encode(image).decode()}"
+        data = {"id": job.id, "step": job.preview_step, "image": shown}
+        return [_Event("preview", data, job.id, job.changed)]
 
 
-def _event(name: str, data: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
-
-
-def _preview(job_id: str, step: int | None, image: bytes) -> str:
-    data = f"data:image/webp;base64,{base64.b64encode(image).decode()}"
-    return _event("preview", {"id": job_id, "step": step, "image": data})
-
-
-def _over(event: str) -> set[str]:
-    """Return the job that an event says to be over, as a set."""
-    if not event.startswith("event: video\n"):
-        return set()
-    found = json.loads(event.partition("data: ")[2])
-    return {found["id"]} if found["status"] in ("completed", "failed", "cancelled") else set()
+def _deleted(job_id: str, changed: int = 0) -> _Event:
+    return _Event(_DELETED, {"id": job_id}, job_id, changed, is_over=True)

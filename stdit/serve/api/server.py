@@ -1,5 +1,6 @@
 """``sample.py --serve``: check what is needed, and run the server until it is interrupted."""
 
+import os
 import socket
 import threading
 from contextlib import closing
@@ -21,10 +22,11 @@ def serve(config: SampleCommand) -> None:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"--serve needs {error.name}: {install_command('serve')}") from None
     from stdit.serve.api.app import build_app
+    from stdit.serve.api.http_server import HttpServer
     from stdit.serve.api.lock import lock_server
 
     if config.checkpoint is not None:
@@ -36,11 +38,7 @@ def serve(config: SampleCommand) -> None:
     ):
         app = build_app(config)
         threading.Thread(target=_import_torch, daemon=True).start()
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_level="warning", server_header=False, date_header=False, timeout_graceful_shutdown=3
-            )
-        )
+        server = HttpServer(app)
         host, port = listening.getsockname()[:2]
         shown = "localhost" if host in ("127.0.0.1", "::1") else host
         print(f"open http://{shown}:{port} in a browser; Ctrl-C stops the server", flush=True)
@@ -54,15 +52,20 @@ def _import_torch() -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises UserError if the port is in use or the host is not of this machine."""
+    listening = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # elsewhere it lets two servers share a port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(128)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host such as a..b
+        if listening is not None:
+            listening.close()
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"server.host = {host}, server.port = {port}: cannot be listened on ({error.strerror or error}): choose "
+            f"server.host = {host}, server.port = {port}: cannot be listened on ({reason}): choose "
             f"another, such as --server.port {port + 1 if port < 65535 else 8000}, or 0 for any that is free."
         ) from None
     return listening
