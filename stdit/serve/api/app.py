@@ -12,11 +12,12 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import stdit
 from stdit.errors import UserError
 from stdit.serve.api.events import EventStream
-from stdit.serve.api.security import Guard, Receive, Scope, Send
+from stdit.serve.api.security import Guard
 from stdit.serve.api.videos_api import VideoService, video_routes
 from stdit.serve.config import SampleCommand
 from stdit.serve.errors import RequestError, error_body
@@ -140,13 +141,13 @@ def _answer(message: str, status: int, param: str | None = None, code: str = "in
 class _Unexpected:
     """ASGI middleware that logs an error that nobody expected, and answers without any detail of it."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
 
-        async def send_noting(message: dict[str, Any]) -> None:
+        async def send_noting(message: Message) -> None:
             nonlocal has_begun
             has_begun = True
             await send(message)
