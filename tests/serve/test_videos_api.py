@@ -398,7 +398,7 @@ def test_the_page_is_served_with_headers_of_safety(client: TestClient) -> None:
 def test_numbers_for_prometheus(client: TestClient) -> None:
     client.post("/v1/videos", json={"prompt": PROMPT})
     text = client.get("/metrics").text
-    assert 'stdit_jobs{state="queued"} 1.0' in text and "stdit_videos_total 0.0" in text
+    assert 'stdit_jobs{state="queued"} 1.0' in text and "stdit_kept_videos 0.0" in text
 
 
 def test_a_damaged_run_is_named_and_the_others_work(client: TestClient, tmp_path: Path) -> None:

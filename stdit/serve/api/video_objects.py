@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from stdit.serve.queue.health import worker_objects
 from stdit.serve.queue.jobs import RUNNING, WAITING, Job, JobStore
 
 _FIRST_PART = 0.2
@@ -59,7 +60,8 @@ def video_object(job: Job, store: JobStore, keep_days: float | None = None) -> V
     rate = None if job.is_over else store.seconds_per_work(job.model)
     if job.state == WAITING:
         position, work_before = store.ahead(job.number)
-        seconds_left = None if rate is None else rate * (work_before + job.work)
+        workers = max(1, sum(one.is_working for one in worker_objects(store)))
+        seconds_left = None if rate is None else rate * (work_before / workers + job.work)
     elif job.state == RUNNING and job.started is not None:
         elapsed = time.time() - job.started
         if rate is not None and job.step <= _FIRST_PART * job.steps:  # the first steps tell little

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 from pydantic import BaseModel
 
@@ -22,6 +22,11 @@ class WorkerObject(BaseModel):
     model: str | None
     device: str | None
 
+    @property
+    def is_working(self) -> bool:
+        """Whether it makes videos, or would."""
+        return self.state in ("idle", "busy")
+
 
 class HealthObject(BaseModel):
     """The state of the server."""
@@ -34,8 +39,16 @@ class HealthObject(BaseModel):
 
 def health(store: JobStore) -> HealthObject:
     """Return the state of the server: ok as soon as a worker works."""
-    now, counts = time.time(), store.counts()
-    workers = []
+    counts, workers = store.counts(), worker_objects(store)
+    working = [one for one in workers if one.is_working]
+    starting = [one for one in workers if one.state == "starting"]
+    status: Any = "ok" if working else "starting" if starting else "degraded"
+    return HealthObject(status=status, workers=workers, queued=counts[WAITING], running=counts[RUNNING])
+
+
+def worker_objects(store: JobStore) -> list[WorkerObject]:
+    """Return the workers of the server."""
+    now, workers = time.time(), []
     for one in store.workers():
         silent = one["state"] == "idle" and now - one["heartbeat"] > DEAD_SECONDS
         workers.append(
@@ -46,10 +59,7 @@ def health(store: JobStore) -> HealthObject:
                 device=one["device"],
             )
         )
-    working = [one for one in workers if one.state in ("idle", "busy")]
-    starting = [one for one in workers if one.state == "starting"]
-    status: Any = "ok" if working else "starting" if starting else "degraded"
-    return HealthObject(status=status, workers=workers, queued=counts[WAITING], running=counts[RUNNING])
+    return workers
 
 
 class _Jobs(Collector):
@@ -58,20 +68,22 @@ class _Jobs(Collector):
     def __init__(self, store: JobStore) -> None:
         self.store = store
 
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily]:
         jobs = GaugeMetricFamily("stdit_jobs", "Jobs by state", labels=["state"])
         for state, count in self.store.counts().items():
             jobs.add_metric([state], count)
         yield jobs
         workers = GaugeMetricFamily("stdit_workers", "Workers by state", labels=["state"])
-        states: list[str] = [one.state for one in health(self.store).workers]
+        states: list[str] = [one.state for one in worker_objects(self.store)]
         for state in ("starting", "idle", "busy", "dead"):
             workers.add_metric([state], states.count(state))
         yield workers
         videos, seconds = self.store.made()
-        yield CounterMetricFamily("stdit_videos", "Videos made", value=videos)
-        yield CounterMetricFamily(
-            "stdit_video_seconds", "Seconds that videos took, by their share of batches", value=seconds
+        yield GaugeMetricFamily("stdit_kept_videos", "Completed videos that are not deleted", value=videos)
+        yield GaugeMetricFamily(
+            "stdit_kept_video_seconds",
+            "Seconds that the completed videos that are not deleted took, by their share of batches",
+            value=seconds,
         )
 
 
