@@ -7,12 +7,13 @@ video = client.create("a red star orbits a blue square on a white background", s
 client.save(client.wait(video), "star.mp4")
 """
 
+import http.client
 import json
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from stdit.errors import UserError
 from stdit.pipelines.video_io import atomic_write
 
 _OVER = ("completed", "failed", "cancelled")
+_BROKEN = (OSError, http.client.HTTPException)
+"""Errors of a connection; those of urllib are OSErrors."""
 _PAUSE = 0.5
 """Seconds between two of them."""
 
@@ -102,16 +105,29 @@ class VideoClient:
         return path
 
     def events(self, video: Mapping[str, Any] | str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the name and data of each event of a video, such as its previews, until it is over."""
-        request = self._request("GET", f"/v1/videos/{_id(video)}/events")
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            name = ""
-            for line in answer:
-                text = line.decode().rstrip("\n")
-                if text.startswith("event: "):
-                    name = text.removeprefix("event: ")
-                elif text.startswith("data: "):
-                    yield name, json.loads(text.removeprefix("data: "))
+        """Yield the name and data of each event of a video, such as its previews, until it is over or deleted.
+
+        If the connection breaks, it is opened again, and the state of the video is the first event again.
+
+        Raises:
+            UserError: the server's message, or that there is no server.
+        """
+        request, deadline = self._request("GET", f"/v1/videos/{_id(video)}/events"), None
+        while True:
+            broken: Exception | None = None
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    for name, data in _read_events(answer):
+                        deadline = None
+                        yield name, data
+                        if name == "deleted" or (name == "video" and data["status"] in _OVER):
+                            return
+            except urllib.error.HTTPError as error:
+                raise UserError(_message(error)) from None
+            except _BROKEN as error:
+                broken = error
+            deadline = time.monotonic() + self.patience if deadline is None else deadline
+            self._pause(broken, deadline)
 
     def health(self) -> dict[str, Any]:
         """Return the state of the server and its workers."""
@@ -149,13 +165,15 @@ class VideoClient:
                     return content
             except urllib.error.HTTPError as error:
                 raise UserError(_message(error)) from None
-            except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-                if time.monotonic() > deadline:
-                    reason = getattr(error, "reason", error)
-                    raise UserError(
-                        f"{self.url} cannot be reached ({reason}): is the server running?"
-                    ) from None
-                time.sleep(_PAUSE)
+            except _BROKEN as error:
+                self._pause(error, deadline)
+
+    def _pause(self, broken: Exception | None, deadline: float) -> None:
+        """Wait before another try. Raises UserError after the deadline."""
+        if time.monotonic() > deadline:
+            reason = getattr(broken, "reason", broken) or "it ended the connection"
+            raise UserError(f"{self.url} cannot be reached ({reason}): is the server running?") from None
+        time.sleep(_PAUSE)
 
     def _request(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
@@ -169,6 +187,20 @@ class VideoClient:
 
 def _id(video: Mapping[str, Any] | str) -> str:
     return video if isinstance(video, str) else str(video["id"])
+
+
+def _read_events(lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and data of each event of a stream; an event that broke off is left out."""
+    name = data = ""
+    for line in lines:
+        text = line.decode().rstrip("\n")
+        if text.startswith("event: "):
+            name = text.removeprefix("event: ")
+        elif text.startswith("data: "):
+            data = text.removeprefix("data: ")
+        elif not text and data:
+            yield name, json.loads(data)
+            name = data = ""
 
 
 def _message(error: urllib.error.HTTPError) -> str:
