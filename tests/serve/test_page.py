@@ -141,6 +141,32 @@ def test_a_video_forms_plays_and_is_downloaded(served: Served, page: Page, tmp_p
     assert read_frames(saved, 99).shape == (25, 64, 64, 3)
 
 
+def test_a_finished_video_is_removed_once_that_is_confirmed(
+    served: Served, browser: Browser, page: Page
+) -> None:
+    prompt = "a video that is removed"
+    file, other = file_of(served, make(served, prompt)), open_page(browser, served.client.url)
+    expect(card(other, prompt)).to_be_visible()
+    dialog = page.get_by_role("dialog", name="Remove this video?")
+    card(page, prompt).get_by_role("button", name="Remove").click()
+    dialog.get_by_role("button", name="Keep").click()
+    expect(dialog).to_be_hidden()
+    assert file.is_file() and cards(page, prompt).count() == 1
+    card(page, prompt).get_by_role("button", name="Remove").click()
+    dialog.get_by_role("button", name="Remove").click()
+    for one in (page, other):
+        expect(cards(one, prompt)).to_have_count(0)
+    assert not file.exists()
+
+
+def test_a_prompt_with_a_line_break_stays_one_prompt(served: Served, page: Page) -> None:
+    make(served, "a star\r\n\n and a square")
+    page.get_by_role("article", name="a star").filter(has_text="and a square").get_by_role(
+        "button", name="Use these settings"
+    ).click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a star and a square")
+
+
 def test_cancel_frees_the_worker_for_the_next_video(page: Page) -> None:
     long = ask(page, "a video that is cancelled", ENDLESS)
     long.locator("img.preview").wait_for()
@@ -303,6 +329,45 @@ def test_a_dropped_video_is_made_again_with_the_same_pixels(served: Served, page
     has_status(card(page, prompt), "Made in")
     again = file_of(served, newest(served, prompt))
     assert again != first and (read_frames(again, 99) == read_frames(first, 99)).all()
+
+
+def test_a_file_dropped_anywhere_is_inspected_and_the_form_stays(
+    served: Served, page: Page, tmp_path: Path
+) -> None:
+    clip = SmallVideos(tmp_path).make("found.mp4", "a prompt of the file")
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill("a prompt of the form")
+    drop_file(prompt, clip.name, clip.read_bytes())
+    expect(page.locator("#inspection")).to_contain_text("Settings of found.mp4")
+    expect(page.locator("#inspection dl")).to_contain_text("a prompt of the file")
+    expect(page.locator("#view-gallery")).to_be_visible()
+    page.locator("#gallery-items button").first.click()
+    drop_file(page.locator("#player"), "other.mp4", clip.read_bytes())
+    expect(page.locator("#inspection")).to_contain_text("Settings of other.mp4")
+    expect(page.locator("#player")).to_be_hidden()
+    show(page, "Make")
+    expect(prompt).to_have_value("a prompt of the form")
+    drop_file(page.locator("#condition-drop"), clip.name, clip.read_bytes())
+    expect(page.locator("#conditions li")).to_contain_text("found.mp4")
+    expect(page.locator("#view-gallery")).to_be_hidden()
+
+
+@pytest.mark.parametrize(("dragged", "is_taken"), [("file", True), ("text", False)])
+def test_the_browser_opens_no_dropped_file_and_text_is_dragged_as_ever(
+    page: Page, dragged: str, is_taken: bool
+) -> None:
+    prevented = page.evaluate(
+        """(dragged) => {
+            const dataTransfer = new DataTransfer();
+            if (dragged === 'file') dataTransfer.items.add(new File(['x'], 'x.txt'));
+            else dataTransfer.setData('text/plain', 'x');
+            const options = { dataTransfer, bubbles: true, cancelable: true };
+            const send = (name) => !document.body.dispatchEvent(new DragEvent(name, options));
+            return [send('dragover'), send('drop')];
+        }""",
+        dragged,
+    )
+    assert prevented == [is_taken, is_taken]
 
 
 def test_a_video_of_a_checkpoint_that_is_missing_is_not_made_again(page: Page, tmp_path: Path) -> None:

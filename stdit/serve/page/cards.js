@@ -3,6 +3,7 @@
 import { contentUrl } from './api.js';
 import { canCondition, extend, extensionText, sameAgain, useLastFrame, useSettings } from './actions.js';
 import { loopingVideo, releaseMedia } from './clips.js';
+import { confirmed } from './dialogs.js';
 import { $, button, h, replace } from './dom.js';
 import { duration, plural } from './format.js';
 import { cancel, deleteVideo, hasEnded, jobs } from './jobs.js';
@@ -184,7 +185,15 @@ function buttonsOf(video, attempt) {
     again,
     ...conditioning,
     settings,
+    button('Remove', attempt(removeFinished)),
   ];
+}
+
+/** Delete a finished video, if that is confirmed. */
+async function removeFinished({ id, prompt }) {
+  const question = 'Remove this video?';
+  if (await confirmed(question, `“${prompt}”: the video is deleted from the disk.`, 'Remove'))
+    await deleteVideo(id);
 }
 
 const facts = (video) =>

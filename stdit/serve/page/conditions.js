@@ -22,17 +22,20 @@ export function startConditions() {
   acceptDrops(drop, upload);
 }
 
-/** Call back with the files that are dropped on an element. */
+/** Call back with the files that are dropped on an element; one within it may take them first. */
 export function acceptDrops(element, callback) {
-  const mark = (over) => (event) => {
-    event.preventDefault();
-    element.classList.toggle('over', over);
+  const mark = (over) => element.classList.toggle('over', over);
+  const take = (event, over) => {
+    if (event.defaultPrevented || !event.dataTransfer.types.includes('Files')) return mark(false);
+    event.preventDefault(); // or the browser would open the file in the place of this page
+    return mark(over);
   };
-  element.addEventListener('dragover', mark(true));
-  element.addEventListener('dragleave', mark(false));
+  element.addEventListener('dragover', (event) => take(event, true));
+  element.addEventListener('dragleave', () => mark(false));
   element.addEventListener('drop', (event) => {
-    mark(false)(event);
-    callback([...event.dataTransfer.files]);
+    const isTaken = event.defaultPrevented;
+    take(event, false);
+    if (!isTaken && event.defaultPrevented) callback([...event.dataTransfer.files]);
   });
 }
 

@@ -5,7 +5,7 @@ import { get } from './api.js';
 const FIRST_WAIT_MS = 1000;
 const LONGEST_WAIT_MS = 15000;
 
-/** Dispatches `video`, `preview` and `workers` with the data as `detail`, and `connected` and `disconnected`. */
+/** Dispatches `video`, `preview`, `deleted` and `workers` with the data as `detail`; `connected`, `disconnected`. */
 export const events = new EventTarget();
 
 let wait = FIRST_WAIT_MS;
@@ -13,7 +13,7 @@ let wait = FIRST_WAIT_MS;
 /** Open the stream of events. */
 export function openEvents() {
   const source = new EventSource('/v1/events');
-  for (const name of ['video', 'preview', 'workers']) {
+  for (const name of ['video', 'preview', 'deleted', 'workers']) {
     source.addEventListener(name, (event) => dispatch(name, JSON.parse(event.data)));
   }
   source.onopen = () => {

@@ -3,7 +3,7 @@
 import { get, path, postFile } from './api.js';
 import { releaseMedia } from './clips.js';
 import { acceptDrops } from './conditions.js';
-import { $, announce, button, debounce, h, reducedMotion, replace } from './dom.js';
+import { $, $$, announce, button, debounce, h, reducedMotion, replace } from './dom.js';
 import { clearError, showFileError } from './errors.js';
 import { plural, short } from './format.js';
 import { inspectionOf } from './inspection.js';
@@ -24,7 +24,7 @@ let cursor = null;
 let next = null;
 let asked = 0;
 
-/** Let the gallery be searched, and files be dropped on it. */
+/** Let the gallery be searched, and files be dropped anywhere to be inspected in it. */
 export function startGallery() {
   startPlayer();
   $('#gallery-form').addEventListener('submit', (event) => event.preventDefault());
@@ -39,7 +39,7 @@ export function startGallery() {
     inspect([...chooser.files]);
     chooser.value = '';
   });
-  acceptDrops(view, inspect);
+  acceptDrops(document.documentElement, inspectDropped);
   const refresh = debounce(() => view.hidden || cursor || showPage(null), 500);
   jobs.addEventListener('video', ({ detail }) => detail.status === 'completed' && refresh());
 }
@@ -150,6 +150,12 @@ function showCheckpoints(names) {
     names.map((name) => h('option', { value: name }, name)),
   );
   checkpoint.value = names.includes(chosen) ? chosen : '';
+}
+
+function inspectDropped(files) {
+  for (const dialog of $$('dialog[open]')) dialog.close();
+  location.hash = '#gallery';
+  return inspect(files);
 }
 
 async function inspect([file]) {

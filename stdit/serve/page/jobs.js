@@ -22,6 +22,7 @@ export const hasEnded = (video) => ENDED.includes(video.status);
 export function startJobs() {
   events.addEventListener('video', ({ detail }) => update(detail));
   events.addEventListener('preview', ({ detail }) => dispatch('preview', detail));
+  events.addEventListener('deleted', ({ detail }) => forget(detail.id));
   events.addEventListener('connected', loadRecent);
 }
 
@@ -47,11 +48,11 @@ export async function findVideo(id) {
   return videos.get(id) ?? (await get(path('v1', 'videos', id)));
 }
 
-/** Load the newest videos, and those that were under way when the stream broke off. */
+/** Load the newest videos; others that are shown may have changed or been deleted while there was no stream. */
 async function loadRecent() {
   const { data } = await get(`/v1/videos?limit=${SHOWN}&order=desc`).catch(() => ({ data: [] }));
   const found = new Set(data.map(({ id }) => id));
-  const missed = [...videos.values()].filter((video) => !hasEnded(video) && !found.has(video.id));
+  const missed = [...videos.values()].filter((video) => !found.has(video.id));
   for (const video of data.reverse()) update(video);
   for (const { id } of missed) {
     await get(path('v1', 'videos', id)).then(update, ({ status }) => status === 404 && forget(id));
@@ -69,7 +70,7 @@ function update(video) {
 }
 
 function forget(id) {
-  videos.delete(id);
+  if (!videos.delete(id)) return;
   dispatch('deleted', id);
 }
 

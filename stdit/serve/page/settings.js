@@ -67,7 +67,7 @@ export function fillSettings(body) {
       `There is no model ${body.model} here, or no longer: these settings are used with ${model.name}.`;
   }
   const all = { ...model.defaults, ...withoutNulls(body) };
-  if (body.prompt !== undefined) field('prompt').value = body.prompt;
+  if (body.prompt !== undefined) field('prompt').value = onOneLine(body.prompt);
   field('negative_prompt').value = body.negative_prompt ?? '';
   for (const name of [...NUMBERS, ...WORDS]) field(name).value = all[name] ?? '';
   for (const name of LISTS) field(name).value = (all[name] ?? []).join(', ');
@@ -86,6 +86,9 @@ export function fillSettings(body) {
   fillLoras(body.loras ?? []);
   form.dispatchEvent(new Event('filled'));
 }
+
+/** Return a prompt without line breaks, which would make it several prompts. */
+const onOneLine = (prompt) => prompt.replace(/\s*[\r\n]+\s*/g, ' ');
 
 /** Give all settings of the form the defaults of the chosen model; prompts and seed stay. */
 export function resetToModel() {
