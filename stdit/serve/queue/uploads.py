@@ -96,8 +96,8 @@ class Uploads:
 def too_large(max_bytes: int) -> RequestError:
     """Return the error of a request that sends too much."""
     return RequestError(
-        f"the files of the request are larger than {round(max_bytes / 2**20, 3):g} MiB (--server.max_upload_mib): send a "
-        "smaller file.",
+        f"the files of the request are larger than {round(max_bytes / 2**20, 3):g} MiB (--server.max_upload_mib): "
+        "send a smaller file.",
         status=413,
         param="file",
         code="too_large",
