@@ -28,4 +28,7 @@ class HttpServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the streams of events, which uvicorn would wait for, then all else."""
         cast(EventStream, self.app.state.events).close()
+        for connection in list(self.server_state.connections):
+            if connection.transport.is_closing():  # of a client that was dropped, and takes nothing
+                connection.transport.abort()
         await super().shutdown(sockets)
