@@ -96,8 +96,8 @@ class Uploads:
 def too_large(max_bytes: int) -> RequestError:
     """Return the error of a request that sends too much."""
     return RequestError(
-        f"the files of the request are larger than {round(max_bytes / 2**20, 3):g} MiB (--server.max_upload_mib): send a "
-        "smaller file.",
+        f"the files of the request are larger than {round(max_bytes / 2**20, 3):g} MiB (--server.max_upload_mib): "
+        "send a smaller file.",
         status=413,
         param="file",
         code="too_large",
@@ -105,9 +105,9 @@ def too_large(max_bytes: int) -> RequestError:
 
 
 def no_room(reason: str) -> RequestError:
-    """Return the error of a file for which there is no room."""
+    """Return the error of a file for which there is no room, or that cannot be written."""
     return RequestError(
-        f"there is no room for the file here ({reason}): try again later, or ask who runs the server to make room.",
+        f"the file cannot be kept here ({reason}): try again later, or ask who runs the server to make room.",
         status=507,
         param="file",
         code="no_room",
