@@ -143,6 +143,8 @@ def test_openais_names(client: TestClient) -> None:
             ({"prompt": PROMPT, name: HUGE}, name, f"{name}: must be a finite number")
             for name in ("guidance_scale", "shift", "fps", "refine_level", "num_frames", "seed", "cache")
         ),
+        ({"prompt": PROMPT, "guidance_scale": 1e300}, "guidance_scale", "must be a finite number"),
+        ({"prompt": PROMPT, "shift": float("nan")}, "shift", "must be a finite number"),
         ({"prompt": PROMPT, "loras": [{"id": "x", "weight": HUGE}]}, "loras", "loras[0].weight: must be"),
         ({"prompt": PROMPT, "pab": [2, HUGE, 4]}, "pab", "pab[1]: must be a finite number"),
         ({"prompt": PROMPT, "guidance_interval": [0.0, HUGE]}, "guidance_interval", "must be a finite"),

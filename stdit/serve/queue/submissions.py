@@ -26,6 +26,8 @@ MAX_PROMPT = 4000
 MAX_CONDITIONS = 32
 MAX_SEGMENTS = 64
 MAX_LORAS = 8
+MOST_NUMBER = 3e38
+"""About the largest number of float32, in which videos are made."""
 MAX_WORK = 2**31
 """Pixels of all frames that the segments of a video have together."""
 _NOT_OFFERED = ("image", "condition", "lora", "reference_path", "mask_strategy")
@@ -148,7 +150,7 @@ def read_submission(
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
-    """Raise RequestError for a number that no float holds, such as NaN or 1 followed by 400 zeros."""
+    """Raise RequestError for a number that no float32 holds, such as NaN or 1 followed by 400 zeros."""
     pending = [(name, name, value) for name, value in values.items()]
     while pending:
         param, place, value = pending.pop()
@@ -157,10 +159,13 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
         elif isinstance(value, list):
             in_list = [(f"{place}[{index}]", one) for index, one in enumerate(value)]
             pending += [(name if place == "conditions" else param, name, one) for name, one in in_list]
-        elif isinstance(value, int | float) and finite_number(value) is None:
-            raise RequestError(
-                f"{place}: must be a finite number, below 1e308: use a smaller one.", param=param
-            )
+        elif isinstance(value, int | float):
+            number = finite_number(value)
+            if number is None or abs(number) > MOST_NUMBER:
+                raise RequestError(
+                    f"{place}: must be a finite number, at most {MOST_NUMBER:g}: use a smaller one.",
+                    param=param,
+                )
 
 
 def _is_whole_text(text: str) -> bool:

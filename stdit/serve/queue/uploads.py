@@ -105,9 +105,9 @@ def too_large(max_bytes: int) -> RequestError:
 
 
 def no_room(reason: str) -> RequestError:
-    """Return the error of a file for which there is no room."""
+    """Return the error of a file for which there is no room, or that cannot be written."""
     return RequestError(
-        f"there is no room for the file here ({reason}): try again later, or ask who runs the server to make room.",
+        f"the file cannot be kept here ({reason}): try again later, or ask who runs the server to make room.",
         status=507,
         param="file",
         code="no_room",
