@@ -27,6 +27,7 @@ def job(number: int) -> NewJob:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[JobStore]:
     store = JobStore(tmp_path / "jobs.sqlite")
+    store.register("w")
     yield store
     store.close()
 

@@ -22,6 +22,8 @@ def send_hostile_requests(folder: Path, examples: int) -> int:
     Args:
         examples: of each route and kind.
     """
+    import stdit.pipelines.workload  # noqa: F401  # what the first request would wait for, longer than allowed
+
     config = command(folder / "server", token="fuzz", requests_per_second=1e6, allow_training=False)
     config.server.max_waiting = config.server.max_waiting_per_client = 10**6
     app = build_app(config, with_workers=False)

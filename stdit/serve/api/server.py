@@ -9,6 +9,7 @@ from stdit.errors import UserError, install_command
 from stdit.pipelines.sources import find_checkpoint_source
 from stdit.pipelines.writer import check_writable
 from stdit.serve.config import SampleCommand
+from stdit.serve.queue.supervisor import device_groups
 
 
 def serve(config: SampleCommand) -> None:
@@ -31,6 +32,8 @@ def serve(config: SampleCommand) -> None:
 
     if config.checkpoint is not None:
         find_checkpoint_source(config.checkpoint, config.ema)
+    if config.server.workers is not None or config.ranks > 1:
+        device_groups(config)
     check_writable(config.videos_folder)
     with (
         closing(_listen(config.server.host, config.server.port)) as listening,

@@ -209,7 +209,9 @@ class JobStore(JobDatabase):
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs are in each state."""
-        rows = self.connection().execute("SELECT state, count(*) AS count FROM jobs GROUP BY state")
+        rows = self.connection().execute(
+            "SELECT state, count(*) AS count FROM jobs WHERE state != 'deleted' GROUP BY state"
+        )
         return dict.fromkeys(STATES, 0) | {row["state"]: row["count"] for row in rows}
 
     def made(self) -> tuple[int, float]:
