@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -68,6 +69,7 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
             if with_workers:
                 supervisor.start()
                 ends.callback(supervisor.stop)
+                await run_in_threadpool(_import_pipelines)
             ends.callback(launches.close)
             ends.callback(gallery.close)
             ends.push_async_callback(events.wait_closed)
@@ -108,6 +110,11 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
     app.add_middleware(_Unexpected)
     app.add_middleware(Guard, config=config.server)  # outside of all others: each answer gets its headers
     return app
+
+
+def _import_pipelines() -> None:
+    """Import what requests need, once: diffusers fails if two threads import it at the same time."""
+    import stdit.pipelines.workload  # noqa: F401
 
 
 _ERROR_SCHEMA = {

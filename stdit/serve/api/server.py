@@ -2,7 +2,6 @@
 
 import os
 import socket
-import threading
 from contextlib import closing
 
 from stdit.errors import UserError, install_command
@@ -40,17 +39,11 @@ def serve(config: SampleCommand) -> None:
         lock_server(config.state_folder),
     ):
         app = build_app(config)
-        threading.Thread(target=_import_torch, daemon=True).start()
         server = HttpServer(app)
         host, port = listening.getsockname()[:2]
         shown = "localhost" if host in ("127.0.0.1", "::1") else host
         print(f"open http://{shown}:{port} in a browser; Ctrl-C stops the server", flush=True)
         server.run(sockets=[listening])
-
-
-def _import_torch() -> None:
-    """Import what the first check of a request would wait for."""
-    import stdit.pipelines.workload  # noqa: F401
 
 
 def _listen(host: str, port: int) -> socket.socket:
