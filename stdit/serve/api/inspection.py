@@ -1,6 +1,5 @@
 """How a video of stdit was made, from its file, and whether it can be made again here."""
 
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from stdit.serve.json_values import sendable
 from stdit.serve.metadata_reader import read_hostile_metadata
 from stdit.serve.queue.catalog import Catalog
 from stdit.serve.queue.submissions import replayable
-from stdit.serve.queue.uploads import Uploads
+from stdit.serve.queue.uploads import Uploads, shown_name
 
 
 class Inspection(BaseModel):
@@ -63,7 +62,7 @@ class Inspector:
             try:
                 return self.file(copy)
             except UserError:
-                shown = re.split(r"[\\/]", name)[-1][:120] or "the file"
+                shown = shown_name(name) or "the file"
                 raise RequestError(
                     f"{shown}: holds no metadata of stdit: drop an mp4 that sample.py or this page has made.",
                     param="file",

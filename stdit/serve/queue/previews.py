@@ -4,7 +4,7 @@ Letters: B videos, C latent channels, T frames, H rows, W columns; T' H' W' of t
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +32,6 @@ class Previewer:
     _colors: "Tensor | None" = None
     """Linear map from latents to colours ``[C + 1, 3]``, once decoding has been slow."""
     _is_slow: bool = False
-    _started: float = field(default_factory=time.monotonic)
 
     def is_due(self) -> bool:
         """Return whether it is time for the next preview."""

@@ -96,9 +96,7 @@ class Submission:
         }
 
 
-def read_submission(
-    fields: Mapping[str, Any], catalog: Catalog, find_frames: FindFrames, lora_weights: bool = True
-) -> Submission:
+def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: FindFrames) -> Submission:
     """Check the fields of a request; return the video that they ask for.
 
     Raises:

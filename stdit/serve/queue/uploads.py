@@ -61,7 +61,7 @@ class Uploads:
             os.replace(aside, target)
         finally:
             aside.unlink(missing_ok=True)
-        return {"id": target.name, "object": "upload", "name": _shown(name), "bytes": size, **found}
+        return {"id": target.name, "object": "upload", "name": shown_name(name), "bytes": size, **found}
 
     def _total_bytes(self) -> int:
         total = 0
@@ -114,7 +114,7 @@ def no_room(reason: str) -> RequestError:
     )
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """Return the last part of a file's name, for people only."""
     return "".join(letter for letter in re.split(r"[\\/]", name)[-1] if letter.isprintable())[:120]
 
@@ -126,9 +126,9 @@ def _probe(file: Path, name: str) -> dict[str, Any]:
         found = probe(file)
         decode_clip(file, 1, found.fps or 1.0, 16, 16)  # its header may promise more than there is
     except DecodeError as error:
-        reason = error.reason.replace(str(file), _shown(name))
+        reason = error.reason.replace(str(file), shown_name(name))
         raise RequestError(
-            f"{_shown(name) or 'file'}: {reason}: use an intact picture or video.",
+            f"{shown_name(name) or 'file'}: {reason}: use an intact picture or video.",
             param="file",
             code="not_a_video",
         ) from None
