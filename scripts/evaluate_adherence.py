@@ -39,6 +39,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stdit.atomic_files import write_json_atomic
 from stdit.cli import add_import, import_modules, run, script_parser
 from stdit.data.decoding.limits import MAX_DIMENSION
 from stdit.data.shapes.prompt_files import read_expected
@@ -53,7 +54,6 @@ from stdit.pipelines.loading import load_codec, load_pipeline, pipeline_settings
 from stdit.pipelines.requests import Request
 from stdit.pipelines.sources import CheckpointSource, find_checkpoint_source
 from stdit.pipelines.untrained import warn_of_conditioning, warn_of_sizes
-from stdit.pipelines.video_io import write_json_atomic
 from stdit.pipelines.writer import check_output_file, created_folder
 
 

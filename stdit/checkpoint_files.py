@@ -234,6 +234,12 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def step_folders(checkpoints: Path) -> dict[int, Path]:
+    """Return the ``step-N`` folders under ``checkpoints`` by step, newest first; none if it cannot be read."""
+    found = {step: path for path in checkpoints.glob("step-*") if (step := step_of(path)) is not None}
+    return dict(sorted(found.items(), reverse=True))
+
+
 def newest_whole(
     checkpoints: Path, needed: Callable[[str], bool] = lambda name: True
 ) -> tuple[Path | None, list[str]]:
@@ -243,8 +249,7 @@ def newest_whole(
         NewerFormatError: if one of the newer ones was written by a newer version.
     """
     skipped: list[str] = []
-    folders = [folder for folder in checkpoints.glob("step-*") if step_of(folder) is not None]
-    for folder in sorted(folders, key=lambda folder: step_of(folder) or 0, reverse=True):
+    for folder in step_folders(checkpoints).values():
         try:
             verify(folder, needed)
         except NewerFormatError:

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    "errors registry lazy umask hashing checkpoint_files suggestions cli setting_checks named_configs settings"
-    " in_diffusers",
+    "errors registry lazy umask atomic_files hashing checkpoint_files suggestions cli setting_checks named_configs"
+    " settings in_diffusers",
     "parallel",
     "models",
     "lora",

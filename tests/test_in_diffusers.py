@@ -21,8 +21,10 @@ BUNDLED = Path(__file__).parents[1] / "stdit" / "bundled"
     "first, more",
     [
         ("import stdit, sys; assert 'diffusers' not in sys.modules and 'torch' not in sys.modules", ""),
-        ("import importlib.util, stdit; importlib.util.find_spec('diffusers')", ""),
-        ("import diffusers, stdit", ""),
+        pytest.param(
+            "import importlib.util, stdit; importlib.util.find_spec('diffusers')", "", marks=pytest.mark.slow
+        ),
+        pytest.param("import diffusers, stdit", "", marks=pytest.mark.slow),
         ("", ", custom_pipeline={code!r}, trust_remote_code=True"),
     ],
 )

@@ -131,7 +131,9 @@ def test_a_changed_run_continues_and_is_the_same_after_kills(
         do(settings(name="killed", optimizer__lr=5e-4, trainer__steps=LAST + 1))
 
 
-@pytest.mark.parametrize("cache", ["none", pytest.param("memory", marks=pytest.mark.slow), "disk"])
+@pytest.mark.parametrize(
+    "cache", [*(pytest.param(cache, marks=pytest.mark.slow) for cache in ("none", "memory")), "disk"]
+)
 def test_batches_after_a_change_are_those_of_a_run_with_the_new_clips(
     changed: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
@@ -162,6 +164,7 @@ def test_batches_after_a_change_are_those_of_a_run_with_the_new_clips(
     assert "a mended caption" in captions and seen["changed"][0] != seen["new"][0]
 
 
+@pytest.mark.slow
 def test_two_ranks_are_the_same_after_a_kill(tmp_path: Path) -> None:
     base = [*tiny_settings(tmp_path), "--checkpoint.asynchronous", "false"]
     base += ["--data.buckets", json.dumps([dict(num_frames=4, height=8, width=8, fps=8, batch_size=4)])]

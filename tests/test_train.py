@@ -468,11 +468,11 @@ def test_a_new_run_replaces_the_files_of_one_without_a_checkpoint(
 def test_starting_from_the_weights_of_another_run(settings: Settings, tmp_path: Path) -> None:
     assert do(settings(name="first", trainer__steps=2)) == 0
     first = tmp_path / "outputs" / "first"
-    sources = (first, first / "pipeline" / "transformer", first / "checkpoints" / "step-00000002")
+    sources = (first / "pipeline" / "transformer", first / "checkpoints" / "step-00000002")
     for index, source in enumerate(sources):
         assert do(settings(name=f"next-{index}", init_from=source, trainer__steps=1)) == 0
-    runs = [tmp_path / "outputs" / f"next-{index}" for index in range(3)]
-    assert numbers(runs[0]) == numbers(runs[1]) == numbers(runs[2]) != numbers(first)[:1]
+    runs = [tmp_path / "outputs" / f"next-{index}" for index in range(len(sources))]
+    assert numbers(runs[0]) == numbers(runs[1]) != numbers(first)[:1]
     with pytest.raises(UserError, match="its model is a different one"):
         do(settings(name="deep", init_from=first, model__depth=2))
     with pytest.raises(
@@ -485,7 +485,13 @@ def test_starting_from_the_weights_of_another_run(settings: Settings, tmp_path: 
         do(settings(name="causal", init_from=linear, model__blocks="S L", model__linear_causal=True))
 
 
-@pytest.mark.parametrize("name", sorted(TINY_VAES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name != "AutoencoderKLCogVideoX" else [])
+        for name in sorted(TINY_VAES)
+    ],
+)
 def test_training_on_the_latents_of_a_vae(settings: Settings, tmp_path: Path, name: str) -> None:
     path = save_tiny_vae(name, tmp_path / "vae")
     flags = {

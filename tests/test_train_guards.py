@@ -98,6 +98,7 @@ def test_validation_loss_and_block_norms_are_in_the_metrics(
     }
 
 
+@pytest.mark.slow
 def test_a_run_whose_validation_loss_does_not_fall_ends_at_the_same_step_after_a_kill(
     settings: Settings,  # noqa: F811
     tmp_path: Path,

@@ -90,6 +90,7 @@ def test_validation_shows_videos_with_and_without_the_adapter(trained: Path, tmp
         assert sheet.width == 2 * 130, "the base, and the step"
 
 
+@pytest.mark.slow
 def test_videos_without_the_adapter_are_made_once(
     again: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

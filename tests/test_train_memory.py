@@ -70,7 +70,8 @@ def test_a_run_that_saves_all_it_can(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert do([*flags, "--name", "next", "--init_from", str(run), "--memory.weights", "fp32"]) == 0
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+@pytest.mark.slow
 def test_an_adapter_on_rounded_weights(dtype: str, tmp_path: Path) -> None:
     flags, outputs = tiny_settings(tmp_path), tmp_path / "outputs"
     assert do([*flags, "--trainer.steps", "2", "--name", "base"]) == 0

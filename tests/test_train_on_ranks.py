@@ -45,11 +45,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
 @pytest.mark.parametrize(
     "ranks, split, launcher, sharded",
     [
-        (2, ["--parallel.sp", "1"], "torchrun", "false"),
+        pytest.param(2, ["--parallel.sp", "1"], "torchrun", "false", marks=pytest.mark.slow),
         pytest.param(2, ["--parallel.sp", "2"], "accelerate", "false", marks=pytest.mark.slow),
         (4, ["--parallel.grid", "[1, 2]"], "warm", "true"),
         (4, ["--parallel.grid", "[2, 2]"], "warm", "false"),
-        (3, ["--parallel.sp", "3"], "warm", "false"),
+        pytest.param(3, ["--parallel.sp", "3"], "warm", "false", marks=pytest.mark.slow),
     ],
 )
 def test_losses_are_those_of_one_process(

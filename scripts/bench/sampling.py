@@ -29,6 +29,7 @@ from torch import Tensor
 
 from scripts.arguments import output_file, positive_int
 from scripts.plots import empty_figure
+from stdit.atomic_files import write_json_atomic
 from stdit.cli import run, script_parser
 from stdit.data.shapes.prompt_files import Expected, read_expected
 from stdit.data.shapes.worlds import World
@@ -44,7 +45,7 @@ from stdit.pipelines.loading import load_pipeline, pipeline_settings
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.similarity import psnr, ssim
 from stdit.pipelines.sources import find_checkpoint_source
-from stdit.pipelines.video_io import to_uint8, write_json_atomic
+from stdit.pipelines.video_io import to_uint8
 
 STEPS = 30
 METHODS = (

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from stdit.atomic_files import atomic_write
 from stdit.pipelines import video_io
 
 _write_mp4 = video_io.write_mp4
 
 
 def _write_and_keep(path: Path, frames: np.ndarray, *args: Any, **options: Any) -> dict[str, Any]:
-    with video_io.atomic_write(Path(os.environ["KEEP_FRAMES"]) / f"{path.stem}.npy") as temporary:
-        with open(temporary, "wb") as file:
+    with atomic_write(Path(os.environ["KEEP_FRAMES"]) / f"{path.stem}.npy") as temporary:
+        with temporary.open("wb") as file:
             np.save(file, frames)
     return _write_mp4(path, frames, *args, **options)
 

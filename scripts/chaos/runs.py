@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stdit.checkpoint_files import newest_whole, step_of, verify
+from stdit.checkpoint_files import newest_whole, step_folders, step_of, verify
 from stdit.errors import UserError
 
 CURVE = ("loss", "lr", "grad_norm")
@@ -42,8 +42,7 @@ def steps_done(run: Path) -> int:
 
 def visible_steps(run: Path) -> list[int]:
     """Return the steps of the checkpoints that have their final name, in order."""
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted(step for folder in folders if (step := step_of(folder)) is not None)
+    return sorted(step_folders(run / "checkpoints"))
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -1,11 +1,11 @@
 """Weights in small files: matrices are stored in bf16, and computed with in fp32."""
 
-import os
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from stdit.atomic_files import atomic_write
 from stdit.checkpoint_files import seal_folder
 from stdit.umask import apply_umask
 
@@ -22,8 +22,7 @@ def compact_folder(folder: Path) -> None:
             name: tensor.bfloat16() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
             for name, tensor in load_file(file).items()
         }
-        aside = file.with_suffix(".tmp")  # the tensors lie in the mapped file until they are written
-        save_file(compact, aside, metadata)
-        apply_umask(aside)
-        os.replace(aside, file)
+        with atomic_write(file) as temporary:  # the tensors lie in the mapped file until they are written
+            save_file(compact, temporary, metadata)
+            apply_umask(temporary)
     seal_folder(folder)

@@ -6,7 +6,6 @@ Captions can be added at any time. Letters: B batch, L text tokens, E width of t
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from itertools import count, pairwise
 from os import PathLike
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stdit.atomic_files import atomic_write
 from stdit.codecs.config import TextEncoderConfig
 from stdit.codecs.loading import dtype_name
 from stdit.codecs.text import TextEncoder
@@ -206,14 +206,10 @@ def store_text(
 def _write(encoder: TextEncoder, texts: list[str], file: Path, dtype: torch.dtype) -> None:
     states, mask = encoder.encode(texts)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cpu().cumsum(0)])
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     stored = states[mask].to("cpu", dtype)
     hashes = [hash_tensor(stored[begin:end]) for begin, end in pairwise(offsets.tolist())]
     arrays = {"offsets": offsets, "hashes": torch.tensor(hashes)}
     about = {"captions": json.dumps(texts), "hash": _header_hash(texts, stored, arrays)}
-    try:
-        save_file({"states": stored, **arrays}, aside, about)
-        apply_umask(aside)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_write(file) as temporary:
+        save_file({"states": stored, **arrays}, temporary, about)
+        apply_umask(temporary)

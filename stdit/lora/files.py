@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stdit.atomic_files import atomic_write
 from stdit.checkpoint_files import PICKLES
 from stdit.errors import UserError, listed
 from stdit.hashing import hash_bytes, hash_tensor
@@ -78,14 +79,10 @@ def adapter_header(base_hash: str | None, trigger: str | None) -> dict[str, str]
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, aside, header)
-        apply_umask(aside)
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(file) as temporary:
+        save_file(plain, temporary, header)
+        apply_umask(temporary)
 
 
 def read_adapter(path: Path) -> AdapterFile:

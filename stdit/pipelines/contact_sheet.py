@@ -13,9 +13,10 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.PngImagePlugin
 
+from stdit.atomic_files import atomic_write
 from stdit.errors import UserError
 from stdit.pipelines.lettering import LINE_HEIGHT, draw_lines, wrap_text
-from stdit.pipelines.video_io import atomic_write, check_frames, spread
+from stdit.pipelines.video_io import check_frames, spread
 
 _GAP = 2
 """Pixels between pictures."""

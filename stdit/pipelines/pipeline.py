@@ -80,6 +80,7 @@ WRAPPED = {"vae": ("codec", "flow"), **dict.fromkeys(("text_encoder", "tokenizer
 CLEAN = "clean_latents"
 """What a callback may read, but not replace."""
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+PairCallback = Callable[[Any, int, Tensor], None]
 
 
 @dataclass
@@ -385,6 +386,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_pair_end: PairCallback | None = None,
         max_sequence_length: int | None = None,
         **settings: Any,
     ) -> Any:
@@ -416,6 +418,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             callback_on_step_end_tensor_inputs: names of the tensors passed to the callback: latents, prompt_embeds,
                 negative_prompt_embeds; clean_latents, the video that the step aimed at, of all ranks
                 ``[B C T H W]``, to be read only.
+            callback_on_pair_end: called as ``callback(pipe, pair, clean_latents)`` after each pair of the refinement,
+                with its place from 0 on and the video so far. It may set ``pipe._interrupt``, too.
             max_sequence_length: largest number of tokens of a prompt that is encoded; None: that of the text encoder.
             settings: ``num_frames``, ``height``, ``width``, ``fps``, ``num_inference_steps``, ``guidance_scale`` and
                 the other fields of `VideoSettings`; one that is missing or None is the pipeline's (``pipe.config``).
@@ -523,7 +527,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     )
                     for _ in self.progress_bar(range(pairs))
                 )
-                latents = self.refine(latents, noises, level, model, float(video["refine_guidance_scale"]))
+                refine_scale = float(video["refine_guidance_scale"])
+                latents = self.refine(latents, noises, level, model, refine_scale, callback_on_pair_end)
             if output_type == "latent":
                 frames = sharding.gather(latents, 2, shape[1])
             else:
@@ -790,6 +795,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         level: Tensor,
         model: GuidedModel,
         guidance_scale: float,
+        callback: PairCallback | None = None,
     ) -> Tensor:
         """Return the finished video x with the grain and the ragged outlines taken off that the steps left.
 
@@ -804,14 +810,18 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             noises: of each pair, of the same shape.
             level: the noise level t of each frame, ``[B T]``; one of 0 stays as it is.
         """
-        level = _per_sample(level)
+        latent_frames, level = level.shape[1], _per_sample(level)
         t = per_frame(model.sharding.split(level, dim=1))
-        for noise in noises:
+        for pair, noise in enumerate(noises):
             estimates = []
             for signed in (noise, -noise):
                 noisy = torch.lerp(latents, signed, t)
                 estimates.append(noisy + t * model.velocity(noisy, level, guidance_scale))
             latents = torch.where(t > 0, (estimates[0] + estimates[1]) / 2, latents)
+            if callback is not None:
+                callback(self, pair, model.sharding.gather(latents, 2, latent_frames))
+            if self._interrupt:
+                break
         return latents
 
     @property

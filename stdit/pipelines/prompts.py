@@ -48,7 +48,7 @@ _LISTS: dict[str, tuple[type, ...]] = {
     "pab": (int,),
     "pab_timesteps": (int, float),
 }
-_TYPES: dict[str, tuple[type, ...]] = {
+PROMPT_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_INTEGERS, (int,)),
     **dict.fromkeys(_NUMBERS, (int, float)),
     **dict.fromkeys(_LISTS, (list,)),
@@ -56,7 +56,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "extra": (dict,),
     "cache": (str, int, float),
 }
-"""Types of the values in a .jsonl file; what is not listed is text."""
+"""Types of the values in a .jsonl file, by setting; what is not listed is text."""
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -224,7 +224,7 @@ def prompt_line(values: dict[str, Any], where: str = "") -> PromptLine:
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
     for name, value in values.items():
-        kinds = _TYPES.get(name, (str,))
+        kinds = PROMPT_TYPES.get(name, (str,))
         if not _is_instance(value, kinds) or (
             name in _LISTS and not all(_is_instance(one, _LISTS[name]) for one in value)
         ):

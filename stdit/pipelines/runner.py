@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,11 +38,11 @@ class SamplingProgress(NamedTuple):
     segment: int
     segments: int
     step: int
-    """Of the segment, from 1 on."""
+    """Of the segment, from 1 on; a pair of the refinement, which calls the model twice, counts as two."""
     steps: int
     """Of a segment."""
     clean_latents: torch.Tensor
-    """Latents ``[B C T H W]`` of the videos that the step aimed at."""
+    """Latents ``[B C T H W]`` of the videos that the step aimed at, or that were refined."""
 
 
 class OutOfMemoryError(UserError):
@@ -110,7 +110,8 @@ def sample_batch(
 
     Args:
         label: for the progress bar.
-        on_step: called after each step, on all ranks that share the videos; what it raises ends the batch.
+        on_step: called after each step and each pair of the refinement, on all ranks that share the videos; what it
+            raises ends the batch.
 
     Raises:
         UserError: if a request breaks a rule.
@@ -122,6 +123,7 @@ def sample_batch(
     settings = batch[0].settings
     num_frames = settings.num_frames or int(pipe.config["num_frames"])
     fps = settings.fps or float(pipe.config["fps"])
+    pairs = int(settings.resolved(pipe.config)["refine_pairs"])
     segments = batch[0].segments.resolved(num_frames, pipe.codec)
     total = segments.total_frames(num_frames)
     conditions = []
@@ -133,12 +135,21 @@ def sample_batch(
         conditions.append(resolved)
     generators = [torch.Generator().manual_seed(r.seed) for r in batch]  # continued from segment to segment
 
-    def tell(
-        segment: int, pipe: STDiTPipeline, step: int, timestep: object, tensors: dict[str, torch.Tensor]
-    ) -> None:
+    def tell(segment: int, done: int, clean: torch.Tensor) -> None:
         assert on_step is not None
-        done = step + 1, pipe.num_timesteps
-        on_step(SamplingProgress(segment, segments.count, *done, tensors[CLEAN]))
+        steps = pipe.num_timesteps + 2 * pairs
+        on_step(SamplingProgress(segment, segments.count, done, steps, clean))
+
+    def callbacks(segment: int) -> dict[str, Any]:
+        if on_step is None:
+            return {}
+        return {
+            "callback_on_step_end": lambda pipe, step, _, tensors: tell(segment, step + 1, tensors[CLEAN]),
+            "callback_on_step_end_tensor_inputs": [CLEAN],
+            "callback_on_pair_end": lambda pipe, pair, clean: tell(
+                segment, pipe.num_timesteps + 2 * (pair + 1), clean
+            ),
+        }
 
     def generate(segment: int, of_segment: list[list[FrameCondition]]) -> torch.Tensor:
         which = "" if segments.count == 1 else f", segment {segment + 1} of {segments.count}"
@@ -149,8 +160,7 @@ def sample_batch(
             conditions=of_segment,
             generator=generators,
             output_type="pt",
-            callback_on_step_end=None if on_step is None else partial(tell, segment),
-            callback_on_step_end_tensor_inputs=[CLEAN],
+            **callbacks(segment),
             **asdict(settings),
         )
         calls.append(result.calls)

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import META, newest_whole, read_json, step_of, verify, verify_if_sealed
+from stdit.checkpoint_files import (
+    META,
+    newest_whole,
+    read_json,
+    step_folders,
+    step_of,
+    verify,
+    verify_if_sealed,
+)
 from stdit.errors import UserError
 from stdit.lora.config import ADAPTER_FILE
 from stdit.pipelines.bundled import bundled_folder
@@ -27,12 +35,18 @@ class CheckpointSource:
     is_pipeline: bool
 
 
-def find_checkpoint_source(checkpoint: str | Path | None, ema: bool = True) -> CheckpointSource:
+def find_checkpoint_source(
+    checkpoint: str | Path | None, ema: bool = True, verified: bool = True
+) -> CheckpointSource:
     """Find out what ``checkpoint`` names, and verify that it is complete. Loads no weights and imports no torch.
 
     A run folder stands for its newest complete checkpoint, or its pipeline if that is at least as new and ``ema`` is
     true: a pipeline has averaged weights alone. Of a pipeline only the small files are verified here, if it has a
     manifest: components verify themselves when they are loaded. None stands for the model that comes with stdit.
+
+    Args:
+        verified: read the files, and pass over checkpoints that are damaged; False: finished ones count as complete,
+            for lists of what there is.
 
     Raises:
         UserError: if there is nothing to sample from, or it is damaged.
@@ -56,17 +70,22 @@ def find_checkpoint_source(checkpoint: str | Path | None, ema: bool = True) -> C
             "run (outputs/NAME)."
         )
     if (path / MODEL_INDEX).is_file():
-        verify_if_sealed(path, _is_small)
+        if verified:
+            verify_if_sealed(path, _is_small)
         run = path.parent if (path.parent / "config.yaml").is_file() else None
         return _exported_source(path, run, ema)
     if step_of(path) is not None or is_checkpoint(path):
-        verify(path, needed=_weights(ema))
+        if verified:
+            verify(path, needed=_weights(ema))
         return CheckpointSource(path, path.parent.parent, False)
-    newest, passed_over = newest_whole(path / "checkpoints", needed=_weights(ema))
+    if verified:
+        newest, passed_over = newest_whole(path / "checkpoints", needed=_weights(ema))
+    else:
+        newest, passed_over = next(iter(finished_checkpoints(path)), None), []
     for reason in passed_over:
         logger.warning("skipped checkpoint: %s", reason)
     exported = path / "pipeline"
-    if has_pipeline := (exported / MODEL_INDEX).is_file():
+    if (has_pipeline := (exported / MODEL_INDEX).is_file()) and verified:
         verify_if_sealed(exported, _is_small)
     if has_pipeline and (
         newest is None or (ema and (pipeline_step(exported) or 0) >= (step_of(newest) or 0))
@@ -101,6 +120,11 @@ def find_initial_weights(init_from: str) -> Path:
     except UserError as error:
         raise UserError(f"init_from = {init_from}: {error}") from None
     return source.path / "transformer" if source.is_pipeline else source.path
+
+
+def finished_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run that were written to their end, newest first; their files are not read."""
+    return [folder for folder in step_folders(run / "checkpoints").values() if (folder / META).is_file()]
 
 
 def pipeline_step(folder: Path) -> int | None:

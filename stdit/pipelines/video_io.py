@@ -5,9 +5,6 @@ full disk or Ctrl-C leaves no partial file.
 """
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import numpy as np
 import PIL.Image
 from av.video.reformatter import ColorRange, Colorspace
 
+from stdit.atomic_files import atomic_write
 from stdit.errors import UserError
 
 
@@ -42,7 +40,7 @@ def write_mp4(
         metadata |= {"height": H + H % 2, "width": W + W % 2, "padded_from": {"height": H, "width": W}}
     rate = Fraction(fps).limit_denominator(1001)
     with atomic_write(path) as temporary:
-        with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False)
             # x264 gives the same bytes for the same frames only with one thread and without its macroblock
             # tree, whose fast path reads uninitialised memory if frames are tiny.
@@ -113,12 +111,6 @@ def is_whole_video(path: Path) -> bool:
         return False
 
 
-def write_json_atomic(path: Path, values: dict[str, Any]) -> None:
-    """Write readable JSON; the file is complete or absent."""
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read the metadata that `write_mp4` or `write_gif` wrote into a file.
 
@@ -138,17 +130,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return found
     except (OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path} holds no metadata of stdit ({type(error).__name__}: {error}).") from None
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[str]:
-    """Yield a temporary name beside ``path``; on success it is renamed to ``path``, on failure it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield str(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _tag_bt709(codec: Any) -> None:

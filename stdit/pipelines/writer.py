@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stdit.atomic_files import write_json_atomic
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes
 from stdit.lora.config import LoRASpec
@@ -164,7 +165,7 @@ class VideoWriter:
         return _Video(request, video_metadata(request, self.defaults, self.provenance, self._hashes))
 
     def _write_json(self, video: _Video) -> None:
-        from stdit.pipelines.video_io import read_metadata, write_json_atomic
+        from stdit.pipelines.video_io import read_metadata
 
         inside = read_metadata(video.files["mp4"]) if "mp4" in video.files else video.metadata
         path = self.folder / f"{video.stem}.json"

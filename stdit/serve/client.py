@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stdit.atomic_files import atomic_write
 from stdit.errors import UserError
-from stdit.pipelines.video_io import atomic_write
 
 _OVER = ("completed", "failed", "cancelled")
 _BROKEN = (OSError, http.client.HTTPException)
@@ -101,7 +101,7 @@ class VideoClient:
         path = Path(file)
         content = self._send("GET", f"/v1/videos/{_id(video)}/content")
         with atomic_write(path) as temporary:
-            Path(temporary).write_bytes(content)
+            temporary.write_bytes(content)
         return path
 
     def events(self, video: Mapping[str, Any] | str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -48,7 +48,7 @@ class ServerConfig:
     """Processes, or groups of parallel.sp x parallel.cfg processes, that make videos at the same time; none: as many
     as there are GPUs for, or one on a CPU."""
     hang_timeout: float = 600.0
-    """Seconds without a step after which a worker counts as hanging, and is started anew."""
+    """Seconds without a step after which a worker counts as hanging, and is restarted."""
     max_upload_mib: float = 64.0
     """MiB that a request may send."""
     max_uploads_gib: float = 10.0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stdit.checkpoint_files import newest_whole, step_of, verify
+from stdit.checkpoint_files import newest_whole, step_folders, step_of, verify
 from stdit.errors import UserError
 
 
@@ -38,14 +38,11 @@ def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[s
     chosen = Path(resume)
     verify(chosen)
     step = step_of(chosen) or 0
-    newer = [
-        p.name
-        for p in checkpoints.glob("step-*")
-        if p.resolve() != chosen.resolve() and (step_of(p) or -1) >= step
-    ]
+    others = step_folders(checkpoints).items()
+    newer = [path.name for at, path in others if at >= step and path.resolve() != chosen.resolve()]
     if newer:
         raise UserError(
-            f"resume = {resume}, but {checkpoints} has {sorted(newer)[-1]} already: move that away, or "
+            f"resume = {resume}, but {checkpoints} has {newer[0]} already: move that away, or "
             "choose another name."
         )
     return chosen, []

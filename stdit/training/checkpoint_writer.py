@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.checkpoint_files import is_whole, publish, seal_files, step_of, write_manifest
+from stdit.checkpoint_files import is_whole, publish, seal_files, step_folders, write_manifest
 from stdit.errors import UserError
 from stdit.hashing import read_sealed, sealed_json
 from stdit.parallel.processes.mesh import Mesh
@@ -155,10 +155,10 @@ class CheckpointWriter:
 
     def prune(self) -> None:
         """Remove old checkpoints, on the main rank. The newest whole one, verified by reading it, always stays."""
-        folders = {step: path for path in self.folder.glob("step-*") if (step := step_of(path)) is not None}
+        folders = step_folders(self.folder)
         old = folders.keys() - steps_to_keep(folders, self.config, dict(self.losses)) - {self.best_step}
         if old:
-            old -= {next((step for step in sorted(folders, reverse=True) if is_whole(folders[step])), None)}
+            old -= {next((step for step, folder in folders.items() if is_whole(folder)), None)}
         for step in sorted(old):
             aside = folders[step].rename(folders[step].with_name(f"{folders[step].name}.tmp"))
             shutil.rmtree(aside)  # never seen half removed

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stdit.checkpoint_files import is_whole, step_of
+from stdit.checkpoint_files import is_whole, step_folders
 from stdit.training.recorder import Recorder
 from stdit.training.saver import Saver
 
@@ -50,11 +50,10 @@ class Rollback:
 def _newest_before(checkpoints: Path, first: int, batch: int) -> Path | None:
     """Return the newest complete checkpoint before a batch, but from step ``first`` on; remove later ones, trained on
     excluded batches."""
-    folders = {path: at for path in checkpoints.glob("step-*") if (at := step_of(path)) is not None}
-    early = [path for path, at in folders.items() if at <= batch]
-    for path in sorted(early, reverse=True):
-        if folders[path] >= first and is_whole(path):
-            for late in folders.keys() - set(early):
+    folders = step_folders(checkpoints)
+    for step, path in folders.items():
+        if first <= step <= batch and is_whole(path):
+            for late in (folder for at, folder in folders.items() if at > batch):
                 shutil.rmtree(late.rename(late.with_name(f"{late.name}.tmp")))
             return path
     return None

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stdit.atomic_files import atomic_write
 from stdit.checkpoint_files import META
 from stdit.errors import UserError
 from stdit.lora.config import find_initial_adapter
@@ -93,8 +94,6 @@ def write_run_files(folder: Path, config: TrainConfig, codec: "VideoCodec", new:
     Args:
         new: replace the codec that an earlier run without a checkpoint left.
     """
-    from stdit.pipelines.video_io import atomic_write
-
     target = folder / "codec"
     if new:
         shutil.rmtree(target, ignore_errors=True)
@@ -105,7 +104,7 @@ def write_run_files(folder: Path, config: TrainConfig, codec: "VideoCodec", new:
         if config.validation.prompts:
             (folder / "samples").mkdir(exist_ok=True)
         with atomic_write(folder / "config.yaml") as file:
-            Path(file).write_text(to_yaml(config), encoding="utf-8")
+            file.write_text(to_yaml(config), encoding="utf-8")
 
 
 def _names(folder: Path) -> list[str]:

@@ -64,7 +64,11 @@ def compare(group: Group, sp: int, cfg: int, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "sp, cfg",
-    [pytest.param(2, 1, marks=pytest.mark.slow), (4, 1), pytest.param(2, 2, marks=pytest.mark.slow), (3, 1)],
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        (4, 1),
+        *(pytest.param(*grid, marks=pytest.mark.slow) for grid in ((2, 2), (3, 1))),
+    ],
 )
 def test_ranks_decode_the_bits_of_one_process(sp: int, cfg: int, tmp_path: Path) -> None:
     for name in TINY_VAES.keys() & SIZES:

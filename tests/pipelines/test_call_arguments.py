@@ -135,6 +135,19 @@ def test_a_callback_interrupts(pipe: STDiTPipeline) -> None:
     assert sample(pipe, "a").isfinite().all() and not pipe.interrupt
 
 
+def test_a_callback_interrupts_the_refinement(pipe: STDiTPipeline) -> None:
+    seen: list[Tensor] = []
+
+    def stop(pipe: STDiTPipeline, pair: int, clean_latents: Tensor) -> None:
+        assert pair == len(seen)
+        seen.append(clean_latents)
+        pipe._interrupt = pair == 1
+
+    found = sample(pipe, "a", callback_on_pair_end=stop, refine_pairs=4)
+    assert len(seen) == 2 and torch.equal(found, seen[-1])
+    assert torch.equal(found, sample(pipe, "a", refine_pairs=2))
+
+
 def test_a_callback_changes_text_and_guidance(pipe: STDiTPipeline) -> None:
     """Guidance between equal texts is none, so that both changes give the same video (the masks are equal)."""
     names = ["latents", "prompt_embeds", "negative_prompt_embeds"]

@@ -256,7 +256,7 @@ def test_a_full_disk_is_explained(pipe, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     run = write_run(tmp_path / "run", pipe)
-    monkeypatch.setattr("stdit.pipelines.video_io.write_json_atomic", full)
+    monkeypatch.setattr("stdit.pipelines.writer.write_json_atomic", full)
     with pytest.raises(UserError, match="No space left on device. Free some space"):
         sample_to_files(SampleConfig(prompt="a", checkpoint=str(run)))
 

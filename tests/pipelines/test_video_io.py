@@ -124,6 +124,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
+from stdit import atomic_files
 from stdit.pipelines import contact_sheet, video_io
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -133,7 +134,7 @@ for write in (
     lambda: video_io.write_mp4(folder / "a.mp4", noise, 8),
     lambda: video_io.write_gif(folder / "a.gif", noise, 8),
     lambda: contact_sheet.write_rows(folder / "a.png", [contact_sheet.sheet_row(noise, "noise")]),
-    lambda: video_io.write_json_atomic(folder / "a.json", {"a": "x" * 5000}),
+    lambda: atomic_files.write_json_atomic(folder / "a.json", {"a": "x" * 5000}),
 ):
     try:
         write()

@@ -96,6 +96,7 @@ def test_captions_are_those_of_training_and_what_cannot_be_read_is_named(tmp_pat
         read_captions(tmp_path / "absent.csv")
 
 
+@pytest.mark.slow
 def test_training_never_has_the_encoder_with_all_texts_of_its_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,8 @@ from fastapi.testclient import TestClient
 from stdit.serve.api import events
 from stdit.serve.api.events import EventStream
 from stdit.serve.errors import RequestError
-from stdit.serve.queue.jobs import JobStore, NewJob
+from stdit.serve.queue.job import NewJob
+from stdit.serve.queue.jobs import JobStore
 
 FACTS = {"prompt": "a ball", "seed": 1, "width": 64, "height": 64, "num_frames": 8, "fps": 8, "warnings": []}
 Told = tuple[str, dict[str, Any]]

@@ -77,6 +77,16 @@ def test_changes_of_the_folder_are_seen(videos: SmallVideos, gallery: Gallery) -
     assert [video.folder for video in gallery.page().data] == ["", "new"]
 
 
+def test_a_video_that_the_server_has_just_made_is_listed_at_once(videos: SmallVideos, tmp_path: Path) -> None:
+    made = [0]
+    gallery = Gallery(videos.folder, tmp_path / "of-server.sqlite", changes=lambda: made[0])
+    videos.make("a.mp4")
+    assert names(gallery) == ["a.mp4"]
+    videos.make("b.mp4")
+    made[0] += 1
+    assert names(gallery) == ["b.mp4", "a.mp4"]
+
+
 def test_a_file_is_read_once(
     videos: SmallVideos, gallery: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,8 +311,6 @@ def test_an_index_that_is_deleted_or_damaged_is_made_anew(
     gallery.expire()
     assert names(gallery) == ["a.mp4"]
     gallery.refresh()
-    for ending in ("-wal", "-shm"):
-        Path(f"{file}{ending}").unlink(missing_ok=True)
     file.write_bytes(b"no database at all" * 500)
     gallery.expire()
     assert names(gallery) == ["a.mp4"]

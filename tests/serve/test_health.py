@@ -8,7 +8,8 @@ from prometheus_client import generate_latest
 
 from stdit.serve.api.video_objects import video_object
 from stdit.serve.queue.health import metrics_registry
-from stdit.serve.queue.jobs import JobStore, NewJob
+from stdit.serve.queue.job import NewJob
+from stdit.serve.queue.jobs import JobStore
 
 FACTS = {"prompt": "a ball", "seed": 1, "width": 64, "height": 64, "num_frames": 8, "fps": 8, "warnings": []}
 

@@ -10,18 +10,8 @@ from pathlib import Path
 import pytest
 
 from stdit.errors import UserError
-from stdit.serve.queue.jobs import (
-    CANCELLED,
-    COMPLETED,
-    FAILED,
-    MAX_CRASHES_ALONE,
-    RUNNING,
-    WAITING,
-    JobStore,
-    KeyReusedError,
-    NewJob,
-    QueueFullError,
-)
+from stdit.serve.queue.job import CANCELLED, COMPLETED, FAILED, RUNNING, WAITING, NewJob
+from stdit.serve.queue.jobs import MAX_CRASHES_ALONE, JobStore, KeyReusedError, QueueFullError
 
 
 def job(number: int, batch: str = "a", **others: object) -> NewJob:

@@ -409,6 +409,25 @@ def test_a_run_is_shown_and_followed(served: Served, page: Page) -> None:
         expect(loss.locator("polyline")).not_to_have_attribute("points", drawn)
 
 
+def test_a_finished_run_is_continued_to_more_steps(served: Served, page: Page) -> None:
+    make_run(served.folder / "outputs" / "finished", steps=20, done=20)
+    bodies: list[Any] = []
+
+    def keep(route: Any) -> None:
+        bodies.append(route.request.post_data_json)
+        route.continue_(post_data='{"steps": 20}')  # which the server refuses, so that nothing trains
+
+    page.route("**/resume", keep)
+    show(page, "Runs")
+    page.get_by_role("button", name="Continue finished").click()
+    dialog = page.locator("#confirmation")
+    expect(dialog.get_by_label("Steps in all")).to_have_value("40")
+    dialog.get_by_label("Steps in all").fill("50")
+    dialog.get_by_role("button", name="Continue").click()
+    expect(page.locator("#runs-error")).to_contain_text("give more steps")
+    assert bodies == [{"steps": 50}]
+
+
 @pytest.mark.slow
 def test_a_plot_that_was_empty_is_drawn_at_once(page: Page) -> None:
     """No change of its size may follow, such as when its points come within a frame."""

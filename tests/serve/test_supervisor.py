@@ -9,7 +9,8 @@ import pytest
 from stdit.errors import UserError
 from stdit.serve.config import SampleCommand
 from stdit.serve.queue import supervisor as module
-from stdit.serve.queue.jobs import JobStore, NewJob
+from stdit.serve.queue.job import NewJob
+from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.places import ServerPlaces
 from stdit.serve.queue.supervisor import Supervisor
 from tests.serve.servers import command

@@ -169,10 +169,19 @@ def test_a_full_disk_fails_the_job_and_leaves_no_file(
     assert state_of(worker, later) == "completed"
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"num_inference_steps": 20}, [1, 2, 3, 4, 5]), ({"refine_pairs": 3}, [1, 2, 3, 4, 6])],
+    ids=["steps", "refinement"],
+)
 def test_a_cancelled_batch_ends_after_its_step(
-    worker: Worker, ask: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    worker: Worker,
+    ask: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    expected: list[int],
 ) -> None:
-    videos = [ask(seed=40 + number, num_inference_steps=20) for number in range(2)]
+    videos = [ask(seed=40 + number, **fields) for number in range(2)]
     jobs, steps = worker.store.claim("w", 8), []
     record = Worker._record_step
 
@@ -180,13 +189,13 @@ def test_a_cancelled_batch_ends_after_its_step(
         steps.append(progress.step)
         if progress.step == 3:
             worker.store.cancel(videos[0]["id"])
-        if progress.step == 5:
+        if progress.step == expected[-1]:
             worker.store.delete(videos[1]["id"])
         return record(self, batch, loaded, progress)
 
     monkeypatch.setattr(Worker, "_record_step", cancel_at_three)
     worker.make(jobs)
-    assert steps == [1, 2, 3, 4, 5]
+    assert steps == expected
     assert state_of(worker, videos[0]) == "cancelled" and worker.store.get(videos[1]["id"]) is None
 
 

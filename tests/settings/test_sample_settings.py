@@ -178,6 +178,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"callback_on_step_end_tensor_inputs": ()},
         {"callback_on_step_end": print},
     ),
+    "callback_on_pair_end": ({"callback_on_pair_end": print}, {"refine_pairs": 1}),
     "max_sequence_length": ({"max_sequence_length": 2}, {"prompt": "a red circle"}),
     "num_frames": ({"num_frames": 5}, {}),
     "height": ({"height": 12, "width": 8}, {}),
@@ -207,6 +208,8 @@ def test_every_argument_of_a_call_changes_something(name: str, pipe: STDiTPipeli
             options["callback_on_step_end"] = lambda pipe, step, timestep, tensors: seen.append(
                 f"{tensors.keys()}"
             )
+        if "callback_on_pair_end" in options:
+            options["callback_on_pair_end"] = lambda pipe, pair, clean_latents: seen.append(f"pair {pair}")
         generator = torch.Generator().manual_seed(options.pop("generator", 0))
         arguments = {"prompt": "a", "num_inference_steps": 2, **SIZE, **options}
         try:

@@ -136,7 +136,9 @@ def test_pruning_keeps_what_runs_read(views, tmp_path):
     assert fill_cache(plain).encoded == 0
 
 
-@pytest.mark.parametrize("cache", ["none", "disk", "memory"])
+@pytest.mark.parametrize(
+    "cache", [*(pytest.param(cache, marks=pytest.mark.slow) for cache in ("none", "disk")), "memory"]
+)
 def test_clips_that_fail_are_listed_once_with_the_step_across_parts_of_a_run(
     settings,
     tmp_path,

@@ -3,11 +3,9 @@
 Keyed by the content of the manifest and by how it is read: a changed manifest is read again.
 """
 
-import contextlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from stdit.atomic_files import atomic_write
 from stdit.data.manifest.clips import NUMBER_COLUMNS, Clips, Strings
 from stdit.data.manifest.scan import Scan
 from stdit.hashing import hash_arrays
@@ -69,17 +68,13 @@ def save_scan(file: Path, key: str, scan: Scan) -> None:
     tensors = tensors_of_clips(clips) | {"places": scan.places}
     facts = json.dumps({"roots": clips.roots, "extra": list(clips.extra), "unread": scan.unread})
     about = {"key": key, "facts": facts, "hash": hash_arrays({"key": key, "facts": facts}, tensors)}
-    aside = file.with_name(f".{file.name}.{secrets.token_hex(6)}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, about)
-        apply_umask(aside)
-        aside.replace(file)
+        with atomic_write(file) as temporary:
+            save_file(tensors, temporary, about)
+            apply_umask(temporary)
     except (OSError, SafetensorError) as error:
         logger.warning("%s cannot be written (%s): a resumed run will read the manifest again", file, error)
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def tensors_of_clips(clips: Clips) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stdit.atomic_files import atomic_write
 from stdit.data.manifest.reading import open_rows
 from stdit.errors import UserError, install_command
 
@@ -80,18 +81,14 @@ def check_output(path: Path, overwrite: bool, suffixes: Sequence[str] | None = N
 @contextlib.contextmanager
 def staged_output(path: Path) -> Iterator[Path]:
     """Provide a temporary file that replaces `path` at the end of the block, unless it fails. Raises UserError."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield staging
-        with staging.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staging, path)
+        with atomic_write(path) as staging:
+            yield staging
+            with staging.open("rb") as file:
+                os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"output {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            staging.unlink(missing_ok=True)
 
 
 def remove_staged(folder: Path) -> None:

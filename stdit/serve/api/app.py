@@ -56,7 +56,8 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
     events = EventStream(store, config.server.keep_days)
     supervisor = Supervisor(config, places, JobStore(places.jobs_file))
     inside = places.videos.resolve().is_relative_to(places.runs.resolve())
-    gallery = Gallery(places.runs if inside else places.videos, places.state / "gallery.sqlite")
+    shown = places.runs if inside else places.videos
+    gallery = Gallery(shown, places.state / "gallery.sqlite", changes=store.made)
     runs = Runs(places.runs)
     launches = Launches(runs, config.server.allow_training)
     service = VideoService(config, store, catalog, places, events)

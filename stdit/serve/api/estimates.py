@@ -53,7 +53,7 @@ def estimate(asked: Submission, store: JobStore, config: SampleCommand) -> Estim
         tile = (2 * OVERLAP_FRAMES, AUTO_SIZES[-1], AUTO_SIZES[-1])
         config = replace(config, codec=replace(config.codec, tile=tile))
         warnings.append(
-            "the video is so large that its memory is foreseen for the smallest tiles alone: decoding may use "
+            "the video is so large that its memory is estimated for the smallest tiles alone: decoding may use "
             "more, up to what is free."
         )
     workload = SamplingWorkload(pipe, [asked.request], config, {"text encoder": text_encoder_bytes(source)})

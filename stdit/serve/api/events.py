@@ -13,7 +13,8 @@ from starlette.concurrency import run_in_threadpool
 from stdit.serve.api.video_objects import video_object
 from stdit.serve.errors import RequestError
 from stdit.serve.queue.health import health
-from stdit.serve.queue.jobs import Job, JobStore
+from stdit.serve.queue.job import Job
+from stdit.serve.queue.jobs import JobStore
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ MAX_STREAMS = 100
 """Open streams of all clients together."""
 _DELETED = "deleted"
 _MOST_WAITING = 200
-"""Events that wait for a client that reads too slowly: above it the stream ends, and the client asks anew."""
+"""Events that wait for a client that reads too slowly: above it the stream ends, and the client asks again."""
 _PAUSE_SECONDS = 1.0
 """After a look at the file that failed."""
 _CLOSING_SECONDS = 1.0

@@ -35,7 +35,7 @@ _HEADERS = {
 _CLIENTS = 4096
 """Clients that are remembered."""
 _BURST_SECONDS = 4.0
-"""Requests of so long may come at once."""
+"""Seconds' worth of requests that may come at once."""
 
 
 @dataclass

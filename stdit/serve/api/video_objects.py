@@ -6,7 +6,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from stdit.serve.queue.health import worker_objects
-from stdit.serve.queue.jobs import RUNNING, WAITING, Job, JobStore
+from stdit.serve.queue.job import RUNNING, WAITING, Job
+from stdit.serve.queue.jobs import JobStore
 
 _FIRST_PART = 0.2
 """Part of the steps in which earlier videos foretell the end better than these steps."""

@@ -28,16 +28,15 @@ from stdit.serve.errors import RequestError
 from stdit.serve.gallery.thumbnails import thumbnail
 from stdit.serve.heavy_work import HeavyWork
 from stdit.serve.queue.catalog import Catalog
-from stdit.serve.queue.jobs import COMPLETED, STATES, Job, JobStore, KeyReusedError, NewJob, QueueFullError
+from stdit.serve.queue.job import COMPLETED, STATES, Job, NewJob
+from stdit.serve.queue.jobs import JobStore, KeyReusedError, QueueFullError
 from stdit.serve.queue.places import ServerPlaces
-from stdit.serve.queue.submissions import Submission, asked_hash, read_submission
+from stdit.serve.queue.submissions import FIELD_TYPES, Submission, asked_hash, read_submission
 from stdit.serve.queue.uploads import Uploads, no_room
 
 VideoId = Annotated[str, InPath(pattern=r"^video_[0-9a-f]{24}$")]
 UploadId = Annotated[str, InPath(pattern=r"^file_[0-9a-f]{64}$")]
 _CHUNK = 2**20
-_LISTS = ("loras", "conditions", "segment_prompts", "guidance_interval", "pab", "pab_timesteps")
-_TEXTS = ("prompt", "negative_prompt", "model", "solver", "guidance_schedule", "size")
 
 
 class VideoList(BaseModel):
@@ -210,12 +209,13 @@ async def _form_fields(form: FormData, uploads: Uploads, heavy: HeavyWork) -> di
 
 def _form_value(name: str, text: str) -> Any:
     """Return a field of a form in its type: all but texts are written as JSON."""
-    if name in _TEXTS:
+    types = FIELD_TYPES.get(name, (str,))
+    if types == (str,):
         return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        if name in _LISTS:
+        if list in types:
             raise RequestError(f"{name} = {text[:80]!r}: must be a list in JSON.", param=name) from None
         return text
 
@@ -250,13 +250,12 @@ def video_routes(service: VideoService) -> APIRouter:
     ) -> VideoObject:
         """Ask for a video."""
         fields = await submitted_fields(request, service.uploads, heavy)
-        return await run_in_threadpool(
-            lambda: service.shown(service.submit(fields, client_of(request.scope), key))
-        )
+        run = heavy.run if fields.get("conditions") else run_in_threadpool  # their files are probed
+        return await run(lambda: service.shown(service.submit(fields, client_of(request.scope), key)))
 
     @router.post("/v1/estimate", openapi_extra=submission_schema())
     async def estimate_video(request: Request) -> Estimate:
-        """Check a request, and foresee its time and memory; nothing is queued."""
+        """Check a request, and estimate its time and memory; nothing is queued."""
         fields = await submitted_fields(request, service.uploads, heavy)
         return await heavy.run(lambda: estimate(service.read(fields), store, service.config))
 

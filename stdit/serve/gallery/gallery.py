@@ -10,7 +10,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,15 +43,23 @@ class Gallery:
         database: file of the index, which is made if it is missing, damaged or of another version.
         thumbnails: folder of the thumbnails; None: beside the index.
         validation: also show the validation videos of runs.
+        changes: returns something else than before once a video was written or deleted: the next listing then scans
+            the folder, whenever the last one did.
 
     Raises:
         UserError: if the index cannot be written.
     """
 
     def __init__(
-        self, root: Path, database: Path, thumbnails: Path | None = None, validation: bool = False
+        self,
+        root: Path,
+        database: Path,
+        thumbnails: Path | None = None,
+        validation: bool = False,
+        changes: Callable[[], object] = lambda: None,
     ) -> None:
         self.root, self.validation = Path(os.path.realpath(root)), validation
+        self.changes, self._seen = changes, changes()
         self.thumbnails = thumbnails or database.parent / "thumbnails"
         self.index = GalleryIndex(database, self.root)
         self._changed = threading.Condition()
@@ -80,7 +88,7 @@ class Gallery:
         filters, wanted = page_filters(search, checkpoint)
         after, place = after_cursor(before)
         matching = filters or [f"state != {OTHER}"]
-        with self.index.opened():  # made anew if it was deleted
+        with self.index.opened():  # rebuilt if it was deleted
             pass
         self._look_again()
         with self._first(), self.index.opened() as index:
@@ -152,7 +160,7 @@ class Gallery:
             index.execute("DELETE FROM videos WHERE key = ?", (key,))
 
     def expire(self) -> None:
-        """Let the next listing scan the folder, whenever the last one did: a video has been written or deleted."""
+        """Let the next listing scan the folder, whenever the last one did."""
         self._next_scan = 0.0
 
     def refresh(self) -> None:
@@ -169,7 +177,11 @@ class Gallery:
 
     def _look_again(self) -> None:
         """Ask for a scan if the last one is old, and wait a moment for it."""
+        changes = self.changes()
         with self._changed:
+            if changes != self._seen:
+                self._seen = changes
+                self.expire()
             is_old = time.monotonic() >= self._next_scan or self._scanned_index != self.index.made
             if is_old and not self._closing:
                 self._scans_asked += 1

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from hashlib import blake2b
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from stdit.serve.gallery.gallery_scan import VideoFacts, read_facts
 
 UNREAD, OURS, OTHER = 0, 1, 2
 """State of a file: its metadata are not read yet; it is a video of ours; it is none."""
-_VERSION = 1
-"""Of the tables; an index of another version is made anew."""
+FACT_COLUMNS = ", ".join(one.name for one in fields(VideoFacts))
+"""What the metadata of a video say, in the order of `VideoFacts`."""
+_VERSION = 2
+"""Of the tables; an index of another version is rebuilt."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS videos (
     id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, folder TEXT NOT NULL, name TEXT NOT NULL,
@@ -31,7 +33,7 @@ CREATE INDEX IF NOT EXISTS videos_by_checkpoint ON videos (checkpoint);
 
 
 class GalleryIndex:
-    """An index file, opened for each piece of work; it may be deleted at any time, and is then made anew.
+    """An index file, opened for each piece of work; it may be deleted at any time, and is then rebuilt.
 
     Args:
         file: of the index.
@@ -51,7 +53,7 @@ class GalleryIndex:
         """Open the index for a block.
 
         Raises:
-            RequestError: if it cannot be written, or is damaged; it is then made anew the next time.
+            RequestError: if it cannot be written, or is damaged; it is then rebuilt the next time.
         """
         try:
             with closing(self._open()) as index:
@@ -66,7 +68,7 @@ class GalleryIndex:
         except sqlite3.DatabaseError as error:
             self._remove()
             raise RequestError(
-                f"index of the gallery {self.file}: was damaged ({error}), and is made anew: try again.",
+                f"index of the gallery {self.file}: was damaged ({error}), and is rebuilt: try again.",
                 status=503,
                 code="index_damaged",
             ) from None
@@ -143,10 +145,10 @@ class GalleryIndex:
             found.append((*_columns(read_facts(self.root / folder / name)), number))
             if time.monotonic() > late:
                 break
+        values = ", ".join("?" * (2 + len(fields(VideoFacts))))
         with index:
             index.executemany(
-                "UPDATE videos SET state = ?, folded = ?, prompt = ?, seed = ?, checkpoint = ?, checkpoint_step = ?,"
-                " width = ?, height = ?, num_frames = ?, fps = ? WHERE id = ?",
+                f"UPDATE videos SET (state, folded, {FACT_COLUMNS}) = ({values}) WHERE id = ?",
                 found,
             )
 
@@ -172,7 +174,7 @@ class GalleryIndex:
         raise sqlite3.OperationalError("another version of it is made all the time")
 
     def _remove(self) -> None:
-        for ending in ("", "-wal", "-shm"):
+        for ending in ("", "-journal"):
             with suppress(OSError):
                 os.unlink(f"{self.file}{ending}")
 
@@ -181,7 +183,8 @@ def _prepared(index: sqlite3.Connection) -> int:
     """Make the tables of a new file; return the version that the file had, 0 if it is new."""
     (version,) = index.execute("PRAGMA user_version").fetchone()
     if version == 0:
-        index.execute("PRAGMA journal_mode = WAL")
+        # Not WAL: its index is mapped into memory, where another process that rebuilds the file would end this one.
+        index.execute("PRAGMA journal_mode = DELETE")
         index.executescript(f"BEGIN IMMEDIATE;{_TABLES}PRAGMA user_version = {_VERSION};COMMIT;")
     index.execute("PRAGMA synchronous = NORMAL")
     return int(version)
@@ -195,5 +198,5 @@ def _key(path: str) -> str:
 def _columns(facts: VideoFacts | None) -> tuple[object, ...]:
     """Return state, folded prompt and facts of a file."""
     if facts is None:
-        return (OTHER, *[None] * 9)
+        return (OTHER, None, *[None] * len(fields(VideoFacts)))
     return (OURS, facts.prompt.casefold(), *astuple(facts))

@@ -2,25 +2,23 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from stdit.serve.errors import RequestError
-from stdit.serve.gallery.gallery_index import OURS
+from stdit.serve.gallery.gallery_index import FACT_COLUMNS, OURS
+from stdit.serve.gallery.gallery_scan import VideoFacts
 from stdit.serve.json_values import whole_text
 
-GALLERY_COLUMNS = (
-    "id, key, folder, name, changed, bytes, state, prompt, seed, checkpoint, checkpoint_step, width, height,"
-    " num_frames, fps"
-)
+GALLERY_COLUMNS = f"id, key, folder, name, changed, bytes, state, {FACT_COLUMNS}"
 """What `video_of_row` takes."""
 _CURSOR = re.compile(r"(-?\d{1,19})-(\d{1,18})", re.ASCII)
 _MOST_WORDS = 20
 
 
 @dataclass(frozen=True)
-class GalleryVideo:
-    """A video of the gallery; None: its metadata does not say."""
+class GalleryVideo(VideoFacts):
+    """A video of the gallery."""
 
     id: str
     name: str
@@ -30,15 +28,6 @@ class GalleryVideo:
     created: float
     """Unix seconds."""
     bytes: int
-    prompt: str
-    seed: int | None
-    checkpoint: str | None
-    """Name of the run, or of the folder of the pipeline, that made it."""
-    checkpoint_step: int | None
-    width: int | None
-    height: int | None
-    num_frames: int | None
-    fps: float | None
     seconds: float | None
 
 
@@ -93,7 +82,13 @@ def after_cursor(before: str | None) -> tuple[list[str], list[int]]:
 def video_of_row(row: Sequence[Any]) -> GalleryVideo:
     """Return the video of a row with `GALLERY_COLUMNS`."""
     _, key, folder, name, changed, size, _, *facts = row
-    frames, fps = facts[-2:]
-    seconds = round(frames / fps, 3) if frames and fps else None
-    shown = [key, name, folder.rstrip("/"), changed / 1e9, size, *facts, seconds]
-    return GalleryVideo(*shown)
+    known = VideoFacts(*facts)
+    return GalleryVideo(
+        **asdict(known),
+        id=key,
+        name=name,
+        folder=folder.rstrip("/"),
+        created=changed / 1e9,
+        bytes=size,
+        seconds=round(known.num_frames / known.fps, 3) if known.num_frames and known.fps else None,
+    )

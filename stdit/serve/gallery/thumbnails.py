@@ -1,6 +1,5 @@
 """Thumbnails: a few frames of a video as a small animated WebP, made once. Imports no torch."""
 
-import io
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from stdit.atomic_files import atomic_write
 from stdit.errors import UserError
+from stdit.serve.webp import webp_of_frames
 
 THUMBNAIL_FRAMES = 8
 """Most frames of a thumbnail."""
@@ -21,7 +22,6 @@ _MOST_DECODED = 2000
 """Frames of a video among which those of its thumbnail are chosen: a hostile file may hold millions."""
 _MOST_SECONDS = 20.0
 """Seconds of decoding after which a video gets no thumbnail."""
-_QUALITY = 75
 
 
 def thumbnail(video: Path, cache: Path, pictures: bool = False) -> Path:
@@ -44,11 +44,12 @@ def thumbnail(video: Path, cache: Path, pictures: bool = False) -> Path:
     file = place.with_name(f"{place.name}-{status.st_mtime_ns:x}-{status.st_size:x}.webp")
     if not file.is_file():
         frames, fps = thumbnail_frames(video, pictures)
-        content = webp_of_frames(frames, fps)
+        content = webp_of_frames(frames, fps, THUMBNAIL_PIXELS)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             remove_thumbnails(video, cache)
-            _write(file, content)
+            with atomic_write(file) as temporary:
+                temporary.write_bytes(content)
         except OSError as error:
             raise UserError(
                 f"thumbnail of {video.name}: cannot be written ({error.strerror}): make room on the disk."
@@ -83,28 +84,6 @@ def thumbnail_frames(video: Path, pictures: bool = False) -> tuple[np.ndarray, f
     except DecodeError as error:
         raise UserError(f"{video.name}: {error.reason}.") from None
     return frames, min(max(len(frames) / max(seconds, 1e-3), 2.0), 16.0)
-
-
-def webp_of_frames(frames: np.ndarray, fps: float, longest: int = THUMBNAIL_PIXELS) -> bytes:
-    """Return frames as an animated WebP that loops, or as a still one if there is one frame.
-
-    Args:
-        frames: uint8 ``[T H W 3]``.
-        fps: frames per second.
-        longest: pixels; larger frames are reduced until their longer side is this long.
-    """
-    height, width = frames.shape[1:3]
-    scale = min(1.0, longest / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    pictures = [PIL.Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
-    if size != (width, height):
-        pictures = [picture.resize(size, PIL.Image.Resampling.BILINEAR) for picture in pictures]
-    first, *rest = pictures
-    milliseconds = max(20, round(1000 / fps))
-    file = io.BytesIO()
-    options = {"save_all": True, "append_images": rest, "duration": milliseconds, "loop": 0} if rest else {}
-    first.save(file, format="WEBP", quality=_QUALITY, method=2, **options)
-    return file.getvalue()
 
 
 def _decode(video: Path, pictures: bool) -> tuple[np.ndarray, float]:
@@ -156,13 +135,3 @@ def _place(video: Path, cache: Path) -> Path:
     """Return the folder and the beginning of the name of a video's thumbnails."""
     digest = blake2b(os.path.abspath(video).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
     return cache / digest[:2] / digest
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file; several threads may write the same one."""
-    aside = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -2,8 +2,12 @@
 
 import { $, button, h, replace } from './dom.js';
 
-/** Ask before something that cannot be undone; returns whether it was confirmed. */
-export function confirmed(question, explanation, action) {
+/**
+ * Ask before something is done; resolves to whether it was confirmed.
+ *
+ * `input` is a further element of the dialog, in which something can be chosen.
+ */
+export function confirmed(question, explanation, action, input = null) {
   const dialog = $('#confirmation');
   return new Promise((resolve) => {
     const end = (answer) => () => {
@@ -15,6 +19,7 @@ export function confirmed(question, explanation, action) {
       dialog,
       h('h2', { id: 'confirmation-heading' }, question),
       h('p', {}, explanation),
+      input,
       h(
         'div',
         { class: 'buttons' },

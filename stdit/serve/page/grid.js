@@ -21,6 +21,7 @@ const SETTINGS = {
   guidance_rescale: 'Guidance rescale',
   refine_pairs: 'Refinement pairs',
   refine_level: 'Refinement level',
+  refine_guidance_scale: 'Refinement guidance scale',
 };
 
 const form = $('#grid-form');

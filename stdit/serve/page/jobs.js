@@ -18,7 +18,7 @@ export const videoOf = (id) => videos.get(id);
 /** Whether nothing more will happen to a video. */
 export const hasEnded = (video) => ENDED.includes(video.status);
 
-/** Follow the server's events, and load recent videos whenever the stream begins anew. */
+/** Follow the server's events, and load recent videos whenever the stream begins again. */
 export function startJobs() {
   events.addEventListener('video', ({ detail }) => update(detail));
   events.addEventListener('preview', ({ detail }) => dispatch('preview', detail));

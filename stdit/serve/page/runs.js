@@ -136,6 +136,7 @@ class Row {
     this.mark();
     this.problem.textContent = run.problem ?? '';
     this.steps.textContent = run.steps ? `${count(run.step)} of ${count(run.steps)}` : count(run.step ?? 0);
+    this.done = run.step ?? 0;
     this.progress.max = run.steps || 1;
     this.progress.value = run.steps ? run.step : 0;
     this.loss.textContent = short(run.loss);
@@ -151,8 +152,11 @@ class Row {
 
   action(state) {
     if (state === 'running') return button('Stop', () => this.stop(), { 'aria-label': `Stop ${this.name}` });
-    const attributes = { 'aria-label': `Resume ${this.name}` };
-    return state === 'stopped' ? button('Resume', () => this.resume(), attributes) : null;
+    if (state === 'stopped')
+      return button('Resume', () => this.resume(), { 'aria-label': `Resume ${this.name}` });
+    if (state === 'finished')
+      return button('Continue', () => this.continue(), { 'aria-label': `Continue ${this.name}` });
+    return null;
   }
 
   async stop() {
@@ -166,16 +170,24 @@ class Row {
     if (await confirmed(`Resume ${this.name}?`, explanation, 'Resume')) this.request('resume', 'is resumed');
   }
 
+  async continue() {
+    const steps = h('input', { id: 'steps-in-all', type: 'number', min: this.done + 1, value: 2 * this.done });
+    const field = h('div', { class: 'field' }, h('label', { for: steps.id }, 'Steps in all'), steps);
+    const explanation = `The run has done ${count(this.done)} steps. It goes on from there to more.`;
+    if (await confirmed(`Continue ${this.name}?`, explanation, 'Continue', field))
+      this.request('resume', 'is continued', { steps: Number(steps.value) });
+  }
+
   async followResume(launch) {
     const ended = await followLaunch(launch, () => this.state.dataset.state === 'running');
     if (ended.state !== 'failed') return;
     alert.textContent = `${this.name} was not resumed: ${ended.report.trim().split('\n').at(-1)}`;
   }
 
-  async request(action, done) {
+  async request(action, done, body = undefined) {
     try {
       alert.textContent = '';
-      const answer = await post(path('v1', 'runs', this.name, action));
+      const answer = await post(path('v1', 'runs', this.name, action), body);
       announce(`${this.name} ${done}.`);
       await refresh();
       if (action === 'resume') await this.followResume(answer);

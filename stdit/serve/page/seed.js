@@ -1,4 +1,4 @@
-/** The seed: drawn anew for each submission, or locked. */
+/** The seed: a new one for each submission, or locked. */
 
 import { $ } from './dom.js';
 

@@ -97,7 +97,7 @@ function clipOf(condition, index, layout) {
   return placed(clip, start, length, layout.total);
 }
 
-/** Follow a pointer; the track is drawn anew at each frame, so that the window is listened to. */
+/** Follow a pointer; the track is redrawn at each frame, so that the window is listened to. */
 function drag(event, start, total, last, move) {
   event.preventDefault();
   event.currentTarget.focus();

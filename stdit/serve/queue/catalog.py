@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from stdit.checkpoint_files import META, read_meta, step_of
+from stdit.checkpoint_files import META, read_meta
 from stdit.data.config import ASPECT_RATIOS, LENGTHS, RESOLUTIONS, resolve_size
 from stdit.errors import UserError
 from stdit.lora.config import ADAPTER_FILE
@@ -17,7 +17,13 @@ from stdit.pipelines.bundled import BUNDLED
 from stdit.pipelines.config import PIPELINE_DEFAULTS, VIDEO_SETTINGS
 from stdit.pipelines.loading import load_codec, model_settings, pipeline_settings, weights_hash
 from stdit.pipelines.sizes import size_multiple
-from stdit.pipelines.sources import MODEL_INDEX, WEIGHTS, CheckpointSource, is_checkpoint, pipeline_step
+from stdit.pipelines.sources import (
+    MODEL_INDEX,
+    WEIGHTS,
+    CheckpointSource,
+    find_checkpoint_source,
+    finished_checkpoints,
+)
 from stdit.serve.errors import RequestError
 
 if TYPE_CHECKING:
@@ -174,16 +180,12 @@ class Catalog:
         for run in runs:
             if run.name.startswith(".") or run.is_symlink() or run.name == BUNDLED_MODEL:
                 continue
-            steps = [
-                one
-                for one in _children(run / "checkpoints")
-                if step_of(one) is not None and (one / META).is_file()
-            ]
+            steps = finished_checkpoints(run)
             if steps or (run / "pipeline" / MODEL_INDEX).is_file():
                 yield run.name, run
             elif (run / MODEL_INDEX).is_file():
                 yield run.name, run
-            for step in reversed(steps):
+            for step in steps:
                 yield f"{run.name}/{step.name}", step
 
     def model(self, name: str | None) -> OfferedModel:
@@ -216,7 +218,7 @@ class Catalog:
         return found
 
     def _read(self, name: str, folder: Path | None) -> OfferedModel:
-        source = newest_source(folder)
+        source = find_checkpoint_source(folder, self.ema, verified=False)
         settings = PIPELINE_DEFAULTS | pipeline_settings(source)
         return OfferedModel(name, folder, source, settings, model_settings(source), self._codec(source))
 
@@ -312,35 +314,6 @@ class Catalog:
                 code="not_found",
             )
         return adapters[name]
-
-
-def newest_source(folder: Path | None) -> CheckpointSource:
-    """Return what `find_checkpoint_source` finds if no file is damaged, without reading the files.
-
-    Raises:
-        UserError: if there is no model in the folder.
-    """
-    if folder is None:
-        return CheckpointSource(BUNDLED, None, True)
-    if (folder / MODEL_INDEX).is_file():
-        return CheckpointSource(
-            folder, folder.parent if (folder.parent / "config.yaml").is_file() else None, True
-        )
-    if step_of(folder) is not None or is_checkpoint(folder):
-        return CheckpointSource(folder, folder.parent.parent, False)
-    steps = [
-        one
-        for one in _children(folder / "checkpoints")
-        if step_of(one) is not None and (one / META).is_file()
-    ]
-    newest = max(steps, key=lambda one: step_of(one) or 0, default=None)
-    exported = folder / "pipeline"
-    if (exported / MODEL_INDEX).is_file():
-        if newest is None or (pipeline_step(exported) or 0) >= (step_of(newest) or 0):
-            return CheckpointSource(exported, folder, True)
-    if newest is None:
-        raise UserError(f"{folder.name} holds neither a complete checkpoint nor a pipeline: train first.")
-    return CheckpointSource(newest, folder, False)
 
 
 def _has_weights(meta: Mapping[str, Any], part: str) -> bool:

@@ -8,7 +8,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 from pydantic import BaseModel
 
-from stdit.serve.queue.jobs import RUNNING, WAITING, JobStore
+from stdit.serve.queue.job import RUNNING, WAITING
+from stdit.serve.queue.jobs import JobStore
 
 DEAD_SECONDS = 30.0
 """Without a heartbeat, after which a worker that is idle counts as dead."""

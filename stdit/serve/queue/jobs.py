@@ -13,74 +13,15 @@ in the file, and each change is one transaction:
 import json
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from stdit.errors import UserError
+from stdit.serve.queue.job import STATES, Job, NewJob
 from stdit.serve.queue.job_database import JobDatabase
 
-WAITING, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
-DELETED = "deleted"
-"""State of a job that is kept for a while, so that all who watch it learn that it is gone."""
-STATES = (WAITING, RUNNING, COMPLETED, FAILED, CANCELLED)
 MAX_CRASHES_ALONE = 3
 """Crashes of workers that made just this video, after which it fails."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A video that was asked for."""
-
-    number: int
-    """Place in the order in which jobs came."""
-    id: str
-    client: str
-    body: dict[str, Any]
-    """What was asked, complete: the same body makes the same video."""
-    model: str
-    facts: dict[str, Any]
-    """What is known of the video before it is made: size, length, warnings."""
-    state: str
-    step: int
-    steps: int
-    preview_step: int | None
-    created: float
-    started: float | None
-    finished: float | None
-    changed: int
-    """Number of its last change among those of all jobs."""
-    file: str | None
-    """Name of the video in the folder of videos."""
-    error: str | None
-    param: str | None
-    batch_size: int | None
-    crashes: int
-    work: float
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more happens to it."""
-        return self.state not in (WAITING, RUNNING)
-
-
-@dataclass(frozen=True)
-class NewJob:
-    """A job to be accepted."""
-
-    id: str
-    client: str
-    body: Mapping[str, Any]
-    model: str
-    batch: str
-    """Jobs of which this is equal can be made in one batch."""
-    work: float
-    """Pixels x model calls, by which the time is foreseen."""
-    facts: Mapping[str, Any]
-    asked: str = ""
-    """What the client sent, or its hash."""
-    key: str | None = None
-    """Idempotency key: a second job of the same client with it is the first one."""
 
 
 class KeyReusedError(UserError):
@@ -132,7 +73,7 @@ class JobStore(JobDatabase):
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?)",
                 (*values, json.dumps(new.facts), time.time()),
             )
-            return _job(db.execute("SELECT * FROM jobs WHERE id = ?", (new.id,)).fetchone())
+            return Job.of_row(db.execute("SELECT * FROM jobs WHERE id = ?", (new.id,)).fetchone())
 
     def get(self, job_id: str) -> Job | None:
         """Return a job; None if there is none of that name."""
@@ -141,7 +82,7 @@ class JobStore(JobDatabase):
             .execute("SELECT * FROM jobs WHERE id = ? AND state != 'deleted'", (job_id,))
             .fetchone()
         )
-        return None if row is None else _job(row)
+        return None if row is None else Job.of_row(row)
 
     def preview(self, job_id: str) -> bytes | None:
         """Return the newest preview of a job, an animated WebP."""
@@ -168,7 +109,7 @@ class JobStore(JobDatabase):
             f"SELECT * FROM jobs WHERE {' AND '.join(conditions)} ORDER BY number {order} LIMIT ?",
             (*values, limit),
         )
-        return [_job(row) for row in rows]
+        return [Job.of_row(row) for row in rows]
 
     def change_count(self) -> int:
         """Return the number of the last change."""
@@ -178,7 +119,7 @@ class JobStore(JobDatabase):
     def changed_since(self, count: int) -> list[Job]:
         """Return the jobs that have changed after the change of this number; deleted ones have the state deleted."""
         rows = self.connection().execute("SELECT * FROM jobs WHERE changed > ? ORDER BY changed", (count,))
-        return [_job(row) for row in rows]
+        return [Job.of_row(row) for row in rows]
 
     def ahead(self, number: int) -> tuple[int, float]:
         """Return how many jobs wait before the one of this number, and the work of these and of the running ones."""
@@ -259,14 +200,14 @@ class JobStore(JobDatabase):
                 "SELECT * FROM jobs WHERE state != 'deleted' AND finished < ?",
                 (time.time() - keep_days * 86400,),
             )
-            found |= {row["id"]: _job(row) for row in rows}
+            found |= {row["id"]: Job.of_row(row) for row in rows}
         if keep_gib is not None:
             rows = db.execute(
                 "SELECT * FROM (SELECT *, sum(bytes) OVER (ORDER BY number DESC) AS until FROM jobs WHERE bytes IS"
                 " NOT NULL AND state != 'deleted') WHERE until > ?",
                 (keep_gib * 2**30,),
             )
-            found |= {row["id"]: _job(row) for row in rows}
+            found |= {row["id"]: Job.of_row(row) for row in rows}
         return list(found.values())
 
     def find_by_key(self, client: str, key: str, asked: str) -> Job | None:
@@ -284,7 +225,7 @@ class JobStore(JobDatabase):
             raise KeyReusedError(
                 f"Idempotency-Key = {key:.80}: came with another request before: use a new one."
             )
-        return None if row is None else _job(row)
+        return None if row is None else Job.of_row(row)
 
     def claim(self, worker: str, batch_size: int) -> list[Job]:
         """Give a worker the oldest waiting job, and others that fit into its batch."""
@@ -307,7 +248,9 @@ class JobStore(JobDatabase):
                 )
             self._beat(db, worker, "busy", now)
             ids = [row["id"] for row in rows]
-            return [_job(db.execute("SELECT * FROM jobs WHERE id = ?", (one,)).fetchone()) for one in ids]
+            return [
+                Job.of_row(db.execute("SELECT * FROM jobs WHERE id = ?", (one,)).fetchone()) for one in ids
+            ]
 
     def progress(
         self, worker: str, job_ids: Sequence[str], step: int, steps: int, previews: Sequence[bytes] = ()
@@ -427,8 +370,3 @@ class JobStore(JobDatabase):
     def workers(self) -> list[dict[str, Any]]:
         """Return the workers, each with name, state (starting, idle, busy), model, device and heartbeat."""
         return [dict(row) for row in self.connection().execute("SELECT * FROM workers ORDER BY name")]
-
-
-def _job(row: sqlite3.Row) -> Job:
-    values = {name: row[name] for name in Job.__dataclass_fields__}
-    return Job(**values | {"body": json.loads(row["body"]), "facts": json.loads(row["facts"])})

@@ -5,11 +5,12 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from stdit.atomic_files import write_json_atomic
 from stdit.pipelines.requests import Request
-from stdit.pipelines.video_io import write_json_atomic
 from stdit.pipelines.writer import slug
 from stdit.serve.errors import RequestError
-from stdit.serve.queue.jobs import COMPLETED, JobStore
+from stdit.serve.queue.job import COMPLETED
+from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.uploads import Uploads
 
 _PLACES = "places.json"

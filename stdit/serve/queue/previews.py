@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stdit.serve.gallery.thumbnails import webp_of_frames
+from stdit.serve.webp import webp_of_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec
 
 MAX_FRAMES = 8
+_MOST_PIXELS = 192
+"""Of a preview's longer side."""
 SHARE = 0.2
 """Part of the time of the steps that previews may take."""
 SLOW_DECODING = 1.0
@@ -49,7 +51,7 @@ class Previewer:
         began = time.monotonic()
         shown = [self._frames(one[None], num_frames, height, width) for one in clean_latents]
         rate = fps * len(shown[0]) / num_frames
-        previews = [webp_of_frames(frames, rate) for frames in shown]
+        previews = [webp_of_frames(frames, rate, _MOST_PIXELS) for frames in shown]
         took = time.monotonic() - began
         self._is_slow = self._is_slow or took / len(previews) > SLOW_DECODING
         self._next = time.monotonic() + took / SHARE - took

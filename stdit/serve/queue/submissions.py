@@ -12,22 +12,17 @@ from typing import Any
 from stdit.errors import UserError
 from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import PROMPT_SETTINGS, VIDEO_SETTINGS, SampleConfig
-from stdit.pipelines.prompts import prompt_line
+from stdit.pipelines.prompts import PROMPT_TYPES, prompt_line
 from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
 from stdit.serve.errors import RequestError
-from stdit.serve.json_values import finite_number
-from stdit.serve.queue.captured import captured_warnings
+from stdit.serve.queue.captured_warnings import captured_warnings
 from stdit.serve.queue.catalog import Catalog, OfferedModel
+from stdit.serve.queue.request_values import MAX_SEGMENTS, check_numbers, check_texts
 from stdit.suggestions import nearest_name
 
-MAX_PROMPT = 4000
-"""Characters of a prompt."""
 MAX_CONDITIONS = 32
-MAX_SEGMENTS = 64
 MAX_LORAS = 8
-MOST_NUMBER = 3e38
-"""About the largest number of float32, in which videos are made."""
 MAX_WORK = 2**31
 """Pixels of all frames that the segments of a video have together."""
 _NOT_OFFERED = ("image", "condition", "lora", "reference_path", "mask_strategy")
@@ -35,6 +30,13 @@ _NOT_OFFERED = ("image", "condition", "lora", "reference_path", "mask_strategy")
 OWN_FIELDS = ("prompt", "model", "seed", "loras", "conditions", "any_size", "size", "seconds")
 FIELDS = (*OWN_FIELDS, *(name for name in PROMPT_SETTINGS if name not in _NOT_OFFERED))
 """What a request may have."""
+FIELD_TYPES = PROMPT_TYPES | {
+    "loras": (list,),
+    "conditions": (list,),
+    "any_size": (bool,),
+    "seconds": (str, int, float),
+}
+"""Types of their values; what is not listed is text."""
 _CONDITION_FIELDS = {
     "upload": str,
     "video": str,
@@ -108,9 +110,9 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
             nearest = nearest_name(name, FIELDS)
             hint = f"did you mean {nearest}?" if nearest else f"use {', '.join(FIELDS)}."
             raise RequestError(f"{name:.80} is not a field: {hint}", param=name[:80], code="unknown_field")
-    _check_numbers(values)
-    _check_texts(values)
-    model = catalog.model(_text(values, "model"))
+    check_numbers(values)
+    check_texts(values)
+    model = catalog.model(values.get("model"))
     values = _without_aliases(values, model)
     own = {name: values.pop(name) for name in ("loras", "conditions", "any_size", "model") if name in values}
     if not isinstance(own.get("any_size", False), bool):
@@ -125,7 +127,9 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
     with captured_warnings() as warnings:
         try:
             if (count := line.segments or 1) > MAX_SEGMENTS:
-                raise RequestError(f"segments = {count}: must be at most {MAX_SEGMENTS}.", param="segments")
+                raise RequestError(
+                    f"segments = {count}: must be at most {MAX_SEGMENTS}: use fewer.", param="segments"
+                )
             config = SampleConfig(**settings, prompt=[line.prompt], seed=seed, lora=loras)
             [request] = plan_requests(config)
             _check_work(request, model)
@@ -145,71 +149,6 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
         warn_of_missing_trigger([request.prompt], model.settings.get("trigger"), model.name)
     body = dict(values) | own | {"prompt": line.prompt, "model": model.name, "seed": seed}
     return Submission(model, request, body, tuple(warnings))
-
-
-def _check_numbers(values: Mapping[str, Any]) -> None:
-    """Raise RequestError for a number that no float32 holds, such as NaN or 1 followed by 400 zeros."""
-    pending = [(name, name, value) for name, value in values.items()]
-    while pending:
-        param, place, value = pending.pop()
-        if isinstance(value, Mapping):
-            pending += [(param, f"{place}.{name:.40}", one) for name, one in value.items()]
-        elif isinstance(value, list):
-            in_list = [(f"{place}[{index}]", one) for index, one in enumerate(value)]
-            pending += [(name if place == "conditions" else param, name, one) for name, one in in_list]
-        elif isinstance(value, int | float):
-            number = finite_number(value)
-            if number is None or abs(number) > MOST_NUMBER:
-                raise RequestError(
-                    f"{place}: must be a finite number, at most {MOST_NUMBER:g}: use a smaller one.",
-                    param=param,
-                )
-
-
-def _is_whole_text(text: str) -> bool:
-    """Return whether a text has neither NUL nor halves of surrogate pairs, which are no characters."""
-    return "\0" not in text and not any(0xD800 <= ord(letter) < 0xE000 for letter in text)
-
-
-def _check_texts(values: Mapping[str, Any]) -> None:
-    for name in ("prompt", "negative_prompt"):
-        text = values.get(name, "" if name == "negative_prompt" else None)
-        if not isinstance(text, str) or (name == "prompt" and not text.strip()):
-            raise RequestError(
-                f"{name}: must be a text, and not empty: write what the video shows.", param=name
-            )
-        if len(text) > MAX_PROMPT:
-            raise RequestError(
-                f"{name}: has {len(text):,} characters: at most {MAX_PROMPT:,} are read: shorten it.",
-                param=name,
-            )
-        if not _is_whole_text(text):
-            raise RequestError(f"{name}: has characters that are no text: remove them.", param=name)
-    texts = values.get("segment_prompts", [])
-    if not isinstance(texts, list):
-        raise RequestError(
-            f"segment_prompts = {texts!r:.80}: must be a list of texts, one for each further segment.",
-            param="segment_prompts",
-        )
-    if len(texts) >= MAX_SEGMENTS:
-        raise RequestError(
-            f"segment_prompts: has {len(texts)} texts: must be at most {MAX_SEGMENTS - 1}, beside the prompt: "
-            "use fewer.",
-            param="segment_prompts",
-        )
-    for text in texts:
-        if not isinstance(text, str) or len(text) > MAX_PROMPT or not _is_whole_text(text):
-            raise RequestError(
-                f"segment_prompts: each must be a text of at most {MAX_PROMPT:,} characters, all of them valid.",
-                param="segment_prompts",
-            )
-
-
-def _text(values: Mapping[str, Any], name: str) -> str | None:
-    value = values.get(name)
-    if value is not None and not isinstance(value, str):
-        raise RequestError(f"{name} = {value!r:.80}: must be a text.", param=name)
-    return value
 
 
 def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, Any]:

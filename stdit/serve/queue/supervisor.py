@@ -1,4 +1,4 @@
-"""Starts the workers of a server, watches them, and starts those anew that end or hang."""
+"""Starts the workers of a server, watches them, and restarts those that end or hang."""
 
 import logging
 import os
@@ -111,7 +111,7 @@ class Supervisor:
         if code is None:
             if self._hangs(worker):
                 logger.warning(
-                    "worker %d has made no step for %g seconds: it is started anew",
+                    "worker %d has made no step for %g seconds: it is restarted",
                     *(worker.place, self.config.server.hang_timeout),
                 )
                 self._end(worker)
@@ -126,7 +126,7 @@ class Supervisor:
             logger.warning("%s failed: its worker ended again and again (%s)", job, reason)
         lived = time.monotonic() - worker.started
         worker.pause = 0.0 if lived > _QUICK else min(MAX_PAUSE, max(0.2, 2 * worker.pause))
-        logger.warning("worker %d ended (%s): it is started anew", worker.place, reason)
+        logger.warning("worker %d ended (%s): it is restarted", worker.place, reason)
         worker.process, worker.not_before = None, time.monotonic() + worker.pause
 
     def _start(self, worker: _Process) -> None:

@@ -27,7 +27,8 @@ from stdit.pipelines.finished import difference
 from stdit.pipelines.sources import find_checkpoint_source
 from stdit.serve.errors import RequestError
 from stdit.serve.queue.catalog import Catalog
-from stdit.serve.queue.jobs import Job, JobStore
+from stdit.serve.queue.job import Job
+from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.places import ServerPlaces
 from stdit.serve.queue.submissions import Submission, read_submission
 from stdit.settings import parse
@@ -270,11 +271,9 @@ class Worker:
                 previews = loaded.previewer.make(progress.clean_latents, frames, height, width, fps)
             except (OSError, RuntimeError, ValueError) as error:  # the video does not need it
                 logger.warning("no preview: %s", error)
-        refinement = 2 * int(settings["refine_pairs"])  # model calls after the steps, about as long as these
-        of_segment = progress.steps + refinement
-        step = progress.segment * of_segment + progress.step
+        step = progress.segment * progress.steps + progress.step
         ids = [job.id for job, _ in batch]
-        return self.store.progress(self.name, ids, step, progress.segments * of_segment, previews)
+        return self.store.progress(self.name, ids, step, progress.segments * progress.steps, previews)
 
     def _metadata(self, one: Submission, loaded: ServedPipeline) -> dict[str, Any]:
         from stdit.pipelines.writer import video_metadata

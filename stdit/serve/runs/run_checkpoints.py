@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stdit.checkpoint_files import read_meta, step_of, verify
+from stdit.checkpoint_files import read_meta, step_folders, verify
 from stdit.errors import UserError
 
 _MOST_KNOWN = 1000
@@ -50,11 +50,7 @@ class CheckpointStates:
 
     def of_run(self, run: Path) -> list[RunCheckpoint]:
         """Return the checkpoints of a run by step; one that vanishes meanwhile is left out."""
-        try:
-            folders = [Path(entry.path) for entry in os.scandir(run / "checkpoints") if entry.is_dir()]
-        except OSError:
-            return []
-        steps = sorted((step, folder) for folder in folders if (step := step_of(folder)) is not None)
+        steps = sorted(step_folders(run / "checkpoints").items())
         return [found for step, folder in steps if (found := self._state(run.name, step, folder))]
 
     def wait(self) -> None:

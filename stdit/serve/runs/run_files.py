@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from stdit.checkpoint_files import step_of
 from stdit.errors import UserError
 from stdit.pipelines.sources import MODEL_INDEX, pipeline_step
 from stdit.serve.json_values import sendable, whole_number, whole_text
@@ -50,15 +49,6 @@ def read_run_config(file: Path) -> tuple[dict[str, Any], str | None]:
         return {}, f"{file.name} holds no settings"
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         return {}, f"{file.name} is damaged ({whole_text(' '.join(str(error).split()))[:200]})"
-
-
-def checkpoint_steps(run: Path) -> list[int]:
-    """Return the steps of the checkpoints of a run, whole or not."""
-    try:
-        names = os.listdir(run / "checkpoints")
-    except OSError:
-        return []
-    return [step for name in names if (step := step_of(Path(name))) is not None]
 
 
 def exported_step(run: Path) -> int | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
+from stdit.checkpoint_files import step_folders
 from stdit.serve.errors import RequestError
 from stdit.serve.gallery.gallery_scan import read_facts
 from stdit.serve.json_values import whole_number, whole_text
@@ -22,7 +23,6 @@ from stdit.serve.runs.run_checkpoints import CheckpointStates, RunCheckpoint
 from stdit.serve.runs.run_files import (
     CONFIG,
     METRICS,
-    checkpoint_steps,
     exported_step,
     is_run_folder,
     is_run_name,
@@ -216,7 +216,7 @@ class Runs:
         settings, problem = self._config(folder)
         lock, last = query_lock(folder), read_last_lines(folder / METRICS)
         steps = whole_number(_group(settings, "trainer").get("steps"))
-        done = max([0 if last.step is None else last.step + 1, *checkpoint_steps(folder)])
+        done = max([0 if last.step is None else last.step + 1, *step_folders(folder / "checkpoints")])
         exported = exported_step(folder)
         updated = last.updated or _changed(folder / CONFIG)
         fresh = updated is not None and abs(time.time() - updated) < _FRESH_SECONDS

@@ -28,6 +28,7 @@ def bench(*argv: str) -> subprocess.CompletedProcess[str]:
     return warm.run(["scripts/bench/sequence.py", *TINY, "--steps", "1", "--warmup", "1", *argv], timeout=120)
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_formulas(tmp_path: Path) -> None:
     methods = ["dsp", "dsp-overlap", "ring"]
     done = bench("--ranks", "1", "2", "--methods", *methods, "--output", str(tmp_path / "bench.json"))
