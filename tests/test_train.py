@@ -126,7 +126,7 @@ SIGNALS = pytest.mark.parametrize(
     [
         (signal.SIGTERM, 0, "preempted"),
         pytest.param(signal.SIGUSR1, 0, "preempted", marks=pytest.mark.slow),
-        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
     ],
 )
 
@@ -194,6 +194,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_straight_one(
     assert same_state(*(run / "checkpoints" / "step-00000006" for run in (straight, resumed)))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_precision_that_was_measured_to_be_fastest(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -530,7 +531,7 @@ def test_training_on_real_videos_at_two_resolutions(settings: Settings, tmp_path
     assert shapes == {2, 4}  # batches of both buckets
 
 
-@pytest.mark.parametrize("cache", ["none", "memory"])
+@pytest.mark.parametrize("cache", ["none", pytest.param("memory", marks=pytest.mark.slow)])
 def test_a_bucket_that_cannot_be_read_is_skipped(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: str
 ) -> None:

@@ -48,7 +48,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
         pytest.param(2, ["--parallel.sp", "1"], "torchrun", "false", marks=pytest.mark.slow),
         pytest.param(2, ["--parallel.sp", "2"], "accelerate", "false", marks=pytest.mark.slow),
         (4, ["--parallel.grid", "[1, 2]"], "warm", "true"),
-        (4, ["--parallel.grid", "[2, 2]"], "warm", "false"),
+        pytest.param(4, ["--parallel.grid", "[2, 2]"], "warm", "false", marks=pytest.mark.slow),
         pytest.param(3, ["--parallel.sp", "3"], "warm", "false", marks=pytest.mark.slow),
     ],
 )

@@ -3,13 +3,11 @@
 Letters: T frames, H height, W width in pixels.
 """
 
-import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +15,6 @@ from stdit.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 _SYNTAX = re.compile(
     r"(?P<source>.+)@(?P<index>-?\d{1,9})(:(?P<length>\d{0,9}))?(:(?P<strength>[\d.]+))?", re.DOTALL
@@ -145,21 +141,21 @@ def check_frame_source(path: str) -> None:
     _count_frames(Path(path), fps=1)
 
 
-def warn_if_video(image: str | Path) -> None:
-    """Log a warning, once, if the file of a first frame has more than one frame."""
+def find_unused_frames(image: str | Path) -> Iterator[str]:
+    """Yield a warning if the file of a first frame has more than one frame."""
     from stdit.data.decoding.decode import probe
 
     with _explain_decode_errors():
         frames = probe(Path(image)).num_frames
     if frames > 1:
-        _warn_once(
+        yield (
             f"image {image}: a video of {frames} frames, of which the first is used: to continue N of them, use "
             f"--condition {image}@0:N"
         )
 
 
-def warn_of_overlaps(conditions: Sequence[FrameCondition], num_frames: int) -> None:
-    """Log a warning, once, for each resolved condition of which a later one overwrites frames."""
+def find_overlaps(conditions: Sequence[FrameCondition], num_frames: int) -> Iterator[str]:
+    """Yield a warning for each resolved condition of which a later one overwrites frames."""
     for place, earlier in enumerate(conditions):
         begin, length = earlier.span(num_frames)
         for later in conditions[place + 1 :]:
@@ -167,14 +163,8 @@ def warn_of_overlaps(conditions: Sequence[FrameCondition], num_frames: int) -> N
             first, last = max(begin, start), min(begin + length, start + count) - 1
             if first <= last:
                 frames = f"frame {first}" if first == last else f"frames {first} to {last}"
-                _warn_once(
-                    f"condition {later} overwrites {frames} of condition {earlier}: the later one wins"
-                )
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+                yield f"condition {later} overwrites {frames} of condition {earlier}: the later one wins"
+                break
 
 
 def load_frames(condition: FrameCondition, fps: float, height: int, width: int) -> "Tensor":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stdit.diffusion.guidance import GUIDANCE_SCHEDULES
 from stdit.errors import UserError
-from stdit.pipelines.conditions import FrameCondition, warn_if_video
+from stdit.pipelines.conditions import FrameCondition, find_unused_frames
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,8 @@ def conditions_of_prompts(image: Any, conditions: Any, count: int) -> list[list[
                 "[FrameCondition(video)]."
             )
         if isinstance(one, str | Path):
-            warn_if_video(one)
+            for warning in find_unused_frames(one):
+                logger.warning(warning)
     lists = for_each_prompt([list(conditions)] * count if for_all else conditions, count, "conditions")
     return [
         [*([] if one is None else [FrameCondition(one, 0, 1)]), *others]

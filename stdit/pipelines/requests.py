@@ -3,6 +3,7 @@
 Imports no torch at module level.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +16,9 @@ from stdit.pipelines.conditions import (
     FrameCondition,
     check_frame_source,
     check_strengths,
+    find_overlaps,
+    find_unused_frames,
     parse_frame_condition,
-    warn_if_video,
-    warn_of_overlaps,
 )
 from stdit.pipelines.config import (
     PIPELINE_DEFAULTS,
@@ -33,6 +34,9 @@ from stdit.pipelines.segments import Segments
 
 if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ def check_requests(
         UserError: for conditioning frames outside the video or missing in their source, and for settings that this
             pipeline would ignore.
     """
+    warnings = list[str]()
     for request in {r.index: r for r in requests}.values():
         where = f"prompt {request.index}: "
         settings = dict(recorded) | {name: v for name, v in asdict(request.settings).items() if v is not None}
@@ -174,7 +179,7 @@ def check_requests(
             PIPELINE_DEFAULTS | settings, guidance_range, request.negative_prompt, where
         )
         if isinstance(request.image, str | Path):
-            warn_if_video(request.image)
+            warnings += find_unused_frames(request.image)
         num_frames, fps = settings.get("num_frames"), settings.get("fps")
         if codec is not None and num_frames is not None:
             request.segments.check_latents_left(num_frames, codec, where)
@@ -183,7 +188,9 @@ def check_requests(
         total = request.segments.total_frames(num_frames)
         conditions = [condition.resolved(total, fps) for condition in request.all_conditions()]
         request.segments.check_frames_left(conditions, num_frames, where)
-        warn_of_overlaps(conditions, total)
+        warnings += find_overlaps(conditions, total)
+    for warning in dict.fromkeys(warnings):
+        logger.warning(warning)
 
 
 def _read_prompt_lines(config: SampleConfig) -> list[PromptLine]:

@@ -30,7 +30,7 @@ _PAUSE = 0.5
 
 @dataclass
 class VideoClient:
-    """Asks a server for videos.
+    """A client of a server of videos.
 
     Args:
         url: of the server.

@@ -11,14 +11,19 @@ class RequestError(UserError):
         status: of HTTP, from 400 on.
         param: the field that caused it, if it is one.
         code: what kind of error it is, for programs.
+        retry_after: seconds after which it can be followed.
     """
 
     def __init__(
-        self, message: str, status: int = 400, param: str | None = None, code: str = "invalid_value"
+        self,
+        message: str,
+        status: int = 400,
+        param: str | None = None,
+        code: str = "invalid_value",
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.param = status, param
-        self.kind = code
+        self.status, self.param, self.error_code, self.retry_after = status, param, code, retry_after
 
 
 def error_body(

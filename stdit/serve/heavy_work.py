@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class HeavyWork:
-    """Runs work in threads, a few at a time; further work waits without a thread."""
+    """A few threads for heavy work; further work waits without a thread."""
 
     def __init__(self, threads: int = 2) -> None:
         self._limiter = CapacityLimiter(threads)

@@ -83,6 +83,23 @@ def test_no_change_is_lost_or_told_out_of_order(store: JobStore, monkeypatch: py
     asyncio.run(check())
 
 
+def test_a_waiting_video_is_told_its_new_position(store: JobStore) -> None:
+    async def check() -> None:
+        for number in range(3):
+            store.submit(job(number))
+        stream = EventStream(store).listen()
+        positions = [(await next_of(stream, "video"))[1]["position"] for _ in range(3)]
+        assert positions == [0, 1, 2]
+        store.claim("w", 1)
+        told = dict[str, int | None]()
+        while len(told) < 3:
+            video = (await next_of(stream, "video"))[1]
+            told[video["id"]] = video["position"]
+        assert told == {"video_0": None, "video_1": 0, "video_2": 1}
+
+    asyncio.run(check())
+
+
 def test_a_failed_look_is_logged_and_the_streams_go_on(
     store: JobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

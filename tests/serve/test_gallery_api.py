@@ -10,11 +10,13 @@ from fastapi.testclient import TestClient
 
 from stdit.errors import UserError
 from stdit.pipelines.video_io import write_mp4
+from stdit.serve.api.inspection import Inspector
 from stdit.serve.errors import RequestError, error_body
 from stdit.serve.gallery.gallery import Gallery
 from stdit.serve.gallery.gallery_api import gallery_routes
 from stdit.serve.gallery.thumbnails import thumbnail
-from stdit.serve.metadata_reader import read_hostile_metadata
+from stdit.serve.queue.catalog import Catalog
+from stdit.serve.queue.uploads import Uploads
 from stdit.serve.webp import webp_of_frames
 from tests.serve.small_videos import SmallVideos
 
@@ -27,13 +29,16 @@ def videos(tmp_path: Path) -> SmallVideos:
 @pytest.fixture
 def client(tmp_path: Path) -> TestClient:
     app = FastAPI()
+    inspector = Inspector(
+        Catalog(tmp_path / "outputs"), Uploads(tmp_path / "uploads", 1000), lambda fields: None
+    )
     gallery = Gallery(tmp_path / "outputs", tmp_path / "gallery.sqlite", tmp_path / "thumbnails")
-    app.include_router(gallery_routes(gallery, lambda file: {"metadata": read_hostile_metadata(file)}))
+    app.include_router(gallery_routes(gallery, lambda file: inspector.file(file).model_dump()))
 
     @app.exception_handler(UserError)
     def refuse(request: Request, error: UserError) -> JSONResponse:
         assert isinstance(error, RequestError)
-        return JSONResponse(error_body(str(error), error.param, error.kind, error.status), error.status)
+        return JSONResponse(error_body(str(error), error.param, error.error_code, error.status), error.status)
 
     return TestClient(app)
 
@@ -44,8 +49,8 @@ def test_the_gallery_is_listed_in_pages(videos: SmallVideos, client: TestClient)
     page = client.get("/v1/gallery?limit=3").json()
     assert [video["name"] for video in page["data"]] == ["4.mp4", "3.mp4", "2.mp4"]
     assert (page["total"], page["checkpoints"]) == (5, ["run"])
-    fields = "id name folder created bytes prompt seed checkpoint checkpoint_step width height num_frames fps seconds"
-    assert set(page["data"][0]) == set(fields.split())
+    fields = "id name folder created bytes prompt seed checkpoint checkpoint_step width height num_frames"
+    assert set(page["data"][0]) == {*fields.split(), "num_inference_steps", "fps", "seconds"}
     following = client.get("/v1/gallery", params={"limit": 3, "before": page["next"]}).json()
     assert [video["name"] for video in following["data"]] == ["1.mp4", "0.mp4"] and following["next"] is None
     found = client.get("/v1/gallery", params={"search": "PROMPT 3", "checkpoint": "run"}).json()

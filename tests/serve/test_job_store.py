@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -43,11 +44,32 @@ def test_a_job_is_claimed_with_those_of_its_batch_in_order(store: JobStore) -> N
 
 
 def test_the_same_key_is_the_same_job(store: JobStore) -> None:
-    first = store.submit(job(0, key="k", asked="x"))
-    assert store.submit(job(1, key="k", asked="x")).id == first.id
-    assert store.submit(job(2, key="k", asked="x", client="elsewhere")).id == "video_2"
+    first = store.submit(job(0, key="k", request_hash="x"))
+    assert store.submit(job(1, key="k", request_hash="x")).id == first.id
+    assert store.submit(job(2, key="k", request_hash="x", client="elsewhere")).id == "video_2"
     with pytest.raises(KeyReusedError, match="came with another request"):
-        store.submit(job(3, key="k", asked="y"))
+        store.submit(job(3, key="k", request_hash="y"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
+def test_threads_that_have_ended_hold_no_connection(store: JobStore) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(30):
+        thread = threading.Thread(target=store.counts)
+        thread.start()
+        thread.join()
+    assert len(os.listdir("/proc/self/fd")) < before + 10
+
+
+def test_changes_are_counted_on_after_the_newest_ones_are_removed(store: JobStore) -> None:
+    for number in range(3):
+        store.submit(job(number))
+    for number in (1, 2):
+        store.delete(f"video_{number}")
+    seen = store.change_count()
+    store.purge(-1.0)
+    store.submit(job(3))
+    assert [one.id for one in store.changed_since(seen)] == ["video_3"]
 
 
 def test_only_so_many_may_wait(store: JobStore) -> None:

@@ -49,7 +49,7 @@ def client_of(runs: Runs, started: Launches) -> TestClient:
     @app.exception_handler(UserError)
     def refuse(request: Request, error: UserError) -> JSONResponse:
         assert isinstance(error, RequestError)
-        return JSONResponse(error_body(str(error), error.param, error.kind, error.status), error.status)
+        return JSONResponse(error_body(str(error), error.param, error.error_code, error.status), error.status)
 
     return TestClient(app)
 
@@ -145,6 +145,16 @@ def test_a_dry_run_that_takes_too_long_is_ended(started: Launches, monkeypatch: 
     assert launch.report == "began\n\nstopped: it took more than 0 s\n"
 
 
+def test_a_dry_run_ends_the_one_before_it_of_the_same_name(
+    started: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instead_of_training(monkeypatch, "import time; time.sleep(60)")
+    first = started.start("train/quickstart", "new", {}, True)
+    second = started.start("train/quickstart", "new", {"seed": 3}, True)
+    assert started.state(first.id).exit_code == -signal.SIGKILL
+    assert started.state(second.id).state == "running"
+
+
 def test_closing_ends_dry_runs_but_no_training(started: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     instead_of_training(monkeypatch, "import time; time.sleep(60)")
     training = started.start("train/quickstart", "new", {}, False)
@@ -161,8 +171,6 @@ def test_processes_at_a_time_and_launches_that_are_kept_are_limited(
 ) -> None:
     instead_of_training(monkeypatch, "import time; time.sleep(60)")
     first = [started.start("train/quickstart", f"new{number}", {}, True) for number in range(2)]
-    with pytest.raises(RequestError, match="run new1 has been started already"):
-        started.start("train/quickstart", "new1", {}, True)
     with pytest.raises(RequestError, match="2 dry runs that were started here are running") as error:
         started.start("train/quickstart", "third", {}, True)
     assert error.value.status == 429

@@ -39,7 +39,7 @@ def client(runs: Runs) -> TestClient:
     @app.exception_handler(UserError)
     def refuse(request: Request, error: UserError) -> JSONResponse:
         assert isinstance(error, RequestError)
-        return JSONResponse(error_body(str(error), error.param, error.kind, error.status), error.status)
+        return JSONResponse(error_body(str(error), error.param, error.error_code, error.status), error.status)
 
     return TestClient(app)
 

@@ -95,6 +95,16 @@ def test_only_so_many_requests_a_second(tmp_path: Path) -> None:
     assert statuses[:8] == [200] * 8 and statuses[-1] == 429
 
 
+def test_a_client_that_asks_twice_as_often_gets_half_of_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("stdit.serve.api.security.time.monotonic", lambda: now[0])
+    limit, answers = RequestLimit(50.0), []
+    for number in range(6000):
+        now[0] = number / 100
+        answers.append(limit.take("a") == 0.0)
+    assert 0.45 < sum(answers[1000:]) / 5000 < 0.55
+
+
 def test_a_client_gets_its_share_again_and_others_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("stdit.serve.api.security.time.monotonic", lambda: now[0])

@@ -1,9 +1,12 @@
 """What a supervisor keeps and removes, and the processes that it starts."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from stdit.errors import UserError
@@ -11,15 +14,15 @@ from stdit.serve.config import SampleCommand
 from stdit.serve.queue import supervisor as module
 from stdit.serve.queue.job import NewJob
 from stdit.serve.queue.jobs import JobStore
-from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.paths import ServerPaths
 from stdit.serve.queue.supervisor import Supervisor
 from tests.serve.servers import command
 
 
 def supervisor_of(config: SampleCommand) -> Supervisor:
-    places = ServerPlaces(config.state_folder, config.videos_folder, config.runs_folder)
-    places.videos.mkdir(parents=True)
-    return Supervisor(config, places, JobStore(places.jobs_file))
+    paths = ServerPaths(config.state_folder, config.videos_folder, config.runs_folder)
+    paths.videos.mkdir(parents=True)
+    return Supervisor(config, paths, JobStore(paths.jobs_file))
 
 
 def finished(one: Supervisor, number: int, size: int) -> Path:
@@ -30,7 +33,7 @@ def finished(one: Supervisor, number: int, size: int) -> Path:
     if number == 0:
         one.store.register("w")
     one.store.claim("w", 1)
-    file = one.places.videos / f"{number}.mp4"
+    file = one.paths.videos / f"{number}.mp4"
     file.write_bytes(b"x" * size)
     one.store.complete("w", name, file.name, size, 1.0)
     return file
@@ -76,19 +79,42 @@ def test_each_worker_is_a_process_or_a_group(tmp_path: Path, monkeypatch: pytest
         one._thread.join()
         assert all(argv[-2:] == ["--import", "json"] for argv in started)
         assert all(("--nproc_per_node" in argv) == (sp == 2) for argv in started)
-        assert len({argv[argv.index(str(one.places.state)) + 1] for argv in started}) == workers
+        assert len({argv[argv.index(str(one.paths.state)) + 1] for argv in started}) == workers
         assert len(one.store.workers()) == workers
         started.clear()
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = supervisor_of(command(tmp_path))
-    left, kept = one.places.videos / ".v.mp4.99999999.tmp", one.places.videos / "v.mp4"
-    left.touch()
+    kept = one.paths.videos / "v.mp4"
     kept.touch()
+    writes = (
+        "import os, pathlib, sys; from stdit.atomic_files import atomic_write\n"
+        "with atomic_write(pathlib.Path(sys.argv[1])) as file: file.touch(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", writes, str(kept)], check=True)
+    [left] = one.paths.videos.glob(".*")
     monkeypatch.setattr(Supervisor, "_watch", lambda self: None)
     one.start()
     assert kept.exists() and not left.exists()
+
+
+def test_the_ranks_of_a_group_that_hangs_are_ended(tmp_path: Path) -> None:
+    one = supervisor_of(command(tmp_path))
+    sleeps = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(100)"]
+    launches = f"import subprocess; subprocess.Popen({sleeps!r}, start_new_session=True).wait()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", launches],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    [rank] = psutil.Process(process.pid).children()
+    one._end(module._Process(0, [], process=process))
+    process.stdout.close()
+    assert process.poll() is not None
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE  # no longer running, nobody waits for it
 
 
 def test_a_worker_that_ends_again_and_again_waits_longer(

@@ -90,8 +90,9 @@ def test_openais_names(client: TestClient) -> None:
         ({"prompt": PROMPT, "segments": 1000}, "segments", "at most 64"),
         ({"prompt": PROMPT, "model": "gone"}, "model", "there is no such model"),
         ({"prompt": PROMPT, "model": 1}, "model", "must be a text"),
-        ({"prompt": PROMPT, "loras": [{"id": "none"}]}, "loras", "there is no adapter 'none'"),
+        ({"prompt": PROMPT, "loras": [{"id": "none"}]}, "loras[0].id", "there is no adapter 'none'"),
         ({"prompt": PROMPT, "loras": "none"}, "loras", "must be a list"),
+        ({"prompt": PROMPT, "loras": [{"id": "x", "weight": "1"}]}, "loras[0].weight", "from -100 to 100"),
         ({"prompt": PROMPT, "conditions": [{"frame": 0}]}, "conditions[0]", "id of an upload"),
         (
             {"prompt": PROMPT, "conditions": [{"upload": "../../etc/passwd"}]},
@@ -100,7 +101,7 @@ def test_openais_names(client: TestClient) -> None:
         ),
         (
             {"prompt": PROMPT, "conditions": [{"upload": "x", "frame": "0"}]},
-            "conditions[0]",
+            "conditions[0].frame",
             "must be a whole number",
         ),
         (
@@ -145,7 +146,7 @@ def test_openais_names(client: TestClient) -> None:
         ),
         ({"prompt": PROMPT, "guidance_scale": 1e300}, "guidance_scale", "must be a finite number"),
         ({"prompt": PROMPT, "shift": float("nan")}, "shift", "must be a finite number"),
-        ({"prompt": PROMPT, "loras": [{"id": "x", "weight": HUGE}]}, "loras", "loras[0].weight: must be"),
+        ({"prompt": PROMPT, "loras": [{"id": "x", "weight": HUGE}]}, "loras[0]", "loras[0].weight: must be"),
         ({"prompt": PROMPT, "pab": [2, HUGE, 4]}, "pab", "pab[1]: must be a finite number"),
         ({"prompt": PROMPT, "guidance_interval": [0.0, HUGE]}, "guidance_interval", "must be a finite"),
     ],
@@ -172,7 +173,48 @@ def test_a_strength_is_above_zero_and_up_to_one(client: TestClient, strength: fl
     upload = client.post("/v1/uploads", files={"file": ("a.png", png())}).json()["id"]
     conditions = [{"upload": upload, "strength": strength}]
     error = error_of(client.post("/v1/videos", json={"prompt": PROMPT, "conditions": conditions}))
-    assert error["param"].startswith("conditions[0]") and words in error["message"]
+    assert error["param"] == ("conditions[0]" if strength == HUGE else "conditions[0].strength")
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    "entry, field, words",
+    [
+        ({"frame": 99}, ".frame", "the video has the frames 0 to 24"),
+        ({"frame": 20, "length": 9}, ".length", "has 5 frames, not 9"),
+        ({"length": 3}, ".length", "its source has 1 frames"),
+        ({"frames": 3}, "", "conditions: frames = 3: use upload"),
+    ],
+)
+def test_conditioning_frames_that_do_not_fit_are_refused_at_their_field(
+    client: TestClient, entry: dict[str, int], field: str, words: str
+) -> None:
+    upload = client.post("/v1/uploads", files={"file": ("a.png", png())}).json()["id"]
+    conditions = [{"upload": upload}, {"upload": upload, **entry}]
+    error = error_of(client.post("/v1/videos", json={"prompt": PROMPT, "conditions": conditions}))
+    assert error["param"] == f"conditions[1]{field}" and words in error["message"]
+
+
+def test_conditioning_frames_that_overwrite_others_are_told_each_time(client: TestClient) -> None:
+    upload = client.post("/v1/uploads", files={"file": ("a.png", png())}).json()["id"]
+    body = {"prompt": PROMPT, "conditions": [{"upload": upload}, {"upload": upload, "strength": 0.5}]}
+    for route in ("/v1/estimate", "/v1/estimate", "/v1/videos"):
+        [warning] = [
+            text for text in client.post(route, json=body).json()["warnings"] if "overwrites" in text
+        ]
+        assert warning == "condition 2 overwrites frame 0 of condition 1: the later one wins"
+
+
+def test_an_estimate_tells_the_overlap_of_segments(client: TestClient) -> None:
+    found = client.post("/v1/estimate", json={"prompt": PROMPT, "segments": 2}).json()
+    assert found["num_frames"] == 2 * 25 - found["overlap"] and found["overlap"] > 0
+    assert client.post("/v1/estimate", json={"prompt": PROMPT}).json()["overlap"] == 0
+
+
+def test_settings_of_a_form_are_at_most_as_long_as_json(client: TestClient) -> None:
+    fields = {f"field{number}": "x" * 2**19 for number in range(3)}
+    answer = client.post("/v1/videos", data={"prompt": PROMPT, **fields}, files={"input_reference": b""})
+    assert answer.status_code == 413, answer.text
 
 
 def test_conditioning_frames_may_leave_out_all_but_their_source(client: TestClient) -> None:

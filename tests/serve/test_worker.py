@@ -1,6 +1,7 @@
 """A worker in this process: what becomes of jobs, whatever happens while their videos are made."""
 
 import errno
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from stdit.errors import UserError
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines import runner, video_io
 from stdit.pipelines.config import SampleConfig
@@ -19,7 +21,8 @@ from stdit.pipelines.video_io import read_frames, read_metadata, to_uint8
 from stdit.serve.api.app import build_app
 from stdit.serve.queue.catalog import Catalog
 from stdit.serve.queue.jobs import JobStore
-from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.paths import ServerPaths
+from stdit.serve.queue.previews import Previewer
 from stdit.serve.queue.worker import Worker
 from tests.serve.servers import PROMPT, URL, command, png
 
@@ -31,8 +34,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     """A worker that has loaded the model that comes with stdit."""
     folder = tmp_path_factory.mktemp("server")
     settings = command(folder)
-    places = ServerPlaces(settings.state_folder, settings.videos_folder, settings.runs_folder)
-    worker = Worker("w", SampleConfig(), places, Mesh(), JobStore(places.jobs_file), Catalog(places.runs))
+    paths = ServerPaths(settings.state_folder, settings.videos_folder, settings.runs_folder)
+    worker = Worker("w", SampleConfig(), paths, Mesh(), JobStore(paths.jobs_file), Catalog(paths.runs))
     worker.store.register("w")
     worker._load("bundled")
     return worker
@@ -41,7 +44,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
 @pytest.fixture(scope="module")
 def shared_client(worker: Worker) -> Iterator[TestClient]:
     """The API of the server of this worker."""
-    settings = command(worker.places.runs.parent)
+    settings = command(worker.paths.runs.parent)
     with TestClient(build_app(settings, with_workers=False), base_url=URL) as client:
         yield client
 
@@ -87,7 +90,7 @@ def test_a_batch_has_the_videos_that_each_would_have_alone(
         assert np.abs(to_uint8(alone).astype(int) - frames).max() <= 1
     job = worker.store.get(videos[0]["id"])
     assert job is not None and job.file is not None
-    metadata = read_metadata(worker.places.videos / job.file)
+    metadata = read_metadata(worker.paths.videos / job.file)
     assert (
         metadata["seed"] == 0
         and metadata["model_calls"] == 8
@@ -111,7 +114,7 @@ def test_a_video_that_is_there_is_not_made_again(
     worker.make([again])
     found = worker.store.get(job.id)
     assert found is not None and found.state == "completed" and found.file is not None
-    assert len(read_frames(worker.places.videos / found.file, 99)) == 25
+    assert len(read_frames(worker.paths.videos / found.file, 99)) == 25
 
 
 def test_too_little_memory_halves_the_batch_then_fails_the_job(
@@ -133,14 +136,15 @@ def test_too_little_memory_halves_the_batch_then_fails_the_job(
     assert [state_of(worker, video) for video in videos] == ["completed", "completed", "failed", "completed"]
 
 
-def test_an_error_that_nobody_expected_fails_its_job_alone(
-    worker: Worker, ask: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OverflowError("int too large"), UserError("its frames are damaged")])
+def test_an_error_of_one_job_fails_that_alone(
+    worker: Worker, ask: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     sample = runner.sample_batch
 
     def fail_one(pipe: Any, batch: Any, **options: Any) -> Any:
         if any(request.seed == 26 for request in batch):
-            raise OverflowError("int too large to convert to float")
+            raise error
         return sample(pipe, batch, **options)
 
     monkeypatch.setattr(runner, "sample_batch", fail_one)
@@ -148,7 +152,42 @@ def test_an_error_that_nobody_expected_fails_its_job_alone(
     worker.make(worker.store.claim("w", 8))
     assert [state_of(worker, video) for video in videos] == ["completed", "failed", "completed"]
     job = worker.store.get(videos[1]["id"])
-    assert job is not None and "OverflowError" in str(job.error)
+    expected = str(error) if isinstance(error, UserError) else "OverflowError"
+    assert job is not None and expected in str(job.error)
+
+
+def test_a_model_too_large_for_its_own_size_makes_smaller_videos(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Claimed(Exception):
+        pass
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    def claim(*_: Any) -> None:
+        raise Claimed
+
+    monkeypatch.setattr(Worker, "_warm_up", fail)
+    monkeypatch.setattr(JobStore, "claim", claim)
+    with pytest.raises(Claimed):
+        worker.work()
+
+
+def test_a_preview_that_fails_is_not_tried_at_the_next_step(
+    worker: Worker, ask: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def fail(*_: Any) -> None:
+        tries.append(1)
+        time.sleep(0.2)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Previewer, "_frames", fail)
+    video = ask(seed=33)
+    worker.make(worker.store.claim("w", 8))
+    assert state_of(worker, video) == "completed" and len(tries) == 1
 
 
 def test_a_full_disk_fails_the_job_and_leaves_no_file(
@@ -163,7 +202,7 @@ def test_a_full_disk_fails_the_job_and_leaves_no_file(
         worker.make(worker.store.claim("w", 8))
     job = worker.store.get(video["id"])
     assert job is not None and job.state == "failed" and "No space left on device" in str(job.error)
-    assert not list(worker.places.videos.glob(f"*{video['id'].removeprefix('video_')}*"))
+    assert not list(worker.paths.videos.glob(f"*{video['id'].removeprefix('video_')}*"))
     later = ask(seed=32)
     worker.make(worker.store.claim("w", 8))
     assert state_of(worker, later) == "completed"
@@ -206,8 +245,8 @@ def test_a_video_cancelled_at_the_end_leaves_no_file(
     jobs = worker.store.claim("w", 1)
     request = worker._read(jobs[0]).request
     worker.store.cancel(video["id"])
-    worker.places.videos.mkdir(exist_ok=True)
-    file = worker.places.video_file(video["id"], request)
+    worker.paths.videos.mkdir(exist_ok=True)
+    file = worker.paths.video_file(video["id"], request)
     file.write_bytes(b"")
     worker._complete(jobs[0], worker._read(jobs[0]), 1.0)
     assert not file.exists()
@@ -236,10 +275,22 @@ def test_conditioning_frames_of_uploads_and_videos(
     assert np.abs(first_frame(shared_client, second, worker).astype(int) - last).mean() < 12
 
 
+def test_a_video_that_is_deleted_in_the_gallery_is_gone(
+    worker: Worker, shared_client: TestClient, ask: Callable[..., dict[str, Any]]
+) -> None:
+    video = ask(seed=75)
+    worker.make(worker.store.claim("w", 8))
+    name = file_of(worker, video).name
+    listed = shared_client.get("/v1/gallery?limit=200").json()["data"]
+    [key] = [one["id"] for one in listed if one["name"] == name]
+    assert shared_client.delete(f"/v1/gallery/{key}").status_code == 200
+    assert shared_client.get(f"/v1/videos/{video['id']}").status_code == 404
+
+
 def file_of(worker: Worker, video: dict[str, Any]) -> Path:
     job = worker.store.get(video["id"])
     assert job is not None and job.file is not None, job
-    return worker.places.videos / job.file
+    return worker.paths.videos / job.file
 
 
 def first_frame(client: TestClient, video: dict[str, Any], worker: Worker) -> np.ndarray:
@@ -283,4 +334,4 @@ def test_content_and_thumbnail_of_a_finished_video(
     named = shared_client.get(place, params={"download": True}).headers["content-disposition"]
     assert "a-red-star" in named
     shared_client.delete(f"/v1/videos/{video['id']}")
-    assert not list(worker.places.videos.glob(f"*{video['id'].removeprefix('video_')}*"))
+    assert not list(worker.paths.videos.glob(f"*{video['id'].removeprefix('video_')}*"))

@@ -17,7 +17,6 @@ import sample
 from stdit.codecs.stored_text import store_text
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
-from stdit.pipelines import conditions as conditions_module
 from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.pipeline import STDiTPipeline
@@ -129,7 +128,6 @@ def outcome_of(
         argv = ["sample.py", "--checkpoint", "run", "--num_inference_steps", "2", "--output", str(out)]
         argv += [] if "--prompts" in flags else ["--prompt", "a"]
         caplog.clear()
-        conditions_module._warn_once.cache_clear()
         with pytest.MonkeyPatch.context() as patch, recorded(CALLS, calls):
             patch.setattr(sys, "argv", [*argv, *flags])
             patch.setattr("stdit.pipelines.sampling.VideoWriter", Writer)

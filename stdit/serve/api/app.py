@@ -1,6 +1,7 @@
 """The server: page and API in one application, with the workers that make the videos."""
 
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from stdit.serve.gallery.gallery_api import gallery_routes
 from stdit.serve.queue.catalog import Catalog
 from stdit.serve.queue.health import HealthObject, health, metrics_registry
 from stdit.serve.queue.jobs import JobStore
-from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.paths import ServerPaths
 from stdit.serve.queue.supervisor import Supervisor
 from stdit.serve.runs.launches import Launches
 from stdit.serve.runs.runs import Runs
@@ -44,23 +45,23 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
     Args:
         with_workers: start workers with it; False: jobs wait for the workers of somebody else.
     """
-    places = ServerPlaces(
+    paths = ServerPaths(
         state=config.state_folder,
         videos=config.videos_folder,
         runs=config.runs_folder,
         loras=None if config.server.loras is None else Path(config.server.loras),
         max_upload_bytes=int(config.server.max_upload_mib * 2**20),
     )
-    store = JobStore(places.jobs_file, durable=True)
-    catalog = Catalog(places.runs, config.checkpoint, places.loras, config.ema)
+    store = JobStore(paths.jobs_file, durable=True)
+    catalog = Catalog(paths.runs, config.checkpoint, paths.loras, config.ema)
     events = EventStream(store, config.server.keep_days)
-    supervisor = Supervisor(config, places, JobStore(places.jobs_file))
-    inside = places.videos.resolve().is_relative_to(places.runs.resolve())
-    shown = places.runs if inside else places.videos
-    gallery = Gallery(shown, places.state / "gallery.sqlite", changes=store.made)
-    runs = Runs(places.runs)
+    supervisor = Supervisor(config, paths, JobStore(paths.jobs_file))
+    inside = paths.videos.resolve().is_relative_to(paths.runs.resolve())
+    shown = paths.runs if inside else paths.videos
+    gallery = Gallery(shown, paths.state / "gallery.sqlite", changes=store.completed_totals)
+    runs = Runs(paths.runs)
     launches = Launches(runs, config.server.allow_training)
-    service = VideoService(config, store, catalog, places, events)
+    service = VideoService(config, store, catalog, paths, events)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -86,7 +87,12 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
     )
     app.state.events = events
     app.include_router(video_routes(service), responses=_ERRORS)
-    of_gallery = gallery_routes(gallery, lambda file: service.inspector.file(file).model_dump())
+
+    def forget(file: Path) -> None:
+        """Forget the job of a video that was deleted in the gallery."""
+        store.delete_file(os.path.relpath(file, paths.videos.resolve()))
+
+    of_gallery = gallery_routes(gallery, lambda file: service.inspector.file(file).model_dump(), forget)
     app.include_router(of_gallery, responses=_ERRORS)
     app.include_router(runs_routes(runs, launches), responses=_ERRORS)
 
@@ -176,7 +182,7 @@ def _explain_errors(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     def of_user(request: Request, error: UserError) -> JSONResponse:
         if isinstance(error, RequestError):
-            return _answer(str(error), error.status, error.param, error.kind)
+            return _answer(str(error), error.status, error.param, error.error_code)
         return _answer(str(error), 400)
 
     @app.exception_handler(RequestValidationError)

@@ -25,13 +25,16 @@ class Estimate(BaseModel):
     fits: bool
     model_calls: int
     num_frames: int
+    """Of the whole video."""
+    overlap: int
+    """Frames that two segments share; 0: there is one segment."""
     height: int
     width: int
     fps: float
     warnings: list[str]
 
 
-def estimate(asked: Submission, store: JobStore, config: SampleCommand) -> Estimate:
+def estimate(submission: Submission, store: JobStore, config: SampleCommand) -> Estimate:
     """Return what a video takes alone, in a worker with these settings; no weights are read but the codec's.
 
     Raises:
@@ -45,10 +48,10 @@ def estimate(asked: Submission, store: JobStore, config: SampleCommand) -> Estim
     from stdit.pipelines.loading import text_encoder_bytes
     from stdit.pipelines.workload import SamplingWorkload
 
-    source, rate = asked.model.source, store.seconds_per_work(asked.model.name)
-    pipe = asked.model.skeleton(config.dtype)
+    source, rate = submission.model.source, store.seconds_per_work(submission.model.name)
+    pipe = submission.model.skeleton(config.dtype)
     pipe.share(Mesh(device=find_device(config.device)))
-    settings, warnings = asked.settings, list(asked.warnings)
+    settings, warnings = submission.settings, list(submission.warnings)
     if config.codec.tile == "auto" and _pixels(settings) > _SEARCHED:
         tile = (2 * OVERLAP_FRAMES, AUTO_SIZES[-1], AUTO_SIZES[-1])
         config = replace(config, codec=replace(config.codec, tile=tile))
@@ -56,17 +59,20 @@ def estimate(asked: Submission, store: JobStore, config: SampleCommand) -> Estim
             "the video is so large that its memory is estimated for the smallest tiles alone: decoding may use "
             "more, up to what is free."
         )
-    workload = SamplingWorkload(pipe, [asked.request], config, {"text encoder": text_encoder_bytes(source)})
+    workload = SamplingWorkload(
+        pipe, [submission.request], config, {"text encoder": text_encoder_bytes(source)}
+    )
     memory = workload.memory_of_process = memory_of_process(pipe.mesh.device, config.parallel.memory_gib)
     total = workload.total(workload.split(config.ranks, config.ranks // config.parallel.cfg))
     [videos] = workload.videos
     return Estimate(
-        seconds=None if rate is None else round(rate * asked.work, 3),
+        seconds=None if rate is None else round(rate * submission.work, 3),
         memory_bytes=total,
         memory_free_bytes=memory,
         fits=total <= memory,
         model_calls=workload.schedule(videos).calls()[1].run * videos.segments.count,
-        num_frames=asked.total_frames,
+        num_frames=submission.total_frames,
+        overlap=(submission.segments.overlap or 0) if submission.segments.count > 1 else 0,
         height=settings["height"],
         width=settings["width"],
         fps=settings["fps"],

@@ -5,7 +5,7 @@ import base64
 import json
 import logging
 from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -13,18 +13,19 @@ from starlette.concurrency import run_in_threadpool
 from stdit.serve.api.video_objects import video_object
 from stdit.serve.errors import RequestError
 from stdit.serve.queue.health import health
-from stdit.serve.queue.job import Job
+from stdit.serve.queue.job import DELETED, RUNNING, WAITING, Job
 from stdit.serve.queue.jobs import JobStore
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
 KEEP_ALIVE_SECONDS = 15.0
-MAX_STREAMS = 100
-"""Open streams of all clients together."""
-_DELETED = "deleted"
+MAX_STREAMS, MAX_STREAMS_OF_CLIENT = 200, 50
+"""Open streams of all clients together, and of one."""
 _MOST_WAITING = 200
 """Events that wait for a client that reads too slowly: above it the stream ends, and the client asks again."""
+_MOST_POSITIONS = 50
+"""Waiting jobs whose position is sent whenever it changes; those behind them learn it later."""
 _PAUSE_SECONDS = 1.0
 """After a look at the file that failed."""
 _CLOSING_SECONDS = 1.0
@@ -51,6 +52,7 @@ class _Event:
 class _Client:
     """Somebody who listens."""
 
+    address: str
     task: asyncio.Task[Any]
     """Sends the events; it waits in vain if the client reads nothing."""
     waiting: asyncio.Queue[_Event | None] = field(default_factory=asyncio.Queue)
@@ -66,11 +68,13 @@ class _Seen:
     previews: dict[str, int] = field(default_factory=dict)
     """Step of the newest preview of each job."""
     workers: dict[str, Any] | None = None
+    running: set[str] = field(default_factory=set)
+    """Jobs that are being made."""
 
 
 @dataclass
 class EventStream:
-    """Tells all clients that listen what changes in the jobs; looks at the file once for all of them."""
+    """Changes of the jobs, for all clients that listen; the file is read once for all of them."""
 
     store: JobStore
     keep_days: float | None = None
@@ -91,29 +95,34 @@ class EventStream:
         if self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
 
-    def listen(self, only: Collection[str] = (), until_over: bool = False) -> AsyncIterator[str]:
+    def listen(
+        self, only: Collection[str] = (), until_over: bool = False, address: str = ""
+    ) -> AsyncIterator[str]:
         """Return events: first the state of the jobs that are not over, then each change.
 
         Args:
             only: names of jobs; empty: all of them.
             until_over: end when all of these are over or deleted.
+            address: of the client.
 
         Raises:
             RequestError: if too many streams are open.
         """
-        if len(self._clients) >= MAX_STREAMS:
-            raise RequestError(
-                f"{len(self._clients)} streams of events are open, of at most {MAX_STREAMS}: close some, or ask for "
-                "GET /v1/videos/{id} every few seconds.",
-                status=503,
-                code="too_many_streams",
-            )
-        return self._listen(frozenset(only), until_over)
+        own = sum(client.address == address for client in self._clients)
+        for count, most in ((len(self._clients), MAX_STREAMS), (own, MAX_STREAMS_OF_CLIENT)):
+            if count >= most:
+                raise RequestError(
+                    f"{count} streams of events are open, of at most {most}: close some, or ask for "
+                    "GET /v1/videos/{id} every few seconds.",
+                    status=503,
+                    code="too_many_streams",
+                )
+        return self._listen(frozenset(only), until_over, address)
 
-    async def _listen(self, only: frozenset[str], until_over: bool) -> AsyncIterator[str]:
+    async def _listen(self, only: frozenset[str], until_over: bool, address: str) -> AsyncIterator[str]:
         task = asyncio.current_task()
         assert task is not None
-        client = _Client(task)
+        client = _Client(address, task)
         self._clients.add(client)
         left = set(only)
         try:
@@ -188,7 +197,7 @@ class EventStream:
         jobs = self.store.changed_since(seen.changes)
         events, previews = list[_Event](), dict(seen.previews)
         for job in jobs:
-            if job.state == _DELETED:
+            if job.state == DELETED:
                 events.append(_deleted(job.id, job.changed))
             else:
                 events.append(self._video(job))
@@ -197,12 +206,22 @@ class EventStream:
             elif previews.get(job.id) != job.preview_step:
                 previews[job.id] = job.preview_step
                 events += self._preview(job)
+        running = {job.id for job in jobs if job.state == RUNNING}
+        if running - seen.running or any(job.is_over for job in jobs):
+            events += self._positions(jobs[-1].changed, {job.id for job in jobs})
         workers = health(self.store).model_dump()
         if workers != seen.workers:
             events.append(_Event("workers", workers))
         seen.changes = max((job.changed for job in jobs), default=seen.changes)
         seen.previews, seen.workers = previews, workers
+        seen.running = (seen.running - {job.id for job in jobs}) | running
         return events
+
+    def _positions(self, changed: int, told: Collection[str]) -> list[_Event]:
+        """Return the first waiting jobs but for those that are told already: each is nearer to its turn now."""
+        waiting = self.store.list_jobs(_MOST_POSITIONS, newest_first=False, state=WAITING)
+        events = [self._video(job) for job in waiting if job.id not in told]
+        return [replace(event, changed=changed) for event in events]
 
     def _video(self, job: Job) -> _Event:
         data = video_object(job, self.store, self.keep_days).model_dump()
@@ -219,4 +238,4 @@ class EventStream:
 
 
 def _deleted(job_id: str, changed: int = 0) -> _Event:
-    return _Event(_DELETED, {"id": job_id}, job_id, changed, is_over=True)
+    return _Event(DELETED, {"id": job_id}, job_id, changed, is_over=True)

@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from stdit.errors import UserError
 from stdit.hashing import hash_file
 from stdit.pipelines.conditions import parse_frame_condition
+from stdit.pipelines.config import VIDEO_SETTINGS
 from stdit.serve.errors import RequestError
 from stdit.serve.json_values import sendable
 from stdit.serve.metadata_reader import read_hostile_metadata
 from stdit.serve.queue.catalog import Catalog
-from stdit.serve.queue.submissions import replayable
 from stdit.serve.queue.uploads import Uploads, shown_name
 
 
@@ -37,7 +37,7 @@ class Inspection(BaseModel):
 
 @dataclass
 class Inspector:
-    """Reads how videos were made.
+    """How videos were made, as their files say.
 
     Args:
         check: raises UserError for a request that would be refused.
@@ -90,7 +90,7 @@ class Inspector:
                 f"its checkpoint is not here: {str(metadata.get('checkpoint', 'unknown')):.200}, step "
                 f"{str(metadata.get('checkpoint_step')):.20}, weights {str(weights):.60}."
             )
-        settings, reason = dict(replayable(metadata)), missing
+        settings, reason = dict(_replayable(metadata)), missing
         try:
             settings = self._request(metadata)
             if model is not None:
@@ -116,7 +116,7 @@ class Inspector:
                 "its conditioning frames are in Open-Sora's notation, which requests do not have."
             )
         found = {"conditions": self._conditions(metadata), "loras": self._loras(metadata)}
-        settings = dict(replayable(metadata)) | {"any_size": True}
+        settings = dict(_replayable(metadata)) | {"any_size": True}
         return settings | {name: entries for name, entries in found.items() if entries}
 
     def _conditions(self, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -174,3 +174,35 @@ class Inspector:
 def _entries(metadata: Mapping[str, Any], name: str) -> list[Any]:
     entries = metadata.get(name)
     return entries if isinstance(entries, list) else []
+
+
+def _replayable(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request for a video from the metadata in its file, without model and conditions."""
+    names = [
+        "prompt",
+        "seed",
+        *VIDEO_SETTINGS,
+        "negative_prompt",
+        "segments",
+        "segment_prompts",
+        "overlap",
+        "loop",
+    ]
+    found = {name: metadata[name] for name in names if metadata.get(name) not in (None, [], "")}
+    padded_from = metadata.get("padded_from")
+    found |= padded_from if isinstance(padded_from, Mapping) else {}
+    if found.get("segments") == 1:
+        found = {name: value for name, value in found.items() if name not in ("segments", "overlap", "loop")}
+    resolved = {name: found.get(name) for name in VIDEO_SETTINGS}
+    return {name: value for name, value in found.items() if _has_effect(name, resolved)}
+
+
+def _has_effect(name: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a recorded setting has an effect beside the others: what has none would be refused."""
+    if name in ("refine_level", "refine_guidance_scale"):
+        return bool(settings["refine_pairs"])
+    if name == "guidance_interval":
+        return settings["guidance_schedule"] == "interval"
+    if name == "pab_timesteps":
+        return bool(settings["pab"])
+    return True

@@ -38,5 +38,4 @@ def lock_server(state: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()}")
         file.flush()
-        os.set_inheritable(file.fileno(), False)
         yield

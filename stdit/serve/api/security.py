@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -50,7 +51,7 @@ class RequestLimit:
         now, burst = time.monotonic(), max(1.0, self.per_second * _BURST_SECONDS)
         left, since = self._left.pop(client, (burst, now))
         left = min(burst, left + (now - since) * self.per_second)
-        self._left[client] = (max(0.0, left - 1), now)
+        self._left[client] = (left - 1 if left >= 1 else left, now)
         if len(self._left) > _CLIENTS:
             self._left.popitem(last=False)
         return 0.0 if left >= 1 else (1 - left) / self.per_second
@@ -94,6 +95,7 @@ class Guard:
                 f"more than {self.config.requests_per_second:g} requests per second: wait {wait:.1f} seconds.",
                 status=429,
                 code="rate_limit_exceeded",
+                retry_after=ceil(wait),
             )
         self._check_host(headers)
         if scope["path"] not in _OPEN:
@@ -139,9 +141,7 @@ class Guard:
         """Return ``receive`` that fails once a body is larger than allowed."""
         has_file = headers.get("content-type", "").lower().startswith("multipart/form-data")
         of_files = int(self.config.max_upload_mib * 2**20)
-        most, error = (
-            (of_files + MAX_BODY, too_large(of_files)) if has_file else (MAX_BODY, _too_large_json())
-        )
+        most, error = (of_files + MAX_BODY, too_large(of_files)) if has_file else (MAX_BODY, too_large_text())
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 18 or int(length) > most:
             raise error
@@ -158,7 +158,8 @@ class Guard:
         return limited
 
 
-def _too_large_json() -> RequestError:
+def too_large_text() -> RequestError:
+    """Return the error of a request whose settings are too long."""
     return RequestError(
         f"JSON of more than {MAX_BODY // 2**20} MiB is not read: send files to /v1/uploads, as a form "
         "(multipart/form-data), and name them by their ids.",
@@ -177,11 +178,11 @@ def _same(given: bytes, wanted: str) -> bool:
 
 
 async def _refuse(error: RequestError, send: Send) -> None:
-    body = json.dumps(error_body(str(error), error.param, error.kind, error.status)).encode()
+    body = json.dumps(error_body(str(error), error.param, error.error_code, error.status)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.status == 401:
         headers.append((b"www-authenticate", b'Basic realm="stdit", charset="UTF-8"'))
-    if error.status == 429:
-        headers.append((b"retry-after", b"1"))
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(error.retry_after).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -34,6 +34,7 @@ def serve(config: SampleCommand) -> None:
     if config.server.workers is not None or config.ranks > 1:
         device_groups(config)
     check_writable(config.videos_folder)
+    check_writable(config.state_folder)
     with (
         closing(_listen(config.server.host, config.server.port)) as listening,
         lock_server(config.state_folder),

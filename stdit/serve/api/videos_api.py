@@ -21,7 +21,7 @@ from stdit.serve.api.estimates import Estimate, estimate
 from stdit.serve.api.events import EventStream
 from stdit.serve.api.inspection import Inspection, Inspector
 from stdit.serve.api.schema import submission_schema
-from stdit.serve.api.security import client_of
+from stdit.serve.api.security import MAX_BODY, client_of, too_large_text
 from stdit.serve.api.video_objects import VideoObject, video_object
 from stdit.serve.config import SampleCommand
 from stdit.serve.errors import RequestError
@@ -30,8 +30,8 @@ from stdit.serve.heavy_work import HeavyWork
 from stdit.serve.queue.catalog import Catalog
 from stdit.serve.queue.job import COMPLETED, STATES, Job, NewJob
 from stdit.serve.queue.jobs import JobStore, KeyReusedError, QueueFullError
-from stdit.serve.queue.places import ServerPlaces
-from stdit.serve.queue.submissions import FIELD_TYPES, Submission, asked_hash, read_submission
+from stdit.serve.queue.paths import ServerPaths
+from stdit.serve.queue.submissions import FIELD_TYPES, Submission, hash_request, read_submission
 from stdit.serve.queue.uploads import Uploads, no_room
 
 VideoId = Annotated[str, InPath(pattern=r"^video_[0-9a-f]{24}$")]
@@ -85,23 +85,23 @@ class VideoService:
     config: SampleCommand
     store: JobStore
     catalog: Catalog
-    places: ServerPlaces
+    paths: ServerPaths
     events: EventStream
 
     def __post_init__(self) -> None:
         self.heavy = HeavyWork()
         total = int(self.config.server.max_uploads_gib * 2**30)
-        self.uploads = replace(self.places.uploads, max_total_bytes=total)
+        self.uploads = replace(self.paths.uploads, max_total_bytes=total)
         self.inspector = Inspector(self.catalog, self.uploads, self.read)
 
     def read(self, fields: Mapping[str, Any]) -> Submission:
         """Check the fields of a request."""
-        return read_submission(fields, self.catalog, partial(self.places.find_frames, self.store))
+        return read_submission(fields, self.catalog, partial(self.paths.find_frames, self.store))
 
     def submit(self, fields: Mapping[str, Any], client: str, key: str | None) -> Job:
         """Accept a request. Raises RequestError if it breaks a rule, or too many videos are waiting."""
-        asked = asked_hash(fields)
-        known = None if key is None else self._known(client, key, asked)
+        request_hash = hash_request(fields)
+        known = None if key is None else self._known(client, key, request_hash)
         if known is not None:  # also if what it names is gone by now
             return known
         found = self.read(fields)
@@ -113,7 +113,7 @@ class VideoService:
             batch=found.batch,
             work=found.work,
             facts=found.facts(),
-            asked=asked,
+            request_hash=request_hash,
             key=key,
         )
         limits = self.config.server
@@ -124,9 +124,9 @@ class VideoService:
         except QueueFullError as error:
             raise RequestError(str(error), 429, None, "queue_full") from None
 
-    def _known(self, client: str, key: str, asked: str) -> Job | None:
+    def _known(self, client: str, key: str, request_hash: str) -> Job | None:
         try:
-            return self.store.find_by_key(client, key, asked)
+            return self.store.find_by_key(client, key, request_hash)
         except KeyReusedError as error:
             raise _key_reused(error) from None
 
@@ -143,7 +143,7 @@ class VideoService:
 
     def file(self, job: Job) -> Path:
         """Return the file of a finished video. Raises RequestError if there is none."""
-        file = None if job.state != COMPLETED or job.file is None else self.places.videos / job.file
+        file = None if job.state != COMPLETED or job.file is None else self.paths.videos / job.file
         if file is None:
             raise RequestError(f"{job.id} is {job.state}: it has no content.", 409, "id", "not_ready")
         if not file.is_file():
@@ -189,6 +189,8 @@ async def submitted_fields(request: Request, uploads: Uploads, heavy: HeavyWork)
 async def _form_fields(form: FormData, uploads: Uploads, heavy: HeavyWork) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     conditions = []
+    if sum(len(value) for _, value in form.multi_items() if isinstance(value, str)) > MAX_BODY:
+        raise too_large_text()
     for name, value in form.multi_items():
         if isinstance(value, FormFile):
             if name not in ("input_reference", "image"):
@@ -227,10 +229,10 @@ def _chunks(file: FormFile | UploadFile) -> Any:
 
 def video_routes(service: VideoService) -> APIRouter:
     """Return the routes of models, uploads, videos and events."""
-    router, store, places, heavy = APIRouter(), service.store, service.places, service.heavy
+    router, store, paths, heavy = APIRouter(), service.store, service.paths, service.heavy
 
     async def small_picture(file: Path, pictures: bool = False) -> FileResponse:
-        made = await heavy.run(partial(thumbnail, file, places.state / "thumbnails", pictures))
+        made = await heavy.run(partial(thumbnail, file, paths.thumbnails, pictures))
         return FileResponse(made, media_type="image/webp")
 
     @router.get("/v1/models")
@@ -309,22 +311,30 @@ def video_routes(service: VideoService) -> APIRouter:
     @router.delete("/v1/videos/{video_id}")
     def delete_video(video_id: VideoId) -> DeletedObject:
         """Delete a video and its file; one that waits or is being made is cancelled."""
-        job = service.job(video_id)
-        store.delete(video_id)
-        if job.file is not None:
-            (places.videos / job.file).unlink(missing_ok=True)
+        service.job(video_id)
+        try:
+            paths.delete_video(store, video_id)
+        except OSError as error:
+            raise RequestError(
+                f"the file of {video_id} cannot be deleted ({error.strerror}): check who may write to its folder.",
+                status=409,
+                code="not_deleted",
+            ) from None
         return DeletedObject(id=video_id)
 
     @router.get("/v1/videos/{video_id}/events", response_class=StreamingResponse)
-    async def watch_video(video_id: VideoId) -> StreamingResponse:
+    async def watch_video(request: Request, video_id: VideoId) -> StreamingResponse:
         """Stream the progress and previews of a video until it is over."""
         await run_in_threadpool(service.job, video_id)
-        return _stream(service.events.listen([video_id], until_over=True))
+        return _stream(service.events.listen([video_id], True, client_of(request.scope)))
 
     @router.get("/v1/events", response_class=StreamingResponse)
-    async def watch_all(ids: Annotated[str, Query(max_length=10_000)] = "") -> StreamingResponse:
+    async def watch_all(
+        request: Request, ids: Annotated[str, Query(max_length=10_000)] = ""
+    ) -> StreamingResponse:
         """Stream the progress and previews of all videos, or of some."""
-        return _stream(service.events.listen([name for name in ids.split(",") if name]))
+        names = [name for name in ids.split(",") if name]
+        return _stream(service.events.listen(names, address=client_of(request.scope)))
 
     @router.post("/v1/uploads", openapi_extra=_FILE_SCHEMA)
     async def upload(request: Request) -> UploadObject:

@@ -138,8 +138,8 @@ class Gallery:
         with self._first():
             return thumbnail(self.find(key), self.thumbnails)
 
-    def delete(self, key: str) -> None:
-        """Delete a video with the .json and .gif of the same name beside it.
+    def delete(self, key: str) -> Path:
+        """Delete a video with the .json and .gif of the same name beside it; return its file.
 
         Raises:
             RequestError: as `find`; or if it cannot be deleted.
@@ -158,6 +158,7 @@ class Gallery:
             remove_thumbnails(file, self.thumbnails)
         with self.index.opened() as index, index:
             index.execute("DELETE FROM videos WHERE key = ?", (key,))
+        return file
 
     def expire(self) -> None:
         """Let the next listing scan the folder, whenever the last one did."""

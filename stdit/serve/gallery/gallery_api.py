@@ -15,7 +15,6 @@ from stdit.serve.errors import RequestError
 from stdit.serve.gallery.gallery import Gallery
 from stdit.serve.gallery.gallery_pages import GalleryPage
 from stdit.serve.heavy_work import HeavyWork
-from stdit.serve.json_values import sendable
 
 _THUMBNAIL_SECONDS = 3600
 """Seconds for which a browser need not ask for a thumbnail again."""
@@ -30,11 +29,16 @@ class DeletedGalleryVideo:
     deleted: bool = True
 
 
-def gallery_routes(gallery: Gallery, inspect: Callable[[Path], Mapping[str, Any]]) -> APIRouter:
+def gallery_routes(
+    gallery: Gallery,
+    inspect: Callable[[Path], Mapping[str, Any]],
+    on_delete: Callable[[Path], None] = lambda file: None,
+) -> APIRouter:
     """Return the routes of a gallery. They read files, so that each runs in a thread of its own.
 
     Args:
         inspect: returns what ``/v1/inspect`` says of a file.
+        on_delete: called with the file of a video that was deleted.
     """
     routes, heavy = APIRouter(prefix="/v1/gallery", tags=["gallery"]), HeavyWork()
 
@@ -74,21 +78,16 @@ def gallery_routes(gallery: Gallery, inspect: Callable[[Path], Mapping[str, Any]
         """Return the settings with which a video was made, and whether they make it again."""
         file = await run_in_threadpool(gallery.find, id)
         try:
-            return sendable(await heavy.run(partial(inspect, file)))
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise RequestError(
-                f"{file.name}: its metadata cannot be shown ({error}).",
-                status=404,
-                param="id",
-                code="no_metadata",
-            ) from None
+            return dict(await heavy.run(partial(inspect, file)))
+        except RequestError:
+            raise
+        except UserError as error:
+            raise RequestError(str(error), status=404, param="id", code="no_metadata") from None
 
     @routes.delete("/{id}")
     def delete_gallery_video(id: str) -> DeletedGalleryVideo:
         """Delete a video, with its .json and .gif."""
-        gallery.delete(id)
+        on_delete(gallery.delete(id))
         return DeletedGalleryVideo(id)
 
     return routes

@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS videos (
     id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, folder TEXT NOT NULL, name TEXT NOT NULL,
     changed INTEGER NOT NULL, bytes INTEGER NOT NULL, state INTEGER NOT NULL DEFAULT 0, folded TEXT,
     prompt TEXT, seed INTEGER, checkpoint TEXT, checkpoint_step INTEGER,
-    width INTEGER, height INTEGER, num_frames INTEGER, fps REAL);
+    width INTEGER, height INTEGER, num_frames INTEGER, num_inference_steps INTEGER, fps REAL);
 CREATE INDEX IF NOT EXISTS videos_by_folder ON videos (folder);
 CREATE INDEX IF NOT EXISTS videos_by_time ON videos (changed, id);
 CREATE INDEX IF NOT EXISTS videos_by_state ON videos (state, changed, id);

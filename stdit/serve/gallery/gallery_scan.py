@@ -29,6 +29,7 @@ class VideoFacts:
     height: int | None
     """Pixels."""
     num_frames: int | None
+    num_inference_steps: int | None
     fps: float | None
 
 
@@ -76,7 +77,10 @@ def read_facts(video: Path) -> VideoFacts | None:
         seed=whole_number(metadata.get("seed")),
         checkpoint=checkpoint_name(checkpoint) if isinstance(checkpoint, str) else None,
         checkpoint_step=whole_number(metadata.get("checkpoint_step")),
-        **{name: whole_number(metadata.get(name)) for name in ("width", "height", "num_frames")},
+        **{
+            name: whole_number(metadata.get(name))
+            for name in ("width", "height", "num_frames", "num_inference_steps")
+        },
         fps=fps if fps and fps > 0 else None,
     )
 

@@ -2,9 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
 from hashlib import blake2b
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +101,7 @@ def _decode(video: Path, pictures: bool) -> tuple[np.ndarray, float]:
         wanted = spread(min(stated, _MOST_DECODED), THUMBNAIL_FRAMES)
         rate = float(opened.stream.average_rate or 8)
         late = time.monotonic() + _MOST_SECONDS
-        for index, (_, _, frame) in _numbered(frames_in_order(opened)):
+        for index, (_, _, frame) in enumerate(frames_in_order(opened)):
             if index in wanted:
                 scale = min(1.0, THUMBNAIL_PIXELS / max(frame.height, frame.width))
                 height, width = (max(1, round(side * scale)) for side in (frame.height, frame.width))
@@ -125,10 +123,6 @@ def _small(picture: PIL.Image.Image) -> np.ndarray:
     small = upright_rgb(picture)
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     return np.asarray(small)
-
-
-def _numbered(frames: Iterator) -> Iterator:
-    return zip(count(), frames, strict=False)
 
 
 def _place(video: Path, cache: Path) -> Path:

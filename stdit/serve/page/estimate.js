@@ -4,7 +4,8 @@ import { post } from './api.js';
 import { $, debounce, h, replace } from './dom.js';
 import { clearErrors, showError } from './errors.js';
 import { bytes, duration, plural } from './format.js';
-import { readPrompts, readSettings } from './settings.js';
+import { learnOverlap, readLayout, readPrompts, readSettings } from './settings.js';
+import { drawTimeline } from './timeline.js';
 
 const WAIT_MS = 300;
 
@@ -27,13 +28,14 @@ async function estimate() {
   running = new AbortController();
   const { signal } = running;
   const prompts = readPrompts();
+  const asked = { ...readSettings(), prompt: prompts[0] ?? 'a video' };
   try {
-    const found = await post(
-      '/v1/estimate',
-      { ...readSettings(), prompt: prompts[0] ?? 'a video' },
-      { signal, retries: 0 },
-    );
+    const found = await post('/v1/estimate', asked, { signal, retries: 0 });
     clearErrors(form);
+    if (found.overlap && !('overlap' in asked)) {
+      learnOverlap(found);
+      drawTimeline(readLayout());
+    }
     line.dataset.fits = found.fits;
     line.textContent = told(found, Math.max(1, prompts.length));
     replace(

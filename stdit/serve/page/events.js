@@ -10,9 +10,17 @@ export const events = new EventTarget();
 
 let wait = FIRST_WAIT_MS;
 
-/** Open the stream of events. */
+let source = null;
+
+/** Open the stream of events; that of a hidden page is closed, since a browser allows few streams to one server. */
 export function openEvents() {
-  const source = new EventSource('/v1/events');
+  document.addEventListener('visibilitychange', () => (document.hidden ? close() : open()));
+  open();
+}
+
+function open() {
+  if (source || document.hidden) return;
+  source = new EventSource('/v1/events');
   for (const name of ['video', 'preview', 'deleted', 'workers']) {
     source.addEventListener(name, (event) => dispatch(name, JSON.parse(event.data)));
   }
@@ -22,14 +30,21 @@ export function openEvents() {
   };
   source.onerror = () => {
     dispatch('disconnected');
-    if (source.readyState === EventSource.CLOSED) retry();
+    if (source?.readyState !== EventSource.CLOSED) return;
+    source = null;
+    retry();
   };
+}
+
+function close() {
+  source?.close();
+  source = null;
 }
 
 /** A browser gives up on a stream that is answered by an error; ask for the reason, and try again later. */
 async function retry() {
   await get('/health').catch(() => null);
-  setTimeout(openEvents, wait);
+  setTimeout(open, wait);
   wait = Math.min(LONGEST_WAIT_MS, wait * 2);
 }
 

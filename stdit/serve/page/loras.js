@@ -63,5 +63,4 @@ function addRow(id, weight) {
   rows.dispatchEvent(new Event('change', { bubbles: true }));
 }
 
-const label = ({ name, trigger, base }) =>
-  `${name}${trigger ? `, trigger “${trigger}”` : ''}${base ? `, for ${base}` : ''}`;
+const label = ({ name, trigger }) => `${name}${trigger ? `, trigger “${trigger}”` : ''}`;

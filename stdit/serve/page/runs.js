@@ -173,7 +173,7 @@ class Row {
   async continue() {
     const steps = h('input', { id: 'steps-in-all', type: 'number', min: this.done + 1, value: 2 * this.done });
     const field = h('div', { class: 'field' }, h('label', { for: steps.id }, 'Steps in all'), steps);
-    const explanation = `The run has done ${count(this.done)} steps. It goes on from there to more.`;
+    const explanation = `The run has done ${count(this.done)} steps. It resumes from there.`;
     if (await confirmed(`Continue ${this.name}?`, explanation, 'Continue', field))
       this.request('resume', 'is continued', { steps: Number(steps.value) });
   }

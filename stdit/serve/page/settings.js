@@ -23,6 +23,8 @@ const MOST_SEGMENT_PROMPTS = 32;
 
 const form = $('#make-form');
 const field = (name) => form.elements[name];
+/** Overlaps that the server chose, by model and frames of a segment. */
+const overlaps = new Map();
 
 /** Return the model that is chosen, or undefined. */
 export const chosenModel = () => modelOf(field('model').value);
@@ -122,12 +124,19 @@ function showSize(model, width, height) {
   field('size').value = sizeValue(width, height);
 }
 
+/** Keep the overlap of segments that the server chose, for the timeline. */
+export function learnOverlap({ overlap }) {
+  overlaps.set(overlapKey(), overlap);
+}
+
+const overlapKey = () => `${field('model').value} ${field('num_frames').value}`;
+
 /** Return how the video is divided: frames of a segment, their number, the overlap, the length of the whole. */
 export function readLayout() {
   const num_frames = Math.max(1, Number(field('num_frames').value) || 1);
   const segments = Math.max(1, Number(field('segments').value) || 1);
-  const overlap =
-    segments > 1 ? Number(field('overlap').value) || Math.max(1, Math.floor(num_frames / 4)) : 0;
+  const likely = overlaps.get(overlapKey()) ?? Math.max(1, Math.floor(num_frames / 4));
+  const overlap = segments > 1 ? Number(field('overlap').value) || likely : 0;
   const loop = segments > 1 && field('loop').checked;
   const total = segments * (num_frames - overlap) + (loop ? 0 : overlap);
   return {

@@ -204,7 +204,7 @@ class Catalog:
                 param="model",
                 code="model_not_found",
             )
-        state, now = _state(folders[name]), time.monotonic()
+        state, now = state_of_files(folders[name]), time.monotonic()
         with self._lock:
             known, until, found = self._models.get(name, (None, 0.0, None))
             if found is None or known != state or now > until:
@@ -264,7 +264,7 @@ class Catalog:
     def _hash(self, model: OfferedModel) -> str:
         """Return the hash of a model's weights, as the metadata of videos has it."""
         source = model.source
-        state = _state(source.path)
+        state = state_of_files(source.path)
         known = self._hashes.get(model.name)
         if known is None or known[0] != state:
             known = (state, self._read_hash(source))
@@ -301,16 +301,16 @@ class Catalog:
                 header = read_header(file)
             except UserError:
                 continue  # no adapter, or a damaged one: not offered
-            entries.append({"id": name, "name": name, "trigger": header.trigger, "base": None})
+            entries.append({"id": name, "name": name, "trigger": header.trigger})
         return entries
 
-    def adapter(self, name: str) -> Path:
-        """Return the file of an adapter. Raises RequestError if there is none of that name."""
+    def adapter(self, name: str, param: str = "loras") -> Path:
+        """Return the file of an adapter. Raises RequestError, of the field ``param``, if there is none of it."""
         adapters = self.adapters()
         if name not in adapters:
             raise RequestError(
                 f"loras: there is no adapter {name!r:.80}: choose one of those that GET /v1/loras lists.",
-                param="loras",
+                param=param,
                 code="not_found",
             )
         return adapters[name]
@@ -329,8 +329,8 @@ def _children(folder: Path) -> list[Path]:
         return []
 
 
-def _state(folder: Path | None) -> Any:
-    """Return what changes when the files of a model change."""
+def state_of_files(folder: Path | None) -> tuple[int, ...]:
+    """Return what changes when the files of a run, checkpoint or pipeline change; None: of the bundled model."""
     place = BUNDLED if folder is None else folder
     found = []
     for part in (
@@ -338,6 +338,8 @@ def _state(folder: Path | None) -> Any:
         META,
         MODEL_INDEX,
         "checkpoints",
+        "transformer",
+        f"transformer/{META}",
         *(f"pipeline/{name}" for name in (META, MODEL_INDEX)),
     ):
         try:

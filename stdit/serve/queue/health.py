@@ -79,7 +79,7 @@ class _Jobs(Collector):
         for state in ("starting", "idle", "busy", "dead"):
             workers.add_metric([state], states.count(state))
         yield workers
-        videos, seconds = self.store.made()
+        videos, seconds = self.store.completed_totals()
         yield GaugeMetricFamily("stdit_kept_videos", "Completed videos that are not deleted", value=videos)
         yield GaugeMetricFamily(
             "stdit_kept_video_seconds",

@@ -67,7 +67,7 @@ class NewJob:
     work: float
     """Pixels x model calls, by which the time is estimated."""
     facts: Mapping[str, Any]
-    asked: str = ""
-    """What the client sent, or its hash."""
+    request_hash: str = ""
+    """Hash of what the client sent."""
     key: str | None = None
     """Idempotency key: a second job of the same client with it is the first one."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from stdit.errors import UserError
 
-SCHEMA = 2
+SCHEMA = 3
 _TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL,
-    client TEXT NOT NULL, key TEXT, asked TEXT,
+    client TEXT NOT NULL, key TEXT, request_hash TEXT,
     body TEXT NOT NULL, model TEXT NOT NULL, batch TEXT NOT NULL, work REAL NOT NULL, facts TEXT NOT NULL,
     state TEXT NOT NULL, worker TEXT, batch_size INTEGER, crashes INTEGER NOT NULL DEFAULT 0,
     crashes_alone INTEGER NOT NULL DEFAULT 0,
@@ -46,7 +46,8 @@ class JobDatabase:
     durable: bool = False
 
     def __post_init__(self) -> None:
-        self._local, self._all, self._lock = threading.local(), list[sqlite3.Connection](), threading.Lock()
+        self._local, self._lock = threading.local(), threading.Lock()
+        self._all = list[tuple[threading.Thread, sqlite3.Connection]]()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.change() as db:
             found = db.execute("PRAGMA user_version").fetchone()[0]
@@ -69,7 +70,11 @@ class JobDatabase:
             db.row_factory = sqlite3.Row
             self._local.db = db
             with self._lock:
-                self._all.append(db)
+                for thread, old in self._all:
+                    if not thread.is_alive():
+                        old.close()
+                alive = [one for one in self._all if one[0].is_alive()]
+                self._all = [*alive, (threading.current_thread(), db)]
         connection: sqlite3.Connection = self._local.db
         return connection
 
@@ -88,7 +93,7 @@ class JobDatabase:
     def close(self) -> None:
         """Close the connections of all threads, none of which may use them any more."""
         with self._lock:
-            for db in self._all:
+            for _, db in self._all:
                 db.close()
             self._all.clear()
         self._local = threading.local()

@@ -3,7 +3,7 @@
 A job that was accepted is finished exactly once or reported as failed, whatever is killed. All that is known of it is
 in the file, and each change is one transaction:
 
-- A worker claims waiting jobs under a name of its own. What it says of jobs that are no longer its own is ignored.
+- A worker claims waiting jobs under a name of its own. Updates of jobs that it no longer owns are ignored.
 - If a worker ends, its jobs wait again, with the same seed. One whose workers crashed shares a batch with half as
   many others, and fails after `MAX_CRASHES_ALONE` crashes on its own.
 - A video has the name of its job, and is written before the job is completed: a worker that finds it does not make
@@ -22,6 +22,7 @@ from stdit.serve.queue.job_database import JobDatabase
 
 MAX_CRASHES_ALONE = 3
 """Crashes of workers that made just this video, after which it fails."""
+_DELETE = "UPDATE jobs SET state = 'deleted', preview = NULL, key = NULL, finished = ?"
 
 
 class KeyReusedError(UserError):
@@ -44,7 +45,7 @@ class JobStore(JobDatabase):
         """
         with self.change() as db:
             if new.key is not None:
-                found = self.find_by_key(new.client, new.key, new.asked)
+                found = self.find_by_key(new.client, new.key, new.request_hash)
                 if found is not None:
                     return found
             waiting = "SELECT count(*) FROM jobs WHERE state IN ('queued', 'in_progress')"
@@ -62,14 +63,14 @@ class JobStore(JobDatabase):
                 new.id,
                 new.client,
                 new.key,
-                new.asked,
+                new.request_hash,
                 json.dumps(new.body),
                 new.model,
                 new.batch,
                 new.work,
             )
             db.execute(
-                "INSERT INTO jobs (id, client, key, asked, body, model, batch, work, facts, state, created)"
+                "INSERT INTO jobs (id, client, key, request_hash, body, model, batch, work, facts, state, created)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?)",
                 (*values, json.dumps(new.facts), time.time()),
             )
@@ -155,7 +156,7 @@ class JobStore(JobDatabase):
         )
         return dict.fromkeys(STATES, 0) | {row["state"]: row["count"] for row in rows}
 
-    def made(self) -> tuple[int, float]:
+    def completed_totals(self) -> tuple[int, float]:
         """Return how many videos were completed, and the seconds that they took."""
         row = (
             self.connection()
@@ -180,16 +181,25 @@ class JobStore(JobDatabase):
         """Forget a job, and return the name of its video, if it has one; a worker that makes it finds it no more."""
         with self.change() as db:
             row = db.execute("SELECT file FROM jobs WHERE id = ?", (job_id,)).fetchone()
-            db.execute(
-                "UPDATE jobs SET state = 'deleted', preview = NULL, key = NULL, finished = ? WHERE id = ?",
-                (time.time(), job_id),
-            )
+            db.execute(f"{_DELETE} WHERE id = ?", (time.time(), job_id))
         return None if row is None else row["file"]
 
-    def purge(self, seconds: float) -> None:
-        """Remove the rows of jobs that were deleted so many seconds ago."""
+    def delete_file(self, file: str) -> None:
+        """Forget the job of a video that was removed, by its name in the folder of videos."""
         with self.change() as db:
-            db.execute("DELETE FROM jobs WHERE state = 'deleted' AND finished < ?", (time.time() - seconds,))
+            db.execute(f"{_DELETE} WHERE file = ? AND state != 'deleted'", (time.time(), file))
+
+    def purge(self, seconds: float) -> None:
+        """Remove the rows of jobs that were deleted longer ago than this.
+
+        The newest change stays: from its number on the next ones are counted.
+        """
+        with self.change() as db:
+            db.execute(
+                "DELETE FROM jobs WHERE state = 'deleted' AND finished < ? AND changed < (SELECT max(changed) FROM"
+                " jobs)",
+                (time.time() - seconds,),
+            )
 
     def expired(self, keep_days: float | None, keep_gib: float | None) -> list[Job]:
         """Return the jobs that are over and too old, or whose videos are too large with all newer ones."""
@@ -210,18 +220,18 @@ class JobStore(JobDatabase):
             found |= {row["id"]: Job.of_row(row) for row in rows}
         return list(found.values())
 
-    def find_by_key(self, client: str, key: str, asked: str) -> Job | None:
+    def find_by_key(self, client: str, key: str, request_hash: str) -> Job | None:
         """Return the job that a client sent with an idempotency key; None if there is none.
 
         Args:
-            asked: what the client sends now, or its hash.
+            request_hash: of what the client sends now.
 
         Raises:
             KeyReusedError: the key came with another body.
         """
         query = "SELECT * FROM jobs WHERE client = ? AND key = ?"
         row = self.connection().execute(query, (client, key)).fetchone()
-        if row is not None and row["asked"] != asked:
+        if row is not None and row["request_hash"] != request_hash:
             raise KeyReusedError(
                 f"Idempotency-Key = {key:.80}: came with another request before: use a new one."
             )

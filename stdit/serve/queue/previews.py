@@ -27,13 +27,17 @@ SLOW_DECODING = 1.0
 
 @dataclass
 class Previewer:
-    """Makes previews of a batch as often as they take little of its time, the first one at once."""
+    """Previews of a batch, as often as they take little of its time, the first one at once."""
 
     codec: "VideoCodec"
     _next: float = 0.0
     _colors: "Tensor | None" = None
     """Linear map from latents to colours ``[C + 1, 3]``, once decoding has been slow."""
     _is_slow: bool = False
+
+    def begin(self) -> None:
+        """Begin with another batch."""
+        self._next = 0.0
 
     def is_due(self) -> bool:
         """Return whether it is time for the next preview."""
@@ -49,13 +53,17 @@ class Previewer:
             num_frames, height, width: of the videos.
         """
         began = time.monotonic()
-        shown = [self._frames(one[None], num_frames, height, width) for one in clean_latents]
-        rate = fps * len(shown[0]) / num_frames
-        previews = [webp_of_frames(frames, rate, _MOST_PIXELS) for frames in shown]
-        took = time.monotonic() - began
-        self._is_slow = self._is_slow or took / len(previews) > SLOW_DECODING
-        self._next = time.monotonic() + took / SHARE - took
-        return previews
+        try:
+            shown = [self._frames(one[None], num_frames, height, width) for one in clean_latents]
+            rate = fps * len(shown[0]) / num_frames
+            return [webp_of_frames(frames, rate, _MOST_PIXELS) for frames in shown]
+        except Exception:
+            self._is_slow = True  # such as for lack of memory
+            raise
+        finally:
+            took = time.monotonic() - began
+            self._is_slow = self._is_slow or took / len(clean_latents) > SLOW_DECODING
+            self._next = time.monotonic() + took / SHARE - took
 
     def _frames(self, latents: "Tensor", num_frames: int, height: int, width: int) -> np.ndarray:
         """Return some frames of a video, uint8 ``[T H W 3]``."""

@@ -22,7 +22,9 @@ def check_numbers(values: Mapping[str, Any]) -> None:
             pending += [(param, f"{place}.{name:.40}", one) for name, one in value.items()]
         elif isinstance(value, list):
             in_list = [(f"{place}[{index}]", one) for index, one in enumerate(value)]
-            pending += [(name if place == "conditions" else param, name, one) for name, one in in_list]
+            pending += [
+                (name if place in ("conditions", "loras") else param, name, one) for name, one in in_list
+            ]
         elif isinstance(value, int | float):
             number = finite_number(value)
             if number is None or abs(number) > MOST_NUMBER:

@@ -4,16 +4,17 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
 from stdit.pipelines.conditions import FrameCondition
-from stdit.pipelines.config import PROMPT_SETTINGS, VIDEO_SETTINGS, SampleConfig
+from stdit.pipelines.config import PROMPT_SETTINGS, SampleConfig
 from stdit.pipelines.prompts import PROMPT_TYPES, prompt_line
 from stdit.pipelines.requests import Request, check_requests, plan_requests
+from stdit.pipelines.segments import Segments
 from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
 from stdit.serve.errors import RequestError
 from stdit.serve.queue.captured_warnings import captured_warnings
@@ -25,6 +26,7 @@ MAX_CONDITIONS = 32
 MAX_LORAS = 8
 MAX_WORK = 2**31
 """Pixels of all frames that the segments of a video have together."""
+_MOST_WARNINGS = 20
 _NOT_OFFERED = ("image", "condition", "lora", "reference_path", "mask_strategy")
 """Settings of a prompt that name files: requests have `loras` and `conditions` instead."""
 OWN_FIELDS = ("prompt", "model", "seed", "loras", "conditions", "any_size", "size", "seconds")
@@ -65,10 +67,14 @@ class Submission:
         return self.request.settings.resolved(self.model.settings)
 
     @property
+    def segments(self) -> Segments:
+        """Its segments, with their overlap."""
+        return self.request.segments.resolved(int(self.settings["num_frames"]), self.model.codec)
+
+    @property
     def total_frames(self) -> int:
         """Frames of the whole video."""
-        num_frames = int(self.settings["num_frames"])
-        return self.request.segments.resolved(num_frames, self.model.codec).total_frames(num_frames)
+        return self.segments.total_frames(int(self.settings["num_frames"]))
 
     @property
     def batch(self) -> str:
@@ -148,7 +154,18 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
         )
         warn_of_missing_trigger([request.prompt], model.settings.get("trigger"), model.name)
     body = dict(values) | own | {"prompt": line.prompt, "model": model.name, "seed": seed}
-    return Submission(model, request, body, tuple(warnings))
+    return Submission(model, request, body, tuple(_shown_warnings(warnings, request.conditions)))
+
+
+def _shown_warnings(warnings: Sequence[str], conditions: Sequence[FrameCondition]) -> list[str]:
+    """Return warnings with the numbers of conditioning frames instead of their files, at most `_MOST_WARNINGS`."""
+    names = {f"condition {one}": f"condition {number}" for number, one in enumerate(conditions, 1)}
+    shown = []
+    for warning in warnings[:_MOST_WARNINGS]:
+        for name, number in names.items():
+            warning = warning.replace(name, number)
+        shown.append(warning)
+    return shown
 
 
 def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, Any]:
@@ -234,17 +251,19 @@ def _read_loras(entries: Any, catalog: Catalog) -> list[str]:
             f"loras: has {len(entries)} adapters: at most {MAX_LORAS} are used.", param="loras"
         )
     found = []
-    for entry in entries:
+    for place, entry in enumerate(entries):
         name, weight = entry.get("id"), entry.get("weight", 1.0)
         if set(entry) - {"id", "weight"} or not isinstance(name, str):
             raise RequestError(
-                'loras: each must have an id, and may have a weight: {"id": "NAME"}.', param="loras"
+                'loras: each must have an id, and may have a weight: {"id": "NAME"}.',
+                param=f"loras[{place}].id",
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= 100:
             raise RequestError(
-                f"loras: weight = {weight!r:.80}: must be a number from -100 to 100.", param="loras"
+                f"loras: weight = {weight!r:.80}: must be a number from -100 to 100.",
+                param=f"loras[{place}].weight",
             )
-        found.append(f"{catalog.adapter(name)}:{weight}")
+        found.append(f"{catalog.adapter(name, f'loras[{place}].id')}:{weight}")
     return found
 
 
@@ -267,8 +286,9 @@ def _read_conditions(
     for place, entry in enumerate(entries):
         try:
             found.append(_read_condition(entry, total, fps, find_frames))
-        except UserError as error:
-            raise RequestError(str(error), param=f"conditions[{place}]") from None
+        except RequestError as error:
+            field = f".{error.param}" if error.param in _CONDITION_FIELDS else ""
+            raise RequestError(str(error), param=f"conditions[{place}]{field}") from None
     return tuple(found)
 
 
@@ -281,7 +301,7 @@ def _read_condition(
         if kind is None or (value is not None and (not right or isinstance(value, bool))):
             words = {str: "a text", int: "a whole number", float: "a number"}
             rule = f"must be {words[kind]}" if kind else f"use {', '.join(_CONDITION_FIELDS)}"
-            raise RequestError(f"conditions: {name:.40} = {value!r:.80}: {rule}.")
+            raise RequestError(f"conditions: {name:.40} = {value!r:.80}: {rule}.", param=name)
     sources = [name for name in ("upload", "video") if entry.get(name) is not None]
     if len(sources) != 1:
         raise RequestError("conditions: each needs either the id of an upload or that of a video.")
@@ -296,7 +316,15 @@ def _read_condition(
         condition = FrameCondition(str(file), entry.get("frame") or 0, length, strength, skip)
         return condition.resolved(total, fps)
     except UserError as error:
-        raise RequestError(str(error).replace(str(file), f"its {sources[0]}")) from None
+        message = str(error).replace(str(file), f"its {sources[0]}")
+        raise RequestError(message, param=_field_of_condition(message)) from None
+
+
+def _field_of_condition(message: str) -> str | None:
+    """Return the field of conditioning frames that an error of the command line is about."""
+    words = {"its strength must": "strength", "its length must": "length", "choose one of them": "frame"}
+    words |= {"begin earlier": "length", "leave the length out": "length"}
+    return next((field for text, field in words.items() if text in message), None)
 
 
 def _at_field(error: UserError) -> RequestError:
@@ -306,38 +334,6 @@ def _at_field(error: UserError) -> RequestError:
     return RequestError(message, param=named[0] if named else None)
 
 
-def replayable(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a request for a video from the metadata in its file, without model and conditions."""
-    names = [
-        "prompt",
-        "seed",
-        *VIDEO_SETTINGS,
-        "negative_prompt",
-        "segments",
-        "segment_prompts",
-        "overlap",
-        "loop",
-    ]
-    found = {name: metadata[name] for name in names if metadata.get(name) not in (None, [], "")}
-    padded_from = metadata.get("padded_from")
-    found |= padded_from if isinstance(padded_from, Mapping) else {}
-    if found.get("segments") == 1:
-        found = {name: value for name, value in found.items() if name not in ("segments", "overlap", "loop")}
-    resolved = {name: found.get(name) for name in VIDEO_SETTINGS}
-    return {name: value for name, value in found.items() if _has_effect(name, resolved)}
-
-
-def _has_effect(name: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether a recorded setting has an effect beside the others: what has none would be refused."""
-    if name in ("refine_level", "refine_guidance_scale"):
-        return bool(settings["refine_pairs"])
-    if name == "guidance_interval":
-        return settings["guidance_schedule"] == "interval"
-    if name == "pab_timesteps":
-        return bool(settings["pab"])
-    return True
-
-
-def asked_hash(fields: Mapping[str, Any]) -> str:
+def hash_request(fields: Mapping[str, Any]) -> str:
     """Return a hash of what a client sent, by which a repeated request is known."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Starts the workers of a server, watches them, and restarts those that end or hang."""
+"""The workers of a server: start them, watch them, and restart those that end or hang."""
 
 import logging
 import os
@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from stdit.errors import UserError
+from stdit.serve.child_environment import environment_without_passwords
 from stdit.serve.config import SampleCommand
+from stdit.serve.gallery.thumbnails import remove_thumbnails
 from stdit.serve.queue.jobs import JobStore
-from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.paths import ServerPaths
 from stdit.settings import to_yaml
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class Supervisor:
     """The workers of a server."""
 
     config: SampleCommand
-    places: ServerPlaces
+    paths: ServerPaths
     store: JobStore
     _stopping: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -64,7 +67,7 @@ class Supervisor:
         """Let jobs of an earlier server wait again, and start the workers."""
         self.store.release()
         self._remove_unfinished()
-        self.places.write()
+        self.paths.write()
         self._config_file.write_text(to_yaml(self.config.of_worker()), encoding="utf-8")
         self._workers = [_Process(place, gpus) for place, gpus in enumerate(device_groups(self.config))]
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -72,8 +75,8 @@ class Supervisor:
 
     def _remove_unfinished(self) -> None:
         """Remove what processes that have ended were writing; their number is in the name."""
-        for left in self.places.videos.glob(".*.tmp") if self.places.videos.is_dir() else ():
-            number = left.name.split(".")[-2]
+        for left in self.paths.videos.glob(".*.tmp") if self.paths.videos.is_dir() else ():
+            number = left.name.split(".")[-2].partition("-")[0]
             if number.isdigit() and not psutil.pid_exists(int(number)):
                 left.unlink(missing_ok=True)
 
@@ -88,7 +91,7 @@ class Supervisor:
 
     @property
     def _config_file(self) -> Path:
-        return self.places.state / "worker.yaml"
+        return self.paths.state / "worker.yaml"
 
     def _watch(self) -> None:
         while not self._stopping.wait(WATCH_SECONDS):
@@ -122,6 +125,7 @@ class Supervisor:
     def _replace(self, worker: _Process, reason: str) -> None:
         if worker.process is not None and worker.process.stdin is not None:
             worker.process.stdin.close()  # for ranks that outlive their launcher
+        self._remove_unfinished()
         for job in self.store.release(worker.name, crashed=True, reason=reason):
             logger.warning("%s failed: its worker ended again and again (%s)", job, reason)
         lived = time.monotonic() - worker.started
@@ -138,14 +142,18 @@ class Supervisor:
         if ranks > 1:
             launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
         imports = [flag for module in config.imports for flag in ("--import", module)]
-        command = [*launcher, "stdit.serve.queue.worker", str(self.places.state), worker.name]
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(worker.gpus)} if worker.gpus else {})
-        worker.process = subprocess.Popen(
-            [*command, "--config", str(self._config_file), *imports],
-            stdin=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for the server, which ends it
-        )
+        command = [*launcher, "stdit.serve.queue.worker", str(self.paths.state), worker.name]
+        gpus = {"CUDA_VISIBLE_DEVICES": ",".join(worker.gpus)} if worker.gpus else {}
+        try:
+            worker.process = subprocess.Popen(
+                [*command, "--config", str(self._config_file), *imports],
+                stdin=subprocess.PIPE,
+                env=environment_without_passwords() | gpus,
+                start_new_session=True,  # Ctrl-C is for the server, which ends it
+            )
+        except OSError:
+            self.store.release(worker.name)
+            raise
 
     def _hangs(self, worker: _Process) -> bool:
         beats = [one["heartbeat"] for one in self.store.workers() if one["name"] == worker.name]
@@ -156,22 +164,25 @@ class Supervisor:
         if process is None:
             return
         assert process.stdin is not None
-        process.stdin.close()  # the worker ends, and all ranks of its group
         try:
-            process.wait(2)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            group = [psutil.Process(process.pid)]  # its ranks have sessions of their own
+            group += group[0].children(recursive=True)
+        except psutil.NoSuchProcess:
+            group = []
+        process.stdin.close()  # the worker ends, and all ranks of its group
+        for one in psutil.wait_procs(group, timeout=2)[1]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
 
     def _clean(self) -> None:
         """Delete what is kept no longer."""
         server = self.config.server
         for job in self.store.expired(server.keep_days, server.keep_gib):
-            if job.file is not None:
-                (self.places.videos / job.file).unlink(missing_ok=True)
-            self.store.delete(job.id)
+            self.paths.delete_video(self.store, job.id)
         self.store.purge(_DELETED_SECONDS)
-        self.places.uploads.remove_older(_UPLOAD_SECONDS)
+        for upload in self.paths.uploads.remove_older(_UPLOAD_SECONDS):
+            remove_thumbnails(upload, self.paths.thumbnails)
 
 
 def visible_gpus() -> list[str]:

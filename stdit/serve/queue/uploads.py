@@ -85,12 +85,15 @@ class Uploads:
             ) from None
         return file
 
-    def remove_older(self, seconds: float) -> None:
-        """Delete the files that were not used for so long."""
+    def remove_older(self, seconds: float) -> list[Path]:
+        """Delete the files whose last use is longer ago than this; return them."""
+        removed = []
         for file in self.folder.glob("*") if self.folder.is_dir() else ():
             with suppress(FileNotFoundError):  # another process has removed it
                 if time.time() - file.stat().st_mtime > seconds:
                     file.unlink()
+                    removed.append(file)
+        return removed
 
 
 def too_large(max_bytes: int) -> RequestError:

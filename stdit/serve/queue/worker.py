@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stdit
-from stdit.checkpoint_files import META
 from stdit.cli import run
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import difference
 from stdit.pipelines.sources import find_checkpoint_source
 from stdit.serve.errors import RequestError
-from stdit.serve.queue.catalog import Catalog
+from stdit.serve.queue.catalog import Catalog, state_of_files
 from stdit.serve.queue.job import Job
 from stdit.serve.queue.jobs import JobStore
-from stdit.serve.queue.places import ServerPlaces
+from stdit.serve.queue.paths import ServerPaths
 from stdit.serve.queue.submissions import Submission, read_submission
 from stdit.settings import parse
 
@@ -70,11 +69,12 @@ class Worker:
 
     name: str
     config: SampleConfig
-    places: ServerPlaces
+    paths: ServerPaths
     mesh: "Mesh"
     store: JobStore
     catalog: Catalog
     _loaded: ServedPipeline | None = None
+    _state: str = ""
     _beaten: float = 0.0
     _hashes: dict[str, str] = field(default_factory=dict)
 
@@ -82,13 +82,19 @@ class Worker:
         """Make videos until the process ends."""
         self._beat("starting")
         try:
-            self._load(self.catalog.default)
+            self._load(self.catalog.default, "starting")
             self._warm_up()
         except UserError as error:  # another model may work
             print(f"{self.catalog.default}: {error}", flush=True)
+        except Exception:
+            if self.mesh.world_size > 1:  # the other ranks wait
+                raise
+            logger.exception("%s could not make a video of its own size", self.catalog.default)
+            self._free_memory()
         while True:
             jobs = self.mesh.on_main(partial(self.store.claim, self.name, self.config.batch_size))
             if jobs:
+                self._state = "busy"  # as the claim has recorded
                 self.make(jobs)
             else:
                 self._beat("idle")
@@ -96,59 +102,59 @@ class Worker:
 
     def make(self, jobs: Sequence[Job]) -> None:
         """Make the videos of a batch of jobs; each is completed, fails with a reason, or waits again."""
-        asked: list[tuple[Job, Submission]] = []
+        batch: list[tuple[Job, Submission]] = []
         for job in jobs:
             try:
-                asked.append((job, self.mesh.on_all_ranks(partial(self._read, job))))
+                batch.append((job, self.mesh.on_all_ranks(partial(self._read, job))))
             except UserError as error:
                 self._fail([job], error)
-        if asked:
-            self._make(asked)
+        if batch:
+            self._make(batch)
 
-    def _make(self, asked: Sequence[tuple[Job, Submission]]) -> None:
+    def _make(self, batch: Sequence[tuple[Job, Submission]]) -> None:
         """Make a batch; if it fails as a batch may, make its halves, so that one job fails alone."""
         try:
-            self._load(asked[0][0].model)
+            self._load(batch[0][0].model)
         except UserError as error:
-            self._fail([job for job, _ in asked], error)
+            self._fail([job for job, _ in batch], error)
             return
-        if self._sample_or_fail(asked):
+        if self._sample_or_fail(batch):
             return
-        gc.collect()  # after the error is gone, which held the tensors of the batch
+        self._free_memory()
+        middle = (len(batch) + 1) // 2
+        for part in (batch[:middle], batch[middle:]):
+            self._make(part)
+
+    def _free_memory(self) -> None:
+        """Free what an error held, after it is gone."""
+        gc.collect()
         if self.mesh.device.type == "cuda":
             import torch
 
             torch.cuda.empty_cache()
-        middle = (len(asked) + 1) // 2
-        for part in (asked[:middle], asked[middle:]):
-            self._make(part)
 
-    def _sample_or_fail(self, asked: Sequence[tuple[Job, Submission]]) -> bool:
+    def _sample_or_fail(self, batch: Sequence[tuple[Job, Submission]]) -> bool:
         """Make a batch, and fail its job if it is alone; return False if its halves are to be tried."""
-        from stdit.pipelines.runner import OutOfMemoryError
-
         try:
-            self._sample(asked)
-        except UserError as error:
-            # `Mesh.on_all_ranks` raises on all ranks, but on one of them alone this error.
-            halve = any(self.mesh.all_gather_objects(isinstance(error, OutOfMemoryError))) and len(asked) > 1
-            if not halve:
-                self._fail([job for job, _ in asked], error)
-            return not halve
+            self._sample(batch)
+        except UserError as error:  # of all together, such as too little memory, or of one of them
+            if len(batch) == 1:
+                self._fail([batch[0][0]], error)
+            return len(batch) == 1
         except Exception as error:
             if self.mesh.world_size > 1 or "CUDA" in str(
                 error
             ):  # the others wait, or no more can be computed
                 raise
-            logger.exception("%s could not be made", ", ".join(job.id for job, _ in asked))
-            if len(asked) == 1:
+            logger.exception("%s could not be made", ", ".join(job.id for job, _ in batch))
+            if len(batch) == 1:
                 message = f"it could not be made ({type(error).__name__}): the output of the server says why"
-                self._fail([asked[0][0]], UserError(message))
-            return len(asked) == 1
+                self._fail([batch[0][0]], UserError(message))
+            return len(batch) == 1
         return True
 
     def _read(self, job: Job) -> Submission:
-        return read_submission(job.body, self.catalog, partial(self.places.find_frames, self.store))
+        return read_submission(job.body, self.catalog, partial(self.paths.find_frames, self.store))
 
     def _fail(self, jobs: Sequence[Job], error: UserError) -> None:
         param = error.param if isinstance(error, RequestError) else None
@@ -159,8 +165,12 @@ class Worker:
 
         self.mesh.on_main(record)
 
-    def _load(self, name: str) -> None:
-        """Load a model unless it is the one in memory, or has changed since."""
+    def _load(self, name: str, state: str = "busy") -> None:
+        """Load a model unless it is the one in memory, or has changed since.
+
+        Args:
+            state: of the worker meanwhile.
+        """
         from stdit.pipelines.loading import load_pipeline
         from stdit.pipelines.precision import cast
         from stdit.serve.queue.previews import Previewer
@@ -181,14 +191,12 @@ class Worker:
         free = self.mesh.all_gather_objects(free_memory(self.mesh.device, self.config.parallel.memory_gib))
         pipe.codec.enable_tiling(self.config.codec.tile, min(free))
         self._loaded = ServedPipeline(stamp, source.path, pipe, weights, Previewer(pipe.codec))
-        self._beat("idle", name, str(self.mesh.device))
+        self._beat(state, name, str(self.mesh.device))
 
     def _find(self, name: str) -> tuple[Path | None, str]:
         """Return where a model is, and a text that changes when its files do."""
         model = self.catalog.model(name)
-        manifest = model.source.path / META
-        changed = manifest.stat().st_mtime_ns if manifest.is_file() else ""
-        return model.folder, f"{name} {model.source.path} {changed}"
+        return model.folder, f"{name} {model.source.path} {state_of_files(model.source.path)}"
 
     def _warm_up(self) -> None:
         """Make a step, so that the first video does not wait for what is done once."""
@@ -208,7 +216,7 @@ class Worker:
             )
         )
 
-    def _sample(self, asked: Sequence[tuple[Job, Submission]]) -> None:
+    def _sample(self, batch: Sequence[tuple[Job, Submission]]) -> None:
         """Make the videos of jobs in one batch, and write each, but for those that are there already."""
         from stdit.pipelines.loras import use_loras
         from stdit.pipelines.runner import SampledVideo, sample_batch
@@ -217,22 +225,23 @@ class Worker:
         assert loaded is not None
         pipe = loaded.pipe
         pending = self.mesh.on_main(
-            lambda: [job.id for job, one in asked if not self._is_written(job, one, loaded)]
+            lambda: [job.id for job, one in batch if not self._is_written(job, one, loaded)]
         )
-        batch = [(job, one) for job, one in asked if job.id in pending]
 
         def complete() -> None:
-            for job, one in asked:
+            for job, one in batch:
                 if job.id not in pending:
                     self._complete(job, one, 0.0)
 
         self.mesh.on_main(complete)
-        if not batch:
+        unwritten = [(job, one) for job, one in batch if job.id in pending]
+        if not unwritten:
             return
-        requests = [one.request for _, one in batch]
+        requests = [one.request for _, one in unwritten]
         self.mesh.on_all_ranks(lambda: use_loras(pipe, requests[0].loras, self.config.lora_other_base))
         began = time.monotonic()
-        on_step = partial(self._on_step, batch, loaded)
+        loaded.previewer.begin()
+        on_step = partial(self._on_step, unwritten, loaded)
 
         def sample() -> list[SampledVideo]:
             try:
@@ -243,10 +252,10 @@ class Worker:
         videos = self.mesh.on_all_ranks(sample)
         if not videos:
             return
-        seconds = (time.monotonic() - began) / len(batch)
+        seconds = (time.monotonic() - began) / len(unwritten)
 
         def write() -> None:
-            for (job, one), video in zip(batch, videos, strict=True):
+            for (job, one), video in zip(unwritten, videos, strict=True):
                 self._write(job, one, video, loaded, seconds)
 
         self.mesh.on_main(write)
@@ -291,7 +300,7 @@ class Worker:
         return video_metadata(one.request, loaded.pipe.config, provenance, self._hashes)
 
     def _is_written(self, job: Job, one: Submission, loaded: ServedPipeline) -> bool:
-        file = self.places.video_file(job.id, one.request)
+        file = self.paths.video_file(job.id, one.request)
         return file.is_file() and not difference(file, self._metadata(one, loaded))
 
     def _write(
@@ -301,7 +310,7 @@ class Worker:
         from stdit.pipelines.video_io import write_mp4
         from stdit.pipelines.writer import created_folder, explain_disk_errors
 
-        file = self.places.video_file(job.id, one.request)
+        file = self.paths.video_file(job.id, one.request)
         metadata = self._metadata(one, loaded) | video.calls.facts()
         try:
             with explain_disk_errors(file.parent), created_folder(file.parent):
@@ -313,19 +322,18 @@ class Worker:
 
     def _complete(self, job: Job, one: Submission, seconds: float) -> None:
         """Complete a job whose video is written; a job that was cancelled meanwhile has no video."""
-        file = self.places.video_file(job.id, one.request)
-        name = str(file.relative_to(self.places.videos))
+        file = self.paths.video_file(job.id, one.request)
+        name = str(file.relative_to(self.paths.videos))
         if not self.store.complete(self.name, job.id, name, file.stat().st_size, seconds):
             found = self.store.get(job.id)
             if found is None or found.state == "cancelled":
                 file.unlink(missing_ok=True)
 
     def _beat(self, state: str, model: str | None = None, device: str | None = None) -> None:
-        if self.mesh.is_main and (
-            model or time.monotonic() - self._beaten > BEAT_SECONDS or state == "starting"
-        ):
+        is_old = time.monotonic() - self._beaten > BEAT_SECONDS
+        if self.mesh.is_main and (model or state != self._state or is_old):
             self.store.heartbeat(self.name, state, model, device)
-            self._beaten = time.monotonic()
+            self._state, self._beaten = state, time.monotonic()
 
 
 def _end_with_server() -> None:
@@ -349,9 +357,9 @@ def main() -> None:
 
     device = join_processes(config.device, config.parallel.timeout)
     mesh = build_mesh(config.parallel, device)
-    places = ServerPlaces.read(Path(folder))
-    catalog = Catalog(places.runs, config.checkpoint, places.loras, config.ema)
-    Worker(name, config, places, mesh, JobStore(places.jobs_file), catalog).work()
+    paths = ServerPaths.read(Path(folder))
+    catalog = Catalog(paths.runs, config.checkpoint, paths.loras, config.ema)
+    Worker(name, config, paths, mesh, JobStore(paths.jobs_file), catalog).work()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 import stdit
+from stdit.serve.child_environment import environment_without_passwords
 from stdit.serve.errors import RequestError
 from stdit.serve.runs.run_locks import TRAIN_CODE
 
@@ -72,6 +73,8 @@ class _Started:
     note: str = ""
     exit_code: int | None = None
     started: float = field(default_factory=time.time)
+    thread: threading.Thread = field(default_factory=threading.Thread)
+    """Waits for its end."""
 
 
 class LaunchProcesses:
@@ -103,7 +106,12 @@ class LaunchProcesses:
         return self._follow(_Started(_new_id(), name, command, process, log, start))
 
     def start_dry_run(self, arguments: list[str], command: str, name: str) -> Launch:
-        """Start a dry run. Raises RequestError as `start_training`."""
+        """Start a dry run, and end an earlier one of the same name. Raises RequestError as `start_training`."""
+        with self._lock:
+            earlier = [one for one in self._started.values() if one.log is None and one.name == name]
+        for one in earlier:
+            _kill(one.process)
+            one.thread.join()
         self._check_room(dry_run=True, name=name)
         try:
             process = _popen(arguments, stdout=subprocess.PIPE)
@@ -157,16 +165,19 @@ class LaunchProcesses:
             for id in ended[: max(0, len(self._started) - MOST_KEPT)]:
                 del self._started[id]
         wait = _collect if started.log is None else _wait
-        threading.Thread(target=wait, args=(started,), name=f"launch {started.name}", daemon=True).start()
+        started.thread = threading.Thread(
+            target=wait, args=(started,), name=f"launch {started.name}", daemon=True
+        )
+        started.thread.start()
         return _launch(started)
 
 
 def _popen(arguments: list[str], stdout: int | IO[bytes]) -> subprocess.Popen[bytes]:
     """Start the training command in a session of its own. Raises OSError."""
     kept = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in _LAUNCHER and not key.startswith(("STDIT_SERVER_", "TORCHELASTIC_"))
+        name: value
+        for name, value in environment_without_passwords().items()
+        if name not in _LAUNCHER and not name.startswith("TORCHELASTIC_")
     }
     package = str(Path(stdit.__file__).parents[1])
     path = os.pathsep.join(filter(None, [package, kept.get("PYTHONPATH")]))

@@ -17,7 +17,6 @@ from stdit.checkpoint_files import step_folders
 from stdit.serve.errors import RequestError
 from stdit.serve.gallery.gallery_scan import read_facts
 from stdit.serve.json_values import whole_number, whole_text
-from stdit.serve.metadata_reader import read_hostile_metadata
 from stdit.serve.runs.metrics_reader import MetricsReader, read_last_lines
 from stdit.serve.runs.run_checkpoints import CheckpointStates, RunCheckpoint
 from stdit.serve.runs.run_files import (
@@ -278,8 +277,7 @@ class Runs:
             known = self._videos.get(video)
         if known is None or known[0] != state:
             facts = read_facts(video)
-            taken = (read_hostile_metadata(video) or {}).get("num_inference_steps") if facts else None
-            known = (state, facts.prompt if facts else None, whole_number(taken))
+            known = (state, facts.prompt if facts else None, facts.num_inference_steps if facts else None)
             with self._lock:
                 _remember(self._videos, video, known, _MOST_KNOWN)
         _, prompt, taken = known

@@ -13,12 +13,12 @@ from stdit.serve.queue.job import COMPLETED
 from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.uploads import Uploads
 
-_PLACES = "places.json"
+_FILE = "paths.json"
 _VIDEO_ID = re.compile(r"video_[0-9a-f]{24}")
 
 
 @dataclass(frozen=True)
-class ServerPlaces:
+class ServerPaths:
     """The folders of a server, which its workers share."""
 
     state: Path
@@ -39,18 +39,29 @@ class ServerPlaces:
         """The files that clients sent."""
         return Uploads(self.state / "uploads", self.max_upload_bytes)
 
+    @property
+    def thumbnails(self) -> Path:
+        """Folder of the thumbnails of videos and uploads, which may be deleted."""
+        return self.state / "thumbnails"
+
+    def delete_video(self, store: JobStore, job_id: str) -> None:
+        """Forget a job, and delete its video. Raises OSError if that cannot be deleted."""
+        file = store.delete(job_id)
+        if file is not None:
+            (self.videos / file).unlink(missing_ok=True)
+
     def write(self) -> None:
         """Write this for the workers."""
         self.state.mkdir(parents=True, exist_ok=True)
         values = {
             name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
         }
-        write_json_atomic(self.state / _PLACES, values)
+        write_json_atomic(self.state / _FILE, values)
 
     @classmethod
-    def read(cls, state: Path) -> "ServerPlaces":
+    def read(cls, state: Path) -> "ServerPaths":
         """Return what a server has written into its folder of state."""
-        values = json.loads((state / _PLACES).read_text(encoding="utf-8"))
+        values = json.loads((state / _FILE).read_text(encoding="utf-8"))
         paths = {name: Path(values[name]) for name in ("state", "videos", "runs")}
         loras = None if values["loras"] is None else Path(values["loras"])
         return cls(**paths, loras=loras, max_upload_bytes=values["max_upload_bytes"])
