@@ -114,7 +114,9 @@ def test_the_ranks_of_a_group_that_hangs_are_ended(tmp_path: Path) -> None:
     one._end(module._Process(0, [], process=process))
     process.stdout.close()
     assert process.poll() is not None
-    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE  # no longer running, nobody waits for it
+    assert (
+        not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+    )  # no longer running, nobody waits for it
 
 
 def test_a_worker_that_ends_again_and_again_waits_longer(
