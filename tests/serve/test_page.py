@@ -385,6 +385,15 @@ def test_a_video_of_a_checkpoint_that_is_missing_is_not_made_again(page: Page, t
     expect(page.locator("#inspect-drop .error")).to_contain_text("notes.mp4: holds no metadata of stdit")
 
 
+def test_the_timeline_has_the_overlap_that_the_server_chooses(served: Served, page: Page) -> None:
+    asked = {"prompt": "a ball", "segments": 2}
+    estimate = served.client.request("POST", "/v1/estimate", asked)
+    page.locator("#more-settings summary").click()
+    page.locator("[name=segments]").fill("2")
+    told = f"that share {estimate['overlap']}: {estimate['num_frames']} frames"
+    expect(page.locator("#timeline")).to_contain_text(told)
+
+
 # Runs
 
 
