@@ -22,6 +22,8 @@ from stdit.serve.errors import RequestError
 from stdit.serve.heavy_work import HeavyWork
 from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.uploads import Uploads
+from tests.lora.tiny import write_random_adapter
+from tests.pipelines.tiny import tiny_model
 from tests.serve.servers import PROMPT, URL, command, png
 
 HUGE = 10**400
@@ -158,6 +160,16 @@ def test_what_breaks_a_rule_is_refused_at_its_field(
         error = error_of(client.post(route, content=json.dumps(body)))  # as JSON, also halves of pairs
         assert error["param"] == param and words in error["message"], error
     assert client.get("/v1/videos").json()["data"] == []
+
+
+def test_an_adapter_of_another_architecture_is_refused_before_it_waits(tmp_path: Path) -> None:
+    write_random_adapter(tmp_path / "loras" / "small.safetensors", tiny_model())
+    settings = command(tmp_path, loras=str(tmp_path / "loras"))
+    with TestClient(build_app(settings, with_workers=False), base_url=URL) as client:
+        assert [one["id"] for one in client.get("/v1/loras").json()["data"]] == ["small"]
+        error = error_of(client.post("/v1/videos", json={"prompt": PROMPT, "loras": [{"id": "small"}]}))
+    assert error["param"] == "loras[0].id"
+    assert error["message"].startswith("lora small: is of another architecture")
 
 
 @pytest.mark.parametrize("name", ["seconds", "guidance_scale", "num_frames"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
+from stdit.lora.config import LoRASpec
 from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import PROMPT_SETTINGS, SampleConfig
 from stdit.pipelines.prompts import PROMPT_TYPES, prompt_line
@@ -145,6 +146,7 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
             check_requests([request], model.settings, codec, model.transformer.get("guidance_range"))
             if not own.get("any_size"):
                 _check_size(request, model)
+            _check_loras(request.loras, own.get("loras", []), model)
         except RequestError:
             raise
         except UserError as error:
@@ -265,6 +267,20 @@ def _read_loras(entries: Any, catalog: Catalog) -> list[str]:
             )
         found.append(f"{catalog.adapter(name, f'loras[{place}].id')}:{weight}")
     return found
+
+
+def _check_loras(
+    loras: Sequence[LoRASpec], entries: Sequence[Mapping[str, Any]], model: OfferedModel
+) -> None:
+    """Raise RequestError for an adapter of another architecture."""
+    from stdit.pipelines.loras import check_loras
+
+    for place, (lora, entry) in enumerate(zip(loras, entries, strict=True)):
+        try:
+            check_loras([lora], model.transformer)
+        except UserError as error:
+            message = str(error).replace(str(lora.file), str(entry["id"]))
+            raise RequestError(message, param=f"loras[{place}].id") from None
 
 
 def _read_conditions(
