@@ -5,8 +5,10 @@ import typing
 from typing import Any
 
 from stdit.pipelines.config import PROMPT_SETTINGS, PromptSettings
+from stdit.serve.queue.request_conditions import MAX_CONDITIONS
+from stdit.serve.queue.request_loras import MAX_LORAS
 from stdit.serve.queue.request_values import MAX_PROMPT
-from stdit.serve.queue.submissions import FIELDS, MAX_CONDITIONS, MAX_LORAS
+from stdit.serve.queue.submissions import FIELDS
 
 _JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 _OWN: dict[str, dict[str, Any]] = {

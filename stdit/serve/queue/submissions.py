@@ -4,13 +4,11 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from stdit.errors import UserError
-from stdit.lora.config import LoRASpec
 from stdit.pipelines.conditions import FrameCondition
 from stdit.pipelines.config import PROMPT_SETTINGS, SampleConfig
 from stdit.pipelines.prompts import PROMPT_TYPES, prompt_line
@@ -20,11 +18,11 @@ from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
 from stdit.serve.errors import RequestError
 from stdit.serve.queue.captured_warnings import captured_warnings
 from stdit.serve.queue.catalog import Catalog, OfferedModel
+from stdit.serve.queue.request_conditions import FindFrames, read_conditions
+from stdit.serve.queue.request_loras import check_architecture, read_loras
 from stdit.serve.queue.request_values import MAX_SEGMENTS, check_numbers, check_texts
 from stdit.suggestions import nearest_name
 
-MAX_CONDITIONS = 32
-MAX_LORAS = 8
 MAX_WORK = 2**31
 """Pixels of all frames that the segments of a video have together."""
 _MOST_WARNINGS = 20
@@ -40,16 +38,6 @@ FIELD_TYPES = PROMPT_TYPES | {
     "seconds": (str, int, float),
 }
 """Types of their values; what is not listed is text."""
-_CONDITION_FIELDS = {
-    "upload": str,
-    "video": str,
-    "frame": int,
-    "length": int,
-    "strength": float,
-    "source_frame": int,
-}
-FindFrames = Callable[[str, str], Path]
-"""Maps "upload" or "video" and an id to a file; raises RequestError if there is none."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +117,7 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
     except UserError as error:
         raise _at_field(error) from None
     seed = secrets.randbelow(2**31) if line.seed is None else line.seed
-    loras = _read_loras(own.get("loras", []), catalog)
+    loras = read_loras(own.get("loras", []), catalog)
     settings = {name: getattr(line, name) for name in PROMPT_SETTINGS if name not in _NOT_OFFERED}
     with captured_warnings() as warnings:
         try:
@@ -140,13 +128,13 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
             config = SampleConfig(**settings, prompt=[line.prompt], seed=seed, lora=loras)
             [request] = plan_requests(config)
             _check_work(request, model)
-            conditions = _read_conditions(own.get("conditions", []), model, request, find_frames)
+            conditions = read_conditions(own.get("conditions", []), model, request, find_frames)
             request = replace(request, conditions=conditions)
             codec = model.codec if request.segments.count > 1 else None
             check_requests([request], model.settings, codec, model.transformer.get("guidance_range"))
             if not own.get("any_size"):
                 _check_size(request, model)
-            _check_loras(request.loras, own.get("loras", []), model)
+            check_architecture(request.loras, own.get("loras", []), model)
         except RequestError:
             raise
         except UserError as error:
@@ -243,104 +231,6 @@ def _check_size(request: Request, model: OfferedModel) -> None:
             f"{' or '.join(known[:5])}, {way_out}.",
             param="height",
         )
-
-
-def _read_loras(entries: Any, catalog: Catalog) -> list[str]:
-    if not isinstance(entries, list) or not all(isinstance(one, Mapping) for one in entries):
-        raise RequestError('loras: must be a list such as [{"id": "NAME", "weight": 1.0}].', param="loras")
-    if len(entries) > MAX_LORAS:
-        raise RequestError(
-            f"loras: has {len(entries)} adapters: at most {MAX_LORAS} are used.", param="loras"
-        )
-    found = []
-    for place, entry in enumerate(entries):
-        name, weight = entry.get("id"), entry.get("weight", 1.0)
-        if set(entry) - {"id", "weight"} or not isinstance(name, str):
-            raise RequestError(
-                'loras: each must have an id, and may have a weight: {"id": "NAME"}.',
-                param=f"loras[{place}].id",
-            )
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= 100:
-            raise RequestError(
-                f"loras: weight = {weight!r:.80}: must be a number from -100 to 100.",
-                param=f"loras[{place}].weight",
-            )
-        found.append(f"{catalog.adapter(name, f'loras[{place}].id')}:{weight}")
-    return found
-
-
-def _check_loras(
-    loras: Sequence[LoRASpec], entries: Sequence[Mapping[str, Any]], model: OfferedModel
-) -> None:
-    """Raise RequestError for an adapter of another architecture."""
-    from stdit.pipelines.loras import check_loras
-
-    for place, (lora, entry) in enumerate(zip(loras, entries, strict=True)):
-        try:
-            check_loras([lora], model.transformer)
-        except UserError as error:
-            message = str(error).replace(str(lora.file), str(entry["id"]))
-            raise RequestError(message, param=f"loras[{place}].id") from None
-
-
-def _read_conditions(
-    entries: Any, model: OfferedModel, request: Request, find_frames: FindFrames
-) -> tuple[FrameCondition, ...]:
-    """Return the conditioning frames of a request, each inside the video and in its source."""
-    if not isinstance(entries, list) or not all(isinstance(one, Mapping) for one in entries):
-        raise RequestError(
-            'conditions: must be a list such as [{"upload": "ID", "frame": 0}].', param="conditions"
-        )
-    if len(entries) > MAX_CONDITIONS:
-        raise RequestError(
-            f"conditions: has {len(entries)} entries: at most {MAX_CONDITIONS} are used.", param="conditions"
-        )
-    settings = request.settings.resolved(model.settings)
-    num_frames, fps = int(settings["num_frames"]), float(settings["fps"])
-    total = request.segments.resolved(num_frames, model.codec).total_frames(num_frames)
-    found = []
-    for place, entry in enumerate(entries):
-        try:
-            found.append(_read_condition(entry, total, fps, find_frames))
-        except RequestError as error:
-            field = f".{error.param}" if error.param in _CONDITION_FIELDS else ""
-            raise RequestError(str(error), param=f"conditions[{place}]{field}") from None
-    return tuple(found)
-
-
-def _read_condition(
-    entry: Mapping[str, Any], total: int, fps: float, find_frames: FindFrames
-) -> FrameCondition:
-    for name, value in entry.items():
-        kind = _CONDITION_FIELDS.get(name)
-        right = isinstance(value, (int, float) if kind is float else kind) if kind else False
-        if kind is None or (value is not None and (not right or isinstance(value, bool))):
-            words = {str: "a text", int: "a whole number", float: "a number"}
-            rule = f"must be {words[kind]}" if kind else f"use {', '.join(_CONDITION_FIELDS)}"
-            raise RequestError(f"conditions: {name:.40} = {value!r:.80}: {rule}.", param=name)
-    sources = [name for name in ("upload", "video") if entry.get(name) is not None]
-    if len(sources) != 1:
-        raise RequestError("conditions: each needs either the id of an upload or that of a video.")
-    file = find_frames(sources[0], entry[sources[0]])
-    skip, length, strength = entry.get("source_frame") or 0, entry.get("length"), entry.get("strength")
-    try:
-        if skip < 0:
-            available = FrameCondition(str(file), 0).resolved(10**6, fps).length
-            assert available is not None
-            skip = max(0, available + skip)
-        strength = 1.0 if strength is None else float(strength)
-        condition = FrameCondition(str(file), entry.get("frame") or 0, length, strength, skip)
-        return condition.resolved(total, fps)
-    except UserError as error:
-        message = str(error).replace(str(file), f"its {sources[0]}")
-        raise RequestError(message, param=_field_of_condition(message)) from None
-
-
-def _field_of_condition(message: str) -> str | None:
-    """Return the field of conditioning frames that an error of the command line is about."""
-    words = {"its strength must": "strength", "its length must": "length", "choose one of them": "frame"}
-    words |= {"begin earlier": "length", "leave the length out": "length"}
-    return next((field for text, field in words.items() if text in message), None)
 
 
 def _at_field(error: UserError) -> RequestError:
