@@ -1,6 +1,7 @@
 """The application and what serves it: unexpected errors, the end, the socket, the address of a client."""
 
 import asyncio
+import shutil
 import socket
 import threading
 import time
@@ -12,10 +13,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from stdit.errors import UserError
+from stdit.pipelines.bundled import BUNDLED
 from stdit.serve.api import security
 from stdit.serve.api.app import build_app
 from stdit.serve.api.http_server import HttpServer
-from stdit.serve.api.server import _listen
+from stdit.serve.api.server import _check_folders, _listen
 from stdit.serve.gallery.gallery import Gallery
 from stdit.serve.queue.jobs import JobStore
 from tests.serve.servers import URL, command
@@ -79,6 +81,54 @@ def test_the_address_of_a_client_is_not_taken_from_a_header(
     monkeypatch.setattr(security.RequestLimit, "take", take)
     urlopen(Request(f"{server}/health", headers={"X-Forwarded-For": "203.0.113.7"}), timeout=60).close()
     assert clients == {"127.0.0.1"}
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_body_is_not_logged(
+    server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = server.removeprefix("http://").split(":")
+    for kind in ("application/json", "multipart/form-data; boundary=x"):
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n--x".encode())
+    urlopen(f"{server}/v1/models", timeout=60).close()
+    assert "Traceback" not in caplog.text and "failed" not in caplog.text
+
+
+def test_head_is_answered_without_a_body(server: str) -> None:
+    for path in ("/", "/health", "/v1/videos", "/v1/models"):
+        with urlopen(Request(f"{server}{path}", method="HEAD"), timeout=60) as answer:
+            assert answer.status == 200 and answer.read() == b""
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("weights", "has 100 bytes, but"),
+        ("index", "is not JSON"),
+        ("loras", "server.loras = .*nope: there is no such folder"),
+        ("runs", "server.runs = .*file: .*cannot be written .*: choose a folder that can be written"),
+    ],
+)
+def test_folders_that_cannot_be_used_are_refused_before_the_server_starts(
+    tmp_path: Path, case: str, words: str
+) -> None:
+    config = command(tmp_path)
+    if case == "loras":
+        config.server.loras = str(tmp_path / "nope")
+    elif case == "runs":
+        (tmp_path / "file").touch()
+        config.server.runs = str(tmp_path / "file")
+    else:
+        config.checkpoint = str(shutil.copytree(BUNDLED, tmp_path / "model"))
+        if case == "index":
+            (tmp_path / "model" / "meta.json").unlink()
+            (tmp_path / "model" / "model_index.json").write_text("{")
+        else:
+            [weights] = (tmp_path / "model" / "transformer").glob("*.safetensors")
+            weights.write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=words):
+        _check_folders(config)
 
 
 def test_a_host_or_port_that_cannot_be_listened_on_is_refused_in_words() -> None:

@@ -116,6 +116,18 @@ def plays(video: Locator) -> None:
 # Make
 
 
+def test_lines_that_were_queued_leave_the_form_when_a_later_one_is_refused(page: Page) -> None:
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill("a ball of several lines\n" + 5000 * "x")
+    page.locator("[name=num_inference_steps]").fill("2")
+    page.locator("#make-button").click()
+    expect(page.locator("#make-error")).to_contain_text(
+        "1 of 2 videos are queued; the next one was refused: prompt:"
+    )
+    expect(prompt).to_have_value(5000 * "x")
+    expect(card(page, "a ball of several lines")).to_be_visible()
+
+
 def test_a_video_forms_plays_and_is_downloaded(served: Served, page: Page, tmp_path: Path) -> None:
     prompt = "a red star orbits a blue square on a white background"
     page.get_by_label("Prompt", exact=True).fill(prompt)

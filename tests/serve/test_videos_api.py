@@ -78,7 +78,7 @@ def test_openais_names(client: TestClient) -> None:
         ({"prompt": PROMPT, "num_frames": "9"}, "num_frames", "must be a whole number"),
         ({"prompt": PROMPT, "num_frames": 26}, "num_frames", "use 29"),
         ({"prompt": PROMPT, "height": 80, "width": 64}, "height", "was not trained on 64x80"),
-        ({"prompt": PROMPT, "height": 63, "width": 64}, "height", "multiples of"),
+        ({"prompt": PROMPT, "height": 63, "width": 64}, "height", "was not trained on 64x63: use 64x64"),
         ({"prompt": PROMPT, "height": 64}, "width", "width is missing"),
         ({"prompt": PROMPT, "size": "64 x 64"}, "size", "must be WIDTHxHEIGHT"),
         ({"prompt": PROMPT, "seconds": "soon"}, "seconds", "must be a number"),
@@ -112,6 +112,9 @@ def test_openais_names(client: TestClient) -> None:
             "there is no finished video",
         ),
         ({"prompt": PROMPT, "image": "/etc/passwd"}, "image", "is not a field"),
+        ({"prompt": PROMPT, "input_reference": "x"}, "input_reference", "send it as a file in a form"),
+        ({"prompt": PROMPT, "checkpoint": "x"}, "checkpoint", "use model"),
+        ({"prompt": PROMPT, "negative_prompt": 5}, "negative_prompt", "negative_prompt: must be a text."),
         ({"prompt": PROMPT, "any_size": 1}, "any_size", "must be true or false"),
         ({"prompt": PROMPT, "segment_prompts": 5}, "segment_prompts", "must be a list of texts"),
         ({"prompt": PROMPT, "segment_prompts": True}, "segment_prompts", "must be a list of texts"),
@@ -192,7 +195,7 @@ def test_a_strength_is_above_zero_and_up_to_one(client: TestClient, strength: fl
 @pytest.mark.parametrize(
     "entry, field, words",
     [
-        ({"frame": 99}, ".frame", "the video has the frames 0 to 24"),
+        ({"frame": 99}, ".frame", "frame = 99: the video has the frames 0 to 24"),
         ({"frame": 20, "length": 9}, ".length", "has 5 frames, not 9"),
         ({"length": 3}, ".length", "its source has 1 frames"),
         ({"frames": 3}, "", "conditions: frames = 3: use upload"),
@@ -221,6 +224,17 @@ def test_an_estimate_tells_the_overlap_of_segments(client: TestClient) -> None:
     found = client.post("/v1/estimate", json={"prompt": PROMPT, "segments": 2}).json()
     assert found["num_frames"] == 2 * 25 - found["overlap"] and found["overlap"] > 0
     assert client.post("/v1/estimate", json={"prompt": PROMPT}).json()["overlap"] == 0
+
+
+def test_a_field_of_a_form_that_is_given_twice_is_refused(client: TestClient) -> None:
+    error = error_of(client.post("/v1/videos", data={"prompt": [PROMPT, "another"]}))
+    assert error["param"] == "prompt" and error["message"] == "prompt is given twice: send it once."
+
+
+def test_a_form_that_cannot_be_read_is_refused_in_words(client: TestClient) -> None:
+    kind = {"Content-Type": "multipart/form-data"}
+    error = error_of(client.post("/v1/uploads", content=b"x", headers=kind))
+    assert error["message"].startswith("the request cannot be read (Missing boundary in multipart): ")
 
 
 def test_settings_of_a_form_are_at_most_as_long_as_json(client: TestClient) -> None:

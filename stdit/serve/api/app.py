@@ -14,6 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import stdit
@@ -114,6 +115,7 @@ def build_app(config: SampleCommand, with_workers: bool = True) -> FastAPI:
 
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     _explain_errors(app)
+    app.add_middleware(_Head)
     app.add_middleware(_Unexpected)
     app.add_middleware(Guard, config=config.server)  # outside of all others: each answer gets its headers
     return app
@@ -152,6 +154,24 @@ def _answer(message: str, status: int, param: str | None = None, code: str = "in
     return JSONResponse(error_body(message, param, code, status), status)
 
 
+class _Head:
+    """ASGI middleware that answers HEAD as GET, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            is_body = message["type"] == "http.response.body"
+            await send({**message, "body": b""} if is_body else message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_without_body)
+
+
 class _Unexpected:
     """ASGI middleware that logs an error that nobody expected, and answers without any detail of it."""
 
@@ -168,6 +188,8 @@ class _Unexpected:
 
         try:
             await self.app(scope, receive, send_noting)
+        except ClientDisconnect:
+            pass  # nobody is there to be answered
         except Exception as error:
             if has_begun or scope["type"] != "http":
                 raise  # uvicorn logs it, and breaks the connection
@@ -194,9 +216,10 @@ def _explain_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     def of_http(request: Request, error: HTTPException) -> JSONResponse:
         codes = {404: "not_found", 405: "method_not_allowed"}
-        response = _answer(
-            f"{error.detail}.", error.status_code, None, codes.get(error.status_code, "invalid_request")
-        )
+        words = f"{error.detail.rstrip('.')}."
+        if error.status_code == 400:  # of a form that cannot be read
+            words = f"the request cannot be read ({error.detail.rstrip('.')}): send one form with one file."
+        response = _answer(words, error.status_code, None, codes.get(error.status_code, "invalid_request"))
         response.headers.update(error.headers or {})
         return response
 

@@ -18,6 +18,7 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_level="warning",
+                ws="none",
                 server_header=False,
                 date_header=False,
                 proxy_headers=False,  # anyone could name an address in them, and evade the limits per client

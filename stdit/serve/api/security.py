@@ -92,7 +92,7 @@ class Guard:
         client = client_of(scope)
         if wait := self.limit.take(client):
             raise RequestError(
-                f"more than {self.config.requests_per_second:g} requests per second: wait {wait:.1f} seconds.",
+                f"more than {self.config.requests_per_second:g} requests per second: wait {max(0.1, wait):.1f} s.",
                 status=429,
                 code="rate_limit_exceeded",
                 retry_after=ceil(wait),

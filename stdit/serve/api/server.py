@@ -3,8 +3,11 @@
 import os
 import socket
 from contextlib import closing
+from pathlib import Path
 
+from stdit.checkpoint_files import verify_if_sealed
 from stdit.errors import UserError, install_command
+from stdit.pipelines.loading import pipeline_settings
 from stdit.pipelines.sources import find_checkpoint_source
 from stdit.pipelines.writer import check_writable
 from stdit.serve.config import SampleCommand
@@ -29,12 +32,9 @@ def serve(config: SampleCommand) -> None:
     from stdit.serve.api.http_server import HttpServer
     from stdit.serve.api.lock import lock_server
 
-    if config.checkpoint is not None:
-        find_checkpoint_source(config.checkpoint, config.ema)
+    _check_folders(config)
     if config.server.workers is not None or config.ranks > 1:
         device_groups(config)
-    check_writable(config.videos_folder)
-    check_writable(config.state_folder)
     with (
         closing(_listen(config.server.host, config.server.port)) as listening,
         lock_server(config.state_folder),
@@ -42,9 +42,30 @@ def serve(config: SampleCommand) -> None:
         app = build_app(config)
         server = HttpServer(app)
         host, port = listening.getsockname()[:2]
-        shown = "localhost" if host in ("127.0.0.1", "::1") else host
+        shown = {"127.0.0.1": "localhost", "::1": "localhost"}.get(host, host)
+        shown = socket.gethostname() if host in ("0.0.0.0", "::") else shown
         print(f"open http://{shown}:{port} in a browser; Ctrl-C stops the server", flush=True)
         server.run(sockets=[listening])
+
+
+def _check_folders(config: SampleCommand) -> None:
+    """Raise UserError if a folder cannot be used, or the checkpoint is missing or damaged."""
+    if config.checkpoint is not None:
+        source = find_checkpoint_source(config.checkpoint, config.ema)
+        pipeline_settings(source)
+        for part in source.path.iterdir() if source.is_pipeline else ():
+            if part.is_dir():
+                verify_if_sealed(part)
+    if config.server.loras is not None and not Path(config.server.loras).is_dir():
+        raise UserError(f"server.loras = {config.server.loras}: there is no such folder: correct the path.")
+    try:
+        check_writable(config.state_folder)
+    except UserError as error:
+        reason = str(error).partition(": choose")[0].removeprefix("output ")
+        raise UserError(
+            f"server.runs = {config.server.runs}: {reason}: choose a folder that can be written."
+        ) from None
+    check_writable(config.videos_folder)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -61,8 +82,12 @@ def _listen(host: str, port: int) -> socket.socket:
         if listening is not None:
             listening.close()
         reason = getattr(error, "strerror", None) or error
+        another = (
+            f"another, such as --server.port {port + 1 if port < 65535 else 8000}, or 0 for any that is free"
+        )
+        if isinstance(error, socket.gaierror | UnicodeError):
+            another = "another host, such as 127.0.0.1 or a name of this machine"
         raise UserError(
-            f"server.host = {host}, server.port = {port}: cannot be listened on ({reason}): choose "
-            f"another, such as --server.port {port + 1 if port < 65535 else 8000}, or 0 for any that is free."
+            f"server.host = {host}, server.port = {port}: cannot be listened on ({reason}): choose {another}."
         ) from None
     return listening

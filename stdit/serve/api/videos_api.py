@@ -201,6 +201,8 @@ async def _form_fields(form: FormData, uploads: Uploads, heavy: HeavyWork) -> di
             conditions.append({"upload": kept["id"], "frame": 0, "length": 1})
         elif name == "segment_prompts" and not value.startswith("["):
             fields.setdefault(name, []).append(value)
+        elif name in fields:
+            raise RequestError(f"{name:.40} is given twice: send it once.", param=name[:40])
         else:
             fields[name] = _form_value(name, value)
     if conditions:

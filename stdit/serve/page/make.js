@@ -5,6 +5,7 @@ import { startConditions } from './conditions.js';
 import { $, announce } from './dom.js';
 import { clearError, clearErrors, showError } from './errors.js';
 import { cancelEstimate, estimateSoon } from './estimate.js';
+import { events } from './events.js';
 import { duration, plural } from './format.js';
 import { startGrid } from './grid.js';
 import { startJobs, submit } from './jobs.js';
@@ -12,6 +13,7 @@ import { startLoras } from './loras.js';
 import { loadModels } from './models.js';
 import { nextSeed, startSeed } from './seed.js';
 import {
+  chosenModel,
   fillSettings,
   readLayout,
   readPrompts,
@@ -45,6 +47,7 @@ export async function startMake() {
   for (const name of ['input', 'change', 'filled']) form.addEventListener(name, changed);
   $('#model').addEventListener('change', resetToModel);
   $('#any_size').addEventListener('change', showAllowedSizes);
+  events.addEventListener('connected', () => chosenModel() && estimateSoon()); // errors of the outage are over
   try {
     const [model] = await Promise.all([loadModels(), startLoras()]);
     if (model) fillSettings({ model });
@@ -92,9 +95,11 @@ async function make() {
     if (accepted > 1) announce(`${plural(accepted, 'video')} are queued.`);
   } catch (error) {
     showError(form, error);
-    if (accepted)
+    if (accepted) {
+      form.elements.prompt.value = prompts.slice(accepted).join('\n'); // mended, they are not made twice
       $('#make-error').textContent =
-        `${accepted} of ${plural(prompts.length, 'video')} are queued; the next one was refused.`;
+        `${accepted} of ${plural(prompts.length, 'video')} are queued; the next one was refused: ${error.message}`;
+    }
   } finally {
     submitButton.disabled = false;
   }

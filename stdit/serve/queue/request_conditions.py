@@ -77,7 +77,10 @@ def _read_condition(
         return condition.resolved(total, fps)
     except UserError as error:
         message = str(error).replace(str(file), f"its {sources[0]}")
-        raise RequestError(message, param=_field_of_condition(message)) from None
+        field = _field_of_condition(message)
+        if field is not None:
+            message = f"{field} = {entry.get(field)}: {message.partition(': ')[2]}"
+        raise RequestError(message, param=field) from None
 
 
 def _field_of_condition(message: str) -> str | None:

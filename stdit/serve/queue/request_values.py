@@ -41,9 +41,8 @@ def check_texts(values: Mapping[str, Any]) -> None:
     for name in ("prompt", "negative_prompt"):
         text = values.get(name, "" if name == "negative_prompt" else None)
         if not isinstance(text, str) or (name == "prompt" and not text.strip()):
-            raise RequestError(
-                f"{name}: must be a text, and not empty: write what the video shows.", param=name
-            )
+            rule = "must be a text, and not empty: write what the video shows"
+            raise RequestError(f"{name}: {rule if name == 'prompt' else 'must be a text'}.", param=name)
         if len(text) > MAX_PROMPT:
             raise RequestError(
                 f"{name}: has {len(text):,} characters: at most {MAX_PROMPT:,} are read: shorten it.",

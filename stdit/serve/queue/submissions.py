@@ -26,6 +26,11 @@ from stdit.suggestions import nearest_name
 MAX_WORK = 2**31
 """Pixels of all frames that the segments of a video have together."""
 _MOST_WARNINGS = 20
+_INSTEAD = {
+    "input_reference": "send it as a file in a form (multipart/form-data), or name an upload in conditions.",
+    "checkpoint": "use model, the name of one that GET /v1/models lists.",
+}
+"""What to use instead of fields that requests do not have, or not as a text."""
 _NOT_OFFERED = ("image", "condition", "lora", "reference_path", "mask_strategy")
 """Settings of a prompt that name files: requests have `loras` and `conditions` instead."""
 OWN_FIELDS = ("prompt", "model", "seed", "loras", "conditions", "any_size", "size", "seconds")
@@ -104,6 +109,7 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
         if name not in FIELDS:
             nearest = nearest_name(name, FIELDS)
             hint = f"did you mean {nearest}?" if nearest else f"use {', '.join(FIELDS)}."
+            hint = _INSTEAD.get(name, hint)
             raise RequestError(f"{name:.80} is not a field: {hint}", param=name[:80], code="unknown_field")
     check_numbers(values)
     check_texts(values)
@@ -166,7 +172,8 @@ def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, A
         found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size, re.ASCII) if isinstance(size, str) else None
         if found is None or "height" in values or "width" in values:
             raise RequestError(
-                f"size = {size!r:.80}: must be WIDTHxHEIGHT, such as 64x64, without height and width.",
+                f"size = {size!r:.80}: must be WIDTHxHEIGHT, such as 64x64, of at most 5 digits each, without height "
+                "and width.",
                 param="size",
             )
         values |= {"width": int(found[1]), "height": int(found[2])}
@@ -177,7 +184,8 @@ def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, A
             number = 0.0
         if not 0 < number <= 3600 or "num_frames" in values:
             raise RequestError(
-                f"seconds = {seconds!r:.80}: must be a number above 0, without num_frames.", param="seconds"
+                f"seconds = {seconds!r:.80}: must be a number above 0, at most 3600, without num_frames.",
+                param="seconds",
             )
         fps = values.get("fps", model.settings["fps"])
         frames = number * float(fps if isinstance(fps, int | float) and 0 < fps < 1000 else 1)
@@ -208,6 +216,14 @@ def _check_size(request: Request, model: OfferedModel) -> None:
     settings = request.settings.resolved(model.settings)
     frames, height, width = (int(settings[name]) for name in ("num_frames", "height", "width"))
     way_out = "or send any_size = true to try it"
+    trained = model.trained_sizes
+    if trained and (height, width) not in {(one["height"], one["width"]) for one in trained}:
+        known = sorted({f"{one['width']}x{one['height']}" for one in trained})
+        raise RequestError(
+            f"height = {height}, width = {width}: the model was not trained on {width}x{height}: use "
+            f"{' or '.join(known[:5])}, {way_out}.",
+            param="height",
+        )
     for name, value in (("height", height), ("width", width)):
         if value % model.multiple:
             below = max(model.multiple, value // model.multiple * model.multiple)
@@ -222,14 +238,6 @@ def _check_size(request: Request, model: OfferedModel) -> None:
             f"num_frames = {frames}: the codec of this model makes {natural} frames from its latents, and some would "
             f"be cut off: use {natural}, {way_out}.",
             param="num_frames",
-        )
-    trained = model.trained_sizes
-    if trained and (height, width) not in {(one["height"], one["width"]) for one in trained}:
-        known = sorted({f"{one['width']}x{one['height']}" for one in trained})
-        raise RequestError(
-            f"height = {height}, width = {width}: the model was not trained on {width}x{height}: use "
-            f"{' or '.join(known[:5])}, {way_out}.",
-            param="height",
         )
 
 

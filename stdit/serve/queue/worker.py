@@ -116,7 +116,7 @@ class Worker:
         try:
             self._load(batch[0][0].model)
         except UserError as error:
-            self._fail([job for job, _ in batch], error)
+            self._fail([job for job, _ in batch], RequestError(str(error), param="model"))
             return
         if self._sample_or_fail(batch):
             return
