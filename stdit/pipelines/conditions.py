@@ -3,11 +3,13 @@
 Letters: T frames, H height, W width in pixels.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from stdit.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _SYNTAX = re.compile(
     r"(?P<source>.+)@(?P<index>-?\d{1,9})(:(?P<length>\d{0,9}))?(:(?P<strength>[\d.]+))?", re.DOTALL
@@ -165,6 +169,12 @@ def find_overlaps(conditions: Sequence[FrameCondition], num_frames: int) -> Iter
                 frames = f"frame {first}" if first == last else f"frames {first} to {last}"
                 yield f"condition {later} overwrites {frames} of condition {earlier}: the later one wins"
                 break
+
+
+@lru_cache(maxsize=1000)
+def warn_once(message: str) -> None:
+    """Log a warning of conditioning frames, unless it was logged already."""
+    logger.warning(message)
 
 
 def load_frames(condition: FrameCondition, fps: float, height: int, width: int) -> "Tensor":

@@ -15,6 +15,7 @@ from stdit.parallel.processes.device import find_device
 from stdit.parallel.processes.memory import memory_of_process
 from stdit.parallel.processes.mesh import Mesh, check_divides
 from stdit.parallel.sequence.planner import MIB, ParallelDims, format_gib
+from stdit.pipelines.conditions import warn_once
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.loading import (
     check_text_states,
@@ -77,7 +78,9 @@ def read_workload(config: SampleConfig, source: CheckpointSource) -> SamplingWor
     if config.resolution is not None:  # named sizes depend on the codec and the patch size
         requests = plan_requests(config, size_multiple(pipe.codec, pipe.transformer.config.patch_size))
     settings = model_settings(source)
-    check_requests(requests, pipeline_settings(source), pipe.codec, settings.get("guidance_range"))
+    recorded = pipeline_settings(source)
+    for warning in check_requests(requests, recorded, pipe.codec, settings.get("guidance_range")):
+        warn_once(warning)
     others = {"text encoder": text_encoder_bytes(source)}
     if config.text_states is not None:
         prompted = requests if config.prompt or config.prompts else []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stdit.diffusion.guidance import GUIDANCE_SCHEDULES
 from stdit.errors import UserError
-from stdit.pipelines.conditions import FrameCondition, find_unused_frames
+from stdit.pipelines.conditions import FrameCondition, find_unused_frames, warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def conditions_of_prompts(image: Any, conditions: Any, count: int) -> list[list[
             )
         if isinstance(one, str | Path):
             for warning in find_unused_frames(one):
-                logger.warning(warning)
+                warn_once(warning)
     lists = for_each_prompt([list(conditions)] * count if for_all else conditions, count, "conditions")
     return [
         [*([] if one is None else [FrameCondition(one, 0, 1)]), *others]

@@ -3,7 +3,6 @@
 Imports no torch at module level.
 """
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,9 +33,6 @@ from stdit.pipelines.segments import Segments
 
 if TYPE_CHECKING:
     from stdit.codecs.base import VideoCodec
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,12 +152,15 @@ def check_requests(
     recorded: Mapping[str, Any],
     codec: "VideoCodec | None" = None,
     guidance_range: Sequence[float] | None = None,
-) -> None:
+) -> list[str]:
     """Check requests against the settings that a pipeline records, before it is loaded.
 
     Args:
         codec: of the pipeline; needed if a request has several segments.
         guidance_range: of the model.
+
+    Returns:
+        warnings of conditioning frames that are not used.
 
     Raises:
         UserError: for conditioning frames outside the video or missing in their source, and for settings that this
@@ -189,8 +188,7 @@ def check_requests(
         conditions = [condition.resolved(total, fps) for condition in request.all_conditions()]
         request.segments.check_frames_left(conditions, num_frames, where)
         warnings += find_overlaps(conditions, total)
-    for warning in dict.fromkeys(warnings):
-        logger.warning(warning)
+    return list(dict.fromkeys(warnings))
 
 
 def _read_prompt_lines(config: SampleConfig) -> list[PromptLine]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import stdit
 from stdit.lora.header import read_header
 from stdit.pipelines.bundled import describe_origin
+from stdit.pipelines.conditions import warn_once
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import describe_finished, describe_others
 from stdit.pipelines.loading import (
@@ -49,7 +50,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     source = find_checkpoint_source(config.checkpoint, config.ema)
     codec = load_codec(source) if any(request.segments.count > 1 for request in requests) else None
     recorded = pipeline_settings(source)
-    check_requests(requests, recorded, codec, model_settings(source).get("guidance_range"))
+    for warning in check_requests(requests, recorded, codec, model_settings(source).get("guidance_range")):
+        warn_once(warning)
     texts = [text for request in requests for text in request.texts()]
     if config.text_states is not None:
         check_text_states(config.text_states, texts, source)

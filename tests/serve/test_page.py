@@ -253,6 +253,17 @@ def test_a_grid_has_a_video_for_each_pair_of_two_settings(served: Served, page: 
     expect(cards(page, "a video of a grid")).to_have_count(4)
 
 
+def test_a_grid_with_a_value_that_is_refused_makes_nothing(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill("a video of no grid")
+    page.locator("#grid-panel summary").click()
+    page.get_by_label("Values of the rows").fill("1, -3")
+    page.get_by_role("button", name="Make grid").click()
+    error = page.locator("#grid-row-values ~ .error")
+    expect(error).to_contain_text("guidance_scale = -3")
+    expect(page.locator("#grid table")).to_have_count(0)
+    expect(cards(page, "a video of no grid")).to_have_count(0)
+
+
 def difference(frames: np.ndarray, others: np.ndarray) -> float:
     """Return the mean difference of frames in levels of 255."""
     return float(np.abs(frames.astype(float) - others).mean())

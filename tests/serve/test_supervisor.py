@@ -114,9 +114,10 @@ def test_the_ranks_of_a_group_that_hangs_are_ended(tmp_path: Path) -> None:
     one._end(module._Process(0, [], process=process))
     process.stdout.close()
     assert process.poll() is not None
-    assert (
-        not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
-    )  # no longer running, nobody waits for it
+    late = time.monotonic() + 10
+    while rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE:  # which nobody may wait for here
+        assert time.monotonic() < late
+        time.sleep(0.01)
 
 
 def test_a_worker_that_ends_again_and_again_waits_longer(

@@ -17,7 +17,7 @@ import sample
 from stdit.codecs.stored_text import store_text
 from stdit.errors import UserError
 from stdit.models.stdit import STDiT
-from stdit.pipelines.conditions import FrameCondition
+from stdit.pipelines.conditions import FrameCondition, warn_once
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.pipeline import STDiTPipeline
 from stdit.pipelines.video_io import write_mp4
@@ -128,6 +128,7 @@ def outcome_of(
         argv = ["sample.py", "--checkpoint", "run", "--num_inference_steps", "2", "--output", str(out)]
         argv += [] if "--prompts" in flags else ["--prompt", "a"]
         caplog.clear()
+        warn_once.cache_clear()
         with pytest.MonkeyPatch.context() as patch, recorded(CALLS, calls):
             patch.setattr(sys, "argv", [*argv, *flags])
             patch.setattr("stdit.pipelines.sampling.VideoWriter", Writer)

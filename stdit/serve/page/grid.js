@@ -1,5 +1,6 @@
 /** A grid over two settings: a video for each combination, in a labelled table. */
 
+import { post } from './api.js';
 import { statusText, Picture } from './cards.js';
 import { pauseButton, releaseMedia } from './clips.js';
 import { $, h, replace } from './dom.js';
@@ -57,6 +58,8 @@ async function makeGrid() {
     return;
   }
   const body = { ...readSettings(), prompt, seed: nextSeed() };
+  if (await refused(body, rows, columns, 'row_values')) return;
+  if (await refused(body, columns, rows, 'column_values')) return;
   const grid = { rows, columns, prompt, ids: [] };
   draw(grid);
   for (const [index, cell] of [...container.querySelectorAll('td')].entries()) {
@@ -64,6 +67,19 @@ async function makeGrid() {
     const column = columns.values[index % columns.values.length];
     grid.ids.push(await fill(cell, { ...body, [rows.name]: row, [columns.name]: column }));
     sessionStorage.setItem(STORED, JSON.stringify(grid));
+  }
+}
+
+/** Check the values of one axis, beside the first one of the other; show what is refused at their control. */
+async function refused(body, { name, values }, other, control) {
+  const beside = { ...body, [other.name]: other.values[0] };
+  try {
+    await Promise.all(values.map((value) => post('/v1/estimate', { ...beside, [name]: value })));
+    return false;
+  } catch (error) {
+    showFieldError(form.elements[control], error.message);
+    form.elements[control].focus();
+    return true;
   }
 }
 

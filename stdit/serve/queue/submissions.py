@@ -137,7 +137,9 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
             conditions = read_conditions(own.get("conditions", []), model, request, find_frames)
             request = replace(request, conditions=conditions)
             codec = model.codec if request.segments.count > 1 else None
-            check_requests([request], model.settings, codec, model.transformer.get("guidance_range"))
+            warnings += check_requests(
+                [request], model.settings, codec, model.transformer.get("guidance_range")
+            )
             if not own.get("any_size"):
                 _check_size(request, model)
             check_architecture(request.loras, own.get("loras", []), model)
