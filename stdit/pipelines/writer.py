@@ -243,8 +243,14 @@ def free_stem(folder: Path, stem: str) -> str:
     return name
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(
+    folder: Path, setting: str = "output", way_out: str = "choose another with --output"
+) -> None:
     """Test that files can be written in a folder, before time is spent on videos; a new folder is removed again.
+
+    Args:
+        setting: that names the folder, for messages.
+        way_out: what to do about it, for messages.
 
     Raises:
         UserError: if it cannot be created or written.
@@ -255,9 +261,7 @@ def check_writable(folder: Path) -> None:
             probe.write_bytes(b"")
             probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"output {folder} cannot be written ({error.strerror}): choose another with --output."
-        ) from None
+        raise UserError(f"{setting} {folder} cannot be written ({error.strerror}): {way_out}.") from None
 
 
 def check_output_file(file: Path, example: str) -> None:

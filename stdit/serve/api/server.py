@@ -58,13 +58,8 @@ def _check_folders(config: SampleCommand) -> None:
                 verify_if_sealed(part)
     if config.server.loras is not None and not Path(config.server.loras).is_dir():
         raise UserError(f"server.loras = {config.server.loras}: there is no such folder: correct the path.")
-    try:
-        check_writable(config.state_folder)
-    except UserError as error:
-        reason = str(error).partition(": choose")[0].removeprefix("output ")
-        raise UserError(
-            f"server.runs = {config.server.runs}: {reason}: choose a folder that can be written."
-        ) from None
+    way_out = "choose a folder that can be written"
+    check_writable(config.state_folder, f"server.runs = {config.server.runs}:", way_out)
     check_writable(config.videos_folder)
 
 

@@ -142,9 +142,8 @@ class Worker:
                 self._fail([batch[0][0]], error)
             return len(batch) == 1
         except Exception as error:
-            if self.mesh.world_size > 1 or "CUDA" in str(
-                error
-            ):  # the others wait, or no more can be computed
+            # The other ranks wait, or no more can be computed.
+            if self.mesh.world_size > 1 or "CUDA" in str(error):
                 raise
             logger.exception("%s could not be made", ", ".join(job.id for job, _ in batch))
             if len(batch) == 1:
