@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -20,6 +22,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of `atomic_write` in a folder whose processes have ended."""
+    for left in folder.glob(".*.tmp") if folder.is_dir() else ():
+        number = left.name.split(".")[-2].partition("-")[0]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            left.unlink(missing_ok=True)
 
 
 def write_json_atomic(path: Path, values: Mapping[str, Any]) -> None:

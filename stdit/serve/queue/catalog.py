@@ -210,7 +210,7 @@ class Catalog:
             if found is None or known != state or now > until:
                 try:
                     found, until = self._read(name, folders[name]), inf
-                except UserError as error:  # it may be mended where `_state` does not look
+                except UserError as error:  # it may be mended where `state_of_files` does not look
                     found, until = error, now + DAMAGED_FOR
                 self._models[name] = (state, until, found)
         if isinstance(found, UserError):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from stdit.atomic_files import remove_unfinished
 from stdit.errors import UserError
 from stdit.serve.child_environment import environment_without_passwords
 from stdit.serve.config import SampleCommand
@@ -66,19 +67,12 @@ class Supervisor:
     def start(self) -> None:
         """Let jobs of an earlier server wait again, and start the workers."""
         self.store.release()
-        self._remove_unfinished()
+        remove_unfinished(self.paths.videos)
         self.paths.write()
         self._config_file.write_text(to_yaml(self.config.of_worker()), encoding="utf-8")
         self._workers = [_Process(place, gpus) for place, gpus in enumerate(device_groups(self.config))]
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
-
-    def _remove_unfinished(self) -> None:
-        """Remove what processes that have ended were writing; their number is in the name."""
-        for left in self.paths.videos.glob(".*.tmp") if self.paths.videos.is_dir() else ():
-            number = left.name.split(".")[-2].partition("-")[0]
-            if number.isdigit() and not psutil.pid_exists(int(number)):
-                left.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End the workers; their jobs wait for the next server."""
@@ -125,7 +119,7 @@ class Supervisor:
     def _replace(self, worker: _Process, reason: str) -> None:
         if worker.process is not None and worker.process.stdin is not None:
             worker.process.stdin.close()  # for ranks that outlive their launcher
-        self._remove_unfinished()
+        remove_unfinished(self.paths.videos)
         for job in self.store.release(worker.name, crashed=True, reason=reason):
             logger.warning("%s failed: its worker ended again and again (%s)", job, reason)
         lived = time.monotonic() - worker.started
