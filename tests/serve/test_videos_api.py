@@ -81,6 +81,9 @@ def test_openais_names(client: TestClient) -> None:
         ({"prompt": PROMPT, "height": 63, "width": 64}, "height", "was not trained on 64x63: use 64x64"),
         ({"prompt": PROMPT, "height": 64}, "width", "width is missing"),
         ({"prompt": PROMPT, "size": "64 x 64"}, "size", "must be WIDTHxHEIGHT"),
+        ({"prompt": PROMPT, "size": "99999x99999"}, "size", "size = '99999x99999': height = 99999: must be"),
+        ({"prompt": PROMPT, "size": "80x64"}, "size", "was not trained on 80x64: use 64x64"),
+        ({"prompt": PROMPT, "seconds": 3600}, "seconds", "seconds = 3600: num_frames = 43201: must be"),
         ({"prompt": PROMPT, "seconds": "soon"}, "seconds", "must be a number"),
         ({"prompt": PROMPT, "seed": -1}, "seed", "must be from 0"),
         ({"prompt": PROMPT, "seed": 2**63}, "seed", "must be from 0"),
@@ -345,11 +348,16 @@ def test_conditioning_frames_by_upload_and_form(client: TestClient, tmp_path: Pa
     "content, words",
     [(b"", "empty"), (b"no video", ""), (b"\x89PNG\r\n\x1a\n" + b"x" * 50, "not a readable image")],
 )
-def test_an_upload_that_is_no_video_is_refused(
+def test_an_upload_that_is_no_video_is_refused_at_its_field(
     client: TestClient, tmp_path: Path, content: bytes, words: str
 ) -> None:
-    error = error_of(client.post("/v1/uploads", files={"file": ("x.mp4", content)}))
-    assert error["param"] == "file" and words in error["message"] and str(tmp_path) not in error["message"]
+    for route, field in (("uploads", "file"), ("videos", "input_reference"), ("estimate", "input_reference")):
+        sent = {"data": {"prompt": PROMPT}, "files": {field: ("x.mp4", content)}}
+        error = error_of(client.post(f"/v1/{route}", **sent))
+        assert (
+            error["param"] == field and error["message"].startswith("x.mp4: ") and words in error["message"]
+        )
+        assert str(tmp_path) not in error["message"]
     assert list((tmp_path / "outputs" / ".serve" / "uploads").glob("*")) == []
 
 
@@ -425,6 +433,31 @@ def test_videos_are_cancelled_deleted_and_listed_in_pages(client: TestClient) ->
     assert client.get("/health").json()["queued"] == 3
     assert error_of(client.get(f"/v1/videos/{ids[2]}/content"))["code"] == "not_ready"
     assert client.get(f"/v1/videos/{ids[2]}/content", params={"variant": "settings"}).json()["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    "route, param",
+    [
+        *((f"videos/{name}", "id") for name in ("x", "video_" + "0" * 24, "%00", "x" * 999)),
+        ("videos/x/content", "id"),
+        ("videos/x/events", "id"),
+        ("videos?after=x", "after"),
+        ("uploads/x/thumbnail", "id"),
+        ("uploads/file_" + "0" * 64 + "/thumbnail", "id"),
+        ("runs/x/samples/first/a.mp4", "step"),
+        ("runs/" + "x" * 999, "name"),
+        ("launches/" + "x" * 999, "id"),
+    ],
+)
+def test_what_is_not_there_is_not_found_whatever_its_name(client: TestClient, route: str, param: str) -> None:
+    answer = client.get(f"/v1/{route}")
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["param"]) == (404, "not_found", param)
+    assert "there is no" in error["message"] and "^" not in error["message"]
+    if route.startswith("videos/x"):
+        assert (
+            client.post("/v1/videos/x/cancel").status_code == client.delete("/v1/videos/x").status_code == 404
+        )
 
 
 def test_unknown_routes_and_methods(client: TestClient) -> None:

@@ -275,6 +275,23 @@ def test_conditioning_frames_of_uploads_and_videos(
     assert np.abs(first_frame(shared_client, second, worker).astype(int) - last).mean() < 12
 
 
+def test_a_video_of_damaged_frames_fails_without_a_path_of_the_server(
+    worker: Worker, shared_client: TestClient, ask: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (25, 64, 64, 3), np.uint8)
+    video_io.write_mp4(tmp_path / "clip.mp4", noise, 12.0)
+    content = bytearray((tmp_path / "clip.mp4").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = b"\xff" * 2000  # an upload is decoded as far as its first frame
+    upload = shared_client.post("/v1/uploads", files={"file": ("clip.mp4", bytes(content))}).json()
+    video = ask(seed=72, conditions=[{"upload": upload["id"], "length": 20}])
+    worker.make(worker.store.claim("w", 8))
+    job = worker.store.get(video["id"])
+    assert job is not None and job.state == "failed" and job.error is not None
+    assert job.error.startswith("condition 1: ") and "damaged" in job.error
+    assert str(worker.paths.state) not in job.error
+
+
 def test_a_video_that_is_deleted_in_the_gallery_is_gone(
     worker: Worker, shared_client: TestClient, ask: Callable[..., dict[str, Any]]
 ) -> None:

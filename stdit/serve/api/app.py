@@ -211,6 +211,8 @@ def _explain_errors(app: FastAPI) -> None:
     def of_schema(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = str(first["loc"][-1]) if first["loc"] else "request"
+        if first["loc"][:1] == ("path",):  # a name or number that nothing can have
+            return _answer(f"{name} = {first['input']!r:.80}: there is none.", 404, name, "not_found")
         return _answer(f"{name:.80}: {first['msg']}.", 400, name[:80])
 
     @app.exception_handler(HTTPException)

@@ -13,6 +13,9 @@ _FIRST_PART = 0.2
 """Part of the steps in which earlier videos foretell the end better than these steps."""
 
 
+Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+
+
 class ErrorObject(BaseModel):
     """Why a video failed."""
 
@@ -26,7 +29,7 @@ class VideoObject(BaseModel):
 
     id: str
     object: Literal["video"] = "video"
-    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+    status: Status
     progress: int
     """Percent."""
     step: int

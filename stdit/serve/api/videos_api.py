@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, UploadFile
-from fastapi import Path as InPath
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
@@ -22,20 +21,18 @@ from stdit.serve.api.events import EventStream
 from stdit.serve.api.inspection import Inspection, Inspector
 from stdit.serve.api.schema import submission_schema
 from stdit.serve.api.security import MAX_BODY, client_of, too_large_text
-from stdit.serve.api.video_objects import VideoObject, video_object
+from stdit.serve.api.video_objects import Status, VideoObject, video_object
 from stdit.serve.config import SampleCommand
 from stdit.serve.errors import RequestError
 from stdit.serve.gallery.thumbnails import thumbnail
 from stdit.serve.heavy_work import HeavyWork
 from stdit.serve.queue.catalog import Catalog
-from stdit.serve.queue.job import COMPLETED, STATES, Job, NewJob
+from stdit.serve.queue.job import COMPLETED, Job, NewJob
 from stdit.serve.queue.jobs import JobStore, KeyReusedError, QueueFullError
 from stdit.serve.queue.paths import ServerPaths
 from stdit.serve.queue.submissions import FIELD_TYPES, Submission, hash_request, read_submission
 from stdit.serve.queue.uploads import Uploads, no_room
 
-VideoId = Annotated[str, InPath(pattern=r"^video_[0-9a-f]{24}$")]
-UploadId = Annotated[str, InPath(pattern=r"^file_[0-9a-f]{64}$")]
 _CHUNK = 2**20
 
 
@@ -130,11 +127,16 @@ class VideoService:
         except KeyReusedError as error:
             raise _key_reused(error) from None
 
-    def job(self, job_id: str) -> Job:
-        """Return a job. Raises RequestError if there is none."""
+    def job(self, job_id: str, field: str = "id") -> Job:
+        """Return a job. Raises RequestError, of the field that names it, if there is none."""
         job = self.store.get(job_id)
         if job is None:
-            raise RequestError(f"there is no video {job_id:.40}.", 404, "id", "not_found")
+            raise RequestError(
+                f"there is no video {job_id!r:.80}, or no longer: GET /v1/videos lists those that there are.",
+                404,
+                field,
+                "not_found",
+            )
         return job
 
     def shown(self, job: Job) -> VideoObject:
@@ -197,7 +199,7 @@ async def _form_fields(form: FormData, uploads: Uploads, heavy: HeavyWork) -> di
                 raise RequestError(
                     f"{name:.40}: send files as input_reference or to /v1/uploads.", param=name[:40]
                 )
-            kept = await heavy.run(partial(uploads.save, _chunks(value), value.filename or ""))
+            kept = await heavy.run(partial(uploads.save, _chunks(value), value.filename or "", name))
             conditions.append({"upload": kept["id"], "frame": 0, "length": 1})
         elif name == "segment_prompts" and not value.startswith("["):
             fields.setdefault(name, []).append(value)
@@ -266,25 +268,25 @@ def video_routes(service: VideoService) -> APIRouter:
     @router.get("/v1/videos")
     def list_videos(
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        after: Annotated[str | None, Query(pattern=r"^video_[0-9a-f]{24}$")] = None,
+        after: str | None = None,
         order: Literal["asc", "desc"] = "desc",
-        status: Annotated[str | None, Query(pattern=f"^({'|'.join(STATES)})$")] = None,
+        status: Status | None = None,
     ) -> VideoList:
         """List videos in the order in which they were asked for."""
-        number = None if after is None else service.job(after).number
+        number = None if after is None else service.job(after, "after").number
         jobs = store.list_jobs(limit + 1, number, order == "desc", status)
         shown = [service.shown(job) for job in jobs[:limit]]
         ends = (shown[0].id, shown[-1].id) if shown else (None, None)
         return VideoList(data=shown, has_more=len(jobs) > limit, first_id=ends[0], last_id=ends[1])
 
     @router.get("/v1/videos/{video_id}")
-    def get_video(video_id: VideoId) -> VideoObject:
+    def get_video(video_id: str) -> VideoObject:
         """Tell the state of a video."""
         return service.shown(service.job(video_id))
 
     @router.get("/v1/videos/{video_id}/content", response_class=Response)
     async def get_content(
-        video_id: VideoId,
+        video_id: str,
         variant: Literal["video", "thumbnail", "preview", "settings"] = "video",
         download: bool = False,
     ) -> Response:
@@ -303,7 +305,7 @@ def video_routes(service: VideoService) -> APIRouter:
         return FileResponse(file, media_type="video/mp4", filename=file.name if download else None)
 
     @router.post("/v1/videos/{video_id}/cancel")
-    def cancel_video(video_id: VideoId) -> VideoObject:
+    def cancel_video(video_id: str) -> VideoObject:
         """Cancel a video that waits or is being made."""
         service.job(video_id)
         job = store.cancel(video_id)
@@ -311,7 +313,7 @@ def video_routes(service: VideoService) -> APIRouter:
         return service.shown(job)
 
     @router.delete("/v1/videos/{video_id}")
-    def delete_video(video_id: VideoId) -> DeletedObject:
+    def delete_video(video_id: str) -> DeletedObject:
         """Delete a video and its file; one that waits or is being made is cancelled."""
         service.job(video_id)
         try:
@@ -325,7 +327,7 @@ def video_routes(service: VideoService) -> APIRouter:
         return DeletedObject(id=video_id)
 
     @router.get("/v1/videos/{video_id}/events", response_class=StreamingResponse)
-    async def watch_video(request: Request, video_id: VideoId) -> StreamingResponse:
+    async def watch_video(request: Request, video_id: str) -> StreamingResponse:
         """Stream the progress and previews of a video until it is over."""
         await run_in_threadpool(service.job, video_id)
         return _stream(service.events.listen([video_id], True, client_of(request.scope)))
@@ -347,7 +349,7 @@ def video_routes(service: VideoService) -> APIRouter:
         return UploadObject(**kept)
 
     @router.get("/v1/uploads/{upload_id}/thumbnail", response_class=FileResponse)
-    async def get_upload(upload_id: UploadId) -> FileResponse:
+    async def get_upload(upload_id: str) -> FileResponse:
         """Send a small picture of an upload, which moves if it is a video."""
         file = await run_in_threadpool(service.uploads.find, upload_id)
         return await small_picture(file, pictures=True)

@@ -78,8 +78,9 @@ class ServerPaths:
         file = None if job is None or job.state != COMPLETED or job.file is None else self.videos / job.file
         if file is None or not file.is_file():
             raise RequestError(
-                f"conditions: there is no finished video {name!r:.80}: wait until it is, or choose another.",
-                param="conditions",
+                f"there is no finished video {name!r:.80}: wait until it is, or choose another.",
+                status=404,
+                param="id",
                 code="not_found",
             )
         return file

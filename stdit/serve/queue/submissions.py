@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,8 @@ _INSTEAD = {
     "checkpoint": "use model, the name of one that GET /v1/models lists.",
 }
 """What to use instead of fields that requests do not have, or not as a text."""
+_ALIASES = {"height": "size", "width": "size", "num_frames": "seconds"}
+"""Fields by the names that OpenAI's API has for them: an error names the one that was sent."""
 _NOT_OFFERED = ("image", "condition", "lora", "reference_path", "mask_strategy")
 """Settings of a prompt that name files: requests have `loras` and `conditions` instead."""
 OWN_FIELDS = ("prompt", "model", "seed", "loras", "conditions", "any_size", "size", "seconds")
@@ -84,6 +86,19 @@ class Submission:
         calls = settings["num_inference_steps"] * halves + 4 * settings["refine_pairs"]
         return float(settings["num_frames"] * settings["height"] * settings["width"] * calls * segments)
 
+    def shown(self, text: str) -> str:
+        """Return a text with the numbers of conditioning frames instead of their files, which are the server's."""
+        # the longest first: they hold the shorter ones
+        names: tuple[Callable[[FrameCondition], str], ...] = (
+            lambda one: f"condition {one}",
+            lambda one: f"conditioning frames {one.source}",
+            lambda one: str(one.source),
+        )
+        for name in names:
+            for number, one in enumerate(self.request.conditions, 1):
+                text = text.replace(name(one), f"condition {number}")
+        return text
+
     def facts(self) -> dict[str, Any]:
         """Return what is known of the video before it is made."""
         settings, frames = self.settings, self.total_frames
@@ -104,6 +119,17 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
     Raises:
         RequestError: for a field that is unknown or breaks its rule, in the words of the command line.
     """
+    try:
+        return _read_submission(fields, catalog, find_frames)
+    except RequestError as error:
+        sent = _ALIASES.get(error.param or "", "")
+        if fields.get(sent) is None:
+            raise
+        message = f"{sent} = {fields[sent]!r:.80}: {error}"
+        raise RequestError(message, error.status, sent, error.error_code) from None
+
+
+def _read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: FindFrames) -> Submission:
     values = {name: value for name, value in fields.items() if value is not None}
     for name in values:
         if name not in FIELDS:
@@ -152,18 +178,8 @@ def read_submission(fields: Mapping[str, Any], catalog: Catalog, find_frames: Fi
         )
         warn_of_missing_trigger([request.prompt], model.settings.get("trigger"), model.name)
     body = dict(values) | own | {"prompt": line.prompt, "model": model.name, "seed": seed}
-    return Submission(model, request, body, tuple(_shown_warnings(warnings, request.conditions)))
-
-
-def _shown_warnings(warnings: Sequence[str], conditions: Sequence[FrameCondition]) -> list[str]:
-    """Return warnings with the numbers of conditioning frames instead of their files, at most `_MOST_WARNINGS`."""
-    names = {f"condition {one}": f"condition {number}" for number, one in enumerate(conditions, 1)}
-    shown = []
-    for warning in warnings[:_MOST_WARNINGS]:
-        for name, number in names.items():
-            warning = warning.replace(name, number)
-        shown.append(warning)
-    return shown
+    found = Submission(model, request, body)
+    return replace(found, warnings=tuple(map(found.shown, warnings[:_MOST_WARNINGS])))
 
 
 def _without_aliases(values: dict[str, Any], model: OfferedModel) -> dict[str, Any]:

@@ -28,18 +28,22 @@ class Uploads:
     max_bytes: int
     max_total_bytes: int | None = None
 
-    def save(self, chunks: Iterable[bytes], name: str = "") -> dict[str, Any]:
+    def save(self, chunks: Iterable[bytes], name: str = "", field: str = "file") -> dict[str, Any]:
         """Keep a file and return what is known of it.
+
+        Args:
+            name: of the file, for people.
+            field: of the form, for errors.
 
         Raises:
             RequestError: if it is too large, empty, or no picture or video, or there is no room for it.
         """
         try:
-            return self._save(chunks, name)
+            return self._save(chunks, name, field)
         except OSError as error:
-            raise no_room(error.strerror or "error") from None
+            raise no_room(error.strerror or "error", field) from None
 
-    def _save(self, chunks: Iterable[bytes], name: str) -> dict[str, Any]:
+    def _save(self, chunks: Iterable[bytes], name: str, field: str) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
         others = 0 if self.max_total_bytes is None else self._total_bytes()
         aside = self.folder / f".{os.getpid()}-{time.monotonic_ns()}.part"
@@ -49,14 +53,14 @@ class Uploads:
                 for chunk in chunks:
                     size += len(chunk)
                     if size > self.max_bytes:
-                        raise too_large(self.max_bytes)
+                        raise too_large(self.max_bytes, field)
                     if self.max_total_bytes is not None and others + size > self.max_total_bytes:
                         raise no_room(
-                            f"at most {self.max_total_bytes / 2**30:g} GiB, --server.max_uploads_gib"
+                            f"at most {self.max_total_bytes / 2**30:g} GiB, --server.max_uploads_gib", field
                         )
                     digest.update(chunk)
                     file.write(chunk)
-            found = _probe(aside, name)
+            found = _probe(aside, name, field)
             target = self.folder / f"file_{digest.hexdigest()}"
             os.replace(aside, target)
         finally:
@@ -79,8 +83,9 @@ class Uploads:
             os.utime(file)  # in use: it is not too old
         except FileNotFoundError:
             raise RequestError(
-                f"conditions: there is no upload {upload!r:.80}, or no longer: send the file to /v1/uploads again.",
-                param="conditions",
+                f"there is no upload {upload!r:.80}, or no longer: send the file to /v1/uploads again.",
+                status=404,
+                param="id",
                 code="not_found",
             ) from None
         return file
@@ -96,23 +101,23 @@ class Uploads:
         return removed
 
 
-def too_large(max_bytes: int) -> RequestError:
-    """Return the error of a request that sends too much."""
+def too_large(max_bytes: int, field: str | None = None) -> RequestError:
+    """Return the error of a request that sends too much, in a field of its form if it is known."""
     return RequestError(
         f"the files of the request are larger than {round(max_bytes / 2**20, 3):g} MiB (--server.max_upload_mib): "
         "send a smaller file.",
         status=413,
-        param="file",
+        param=field,
         code="too_large",
     )
 
 
-def no_room(reason: str) -> RequestError:
+def no_room(reason: str, field: str | None = None) -> RequestError:
     """Return the error of a file for which there is no room, or that cannot be written."""
     return RequestError(
         f"the file cannot be kept here ({reason}): try again later, or ask who runs the server to make room.",
         status=507,
-        param="file",
+        param=field,
         code="no_room",
     )
 
@@ -122,7 +127,7 @@ def shown_name(name: str) -> str:
     return "".join(letter for letter in re.split(r"[\\/]", name)[-1] if letter.isprintable())[:120]
 
 
-def _probe(file: Path, name: str) -> dict[str, Any]:
+def _probe(file: Path, name: str, field: str) -> dict[str, Any]:
     from stdit.data.decoding.decode import DecodeError, decode_clip, probe
 
     try:
@@ -131,8 +136,8 @@ def _probe(file: Path, name: str) -> dict[str, Any]:
     except DecodeError as error:
         reason = error.reason.replace(str(file), shown_name(name))
         raise RequestError(
-            f"{shown_name(name) or 'file'}: {reason}: use an intact picture or video.",
-            param="file",
+            f"{shown_name(name) or field}: {reason}: use an intact picture or video.",
+            param=field,
             code="not_a_video",
         ) from None
     return {

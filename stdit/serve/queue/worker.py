@@ -139,7 +139,8 @@ class Worker:
             self._sample(batch)
         except UserError as error:  # of all together, such as too little memory, or of one of them
             if len(batch) == 1:
-                self._fail([batch[0][0]], error)
+                [(job, one)] = batch
+                self._fail([job], UserError(one.shown(str(error))))
             return len(batch) == 1
         except Exception as error:
             # The other ranks wait, or no more can be computed.
