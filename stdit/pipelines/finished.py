@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,11 +107,24 @@ def is_readable_json(path: Path) -> bool:
 
 
 def compared(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata that equal videos share, in JSON's types, with the size that was generated."""
+    """Return the metadata that equal videos share, in JSON's types, with the size that was generated.
+
+    Files are compared by their hashes alone.
+    """
     metadata = {**_NOT_IN_OLD_FILES, **metadata}
     values = json.loads(json.dumps({name: metadata[name] for name in metadata if name not in _NOT_COMPARED}))
-    for lora in values.get("loras", []):  # known by its hash, too
+    for lora in values.get("loras", []):
         lora.pop("file", None)
+    if files := values.get("conditioning_files"):
+        places = {name: str(place) for place, name in enumerate(files)}
+        split = [text.rpartition("@") for text in values.get("conditions", [])]
+        values |= {
+            "conditioning_files": list(files.values()),
+            "image": places.get(values.get("image"), values.get("image")),
+            "conditions": [f"{places.get(name, name)}@{where}" for name, _, where in split],
+        }
+        for entry in values.get("mask_strategy", []):
+            entry["source"] = places.get(entry["source"], entry["source"])
     return values | values.pop("padded_from", {})
 
 
@@ -128,14 +141,3 @@ def describe_others(folder: Path, others: Mapping[str, str]) -> str:
     name, reason = next(iter(others.items()))
     more = f", and {len(others) - 1} more" if len(others) > 1 else ""
     return f"{folder / name} stays as it is ({reason}){more}: the new videos get a number at the end of their names"
-
-
-def hash_sources(sources: Iterable[Any], known: dict[str, str]) -> dict[str, str]:
-    """Return the hashes of conditioning files by path; ``known`` keeps those computed so far."""
-    from stdit.hashing import hash_file
-
-    paths: Sequence[str] = [str(source) for source in sources if isinstance(source, str | Path)]
-    for path in paths:
-        if path not in known:
-            known[path] = hash_file(Path(path))
-    return {path: known[path] for path in dict.fromkeys(paths)}

@@ -10,7 +10,6 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import stdit
 from stdit.lora.header import read_header
 from stdit.pipelines.bundled import describe_origin
 from stdit.pipelines.conditions import warn_once
@@ -28,6 +27,7 @@ from stdit.pipelines.requests import Request, check_requests, plan_requests
 from stdit.pipelines.sizes import size_multiple
 from stdit.pipelines.sources import CheckpointSource, find_checkpoint_source
 from stdit.pipelines.untrained import warn_of_missing_trigger, warn_of_untrained
+from stdit.pipelines.video_metadata import provenance
 from stdit.pipelines.writer import VideoWriter, check_writable
 
 if TYPE_CHECKING:
@@ -105,16 +105,8 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
             print(line, flush=True)
         return []
 
-    provenance = {
-        "dtype": config.dtype,
-        "tile": config.codec.tile,
-        "checkpoint": str(source.path),
-        "checkpoint_hash": weights,
-        "checkpoint_step": pipe.config["step"],
-        "lineage": pipe.config["lineage"] or [],
-        "stdit": stdit.__version__,
-    }
-    writer = VideoWriter(folder, config.formats(), pipe.config, provenance)
+    facts = provenance(config, source.path, weights, pipe.config)
+    writer = VideoWriter(folder, config.formats(), pipe.config, facts)
     pending, others = mesh.on_main(lambda: writer.skip_finished(requests))
     if mesh.is_main:
         _report_finished(folder, len(requests) - len(pending), len(requests), others)

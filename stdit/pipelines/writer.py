@@ -5,17 +5,17 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.atomic_files import write_json_atomic
 from stdit.errors import UserError
 from stdit.hashing import hash_bytes
-from stdit.lora.config import LoRASpec
 from stdit.pipelines.config import Format
-from stdit.pipelines.finished import KINDS, FinishedVideos, compared, hash_sources, is_readable_json
+from stdit.pipelines.finished import KINDS, FinishedVideos, compared, is_readable_json
 from stdit.pipelines.requests import Request
+from stdit.pipelines.video_metadata import video_metadata
 
 if TYPE_CHECKING:
     from stdit.pipelines.runner import SampledVideo
@@ -182,47 +182,6 @@ class VideoWriter:
     def _add(self, path: Path) -> None:
         self.written.append(path)
         self.report(path)
-
-
-def request_metadata(
-    request: Request, defaults: Mapping[str, Any], provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what is needed to make a video again: prompt, seed, settings, conditions, and the provenance."""
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "seed": request.seed,
-        **request.settings.resolved(defaults),
-        "image": None if request.image is None else str(request.image),
-        "conditions": [str(condition) for condition in request.conditions],
-        "mask_strategy": [asdict(entry) for entry in request.mask_entries],
-        "segments": request.segments.count,
-        "segment_prompts": list(request.segment_prompts),
-        "overlap": request.segments.overlap,
-        "loop": request.segments.loop,
-        **provenance,
-        **({"loras": [_lora_facts(lora) for lora in request.loras]} if request.loras else {}),
-        **({"extra": request.extra} if request.extra else {}),
-    }
-
-
-def video_metadata(
-    request: Request, defaults: Mapping[str, Any], provenance: Mapping[str, Any], hashes: dict[str, str]
-) -> dict[str, Any]:
-    """Return `request_metadata` with the hashes of the conditioning files.
-
-    Args:
-        hashes: by path, those that are known; others are added.
-    """
-    metadata = request_metadata(request, defaults, provenance)
-    sources = [condition.source for condition in request.all_conditions()]
-    sources += [entry.source for entry in request.mask_entries]
-    found = hash_sources(sources, hashes)
-    return metadata | ({"conditioning_files": found} if found else {})
-
-
-def _lora_facts(lora: LoRASpec) -> dict[str, Any]:
-    return {"file": str(lora.file), "weight": lora.weight, "hash": lora.hash}
 
 
 def _stem(request: Request) -> str:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 
 from stdit.checkpoint_files import read_meta, write_manifest
 from stdit.errors import UserError
+from stdit.hashing import hash_file
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.contact_sheet import read_contents
 from stdit.pipelines.finished import compared
@@ -19,7 +21,8 @@ from stdit.pipelines.sampling import sample_to_files
 from stdit.pipelines.video_io import read_metadata
 from tests import warm
 from tests.launch import launch
-from tests.pipelines.tiny import tiny_pipeline, write_run
+from tests.lora.tiny import write_random_adapter
+from tests.pipelines.tiny import tiny_model, tiny_pipeline, write_run
 
 PROMPTS = ["a red circle", "a blue square", "a green cross", "a grey line"]
 
@@ -209,6 +212,43 @@ def test_a_video_is_found_when_its_prompt_has_moved_or_appears_twice(
     assert metadata["files"] == ["000-a-red-circle-seed0.mp4", "000-a-red-circle-seed0.gif"]
 
 
+def test_files_name_no_folder_of_the_machine(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the working folder are named by their paths in it, others by name and hash: they may be anywhere."""
+    lora = write_random_adapter(tmp_path / "loras" / "style.safetensors", tiny_model())
+    pictures = [tmp_path / folder / "x.png" for folder in ("red", "blue")]
+    for picture in pictures:
+        picture.parent.mkdir()
+        PIL.Image.new("RGB", (8, 8), picture.parent.name).save(picture)
+    config = SampleConfig(
+        checkpoint=str(run),
+        prompt="a",
+        lora=[str(lora)],
+        image=str(pictures[0]),
+        condition=[f"{pictures[1]}@-1"],
+        output=str(tmp_path / "out"),
+    )
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    files = sample_to_files(config)
+    for file in files:
+        content = file.read_bytes()
+        assert str(tmp_path).encode() not in content and str(run.parent).encode() not in content, file
+    facts = read_metadata(files[0])
+    blue = f"{hash_file(pictures[1])}/x.png"
+    assert facts["checkpoint"] == "tiny/checkpoints/step-00000010"
+    assert facts["loras"][0]["file"] == "style.safetensors" and facts["image"] == "x.png"
+    assert facts["conditions"] == [f"{blue}@-1::1"]
+    assert facts["conditioning_files"] == {"x.png": hash_file(pictures[0]), blue: hash_file(pictures[1])}
+
+    monkeypatch.chdir(tmp_path)
+    assert sample_to_files(config) == []
+    inside = read_metadata(sample_to_files(replace(config, output="again"))[0])
+    assert list(inside["conditioning_files"]) == ["red/x.png", "blue/x.png"]
+    assert inside["loras"][0]["file"] == "loras/style.safetensors"
+
+
 def test_a_sheet_alone_is_not_made_twice(config: SampleConfig, tmp_path: Path) -> None:
     assert len(sample_to_files(replace(config, format="png"))) == 5
     assert sample_to_files(replace(config, format="png")) == []
@@ -273,3 +313,8 @@ def test_videos_of_versions_without_a_setting_had_its_default() -> None:
         "model_calls": 7,
     }
     assert compared(old) == compared(new) != compared({**new, "cache": "slow"})
+    whole_paths = {**old, "image": "/a/x.png", "conditions": ["/a/x.png@3:1:1"]}
+    names = {**old, "image": "x.png", "conditions": ["x.png@3:1:1"]}
+    assert compared({**whole_paths, "conditioning_files": {"/a/x.png": "xxh3:1"}}) == compared(
+        {**names, "conditioning_files": {"x.png": "xxh3:1"}}
+    )

@@ -226,7 +226,7 @@ def test_metadata_name_conditions_and_segments(pipe, tmp_path):
     )
     _, path = sample_to_files(config)
     facts = json.loads(path.read_text())
-    assert facts["conditions"] == [f"{tmp_path}/clip.mp4@1:2:1"]
+    assert facts["conditions"] == ["clip.mp4@1:2:1"] and facts["mask_strategy"][0]["source"] == "clip.mp4"
     assert facts["mask_strategy"][0]["segment"] == 1
     assert (facts["segment_prompts"], facts["segments"], facts["num_frames"]) == (["b"], 2, 4)
     assert (facts["overlap"], facts["loop"]) == (1, False)

@@ -13,6 +13,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from stdit.errors import UserError
+from stdit.lora.config import ADAPTER_FILE
 from stdit.parallel.processes.mesh import Mesh
 from stdit.pipelines import runner, video_io
 from stdit.pipelines.config import SampleConfig
@@ -24,6 +25,7 @@ from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.paths import ServerPaths
 from stdit.serve.queue.previews import Previewer
 from stdit.serve.queue.worker import Worker
+from tests.lora.tiny import write_random_adapter
 from tests.serve.servers import PROMPT, URL, command, png
 
 QUICK = {"num_inference_steps": 4, "refine_pairs": 0}
@@ -315,17 +317,27 @@ def first_frame(client: TestClient, video: dict[str, Any], worker: Worker) -> np
 
 
 def test_a_video_is_reproduced_from_its_file(
-    worker: Worker, shared_client: TestClient, ask: Callable[..., dict[str, Any]]
+    worker: Worker, shared_client: TestClient, ask: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    original = ask(seed=80, guidance_scale=2.0, solver="unipc")
+    """By the request in it; or, as videos of the command line have none, by the hashes of all its files."""
+    assert worker._loaded is not None
+    write_random_adapter(worker.paths.runs / "style" / "lora" / ADAPTER_FILE, worker._loaded.pipe.transformer)
+    upload = shared_client.post("/v1/uploads", files={"file": ("red.png", png())}).json()
+    files = {"loras": [{"id": "style", "weight": 0.5}], "conditions": [{"upload": upload["id"]}]}
+    original = ask(seed=80, guidance_scale=2.0, solver="unipc", **files)
     worker.make(worker.store.claim("w", 8))
-    with file_of(worker, original).open("rb") as file:
-        found = shared_client.post("/v1/inspect", files={"file": file}).json()
-    assert found["reproducible"] and found["model"] == "bundled", found
-    again = shared_client.post("/v1/videos", json=found["settings"]).json()
-    worker.make(worker.store.claim("w", 8))
-    frames = [read_frames(file_of(worker, video), 99) for video in (original, again)]
-    assert np.array_equal(*frames)
+    metadata = read_metadata(file_of(worker, original))
+    assert str(worker.paths.runs.parent) not in str(metadata)
+    assert [lora["file"] for lora in metadata["loras"]] == [ADAPTER_FILE]
+    del metadata["request"]
+    video_io.write_mp4(tmp_path / "v.mp4", np.zeros((2, 64, 64, 3), np.uint8), 8, metadata)
+    for file in (file_of(worker, original), tmp_path / "v.mp4"):
+        found = shared_client.post("/v1/inspect", files={"file": file.read_bytes()}).json()
+        assert found["reproducible"] and found["model"] == "bundled", found
+        again = shared_client.post("/v1/videos", json=found["settings"]).json()
+        worker.make(worker.store.claim("w", 8))
+        frames = [read_frames(file_of(worker, video), 99) for video in (original, again)]
+        assert np.array_equal(*frames)
 
 
 def test_segments_of_a_long_video(worker: Worker, ask: Callable[..., dict[str, Any]]) -> None:

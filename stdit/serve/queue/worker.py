@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import stdit
 from stdit.cli import run
 from stdit.errors import UserError
 from stdit.pipelines.config import SampleConfig
 from stdit.pipelines.finished import difference
 from stdit.pipelines.sources import find_checkpoint_source
+from stdit.pipelines.video_metadata import provenance, video_metadata
 from stdit.serve.errors import RequestError
 from stdit.serve.queue.catalog import Catalog, state_of_files
 from stdit.serve.queue.job import Job
@@ -285,19 +285,9 @@ class Worker:
         return self.store.progress(self.name, ids, step, progress.segments * progress.steps, previews)
 
     def _metadata(self, one: Submission, loaded: ServedPipeline) -> dict[str, Any]:
-        from stdit.pipelines.writer import video_metadata
-
-        provenance = {
-            "dtype": self.config.dtype,
-            "tile": self.config.codec.tile,
-            "checkpoint": str(loaded.path),
-            "checkpoint_hash": loaded.weights,
-            "checkpoint_step": loaded.pipe.config["step"],
-            "lineage": loaded.pipe.config["lineage"] or [],
-            "stdit": stdit.__version__,
-            "request": one.body,
-        }
-        return video_metadata(one.request, loaded.pipe.config, provenance, self._hashes)
+        recorded = loaded.pipe.config
+        origin = provenance(self.config, loaded.path, loaded.weights, recorded) | {"request": one.body}
+        return video_metadata(one.request, recorded, origin, self._hashes)
 
     def _is_written(self, job: Job, one: Submission, loaded: ServedPipeline) -> bool:
         file = self.paths.video_file(job.id, one.request)
