@@ -298,6 +298,7 @@ def test_a_run_of_the_folder_can_be_the_beginning_of_another(
 def test_configs_are_offered_with_what_they_lack(client: TestClient) -> None:
     found = client.get("/v1/configs").json()
     configs = {config["name"]: config for config in found["data"]}
+    assert list(configs)[:2] == ["train/finetune", "train/quickstart"]
     assert (
         configs["train/quickstart"]["summary"]
         == "The embedded shapes data set: ten minutes of training on two CPU cores:"

@@ -128,6 +128,16 @@ def test_lines_that_were_queued_leave_the_form_when_a_later_one_is_refused(page:
     expect(card(page, "a ball of several lines")).to_be_visible()
 
 
+def test_make_is_filled_while_it_is_pointed_at(page: Page) -> None:
+    style = "(one) => ['color', 'backgroundColor'].map((name) => getComputedStyle(one)[name])"
+    text, background = page.locator("#make-button").evaluate(style)
+    page.locator("#make-button").hover()
+    pointed_text, pointed_background = page.locator("#make-button").evaluate(style)
+    draft = page.locator("#draw-seed")
+    draft.hover()
+    assert pointed_text == text != background != pointed_background != draft.evaluate(style)[1]
+
+
 def test_a_video_forms_plays_and_is_downloaded(served: Served, page: Page, tmp_path: Path) -> None:
     prompt = "a red star orbits a blue square on a white background"
     page.get_by_label("Prompt", exact=True).fill(prompt)

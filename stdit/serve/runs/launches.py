@@ -39,6 +39,8 @@ OVERRIDES = {
     "init_from": _RUN,
 }
 """Settings that the page may change, and what they are; a run is the name of one in the folder."""
+_FIRST = ("train/finetune", "train/quickstart")
+"""Configs that people begin with."""
 _NEW_NAME = re.compile(r"[^\W_][\w.+-]{0,99}")
 _WAYS = (
     "touch {file} on any machine that shares the disk: the run saves a checkpoint after its step, and ends"
@@ -241,7 +243,9 @@ def _check_settings(arguments: Sequence[str]) -> None:
 
 
 def _offered() -> dict[str, Path]:
-    return {name: file for name, file in named_configs().items() if name.startswith("train/")}
+    """Return the configs for training by name, those to begin with first."""
+    found = {name: file for name, file in named_configs().items() if name.startswith("train/")}
+    return dict(sorted(found.items(), key=lambda item: (item[0] not in _FIRST, item[0])))
 
 
 def _not_stopped(message: str) -> RequestError:
