@@ -1,7 +1,7 @@
 """Generate videos from prompts.
 
-    python sample.py --prompt "a red star orbits a blue square"    # runs on a CPU
-    python sample.py --help                                        # more examples, and every setting
+    python sample.py --prompt "a red star moves to the right"    # runs on a CPU
+    python sample.py --help                                      # more examples, and every setting
 
 An installed wheel has the same command as stdit-sample.
 """

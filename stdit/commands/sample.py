@@ -1,6 +1,6 @@
 """Generate videos from prompts.
 
-    python sample.py --prompt "a red star orbits a blue square" --prompt "a green heart bounces"
+    python sample.py --prompt "a red star moves to the right" --prompt "a green heart bounces"
     python sample.py --checkpoint outputs/quickstart --prompt "a red ball rises"
     python sample.py --checkpoint outputs/quickstart --prompts prompts.csv --num_samples 2
     python sample.py --checkpoint outputs/clips --prompt "a wave rises" --image first.png

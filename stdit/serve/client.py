@@ -3,7 +3,7 @@
 from stdit.serve.client import VideoClient
 
 client = VideoClient("http://localhost:8000")
-video = client.create("a red star orbits a blue square on a white background", seed=1)
+video = client.create("a red star moves to the right on a white background", seed=1)
 client.save(client.wait(video), "star.mp4")
 """
 
