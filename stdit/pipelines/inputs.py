@@ -4,7 +4,7 @@ Letters: B prompts, C channels, T latent frames, H height, W width, L text token
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,19 @@ def _shape(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def changes_of_callback(returned: Any, given: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """Return the tensors that a callback has replaced.
+def changes_of_callback(
+    returned: Any, given: Mapping[str, Tensor], names: Sequence[str], read_only: str
+) -> dict[str, Tensor]:
+    """Return the tensors that a callback has replaced; what it returns as it got it is no change.
 
     Args:
         returned: by the callback.
         given: the tensors that there are.
         names: those that a callback may name.
+        read_only: one of them, which it may not replace.
 
     Raises:
-        UserError: for another name or shape, or a tensor that there is not.
+        UserError: for another name or shape, a tensor that there is not, or one that is to be read only.
     """
     if returned is not None and not isinstance(returned, Mapping):
         raise UserError(
@@ -105,6 +108,11 @@ def changes_of_callback(returned: Any, given: Mapping[str, Tensor], names: list[
             raise UserError(f"callback_on_step_end returned {name!r}: may only name {', '.join(names)}.")
         if value is own:
             continue
+        if name == read_only:
+            raise UserError(
+                f"callback_on_step_end returned another {name}, which is to be read only: return what it got, or "
+                "leave it out."
+            )
         if own is None:
             raise UserError(
                 f"callback_on_step_end returned {name}, which a call without guidance does not have: call with a "

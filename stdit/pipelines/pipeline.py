@@ -768,8 +768,7 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     given[CLEAN] = model.sharding.gather(clean, 2, latent_frames)
                 asked: dict[str, Any] = {name: given.get(name) for name in callback_inputs}
                 returned = callback(self, index, timestep, asked)
-                replaced = [name for name in self._callback_tensor_inputs if name != CLEAN]
-                changed = changes_of_callback(returned, given, replaced)
+                changed = changes_of_callback(returned, given, self._callback_tensor_inputs, read_only=CLEAN)
                 if model.takes_scale:
                     check_scales([self._guidance_scale], self.transformer.config.guidance_range)
                 elif not model.guided and self._guidance_scale not in (guidance, 1):

@@ -225,6 +225,8 @@ def test_tensors_that_do_not_fit(
         ([STATES], {}, "a list: must be a dictionary or None"),
         ({"latents": STATES}, {}, r"latents \[1, 5, 16\]: must be \[1, 3, 4, 8, 8\], as what it got"),
         ({"prompt_embeds": None}, {}, "prompt_embeds NoneType: must be"),
+        ({"noise": None}, {}, "'noise': may only name latents"),
+        ({"clean_latents": NAN}, {}, "another clean_latents, which is to be read only: return what it got"),
         (
             {"negative_prompt_embeds": STATES},
             dict(guidance_scale=1.0),
@@ -235,6 +237,18 @@ def test_tensors_that_do_not_fit(
 def test_what_a_callback_may_not_return(pipe: STDiTPipeline, returned: Any, more: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"callback_on_step_end returned {message}"):
         pipe("a", callback_on_step_end=lambda *_: returned, **more)
+
+
+def test_a_callback_returns_all_that_it_got(pipe: STDiTPipeline) -> None:
+    def same(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert tensors.keys() == set(STDiTPipeline._callback_tensor_inputs)
+        return tensors
+
+    names = STDiTPipeline._callback_tensor_inputs
+    for scale in (1.0, 2.0):
+        more: dict[str, Any] = dict(guidance_scale=scale)
+        asked = dict(callback_on_step_end=same, callback_on_step_end_tensor_inputs=names)
+        assert torch.equal(sample(pipe, "a", **asked, **more), sample(pipe, "a", **more))
 
 
 def test_a_callback_cannot_replace_the_null_caption(pipe: STDiTPipeline) -> None:
