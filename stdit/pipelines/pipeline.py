@@ -14,6 +14,7 @@ from typing import Any, Self
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
@@ -413,11 +414,11 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": ...})`` after each step;
                 tensors in the dictionary that it returns replace those of the pipeline, but for conditioning frames.
                 To end the call with the latents of this step, it sets ``pipe._interrupt = True``. It may set
-                ``pipe._guidance_scale`` for the later steps, but not from 1 to another: a call that begins without
-                guidance has no negative prompts.
+                ``pipe._guidance_scale`` for the later steps (0, as in diffusers' callbacks, and 1 end guidance), but
+                not from 1 to another: a call that begins without guidance has no negative prompts.
             callback_on_step_end_tensor_inputs: names of the tensors passed to the callback: latents, prompt_embeds,
                 negative_prompt_embeds; clean_latents, the video that the step aimed at, of all ranks
-                ``[B C T H W]``, to be read only.
+                ``[B C T H W]``, to be read only. A callback of diffusers' classes names its own.
             callback_on_pair_end: called as ``callback(pipe, pair, clean_latents)`` after each pair of the refinement,
                 with its place from 0 on and the video so far. It may set ``pipe._interrupt``, too.
             max_sequence_length: largest number of tokens of a prompt that is encoded; None: that of the text encoder.
@@ -431,6 +432,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
             UserError: if an argument breaks its rule.
             TypeError: for a setting that does not exist.
         """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         own = video_settings(STDiTPipeline.__call__, settings)
         video = own.resolved(self.config)
         count = self.check_inputs(
@@ -769,6 +772,8 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 asked: dict[str, Any] = {name: given.get(name) for name in callback_inputs}
                 returned = callback(self, index, timestep, asked)
                 changed = changes_of_callback(returned, given, self._callback_tensor_inputs, read_only=CLEAN)
+                if self._guidance_scale == 0 != guidance:  # so diffusers' callbacks end guidance
+                    self._guidance_scale = 1.0
                 if model.takes_scale:
                     check_scales([self._guidance_scale], self.transformer.config.guidance_range)
                 elif not model.guided and self._guidance_scale not in (guidance, 1):

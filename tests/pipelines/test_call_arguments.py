@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from torch import Tensor
 
 from stdit.errors import UserError
@@ -249,6 +250,33 @@ def test_a_callback_returns_all_that_it_got(pipe: STDiTPipeline) -> None:
         more: dict[str, Any] = dict(guidance_scale=scale)
         asked = dict(callback_on_step_end=same, callback_on_step_end_tensor_inputs=names)
         assert torch.equal(sample(pipe, "a", **asked, **more), sample(pipe, "a", **more))
+
+
+class Doubles(PipelineCallback):
+    """A callback of diffusers' class, which doubles the latents after the first step."""
+
+    tensor_inputs = ["latents", "negative_prompt_embeds"]
+
+    def callback_fn(self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: Any) -> Any:
+        assert callback_kwargs["negative_prompt_embeds"] is not None
+        if step_index == 0:
+            callback_kwargs["latents"] = 2 * callback_kwargs["latents"]
+        return callback_kwargs
+
+
+def test_diffusers_own_callbacks(pipe: STDiTPipeline) -> None:
+    def by_hand(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._guidance_scale = 4.0 if step < 1 else 1.0
+        return {"latents": tensors["latents"] * (2 if step == 0 else 1)}
+
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    found = sample(
+        pipe, "a", guidance_scale=4.0, callback_on_step_end=MultiPipelineCallbacks([Doubles(), cut])
+    )
+    assert not pipe.do_classifier_free_guidance
+    expected = sample(pipe, "a", guidance_scale=4.0, callback_on_step_end=by_hand)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, sample(pipe, "a", guidance_scale=4.0, callback_on_step_end=Doubles()))
 
 
 def test_a_callback_cannot_replace_the_null_caption(pipe: STDiTPipeline) -> None:
