@@ -360,9 +360,21 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return pipe
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
+        """Make a pipeline of the components and settings of another, as diffusers does.
+
+        Args:
+            options: those of diffusers; also components and settings to use instead of the other's.
+        """
+        any_class = {name: part for name, part in pipeline.components.items() if name in OWN_BASES}
+        pipe: Self = super().from_pipe(pipeline, **any_class | options)
+        return pipe
+
+    @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
-        """Leave the types of arguments to `VideoSettings`: diffusers knows no Literal, and JSON no tuple."""
-        return {name: (inspect.Signature.empty,) for name in inspect.signature(cls.__init__).parameters}
+        """Leave the types of settings to `VideoSettings`: diffusers knows no Literal, and JSON no tuple."""
+        types = dict.fromkeys(inspect.signature(cls.__init__).parameters, (inspect.Signature.empty,))
+        return types | {"transformer": (STDiT,)}
 
     # ---- the call ----
 

@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from stdit.codecs import CodecConfig, build_codec
 from stdit.diffusion.config import FlowConfig
@@ -372,6 +373,19 @@ def test_an_unknown_setting_is_a_type_error_naming_the_nearest(pipe, tmp_path):
 def test_a_folder_without_a_pipeline_is_named(tmp_path):
     with pytest.raises(UserError, match="model_index.json"):
         STDiTPipeline.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_from_the_components_of_another(any_pipe):
+    again = STDiTPipeline.from_pipe(any_pipe, fps=6.0)
+    assert again.components == any_pipe.components
+    assert {name for name, value in again.config.items() if value != any_pipe.config.get(name)} == {"fps"}
+    assert torch.equal(latents(again, fps=8.0), latents(any_pipe))
+    other = tiny_model(any_pipe.codec.channels)
+    assert STDiTPipeline.from_pipe(any_pipe, transformer=other).transformer is other
+    of_another_class = DiffusionPipeline()
+    of_another_class.register_modules(**{**any_pipe.components, "transformer": any_pipe.vae})
+    with pytest.raises(ValueError, match="only .* were passed"):
+        STDiTPipeline.from_pipe(of_another_class)
 
 
 def test_a_codec_keeps_its_tiles(tmp_path):

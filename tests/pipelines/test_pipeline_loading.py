@@ -227,7 +227,9 @@ def test_a_device_for_all_components():
         STDiTPipeline.from_pretrained(device_map="balanced")
     with pytest.raises(UserError, match="attention_kwargs has scael: may only have scale"):
         pipe("a red star", attention_kwargs={"scael": 1})
-    assert pipe(
+    again = STDiTPipeline.from_pipe(pipe)
+    assert again.components == pipe.components and again.config == pipe.config
+    assert again(
         "a red star", num_inference_steps=1, refine_pairs=0, num_frames=5, output_type="np"
     ).frames.any()
 
