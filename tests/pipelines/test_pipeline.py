@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, WanPipeline
 
 from stdit.codecs import CodecConfig, build_codec
 from stdit.diffusion.config import FlowConfig
@@ -382,10 +382,9 @@ def test_a_pipeline_from_the_components_of_another(any_pipe):
     assert torch.equal(latents(again, fps=8.0), latents(any_pipe))
     other = tiny_model(any_pipe.codec.channels)
     assert STDiTPipeline.from_pipe(any_pipe, transformer=other).transformer is other
-    of_another_class = DiffusionPipeline()
-    of_another_class.register_modules(**{**any_pipe.components, "transformer": any_pipe.vae})
-    with pytest.raises(ValueError, match="only .* were passed"):
-        STDiTPipeline.from_pipe(of_another_class)
+    of_diffusers = WanPipeline(None, None, None, None, transformer=AutoencoderKL())
+    with pytest.raises(TypeError, match="missing .* 'transformer'"):
+        STDiTPipeline.from_pipe(of_diffusers)
 
 
 def test_a_codec_keeps_its_tiles(tmp_path):
