@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+from tests.waiting import communicate
+
 ROOT = Path(__file__).parents[1]
 IMPORTED = [
     "accelerate",
@@ -41,7 +43,6 @@ def run(
     argv: Sequence[str],
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
-    timeout: float = 300.0,
     largest_file: int | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     """Run ``python ARGV`` to its end, as `subprocess.run` does with captured text.
@@ -51,7 +52,7 @@ def run(
     """
     process = Python(argv, env, cwd, largest_file)
     try:
-        output, errors = process.communicate(timeout)
+        output, errors = communicate(process)
     finally:
         process.kill()
     return subprocess.CompletedProcess(argv, process.wait(), output, errors)
@@ -85,10 +86,11 @@ class Python:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end and return the exit code. Raises TimeoutError."""
+        """Wait for the end and return the exit code. Raises `subprocess.TimeoutExpired`."""
         self._process.join(timeout)
         if self.poll() is None:
-            raise TimeoutError(f"{self.args} has not ended after {timeout} s:\n{self.output()}")
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(self.args, timeout, *self.output())
         assert self.returncode is not None
         return self.returncode
 
