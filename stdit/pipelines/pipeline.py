@@ -314,11 +314,14 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if self.transformer is not None:
             self.transformer.check_has_no_adapters()  # before anything is written
         check_can_be_saved(self.components)
-        for name, base in OWN_BASES.items():
-            if isinstance(getattr(self, name), base):
-                self.register_to_config(**{name: ("stdit", base.__name__)})
-        with quiet("transformers"):  # progress bars of files
-            super().save_pretrained(str(save_directory), *args, **options)
+        own = {name: base for name, base in OWN_BASES.items() if isinstance(getattr(self, name), base)}
+        before = {name: self.config[name] for name in own}
+        self.register_to_config(**{name: ("stdit", base.__name__) for name, base in own.items()})
+        try:
+            with quiet("transformers"):  # progress bars of files
+                super().save_pretrained(str(save_directory), *args, **options)
+        finally:
+            self.register_to_config(**before)
         self._seal(Path(save_directory))
 
     def _seal(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from stdit.codecs import CodecConfig, build_codec
 from stdit.pipelines.pipeline import STDiTPipeline
 from tests.codecs.tiny import save_tiny_vae, tiny_opensora_vae
-from tests.pipelines.tiny import tiny_pipeline
+from tests.pipelines.tiny import assert_same, tiny_pipeline
 
 CPU = torch.device("cpu")
 CODECS = ["tiny", "opensora", "AutoencoderKLWan", "AutoencoderKL"]
@@ -54,14 +54,14 @@ def test_group_offload(name: str, options: dict[str, Any], on_disk: bool, tmp_pa
         if on_disk:
             options = options | {"offload_to_disk_path": str(tmp_path / part)}
         apply_group_offloading(getattr(pipe, part), onload_device=CPU, **options)
-    assert torch.equal(video(pipe), expected)
+    assert_same(video(pipe), expected)
 
 
 def test_group_offload_of_a_pipeline(tmp_path: Path) -> None:
     pipe = tiny_pipeline(tmp_path, codec("tiny", tmp_path))
     expected = video(pipe)
     pipe.enable_group_offload(onload_device=CPU, offload_type="leaf_level")
-    assert torch.equal(video(pipe), expected)
+    assert_same(video(pipe), expected)
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -72,7 +72,7 @@ def test_sequential_offload(name: str, tmp_path: Path) -> None:
     for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
         cpu_offload(part, CPU)
     assert {p.device.type for p in pipe.vae.parameters()} == {"meta"}
-    assert torch.equal(video(pipe), expected)
+    assert_same(video(pipe), expected)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "leaf_level", "block_level"])
@@ -89,7 +89,7 @@ def test_the_pipeline_that_comes_with_stdit(mode: str, tmp_path: Path) -> None:
             blocks = {"num_blocks_per_group": 1} if mode == "block_level" else {}
             folder = str(tmp_path / part)
             apply_group_offloading(module, CPU, offload_type=mode, offload_to_disk_path=folder, **blocks)
-    assert torch.equal(video(pipe, num_inference_steps=1, refine_pairs=0), expected)
+    assert_same(video(pipe, num_inference_steps=1, refine_pairs=0), expected)
 
 
 def test_casting_to_the_same_precision_changes_nothing(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_casting_to_the_same_precision_changes_nothing(tmp_path: Path) -> None:
     expected = video(pipe)
     for model in (pipe.transformer, pipe.vae):
         model.enable_layerwise_casting(torch.float32, torch.float32)
-    assert torch.equal(video(pipe), expected)
+    assert_same(video(pipe), expected)
 
 
 def test_weights_stored_in_8_bits(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_slices_and_tiles_of_the_vae(name: str, tmp_path: Path) -> None:
     pipe.vae.disable_slicing()
     pipe.vae.enable_tiling()
     if name == "tiny":  # our own tiles, larger than this video
-        assert torch.equal(video(pipe), expected)
+        assert_same(video(pipe), expected)
         return
     pipe.vae.tile_sample_min_size = pipe.vae.tile_sample_min_height = pipe.vae.tile_sample_min_width = 8
     pipe.vae.tile_latent_min_size = 4
@@ -149,5 +149,5 @@ def test_offload_to_the_cpu(name: str, mode: str, tmp_path: Path) -> None:
         )
     else:
         getattr(pipe, mode)()
-    assert torch.equal(video(pipe), expected)
-    assert torch.equal(video(pipe), expected), "a second call"
+    assert_same(video(pipe), expected)
+    assert_same(video(pipe), expected)  # a second call
