@@ -280,7 +280,8 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
                 conditioning frame).
             encoder_hidden_states: text states ``[B L E]``, L at most ``model_max_length``.
             encoder_attention_mask: true or 1 where there is a text token, ``[B L]``; None: everywhere.
-            fps: frames per second of the video, ``[B]``, or ``[1]`` for all.
+            fps: frames per second of the video, ``[B]``, or ``[1]`` for all. Of ``[2B]``, as of the other arguments
+                without tokens, the second half counts: diffusers' FasterCache drops the first half of the rest.
             height: height of the video in pixels, likewise.
             width: width of the video in pixels, likewise.
             drop_caption: true where the learned null caption replaces the text, ``[B]``; None: nowhere.
@@ -302,7 +303,10 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
         if (guidance is None) == (self.guidance_embedder is not None):
             needs = "needs" if guidance is None else "takes no"
             raise ValueError(f"this STDiT {needs} guidance (guidance_range = {self.config.guidance_range})")
-        C, T, H, W = hidden_states.shape[1:]
+        B, C, T, H, W = hidden_states.shape
+        fps, height, width = (_rows(B, "fps, height and width", values) for values in (fps, height, width))
+        drop_caption = None if drop_caption is None else _rows(B, "drop_caption", drop_caption)
+        guidance = None if guidance is None else _rows(B, "guidance", guidance)
         sharding = sharding or self.token_sharding(ONE_RANK, T, H, W)
         self._check(hidden_states, timestep, encoder_hidden_states, sharding)
         pt, ph, pw = self.config.patch_size
@@ -442,6 +446,13 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
                 f"timestep has shape {tuple(timestep.shape)}: must be [B] or [B 1], or [B T] where patches are one "
                 f"frame long (here B = {B}, T = {T}, patch_size = {tuple(self.config.patch_size)})"
             )
+
+
+def _rows(count: int, name: str, values: Tensor) -> Tensor:
+    """Return the values of the last ``count`` rows of a batch. Raises ValueError for values of another batch."""
+    if len(values) not in (1, count, 2 * count):
+        raise ValueError(f"{name} have {len(values)} values: must be [1] or [B] (here B = {count})")
+    return values if len(values) == 1 else values[-count:]
 
 
 def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:

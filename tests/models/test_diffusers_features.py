@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import PyramidAttentionBroadcastConfig
+from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -147,6 +147,37 @@ def test_pyramid_attention_broadcast_repeats_attention(kind: str) -> None:
     assert repeated.isfinite().all() and not torch.allclose(repeated, exact, atol=1e-4)
     model.disable_cache()
     assert torch.equal(sample(model, hidden_states=other), exact)
+
+
+def test_faster_cache_computes_the_conditional_half() -> None:
+    """Values of `[B]` and a null caption, which it does not halve, belong to the conditional rows."""
+    model = tiny_model()
+    given = inputs(batch=4) | {"fps": torch.tensor([8.0, 9, 10, 11])}
+    given["drop_caption"] = torch.tensor([True, False, False, True])
+    conditional = {name: value[2:] for name, value in given.items()}
+    expected = sample(model, **given), sample(model, **conditional)
+    model.enable_cache(
+        FasterCacheConfig(
+            unconditional_batch_skip_range=2,
+            unconditional_batch_timestep_skip_range=(0, 1000),
+            spatial_attention_block_identifiers=model.block_patterns("spatial"),
+            temporal_attention_block_identifiers=model.block_patterns("temporal"),
+            spatial_attention_timestep_skip_range=(-1, 0),
+            temporal_attention_timestep_skip_range=(-1, 0),
+            current_timestep_callback=lambda: 500,
+            tensor_format="BCFHW",
+        )
+    )
+    whole, approximated = sample(model, **given), sample(model, **given)
+    torch.testing.assert_close(whole, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(approximated[2:], expected[1], atol=1e-5, rtol=1e-5)
+    assert approximated.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["fps", "width", "drop_caption"])
+def test_values_of_another_batch_are_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match=r"3 values: must be \[1\] or \[B\] \(here B = 2\)"):
+        sample(tiny_model(), **{name: torch.ones(3, dtype=torch.bool)})
 
 
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])

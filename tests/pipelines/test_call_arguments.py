@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from torch import Tensor
 
@@ -320,3 +320,24 @@ def test_a_call_that_fails_leaves_no_cache_behind(tmp_path: Path) -> None:
         sample(pipe, PROMPTS, (1, 2), callback_on_step_end=fails)
     assert pipe.current_timestep is None
     sample(pipe, "a")
+
+
+@pytest.mark.parametrize("negative", [None, "blur"])
+def test_faster_cache(negative: str | None, tmp_path: Path) -> None:
+    """Every second call is of the conditional rows alone, also with the null caption."""
+    pipe = tiny_pipeline(tmp_path)
+    expected, rows = sample(pipe, "a red circle", negative_prompt=negative), []
+    model = pipe.transformer
+    model.x_embedder.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    model.enable_cache(
+        FasterCacheConfig(
+            unconditional_batch_skip_range=2,
+            unconditional_batch_timestep_skip_range=(0, 1001),
+            spatial_attention_block_identifiers=model.block_patterns("spatial"),
+            temporal_attention_block_identifiers=model.block_patterns("temporal"),
+            current_timestep_callback=lambda: pipe.current_timestep,
+            tensor_format="BCFHW",
+        )
+    )
+    found = sample(pipe, "a red circle", negative_prompt=negative)
+    assert rows == [2, 1, 2] and found.isfinite().all() and not torch.equal(found, expected)
