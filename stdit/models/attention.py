@@ -41,7 +41,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     """
     if visible is not None:
         visible, v = see_nothing_safely(visible, v)
-    few = q.shape[-2] * k.shape[-2] <= FEW_SCORES
+    # A graph for all numbers of tokens has no branch on them.
+    few = not torch.compiler.is_compiling() and q.shape[-2] * k.shape[-2] <= FEW_SCORES
     if q.device.type != "cpu" or q.dtype != torch.float32 or not few:
         return scaled_dot_product_attention(q, k, v, visible)
     scores: Tensor = q * q.shape[-1] ** -0.5 @ k.mT  # [R h N L]
