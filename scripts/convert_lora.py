@@ -34,8 +34,8 @@ def convert(source: Path, target: str, output: Path) -> str:
         return f"{file}: {len(adapter.weights)} weights with the names of peft"
     if adapter.settings is None:
         raise UserError(
-            f"{source}: its header has no settings of peft, so that its alpha is unknown: save it with diffusers' "
-            "save_lora_weights, which writes them."
+            f"{source}: its header has no settings of peft, so that its alpha is unknown: save it by "
+            "save_lora_weights with transformer_lora_adapter_metadata=pipe.transformer.peft_config[NAME].to_dict()."
         )
     weights = to_other_names(adapter.weights, adapter.settings, "kohya" if target == "kohya" else "comfyui")
     file = output if output.suffix == ".safetensors" else output / f"{target}.safetensors"

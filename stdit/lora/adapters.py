@@ -176,7 +176,7 @@ def merge_adapter(model: STDiT, weight: float = 1.0, name: str = DEFAULT, where:
     model.set_adapters([name], [1.0])
     try:
         model.fuse_lora(lora_scale=weight, safe_fusing=True, adapter_names=[name])
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # a RuntimeError for lora_bias, where the layer has none
         raise UserError(f"lora {where or name} cannot be merged with weight {weight:g}: {error}") from error
     model.delete_adapters(name)
     if not getattr(model, "peft_config", None):

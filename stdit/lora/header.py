@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stdit.errors import UserError, listed
-from stdit.lora.names import PEFT_PREFIXES, is_of_peft, of_layer, own_name
+from stdit.lora.names import BIAS, PEFT_PREFIXES, is_of_peft, of_layer, own_name
 
 SETTINGS = "lora_adapter_metadata"
 """Key of the header for peft's settings, as JSON: diffusers' ``LORA_ADAPTER_METADATA_KEY``."""
@@ -30,6 +30,7 @@ _USED = (
     "target_modules",
     "use_dora",
     "use_rslora",
+    "lora_bias",
 )
 _NO_EFFECT = (
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout "
@@ -103,7 +104,8 @@ def read_header(file: Path) -> AdapterHeader:
             _check_settings(settings, layers)
             used = {name: settings[name] for name in _USED if settings.get(name) is not None}
             settings = {**used, "target_modules": sorted(layers)}  # those that have weights
-        _check_dora(layers)
+        _check_all_have(_LENGTHS, "DoRA has a lora_magnitude_vector (dora_scale)", layers)
+        _check_all_have(BIAS, f"lora_bias has a {BIAS}", layers)
     except UserError as error:
         raise UserError(f"lora {file}: {error}") from None
     shapes = {
@@ -161,14 +163,18 @@ def _check_layer(layer: str, kinds: Mapping[str, _Entry]) -> None:
             f"{lengths}: DoRA has a length for each of the {up.shape[0]} rows of {layer}: must be [{up.shape[0]}] or "
             f"[{up.shape[0]}, 1]: save it so."
         )
+    if BIAS in kinds and kinds[BIAS].shape != [up.shape[0]]:
+        raise UserError(
+            f"{kinds[BIAS]}: must have one value for each row of {layer}, [{up.shape[0]}]: save it so."
+        )
 
 
-def _check_dora(layers: Mapping[str, Mapping[str, _Entry]]) -> None:
-    """Raise UserError if some layers have DoRA's lengths and others lack them."""
-    lacking = [layer for layer, kinds in layers.items() if _LENGTHS not in kinds]
+def _check_all_have(kind: str, rule: str, layers: Mapping[str, Mapping[str, _Entry]]) -> None:
+    """Raise UserError if some layers have a kind of weight and others lack it."""
+    lacking = [layer for layer, kinds in layers.items() if kind not in kinds]
     if 0 < len(lacking) < len(layers):
         raise UserError(
-            f"DoRA has a {_LENGTHS} (dora_scale) for each layer, but {len(lacking)} of {len(layers)} layers lack it "
+            f"{rule} for each layer, but {len(lacking)} of {len(layers)} layers lack it "
             f"({listed(lacking[:2], len(lacking))}): save the adapter again."
         )
 
@@ -212,7 +218,7 @@ def _check_settings(settings: Mapping[str, Any], layers: Mapping[str, Mapping[st
     check("peft_type", settings.get("peft_type", "LORA") == "LORA", "must be LORA")
     check("r", _is_number(settings.get("r")), "must be the rank, a number")
     check("lora_alpha", _is_number(settings.get("lora_alpha")), "must be a finite number")
-    for name in ("use_dora", "use_rslora"):
+    for name in ("use_dora", "use_rslora", "lora_bias"):
         check(name, isinstance(settings.get(name, False), bool), "must be true or false")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = {} if settings.get(name) is None else settings[name]
@@ -239,9 +245,10 @@ def _check_settings(settings: Mapping[str, Any], layers: Mapping[str, Mapping[st
         if isinstance(targets, list):
             is_named = any(layer == one or layer.endswith(f".{one}") for one in targets)
             check("target_modules", is_named, f"must name {layer}, of which there are weights")
-    has_lengths = any(_LENGTHS in kinds for kinds in layers.values())
-    what = "there are" if has_lengths else "there is no"
-    check("use_dora", settings.get("use_dora", False) == has_lengths, f"{what} {_LENGTHS} among the weights")
+    for name, kind in (("use_dora", _LENGTHS), ("lora_bias", BIAS)):
+        has_kind = any(kind in kinds for kinds in layers.values())
+        what = "there are" if has_kind else "there is no"
+        check(name, settings.get(name, False) == has_kind, f"{what} {kind} among the weights")
 
 
 def _is_number(value: Any) -> bool:

@@ -23,13 +23,15 @@ AdapterFormat = Literal["kohya", "comfyui"]
 PREFIXES: dict[AdapterFormat, str] = {"kohya": "lora_unet_", "comfyui": "diffusion_model."}
 PEFT_PREFIXES = ("transformer.", "base_model.model.")
 """Of names in files of diffusers, and of those that peft itself writes."""
-_PEFT = re.compile(r"(?!diffusion_model\.|lora_unet_).+\.lora_([AB]\.weight|magnitude_vector)")
+_PEFT = re.compile(r"(?!diffusion_model\.|lora_unet_).+\.lora_([AB]\.weight|B\.bias|magnitude_vector)")
 _KINDS = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
     "lora_magnitude_vector": "dora_scale",
 }
-_OTHER_KINDS = {**{other: own for own, other in _KINDS.items()}, **{kind: kind for kind in _KINDS}}
+BIAS = "lora_B.bias"
+"""Kind of weight of peft's ``lora_bias``, which the others do not have."""
+_OTHER_KINDS = {**{other: own for own, other in _KINDS.items()}, **{kind: kind for kind in (*_KINDS, BIAS)}}
 _WORDS = (
     "x_embedder t_embedder fps_embedder y_embedder pooled_embedder t_block y_proj final_layer cross_attn q_linear "
     "kv_linear q_norm k_norm mlp_conv"
@@ -112,6 +114,7 @@ def from_other_names(tensors: Mapping[str, "Tensor"]) -> tuple[dict[str, "Tensor
         "alpha_pattern": {f"^{layer}": found for layer, found in scales.items() if found != alpha},
         "target_modules": sorted(ranks),
         "use_dora": any(name.endswith("lora_magnitude_vector") for name in weights),
+        "lora_bias": any(name.endswith(BIAS) for name in weights),
     }
     return weights, settings
 
@@ -119,7 +122,7 @@ def from_other_names(tensors: Mapping[str, "Tensor"]) -> tuple[dict[str, "Tensor
 def _split(name: str) -> tuple[str, str]:
     """Split a name into layer and kind of weight, such as ``lora_A.weight`` or ``alpha``."""
     match = re.fullmatch(
-        r"(.+?)\.(lora_(?:A|B|up|down)\.weight|lora_magnitude_vector|dora_scale|alpha)", name
+        r"(.+?)\.(lora_(?:A|B|up|down)\.weight|lora_B\.bias|lora_magnitude_vector|dora_scale|alpha)", name
     )
     return (match[1], match[2]) if match else (name, "")
 

@@ -91,8 +91,10 @@ def with_(name: str, tensor: Tensor) -> Callable[[Tensors], object]:
         (
             False,
             with_(f"{QKV}.lora_B.bias", torch.zeros(48)),
-            "lora_B.bias: is no weight of an adapter in the format",
+            "lora_bias = False: there are lora_B.bias among the weights",
         ),
+        (False, with_(f"{QKV}.lora_B.bias", torch.zeros(4)), r"\[4\]: must have one value .* \[48\]"),
+        (False, with_(f"{QKV}.lora_A.bias", torch.zeros(4)), "lora_A.bias: is no weight of an adapter in"),
         (
             True,
             without(LENGTHS),
@@ -126,7 +128,7 @@ def test_tensors_that_are_no_adapter(dora: bool, change: Any, message: str, tmp_
         ({"use_rslora": 1}, "use_rslora = 1: must be true or false"),
         ({"target_modules": ["attn.proj"]}, "must name blocks.0.attn.qkv, of which there are weights"),
         ({"target_modules": 3}, "target_modules = 3: must be names of layers"),
-        ({"lora_bias": True}, "lora_bias = True: this kind of adapter is not supported"),
+        ({"lora_bias": True}, "lora_bias = True: there is no lora_B.bias among the weights"),
         ({"of_the_future": 1}, "of_the_future = 1: this kind of adapter is not supported"),
         (
             {"init_lora_weights": "pissa"},

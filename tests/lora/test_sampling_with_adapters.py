@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 
 import sample
 from stdit.errors import UserError
@@ -192,6 +193,38 @@ def test_the_file_of_a_model_alone_is_loaded_into_a_pipeline(pipe: STDiTPipeline
     pipe.unload_lora_weights()
     pipe.load_lora_weights(tmp_path / "b")
     assert torch.equal(latents_of(pipe), expected)
+
+
+def test_a_loaded_adapter_leaves_the_model_in_its_mode(pipe: STDiTPipeline, tmp_path: Path) -> None:
+    """Its own layers too: those of peft begin in training mode, with the dropout of its settings."""
+    file = write_random_adapter(tmp_path / "a", pipe.transformer)
+    pipe.load_lora_weights(file)
+    modes = {module.training for module in pipe.transformer.modules()}
+    assert modes == {False}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_adapter_with_biases(recorded: bool, pipe: STDiTPipeline, tmp_path: Path) -> None:
+    """From a file as from memory, with peft's settings in it and without, and merged."""
+    layers = ["attn.proj", "mlp.fc1"]
+    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=layers, lora_bias=True), "a")
+    weights = {}
+    generator = torch.Generator().manual_seed(2)
+    for name, tensor in get_peft_model_state_dict(pipe.transformer, adapter_name="a").items():
+        weights[f"transformer.{name}"] = 0.2 * torch.randn(tensor.shape, generator=generator)
+    metadata = pipe.transformer.peft_config["a"].to_dict() if recorded else None
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(weights, adapter_name="b")
+    expected = latents_of(pipe)
+    pipe.unload_lora_weights()
+    assert not torch.allclose(latents_of(pipe), expected, atol=1e-3)
+    own = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    pipe.save_lora_weights(tmp_path, own, transformer_lora_adapter_metadata=metadata)
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(latents_of(pipe), expected)
+    pipe.unload_lora_weights()
+    merge_adapters(pipe.transformer, [parse_lora(str(tmp_path))])
+    torch.testing.assert_close(latents_of(pipe), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_values_that_overflow_are_not_written_as_a_video(pipe: STDiTPipeline, tmp_path: Path) -> None:
