@@ -25,6 +25,7 @@ from stdit.codecs.loading import (
     fingerprint,
     local_weights,
     read_component,
+    refuse_to_be_measured,
     write_component,
 )
 from stdit.codecs.memory import decoding_bytes
@@ -472,6 +473,8 @@ class VideoCodec(ModelMixin):
         self.save(directory)
         write_component(directory / CODEC_FILE, self.name, self.saved_settings(), CODECS)
         seal_folder(directory)
+
+    load_config: Any = classmethod(refuse_to_be_measured)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

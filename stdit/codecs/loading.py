@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -74,6 +74,14 @@ def check_options(options: Mapping[str, Any]) -> torch.device:
             f"device_map={place!r} is not supported for codecs and text encoders, which are not divided: give one "
             "device, or leave device_map out"
         ) from None
+
+
+def refuse_to_be_measured(cls: type, *_: object, **__: object) -> NoReturn:
+    """Raise UserError; as ``load_config``, which diffusers calls to choose the device of a component."""
+    raise UserError(
+        f"device_map = balanced: diffusers cannot measure {cls.__name__} of stdit: give one device, or call "
+        "enable_model_cpu_offload()."
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from stdit.checkpoint_files import seal_folder
 from stdit.codecs.config import TEXT_ENCODERS, TextEncoderConfig
-from stdit.codecs.loading import check_options, fingerprint, read_component, write_component
+from stdit.codecs.loading import (
+    check_options,
+    fingerprint,
+    read_component,
+    refuse_to_be_measured,
+    write_component,
+)
 from stdit.codecs.placement import execution_device
 from stdit.errors import UserError
 
@@ -141,6 +147,8 @@ class TextEncoder(ModelMixin):
         settings = self.saved_settings() | package
         write_component(directory / TEXT_ENCODER_FILE, self.name, settings, TEXT_ENCODERS)
         seal_folder(directory)
+
+    load_config: Any = classmethod(refuse_to_be_measured)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -278,6 +278,11 @@ def check_scales(scales: Iterable[float], takes: Sequence[float], what: str = "g
 
 _OF_DIFFUSERS = ("cache_dir",)
 """Options of diffusers whose names are almost those of settings."""
+_ELSEWHERE = {
+    name: "the noise levels are those of num_inference_steps, shift and solver, or of the pipeline's scheduler."
+    for name in ("sigmas", "timesteps")
+}
+"""Arguments of other pipelines of diffusers, and what has their effect here."""
 
 
 def guides_refinement(resolved: Mapping[str, Any]) -> bool:
@@ -312,6 +317,7 @@ def video_settings(function: Callable[..., Any], keywords: Mapping[str, Any]) ->
             ]
             nearest = nearest_name(name, arguments)
             hint = f"did you mean {nearest!r}?" if nearest else f"use {', '.join(arguments)}."
+            hint = _ELSEWHERE.get(name, hint)
             raise TypeError(f"{function.__qualname__}() has no argument {name!r}: {hint}")
     return VideoSettings(**keywords)
 

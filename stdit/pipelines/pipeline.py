@@ -305,6 +305,9 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if file is not None:
             check_adapter(file, self.transformer, other_base)
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **options)
+        self.transformer.train(
+            self.transformer.training
+        )  # peft's layers begin in training mode, with their dropout
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
         """Write the components, ``model_index.json`` and, last, a manifest of all; ``options`` are diffusers'.
@@ -353,12 +356,6 @@ class STDiTPipeline(Sealed, DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 logger.warning("pipeline %s has no %s: a damaged file would not be noticed", folder, META)
             recorded = read_json(folder / cls.config_name, "a pipeline")
             check_recorded(recorded, f"{folder / cls.config_name}: ")
-            own = [name for name in OWN_BASES if (recorded.get(name) or [None])[0] == "stdit"]
-            if options.get("device_map") == "balanced" and own:
-                raise UserError(
-                    f"device_map = balanced: diffusers cannot measure {' and '.join(own)} of stdit: give one device, "
-                    "or call enable_model_cpu_offload()."
-                )
         pipe: Self = super().from_pretrained(str(source), **options)
         return pipe
 

@@ -1,6 +1,5 @@
 """What users of diffusers expect of a model: output class, attention backends, caches, low precision, compilation."""
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 

@@ -361,6 +361,8 @@ def test_an_unknown_setting_is_a_type_error_naming_the_nearest(pipe, tmp_path):
         TypeError, match=r"STDiTPipeline.__call__\(\) has no .*'num_frame': did you mean 'num_frames'"
     ):
         pipe("a star", num_frame=3)
+    with pytest.raises(TypeError, match="'sigmas': the noise levels are those of num_inference_steps"):
+        pipe("a star", sigmas=[1.0, 0.5])
     with pytest.raises(TypeError, match="'generators': did you mean 'generator'"):
         pipe("a star", generators=[])
     with pytest.raises(TypeError, match="'guidance': did you mean 'guidance_"):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from stdit.checkpoint_files import verify, write_manifest
 from stdit.errors import UserError
+from stdit.pipelines.bundled import bundled_folder
 from stdit.pipelines.config import check_recorded
 from stdit.pipelines.loading import load_pipeline, pipeline_settings
 from stdit.pipelines.pipeline import STDiTPipeline
@@ -220,11 +221,17 @@ def test_variants_shards_and_pickles_are_written_and_read_as_in_diffusers(pipe, 
     assert torch.equal(weight(again), weight(pipe))
 
 
+@pytest.mark.parametrize("load", [STDiTPipeline, DiffusionPipeline])
+def test_components_of_ours_are_not_divided_among_devices(load):
+    with pytest.raises(
+        UserError, match="device_map = balanced: diffusers cannot measure .* of stdit: give one"
+    ):
+        load.from_pretrained(str(bundled_folder()), device_map="balanced")
+
+
 def test_a_device_for_all_components():
     pipe = STDiTPipeline.from_pretrained(device_map="cpu")
     assert pipe.device == torch.device("cpu")
-    with pytest.raises(UserError, match="device_map = balanced: diffusers cannot measure"):
-        STDiTPipeline.from_pretrained(device_map="balanced")
     with pytest.raises(UserError, match="attention_kwargs has scael: may only have scale"):
         pipe("a red star", attention_kwargs={"scael": 1})
     again = STDiTPipeline.from_pipe(pipe)
