@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train on several machines without a scheduler. Run this on each machine with the same settings of train.py. NODE counts
 # the machines from 0; MASTER is an address of machine 0 that the others can reach:
-#   NODES=2 NODE=0 MASTER=10.0.0.1 bash scripts/launch_node.sh --config configs/train/finetune.yaml --name clips
-#   NODES=2 NODE=1 MASTER=10.0.0.1 bash scripts/launch_node.sh --config configs/train/finetune.yaml --name clips
+#   NODES=2 NODE=0 MASTER=10.0.0.1 bash scripts/launch_node.sh --config configs/train/own-clips.yaml --name clips
+#   NODES=2 NODE=1 MASTER=10.0.0.1 bash scripts/launch_node.sh --config configs/train/own-clips.yaml --name clips
 # All machines need the same files and the same output folder. When a process fails, all are restarted and resume from the
 # newest checkpoint, at most RESTARTS times (3). PROCESSES is the number of processes on this machine (one per GPU), PORT
 # a free port of machine 0 (29500), ADDRESS this machine's own address if its name does not resolve to it.

@@ -1,10 +1,15 @@
 """Config files by name: those of the repository's ``configs/``, which a wheel holds as ``stdit/configs``."""
 
 import difflib
+import logging
 import os
 from pathlib import Path
 
 from stdit.errors import UserError
+
+logger = logging.getLogger(__name__)
+RENAMED = {"train/finetune": "train/own-clips"}
+"""Former name: name. A former name works for one release (until 0.2)."""
 
 
 def find_config(name: str) -> Path:
@@ -20,6 +25,9 @@ def find_config(name: str) -> Path:
             return Path(path)
     known = named_configs()
     short = name.removeprefix("configs/").removesuffix(".yaml")
+    if short in RENAMED:
+        logger.warning("--config %s: this config is now called %s; the old name ends with 0.2", name, RENAMED[short])
+        short = RENAMED[short]
     if short in known:
         return known[short]
     if os.path.exists(name):

@@ -35,6 +35,12 @@ def test_a_config_is_found_by_name(name: str) -> None:
         assert find_config(spelling) == CONFIGS[name]
 
 
+@pytest.mark.parametrize("name", ["train/finetune", "configs/train/finetune.yaml"])
+def test_a_former_name_works_and_says_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert find_config(name) == CONFIGS["train/own-clips"]
+    assert f"--config {name}: this config is now called train/own-clips" in caplog.text
+
+
 def test_a_name_gives_the_settings_of_its_file() -> None:
     file = str(CONFIGS["train/quickstart"])
     assert parse_train(["--config", "train/quickstart"]) == parse_train(["--config", file])

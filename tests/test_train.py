@@ -524,10 +524,10 @@ def test_training_on_real_videos_at_two_resolutions(settings: Settings, tmp_path
         "codec.channels": 16, "text_encoder.name": "auto", "text_encoder.path": bert,
         "text_encoder.max_length": 16,
     }  # fmt: skip
-    config = str(ROOT / "configs" / "train" / "finetune.yaml")
+    config = str(ROOT / "configs" / "train" / "own-clips.yaml")
     argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     assert do(["--config", config, *argv]) == 0
-    shapes = {line["clips"] for line in metrics(tmp_path / "outputs" / "finetune")}
+    shapes = {line["clips"] for line in metrics(tmp_path / "outputs" / "own-clips")}
     assert shapes == {2, 4}  # batches of both buckets
 
 

@@ -1,7 +1,7 @@
 """Measure how many clips per second the loaders deliver, and how many the model trains on.
 
     python scripts/bench/loader.py                                      # the quickstart, two threads
-    python scripts/bench/loader.py --config configs/train/finetune.yaml --data.manifest clips/manifest.csv
+    python scripts/bench/loader.py --config configs/train/own-clips.yaml --data.manifest clips/manifest.csv
 
 Without --data.manifest it builds a small part of the embedded data set in a temporary folder. All other flags are
 settings of train.py. Measured one after the other, in one process:

@@ -6,8 +6,8 @@
     python scripts/prepare_data.py filter clips/scored.csv clips/good.csv --where "motion > 2 and height >= 240"
     python scripts/prepare_data.py dedupe clips/good.csv clips/manifest.csv
     python scripts/prepare_data.py caption clips/manifest.csv clips/captioned.csv --model CAPTION_MODEL_FOLDER
-    python scripts/prepare_data.py report clips/manifest.csv clips/report.html --config train/finetune
-    python scripts/prepare_data.py encode --config train/finetune --data.manifest clips/manifest.csv
+    python scripts/prepare_data.py report clips/manifest.csv clips/report.html --config train/own-clips
+    python scripts/prepare_data.py encode --config train/own-clips --data.manifest clips/manifest.csv
     python scripts/prepare_data.py cache verify clips/stdit-cache
     python scripts/prepare_data.py cache prune clips/stdit-cache --config outputs/clips/config.yaml
 

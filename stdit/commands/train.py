@@ -2,7 +2,7 @@
 
 examples:
     python train.py --config train/quickstart                 # runs on a CPU
-    python train.py --config train/finetune --data.manifest clips/manifest.csv --name clips
+    python train.py --config train/own-clips --data.manifest clips/manifest.csv --name clips
     python train.py --config train/quickstart --dry_run true  # print clips, batches and memory
     python train.py --config train/quickstart --dry_run steps # the same, and the time that it takes
 

@@ -132,10 +132,10 @@ def test_aspect_ratios_of_a_resolution_share_the_draw_of_keep_probability():
     assert 60 < found.count(0) < 140 and set(found) == {0, 3}
 
 
-def test_finetune_has_buckets_for_portrait_square_and_landscape():
+def test_own_clips_has_buckets_for_portrait_square_and_landscape():
     """A portrait of 360x640 lost 68% of its picture to 16:9."""
     data = parse_train(
-        [f"--config={ROOT / 'configs' / 'train' / 'finetune.yaml'}", "--data.manifest=a.csv"]
+        [f"--config={ROOT / 'configs' / 'train' / 'own-clips.yaml'}", "--data.manifest=a.csv"]
     ).data
     buckets = [Bucket.from_config(bucket) for bucket in data.buckets]
     sizes = [(640, 360), (720, 1280), (720, 720), (144, 176), (128, 72), (480, 640), (100, 900)]

@@ -233,12 +233,12 @@ def test_metadata_name_conditions_and_segments(pipe, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finetuned(tmp_path_factory):
-    """A run with the lengths and the codec of configs/train/finetune.yaml, in small frames."""
-    recipe = yaml.safe_load((ROOT / "configs" / "train" / "finetune.yaml").read_text())
+def own_clips(tmp_path_factory):
+    """A run with the lengths and the codec of configs/train/own-clips.yaml, in small frames."""
+    recipe = yaml.safe_load((ROOT / "configs" / "train" / "own-clips.yaml").read_text())
     codec = build_codec(CodecConfig(**{**recipe["codec"], "stride": tuple(recipe["codec"]["stride"])}))
     codec.fit([torch.rand(3, 8, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1])
-    folder = tmp_path_factory.mktemp("finetuned")
+    folder = tmp_path_factory.mktemp("own_clips")
     size = {"num_frames": recipe["data"]["buckets"][0]["num_frames"], "height": 32, "width": 32}
     return write_run(folder / "outputs" / "clips", tiny_pipeline(folder, codec), **size)
 
@@ -266,9 +266,9 @@ def sample(run, tmp_path, *flags):
 
 
 @pytest.mark.parametrize("command", commands_for_long_videos())
-def test_commands_of_the_page_work_on_a_model_of_finetune_yaml(finetuned, tmp_path, command):
+def test_commands_of_the_page_work_on_a_model_of_own_clips(own_clips, tmp_path, command):
     _, _, *flags = shlex.split(command)
-    result = sample(finetuned, tmp_path, *flags)
+    result = sample(own_clips, tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     (video,) = (tmp_path / "out").glob("*.mp4")
     expected = 40 if "--segment_prompts" in flags else 36  # 3 segments: 16 + 2 x 12; in a loop 3 x 12
@@ -285,8 +285,8 @@ def test_commands_of_the_page_work_on_a_model_of_finetune_yaml(finetuned, tmp_pa
     ],
 )
 def test_an_overlap_that_leaves_no_latent_frame_is_refused_before_loading(
-    finetuned, tmp_path, flags, message
+    own_clips, tmp_path, flags, message
 ):
-    result = sample(finetuned, tmp_path, "--prompt", "a", "--segments", "4", *flags)
+    result = sample(own_clips, tmp_path, "--prompt", "a", "--segments", "4", *flags)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert "sampling from" not in result.stdout and not (tmp_path / "out").exists()

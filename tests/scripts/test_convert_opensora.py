@@ -152,10 +152,10 @@ def test_a_run_is_converted_from_its_averaged_weights(
     assert not (tmp_path / "new").exists()
 
 
-def test_why_a_model_of_finetune_yaml_is_not_converted(
+def test_why_a_model_of_own_clips_yaml_is_not_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    recipe = yaml.safe_load((ROOT / "configs" / "train" / "finetune.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "configs" / "train" / "own-clips.yaml").read_text())
     codec = PixelCodec()
     codec.latent_variance = torch.ones(3)
     pipe = tiny_pipeline(tmp_path, codec, FlowConfig(prediction=recipe["flow"]["prediction"]))

@@ -270,7 +270,7 @@ def test_errors_of_settings_are_those_of_the_command(client: TestClient) -> None
     error = refusal(client, **QUICKSTART, steps=0)
     assert error["message"] == "trainer.steps = 0: must be at least 1"
     assert error["param"] == "overrides.trainer.steps"
-    error = refusal(client, config="train/finetune", name="new")
+    error = refusal(client, config="train/own-clips", name="new")
     assert error["message"].startswith("data.manifest is empty")
 
 
@@ -298,12 +298,12 @@ def test_a_run_of_the_folder_can_be_the_beginning_of_another(
 def test_configs_are_offered_with_what_they_lack(client: TestClient) -> None:
     found = client.get("/v1/configs").json()
     configs = {config["name"]: config for config in found["data"]}
-    assert list(configs)[:2] == ["train/finetune", "train/quickstart"]
+    assert list(configs)[:2] == ["train/own-clips", "train/quickstart"]
     assert (
         configs["train/quickstart"]["summary"]
         == "The embedded shapes data set: ten minutes of training on two CPU cores:"
     )
-    assert "it needs clips" in configs["train/finetune"]["missing"]
+    assert "it needs clips" in configs["train/own-clips"]["missing"]
     assert found["overrides"] == OVERRIDES and found["allow_training"]
     assert not any(name.startswith("sample/") for name in configs)
 

@@ -39,7 +39,7 @@ OVERRIDES = {
     "init_from": _RUN,
 }
 """Settings that the page may change, and what they are; a run is the name of one in the folder."""
-_FIRST = ("train/finetune", "train/quickstart")
+_FIRST = ("train/own-clips", "train/quickstart")
 """Configs that people begin with."""
 _NEW_NAME = re.compile(r"[^\W_][\w.+-]{0,99}")
 _WAYS = (
