@@ -25,6 +25,8 @@ class Change:
 
     flags: Sequence[str]
     beside: Sequence[str] = ()
+    lifts: str = ""
+    """Words of the error that a run without the change ends with."""
 
 
 def leaves(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
