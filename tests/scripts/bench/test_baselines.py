@@ -60,7 +60,7 @@ def compare_all(group: Group) -> None:
     assert bool(group.traffic.calls) == (group.size > 1)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 4))])
 def test_equals_one_process(ranks: int) -> None:
     run_on_ranks(ranks, compare_all)
 

@@ -9,6 +9,7 @@ from stdit.parallel.sequence.planner import format_gib
 from tests.launch import exit_code
 
 
+@pytest.mark.slow
 def test_each_codec_has_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["codecs.py", "--resolution", "144p", "--num_frames", "9"])
     codecs.main()

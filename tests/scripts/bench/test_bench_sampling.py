@@ -9,6 +9,7 @@ from scripts.bench import sampling
 from tests import warm
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_the_same_videos(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     flags = ["--videos", "1", "--exact", "4", "--output", str(output)]

@@ -25,6 +25,7 @@ def test_the_arithmetic_of_a_pass_is_counted() -> None:
     assert all(found["seconds"] > 0 and 0 < found["of_matmul"] < 1 for found in results.values())
 
 
+@pytest.mark.slow
 def test_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,13 @@ from tests import warm
 TINY = "--frames 5 --height 3 --width 7 --hidden_size 16 --ranks 2 --check --precision fp64".split()
 
 
-@pytest.mark.parametrize("options", [("--blocks", "S T S L"), ("--blocks", "S T J", "--grid", "1x2")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--blocks", "S T S L"), marks=pytest.mark.slow),
+        ("--blocks", "S T J", "--grid", "1x2"),
+    ],
+)
 def test_two_processes_compute_what_one_does(
     options: tuple[str, ...],
     tmp_path: Path,

@@ -26,6 +26,7 @@ def chaos(*argv: str, limit: float = 400) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
 
 
+@pytest.mark.slow
 def test_training_keeps_its_promises(tmp_path: Path) -> None:
     settings = [*tiny_settings(tmp_path), "--trainer.steps", "24", "--checkpoint.keep_last", "3"]
     own = ["--faults", "3", "--seed", "2", "--splits", "1x1", "2x1", "--output", str(tmp_path / "chaos")]
@@ -57,13 +58,18 @@ def test_the_default_is_a_tiny_run_of_its_own(tmp_path: Path) -> None:
     "broken, faults, number, message",
     [
         ("", "kill kill_saving truncate flip delete pause sigterm", 7, "every promise was kept"),
-        ("from step 0", "kill", 1, "lost more than the steps after the checkpoint"),
         ("drift", "kill", 1, "undisturbed 0."),
-        ("orphan", "kill_rank", 1, "processes were left behind"),
-        ("not aside", "kill", 4, "is broken, but has its final name"),
-        ("silent", "delete", 1, "not reported as skipped"),
-        ("no save", "sigterm", 1, "steps were done, but the newest checkpoint"),
-        ("deaf", "sigterm", 1, "had not ended after"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("from step 0", "kill", 1, "lost more than the steps after the checkpoint"),
+                ("orphan", "kill_rank", 1, "processes were left behind"),
+                ("not aside", "kill", 4, "is broken, but has its final name"),
+                ("silent", "delete", 1, "not reported as skipped"),
+                ("no save", "sigterm", 1, "steps were done, but the newest checkpoint"),
+                ("deaf", "sigterm", 1, "had not ended after"),
+            )
+        ),
     ],
 )
 def test_a_broken_promise_is_noticed(
