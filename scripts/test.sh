@@ -2,6 +2,7 @@
 # Check format, lint, spelling and types, then run the tests. Sets up .venv first. Arguments go to pytest:
 #   bash scripts/test.sh tests/models
 #   bash scripts/test.sh -m slow
+#   bash scripts/test.sh --fast           # those of tests/fast.txt, which touch each package
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh '[dev]'
@@ -12,6 +13,12 @@ codespell
 mypy
 if [ $# -eq 0 ]; then
     set -- -m "not slow and not gpu"
+elif [ "$1" = --fast ]; then
+    shift
+    set -f # a name with [...] is no pattern
+    # shellcheck disable=SC2046 # a word a test
+    set -- -m "not slow and not gpu" $(grep '^tests/' tests/fast.txt) "$@"
+    set +f
 fi
 # A test file per core and one more at a time, since many wait for processes; in the order of tests/conftest.py.
 workers=$(python -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
