@@ -1,5 +1,5 @@
 # Sourced by quickstart.sh and test.sh: makes .venv, installs the project with the extras in $1 (such as [dev]), and
-# activates it. Does not install again unless pyproject.toml has changed.
+# activates it. Does not install again unless pyproject.toml or setup.py has changed.
 
 python=""
 for candidate in python3 python3.13 python3.12 python3.11 python; do
@@ -19,7 +19,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 . .venv/bin/activate
 stamp=".venv/installed$1"
-if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ setup.py -nt "$stamp" ]; then
     echo "Installing stdit into .venv (once; a few minutes and 2 to 8 GB, most of it PyTorch)"
     python -m pip install --quiet --editable ".$1"
     touch "$stamp"

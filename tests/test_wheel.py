@@ -62,7 +62,8 @@ def environment_with(folder: Path, *install: object) -> Path:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is packed, so that nothing is built in the clone."""
-    folder = tmp_path_factory.mktemp("source")
+    folder = tmp_path_factory.mktemp("source") / "stdit"  # as a clone is called
+    folder.mkdir()
     for name in ("stdit", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
@@ -188,3 +189,7 @@ def test_an_editable_install_reads_the_configs_of_the_clone(source: Path, tmp_pa
         assert "output_dir: mine" in run(*command, cwd=tmp_path).stdout
     finally:
         mine.unlink()
+    done = run(editable / "python", "-c", "import stdit; print(stdit.__file__)", cwd=source.parent)
+    assert done.stdout.strip() == str(
+        source / "stdit" / "__init__.py"
+    )  # rather than the namespace package stdit/
