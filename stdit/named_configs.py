@@ -26,7 +26,9 @@ def find_config(name: str) -> Path:
     known = named_configs()
     short = name.removeprefix("configs/").removesuffix(".yaml")
     if short in RENAMED:
-        logger.warning("--config %s: this config is now called %s; the old name ends with 0.2", name, RENAMED[short])
+        logger.warning(
+            "--config %s: this config is now called %s; the old name ends with 0.2", name, RENAMED[short]
+        )
         short = RENAMED[short]
     if short in known:
         return known[short]

@@ -30,6 +30,7 @@ from stdit.models.stdit import STDiT
 from stdit.parallel.processes.storage import STEMS
 from stdit.pipelines.loading import load_pipeline
 from stdit.pipelines.pipeline import STDiTPipeline
+from stdit.pipelines.video_io import read_metadata
 from stdit.training import checkpoint_writer, stop_signals
 from stdit.training.config import parse_train
 from stdit.training.dry_run import dry_run
@@ -522,13 +523,15 @@ def test_training_on_real_videos_at_two_resolutions(settings: Settings, tmp_path
         "data.manifest": tmp_path / "real.csv", "data.root": videos, "output_dir": tmp_path / "outputs",
         "trainer.steps": 4, "model.depth": 1, "model.hidden_size": 32, "model.num_heads": 2,
         "codec.channels": 16, "text_encoder.name": "auto", "text_encoder.path": bert,
-        "text_encoder.max_length": 16,
+        "text_encoder.max_length": 16, "validation.num_inference_steps": 1,
     }  # fmt: skip
     config = str(ROOT / "configs" / "train" / "own-clips.yaml")
     argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     assert do(["--config", config, *argv]) == 0
     shapes = {line["clips"] for line in metrics(tmp_path / "outputs" / "own-clips")}
     assert shapes == {2, 4}  # batches of both buckets
+    (video,) = (tmp_path / "outputs" / "own-clips" / "samples").rglob("*.mp4")  # of one caption
+    assert read_metadata(video)["prompt"] in {"a rabbit", "bikes in a street", "a man talks"}
 
 
 @pytest.mark.parametrize("cache", ["none", pytest.param("memory", marks=pytest.mark.slow)])

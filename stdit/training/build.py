@@ -37,7 +37,7 @@ from stdit.parallel.sequence.planner import format_gib
 from stdit.pipelines.sources import MODEL_INDEX, find_initial_weights, is_checkpoint, pipeline_step
 from stdit.pipelines.untrained import warn_of_missing_trigger
 from stdit.pipelines.weights import FrozenModel, open_initial_weights, read_base
-from stdit.training.config import TrainConfig
+from stdit.training.config import TrainConfig, ValidationConfig
 from stdit.training.distillation import GuidanceTeacher
 from stdit.training.experiment import experiment_key
 from stdit.training.lineage import CLIPS, Resumed, lineage, resume
@@ -181,6 +181,7 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     text_encoder = build_text_encoder(config.text_encoder)
     texts = plan.assignment.clips.texts
     captions = (texts[index] for members in plan.assignment.members for index in members.tolist())
+    config = replace(config, validation=_with_captions(config.validation, plan))
     text_encoder.check(chain(captions, config.validation.prompts))
     warn_of_missing_trigger(config.validation.prompts, config.data.trigger, "data.trigger")
     plan = plan.sized(lambda bucket: _tokens_per_clip(config, codec, bucket))
@@ -189,6 +190,16 @@ def build_inputs(config: TrainConfig, checkpoint: Path | None = None, dry_run: b
     if config.lora.rank is not None or config.has_teacher:
         _check_trained_with(config, codec, text_encoder)
     return RunInputs(resolved, plan, codec, text_encoder, flow, resumed)
+
+
+def _with_captions(validation: ValidationConfig, plan: BatchPlan) -> ValidationConfig:
+    """Return settings whose prompts hold the captions that ``validation.captions`` asks for."""
+    if not validation.captions:
+        return validation
+    clips = sorted({int(index) for members in plan.assignment.members for index in members})
+    count = min(validation.captions, len(clips))
+    texts = [plan.assignment.clips.texts[clips[place * len(clips) // count]] for place in range(count)]
+    return replace(validation, prompts=list(dict.fromkeys([*validation.prompts, *filter(str.strip, texts)])))
 
 
 def compare_with_checkpoint(checkpoint: Path, config: TrainConfig, plan: BatchPlan) -> Resumed:

@@ -192,6 +192,8 @@ class ValidationConfig(VideoSettings):
 
     prompts: list[str] = field(default_factory=list)
     """Prompts of the videos in samples/ in the run folder, one each; none: no validation videos."""
+    captions: int = 0
+    """Also take this many captions of the training clips, spread over them, as prompts."""
     every: int = 1000
     """Steps between validations; the last step has one, too."""
     seed: int = 0
@@ -217,6 +219,8 @@ class ValidationConfig(VideoSettings):
             raise UserError(f"validation.every = {self.every}: must be at least 1; for none, give no prompts")
         if any(not prompt.strip() for prompt in self.prompts):
             raise UserError("validation.prompts has an empty prompt: write it, or delete it")
+        if self.captions < 0:
+            raise UserError(f"validation.captions = {self.captions}: must be at least 0, none")
         for name in ("loss_every", "loss_clips", "loss_levels", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:

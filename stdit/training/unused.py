@@ -73,12 +73,16 @@ RULES: tuple[Rule, ...] = (
         "validation.loss_every",
         lambda c: c.validation.loss_every is not None,
     ),
-    ("validation.every validation.seed", "validation.prompts", lambda c: bool(c.validation.prompts)),
+    (
+        "validation.every validation.seed",
+        "validation.prompts or validation.captions",
+        lambda c: bool(c.validation.prompts or c.validation.captions),
+    ),
     ("validation.min_improvement", "validation.patience", lambda c: c.validation.patience is not None),
     (
         "validation.compare_base",
-        "lora.rank with validation.prompts",
-        lambda c: c.lora.rank is not None and bool(c.validation.prompts),
+        "lora.rank with validation.prompts or validation.captions",
+        lambda c: c.lora.rank is not None and bool(c.validation.prompts or c.validation.captions),
     ),
     (
         "validation.guidance_schedule",

@@ -208,6 +208,7 @@ CHANGES = {
     "checkpoint.keep_every": Change(["--checkpoint.keep_every", "1"], ["--checkpoint.keep_last", "1"]),
     "checkpoint.keep_best": Change(["--checkpoint.keep_best", "3"], ["--checkpoint.keep_last", "1", *LOSS]),
     "validation.prompts": Change(VIDEO),
+    "validation.captions": Change(["--validation.captions", "1"], ["--validation.num_inference_steps", "1"]),
     "validation.every": Change(["--validation.every", "1"], VIDEO),
     "validation.seed": Change(["--validation.seed", "1"], VIDEO),
     "validation.patience": Change(
