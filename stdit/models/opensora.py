@@ -5,6 +5,7 @@ have one tensor more, the frequencies of the rotary positions, which are a const
 conversion back.
 """
 
+import math
 import pickle
 import shlex
 from collections.abc import Callable, Mapping
@@ -34,10 +35,9 @@ _STDIT3_SETTINGS = (
 _SETTINGS_SHAPES = {
     "x_embedder.proj.weight": 5,
     "y_embedder.y_embedding": 2,
-    "spatial_blocks.0.mlp.fc1.weight": 2,
     "final_layer.linear.weight": 2,
 }
-"""Weights whose shapes determine settings, with their number of axes."""
+"""Weights outside the blocks whose shapes determine settings, with their number of axes."""
 
 _FILE_PATTERNS = (
     ("*.safetensors.index.json",),
@@ -84,31 +84,52 @@ def infer_settings(state: Mapping[str, Tensor]) -> dict[str, SettingValue]:
     Raises:
         UserError: if it is not a checkpoint of STDiT3.
     """
+    settings = settings_of_shapes(
+        state, "spatial_blocks.0", "this is no checkpoint of Open-Sora v1.2's STDiT3"
+    )
+    settings["depth"] = len({name.split(".")[1] for name in state if name.startswith("spatial_blocks.")})
+    if "num_heads" not in settings and ROTARY in state:
+        settings["num_heads"] = cast(int, settings["hidden_size"]) // (2 * state[ROTARY].shape[0])
+    return settings
+
+
+def settings_of_shapes(state: Mapping[str, Tensor], block: str, refusal: str) -> dict[str, SettingValue]:
+    """Return what shapes of weights tell under Open-Sora's names and under an STDiT's own.
+
+    Args:
+        block: the name of one block.
+        refusal: how the error begins.
+
+    Raises:
+        UserError: if it is not a checkpoint of such a model.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    lacking = [name for name, axes in _SETTINGS_SHAPES.items() if len(shapes.get(name, ())) != axes]
+    fc1 = f"{block}.mlp.fc1.weight"
+    lacking = [
+        name for name, axes in (_SETTINGS_SHAPES | {fc1: 2}).items() if len(shapes.get(name, ())) != axes
+    ]
     if lacking:
         raise UserError(
-            f"this is no checkpoint of Open-Sora v1.2's STDiT3: it lacks {', '.join(lacking)}, and has "
-            f"{len(state)} tensors such as {', '.join(sorted(state)[:3]) or 'none'}. Give the model's own weights."
+            f"{refusal}: it lacks {', '.join(lacking)}, and has {len(state)} tensors such as "
+            f"{', '.join(sorted(state)[:3]) or 'none'}. Give the model's own weights."
         )
     hidden_size, in_channels, *patch_size = shapes["x_embedder.proj.weight"]
     max_length, caption_channels = shapes["y_embedder.y_embedding"]
-    patch_values = in_channels * patch_size[0] * patch_size[1] * patch_size[2]
+    mlp_ratio = shapes[fc1][0] / hidden_size
+    if int(hidden_size * mlp_ratio) < shapes[fc1][0]:  # rounded down
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
     settings: dict[str, SettingValue] = {
-        "depth": len({name.split(".")[1] for name in state if name.startswith("spatial_blocks.")}),
         "hidden_size": hidden_size,
-        "mlp_ratio": shapes["spatial_blocks.0.mlp.fc1.weight"][0] / hidden_size,
+        "mlp_ratio": mlp_ratio,
         "patch_size": tuple(patch_size),
         "in_channels": in_channels,
-        "pred_sigma": shapes["final_layer.linear.weight"][0] == 2 * patch_values,
+        "pred_sigma": shapes["final_layer.linear.weight"][0] == 2 * in_channels * math.prod(patch_size),
         "caption_channels": caption_channels,
         "model_max_length": max_length,
-        "qk_norm": "spatial_blocks.0.attn.q_norm.weight" in state,
+        "qk_norm": f"{block}.attn.q_norm.weight" in state,
     }
     if settings["qk_norm"]:
-        settings["num_heads"] = hidden_size // shapes["spatial_blocks.0.attn.q_norm.weight"][0]
-    elif ROTARY in state:
-        settings["num_heads"] = hidden_size // (2 * shapes[ROTARY][0])
+        settings["num_heads"] = hidden_size // shapes[f"{block}.attn.q_norm.weight"][0]
     return settings
 
 

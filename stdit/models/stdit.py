@@ -56,6 +56,7 @@ from stdit.models.embeddings import (
 )
 from stdit.models.lora_scale import scale_loras
 from stdit.models.low_bit import low_bit_layers, make_low_bit
+from stdit.models.own_shapes import has_own_names, infer_own_settings
 from stdit.parallel.sequence.group import ONE_RANK, Group
 from stdit.parallel.sequence.layouts import Layout, Span
 from stdit.parallel.sequence.sharding import TokenSharding
@@ -129,12 +130,15 @@ class STDiT(Sealed, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAda
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any, **options: Any) -> Any:
-        """Load a file of Open-Sora v1.2's STDiT3; ``options`` are those of diffusers, such as ``torch_dtype``.
+        """Load a file of weights, with an STDiT's own names or those of Open-Sora v1.2's STDiT3.
 
-        Settings are read off the shapes of its weights, but for what ``original_config`` (a dictionary) has.
+        Settings are those of ``config``, a folder with a config.json; without it they are read off the shapes of the
+        weights, but for what ``original_config`` (a dictionary) has. ``options`` are those of diffusers, such as
+        ``torch_dtype``.
 
         Raises:
-            UserError: if its keys and shapes are not exactly the model's, which are listed.
+            UserError: if its keys and shapes are not exactly the model's, which are listed, or the shapes leave a
+                setting open for which there is no default.
         """
         if options.get("config") is None:
             options.setdefault("original_config", {})
@@ -469,16 +473,23 @@ def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
 def _settings_of_single_file(
     original_config: Mapping[str, Any], checkpoint: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Return the settings of a file of Open-Sora's, as `from_single_file` asks for them."""
-    return asdict(STDiTConfig(**{**opensora.infer_settings(checkpoint), **original_config}))
+    """Return the settings of a file, as `from_single_file` asks for them."""
+    given = with_current_names(original_config)
+    if has_own_names(checkpoint):
+        return asdict(STDiTConfig(**infer_own_settings(checkpoint, given)))  # type: ignore[arg-type]
+    return asdict(STDiTConfig(**{**opensora.infer_settings(checkpoint), **given}))
 
 
 def _weights_of_single_file(config: dict[str, Any], checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a file of Open-Sora's, as `from_single_file` asks for them."""
+    """Return the weights of a file that are not yet those of the model, as `from_single_file` asks for them."""
     with torch.device("meta"):
         model = STDiT(**asdict(STDiTConfig.read(config)))
-    weights = opensora.to_stdit(checkpoint, model.config)
-    opensora.check_keys(weights, model.state_dict(), opensora.opensora_names(model.config))
+    if has_own_names(checkpoint):
+        weights = dict(checkpoint)
+        opensora.check_keys(weights, model.state_dict())
+    else:
+        weights = opensora.to_stdit(checkpoint, model.config)
+        opensora.check_keys(weights, model.state_dict(), opensora.opensora_names(model.config))
     return weights
 
 
