@@ -476,8 +476,11 @@ def _settings_of_single_file(
     """Return the settings of a file, as `from_single_file` asks for them."""
     given = with_current_names(original_config)
     if has_own_names(checkpoint):
-        return asdict(STDiTConfig(**infer_own_settings(checkpoint, given)))  # type: ignore[arg-type]
-    return asdict(STDiTConfig(**{**opensora.infer_settings(checkpoint), **given}))
+        settings = infer_own_settings(checkpoint, given)
+    else:
+        settings = {**opensora.infer_settings(checkpoint), **given}
+    config = STDiTConfig(**settings)  # type: ignore[arg-type]
+    return {"_class_name": "STDiT", **asdict(config)}  # as a saved model's config
 
 
 def _weights_of_single_file(config: dict[str, Any], checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 
 PACKAGE = "diffusers_tests"
-_LIFTED = ("require_accelerator", "require_torch_accelerator", "require_torch_accelerator_with_training")
+_LIFTED = (
+    "require_accelerator",
+    "require_torch_accelerator",
+    "require_torch_accelerator_with_training",
+    "require_hf_token",  # nothing is fetched from the hub
+    "nightly",
+)
 
 
 def diffusers_tests(module: str) -> Any:
@@ -50,7 +56,7 @@ def with_layer_names(module: str, names: dict[str, str]) -> Any:
     original = diffusers_tests(module)
     source = Path(original.__file__).read_text(encoding="utf-8")
     for name, own in names.items():
-        source = source.replace(f'"{name}"', f'"{own}"')
+        source = source.replace(f'"{name}"', f'"{own}"').replace(f"module.{name}", f"module.{own}")
     adapted = ModuleType(f"{original.__name__}_adapted")
     adapted.__file__, adapted.__package__ = original.__file__, original.__package__
     exec(compile(source, str(original.__file__), "exec"), adapted.__dict__)

@@ -54,9 +54,9 @@ class STDiTConfig(suite.BaseModelTesterConfig):  # type: ignore[misc]
             "hidden_states": random(*LATENTS[:3], height, width).to(self.torch_dtype),
             "timestep": torch.tensor([500.0, 500.0]),
             "encoder_hidden_states": random(*TEXT).to(self.torch_dtype),
-            "fps": torch.tensor([8.0]),
-            "height": torch.tensor([32.0]),
-            "width": torch.tensor([32.0]),
+            "fps": torch.tensor([8.0, 8.0]),
+            "height": torch.tensor([32.0, 32.0]),
+            "width": torch.tensor([32.0, 32.0]),
         }
 
 
@@ -117,7 +117,7 @@ MIXINS: dict[str, dict[str, Any]] = {
     "TrainingTesterMixin": {},
     "AttentionTesterMixin": {},
     "AttentionBackendTesterMixin": {},
-    "TorchCompileTesterMixin": {"different_shapes_for_compilation": [(16, 16), (16, 24)]},
+    "TorchCompileTesterMixin": {"different_shapes_for_compilation": [(16, 16), (16, 24), (32, 40)]},
     "PyramidAttentionBroadcastTesterMixin": {
         "PAB_CONFIG": {"spatial_attention_block_skip_range": 2},
     },

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from stdit.errors import UserError
+from stdit.models.config import STDiTConfig
 from stdit.models.stdit import STDiT
 from tests.models.test_diffusers_features import sample
 from tests.pipelines.tiny import tiny_model
@@ -35,7 +36,7 @@ def written(model: STDiT, folder: Path) -> str:
 def test_settings_come_from_shapes(settings: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(**settings)
     loaded = STDiT.from_single_file(written(model, tmp_path))
-    assert dict(loaded.config) == dict(model.config) and not loaded.training
+    assert STDiTConfig.read(loaded.config) == STDiTConfig.read(model.config) and not loaded.training
     assert torch.equal(sample(loaded), sample(model))
 
 
