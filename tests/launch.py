@@ -5,18 +5,19 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from stdit.cli import run
 from tests import warm
+from tests.waiting import communicate, wait_for
 from tests.warm import ROOT
 
 GRACE_SECONDS = 15.0
-"""Seconds for the other ranks to end after one has failed, before they are killed."""
+"""Seconds for each of the other ranks to end after one has failed, before they are killed."""
 
 
 def start(
@@ -56,35 +57,39 @@ def launch(script: str, ranks: int, argv: list[str], launcher: str = "warm") -> 
         return _launch_warm(script, ranks, argv)
     process = start(script, ranks, argv, launcher)
     try:
-        output, errors = process.communicate(timeout=240)
+        output, errors = communicate(process)
     finally:
         process.kill()
     return process.returncode, output, errors
 
 
-def _launch_warm(
-    script: str, ranks: int, argv: Sequence[str], timeout: float = 240.0
-) -> tuple[int, str, str]:
+def _launch_warm(script: str, ranks: int, argv: Sequence[str]) -> tuple[int, str, str]:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     common |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     processes = [warm.Python([script, *argv], env=os.environ | common | number) for number in numbers]
-    deadline = time.monotonic() + timeout
+
+    def codes() -> list[int | None]:
+        return [process.poll() for process in processes]
+
+    def printed() -> list[str]:
+        return ["".join(texts) for texts in zip(*(process.output() for process in processes), strict=True)]
+
     try:
-        while None in (codes := [process.poll() for process in processes]):
-            if any(codes) and deadline > time.monotonic() + GRACE_SECONDS:
-                deadline = time.monotonic() + GRACE_SECONDS
+        wait_for(
+            lambda: any(codes()) or None not in codes(), "the end of all ranks, or a failure of one", printed
+        )
+        if None in codes():
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
                 for process in processes:
-                    process.send_signal(signal.SIGTERM)
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
+                    process.wait(GRACE_SECONDS)
     finally:
         for process in processes:
             process.kill()
-    outputs = [process.output() for process in processes]
-    output, errors = ("".join(texts) for texts in zip(*outputs, strict=True))
-    return int(any(code != 0 for code in codes)), output, errors
+    output, errors = printed()
+    return int(any(code != 0 for code in codes())), output, errors
 
 
 def free_port() -> int:

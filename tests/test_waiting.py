@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import waiting, warm
-from tests.waiting import communicate, seconds_left, wait_for
+from tests.waiting import communicate, hang, seconds_left, wait_for
 
 PRINTS = "import signal; print('began', flush=True); signal.pause()"
 
@@ -84,3 +84,10 @@ def test_errors_show_a_log_file_or_the_text_of_a_function(
         wait_for(lambda: False, "snow", lambda: {"rain": 3})
     with pytest.raises(AssertionError, match="for snow$"):
         wait_for(lambda: False, "snow")
+
+
+def test_what_hangs_ends_with_the_process_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = iter([7, 7, 7, 1])
+    monkeypatch.setattr(waiting.os, "getppid", lambda: next(parents))
+    hang()
+    assert not list(parents)

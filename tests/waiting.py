@@ -4,6 +4,7 @@ pytest-timeout runs on the timer of the process, which a process forked from it 
 end of its own, and lasts until the test ends the process.
 """
 
+import os
 import signal
 import subprocess
 import time
@@ -59,6 +60,13 @@ def communicate(process: Process) -> tuple[Any, Any]:
         return process.communicate(timeout=seconds_left())
     except subprocess.TimeoutExpired:
         raise AssertionError(f"{process.args} has not ended{_printed(process)}") from None
+
+
+def hang() -> None:
+    """Do nothing until something ends this process, or the process that started it has ended."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.1)
 
 
 def _printed(source: Process | Path | Callable[[], object] | None) -> str:

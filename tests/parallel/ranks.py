@@ -13,21 +13,28 @@ import torch.multiprocessing as mp
 
 from stdit.parallel.sequence.group import Group
 from tests import warm
-
-TIMEOUT = datetime.timedelta(seconds=120)
+from tests.waiting import seconds_left
 
 
 def run_on_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
     """Call ``function(group, *args)`` on each of ``ranks`` processes; an error on one is raised here."""
     with tempfile.TemporaryDirectory() as folder:
         warm.context()
-        arguments = (ranks, Path(folder) / "store", function, args)
+        left = datetime.timedelta(seconds=seconds_left() or 86400)
+        arguments = (ranks, Path(folder) / "store", left, function, args)
         mp.start_processes(_start, arguments, nprocs=ranks, start_method="forkserver")
 
 
-def _start(rank: int, ranks: int, store: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _start(
+    rank: int,
+    ranks: int,
+    store: Path,
+    timeout: datetime.timedelta,
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", TIMEOUT, ranks, rank)
+    dist.init_process_group("gloo", f"file://{store}", timeout, ranks, rank)
     function(Group.of(dist.group.WORLD), *args)
     dist.destroy_process_group()

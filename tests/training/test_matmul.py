@@ -1,14 +1,17 @@
-import time
+from itertools import cycle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from stdit.models import matmul_rate as rate_module
 from stdit.models.matmul_rate import matmul_precision, matmul_rate
 from stdit.parallel.config import TrainingParallelConfig
 from stdit.parallel.processes.mesh import Mesh, build_mesh
 from stdit.parallel.sequence.group import Group
+from stdit.training import matmul
 from stdit.training.matmul import MatmulChoice, choose_precision, is_exact
 from tests.parallel.ranks import run_on_ranks
 
@@ -26,13 +29,20 @@ def rounding_products(monkeypatch: pytest.MonkeyPatch, rounding: torch.dtype) ->
     monkeypatch.setattr(Tensor, "__matmul__", product)
 
 
-def passes(medium: float, highest: float) -> Any:
+def stopped_clock(monkeypatch: pytest.MonkeyPatch, module: Any) -> SimpleNamespace:
+    """Give a module a clock that only tests move."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def passes(monkeypatch: pytest.MonkeyPatch, medium: float, highest: float) -> Any:
     """Return a pass that takes these seconds, and the list of precisions of its calls."""
-    calls: list[str] = []
+    clock, calls = stopped_clock(monkeypatch, matmul), list[str]()
 
     def run() -> None:
         calls.append(torch.get_float32_matmul_precision())
-        time.sleep(medium if calls[-1] == "medium" else highest)
+        clock.now += medium if calls[-1] == "medium" else highest
 
     return run, calls
 
@@ -68,7 +78,7 @@ def test_the_faster_precision_is_chosen_by_measuring(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rounding_products(monkeypatch, rounding)
-    run, calls = passes(medium, highest)
+    run, calls = passes(monkeypatch, medium, highest)
     choice, _ = choose_precision(setting, None, run, Mesh())
     assert choice == MatmulChoice(setting, precision, exact)
     assert torch.get_float32_matmul_precision() == "highest"
@@ -82,7 +92,7 @@ def test_a_resumed_run_keeps_its_choice_unless_the_machine_computes_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rounding_products(monkeypatch, torch.bfloat16)
-    run, calls = passes(0.01, 0.001)
+    run, calls = passes(monkeypatch, 0.01, 0.001)
     kept = MatmulChoice("fastest", "medium", exact=False)
     assert choose_precision("fastest", kept.state(), run, Mesh()) == (kept, "as before")
     slower = MatmulChoice("fastest", "highest", exact=True)
@@ -101,15 +111,16 @@ def test_a_resumed_run_keeps_its_choice_unless_the_machine_computes_otherwise(
 
 
 def test_the_rate_is_that_of_matrix_products_of_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = set()
+    clock, seen = stopped_clock(monkeypatch, rate_module), set()
+    seconds = cycle([0.05, 0.04, 0.02, 0.03, 0.04, 0.05])
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         seen.add((a.dtype, torch.get_float32_matmul_precision()))
-        time.sleep(0.02)
+        clock.now += next(seconds)
         return a
 
     monkeypatch.setattr(Tensor, "__matmul__", product)
-    assert 0.7 < matmul_rate(CPU, torch.bfloat16) * 0.02 / (2 * 1024**3) <= 1
+    assert matmul_rate(CPU, torch.bfloat16) == pytest.approx(2 * 1024**3 / 0.02)
     matmul_rate(CPU, torch.float32, "medium")
     assert seen == {(torch.bfloat16, "highest"), (torch.float32, "medium")}
     with matmul_precision("high"):
@@ -118,10 +129,10 @@ def test_the_rate_is_that_of_matrix_products_of_the_precision(monkeypatch: pytes
 
 def check_ranks_agree(group: Group) -> None:
     mesh = build_mesh(TrainingParallelConfig(), CPU)
-    faster_on_main, _ = passes(*((0.001, 0.01) if mesh.is_main else (0.01, 0.001)))
-    choice, reason = choose_precision("fastest", None, faster_on_main, mesh)
-    assert choice.precision == "medium", reason
     with pytest.MonkeyPatch.context() as patch:
+        faster_on_main, _ = passes(patch, *((0.001, 0.01) if mesh.is_main else (0.01, 0.001)))
+        choice, reason = choose_precision("fastest", None, faster_on_main, mesh)
+        assert choice.precision == "medium", reason
         rounding_products(patch, torch.float32 if mesh.is_main else torch.bfloat16)
         assert is_exact("medium", CPU) == mesh.is_main
         choice, _ = choose_precision("fastest_exact", None, faster_on_main, mesh)

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from stdit.codecs.tiny import TinyCodec
 from stdit.errors import UserError
 from stdit.training.config import TrainConfig
 from stdit.training.run_folder import lock_run_folder, write_run_files
+from tests.waiting import hang
 
 fork = multiprocessing.get_context("fork")
 
@@ -23,10 +23,10 @@ fork = multiprocessing.get_context("fork")
 def hold(config: TrainConfig, ready: "multiprocessing.Queue[int]") -> None:
     """Hold the lock until killed, with a child process like a loader."""
     with lock_run_folder(config):
-        loader = fork.Process(target=time.sleep, args=(30,))
+        loader = fork.Process(target=hang)
         loader.start()
         ready.put(loader.pid or 0)
-        time.sleep(30)
+        hang()
 
 
 def test_a_run_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_run_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path: 
     ready: multiprocessing.Queue[int] = fork.Queue()
     holder = fork.Process(target=hold, args=(config, ready))
     holder.start()
-    loader = ready.get(timeout=20)
+    loader = ready.get()
     try:
         who = rf"\({re.escape(socket.gethostname())}, process {holder.pid}, since \d{{4}}-\d\d-\d\d .* UTC\)"
         with pytest.raises(UserError, match=rf"another process trains in .* {who}: wait for it"):
