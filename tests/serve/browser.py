@@ -7,6 +7,7 @@ import pytest
 
 from scripts.browser import find_chromium
 from stdit.errors import UserError
+from tests.waiting import seconds_left
 
 try:
     find_chromium()
@@ -16,17 +17,16 @@ except UserError as missing:
 
 __all__ = ["DESKTOP", "PHONE", "Browser", "Locator", "Page", "expect"]
 
-PATIENCE = 60_000
-"""Milliseconds after which something counts as missing on the page."""
 DESKTOP: ViewportSize = {"width": 1280, "height": 900}
 PHONE: ViewportSize = {"width": 380, "height": 800}
-expect.set_options(timeout=PATIENCE)
 
 
 def open_page(browser: Browser, url: str, view: str = "make", **options: Any) -> Page:
     """Open a view in a context of its own, as another person's browser would."""
     page = browser.new_context(**({"viewport": DESKTOP} | options)).new_page()
-    page.set_default_timeout(PATIENCE)
+    patience = 1000 * (seconds_left() or 3600)
+    page.set_default_timeout(patience)
+    expect.set_options(timeout=patience)
     page.goto(f"{url}/#{view}")
     expect(page.locator("#model option")).not_to_have_count(0)
     return page

@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import psutil
 
 from stdit.serve.client import VideoClient
 from stdit.serve.config import SampleCommand, ServerConfig
+from tests.waiting import seconds_left, wait_for
 
 ROOT = Path(__file__).parents[2]
 URL = "http://127.0.0.1"
@@ -33,6 +34,13 @@ def png(width: int = 64, height: int = 64) -> bytes:
     return file.getvalue()
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Return whether a process has ended, also one that nobody has waited for."""
+    with suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
 class Served:
     """A server that was started by its command."""
 
@@ -42,7 +50,7 @@ class Served:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.flags = ["--server.port", str(self.port), "--server.runs", str(folder / "outputs"), *flags]
-        self.client = VideoClient(f"http://127.0.0.1:{self.port}", timeout=60)
+        self.client = VideoClient(f"http://127.0.0.1:{self.port}", timeout=seconds_left() or 3600.0)
         self.start()
 
     def start(self) -> None:
@@ -62,14 +70,17 @@ class Served:
 
     def wait_for(self, state: str) -> dict[str, Any]:
         """Wait until a worker is in a state."""
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            found = self.client.request("GET", "/health")
-            if any(one["state"] == state for one in found["workers"]):
-                return dict(found)
-            time.sleep(0.1)
-        raise TimeoutError(state)
+
+        def health() -> dict[str, Any] | None:
+            found = self.client.health()
+            return found if any(one["state"] == state for one in found["workers"]) else None
+
+        return wait_for(health, f"a worker that is {state}", self.errors) or {}
+
+    def wait_until_begun(self, video: dict[str, Any]) -> None:
+        """Wait until a video has made two steps."""
+        wait_for(lambda: self.client.get(video)["step"] >= 2, f"two steps of {video['id']}", self.errors)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(60)
+        return self.process.wait(seconds_left())

@@ -4,7 +4,6 @@ import asyncio
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -21,6 +20,7 @@ from stdit.serve.api.server import _check_folders, _listen
 from stdit.serve.gallery.gallery import Gallery
 from stdit.serve.queue.jobs import JobStore
 from tests.serve.servers import URL, command
+from tests.waiting import seconds_left, wait_for
 
 
 @pytest.mark.parametrize("error", [RuntimeError("secret"), KeyError("secret")])
@@ -62,8 +62,7 @@ def server(tmp_path: Path) -> Iterator[str]:
     with _listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
         thread.start()
-        while not server.started:
-            time.sleep(0.01)
+        wait_for(lambda: server.started, "the server")
         yield f"{URL}:{listening.getsockname()[1]}"
         server.should_exit = True
         thread.join()
@@ -79,7 +78,9 @@ def test_the_address_of_a_client_is_not_taken_from_a_header(
         return 0.0
 
     monkeypatch.setattr(security.RequestLimit, "take", take)
-    urlopen(Request(f"{server}/health", headers={"X-Forwarded-For": "203.0.113.7"}), timeout=60).close()
+    urlopen(
+        Request(f"{server}/health", headers={"X-Forwarded-For": "203.0.113.7"}), timeout=seconds_left()
+    ).close()
     assert clients == {"127.0.0.1"}
 
 
@@ -91,13 +92,13 @@ def test_a_client_that_leaves_in_the_middle_of_a_body_is_not_logged(
         with socket.create_connection((host, int(port))) as connection:
             head = f"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
             connection.sendall(f"{head}Content-Length: 100\r\n\r\n--x".encode())
-    urlopen(f"{server}/v1/models", timeout=60).close()
+    urlopen(f"{server}/v1/models", timeout=seconds_left()).close()
     assert "Traceback" not in caplog.text and "failed" not in caplog.text
 
 
 def test_head_is_answered_without_a_body(server: str) -> None:
     for path in ("/", "/health", "/v1/videos", "/v1/models"):
-        with urlopen(Request(f"{server}{path}", method="HEAD"), timeout=60) as answer:
+        with urlopen(Request(f"{server}{path}", method="HEAD"), timeout=seconds_left()) as answer:
             assert answer.status == 200 and answer.read() == b""
 
 

@@ -14,6 +14,7 @@ from stdit.serve.api.events import EventStream
 from stdit.serve.errors import RequestError
 from stdit.serve.queue.job import NewJob
 from stdit.serve.queue.jobs import JobStore
+from tests.waiting import seconds_left
 
 FACTS = {"prompt": "a ball", "seed": 1, "width": 64, "height": 64, "num_frames": 8, "fps": 8, "warnings": []}
 Told = tuple[str, dict[str, Any]]
@@ -41,7 +42,7 @@ def parsed(event: str) -> Told:
 async def next_of(stream: AsyncIterator[str], *names: str) -> Told:
     """Return the next event of one of these names."""
     while True:
-        found = parsed(await asyncio.wait_for(anext(stream), 10))
+        found = parsed(await asyncio.wait_for(anext(stream), seconds_left()))
         if found[0] in names:
             return found
 
@@ -54,7 +55,7 @@ def test_the_stream_of_a_video_ends_when_it_is_deleted(store: JobStore) -> None:
         store.delete("video_0")
         assert await next_of(stream, "video", "deleted") == ("deleted", {"id": "video_0"})
         with pytest.raises(StopAsyncIteration):
-            await asyncio.wait_for(anext(stream), 10)
+            await asyncio.wait_for(anext(stream), seconds_left())
         later = EventStream(store).listen(["video_0"], until_over=True)
         assert [parsed(one)[0] async for one in later] == ["workers", "deleted"]
 
@@ -135,7 +136,7 @@ def test_a_client_that_reads_nothing_is_dropped(store: JobStore, monkeypatch: py
         for number in range(8):
             store.submit(job(number))
             assert (await next_of(fast, "video"))[1]["id"] == f"video_{number}"
-        await asyncio.wait([slow], timeout=10)
+        await asyncio.wait([slow], timeout=seconds_left())
         assert slow.cancelled() and len(streams._clients) == 1
 
     monkeypatch.setattr(events, "_MOST_WAITING", 2)
@@ -177,9 +178,7 @@ def test_too_many_streams_are_refused_in_words(client: TestClient, monkeypatch: 
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "too_many_streams"
 
 
-def test_closing_ends_streams_that_read_and_those_that_do_not(
-    store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_ends_streams_that_read_and_those_that_do_not(store: JobStore) -> None:
     async def check() -> None:
         streams = EventStream(store)
 
@@ -190,10 +189,9 @@ def test_closing_ends_streams_that_read_and_those_that_do_not(
 
         tasks = [asyncio.create_task(read(stuck)) for stuck in (False, True)]
         while len(streams._clients) < 2 or streams._task is None:
-            await asyncio.sleep(0.01)
-        await asyncio.wait_for(streams.wait_closed(), 10)
-        _, left = await asyncio.wait(tasks, timeout=10)
+            await asyncio.sleep(0)
+        await asyncio.wait_for(streams.wait_closed(), seconds_left())
+        _, left = await asyncio.wait(tasks, timeout=seconds_left())
         assert not left and not tasks[0].cancelled() and tasks[1].cancelled()
 
-    monkeypatch.setattr(events, "_CLOSING_SECONDS", 0.1)
     asyncio.run(check())

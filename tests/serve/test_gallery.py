@@ -3,7 +3,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from stdit.serve.gallery import gallery_index
 from stdit.serve.gallery.gallery import Gallery
 from stdit.serve.gallery.gallery_scan import checkpoint_name, read_facts
 from tests.serve.small_videos import SmallVideos
+from tests.waiting import seconds_left, wait_for
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ def test_the_thread_indexes_all_and_ends(videos: SmallVideos, gallery: Gallery) 
     assert page.data[0].name == "99.mp4"
     thread = gallery._thread
     if thread is not None:
-        thread.join(20)
+        thread.join(seconds_left())
     assert gallery._thread is None and not gallery.page().indexing
     gallery.close()
 
@@ -357,12 +357,12 @@ def test_listings_survive_changes_of_folder_and_index_at_the_same_time(
     videos: SmallVideos, gallery: Gallery, tmp_path: Path
 ) -> None:
     made = [videos.make(f"{number % 3}/{number}.mp4") for number in range(60)]
-    ends, unexpected = time.monotonic() + 1.5, []
+    over, listings, unexpected = threading.Event(), [], []
 
     def list_all() -> None:
-        while time.monotonic() < ends:
+        while not over.is_set():
             try:
-                names(gallery)
+                listings.append(names(gallery))
             except RequestError as error:  # the index vanished in the middle of a listing
                 unexpected.extend([error] if error.status != 503 else [])
             except Exception as error:
@@ -371,12 +371,14 @@ def test_listings_survive_changes_of_folder_and_index_at_the_same_time(
     threads = [threading.Thread(target=list_all) for _ in range(3)]
     for thread in threads:
         thread.start()
-    while time.monotonic() < ends:
+    for number in range(60, 90):
         made.pop(0).unlink()
-        made.append(videos.make(f"new{len(made)}/{time.monotonic_ns()}.mp4"))
+        made.append(videos.make(f"new/{number}.mp4"))
         gallery.expire()
         (tmp_path / "state" / "gallery.sqlite").unlink(missing_ok=True)
-        time.sleep(0.05)
+        before = len(listings) + len(unexpected)
+        wait_for(lambda before=before: len(listings) + len(unexpected) > before, "a listing")
+    over.set()
     for thread in threads:
         thread.join()
     gallery.expire()

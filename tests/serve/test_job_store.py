@@ -13,6 +13,7 @@ import pytest
 from stdit.errors import UserError
 from stdit.serve.queue.job import CANCELLED, COMPLETED, FAILED, RUNNING, WAITING, NewJob
 from stdit.serve.queue.jobs import MAX_CRASHES_ALONE, JobStore, KeyReusedError, QueueFullError
+from tests.waiting import hang, wait_for
 
 
 def job(number: int, batch: str = "a", **others: object) -> NewJob:
@@ -141,15 +142,16 @@ def test_cancelled_and_deleted_jobs_are_no_longer_the_workers(store: JobStore) -
     assert store.cancel("video_0").state == CANCELLED  # type: ignore[union-attr]
 
 
-def test_old_and_large_videos_expire(store: JobStore) -> None:
+def test_old_and_large_videos_expire(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         store.submit(job(number))
         store.claim("w", 1)
         store.complete("w", f"video_{number}", f"{number}.mp4", 2**29, 1.0)
     assert {one.id for one in store.expired(None, 1.0)} == {"video_0", "video_1"}
     assert store.expired(1.0, None) == []
-    time.sleep(0.01)
-    assert len(store.expired(1e-9, None)) == 4
+    later = time.time() + 90_000
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert len(store.expired(1.0, None)) == 4
 
 
 def test_how_long_the_queue_is(store: JobStore) -> None:
@@ -176,18 +178,17 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         JobStore(tmp_path / "broken.sqlite")
 
 
-def _work(file: Path, seed: int) -> None:
-    store, draw, name = JobStore(file), random.Random(seed), f"worker-{os.getpid()}-{time.monotonic_ns()}"
+def _work(file: Path) -> None:
+    """Make up to 15 videos; then, at the latest, it is killed."""
+    store, name, made = JobStore(file), f"worker-{os.getpid()}-{time.monotonic_ns()}", 0
     store.register(name)
-    while True:
-        for one in store.claim(name, 4):
+    while made < 12:
+        for one in wait_for(lambda: store.claim(name, 4), "jobs"):
             for step in range(3):
                 store.progress(name, [one.id], step, 3, [b"x" * 100])
-                time.sleep(0.02 * draw.random())
-            with open(file.parent / f"{one.id}.made", "a") as made:
-                made.write("x")
             store.complete(name, one.id, f"{one.id}.mp4", 1, 0.01)
-        time.sleep(0.002)
+            made += 1
+    hang()
 
 
 @pytest.mark.parametrize(
@@ -200,11 +201,11 @@ def test_workers_killed_at_random_lose_and_repeat_nothing(tmp_path: Path, seed: 
         store.submit(job(number, batch=draw.choice("ab")))
     context = multiprocessing.get_context("spawn")
     kills = 0
-    deadline = time.monotonic() + 60
-    while store.counts()[WAITING] + store.counts()[RUNNING] and time.monotonic() < deadline:
-        worker = context.Process(target=_work, args=(file, seed), daemon=True)
+    while (done := store.counts()[COMPLETED]) < 60:
+        worker = context.Process(target=_work, args=(file,), daemon=True)
         worker.start()
-        time.sleep(0.3 + 0.3 * draw.random())
+        enough = min(60, done + draw.randint(1, 10))
+        wait_for(lambda enough=enough: store.counts()[COMPLETED] >= enough, f"{enough} videos", store.counts)
         os.kill(worker.pid or 0, signal.SIGKILL)
         worker.join()
         kills += 1

@@ -16,7 +16,8 @@ from stdit.serve.queue.job import NewJob
 from stdit.serve.queue.jobs import JobStore
 from stdit.serve.queue.paths import ServerPaths
 from stdit.serve.queue.supervisor import Supervisor
-from tests.serve.servers import command
+from tests.serve.servers import command, has_ended
+from tests.waiting import wait_for
 
 
 def supervisor_of(config: SampleCommand) -> Supervisor:
@@ -48,12 +49,13 @@ def test_large_and_old_videos_are_deleted(tmp_path: Path, server: dict[str, Any]
     assert [one.store.get(f"video_{number}") is not None for number in range(3)] == kept
 
 
-def test_old_videos_are_deleted(tmp_path: Path) -> None:
-    one = supervisor_of(command(tmp_path, keep_days=1e-8))
-    file = finished(one, 0, 10)
-    time.sleep(0.01)
-    one._clean()
-    assert not file.exists()
+def test_old_videos_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = supervisor_of(command(tmp_path, keep_days=1))
+    file, now = finished(one, 0, 10), time.time()
+    for days, kept in ((0.9, True), (1.1, False)):
+        monkeypatch.setattr(time, "time", lambda days=days: now + days * 86400)
+        one._clean()
+        assert file.exists() == kept
 
 
 def test_each_worker_is_a_process_or_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +74,7 @@ def test_each_worker_is_a_process_or_a_group(tmp_path: Path, monkeypatch: pytest
         config.parallel.sp, config.imports = sp, ["json"]
         one = supervisor_of(config)
         one.start()
-        while len(started) < workers:
-            time.sleep(0.01)
+        wait_for(lambda workers=workers: len(started) >= workers, f"{workers} workers", lambda: started)
         one._stopping.set()
         assert one._thread is not None
         one._thread.join()
@@ -114,23 +115,20 @@ def test_the_ranks_of_a_group_that_hangs_are_ended(tmp_path: Path) -> None:
     one._end(module._Process(0, [], process=process))
     process.stdout.close()
     assert process.poll() is not None
-    late = time.monotonic() + 10
-    while rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE:  # which nobody may wait for here
-        assert time.monotonic() < late
-        time.sleep(0.01)
+    wait_for(lambda: has_ended(rank), "the end of the rank")
 
 
 def test_a_worker_that_ends_again_and_again_waits_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = supervisor_of(command(tmp_path))
-    worker = module._Process(0, [], "w", started=time.monotonic())
-    pauses = []
+    worker, pauses, now = module._Process(0, [], "w", started=1.0), [], [1.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     for _ in range(12):
         one._replace(worker, "exit code 1")
         pauses.append(worker.pause)
     assert pauses == sorted(pauses) and pauses[0] < 1 and pauses[-1] == module.MAX_PAUSE
-    monkeypatch.setattr(module.time, "monotonic", lambda: worker.started + 1000)
+    now[0] += 1000
     one._replace(worker, "signal 9")
     assert worker.pause == 0.0
 

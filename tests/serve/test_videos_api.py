@@ -4,9 +4,9 @@ import errno
 import io
 import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import anyio
 import numpy as np
@@ -15,6 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from openapi_spec_validator import validate
 
+from stdit.codecs.tiling import AUTO_SIZES, TilePlan
 from stdit.hashing import hash_file
 from stdit.pipelines.video_io import write_gif, write_mp4
 from stdit.serve.api.app import build_app
@@ -25,6 +26,7 @@ from stdit.serve.queue.uploads import Uploads
 from tests.lora.tiny import write_random_adapter
 from tests.pipelines.tiny import tiny_model
 from tests.serve.servers import PROMPT, URL, command, png
+from tests.waiting import seconds_left
 
 HUGE = 10**400
 """A number that no float holds."""
@@ -268,25 +270,27 @@ def test_an_estimate_queues_nothing(client: TestClient) -> None:
     assert client.get("/v1/videos").json()["data"] == []
 
 
-def test_the_largest_video_is_foreseen_at_once(client: TestClient) -> None:
-    client.post("/v1/estimate", json={"prompt": PROMPT})  # loads what the first one needs
-    began = time.monotonic()
+def test_the_largest_video_is_foreseen_without_a_search_for_the_best_tiles(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Mock(wraps=TilePlan.of)
+    monkeypatch.setattr(TilePlan, "of", plan)
     body = {"prompt": PROMPT, "num_frames": 2048, "size": "1024x1024", "any_size": True}
     found = client.post("/v1/estimate", json=body).json()
-    assert time.monotonic() - began < 2 and found["memory_bytes"] > 2**31
+    assert plan.call_count < len(AUTO_SIZES) and found["memory_bytes"] > 2**31
     assert any("for the smallest tiles alone" in warning for warning in found["warnings"])
 
 
 def test_heavy_work_leaves_threads_to_others() -> None:
     async def most_at_once() -> int:
-        heavy, running, most, lock = HeavyWork(2), 0, 0, threading.Lock()
+        heavy, running, most, lock, both = HeavyWork(2), 0, 0, threading.Lock(), threading.Barrier(2)
 
         def work() -> None:
             nonlocal running, most
             with lock:
                 running += 1
                 most = max(most, running)
-            time.sleep(0.02)
+            both.wait(seconds_left())
             with lock:
                 running -= 1
 
